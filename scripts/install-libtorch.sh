@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Installs the libtorch that Cargo.toml is pinned to, once per machine, and links it as .libtorch.
+# The Linux wheel is the CUDA build; for the CPU it needs two small CUDA packages beside it and nothing else.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+version=2.11.0
+cache="${COAR_LIBTORCH_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coar/libtorch-$version}"
+if [ -n "${LIBTORCH:-}" ] && [ -e "$LIBTORCH/lib/libtorch_cpu.so" ]; then
+    ln -sfn "$(dirname "$(realpath "$LIBTORCH")")" .libtorch.link && { [ "$(basename "$(realpath "$LIBTORCH")")" = torch ] && rm -rf .libtorch && mv -T .libtorch.link .libtorch && exit 0; }
+    rm -f .libtorch.link
+fi
+if [ ! -e "$cache/torch/lib/libtorch_cpu.so" ]; then
+    echo "installing libtorch $version into $cache (about 500 MB to fetch, 1.2 GB on disk)"
+    python3 -m pip --version >/dev/null 2>&1 || { echo "error: python3 with pip is needed to fetch libtorch; install it (Debian: apt-get install python3-pip) and run again" >&2; exit 1; }
+    mkdir -p "$(dirname "$cache")"
+    partial="$(mktemp -d "$cache.partial.XXXXXX")"
+    trap 'rm -rf "$partial"' EXIT
+    python3 -m pip install --quiet --disable-pip-version-check --no-compile --root-user-action=ignore --target "$partial" --no-deps \
+        "torch==$version" nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85
+    rm -rf "$cache"
+    mv -T "$partial" "$cache"
+    trap - EXIT
+fi
+rm -rf .libtorch
+ln -s "$cache" .libtorch

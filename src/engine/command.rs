@@ -1,0 +1,96 @@
+//! What crosses the engine's door: owned data only, never a tensor of libtorch.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::concept::ConceptTensors;
+use crate::picture::RgbPicture;
+use crate::training::TrainingSpec;
+
+/// A concept as one request uses it: wherever `<name>` stands in the prompt.
+#[derive(Debug, Clone)]
+pub struct ConceptUse {
+    pub name: String,
+    /// Hex SHA-256 of the concept file: the key of every cache.
+    pub content_hash: String,
+    pub kind: crate::concept::ConceptKind,
+    pub tensors: Arc<ConceptTensors>,
+}
+
+/// One request for `count` pictures.
+#[derive(Debug, Clone)]
+pub struct GenerateRequest {
+    /// The user's prompt with `<name>` placeholders as written.
+    pub prompt: String,
+    pub concepts: Vec<ConceptUse>,
+    pub width: u32,
+    pub height: u32,
+    pub count: u32,
+    /// Picture i is drawn from the stream of `(seed, i)`.
+    pub seed: u64,
+    pub guidance_scale: f64,
+    pub temperature: f64,
+    pub top_k: u32,
+    /// Blocks attention between the context positions of different concepts.
+    pub identity_mask: bool,
+}
+
+/// What a generation tells while it runs.
+#[derive(Debug)]
+pub enum GenerationEvent {
+    Started,
+    Progress { done: u32, total: u32 },
+    /// Picture `index` is complete.
+    Picture { index: u32, picture: RgbPicture },
+    /// The last event of a request that succeeded, with its cost in tokens.
+    Done { text_tokens: u64, image_tokens: u64 },
+    /// The last event of a request that failed.
+    Failed(EngineError),
+}
+
+/// A training to run or to continue.
+#[derive(Debug, Clone)]
+pub struct TrainingRequest {
+    pub spec: TrainingSpec,
+    /// The reference pictures, as decoded.
+    pub pictures: Vec<RgbPicture>,
+    /// The newest checkpoint, to continue from.
+    pub checkpoint: Option<Bytes>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TrainingProgress {
+    pub step: u32,
+    pub total_steps: u32,
+    pub loss: f32,
+    pub steps_per_second: f32,
+}
+
+/// What a training tells while it runs. Dropping the stream cancels the training.
+#[derive(Debug)]
+pub enum TrainingEvent {
+    Progress(TrainingProgress),
+    /// Everything that is needed to continue from here.
+    Checkpoint { step: u32, bytes: Bytes },
+    /// The finished concept file (safetensors) and its report (JSON: loss curve, seconds).
+    Done { file: Bytes, report: serde_json::Value },
+    Failed(EngineError),
+}
+
+/// Why the engine refused or failed a request.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum EngineError {
+    /// A value of the request is outside the model's limits.
+    #[error("`{field}` {problem}")]
+    Invalid { field: &'static str, problem: String },
+    /// The queue is full.
+    #[error("the engine has {limit} requests waiting, its limit")]
+    Overloaded { limit: usize },
+    /// The engine is stopping or has stopped.
+    #[error("the engine is stopping")]
+    Stopped,
+    /// libtorch or the device failed.
+    #[error("the device failed: {0}")]
+    Device(String),
+}

@@ -1,0 +1,29 @@
+//! Pure tensors in, tensors out. No HTTP, SQL, tokio, clock or environment in this room.
+
+mod attention;
+/// Serde mirror of a checkpoint's `config.json`.
+pub mod config;
+/// Rows to inject at given positions of a sequence, layer by layer, and the identity mask.
+pub mod context;
+mod error;
+/// Which token may follow inside an image.
+pub mod image_grammar;
+/// Key/value cache for decoding.
+pub mod kv_cache;
+mod layers;
+/// Crop sizes, Pillow-exact resampling, colour conversion.
+pub mod preprocessing;
+mod rope;
+/// Text tokens, image codes and special ids of a checkpoint's vocabulary.
+pub mod tokenizer;
+/// The decoder stack.
+pub mod transformer;
+/// The image tokenizer.
+pub mod vqgan;
+/// Tensors on disk: safetensors shards, and a pickle reader that executes nothing.
+pub mod weights;
+
+pub use config::ModelConfig;
+pub use error::ModelError;
+pub use transformer::Transformer;
+pub use vqgan::Vqgan;

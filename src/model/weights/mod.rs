@@ -1,0 +1,22 @@
+use tch::{Device, Kind, Tensor};
+
+use super::ModelError;
+
+/// Where a network's parameters come from: a checkpoint on disk, or fresh trainable parameters.
+pub trait TensorSource {
+    /// The parameter `name` with exactly `shape`, in the source's target kind and on its target device.
+    ///
+    /// # Errors
+    /// When the tensor is absent or has another shape; the error names file, tensor and expectation.
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError>;
+
+    /// The shape of `name`, or `None` where the source has no such tensor. A source that creates parameters answers `None`.
+    fn shape_of(&self, name: &str) -> Option<Vec<i64>>;
+}
+
+/// Kind and device that parameters are brought to while they are read.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    pub kind: Kind,
+    pub device: Device,
+}
