@@ -40,11 +40,20 @@ pub struct GenerateRequest {
 #[derive(Debug)]
 pub enum GenerationEvent {
     Started,
-    Progress { done: u32, total: u32 },
+    Progress {
+        done: u32,
+        total: u32,
+    },
     /// Picture `index` is complete.
-    Picture { index: u32, picture: RgbPicture },
+    Picture {
+        index: u32,
+        picture: RgbPicture,
+    },
     /// The last event of a request that succeeded, with its cost in tokens.
-    Done { text_tokens: u64, image_tokens: u64 },
+    Done {
+        text_tokens: u64,
+        image_tokens: u64,
+    },
     /// The last event of a request that failed.
     Failed(EngineError),
 }
@@ -72,9 +81,15 @@ pub struct TrainingProgress {
 pub enum TrainingEvent {
     Progress(TrainingProgress),
     /// Everything that is needed to continue from here.
-    Checkpoint { step: u32, bytes: Bytes },
+    Checkpoint {
+        step: u32,
+        bytes: Bytes,
+    },
     /// The finished concept file (safetensors) and its report (JSON: loss curve, seconds).
-    Done { file: Bytes, report: serde_json::Value },
+    Done {
+        file: Bytes,
+        report: serde_json::Value,
+    },
     Failed(EngineError),
 }
 

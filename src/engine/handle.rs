@@ -64,8 +64,14 @@ impl TrainingStream {
 
 #[derive(Debug)]
 pub(super) enum Command {
-    Generate { request: GenerateRequest, events: mpsc::Sender<GenerationEvent> },
-    Train { request: Box<TrainingRequest>, events: mpsc::Sender<TrainingEvent> },
+    Generate {
+        request: GenerateRequest,
+        events: mpsc::Sender<GenerationEvent>,
+    },
+    Train {
+        request: Box<TrainingRequest>,
+        events: mpsc::Sender<TrainingEvent>,
+    },
     /// Send a checkpoint of every running training, then end it; used before the process stops.
     Drain { done: tokio::sync::oneshot::Sender<()> },
 }
@@ -105,7 +111,10 @@ impl EngineHandle {
     /// `Overloaded` when the queue is full, `Stopped` while draining.
     pub fn train(&self, request: TrainingRequest) -> Result<TrainingStream, EngineError> {
         let (events, stream) = mpsc::channel(EVENTS_PER_REQUEST);
-        self.send(Command::Train { request: Box::new(request), events })?;
+        self.send(Command::Train {
+            request: Box::new(request),
+            events,
+        })?;
         Ok(TrainingStream(stream))
     }
 
@@ -119,7 +128,9 @@ impl EngineHandle {
 
     fn send(&self, command: Command) -> Result<(), EngineError> {
         self.commands.try_send(command).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => EngineError::Overloaded { limit: self.commands.max_capacity() },
+            mpsc::error::TrySendError::Full(_) => EngineError::Overloaded {
+                limit: self.commands.max_capacity(),
+            },
             mpsc::error::TrySendError::Closed(_) => EngineError::Stopped,
         })
     }

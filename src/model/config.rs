@@ -1,1 +1,161 @@
-//! config
+//! Serde mirror of a checkpoint's `config.json` (class `ChameleonXLLMXForConditionalGeneration`).
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::ModelError;
+
+/// The fields of `config.json` that decide the computation. Fields that only matter to training or to Python are ignored.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelConfig {
+    pub model_type: String,
+    #[serde(default)]
+    pub architectures: Vec<String>,
+    pub vocab_size: i64,
+    pub hidden_size: i64,
+    pub intermediate_size: i64,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: i64,
+    pub num_key_value_heads: i64,
+    #[serde(default = "default_max_positions")]
+    pub max_position_embeddings: i64,
+    #[serde(default = "default_eps")]
+    pub rms_norm_eps: f64,
+    #[serde(default = "default_theta")]
+    pub rope_theta: f64,
+    /// Norms after attention and MLP instead of before (the 34B).
+    #[serde(default)]
+    pub swin_norm: bool,
+    /// Whether image codes are masked out of the logits. The class default is true; Lumina's checkpoints say false.
+    #[serde(default = "default_true")]
+    pub mask_image_logits: bool,
+    /// Rows of the q/k norm parameters on disk; each serves `heads / rows` consecutive heads.
+    #[serde(default = "default_one")]
+    pub model_parallel_size: i64,
+    #[serde(default)]
+    pub attention_bias: bool,
+    #[serde(default)]
+    pub mlp_bias: bool,
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
+    #[serde(default)]
+    pub rope_scaling: Option<serde_json::Value>,
+    #[serde(default = "default_act")]
+    pub hidden_act: String,
+    #[serde(default)]
+    pub torch_dtype: Option<String>,
+    #[serde(default)]
+    pub vocabulary_map: BTreeMap<String, i64>,
+    /// The picture size in pixels that the checkpoint was trained for (512, 768, 1024). Not a field of the reference's
+    /// file, where only the repository's name tells it; written by `coar pocket train`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_size: Option<u32>,
+}
+
+fn default_max_positions() -> i64 {
+    4096
+}
+fn default_eps() -> f64 {
+    1e-5
+}
+fn default_theta() -> f64 {
+    10_000.0
+}
+fn default_true() -> bool {
+    true
+}
+fn default_one() -> i64 {
+    1
+}
+fn default_act() -> String {
+    "silu".to_owned()
+}
+
+impl ModelConfig {
+    /// Reads and checks `config.json`.
+    ///
+    /// # Errors
+    /// When the file is unreadable, is not a Chameleon configuration, or asks for something that is not implemented.
+    pub fn read(file: &Path) -> Result<Self, ModelError> {
+        let text = std::fs::read_to_string(file).map_err(|error| ModelError::file(file, error))?;
+        let config: Self = serde_json::from_str(&text)
+            .map_err(|error| ModelError::file(file, format!("not a model configuration: {error}")))?;
+        config.check(file)?;
+        Ok(config)
+    }
+
+    /// Head dimension.
+    pub fn head_dim(&self) -> i64 {
+        self.hidden_size / self.num_attention_heads
+    }
+
+    fn check(&self, file: &Path) -> Result<(), ModelError> {
+        let fault = |field: &str, problem: String| {
+            Err(ModelError::Config {
+                file: file.to_owned(),
+                field: field.to_owned(),
+                problem,
+            })
+        };
+        if self.model_type != "chameleon" {
+            return fault(
+                "model_type",
+                format!("is `{}`; only `chameleon` checkpoints can be run", self.model_type),
+            );
+        }
+        for (field, value) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers as i64),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_key_value_heads),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("model_parallel_size", self.model_parallel_size),
+        ] {
+            if !(1..=1 << 24).contains(&value) {
+                return fault(field, format!("is {value}; expected 1 to {}", 1 << 24));
+            }
+        }
+        if self.hidden_size % self.num_attention_heads != 0 || self.head_dim() % 2 != 0 {
+            return fault(
+                "hidden_size",
+                format!(
+                    "is {}; expected an even multiple of {} heads",
+                    self.hidden_size, self.num_attention_heads
+                ),
+            );
+        }
+        if self.num_attention_heads % self.num_key_value_heads != 0 {
+            return fault(
+                "num_key_value_heads",
+                format!(
+                    "is {}; expected a divisor of {} heads",
+                    self.num_key_value_heads, self.num_attention_heads
+                ),
+            );
+        }
+        for (field, set) in [
+            ("attention_bias", self.attention_bias),
+            ("mlp_bias", self.mlp_bias),
+            ("tie_word_embeddings", self.tie_word_embeddings),
+            ("rope_scaling", self.rope_scaling.is_some()),
+        ] {
+            if set {
+                return fault(
+                    field,
+                    "is set; no Chameleon checkpoint uses it and it is not implemented".to_owned(),
+                );
+            }
+        }
+        if self.hidden_act != "silu" {
+            return fault(
+                "hidden_act",
+                format!("is `{}`; only `silu` is implemented", self.hidden_act),
+            );
+        }
+        Ok(())
+    }
+}

@@ -8,10 +8,18 @@ pub enum ModelError {
     File { file: PathBuf, problem: String },
     /// One tensor of a file is missing or is not what the configuration asks for.
     #[error("{}: tensor `{tensor}` {problem}", file.display())]
-    Tensor { file: PathBuf, tensor: String, problem: String },
+    Tensor {
+        file: PathBuf,
+        tensor: String,
+        problem: String,
+    },
     /// A field of a configuration file has a value that this implementation cannot run.
     #[error("{}: `{field}` {problem}", file.display())]
-    Config { file: PathBuf, field: String, problem: String },
+    Config {
+        file: PathBuf,
+        field: String,
+        problem: String,
+    },
     /// A caller's value is outside its limits.
     #[error("`{field}` {problem}")]
     Invalid { field: &'static str, problem: String },
@@ -22,9 +30,15 @@ pub enum ModelError {
 
 impl ModelError {
     pub(crate) fn file(file: impl Into<PathBuf>, problem: impl ToString) -> Self {
-        Self::File { file: file.into(), problem: problem.to_string() }
+        Self::File {
+            file: file.into(),
+            problem: problem.to_string(),
+        }
     }
     pub(crate) fn invalid(field: &'static str, problem: impl Into<String>) -> Self {
-        Self::Invalid { field, problem: problem.into() }
+        Self::Invalid {
+            field,
+            problem: problem.into(),
+        }
     }
 }

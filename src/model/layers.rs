@@ -1,1 +1,107 @@
-//! layers
+//! RMSNorm, per-head LayerNorm, SwiGLU and the linear map, each as the reference computes it.
+
+use tch::{Kind, Tensor};
+
+use super::ModelError;
+use super::weights::TensorSource;
+
+/// `x @ weight^T` in the weight's kind; `weight` is `[out, in]`.
+pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor, ModelError> {
+    Ok(x.f_to_kind(weight.kind())?.f_linear(weight, None::<&Tensor>)?)
+}
+
+/// Root-mean-square norm: statistics in f32, cast back to the input's kind, *then* times the weight.
+#[derive(Debug)]
+pub(super) struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    pub(super) fn load(source: &dyn TensorSource, name: &str, hidden: i64, eps: f64) -> Result<Self, ModelError> {
+        Ok(Self {
+            weight: source.tensor(&format!("{name}.weight"), &[hidden])?,
+            eps,
+        })
+    }
+
+    /// `[..., hidden]` to the same shape.
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let wide = x.f_to_kind(Kind::Float)?;
+        let scale = (wide.f_square()?.f_mean_dim([-1i64].as_slice(), true, Kind::Float)? + self.eps).f_rsqrt()?;
+        Ok(wide.f_mul(&scale)?.f_to_kind(x.kind())?.f_mul(&self.weight)?)
+    }
+}
+
+/// LayerNorm over the head dimension with its own weight and bias per head; eps is 1e-5 whatever `rms_norm_eps` says.
+#[derive(Debug)]
+pub(super) struct HeadNorm {
+    /// `[1, 1, heads, head_dim]`
+    weight: Tensor,
+    bias: Tensor,
+}
+
+const HEAD_NORM_EPS: f64 = 1e-5;
+
+impl HeadNorm {
+    /// The parameters on disk have r rows, each serving `heads / r` consecutive heads.
+    pub(super) fn load(
+        source: &dyn TensorSource,
+        name: &str,
+        heads: i64,
+        head_dim: i64,
+        default_rows: i64,
+    ) -> Result<Self, ModelError> {
+        let weight_name = format!("{name}.weight");
+        let rows = match source.shape_of(&weight_name).as_deref() {
+            Some(&[rows, _]) if rows > 0 && heads % rows == 0 => rows,
+            _ => default_rows,
+        };
+        let spread = |tensor: Tensor| -> Result<Tensor, ModelError> {
+            Ok(tensor
+                .f_repeat_interleave_self_int(heads / rows, 0, None)?
+                .f_view([1, 1, heads, head_dim])?)
+        };
+        Ok(Self {
+            weight: spread(source.tensor(&weight_name, &[rows, head_dim])?)?,
+            bias: spread(source.tensor(&format!("{name}.bias"), &[rows, head_dim])?)?,
+        })
+    }
+
+    /// `[batch, seq, heads, head_dim]`, computed and returned in f32 where the input is narrower (as under autocast).
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let head_dim = x.size()[3];
+        let normed = x.f_to_kind(Kind::Float)?.f_layer_norm(
+            [head_dim],
+            None::<&Tensor>,
+            None::<&Tensor>,
+            HEAD_NORM_EPS,
+            false,
+        )?;
+        Ok(normed.f_mul(&self.weight)?.f_add(&self.bias)?)
+    }
+}
+
+/// `down(silu(gate(x)) * up(x))`.
+#[derive(Debug)]
+pub(super) struct Mlp {
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+}
+
+impl Mlp {
+    pub(super) fn load(source: &dyn TensorSource, name: &str, hidden: i64, inner: i64) -> Result<Self, ModelError> {
+        Ok(Self {
+            gate: source.tensor(&format!("{name}.gate_proj.weight"), &[inner, hidden])?,
+            up: source.tensor(&format!("{name}.up_proj.weight"), &[inner, hidden])?,
+            down: source.tensor(&format!("{name}.down_proj.weight"), &[hidden, inner])?,
+        })
+    }
+
+    /// `[..., hidden]` to the same shape.
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let gated = linear(x, &self.gate)?.f_silu()?.f_mul(&linear(x, &self.up)?)?;
+        linear(&gated, &self.down)
+    }
+}

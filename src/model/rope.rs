@@ -1,1 +1,44 @@
-//! rope
+//! Rotary position embedding, rotate-half layout: the first half of a head's dimensions is paired with the second.
+
+use tch::{Device, Kind, Tensor};
+
+use super::ModelError;
+
+/// Tables of `cos` and `sin`, each `[positions, head_dim]` in f32.
+#[derive(Debug)]
+pub(super) struct Rope {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    pub(super) fn new(head_dim: i64, theta: f64, positions: i64, device: Device) -> Result<Self, ModelError> {
+        let even = Tensor::f_arange_start_step(0, head_dim, 2, (Kind::Int64, Device::Cpu))?.f_to_kind(Kind::Float)?;
+        let exponent = even.f_div_scalar(head_dim as f64)?;
+        let frequency = Tensor::f_pow_scalar(theta, &exponent)?.f_reciprocal()?;
+        let angle = Tensor::f_arange(positions, (Kind::Float, Device::Cpu))?.f_outer(&frequency)?;
+        let angle = Tensor::f_cat(&[&angle, &angle], 1)?.f_to_device(device)?;
+        Ok(Self {
+            cos: angle.f_cos()?,
+            sin: angle.f_sin()?,
+        })
+    }
+
+    /// `(cos, sin)` for `positions` `[batch, seq]` or `[seq]`, shaped `[.., seq, 1, head_dim]` to meet `[batch, seq, heads, head_dim]`.
+    pub(super) fn at(&self, positions: &Tensor) -> Result<(Tensor, Tensor), ModelError> {
+        let mut shape = positions.size();
+        shape.extend([1, self.cos.size()[1]]);
+        let flat = positions.f_reshape([-1i64])?;
+        Ok((
+            self.cos.f_index_select(0, &flat)?.f_view(&*shape)?,
+            self.sin.f_index_select(0, &flat)?.f_view(&*shape)?,
+        ))
+    }
+}
+
+/// Rotates `x` `[batch, seq, heads, head_dim]`.
+pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, ModelError> {
+    let half = x.size()[3] / 2;
+    let turned = Tensor::f_cat(&[&x.f_narrow(3, half, half)?.f_neg()?, &x.f_narrow(3, 0, half)?], 3)?;
+    Ok(x.f_mul(cos)?.f_add(&turned.f_mul(sin)?)?)
+}

@@ -54,7 +54,13 @@ pub struct TrainingSpec {
 
 impl TrainingSpec {
     /// The defaults of `preset` for a concept of `kind` on a model with `model_layers` decoder layers.
-    pub fn preset(preset: Preset, kind: ConceptKind, name: &str, class_noun: Option<&str>, model_layers: usize) -> Self {
+    pub fn preset(
+        preset: Preset,
+        kind: ConceptKind,
+        name: &str,
+        class_noun: Option<&str>,
+        model_layers: usize,
+    ) -> Self {
         let all = model_layers as u32;
         let base = Self {
             name: name.to_owned(),
@@ -75,7 +81,11 @@ impl TrainingSpec {
         };
         match (preset, kind) {
             (Preset::Paper, ConceptKind::Subject) => base,
-            (Preset::Paper, ConceptKind::Style) => Self { layers: 3.min(all), steps: 600, ..base },
+            (Preset::Paper, ConceptKind::Style) => Self {
+                layers: 3.min(all),
+                steps: 600,
+                ..base
+            },
             (Preset::Pocket, ConceptKind::Subject) => Self {
                 layers: all,
                 steps: 90,
