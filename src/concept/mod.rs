@@ -1,6 +1,15 @@
-//! What a concept is (METHOD.md of the paper: section 3): two small blocks of numbers for each of the first N layers.
+//! What a concept is (arXiv 2508.07341, section 3): two small blocks of numbers for each of the first N layers.
+
+mod compose;
+/// The concept file: safetensors with a described header.
+pub mod file;
+mod prompt;
 
 use serde::{Deserialize, Serialize};
+
+pub use compose::{DeviceConcept, Placement, SequenceLayout, context_batch};
+pub use file::{ConceptFile, ConceptHeader};
+pub use prompt::{PromptError, PromptPiece, concept_names, is_slug, parse_prompt};
 
 /// What a concept stands for; decides its defaults and its place in a composition (subjects before styles).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -8,6 +17,28 @@ use serde::{Deserialize, Serialize};
 pub enum ConceptKind {
     Subject,
     Style,
+}
+
+impl ConceptKind {
+    /// `subject` or `style`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Subject => "subject",
+            Self::Style => "style",
+        }
+    }
+}
+
+impl std::str::FromStr for ConceptKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "subject" => Ok(Self::Subject),
+            "style" => Ok(Self::Style),
+            other => Err(format!("is `{other}`; expected `subject` or `style`")),
+        }
+    }
 }
 
 /// A concept's numbers on the host, in f32, row-major.
@@ -23,4 +54,11 @@ pub struct ConceptTensors {
     pub image_tokens: usize,
     pub text: Vec<f32>,
     pub image: Vec<f32>,
+}
+
+impl ConceptTensors {
+    /// Numbers in all.
+    pub fn parameters(&self) -> usize {
+        self.text.len() + self.image.len()
+    }
 }

@@ -1,5 +1,7 @@
 //! Concept training.
 
+/// The rules that move trainable tensors.
+pub mod optimizer;
 /// What to train: hyper-parameters and their presets.
 pub mod spec;
 

@@ -165,7 +165,7 @@ impl Vqgan {
             1 => pixels.shallow_clone(),
             patch => pixels.f_pixel_unshuffle(patch)?,
         };
-        let latent = self.encoder.forward(&channels_last(&pixels)?)?;
+        let latent = self.encoder.forward(&pixels)?;
         Ok(self.quant_conv.forward(&latent)?.f_to_kind(Kind::Float)?)
     }
 
@@ -195,7 +195,7 @@ impl Vqgan {
     /// # Errors
     /// When the device fails.
     pub fn decode_latents(&self, latents: &Tensor) -> Result<Tensor, ModelError> {
-        let latents = self.post_quant_conv.forward(&channels_last(latents)?)?;
+        let latents = self.post_quant_conv.forward(&latents.f_contiguous()?)?;
         let pixels = self.decoder.forward(&latents)?.f_to_kind(Kind::Float)?;
         match self.config.ddconfig.patch_size {
             1 => Ok(pixels.f_contiguous()?),
@@ -236,9 +236,4 @@ pub(crate) fn nearest(rows: &Tensor, codebook: &Tensor) -> Result<Tensor, ModelE
         .f_add(&codes)?
         .f_sub(&rows.f_matmul(&codebook.f_transpose(0, 1)?)?.f_mul_scalar(2.0)?)?;
     Ok(distance.f_argmin(1, false)?)
-}
-
-/// The same tensor with channels innermost in memory, the layout that convolutions on the CPU prefer.
-fn channels_last(x: &Tensor) -> Result<Tensor, ModelError> {
-    Ok(x.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2])?)
 }

@@ -1,0 +1,206 @@
+//! Subjects and styles that pre-training never shows: what concepts are trained on.
+
+use rand::RngCore;
+
+use super::{Accessory, Class, Colour, Layout, Pattern, Scene, Spec, Style, jitter};
+
+/// A particular thing: this class in these shades, with this pattern and accessory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldOutSubject {
+    /// Its name as a concept.
+    pub name: &'static str,
+    pub class: Class,
+    pub colour1: Colour,
+    pub colour2: Colour,
+    pub pattern: Pattern,
+    pub accessory: Accessory,
+}
+
+const fn subject(
+    name: &'static str,
+    class: Class,
+    colour1: Colour,
+    colour2: Colour,
+    pattern: Pattern,
+    accessory: Accessory,
+) -> HeldOutSubject {
+    HeldOutSubject {
+        name,
+        class,
+        colour1,
+        colour2,
+        pattern,
+        accessory,
+    }
+}
+
+/// The first ten are for reporting, the last two for choosing settings.
+const SUBJECTS: [HeldOutSubject; 12] = [
+    subject(
+        "rex",
+        Class::Cat,
+        Colour::Purple,
+        Colour::Yellow,
+        Pattern::Striped,
+        Accessory::Hat,
+    ),
+    subject(
+        "minty",
+        Class::Mug,
+        Colour::Green,
+        Colour::Pink,
+        Pattern::Dotted,
+        Accessory::Bow,
+    ),
+    subject(
+        "bolt",
+        Class::Robot,
+        Colour::Orange,
+        Colour::Blue,
+        Pattern::Checkered,
+        Accessory::Crown,
+    ),
+    subject(
+        "spot",
+        Class::Dog,
+        Colour::White,
+        Colour::Red,
+        Pattern::Dotted,
+        Accessory::None,
+    ),
+    subject(
+        "zoom",
+        Class::Car,
+        Colour::Pink,
+        Colour::Black,
+        Pattern::Striped,
+        Accessory::Crown,
+    ),
+    subject(
+        "tweet",
+        Class::Bird,
+        Colour::Blue,
+        Colour::Orange,
+        Pattern::Dotted,
+        Accessory::Hat,
+    ),
+    subject(
+        "brew",
+        Class::Teapot,
+        Colour::Yellow,
+        Colour::Purple,
+        Pattern::Checkered,
+        Accessory::None,
+    ),
+    subject(
+        "pack",
+        Class::Backpack,
+        Colour::Red,
+        Colour::White,
+        Pattern::Striped,
+        Accessory::Bow,
+    ),
+    subject(
+        "finn",
+        Class::Fish,
+        Colour::Green,
+        Colour::Yellow,
+        Pattern::Striped,
+        Accessory::Crown,
+    ),
+    subject(
+        "cabin",
+        Class::House,
+        Colour::Blue,
+        Colour::White,
+        Pattern::Checkered,
+        Accessory::Hat,
+    ),
+    subject(
+        "dev-cat",
+        Class::Cat,
+        Colour::Green,
+        Colour::White,
+        Pattern::Dotted,
+        Accessory::Crown,
+    ),
+    subject(
+        "dev-car",
+        Class::Car,
+        Colour::Yellow,
+        Colour::Blue,
+        Pattern::Checkered,
+        Accessory::Bow,
+    ),
+];
+const FOR_REPORT: usize = 10;
+
+/// Held-out subjects that results are reported on.
+pub fn held_out_subjects() -> &'static [HeldOutSubject] {
+    &SUBJECTS[..FOR_REPORT]
+}
+
+/// Held-out subjects that settings are chosen on.
+pub fn development_subjects() -> &'static [HeldOutSubject] {
+    &SUBJECTS[FOR_REPORT..]
+}
+
+pub(super) fn is_held_out(spec: &Spec) -> bool {
+    SUBJECTS.iter().any(|held| {
+        (held.class, held.colour1, Some(held.colour2), held.pattern)
+            == (spec.class, spec.colour1, spec.colour2, spec.pattern)
+    })
+}
+
+impl HeldOutSubject {
+    /// A picture of it in `scene`; its shades are its own and always the same.
+    pub fn spec(&self, scene: Scene, rng: &mut dyn RngCore) -> Spec {
+        use rand::SeedableRng;
+        let name = self
+            .name
+            .bytes()
+            .fold(7u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)));
+        let mut own = rand_chacha::ChaCha8Rng::seed_from_u64(name);
+        Spec {
+            class: self.class,
+            colour1: self.colour1,
+            colour2: Some(self.colour2),
+            pattern: self.pattern,
+            accessory: self.accessory,
+            scene,
+            style: Style::Photo,
+            style_colours: None,
+            shades: [
+                jitter(self.colour1.rgb(), &mut own),
+                jitter(self.colour2.rgb(), &mut own),
+            ],
+            layout: Layout::sample(rng),
+        }
+    }
+}
+
+/// A way of drawing that pre-training never shows nor names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeldOutStyle {
+    /// Its name as a concept.
+    pub name: &'static str,
+    pub style: Style,
+    /// The best words that the model knows for it.
+    pub description: &'static str,
+}
+
+/// The held-out styles.
+pub fn held_out_styles() -> &'static [HeldOutStyle] {
+    &[
+        HeldOutStyle {
+            name: "blueprint",
+            style: Style::Blueprint,
+            description: "in white and blue line art style",
+        },
+        HeldOutStyle {
+            name: "sepia",
+            style: Style::Sepia,
+            description: "in brown and yellow duotone style",
+        },
+    ]
+}

@@ -1,0 +1,469 @@
+//! The trainer: a machine that advances by one small step at a time, so that generations run in between, and whose
+//! whole state can be saved and continued on another process with the same result (on the CPU in f32, bit for bit).
+
+use std::collections::BTreeMap;
+
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tch::{Kind, Tensor};
+
+use super::losses::{divergence_from_frozen, next_token, self_regularisation};
+use super::optimizer::{Optimizer, Parameter, Rule};
+use super::references::{Reference, References};
+use super::spec::{Parametrisation, TrainingSpec};
+use crate::concept::{ConceptFile, ConceptHeader, DeviceConcept, Placement, context_batch};
+use crate::model::decoding::Decoding;
+use crate::model::transformer::LayerPoint;
+use crate::model::{LuminaMgpt, ModelError};
+use crate::picture::RgbPicture;
+
+/// Losses of one optimizer step; terms that are switched off are absent.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct StepLosses {
+    pub step: u32,
+    pub total: f32,
+    pub next_token: f32,
+    pub prior: Option<f32>,
+    pub regularisation: Option<f32>,
+}
+
+/// What one call of [`Trainer::advance`] did.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Advance {
+    /// A class picture for the prior term is being drawn: tokens done and in all.
+    DrawingPrior { done: u32, total: u32 },
+    Step(StepLosses),
+    Finished,
+}
+
+/// Where a training starts from, per layer: what is anchored, what is added to.
+struct Anchors {
+    /// `[N, T, D]`: where the text context tokens start.
+    text: Tensor,
+    /// `[N, 1, D]`: E, the mean hidden state of the references' image tokens; the image context tokens start there.
+    image: Tensor,
+    /// `[N, 1, 1]`: sigma of the layer-relative parametrisation (all ones for the absolute one).
+    text_scale: Tensor,
+    image_scale: Tensor,
+}
+
+/// A class picture drawn by the frozen model, and what the frozen model says of it.
+struct PriorPicture {
+    reference: Reference,
+    /// Log-probabilities `[tokens, vocab]` without any concept, computed once.
+    frozen: Option<Tensor>,
+}
+
+/// One concept's training on the frozen model.
+pub struct Trainer {
+    spec: TrainingSpec,
+    references: References,
+    anchors: Anchors,
+    /// `[N, T, D]` and `[N, K, D]`: what the optimizer moves, see [`Parametrisation`].
+    text: Tensor,
+    image: Tensor,
+    optimizer: Optimizer,
+    prior: Vec<PriorPicture>,
+    drawing: Option<Decoding>,
+    losses: Vec<StepLosses>,
+}
+
+const WARM_UP: f64 = 10.0;
+/// Class pictures are drawn a few at a time, so that a slice of drawing stays short.
+const PRIOR_BATCH: usize = 4;
+const LAST_RATE: f64 = 0.05;
+
+impl Trainer {
+    /// Encodes the references, looks at them through the frozen model, and stands before the first step.
+    ///
+    /// # Errors
+    /// When the spec does not fit the model, or the device fails.
+    pub fn new(model: &LuminaMgpt, spec: TrainingSpec, pictures: &[RgbPicture]) -> Result<Self, ModelError> {
+        spec.check(model.transformer.config().num_hidden_layers).map_err(|fault| ModelError::invalid(fault.field, fault.problem))?;
+        let references = References::encode(model, &spec, pictures)?;
+        let anchors = tch::no_grad(|| anchors(model, &spec, &references))?;
+        let (layers, hidden) = (i64::from(spec.layers), model.transformer.config().hidden_size);
+        let options = (Kind::Float, model.transformer.device());
+        let leaf = |tokens: u32, start: &Tensor| -> Result<Tensor, ModelError> {
+            let shape = [layers, i64::from(tokens), hidden];
+            let value = match spec.parametrisation {
+                Parametrisation::LayerRelative => Tensor::f_zeros(shape, options)?,
+                Parametrisation::Absolute => start.f_expand(shape, false)?.f_detach_copy()?,
+            };
+            Ok(value.set_requires_grad(true))
+        };
+        let (text, image) = (leaf(spec.text_tokens, &anchors.text)?, leaf(spec.image_tokens, &anchors.image)?);
+        let rule = Rule::AdamW { weight_decay: 0.0 };
+        let parameter = |name: &str, tensor: &Tensor| Parameter { name: name.to_owned(), tensor: tensor.shallow_clone(), rule };
+        let mut parameters = vec![parameter("text", &text)];
+        if spec.image_tokens > 0 {
+            parameters.push(parameter("image", &image));
+        }
+        let optimizer = Optimizer::new(parameters, (0.9, 0.999))?;
+        Ok(Self { spec, references, anchors, text, image, optimizer, prior: vec![], drawing: None, losses: vec![] })
+    }
+
+    /// What is being trained.
+    pub fn spec(&self) -> &TrainingSpec {
+        &self.spec
+    }
+
+    /// Optimizer steps taken.
+    pub fn step(&self) -> u32 {
+        self.optimizer.steps() as u32
+    }
+
+    /// Losses of every step so far.
+    pub fn losses(&self) -> &[StepLosses] {
+        &self.losses
+    }
+
+    /// The concept as it stands, differentiable with respect to the trained parameters.
+    fn concept(&self) -> Result<DeviceConcept, ModelError> {
+        Ok(match self.spec.parametrisation {
+            Parametrisation::Absolute => DeviceConcept { text: self.text.shallow_clone(), image: self.image.shallow_clone() },
+            Parametrisation::LayerRelative => DeviceConcept {
+                text: self.text.f_mul(&self.anchors.text_scale)?.f_add(&self.anchors.text)?,
+                image: self.image.f_mul(&self.anchors.image_scale)?.f_add(&self.anchors.image)?,
+            },
+        })
+    }
+
+    fn wants_prior(&self) -> bool {
+        // Only the image context token is inserted in the prior term: without one it has no gradient.
+        self.spec.prior_weight > 0.0 && self.spec.image_tokens > 0 && self.spec.class_prompt().is_some()
+    }
+
+    /// One unit of work: some tokens of the class pictures, or one optimizer step.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn advance(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+        if self.step() >= self.spec.steps {
+            return Ok(Advance::Finished);
+        }
+        if self.wants_prior() && self.prior.len() < self.spec.prior_pictures as usize {
+            return tch::no_grad(|| self.draw_prior(model));
+        }
+        tch::with_grad(|| self.optimize(model))
+    }
+
+    fn draw_prior(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+        let prompt = self.spec.class_prompt().unwrap_or_default();
+        let (width, height) = self.references.size();
+        let total = self.spec.prior_pictures;
+        let decoding = match &mut self.drawing {
+            Some(decoding) => decoding,
+            None => {
+                let from = self.prior.len();
+                let count = PRIOR_BATCH.min(total as usize - from);
+                let streams = (from..from + count).map(|index| (self.spec.seed ^ PRIOR_SEED, index as u64)).collect();
+                self.drawing.insert(model.start_plain(&prompt, width, height, streams)?)
+            }
+        };
+        decoding.step(&model.transformer, &model.vocabulary)?;
+        let (done, tokens) = decoding.progress();
+        if decoding.is_done() {
+            let drawn = decoding.codes().to_vec();
+            self.drawing = None;
+            for codes in drawn {
+                let reference = self.references.class_picture(model, &prompt, &codes)?;
+                self.prior.push(PriorPicture { reference, frozen: None });
+            }
+        }
+        let per_picture = tokens.max(1) as u32;
+        Ok(Advance::DrawingPrior { done: self.prior.len() as u32 * per_picture + done as u32, total: total * per_picture })
+    }
+
+    fn optimize(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+        let step = self.step();
+        let concept = self.concept()?;
+        let mut rng = ChaCha8Rng::seed_from_u64(self.spec.seed);
+        rng.set_stream(u64::from(step) + 1);
+        let batch = self.references.batch(&self.spec, &mut rng);
+        let ntp = reference_loss(model, &batch, &concept)?;
+        let mut total = ntp.shallow_clone();
+        let value = |tensor: &Tensor| -> Result<f32, ModelError> { Ok(tensor.f_double_value(&[])? as f32) };
+        let mut prior = None;
+        if self.wants_prior() {
+            let mut order: Vec<usize> = (0..self.prior.len()).collect();
+            order.shuffle(&mut rng);
+            order.truncate((self.spec.batch_size as usize).div_ceil(2));
+            let term = self.prior_loss(model, &order, &concept)?;
+            prior = Some(value(&term)?);
+            total = total.f_add(&term.f_mul_scalar(self.spec.prior_weight)?)?;
+        }
+        let mut regularisation = None;
+        if self.spec.regularisation_weight > 0.0 && self.spec.image_tokens > 0 {
+            let term = self_regularisation(&concept.image, &self.anchors.image)?;
+            regularisation = Some(value(&term)?);
+            total = total.f_add(&term.f_mul_scalar(self.spec.regularisation_weight)?)?;
+        }
+        let losses =
+            StepLosses { step: step + 1, total: value(&total)?, next_token: value(&ntp)?, prior, regularisation };
+        if !losses.total.is_finite() {
+            return Err(ModelError::invalid("learning_rate", format!("led to a loss of {} at step {}", losses.total, step + 1)));
+        }
+        total.f_backward()?;
+        self.optimizer.step(self.learning_rate(step))?;
+        self.losses.push(losses);
+        Ok(Advance::Step(losses))
+    }
+
+    fn learning_rate(&self, step: u32) -> f64 {
+        let (step, steps) = (f64::from(step), f64::from(self.spec.steps));
+        let warm_up = ((step + 1.0) / WARM_UP).min(1.0);
+        let decay = match self.spec.decay && step > 0.5 * steps {
+            true => ((steps - step) / (0.5 * steps)).max(LAST_RATE),
+            false => 1.0,
+        };
+        self.spec.learning_rate * warm_up * decay
+    }
+
+    /// `0.5 * NTP_class + 0.5 * KL(zs || prior)`: only the image context tokens are inserted.
+    fn prior_loss(&mut self, model: &LuminaMgpt, which: &[usize], concept: &DeviceConcept) -> Result<Tensor, ModelError> {
+        for &index in which {
+            let picture = &mut self.prior[index];
+            if picture.frozen.is_none() {
+                let logits = tch::no_grad(|| token_logits(model, &[&picture.reference], None))?.0;
+                picture.frozen = Some(logits.f_log_softmax(-1, Kind::Float)?.detach());
+            }
+        }
+        let picked: Vec<&Reference> = which.iter().map(|&index| &self.prior[index].reference).collect();
+        let (logits, targets) = token_logits(model, &picked, Some((concept, false)))?;
+        let frozen: Vec<&Tensor> = which.iter().filter_map(|&index| self.prior[index].frozen.as_ref()).collect();
+        let frozen = Tensor::f_cat(&frozen, 0)?;
+        let class = next_token(&logits, &targets)?;
+        Ok((class + divergence_from_frozen(&frozen, &logits)?).f_mul_scalar(0.5)?)
+    }
+
+    /// The finished (or present) concept with its header.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn concept_file(&self, base_model: &str) -> Result<ConceptFile, ModelError> {
+        let tensors = tch::no_grad(|| self.concept()?.download())?;
+        let mut losses = serde_json::Map::new();
+        if let Some(last) = self.losses.last() {
+            let tail = &self.losses[self.losses.len().saturating_sub(10)..];
+            let mean = tail.iter().map(|l| f64::from(l.next_token)).sum::<f64>() / tail.len() as f64;
+            losses.insert("next_token".to_owned(), mean.into());
+            losses.insert("prior".to_owned(), last.prior.map(f64::from).into());
+            losses.insert("regularisation".to_owned(), last.regularisation.map(f64::from).into());
+        }
+        Ok(ConceptFile {
+            header: ConceptHeader {
+                kind: self.spec.kind,
+                name: self.spec.name.clone(),
+                class_noun: self.spec.class_noun.clone(),
+                method: "coar".to_owned(),
+                spec: self.spec.clone(),
+                losses,
+                base_model: base_model.to_owned(),
+            },
+            tensors,
+        })
+    }
+
+    /// Everything that is needed to continue, by name.
+    pub(super) fn state(&self) -> (Vec<(String, Tensor)>, Vec<Vec<i64>>) {
+        let mut state = self.optimizer.state();
+        for (name, tensor) in [
+            ("text", &self.text),
+            ("image", &self.image),
+            ("anchor.text", &self.anchors.text),
+            ("anchor.image", &self.anchors.image),
+            ("anchor.text_scale", &self.anchors.text_scale),
+            ("anchor.image_scale", &self.anchors.image_scale),
+        ] {
+            state.push((name.to_owned(), tensor.detach()));
+        }
+        (state, self.prior.iter().map(|picture| picture.reference.codes.clone()).collect())
+    }
+
+    /// Takes over a saved state of the same spec.
+    pub(super) fn restore(
+        &mut self,
+        model: &LuminaMgpt,
+        saved: &BTreeMap<String, Tensor>,
+        prior: &[Vec<i64>],
+        losses: Vec<StepLosses>,
+    ) -> Result<(), ModelError> {
+        let take = |name: &str| saved.get(name).map(Tensor::shallow_clone);
+        self.optimizer.restore(&take)?;
+        tch::no_grad(|| {
+            for (name, tensor) in [
+                ("text", &mut self.text),
+                ("image", &mut self.image),
+                ("anchor.text", &mut self.anchors.text),
+                ("anchor.image", &mut self.anchors.image),
+                ("anchor.text_scale", &mut self.anchors.text_scale),
+                ("anchor.image_scale", &mut self.anchors.image_scale),
+            ] {
+                let value = take(name).ok_or_else(|| ModelError::invalid("checkpoint", format!("lacks `{name}`")))?;
+                tensor.f_copy_(&value)?;
+            }
+            let prompt = self.spec.class_prompt().unwrap_or_default();
+            for codes in prior {
+                let reference = self.references.class_picture(model, &prompt, codes)?;
+                self.prior.push(PriorPicture { reference, frozen: None });
+            }
+            self.losses = losses;
+            Ok(())
+        })
+    }
+}
+
+/// Keeps the class pictures' random streams apart from every other use of the seed.
+const PRIOR_SEED: u64 = 0x7072_696f_7200_0000;
+
+/// Mean next-token loss over the references' image tokens with the concept in place.
+///
+/// # Errors
+/// When the device fails.
+pub fn reference_loss(model: &LuminaMgpt, batch: &[&Reference], concept: &DeviceConcept) -> Result<Tensor, ModelError> {
+    let (logits, targets) = token_logits(model, batch, Some((concept, true)))?;
+    next_token(&logits, &targets)
+}
+
+/// Logits `[tokens, vocab]` that predict every image token (codes, row ends, image end) of a batch, in order, and those
+/// tokens. With a concept, its image context tokens stand before the first code, and its text context tokens at the
+/// placeholder where `with_text` is set.
+///
+/// # Errors
+/// When the device fails.
+pub fn token_logits(
+    model: &LuminaMgpt,
+    batch: &[&Reference],
+    concept: Option<(&DeviceConcept, bool)>,
+) -> Result<(Tensor, Tensor), ModelError> {
+    let image_tokens = concept.map_or(0, |(concept, _)| concept.image_tokens());
+    let layouts: Vec<_> = batch.iter().map(|r| r.layout(model, image_tokens)).collect();
+    let seq = layouts.iter().zip(batch).map(|(l, r)| l.ids.len() + r.image.len()).max().unwrap_or(0);
+    let mut ids = Vec::with_capacity(batch.len() * seq);
+    let (mut at, mut targets, mut placements) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, (layout, reference)) in layouts.iter().zip(batch).enumerate() {
+        let before = row * seq + layout.ids.len() - 1;
+        ids.extend_from_slice(&layout.ids);
+        ids.extend_from_slice(&reference.image);
+        ids.resize((row + 1) * seq, model.vocabulary.pad());
+        at.extend((before..before + reference.image.len()).map(|position| position as i64));
+        targets.extend_from_slice(&reference.image);
+        if let Some((concept, with_text)) = concept {
+            placements.push(Placement {
+                row: row as i64,
+                concept,
+                text_at: if with_text { layout.text_at.concat() } else { vec![] },
+                image_at: layout.image_at.first().copied(),
+            });
+        }
+    }
+    let device = model.transformer.device();
+    let ids = Tensor::f_from_slice(&ids)?.f_view([batch.len() as i64, seq as i64])?.f_to_device(device)?;
+    let context = context_batch(&placements, false, device)?;
+    let hidden = model.transformer.forward(&ids, Some(&context))?;
+    let size = hidden.size()[2];
+    let rows = hidden.f_reshape([-1, size])?.f_index_select(0, &Tensor::f_from_slice(&at)?.f_to_device(device)?)?;
+    Ok((model.transformer.logits(&rows)?, Tensor::f_from_slice(&targets)?.f_to_device(device)?))
+}
+
+/// Looks at the references through the frozen model: E and sigma of their image tokens, and the hidden states of the
+/// initial words at the placeholder.
+fn anchors(model: &LuminaMgpt, spec: &TrainingSpec, references: &References) -> Result<Anchors, ModelError> {
+    let layers = spec.layers as usize;
+    let (mut sums, mut squares, mut count) = (vec![], vec![], 0i64);
+    for reference in references.centred() {
+        let layout = reference.layout(model, 0);
+        let mut ids = layout.ids.clone();
+        let first = ids.len() as i64;
+        ids.extend_from_slice(&reference.image);
+        let rows: Vec<i64> = (0..reference.image.len() as i64)
+            .filter(|&i| model.vocabulary.is_code(reference.image[i as usize]))
+            .map(|i| first + i)
+            .collect();
+        count += rows.len() as i64;
+        let rows = Tensor::f_from_slice(&rows)?.f_to_device(model.transformer.device())?;
+        observe_inputs(model, &ids, layers, &rows, |layer, rows| {
+            let sum = rows.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
+            let square = rows.f_square()?.f_mean_dim([1i64].as_slice(), false, Kind::Float)?.f_sum(Kind::Float)?;
+            if sums.len() <= layer {
+                sums.push(sum);
+                squares.push(square);
+            } else {
+                sums[layer] = sums[layer].f_add(&sum)?;
+                squares[layer] = squares[layer].f_add(&square)?;
+            }
+            Ok(())
+        })?;
+    }
+    let image = Tensor::f_stack(&sums, 0)?.f_div_scalar(count as f64)?.f_unsqueeze(1)?;
+    let image_scale = Tensor::f_stack(&squares, 0)?.f_div_scalar(count as f64)?.f_sqrt()?.f_view([-1, 1, 1])?;
+    let text = initial_text(model, spec, references)?;
+    let text_scale = text
+        .f_square()?
+        .f_mean_dim([1i64, 2].as_slice(), true, Kind::Float)?
+        .f_sqrt()?;
+    Ok(match spec.parametrisation {
+        Parametrisation::LayerRelative => Anchors { text, image, text_scale, image_scale },
+        Parametrisation::Absolute => {
+            let (text_scale, image_scale) = (text_scale.f_ones_like()?, image_scale.f_ones_like()?);
+            Anchors { text, image, text_scale, image_scale }
+        }
+    })
+}
+
+/// `[N, T, D]`: mean over the initial words of the frozen model's hidden states where the word stands at the placeholder.
+fn initial_text(model: &LuminaMgpt, spec: &TrainingSpec, references: &References) -> Result<Tensor, ModelError> {
+    let reference = references.centred().next().ok_or_else(|| ModelError::invalid("images", "are missing"))?;
+    let layout = reference.layout(model, 0);
+    let tokens = i64::from(spec.text_tokens);
+    let start = layout.text_at.concat().first().copied().ok_or_else(|| ModelError::invalid("prompt", "lacks the placeholder"))?;
+    let mut all = vec![Vec::new(); spec.layers as usize];
+    for word in spec.initial_words() {
+        let id = model.first_token_of(&word)?;
+        let mut ids = layout.ids.clone();
+        ids[start as usize..(start + tokens) as usize].fill(id);
+        let rows = Tensor::f_arange_start(start, start + tokens, (Kind::Int64, model.transformer.device()))?;
+        observe_inputs(model, &ids, spec.layers as usize, &rows, |layer, rows| {
+            all[layer].push(rows.shallow_clone());
+            Ok(())
+        })?;
+    }
+    let means = all
+        .iter()
+        .map(|layer| Ok(Tensor::f_stack(layer, 0)?.f_mean_dim([0i64].as_slice(), false, Kind::Float)?))
+        .collect::<Result<Vec<_>, ModelError>>()?;
+    Ok(Tensor::f_stack(&means, 0)?)
+}
+
+/// Calls `see` with the rows `[m, hidden]` (f32) of each of the first `layers` layers' inputs for one sequence.
+fn observe_inputs(
+    model: &LuminaMgpt,
+    ids: &[i64],
+    layers: usize,
+    rows: &Tensor,
+    mut see: impl FnMut(usize, &Tensor) -> Result<(), ModelError>,
+) -> Result<(), ModelError> {
+    let ids = Tensor::f_from_slice(ids)?.f_view([1, -1])?.f_to_device(model.transformer.device())?;
+    model.transformer.forward_observed(&ids, None, &mut |point, x| match point {
+        LayerPoint::Input(layer) if layer < layers => {
+            see(layer, &x.f_get(0)?.f_index_select(0, rows)?.f_to_kind(Kind::Float)?)
+        }
+        _ => Ok(()),
+    })?;
+    Ok(())
+}
+
+impl References {
+    /// The references of one optimizer step.
+    fn batch(&self, spec: &TrainingSpec, rng: &mut ChaCha8Rng) -> Vec<&Reference> {
+        let mut order: Vec<usize> = (0..self.len()).collect();
+        order.shuffle(rng);
+        let count = spec.batch_size as usize;
+        (0..count).take(count.min(if spec.augment { count } else { self.len() })).map(|index| {
+            let views = self.views(order[index % order.len()]);
+            &views[if spec.augment { rng.random_range(0..views.len()) } else { 0 }]
+        }).collect()
+    }
+}
