@@ -4,7 +4,14 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 
-use crate::pocket::tokenizer_training::{TokenizerRecipe, train_tokenizer};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::pocket::Corpus;
+use crate::pocket::measure::{measure_tokenizer, through};
+use crate::pocket::tokenizer_training::{TokenizerRecipe, train_tokenizer, trained_tokenizer};
+use crate::pocket::transformer_training::{TransformerRecipe, train_transformer, transformer_config};
+use crate::pocket::world::{Spec, contact_sheet, render};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum PocketCommand {
@@ -16,6 +23,35 @@ pub(super) enum PocketCommand {
         /// Optimizer steps.
         #[arg(long)]
         steps: Option<i64>,
+        /// Threads for libtorch.
+        #[arg(long, default_value_t = 2)]
+        threads: i32,
+    },
+    /// Measure the trained tokenizer on fresh pictures; writes a sheet of originals and what the tokenizer keeps of them.
+    MeasureTokenizer {
+        /// Folder of the tokenizer's results.
+        #[arg(long, default_value = "runs/pocket")]
+        dir: PathBuf,
+        /// File of parameters inside the folder: the result, or a checkpoint of a running training.
+        #[arg(long, default_value = "vqgan.safetensors")]
+        file: String,
+        #[arg(long, default_value_t = 5)]
+        seed: u64,
+        /// Contact sheet to write (PNG).
+        #[arg(long)]
+        sheet: Option<PathBuf>,
+    },
+    /// Train the transformer on the trained tokenizer's codes; continues where an interrupted run stopped.
+    TrainTransformer {
+        /// Folder of the tokenizer's results, of checkpoints and of this training's results.
+        #[arg(long, default_value = "runs/pocket")]
+        dir: PathBuf,
+        /// Optimizer steps.
+        #[arg(long)]
+        steps: Option<i64>,
+        /// Square pictures to draw and encode before training.
+        #[arg(long, default_value_t = 48_000)]
+        pictures: usize,
         /// Threads for libtorch.
         #[arg(long, default_value_t = 2)]
         threads: i32,
@@ -33,6 +69,21 @@ impl PocketCommand {
                     recipe.steps = steps;
                 }
                 Ok(train_tokenizer(&recipe, &dir)?)
+            }
+            Self::TrainTransformer {
+                dir,
+                steps,
+                pictures,
+                threads,
+            } => {
+                tch::set_num_threads(threads);
+                let vqgan = trained_tokenizer(&dir, "vqgan.safetensors")?;
+                let corpus = Corpus::prepare(&dir, &vqgan, pictures)?;
+                let mut recipe = TransformerRecipe::default();
+                if let Some(steps) = steps {
+                    recipe.steps = steps;
+                }
+                Ok(train_transformer(&recipe, &transformer_config(), &corpus, &dir)?)
             }
         }
     }

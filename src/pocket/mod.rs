@@ -1,10 +1,19 @@
 //! The small default model: a world that it draws itself, and the recipe that trains it.
 
+/// Measures of the tokenizer and the transformer on fresh pictures.
+pub mod measure;
 mod parameters;
+mod sequences;
 /// Trains the VQGAN.
 pub mod tokenizer_training;
+/// Trains the transformer.
+pub mod transformer_training;
+/// The vocabulary and its file.
+pub mod vocabulary;
 /// Classes, attributes, scenes, styles, captions, and how they are drawn.
 pub mod world;
+
+pub use sequences::Corpus;
 
 /// Rows of the pocket tokenizer's codebook.
 pub const IMAGE_CODES: i64 = 1024;

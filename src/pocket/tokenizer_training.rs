@@ -341,3 +341,23 @@ fn prefetch(recipe: TokenizerRecipe, from: i64) -> mpsc::Receiver<Vec<RgbPicture
     });
     receive
 }
+
+/// The trained tokenizer in `dir/name`, in f32.
+///
+/// # Errors
+/// When it is not there.
+pub fn trained_tokenizer(dir: &Path, name: &str) -> Result<Vqgan, ModelError> {
+    let file = dir.join(name);
+    if !file.exists() {
+        return Err(ModelError::file(
+            file,
+            "is not there; run `coar pocket train-tokenizer` first",
+        ));
+    }
+    let parameters = Parameters::default();
+    let config = tokenizer_config();
+    Vqgan::load(&config, &parameters)?;
+    let saved = load(&file)?;
+    parameters.restore(&|name| saved.get(name).map(Tensor::shallow_clone))?;
+    Vqgan::load(&config, &parameters)
+}

@@ -33,7 +33,14 @@ pub struct TransformerRecipe {
 
 impl Default for TransformerRecipe {
     fn default() -> Self {
-        Self { seed: 2, steps: 9000, batch: 16, learning_rate: 2.5e-3, caption_dropout: 0.1, slot_share: 0.35 }
+        Self {
+            seed: 2,
+            steps: 9000,
+            batch: 16,
+            learning_rate: 2.5e-3,
+            caption_dropout: 0.1,
+            slot_share: 0.35,
+        }
     }
 }
 
@@ -100,11 +107,20 @@ fn slot_contexts(batch: &Batch, statistics: &SlotStatistics, rng: &mut ChaCha8Rn
     let layers = (0..layers)
         .map(|layer| {
             let noise = Tensor::f_randn([n, hidden], (Kind::Float, Device::Cpu))?.f_mul(&spread)?;
-            let values = noise.f_mul(&statistics.deviation.f_get(layer)?)?.f_add(&statistics.mean.f_get(layer)?)?;
-            Ok(LayerContext { rows: rows.shallow_clone(), positions: positions.shallow_clone(), values })
+            let values = noise
+                .f_mul(&statistics.deviation.f_get(layer)?)?
+                .f_add(&statistics.mean.f_get(layer)?)?;
+            Ok(LayerContext {
+                rows: rows.shallow_clone(),
+                positions: positions.shallow_clone(),
+                values,
+            })
         })
         .collect::<Result<_, ModelError>>()?;
-    Ok(ContextBatch { layers, blocked: vec![] })
+    Ok(ContextBatch {
+        layers,
+        blocked: vec![],
+    })
 }
 
 fn statistics(network: &Transformer, batch: &Batch) -> Result<SlotStatistics, ModelError> {
@@ -113,14 +129,26 @@ fn statistics(network: &Transformer, batch: &Batch) -> Result<SlotStatistics, Mo
         network.forward_observed(&batch.ids, None, &mut |point, x| {
             if let LayerPoint::Input(_) = point {
                 let hidden = x.size()[2];
-                let rows = x.f_reshape([-1, hidden])?.f_index_select(0, &batch.image_at)?.f_to_kind(Kind::Float)?;
+                let rows = x
+                    .f_reshape([-1, hidden])?
+                    .f_index_select(0, &batch.image_at)?
+                    .f_to_kind(Kind::Float)?;
                 let center = rows.f_mean_dim([0i64].as_slice(), false, Kind::Float)?;
-                deviation.push(rows.f_sub(&center)?.f_square()?.f_mean(Kind::Float)?.f_sqrt()?.f_view([1])?);
+                deviation.push(
+                    rows.f_sub(&center)?
+                        .f_square()?
+                        .f_mean(Kind::Float)?
+                        .f_sqrt()?
+                        .f_view([1])?,
+                );
                 mean.push(center);
             }
             Ok(())
         })?;
-        Ok(SlotStatistics { mean: Tensor::f_stack(&mean, 0)?, deviation: Tensor::f_stack(&deviation, 0)? })
+        Ok(SlotStatistics {
+            mean: Tensor::f_stack(&mean, 0)?,
+            deviation: Tensor::f_stack(&deviation, 0)?,
+        })
     })
 }
 
@@ -166,8 +194,8 @@ pub fn train_transformer(
         optimizer.restore(&take)?;
         tracing::info!(step = optimizer.steps(), "continuing");
     }
-    let held_back = collate(&corpus.held_back(64, recipe.seed))?;
-    let (send, batches) = mpsc::sync_channel(4);
+    let held_back = collate(&corpus.held_back(64, recipe.seed)?)?;
+    let (send, batches) = mpsc::sync_channel::<(Result<Vec<Sequence>, ModelError>, ChaCha8Rng)>(4);
     let mut slots: Option<SlotStatistics> = None;
     let (mut saved_at, started, first_step) = (Instant::now(), Instant::now(), optimizer.steps());
     let (mut average, mut tokens) = (0.0, 0i64);
@@ -186,9 +214,8 @@ pub fn train_transformer(
         let batches = batches;
         while optimizer.steps() < recipe.steps {
             let step = optimizer.steps();
-            let (sequences, mut rng): (Vec<Sequence>, ChaCha8Rng) =
-                batches.recv().map_err(|_| ModelError::invalid("corpus", "ended"))?;
-            let batch = collate(&sequences)?;
+            let (sequences, mut rng) = batches.recv().map_err(|_| ModelError::invalid("corpus", "ended"))?;
+            let batch = collate(&sequences?)?;
             let network = Transformer::load(config, &parameters.cast(Kind::BFloat16, false))?;
             if slots.is_none() || step % STATISTICS_EVERY == 0 {
                 slots = Some(statistics(&network, &batch)?);
@@ -202,7 +229,11 @@ pub fn train_transformer(
             optimizer.clip(1.0)?;
             optimizer.step(learning_rate(recipe, step))?;
             let value = f64::try_from(&loss.detach())?;
-            average = if step == first_step { value } else { 0.98 * average + 0.02 * value };
+            average = if step == first_step {
+                value
+            } else {
+                0.98 * average + 0.02 * value
+            };
             tokens += batch.ids.numel() as i64;
             if step % 100 == 0 {
                 let rate = tokens as f64 / started.elapsed().as_secs_f64();
@@ -227,14 +258,50 @@ pub fn train_transformer(
 
 impl Corpus {
     /// One training batch: pictures of one size, captions drawn anew.
-    fn batch(&self, recipe: &TransformerRecipe, rng: &mut ChaCha8Rng) -> Vec<Sequence> {
-        let size = *self.sizes().choose_weighted(rng, |size| size.weight).unwrap_or(&self.sizes()[0]);
+    fn batch(&self, recipe: &TransformerRecipe, rng: &mut ChaCha8Rng) -> Result<Vec<Sequence>, ModelError> {
+        let size = *self
+            .sizes()
+            .choose_weighted(rng, |size| size.weight)
+            .unwrap_or(&self.sizes()[0]);
         (0..recipe.batch)
             .map(|_| {
-                let slots = if rng.random_bool(recipe.slot_share) { rng.random_range(1..=2) } else { 0 };
+                let slots = if rng.random_bool(recipe.slot_share) {
+                    rng.random_range(1..=2)
+                } else {
+                    0
+                };
                 let with_text = !rng.random_bool(recipe.caption_dropout);
                 self.sequence(size.index, with_text, slots, rng)
             })
             .collect()
+    }
+}
+
+/// The pocket transformer's shape.
+pub fn transformer_config() -> ModelConfig {
+    let vocabulary_map = super::vocabulary::vocabulary_map();
+    ModelConfig {
+        model_type: "chameleon".to_owned(),
+        architectures: vec!["ChameleonXLLMXForConditionalGeneration".to_owned()],
+        vocab_size: vocabulary_map.len() as i64,
+        hidden_size: 192,
+        intermediate_size: 512,
+        num_hidden_layers: 6,
+        num_attention_heads: 4,
+        num_key_value_heads: 4,
+        max_position_embeddings: 1024,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        swin_norm: false,
+        mask_image_logits: false,
+        model_parallel_size: 1,
+        attention_bias: false,
+        mlp_bias: false,
+        tie_word_embeddings: false,
+        rope_scaling: None,
+        hidden_act: "silu".to_owned(),
+        torch_dtype: Some("float16".to_owned()),
+        vocabulary_map,
+        target_size: Some(96),
     }
 }

@@ -49,8 +49,34 @@ pub struct TrainingSpec {
     pub prior_pictures: u32,
     /// Random crop offsets and mirrored references, instead of the centre crop alone.
     pub augment: bool,
+    /// Lets the learning rate fall linearly to a twentieth over the second half, instead of staying constant.
+    pub decay: bool,
+    /// Words at whose hidden states the text context tokens start (their mean); empty: the class noun, or "art".
+    #[serde(default)]
+    pub start_words: Vec<String>,
+    /// What else is to be seen in each reference, in words: after a subject's noun ("on the beach"), before a style's
+    /// "in ... style" ("a cat in the snow"). May be shorter than the references.
+    #[serde(default)]
+    pub captions: Vec<String>,
     pub seed: u64,
 }
+
+/// A field of a spec that is outside its limits.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{field}` {problem}")]
+pub struct SpecFault {
+    pub field: &'static str,
+    pub problem: String,
+}
+
+/// The most optimizer steps of one training.
+pub const STEPS_LIMIT: u32 = 20_000;
+/// The most context tokens of one kind per layer.
+pub const TOKENS_LIMIT: u32 = 16;
+/// The longest caption or class noun, in characters.
+pub const CAPTION_LIMIT: usize = 200;
+/// The most reference pictures.
+pub const PICTURES_LIMIT: usize = 10;
 
 impl TrainingSpec {
     /// The defaults of `preset` for a concept of `kind` on a model with `model_layers` decoder layers.
@@ -77,8 +103,12 @@ impl TrainingSpec {
             regularisation_weight: 5e-4,
             prior_pictures: 8,
             augment: false,
+            decay: false,
+            start_words: vec![],
+            captions: vec![],
             seed: 0,
         };
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
         match (preset, kind) {
             (Preset::Paper, ConceptKind::Subject) => base,
             (Preset::Paper, ConceptKind::Style) => Self {
@@ -92,6 +122,8 @@ impl TrainingSpec {
                 batch_size: 5,
                 text_tokens: 4,
                 parametrisation: Parametrisation::LayerRelative,
+                decay: true,
+                start_words: words(&POCKET_SUBJECT_WORDS),
                 ..base
             },
             (Preset::Pocket, ConceptKind::Style) => Self {
@@ -101,8 +133,161 @@ impl TrainingSpec {
                 text_tokens: 2,
                 parametrisation: Parametrisation::LayerRelative,
                 augment: true,
+                decay: true,
+                start_words: words(&POCKET_STYLE_WORDS),
                 ..base
             },
         }
+    }
+}
+
+/// Adjectives of the pocket world: a subject's text context tokens start at their mean.
+const POCKET_SUBJECT_WORDS: [&str; 13] = [
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+    "pink",
+    "brown",
+    "white",
+    "black",
+    "striped",
+    "dotted",
+    "checkered",
+];
+/// Words for styles of the pocket world.
+const POCKET_STYLE_WORDS: [&str; 7] = ["duotone", "neon", "line", "art", "blue", "brown", "white"];
+
+impl TrainingSpec {
+    /// Checks every field against its limits and the model's depth.
+    ///
+    /// # Errors
+    /// The first field outside its limits.
+    pub fn check(&self, model_layers: usize) -> Result<(), SpecFault> {
+        let fault = |field, problem: String| Err(SpecFault { field, problem });
+        if !crate::concept::is_slug(&self.name) {
+            return fault(
+                "name",
+                format!(
+                    "is `{}`; expected 1 to 63 of a-z, 0-9 and -, the first not a hyphen",
+                    self.name
+                ),
+            );
+        }
+        match (&self.class_noun, self.kind) {
+            (None, ConceptKind::Subject) => {
+                return fault("class", "is missing; a subject needs its noun, such as `dog`".into());
+            }
+            (Some(_), ConceptKind::Style) => return fault("class", "is only for subjects".into()),
+            _ => {}
+        }
+        for (field, text) in self
+            .class_noun
+            .iter()
+            .map(|noun| ("class", noun))
+            .chain(self.captions.iter().map(|c| ("captions", c)))
+        {
+            if text.chars().count() > CAPTION_LIMIT || (field == "class" && text.trim().is_empty()) {
+                return fault(
+                    field,
+                    format!("has {} characters; expected 1 to {CAPTION_LIMIT}", text.chars().count()),
+                );
+            }
+        }
+        for (field, value, low, high) in [
+            ("layers", self.layers, 1, model_layers as u32),
+            ("steps", self.steps, 1, STEPS_LIMIT),
+            ("batch_size", self.batch_size, 1, 64),
+            ("text_tokens", self.text_tokens, 1, TOKENS_LIMIT),
+            ("image_tokens", self.image_tokens, 0, TOKENS_LIMIT),
+            ("prior_pictures", self.prior_pictures, 0, 64),
+        ] {
+            if !(low..=high).contains(&value) {
+                return fault(field, format!("is {value}; expected {low} to {high}"));
+            }
+        }
+        for (field, value, high) in [
+            ("learning_rate", self.learning_rate, 1.0),
+            ("prior_weight", self.prior_weight, 100.0),
+            ("regularisation_weight", self.regularisation_weight, 100.0),
+        ] {
+            let positive = field != "learning_rate" || value > 0.0;
+            if !value.is_finite() || value < 0.0 || value > high || !positive {
+                return fault(field, format!("is {value}; expected a number above 0, at most {high}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The prompt of one reference, cut at the placeholder: text before and after it.
+    pub fn reference_prompt(&self, picture: usize) -> (String, String) {
+        let caption = self.captions.get(picture).map_or("", |caption| caption.trim());
+        match (&self.class_noun, self.kind) {
+            (Some(noun), ConceptKind::Subject) if caption.is_empty() => ("a photo of ".to_owned(), format!(" {noun}")),
+            (Some(noun), ConceptKind::Subject) => ("a photo of ".to_owned(), format!(" {noun} {caption}")),
+            _ if caption.is_empty() => ("a picture in ".to_owned(), " style".to_owned()),
+            _ => (format!("{caption} in "), " style".to_owned()),
+        }
+    }
+
+    /// The prompt of the class pictures; `None` for styles, which have no class to preserve.
+    pub fn class_prompt(&self) -> Option<String> {
+        self.class_noun.as_ref().map(|noun| format!("a photo of a {noun}"))
+    }
+
+    /// Words at which the text context tokens start.
+    pub fn initial_words(&self) -> Vec<String> {
+        match (&self.class_noun, self.start_words.is_empty()) {
+            (_, false) => self.start_words.clone(),
+            (Some(noun), true) => vec![noun.clone()],
+            (None, true) => vec!["art".to_owned()],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn subject() -> TrainingSpec {
+        TrainingSpec::preset(Preset::Paper, ConceptKind::Subject, "rex", Some("dog"), 32)
+    }
+
+    #[test]
+    fn the_paper_preset_has_the_papers_values() {
+        let spec = subject();
+        assert_eq!(
+            (
+                spec.layers,
+                spec.steps,
+                spec.text_tokens,
+                spec.image_tokens,
+                spec.batch_size
+            ),
+            (9, 1000, 1, 1, 1)
+        );
+        let style = TrainingSpec::preset(Preset::Paper, ConceptKind::Style, "ink", None, 32);
+        assert_eq!((style.layers, style.steps), (3, 600));
+        assert!(spec.check(32).is_ok() && style.check(32).is_ok());
+        assert_eq!(spec.class_prompt().as_deref(), Some("a photo of a dog"));
+        assert_eq!(style.class_prompt(), None);
+    }
+
+    #[test]
+    fn faults_name_the_field() {
+        let field = |change: fn(&mut TrainingSpec)| {
+            let mut spec = subject();
+            change(&mut spec);
+            spec.check(32).unwrap_err().field
+        };
+        assert_eq!(field(|s| s.name = "Rex!".into()), "name");
+        assert_eq!(field(|s| s.layers = 33), "layers");
+        assert_eq!(field(|s| s.steps = 0), "steps");
+        assert_eq!(field(|s| s.learning_rate = f64::NAN), "learning_rate");
+        assert_eq!(field(|s| s.learning_rate = 0.0), "learning_rate");
+        assert_eq!(field(|s| s.class_noun = None), "class");
+        assert_eq!(field(|s| s.image_tokens = 17), "image_tokens");
     }
 }
