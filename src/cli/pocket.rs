@@ -70,6 +70,32 @@ impl PocketCommand {
                 }
                 Ok(train_tokenizer(&recipe, &dir)?)
             }
+            Self::MeasureTokenizer { dir, file, seed, sheet } => {
+                let vqgan = trained_tokenizer(&dir, &file)?;
+                let measure = measure_tokenizer(&vqgan, seed, 64)?;
+                for (group, psnr) in &measure.psnr {
+                    println!("{group:<20} {psnr:6.2} dB");
+                }
+                println!("{:<20} {:6.1} %", "codes in use", 100.0 * measure.codes_used);
+                if let Some(sheet) = sheet {
+                    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+                    let originals: Vec<_> = (0..24).map(|_| render(&Spec::sample(&mut rng), 96, 96)).collect();
+                    let (redrawn, _) = through(&vqgan, &originals)?;
+                    let rows = originals
+                        .chunks(12)
+                        .zip(redrawn.chunks(12))
+                        .flat_map(|(a, b)| [a, b].concat());
+                    let picture = contact_sheet(&rows.collect::<Vec<_>>(), 12);
+                    image::save_buffer(
+                        sheet,
+                        &picture.rgb,
+                        picture.width,
+                        picture.height,
+                        image::ColorType::Rgb8,
+                    )?;
+                }
+                Ok(())
+            }
             Self::TrainTransformer {
                 dir,
                 steps,
