@@ -23,6 +23,9 @@ pub struct TokenizerRecipe {
     pub steps: i64,
     pub batch: usize,
     pub learning_rate: f64,
+    /// Steps in which some pictures have permuted or inverted channels, so that tones which the world's palette lacks
+    /// can be expressed too.
+    pub augmented_steps: i64,
     /// Steps of plain auto-encoding before the codebook is set by k-means.
     pub autoencoder_steps: i64,
 }
@@ -81,28 +84,28 @@ pub fn pixels(pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
         .f_contiguous()?)
 }
 
-/// The batch of training step `step`: world pictures, some with permuted or inverted channels so that tones which the
-/// world's palette lacks can still be expressed. One step in eight has another aspect ratio.
-fn draw_batch(seed: u64, step: i64, batch: usize) -> Vec<RgbPicture> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+/// The batch of training step `step`. One step in eight has another aspect ratio.
+fn draw_batch(recipe: &TokenizerRecipe, step: i64) -> Vec<RgbPicture> {
+    let mut rng = ChaCha8Rng::seed_from_u64(recipe.seed);
+    let augmented = step < recipe.augmented_steps;
     rng.set_stream(step as u64 + 1);
     let (width, height) = match rng.random_range(0..16) {
         0 => (128, 64),
         1 => (64, 128),
         _ => (96, 96),
     };
-    (0..batch)
+    (0..recipe.batch)
         .map(|_| {
             let spec = world::Spec::sample(&mut rng);
             let mut picture = world::render(&spec, width, height);
-            if rng.random_bool(0.12) {
+            if augmented && rng.random_bool(0.12) {
                 let shift = rng.random_range(1..3usize);
                 picture
                     .rgb
                     .chunks_exact_mut(3)
                     .for_each(|pixel| pixel.rotate_left(shift));
             }
-            if rng.random_bool(0.04) {
+            if augmented && rng.random_bool(0.04) {
                 picture.rgb.iter_mut().for_each(|value| *value = 255 - *value);
             }
             picture
@@ -334,7 +337,7 @@ fn prefetch(recipe: TokenizerRecipe, from: i64) -> mpsc::Receiver<Vec<RgbPicture
     let (send, receive) = mpsc::sync_channel(4);
     std::thread::spawn(move || {
         for step in from.. {
-            if send.send(draw_batch(recipe.seed, step, recipe.batch)).is_err() {
+            if send.send(draw_batch(&recipe, step)).is_err() {
                 return;
             }
         }
