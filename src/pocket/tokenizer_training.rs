@@ -34,9 +34,10 @@ impl Default for TokenizerRecipe {
     fn default() -> Self {
         Self {
             seed: 1,
-            steps: 9000,
+            steps: 12_000,
             batch: 8,
             learning_rate: 1.5e-3,
+            augmented_steps: 3000,
             autoencoder_steps: 300,
         }
     }
