@@ -1,1 +1,85 @@
-//! error
+//! Kinds of failure, shared by every room above the engine. Only `api` knows what they mean in HTTP.
+
+use std::borrow::Cow;
+
+/// What went wrong, in kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The caller's values cannot be used.
+    Invalid,
+    /// The body has a form that cannot be read.
+    UnsupportedMediaType,
+    NotFound,
+    MethodNotAllowed,
+    /// It collides with what is there; a retry does not help.
+    Conflict,
+    TooLarge,
+    /// Too much is waiting; a retry helps.
+    Overloaded,
+    /// Starting or stopping; a retry helps.
+    Unavailable,
+    Internal,
+}
+
+/// A failure as it is told to the caller: a stable code, a sentence, and where it applies the field and its limit.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    pub kind: ErrorKind,
+    pub code: &'static str,
+    pub message: String,
+    pub field: Option<Cow<'static, str>>,
+    pub limit: Option<u64>,
+}
+
+impl Error {
+    /// A failure of that kind.
+    pub fn new(kind: ErrorKind, code: &'static str, message: impl Into<String>) -> Self {
+        Self { kind, code, message: message.into(), field: None, limit: None }
+    }
+
+    /// A field of the request that cannot be used; the sentence begins with the field's name.
+    pub fn field(code: &'static str, field: impl Into<Cow<'static, str>>, problem: impl AsRef<str>) -> Self {
+        let field = field.into();
+        let message = format!("`{field}` {}", problem.as_ref());
+        Self { kind: ErrorKind::Invalid, code, message, field: Some(field), limit: None }
+    }
+
+    /// The same failure as another kind.
+    pub fn of_kind(mut self, kind: ErrorKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// The same failure with the limit that was exceeded.
+    pub fn limit(mut self, limit: u64) -> Self {
+        self.limit = Some(limit);
+        self
+    }
+
+    /// A failure of the server's own; the cause is logged here and not told.
+    pub fn internal(cause: impl std::fmt::Display) -> Self {
+        tracing::error!(%cause, "internal error");
+        Self::new(ErrorKind::Internal, "internal_error", "The server failed; its log has the cause under this request's id.")
+    }
+}
+
+impl From<crate::engine::EngineError> for Error {
+    fn from(error: crate::engine::EngineError) -> Self {
+        use crate::engine::EngineError;
+        match error {
+            EngineError::Invalid { field, problem } => Self::field("invalid_value", field, problem),
+            EngineError::Overloaded { limit } => {
+                Self::new(ErrorKind::Overloaded, "overloaded", "Too many requests are waiting; try again soon.").limit(limit as u64)
+            }
+            EngineError::Stopped => Self::new(ErrorKind::Unavailable, "stopping", "The server is stopping."),
+            EngineError::Device(cause) => Self::internal(cause),
+        }
+    }
+}
+
+impl From<crate::training::SpecFault> for Error {
+    fn from(fault: crate::training::SpecFault) -> Self {
+        Self::field("invalid_value", fault.field, fault.problem)
+    }
+}

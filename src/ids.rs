@@ -1,1 +1,70 @@
-//! ids
+//! Typed identifiers: UUIDv7 behind a prefix, so that they sort by time and cannot be mixed up.
+
+use std::fmt;
+use std::str::FromStr;
+
+use uuid::Uuid;
+
+/// A text that is not an identifier of the wanted type.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("is not an identifier of the form `{0}…`")]
+pub struct InvalidId(&'static str);
+
+macro_rules! ids {
+    ($($(#[$doc:meta])* $name:ident = $prefix:literal),+ $(,)?) => { $(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(Uuid);
+
+        impl $name {
+            /// A new identifier.
+            pub fn new() -> Self {
+                Self(Uuid::now_v7())
+            }
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self::new()
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!($prefix, "_{}"), self.0.simple())
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = InvalidId;
+
+            fn from_str(text: &str) -> Result<Self, InvalidId> {
+                let invalid = InvalidId(concat!($prefix, "_"));
+                let uuid = text.strip_prefix(concat!($prefix, "_")).ok_or_else(|| invalid.clone())?;
+                Uuid::try_parse(uuid).map(Self).map_err(|_| invalid)
+            }
+        }
+    )+ };
+}
+
+ids! {
+    /// A concept, over all its versions.
+    ConceptId = "concept",
+    /// One training of a concept.
+    TrainingId = "training",
+    /// A generated picture.
+    ImageId = "image",
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identifiers_read_back_and_types_do_not_mix() {
+        let id = ConceptId::new();
+        assert_eq!(id.to_string().parse(), Ok(id));
+        assert!(id.to_string().parse::<TrainingId>().is_err());
+        assert!("concept_xyz".parse::<ConceptId>().is_err());
+    }
+}

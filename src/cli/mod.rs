@@ -1,6 +1,8 @@
 //! The command line: one file per command.
 
+mod model;
 mod pocket;
+mod serve;
 
 use clap::{Parser, Subcommand};
 
@@ -14,6 +16,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Serve the HTTP API: register concepts, train them, draw pictures.
+    Serve(serve::ServeArgs),
     /// Draw the pocket model's world, train the pocket model, measure it.
     #[command(subcommand)]
     Pocket(pocket::PocketCommand),
@@ -26,6 +30,7 @@ impl Cli {
     /// What the command could not do, and what to do about it.
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
+            Command::Serve(args) => args.run(),
             Command::Pocket(command) => command.run(),
         }
     }

@@ -8,6 +8,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::pocket::Corpus;
+use crate::pocket::checkpoint::write_checkpoint;
 use crate::pocket::measure::{measure_tokenizer, through};
 use crate::pocket::tokenizer_training::{TokenizerRecipe, train_tokenizer, trained_tokenizer};
 use crate::pocket::transformer_training::{TransformerRecipe, train_transformer, transformer_config};
@@ -40,6 +41,15 @@ pub(super) enum PocketCommand {
         /// Contact sheet to write (PNG).
         #[arg(long)]
         sheet: Option<PathBuf>,
+    },
+    /// Write a checkpoint folder in the layout of the real ones from the training results.
+    WriteCheckpoint {
+        /// Folder of the training results.
+        #[arg(long, default_value = "runs/pocket")]
+        dir: PathBuf,
+        /// Folder to write.
+        #[arg(long, default_value = "assets/pocket")]
+        out: PathBuf,
     },
     /// Train the transformer on the trained tokenizer's codes; continues where an interrupted run stopped.
     TrainTransformer {
@@ -96,6 +106,7 @@ impl PocketCommand {
                 }
                 Ok(())
             }
+            Self::WriteCheckpoint { dir, out } => Ok(write_checkpoint(&dir, &out)?),
             Self::TrainTransformer {
                 dir,
                 steps,

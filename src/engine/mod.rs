@@ -1,9 +1,33 @@
-//! The device thread and its door.
+//! The device thread and its door. One process has one device; the thread is the model's only owner.
 
 mod command;
 mod handle;
+mod plan;
+mod thread;
 
 pub use command::{
     ConceptUse, EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingProgress, TrainingRequest,
 };
 pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStream};
+pub use plan::{PlannedConcept, plan_sequence};
+pub use thread::{EngineOptions, start};
+
+/// Makes libtorch's CUDA part available where it is installed beside the CPU part: the linker leaves it out of the
+/// binary, so that one binary serves machines with and without it.
+pub fn load_cuda() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the library's initialisers only register kernels with libtorch, which is loaded already.
+        let opened = unsafe {
+            libloading::os::unix::Library::open(
+                Some("libtorch_cuda.so"),
+                libloading::os::unix::RTLD_NOW | libloading::os::unix::RTLD_GLOBAL,
+            )
+        };
+        match opened {
+            // Never unloaded: its kernels stay registered.
+            Ok(library) => std::mem::forget(library),
+            Err(error) => tracing::debug!(%error, "libtorch has no CUDA part here"),
+        }
+    });
+}

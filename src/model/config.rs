@@ -52,6 +52,9 @@ pub struct ModelConfig {
     /// file, where only the repository's name tells it; written by `coar pocket train`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_size: Option<u32>,
+    /// Which defaults of concept training fit the checkpoint ("pocket"); not a field of the reference's file either.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub concept_preset: Option<String>,
 }
 
 fn default_max_positions() -> i64 {

@@ -1,5 +1,7 @@
 //! The small default model: a world that it draws itself, and the recipe that trains it.
 
+/// The checkpoint folder: written, shipped, unpacked.
+pub mod checkpoint;
 /// Measures of the tokenizer and the transformer on fresh pictures.
 pub mod measure;
 mod parameters;

@@ -303,5 +303,6 @@ pub fn transformer_config() -> ModelConfig {
         torch_dtype: Some("float16".to_owned()),
         vocabulary_map,
         target_size: Some(96),
+        concept_preset: Some("pocket".to_owned()),
     }
 }

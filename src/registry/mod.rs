@@ -1,1 +1,124 @@
-//! registry
+//! Everything that must survive: a database for facts, a content-addressed store for bytes.
+//!
+//! No tensors and no engine in this room. Writing transactions begin IMMEDIATE: a reader that turns writer would not
+//! wait for the busy timeout.
+
+/// Bytes by their hash.
+pub mod blobs;
+mod concepts;
+mod images;
+mod trainings;
+
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+
+pub use blobs::{BlobError, Blobs};
+pub use concepts::{Concept, NewConcept};
+pub use images::StoredImage;
+pub use trainings::{ATTEMPTS, Claimed, Progress, Training, TrainingStatus};
+
+/// Why the registry could not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// Another concept has the name.
+    #[error("the name `{0}` is taken")]
+    NameTaken(String),
+    /// The lease is no longer held: somebody else works on the training, or it was cancelled or deleted.
+    #[error("the lease of the training is lost")]
+    LeaseLost,
+    #[error("the data folder {0} is in use by another server")]
+    InUse(String),
+    #[error("database: {0}")]
+    Database(#[from] sqlx::Error),
+    #[error("database migration: {0}")]
+    Migration(#[from] sqlx::migrate::MigrateError),
+    #[error("blob store: {0}")]
+    Blob(#[from] BlobError),
+    #[error("a row of the database cannot be read: {0}")]
+    Row(String),
+    #[error("{0}: {1}")]
+    File(String, std::io::Error),
+}
+
+/// Database and blob store of one data folder.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    pool: SqlitePool,
+    pub blobs: Blobs,
+}
+
+/// How long a statement waits for another writer.
+const BUSY: Duration = Duration::from_secs(20);
+
+/// Milliseconds since 1970, UTC.
+pub fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+}
+
+impl Registry {
+    /// Opens the data folder, creating what is missing, and brings its database to this version's schema.
+    ///
+    /// # Errors
+    /// When the folder cannot be written or its database is of a newer version.
+    pub async fn open(dir: &Path) -> Result<Self, RegistryError> {
+        std::fs::create_dir_all(dir).map_err(|error| RegistryError::File(dir.display().to_string(), error))?;
+        let options = SqliteConnectOptions::new()
+            .filename(dir.join("coar.sqlite"))
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            // What was acknowledged survives a power cut too.
+            .synchronous(SqliteSynchronous::Full)
+            .foreign_keys(true)
+            .busy_timeout(BUSY);
+        let pool = SqlitePoolOptions::new().max_connections(8).connect_with(options).await?;
+        sqlx::migrate!("migrations/sqlite").run(&pool).await?;
+        Ok(Self { pool, blobs: Blobs::open(&dir.join("blobs"))? })
+    }
+
+    async fn write(&self) -> Result<sqlx::Transaction<'static, sqlx::Sqlite>, RegistryError> {
+        Ok(self.pool.begin_with("BEGIN IMMEDIATE").await?)
+    }
+
+    /// Removes blobs that no row refers to any more.
+    ///
+    /// # Errors
+    /// When the database or the store fails.
+    pub async fn remove_unreferenced(&self, hashes: &[String]) -> Result<(), RegistryError> {
+        for hash in hashes {
+            let (count,): (i64,) = sqlx::query_as(
+                "SELECT (SELECT count(*) FROM concept_pictures WHERE blob = $1) + (SELECT count(*) FROM concepts WHERE version = $1)
+                 + (SELECT count(*) FROM trainings WHERE checkpoint = $1) + (SELECT count(*) FROM images WHERE blob = $1)",
+            )
+            .bind(hash)
+            .fetch_one(&self.pool)
+            .await?;
+            if count == 0 {
+                self.blobs.remove(hash).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Marks a data folder as in use by this process, until dropped or the process ends, however it ends.
+#[derive(Debug)]
+pub struct DataLock {
+    _file: std::fs::File,
+}
+
+impl DataLock {
+    /// # Errors
+    /// When another server holds it.
+    pub fn take(dir: &Path) -> Result<Self, RegistryError> {
+        let fault = |error| RegistryError::File(dir.display().to_string(), error);
+        std::fs::create_dir_all(dir).map_err(fault)?;
+        let file = std::fs::File::create(dir.join("server.lock")).map_err(fault)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(std::fs::TryLockError::WouldBlock) => Err(RegistryError::InUse(dir.display().to_string())),
+            Err(std::fs::TryLockError::Error(error)) => Err(fault(error)),
+        }
+    }
+}

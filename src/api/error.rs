@@ -1,0 +1,83 @@
+//! The one place that knows status codes, and the one JSON shape of errors: the OpenAI envelope with more facts in it.
+
+use axum::extract::Request;
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+use uuid::Uuid;
+
+use crate::error::{Error, ErrorKind};
+
+/// An error as an answer.
+#[derive(Debug)]
+pub(crate) struct ApiError(pub Error);
+
+impl<E: Into<Error>> From<E> for ApiError {
+    fn from(error: E) -> Self {
+        Self(error.into())
+    }
+}
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+/// Seconds after which an overloaded or starting server is worth another try.
+const RETRY_AFTER: HeaderValue = HeaderValue::from_static("2");
+
+fn status(kind: ErrorKind) -> (StatusCode, &'static str) {
+    match kind {
+        ErrorKind::Invalid => (StatusCode::BAD_REQUEST, "invalid_request_error"),
+        ErrorKind::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error"),
+        ErrorKind::NotFound => (StatusCode::NOT_FOUND, "invalid_request_error"),
+        ErrorKind::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error"),
+        ErrorKind::Conflict => (StatusCode::CONFLICT, "invalid_request_error"),
+        ErrorKind::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error"),
+        ErrorKind::Overloaded => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error"),
+        ErrorKind::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "server_error"),
+        ErrorKind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "server_error"),
+    }
+}
+
+tokio::task_local! {
+    static REQUEST: String;
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let Self(error) = self;
+        let (status, kind) = status(error.kind);
+        let request_id = REQUEST.try_with(Clone::clone).ok();
+        let body = json!({"error": {
+            "type": kind,
+            "code": error.code,
+            "message": error.message,
+            "param": error.field,
+            "limit": error.limit,
+            "request_id": request_id,
+        }});
+        let mut response = (status, axum::Json(body)).into_response();
+        let headers = response.headers_mut();
+        match error.kind {
+            ErrorKind::Overloaded | ErrorKind::Unavailable => drop(headers.insert(header::RETRY_AFTER, RETRY_AFTER)),
+            // Clients that retry conflicts by default would only wait for nothing.
+            ErrorKind::Conflict => drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"))),
+            _ => {}
+        }
+        response
+    }
+}
+
+/// Takes over the caller's request id where it is plain, else makes one; answers carry it, errors name it.
+pub(super) async fn with_request_id(request: Request, next: Next) -> Response {
+    let given = request.headers().get(&REQUEST_ID).and_then(|value| value.to_str().ok());
+    let plain = |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(&b));
+    let id = given.filter(plain).map_or_else(|| Uuid::now_v7().to_string(), str::to_owned);
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let begun = std::time::Instant::now();
+    let mut response = REQUEST.scope(id.clone(), next.run(request)).await;
+    tracing::info!(%method, path, status = response.status().as_u16(), ms = begun.elapsed().as_millis() as u64, request_id = id, "http");
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}

@@ -1,0 +1,104 @@
+//! Bytes by their SHA-256: written once, verified at each read.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as Key;
+use object_store::{ObjectStore, ObjectStoreExt};
+use sha2::{Digest, Sha256};
+
+/// Why bytes could not be stored or read.
+#[derive(Debug, thiserror::Error)]
+pub enum BlobError {
+    #[error("no blob {0}")]
+    Missing(String),
+    #[error("blob {0} is damaged: its content has another hash")]
+    Damaged(String),
+    #[error(transparent)]
+    Store(#[from] object_store::Error),
+    #[error("{0}: {1}")]
+    File(String, std::io::Error),
+}
+
+/// The store.
+#[derive(Debug, Clone)]
+pub struct Blobs {
+    store: Arc<dyn ObjectStore>,
+}
+
+/// Hex SHA-256.
+pub fn content_hash(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
+}
+
+fn key(hash: &str) -> Key {
+    Key::from(format!("{}/{}", hash.get(..2).unwrap_or("__"), hash))
+}
+
+impl Blobs {
+    /// A store in a local folder, which is created.
+    ///
+    /// # Errors
+    /// When the folder cannot be created.
+    pub fn open(dir: &Path) -> Result<Self, BlobError> {
+        std::fs::create_dir_all(dir).map_err(|error| BlobError::File(dir.display().to_string(), error))?;
+        let store = LocalFileSystem::new_with_prefix(dir)?.with_automatic_cleanup(true).with_fsync(true);
+        Ok(Self { store: Arc::new(store) })
+    }
+
+    /// Stores bytes and returns their hash; storing the same bytes again changes nothing.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn put(&self, bytes: Bytes) -> Result<String, BlobError> {
+        let hash = content_hash(&bytes);
+        self.store.put(&key(&hash), bytes.into()).await?;
+        Ok(hash)
+    }
+
+    /// The bytes of a hash, verified.
+    ///
+    /// # Errors
+    /// When they are absent or damaged.
+    pub async fn get(&self, hash: &str) -> Result<Bytes, BlobError> {
+        let bytes = match self.store.get(&key(hash)).await {
+            Ok(found) => found.bytes().await?,
+            Err(object_store::Error::NotFound { .. }) => return Err(BlobError::Missing(hash.to_owned())),
+            Err(error) => return Err(error.into()),
+        };
+        if content_hash(&bytes) == hash { Ok(bytes) } else { Err(BlobError::Damaged(hash.to_owned())) }
+    }
+
+    /// Removes bytes; absent ones are no error.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn remove(&self, hash: &str) -> Result<(), BlobError> {
+        match self.store.delete(&key(hash)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn bytes_are_found_by_hash_and_damage_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(dir.path()).unwrap();
+        let hash = blobs.put(Bytes::from_static(b"abc")).await.unwrap();
+        assert_eq!(hash, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(blobs.put(Bytes::from_static(b"abc")).await.unwrap(), hash);
+        assert_eq!(blobs.get(&hash).await.unwrap(), "abc");
+        std::fs::write(dir.path().join("ba").join(&hash), b"abd").unwrap();
+        assert!(matches!(blobs.get(&hash).await, Err(BlobError::Damaged(_))));
+        blobs.remove(&hash).await.unwrap();
+        blobs.remove(&hash).await.unwrap();
+        assert!(matches!(blobs.get(&hash).await, Err(BlobError::Missing(_))));
+    }
+}
