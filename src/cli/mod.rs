@@ -1,8 +1,15 @@
 //! The command line: one file per command.
 
+mod bench;
+mod concept;
+mod eval;
+mod generate;
+mod inspect;
+mod local;
 mod model;
 mod pocket;
 mod serve;
+mod train;
 
 use clap::{Parser, Subcommand};
 
@@ -18,6 +25,18 @@ pub struct Cli {
 enum Command {
     /// Serve the HTTP API: register concepts, train them, draw pictures.
     Serve(serve::ServeArgs),
+    Train(train::TrainArgs),
+    Generate(generate::GenerateArgs),
+    /// List, show, export, import, verify or delete concepts.
+    #[command(subcommand)]
+    Concept(concept::ConceptCommand),
+    Inspect(inspect::InspectArgs),
+    /// Measure speed and memory; make checkpoints of random weights for it.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+    /// Measure fidelity and prompt following.
+    #[command(subcommand)]
+    Eval(eval::EvalCommand),
     /// Draw the pocket model's world, train the pocket model, measure it.
     #[command(subcommand)]
     Pocket(pocket::PocketCommand),
@@ -31,6 +50,12 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
             Command::Serve(args) => args.run(),
+            Command::Train(args) => args.run(),
+            Command::Generate(args) => args.run(),
+            Command::Concept(command) => command.run(),
+            Command::Inspect(args) => args.run(),
+            Command::Bench(command) => command.run(),
+            Command::Eval(command) => command.run(),
             Command::Pocket(command) => command.run(),
         }
     }

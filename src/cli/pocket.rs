@@ -7,6 +7,7 @@ use clap::Subcommand;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use crate::eval::judge::train_judge;
 use crate::pocket::Corpus;
 use crate::pocket::checkpoint::write_checkpoint;
 use crate::pocket::measure::{measure_tokenizer, through};
@@ -41,6 +42,17 @@ pub(super) enum PocketCommand {
         /// Contact sheet to write (PNG).
         #[arg(long)]
         sheet: Option<PathBuf>,
+    },
+    /// Train the judge of `coar eval pocket` on the trained tokenizer's pictures.
+    TrainJudge {
+        /// Folder of the tokenizer's results; the judge is written there.
+        #[arg(long, default_value = "runs/pocket")]
+        dir: PathBuf,
+        #[arg(long, default_value_t = 3000)]
+        steps: i64,
+        /// Threads for libtorch.
+        #[arg(long, default_value_t = 2)]
+        threads: i32,
     },
     /// Write a checkpoint folder in the layout of the real ones from the training results.
     WriteCheckpoint {
@@ -103,6 +115,14 @@ impl PocketCommand {
                         picture.height,
                         image::ColorType::Rgb8,
                     )?;
+                }
+                Ok(())
+            }
+            Self::TrainJudge { dir, steps, threads } => {
+                tch::set_num_threads(threads);
+                let vqgan = trained_tokenizer(&dir, "vqgan.safetensors")?;
+                for (head, accuracy) in train_judge(&vqgan, steps, &dir.join("judge.safetensors"))? {
+                    println!("{head:<10} {accuracy:.3}");
                 }
                 Ok(())
             }

@@ -1,1 +1,13 @@
-//! eval
+//! Measures of fidelity and prompt following on the pocket world.
+
+mod compositions;
+/// A small network that recognises what the world draws.
+pub mod judge;
+mod measures;
+mod report;
+mod run;
+mod styles;
+mod subjects;
+
+pub use report::{Report, Row};
+pub use run::{EvalOptions, evaluate};

@@ -4,7 +4,8 @@
 pub mod checkpoint;
 /// Measures of the tokenizer and the transformer on fresh pictures.
 pub mod measure;
-mod parameters;
+/// Trainable parameters and their files.
+pub(crate) mod parameters;
 mod sequences;
 /// Trains the VQGAN.
 pub mod tokenizer_training;

@@ -9,6 +9,7 @@ mod references;
 pub mod spec;
 mod trainer;
 
+pub use losses::next_token;
 pub use references::{Reference, References};
 pub use spec::{Preset, SpecFault, TrainingSpec};
 pub use trainer::{Advance, StepLosses, Trainer, reference_loss, token_logits};

@@ -1,0 +1,153 @@
+//! `coar concept list|show|export|import|verify|delete`
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+
+use super::local::{DataArgs, block_on, existing_registry, service};
+use super::model::ModelArgs;
+use crate::concept::ConceptFile;
+use crate::registry::Registry;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ConceptCommand {
+    /// Every concept of the data folder.
+    List {
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// What one concept is: its header, its size, how it was trained. Takes a name, or a file.
+    Show {
+        /// Name of a concept in the data folder, or path of a concept file.
+        concept: String,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Write a concept's file, to keep it or to give it away.
+    Export {
+        name: String,
+        /// Default: NAME.safetensors
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Take a concept file into the data folder. It must have been trained on the same base model.
+    Import {
+        file: PathBuf,
+        /// Default: the name in the file.
+        #[arg(long)]
+        name: Option<String>,
+        #[command(flatten)]
+        data: DataArgs,
+        #[command(flatten)]
+        model: ModelArgs,
+    },
+    /// Read every concept back: file present, undamaged, well-formed.
+    Verify {
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Remove a concept with its pictures and tensors.
+    Delete {
+        name: String,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+}
+
+async fn read(registry: &Registry, name: &str) -> anyhow::Result<bytes::Bytes> {
+    let concept = registry.concept(name).await?;
+    let concept = concept.ok_or_else(|| anyhow::anyhow!("there is no concept `{name}`; `coar concept list` shows what there is"))?;
+    let version = concept.version.ok_or_else(|| anyhow::anyhow!("the concept `{name}` is not trained yet"))?;
+    Ok(registry.blobs.get(&version).await?)
+}
+
+impl ConceptCommand {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        block_on(async {
+            match self {
+                Self::List { data } => list(&data).await,
+                Self::Show { concept, data } => show(&concept, &data).await,
+                Self::Export { name, out, data } => {
+                    let bytes = read(&existing_registry(&data.data).await?, &name).await?;
+                    let out = out.unwrap_or_else(|| format!("{name}.safetensors").into());
+                    std::fs::write(&out, &bytes)?;
+                    println!("{} ({} bytes)", out.display(), bytes.len());
+                    Ok(())
+                }
+                Self::Import { file, name, data, model } => {
+                    let bytes = std::fs::read(&file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
+                    let view = service(&data, &model).await?.import_concept(bytes.into(), name).await?;
+                    println!("{name} is ready: write <{name}> in a prompt", name = view.concept.name);
+                    Ok(())
+                }
+                Self::Verify { data } => verify(&data).await,
+                Self::Delete { name, data } => {
+                    let deleted = existing_registry(&data.data).await?.delete_concept(&name).await?;
+                    anyhow::ensure!(deleted, "there is no concept `{name}`; `coar concept list` shows what there is");
+                    println!("{name} is deleted");
+                    Ok(())
+                }
+            }
+        })
+    }
+}
+
+async fn list(data: &DataArgs) -> anyhow::Result<()> {
+    let registry = existing_registry(&data.data).await?;
+    println!("{:<20} {:<8} {:<12} {:<10} VERSION", "NAME", "KIND", "CLASS", "STATUS");
+    for concept in registry.concepts().await? {
+        let status = match (&concept.version, registry.latest_training(concept.id).await?) {
+            (Some(_), _) => "ready",
+            (None, Some(training)) => training.status.as_str(),
+            (None, None) => "empty",
+        };
+        let version = concept.version.as_deref().map_or("-", |version| &version[..12]);
+        let class = concept.class_noun.as_deref().unwrap_or("-");
+        println!("{:<20} {:<8} {class:<12} {status:<10} {version}", concept.name, concept.kind.as_str());
+    }
+    Ok(())
+}
+
+async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
+    let file = PathBuf::from(concept);
+    let bytes = match file.is_file() {
+        true => std::fs::read(&file)?.into(),
+        false => read(&existing_registry(&data.data).await?, concept).await?,
+    };
+    let parsed = ConceptFile::from_bytes(&bytes)?;
+    let (header, tensors) = (&parsed.header, &parsed.tensors);
+    println!("name         {}", header.name);
+    println!("kind         {}", header.kind.as_str());
+    println!("class        {}", header.class_noun.as_deref().unwrap_or("-"));
+    println!("method       {}", header.method);
+    println!("layers       {} of hidden size {}", tensors.layers, tensors.hidden);
+    println!("tokens       {} text, {} image, per layer", tensors.text_tokens, tensors.image_tokens);
+    println!("parameters   {} ({} bytes in the file)", tensors.parameters(), bytes.len());
+    println!("base model   {}", header.base_model);
+    println!("losses       {}", serde_json::to_string(&header.losses)?);
+    println!("settings     {}", serde_json::to_string(&header.spec)?);
+    Ok(())
+}
+
+async fn verify(data: &DataArgs) -> anyhow::Result<()> {
+    let registry = existing_registry(&data.data).await?;
+    let mut faults = 0;
+    for concept in registry.concepts().await? {
+        let Some(version) = &concept.version else { continue };
+        let verdict = match registry.blobs.get(version).await {
+            Ok(bytes) => ConceptFile::from_bytes(&bytes).map(drop).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        match verdict {
+            Ok(()) => println!("ok    {}", concept.name),
+            Err(problem) => {
+                faults += 1;
+                println!("FAIL  {}: {problem}", concept.name);
+            }
+        }
+    }
+    anyhow::ensure!(faults == 0, "{faults} concepts cannot be read; train them again, or import them from a backup");
+    Ok(())
+}

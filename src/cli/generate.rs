@@ -1,0 +1,110 @@
+//! `coar generate`
+
+use std::path::PathBuf;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::local::{DataArgs, block_on, service};
+use super::model::ModelArgs;
+use crate::engine::GenerationEvent;
+use crate::picture::{OutputFormat, encode};
+use crate::service::GenerateInput;
+
+/// Draw pictures, without a server.
+///
+/// A plain prompt:     coar generate "a photo of a red cat in the snow"
+/// With a subject:     coar generate "a photo of <rex> cat on the beach"
+/// Subject and style:  coar generate "a photo of <rex> cat in <blueprint> style"
+///
+/// The same seed and settings draw the same picture.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct GenerateArgs {
+    /// What to draw; concepts are written as <name>.
+    prompt: String,
+    /// How many pictures.
+    #[arg(short = 'n', long, default_value_t = 1)]
+    count: u32,
+    /// WIDTHxHEIGHT in pixels, from the model's list (`coar inspect` prints it). Default: its square size.
+    #[arg(long)]
+    size: Option<String>,
+    /// Default: random; it is printed.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How strongly the prompt counts; 1 switches guidance off.
+    #[arg(long)]
+    guidance_scale: Option<f64>,
+    /// 0 takes the most likely code every time.
+    #[arg(long)]
+    temperature: Option<f64>,
+    /// Codes to choose from at each step.
+    #[arg(long)]
+    top_k: Option<u32>,
+    /// Lets concepts in one prompt see each other; to measure what the identity mask does.
+    #[arg(long)]
+    no_identity_mask: bool,
+    /// Folder for the pictures.
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+impl GenerateArgs {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        block_on(self.generate())
+    }
+
+    async fn generate(self) -> anyhow::Result<()> {
+        let size = match &self.size {
+            None => None,
+            Some(text) => Some(
+                text.split_once('x')
+                    .and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)))
+                    .ok_or_else(|| anyhow::anyhow!("--size is `{text}`; expected WIDTHxHEIGHT, such as 96x96"))?,
+            ),
+        };
+        let service = service(&self.data, &self.model).await?;
+        let request = service
+            .plan(GenerateInput {
+                prompt: self.prompt.clone(),
+                count: Some(self.count),
+                size,
+                seed: self.seed,
+                guidance_scale: self.guidance_scale,
+                temperature: self.temperature,
+                top_k: self.top_k,
+                identity_mask: Some(!self.no_identity_mask),
+            })
+            .await?;
+        std::fs::create_dir_all(&self.out)?;
+        let seed = request.seed;
+        let mut stream = service.engine.generate(request)?;
+        let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template("drawing {wide_bar} {pos}/{len}  eta {eta}")?);
+        while let Some(event) = stream.next().await {
+            match event {
+                GenerationEvent::Started => {}
+                GenerationEvent::Progress { done, total } => {
+                    bar.set_length(total.into());
+                    bar.set_position(done.into());
+                }
+                GenerationEvent::Picture { index, picture } => {
+                    let file = self.out.join(format!("coar-{seed}-{index}.png"));
+                    let text = [("coar", serde_json::json!({"seed": seed, "index": index}).to_string())];
+                    std::fs::write(&file, encode(&picture, OutputFormat::Png, &text)?)?;
+                    bar.suspend(|| println!("{}", file.display()));
+                }
+                GenerationEvent::Done { .. } => {
+                    bar.finish_and_clear();
+                    println!("seed {seed}");
+                    return Ok(());
+                }
+                GenerationEvent::Failed(error) => return Err(error.into()),
+            }
+        }
+        anyhow::bail!("the engine stopped before the pictures were done")
+    }
+}

@@ -1,0 +1,120 @@
+//! Subject and style in one prompt, without training: identity mask on and off.
+//!
+//! With N = all layers the context positions are overwritten at every layer's input, so what they attend to cannot
+//! matter; the mask is measured with concepts of half the layers.
+
+use serde_json::{Map, json};
+
+use super::judge::{HEADS, answers, as_drawn};
+use super::measures::palette_similarity;
+use super::report::{Report, Row};
+use super::run::{Run, SIZE, Trained, accuracy, values, with_overrides};
+use super::styles::StyleCase;
+use super::subjects::Subject;
+use crate::concept::{ConceptFile, ConceptKind};
+use crate::model::ModelError;
+use crate::pocket::world::{Scene, render, scene_phrase};
+
+/// Subjects that take part.
+const SUBJECTS: usize = 4;
+
+impl Run<'_> {
+    pub(super) fn compositions(
+        &self,
+        report: &mut Report,
+        subjects: &[(Subject, Trained)],
+        styles: &[StyleCase],
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<(), ModelError> {
+        let half = (self.model.transformer.config().num_hidden_layers / 2).max(1);
+        let overrides = Map::from_iter([("layers".to_owned(), json!(half))]);
+        let mut shallow_styles = Vec::new();
+        for case in styles {
+            let spec = self.spec(ConceptKind::Style, case.held_out.name, None)?;
+            let mut spec = with_overrides(&spec, &overrides)?;
+            spec.captions = case.trained.file.header.spec.captions.clone();
+            let picture = self.style_picture(case);
+            shallow_styles.push(self.train(spec, std::slice::from_ref(&picture))?);
+        }
+        for (subject, trained) in subjects.iter().take(SUBJECTS) {
+            progress(&format!("composition, {}", subject.held_out.name));
+            let shallow = self.train_subject(subject, &overrides)?;
+            for (index, case) in styles.iter().enumerate() {
+                let all = (&trained.file, &case.trained.file);
+                let few = (&shallow.file, &shallow_styles[index].file);
+                let of = format!("{}+{}", subject.held_out.name, case.held_out.name);
+                let variants: [(String, Vec<&ConceptFile>, bool, bool); 5] = [
+                    ("subject alone".to_owned(), vec![all.0], true, false),
+                    ("style alone".to_owned(), vec![all.1], true, true),
+                    ("both, N = all".to_owned(), vec![all.0, all.1], true, false),
+                    (format!("both, N = {half}, mask"), vec![few.0, few.1], true, false),
+                    (format!("both, N = {half}, none"), vec![few.0, few.1], false, false),
+                ];
+                for (condition, files, mask, plain_subject) in variants {
+                    let row = self.compose(subject, case, &files, mask, plain_subject, &of, &condition)?;
+                    report.rows.push(Row { part: "composition".into(), of: of.clone(), condition, values: row });
+                }
+            }
+        }
+        let names: Vec<String> = report.rows.iter().filter(|r| r.part == "composition").map(|r| r.condition.clone()).collect();
+        let mut seen = Vec::new();
+        for name in names {
+            if !seen.contains(&name) {
+                report.add_mean("composition", &name);
+                seen.push(name);
+            }
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn compose(
+        &self,
+        subject: &Subject,
+        case: &StyleCase,
+        files: &[&ConceptFile],
+        mask: bool,
+        plain_subject: bool,
+        of: &str,
+        condition: &str,
+    ) -> Result<Vec<(String, f64)>, ModelError> {
+        let noun = subject.held_out.class.name();
+        let styled = files.iter().any(|file| file.header.kind == ConceptKind::Style);
+        let who = if plain_subject { format!("a {noun}") } else { format!("<{}> {noun}", subject.held_out.name) };
+        let how = if styled { format!(" in <{}> style", case.held_out.name) } else { String::new() };
+        let per_scene = self.options.per_scene.div_ceil(2);
+        let (mut drawn, mut wanted, mut likes) = (vec![], vec![], vec![]);
+        for (index, &scene) in Scene::ALL.iter().enumerate() {
+            let prompt = format!("a photo of {who} {}{how}", scene_phrase(scene));
+            drawn.extend(self.draw(&prompt, files, mask, 700 + index as u64, per_scene)?);
+            // The subject in this scene as the world draws it in the held-out style.
+            let mut spec = subject.unseen[2 * index].0.clone();
+            spec.style = case.held_out.style;
+            for _ in 0..per_scene {
+                wanted.push(answers(&spec));
+            }
+            likes.push(render(&spec, SIZE.0, SIZE.1));
+        }
+        self.sheet(&format!("composition-{of}-{}", condition.replace([' ', ',', '='], "")), &drawn, 9)?;
+        let kept = as_drawn(&self.model.vqgan, &likes)?;
+        let (judgement, ideal) = (self.judge.judge(&drawn)?, self.judge.judge(&kept)?);
+        let at = |head: &str| HEADS.iter().position(|(name, _)| *name == head).unwrap_or(0);
+        let share = |head: &str| accuracy(&judgement, head, &wanted.iter().map(|w| w[at(head)]).collect::<Vec<_>>());
+        let (mut cosine, mut palette) = (0.0, 0.0);
+        for (index, picture) in drawn.iter().enumerate() {
+            let like = index / per_scene;
+            cosine += judgement.features.f_get(index as i64)?.f_dot(&ideal.features.f_get(like as i64)?)?.f_double_value(&[])?;
+            palette += palette_similarity(picture, &kept[like]);
+        }
+        let n = drawn.len() as f64;
+        Ok(values([
+            ("style", share("style")),
+            ("class", share("class")),
+            ("scene", share("scene")),
+            ("pattern", share("pattern")),
+            ("accessory", share("accessory")),
+            ("feature", cosine / n),
+            ("palette", palette / n),
+        ]))
+    }
+}

@@ -1,0 +1,118 @@
+//! Held-out styles from one picture.
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use super::judge::as_drawn;
+use super::measures::palette_similarity;
+use super::report::{Report, Row};
+use super::run::{Run, SIZE, Trained, accuracy, values};
+use crate::concept::{ConceptFile, ConceptKind};
+use crate::model::ModelError;
+use crate::picture::RgbPicture;
+use crate::pocket::world::{Class, HeldOutStyle, Scene, Spec, Style, held_out_styles, render, scene_phrase};
+use crate::training::Reference;
+
+/// A held-out style with pictures of other things drawn in it.
+pub(super) struct StyleCase {
+    pub held_out: &'static HeldOutStyle,
+    pub trained: Trained,
+}
+
+impl Run<'_> {
+    /// What the style's single reference shows, and the picture itself.
+    fn style_reference(&self, style: Style) -> (String, RgbPicture) {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed ^ 0x57_1e);
+        let mut spec = Spec::sample(&mut rng);
+        (spec.class, spec.scene) = (Class::House, Scene::Grass);
+        spec.set_style(style, &mut rng);
+        let caption = format!("a photo of a {} {}", spec.class.name(), scene_phrase(spec.scene));
+        (caption, render(&spec, SIZE.0, SIZE.1))
+    }
+
+    /// The style's single reference picture.
+    pub(super) fn style_picture(&self, case: &StyleCase) -> RgbPicture {
+        self.style_reference(case.held_out.style).1
+    }
+
+    pub(super) fn styles(&self, report: &mut Report, progress: &mut dyn FnMut(&str)) -> Result<Vec<StyleCase>, ModelError> {
+        let mut cases = Vec::new();
+        for held_out in held_out_styles() {
+            progress(held_out.name);
+            let (caption, reference) = self.style_reference(held_out.style);
+            let mut spec = self.spec(ConceptKind::Style, held_out.name, None)?;
+            if spec.captions.is_empty() {
+                spec.captions = vec![caption];
+            }
+            let trained = self.train(spec, std::slice::from_ref(&reference))?;
+            let placeholder = format!("in <{}> style", held_out.name);
+            let mut sheet = vec![reference];
+            for (condition, phrase, file) in [
+                ("plain", String::new(), None),
+                ("described", held_out.description.to_owned(), None),
+                ("concept", placeholder, Some(&trained.file)),
+            ] {
+                let (row, drawn) = self.measure_style(held_out, &phrase, file)?;
+                let mut row = row;
+                row.push(("seconds".to_owned(), if file.is_some() { trained.seconds } else { 0.0 }));
+                report.rows.push(Row { part: "style".into(), of: held_out.name.into(), condition: condition.into(), values: row });
+                sheet.extend(drawn.iter().step_by(self.options.per_scene).cloned());
+            }
+            self.sheet(&format!("style-{}", held_out.name), &sheet, 14)?;
+            cases.push(StyleCase { held_out, trained });
+        }
+        for condition in ["plain", "described", "concept"] {
+            report.add_mean("style", condition);
+        }
+        Ok(cases)
+    }
+
+    fn measure_style(
+        &self,
+        held_out: &HeldOutStyle,
+        phrase: &str,
+        file: Option<&ConceptFile>,
+    ) -> Result<(Vec<(String, f64)>, Vec<RgbPicture>), ModelError> {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed ^ 0x57_1f);
+        let (mut drawn, mut likes, mut references) = (vec![], vec![], vec![]);
+        let (mut classes, mut scenes) = (vec![], vec![]);
+        for (index, &scene) in Scene::ALL.iter().enumerate() {
+            let class = self.some_class(&mut rng);
+            let prompt = format!("a photo of a {} {} {phrase}", class.name(), scene_phrase(scene));
+            let concepts: Vec<&ConceptFile> = file.into_iter().collect();
+            drawn.extend(self.draw(prompt.trim_end(), &concepts, true, 500 + index as u64, self.options.per_scene)?);
+            let mut spec = Spec { class, scene, ..Spec::sample(&mut rng) };
+            spec.set_style(held_out.style, &mut rng);
+            let unseen = render(&spec, SIZE.0, SIZE.1);
+            let codes = self.model.encode_picture(&unseen)?;
+            let head = format!("a photo of a {} {}", class.name(), scene_phrase(scene));
+            references.push(match file {
+                Some(file) => {
+                    Reference::new(self.model, (&format!("{head} in "), file.tensors.text_tokens, " style"), codes, SIZE)?
+                }
+                None => Reference::new(self.model, (format!("{head} {phrase}").trim_end(), 0, ""), codes, SIZE)?,
+            });
+            likes.push(unseen);
+            for _ in 0..self.options.per_scene {
+                classes.push(class.index() as i64);
+                scenes.push(scene.index() as i64);
+            }
+        }
+        let judgement = self.judge.judge(&drawn)?;
+        let kept = as_drawn(&self.model.vqgan, &likes)?;
+        let palette: f64 = drawn
+            .iter()
+            .enumerate()
+            .map(|(index, picture)| palette_similarity(picture, &kept[index / self.options.per_scene]))
+            .sum();
+        let styles = vec![held_out.style.index() as i64; drawn.len()];
+        let row = values([
+            ("loss", self.code_loss(&references, file)?),
+            ("style", accuracy(&judgement, "style", &styles)),
+            ("class", accuracy(&judgement, "class", &classes)),
+            ("scene", accuracy(&judgement, "scene", &scenes)),
+            ("palette", palette / drawn.len() as f64),
+        ]);
+        Ok((row, drawn))
+    }
+}
