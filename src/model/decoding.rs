@@ -3,7 +3,7 @@
 //! Order per step as the reference's (`inference_solver.py`): raw logits, guidance, grammar, top-k, temperature,
 //! softmax, one draw. Image start and size ids are given, since the caller asks for a size.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::context::ContextBatch;
 use super::kv_cache::KvCache;
@@ -145,6 +145,3 @@ impl Decoding {
         Ok(ids)
     }
 }
-
-#[allow(unused)]
-const KIND: Kind = Kind::Float;

@@ -5,15 +5,21 @@ mod attention;
 pub mod config;
 /// Rows to inject at given positions of a sequence, layer by layer, and the identity mask.
 pub mod context;
+/// Drawing pictures step by step.
+pub mod decoding;
 mod error;
 /// Which token may follow inside an image.
 pub mod image_grammar;
 /// Key/value cache for decoding.
 pub mod kv_cache;
 mod layers;
+/// A whole checkpoint.
+pub mod lumina;
 /// Crop sizes, Pillow-exact resampling, colour conversion.
 pub mod preprocessing;
 mod rope;
+/// From logits to drawn codes.
+pub mod sampling;
 /// Text tokens, image codes and special ids of a checkpoint's vocabulary.
 pub mod tokenizer;
 /// The decoder stack.
@@ -25,5 +31,6 @@ pub mod weights;
 
 pub use config::ModelConfig;
 pub use error::ModelError;
+pub use lumina::LuminaMgpt;
 pub use transformer::Transformer;
 pub use vqgan::Vqgan;

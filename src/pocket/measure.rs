@@ -3,10 +3,10 @@
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::tokenizer_training::pixels;
 use super::world::{self, Scene, Spec, Style};
+use crate::model::lumina::{pictures, pixels};
 use crate::model::{ModelError, Vqgan};
 use crate::picture::RgbPicture;
 
@@ -17,30 +17,6 @@ pub struct TokenizerMeasure {
     pub psnr: Vec<(String, f64)>,
     /// Share of the codebook in use over the pre-training mix.
     pub codes_used: f64,
-}
-
-/// Pixels `[batch, 3, H, W]` as 8-bit pictures, as the reference writes them: clamped, scaled, truncated.
-///
-/// # Errors
-/// When libtorch fails.
-pub fn pictures(pixels: &Tensor) -> Result<Vec<RgbPicture>, ModelError> {
-    let (batch, _, height, width) = pixels.size4()?;
-    let levels = pixels
-        .f_clamp(-1.0, 1.0)?
-        .f_add_scalar(1.0)?
-        .f_div_scalar(2.0)?
-        .f_mul_scalar(255.0)?;
-    let bytes = levels.f_to_kind(Kind::Uint8)?.f_permute([0, 2, 3, 1])?.f_contiguous()?;
-    (0..batch)
-        .map(|index| {
-            let rgb = Vec::<u8>::try_from(&bytes.f_get(index)?.f_reshape([-1i64])?)?;
-            Ok(RgbPicture {
-                width: width as u32,
-                height: height as u32,
-                rgb,
-            })
-        })
-        .collect()
 }
 
 /// Peak signal-to-noise ratio of 8-bit pictures, in dB.

@@ -8,8 +8,8 @@ use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
 
 use super::parameters::{load, save};
-use super::tokenizer_training::pixels;
 use super::world;
+use crate::model::lumina::pixels;
 use crate::model::tokenizer::{PromptPart, TextTokenizer, Vocabulary, encode_prompt, image_block};
 use crate::model::{ModelError, Vqgan};
 

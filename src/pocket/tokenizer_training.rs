@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::parameters::{Parameters, load, save};
 use super::world;
+use crate::model::lumina::pixels;
 use crate::model::vqgan::{EncoderDecoderConfig, VqganConfig, nearest};
 use crate::model::{ModelError, Vqgan};
 use crate::picture::RgbPicture;
@@ -67,23 +68,6 @@ const CODEBOOK: &str = "quantize.embedding.weight";
 const DECAY: f64 = 0.99;
 const COMMITMENT: f64 = 0.25;
 const CHECKPOINT_SECONDS: u64 = 60;
-
-/// Pixels `[batch, 3, H, W]` in -1..1 of pictures of one size.
-///
-/// # Errors
-/// When the pictures are of several sizes.
-pub fn pixels(pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
-    let stack = pictures
-        .iter()
-        .map(|p| Ok(Tensor::f_from_slice(&p.rgb)?.f_view([i64::from(p.height), i64::from(p.width), 3])?))
-        .collect::<Result<Vec<_>, ModelError>>()?;
-    let stack = Tensor::f_stack(&stack, 0)?.f_permute([0, 3, 1, 2])?;
-    Ok(stack
-        .f_to_kind(Kind::Float)?
-        .f_div_scalar(127.5)?
-        .f_sub_scalar(1.0)?
-        .f_contiguous()?)
-}
 
 /// The batch of training step `step`. One step in eight has another aspect ratio.
 fn draw_batch(recipe: &TokenizerRecipe, step: i64) -> Vec<RgbPicture> {

@@ -419,7 +419,7 @@ fn initial_text(model: &LuminaMgpt, spec: &TrainingSpec, references: &References
     let layout = reference.layout(model, 0);
     let tokens = i64::from(spec.text_tokens);
     let start = layout.text_at.concat().first().copied().ok_or_else(|| ModelError::invalid("prompt", "lacks the placeholder"))?;
-    let mut all = vec![Vec::new(); spec.layers as usize];
+    let mut all: Vec<Vec<Tensor>> = (0..spec.layers).map(|_| Vec::new()).collect();
     for word in spec.initial_words() {
         let id = model.first_token_of(&word)?;
         let mut ids = layout.ids.clone();

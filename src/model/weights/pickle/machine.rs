@@ -1,0 +1,446 @@
+//! A pickle machine of data alone: it builds lists, dictionaries and descriptions of tensors. Everything else that a
+//! pickle wants to call becomes an opaque value that remembers its name.
+
+use std::io::{BufRead, Read};
+
+use safetensors::tensor::Dtype;
+
+/// The most operations, and so the most values, of one pickle.
+const OPERATION_LIMIT: usize = 8_000_000;
+
+/// A value: small, and copied freely; what has parts lies in the machine's objects, so that nothing recurses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Value {
+    None,
+    Bool(bool),
+    Int(i64),
+    Float,
+    Object(usize),
+}
+
+#[derive(Debug)]
+enum Object {
+    Text(String),
+    /// Integers beyond i64, as written.
+    Long(Vec<u8>),
+    Bytes,
+    Tuple(Vec<Value>),
+    List(Vec<Value>),
+    Dict(Vec<(Value, Value)>),
+    Global(String),
+    Storage(StorageRef),
+    Tensor(TensorRef),
+    /// The result of calling something that is not understood.
+    Opaque(String),
+}
+
+/// A storage by its key.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct StorageRef {
+    pub key: String,
+    pub dtype: Dtype,
+    pub numel: i64,
+}
+
+/// A view into a storage, in numbers.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct TensorRef {
+    pub storage: StorageRef,
+    pub offset: i64,
+    pub shape: Vec<i64>,
+    pub strides: Vec<i64>,
+}
+
+pub(super) struct Machine {
+    objects: Vec<Object>,
+    stack: Vec<Value>,
+    marks: Vec<usize>,
+    memo: std::collections::HashMap<u64, Value>,
+}
+
+type Fault = String;
+
+fn storage_dtype(global: &str) -> Option<Dtype> {
+    Some(match global {
+        "torch.DoubleStorage" => Dtype::F64,
+        "torch.FloatStorage" => Dtype::F32,
+        "torch.HalfStorage" => Dtype::F16,
+        "torch.BFloat16Storage" => Dtype::BF16,
+        "torch.LongStorage" => Dtype::I64,
+        "torch.IntStorage" => Dtype::I32,
+        "torch.ShortStorage" => Dtype::I16,
+        "torch.CharStorage" => Dtype::I8,
+        "torch.ByteStorage" => Dtype::U8,
+        "torch.BoolStorage" => Dtype::BOOL,
+        _ => return None,
+    })
+}
+
+fn bytes<const N: usize>(input: &mut impl Read) -> Result<[u8; N], Fault> {
+    let mut buffer = [0u8; N];
+    input.read_exact(&mut buffer).map_err(|_| "the pickle is truncated".to_owned())?;
+    Ok(buffer)
+}
+
+fn run_of(input: &mut (impl BufRead + Read), length: u64) -> Result<Vec<u8>, Fault> {
+    let mut buffer = Vec::new();
+    let read = input.take(length).read_to_end(&mut buffer).map_err(|error| error.to_string())?;
+    if read as u64 == length { Ok(buffer) } else { Err("the pickle is truncated".to_owned()) }
+}
+
+fn line(input: &mut impl BufRead) -> Result<String, Fault> {
+    let mut buffer = Vec::new();
+    input.take(4096).read_until(b'\n', &mut buffer).map_err(|error| error.to_string())?;
+    match buffer.pop() {
+        Some(b'\n') => String::from_utf8(buffer).map_err(|_| "a name in the pickle is not UTF-8".to_owned()),
+        _ => Err("the pickle is truncated or a name in it is too long".to_owned()),
+    }
+}
+
+impl Machine {
+    /// Runs one pickle up to its STOP; leaves the input behind it.
+    pub(super) fn run(input: &mut (impl BufRead + Read)) -> Result<(Self, Value), Fault> {
+        let mut machine = Self { objects: vec![], stack: vec![], marks: vec![], memo: Default::default() };
+        for _ in 0..OPERATION_LIMIT {
+            let [operation] = bytes::<1>(input)?;
+            if operation == b'.' {
+                let root = machine.pop()?;
+                return Ok((machine, root));
+            }
+            machine.operate(operation, input)?;
+        }
+        Err(format!("the pickle has more than {OPERATION_LIMIT} operations"))
+    }
+
+    fn operate(&mut self, operation: u8, input: &mut (impl BufRead + Read)) -> Result<(), Fault> {
+        match operation {
+            0x80 => {
+                let [protocol] = bytes(input)?;
+                if protocol > 5 {
+                    return Err(format!("the pickle has protocol {protocol}, which is unknown"));
+                }
+            }
+            0x95 => drop(bytes::<8>(input)?),
+            b'N' => self.stack.push(Value::None),
+            0x88 | 0x89 => self.stack.push(Value::Bool(operation == 0x88)),
+            b'K' => {
+                let [n] = bytes(input)?;
+                self.stack.push(Value::Int(n.into()));
+            }
+            b'M' => self.stack.push(Value::Int(u16::from_le_bytes(bytes(input)?).into())),
+            b'J' => self.stack.push(Value::Int(i32::from_le_bytes(bytes(input)?).into())),
+            0x8a => {
+                let [length] = bytes(input)?;
+                let digits = run_of(input, length.into())?;
+                self.push_long(digits);
+            }
+            b'G' => {
+                bytes::<8>(input)?;
+                self.stack.push(Value::Float);
+            }
+            b'X' => {
+                let length = u32::from_le_bytes(bytes(input)?);
+                self.text(run_of(input, length.into())?)?;
+            }
+            0x8c => {
+                let [length] = bytes(input)?;
+                self.text(run_of(input, length.into())?)?;
+            }
+            0x8d => {
+                let length = u64::from_le_bytes(bytes(input)?);
+                self.text(run_of(input, length)?)?;
+            }
+            b'U' | b'C' => {
+                let [length] = bytes(input)?;
+                run_of(input, length.into())?;
+                self.push(Object::Bytes);
+            }
+            b'T' | b'B' => {
+                let length = u32::from_le_bytes(bytes(input)?);
+                run_of(input, length.into())?;
+                self.push(Object::Bytes);
+            }
+            b'(' => self.marks.push(self.stack.len()),
+            b')' => self.push(Object::Tuple(vec![])),
+            0x85..=0x87 => {
+                let items = self.take(usize::from(operation - 0x84))?;
+                self.push(Object::Tuple(items));
+            }
+            b't' => {
+                let items = self.to_mark()?;
+                self.push(Object::Tuple(items));
+            }
+            b']' | 0x8f => self.push(Object::List(vec![])),
+            b'l' => {
+                let items = self.to_mark()?;
+                self.push(Object::List(items));
+            }
+            b'}' => self.push(Object::Dict(vec![])),
+            b'a' => {
+                let item = self.pop()?;
+                self.extend_list(vec![item])?;
+            }
+            b'e' | 0x90 => {
+                let items = self.to_mark()?;
+                self.extend_list(items)?;
+            }
+            b's' => {
+                let items = self.take(2)?;
+                self.extend_dict(items)?;
+            }
+            b'u' => {
+                let items = self.to_mark()?;
+                self.extend_dict(items)?;
+            }
+            b'q' => {
+                let [index] = bytes(input)?;
+                self.memoize(index.into())?;
+            }
+            b'r' => {
+                let index = u32::from_le_bytes(bytes(input)?);
+                self.memoize(index.into())?;
+            }
+            0x94 => self.memoize(self.memo.len() as u64)?,
+            b'h' => {
+                let [index] = bytes(input)?;
+                self.recall(index.into())?;
+            }
+            b'j' => {
+                let index = u32::from_le_bytes(bytes(input)?);
+                self.recall(index.into())?;
+            }
+            b'0' => drop(self.pop()?),
+            b'c' => {
+                let (module, name) = (line(input)?, line(input)?);
+                self.push(Object::Global(format!("{module}.{name}")));
+            }
+            0x93 => {
+                let parts = self.take(2)?;
+                let (module, name) = (self.as_text(parts[0])?.to_owned(), self.as_text(parts[1])?.to_owned());
+                self.push(Object::Global(format!("{module}.{name}")));
+            }
+            b'Q' => {
+                let id = self.pop()?;
+                let storage = self.persistent(id)?;
+                self.push(Object::Storage(storage));
+            }
+            b'R' | 0x81 => {
+                let parts = self.take(2)?;
+                let result = self.call(parts[0], parts[1])?;
+                self.stack.push(result);
+            }
+            // A state for the object below: nothing that is understood here has one.
+            b'b' => drop(self.pop()?),
+            other => return Err(format!("the pickle has the operation {other:#04x}, which checkpoints do not use")),
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, object: Object) {
+        self.stack.push(Value::Object(self.objects.len()));
+        self.objects.push(object);
+    }
+
+    fn text(&mut self, bytes: Vec<u8>) -> Result<(), Fault> {
+        let text = String::from_utf8(bytes).map_err(|_| "a text in the pickle is not UTF-8".to_owned())?;
+        self.push(Object::Text(text));
+        Ok(())
+    }
+
+    fn push_long(&mut self, digits: Vec<u8>) {
+        if digits.len() > 8 {
+            return self.push(Object::Long(digits));
+        }
+        let negative = digits.last().is_some_and(|byte| byte & 0x80 != 0);
+        let mut wide = [if negative { 0xff } else { 0 }; 8];
+        wide[..digits.len()].copy_from_slice(&digits);
+        self.stack.push(Value::Int(i64::from_le_bytes(wide)));
+    }
+
+    fn pop(&mut self) -> Result<Value, Fault> {
+        let floor = self.marks.last().copied().unwrap_or(0);
+        if self.stack.len() <= floor {
+            return Err("the pickle takes more than it has put down".to_owned());
+        }
+        self.stack.pop().ok_or_else(|| "the pickle is empty".to_owned())
+    }
+
+    fn take(&mut self, count: usize) -> Result<Vec<Value>, Fault> {
+        let mut items = (0..count).map(|_| self.pop()).collect::<Result<Vec<_>, _>>()?;
+        items.reverse();
+        Ok(items)
+    }
+
+    fn to_mark(&mut self) -> Result<Vec<Value>, Fault> {
+        let mark = self.marks.pop().ok_or("the pickle has no mark where it needs one")?;
+        Ok(self.stack.split_off(mark.min(self.stack.len())))
+    }
+
+    fn memoize(&mut self, index: u64) -> Result<(), Fault> {
+        let top = *self.stack.last().ok_or("the pickle remembers nothing")?;
+        self.memo.insert(index, top);
+        Ok(())
+    }
+
+    fn recall(&mut self, index: u64) -> Result<(), Fault> {
+        let value = *self.memo.get(&index).ok_or("the pickle recalls what it never remembered")?;
+        self.stack.push(value);
+        Ok(())
+    }
+
+    fn below(&mut self) -> Result<&mut Object, Fault> {
+        match self.stack.last() {
+            Some(&Value::Object(index)) => Ok(&mut self.objects[index]),
+            _ => Err("the pickle fills something that holds nothing".to_owned()),
+        }
+    }
+
+    fn extend_list(&mut self, items: Vec<Value>) -> Result<(), Fault> {
+        match self.below()? {
+            Object::List(list) => list.extend(items),
+            Object::Opaque(_) => {}
+            _ => return Err("the pickle appends to something that is no list".to_owned()),
+        }
+        Ok(())
+    }
+
+    fn extend_dict(&mut self, items: Vec<Value>) -> Result<(), Fault> {
+        let (pairs, rest) = items.as_chunks::<2>();
+        if !rest.is_empty() {
+            return Err("the pickle sets a key without a value".to_owned());
+        }
+        match self.below()? {
+            Object::Dict(dict) => dict.extend(pairs.iter().map(|&[key, value]| (key, value))),
+            Object::Opaque(_) => {}
+            _ => return Err("the pickle sets keys of something that is no dictionary".to_owned()),
+        }
+        Ok(())
+    }
+
+    fn object(&self, value: Value) -> Option<&Object> {
+        match value {
+            Value::Object(index) => self.objects.get(index),
+            _ => None,
+        }
+    }
+
+    fn as_text(&self, value: Value) -> Result<&str, Fault> {
+        match self.object(value) {
+            Some(Object::Text(text)) => Ok(text),
+            _ => Err("the pickle has something else where a text belongs".to_owned()),
+        }
+    }
+
+    fn ints(&self, value: Value) -> Result<Vec<i64>, Fault> {
+        let items = match self.object(value) {
+            Some(Object::Tuple(items) | Object::List(items)) => items,
+            _ => return Err("a tensor's shape is not a tuple".to_owned()),
+        };
+        items
+            .iter()
+            .map(|item| match item {
+                Value::Int(n) => Ok(*n),
+                _ => Err("a tensor's shape holds something else than integers".to_owned()),
+            })
+            .collect()
+    }
+
+    /// `("storage", class, key, location, numel[, view])`
+    fn persistent(&self, id: Value) -> Result<StorageRef, Fault> {
+        let Some(Object::Tuple(parts)) = self.object(id) else {
+            return Err("a storage is not described by a tuple".to_owned());
+        };
+        let [kind, class, key, _, numel, ..] = parts[..] else {
+            return Err("a storage's description is too short".to_owned());
+        };
+        let class = match self.object(class) {
+            Some(Object::Global(name)) if self.as_text(kind)? == "storage" => name,
+            _ => return Err("a storage has no class".to_owned()),
+        };
+        let dtype = storage_dtype(class).ok_or_else(|| format!("a storage has the class {class}, which cannot be read"))?;
+        match numel {
+            Value::Int(numel) if numel >= 0 => Ok(StorageRef { key: self.as_text(key)?.to_owned(), dtype, numel }),
+            _ => Err("a storage has no size".to_owned()),
+        }
+    }
+
+    fn call(&mut self, function: Value, arguments: Value) -> Result<Value, Fault> {
+        let name = match self.object(function) {
+            Some(Object::Global(name) | Object::Opaque(name)) => name.clone(),
+            _ => return Err("the pickle calls something that is no function".to_owned()),
+        };
+        let arguments = match self.object(arguments) {
+            Some(Object::Tuple(items)) => items.clone(),
+            _ => return Err(format!("the pickle calls {name} without a tuple of arguments")),
+        };
+        let object = match (name.as_str(), &arguments[..]) {
+            ("collections.OrderedDict", []) => Object::Dict(vec![]),
+            ("torch._utils._rebuild_tensor_v2", &[storage, Value::Int(offset), shape, strides, ..]) => {
+                match self.object(storage) {
+                    Some(Object::Storage(storage)) => Object::Tensor(TensorRef {
+                        storage: storage.clone(),
+                        offset,
+                        shape: self.ints(shape)?,
+                        strides: self.ints(strides)?,
+                    }),
+                    _ => return Err("a tensor has no storage".to_owned()),
+                }
+            }
+            ("torch._utils._rebuild_parameter", &[data, ..]) => return Ok(data),
+            _ => Object::Opaque(name),
+        };
+        self.push(object);
+        self.pop()
+    }
+
+    /// An integer too long for i64, as written.
+    pub(super) fn long(&self, value: Value) -> Option<&[u8]> {
+        match self.object(value) {
+            Some(Object::Long(digits)) => Some(digits),
+            _ => None,
+        }
+    }
+
+    /// A list of texts.
+    pub(super) fn strings(&self, value: Value) -> Option<Vec<String>> {
+        match self.object(value) {
+            Some(Object::List(items)) => items.iter().map(|&item| self.as_text(item).ok().map(str::to_owned)).collect(),
+            _ => None,
+        }
+    }
+
+    /// Every storage that was mentioned.
+    pub(super) fn storages(&self) -> impl Iterator<Item = &StorageRef> {
+        self.objects.iter().filter_map(|object| match object {
+            Object::Storage(storage) => Some(storage),
+            _ => None,
+        })
+    }
+
+    /// Tensors of the dictionary under `key`, or of the root where there is no such key.
+    pub(super) fn tensors(&self, root: Value, key: &str) -> Result<Vec<(String, TensorRef)>, Fault> {
+        let dict = |value| match self.object(value) {
+            Some(Object::Dict(items)) => Ok(items),
+            Some(Object::Opaque(name)) => Err(format!("is built by calling {name}, which is never executed")),
+            _ => Err("is no dictionary".to_owned()),
+        };
+        let root = dict(root).map_err(|problem| format!("the checkpoint {problem}"))?;
+        let inner = root.iter().rev().find(|(name, _)| self.as_text(*name).is_ok_and(|name| name == key));
+        let entries = match inner {
+            Some(&(_, value)) => dict(value).map_err(|problem| format!("`{key}` {problem}"))?,
+            None => root,
+        };
+        let mut tensors = Vec::new();
+        for &(name, value) in entries {
+            let Ok(name) = self.as_text(name) else { continue };
+            match self.object(value) {
+                Some(Object::Tensor(tensor)) => tensors.push((name.to_owned(), tensor.clone())),
+                Some(Object::Opaque(call)) => {
+                    return Err(format!("`{name}` is built by calling {call}, which is never executed"));
+                }
+                _ => {}
+            }
+        }
+        Ok(tensors)
+    }
+}

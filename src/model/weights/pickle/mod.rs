@@ -1,0 +1,253 @@
+//! PyTorch checkpoints (`torch.save`) read without executing anything that the pickle asks for.
+//!
+//! Two containers: a zip file with one entry per storage, and the one from before PyTorch 1.6, where storages follow
+//! five pickles. Only tensors of the wanted dictionary are materialised.
+
+mod machine;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{Cursor, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::Dtype;
+use tch::{Device, Tensor};
+
+use super::checkpoint::kind_of;
+use super::{Target, TensorSource};
+use crate::model::ModelError;
+use machine::{Machine, StorageRef, TensorRef};
+
+/// A tensor's numbers, contiguous, little-endian.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostTensor {
+    pub dtype: Dtype,
+    pub shape: Vec<i64>,
+    pub bytes: Vec<u8>,
+}
+
+/// The largest pickle that is read; the real file's is 40 KB.
+const PICKLE_LIMIT: u64 = 64 << 20;
+/// First number of the old container.
+const LEGACY_MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
+
+fn size_of(dtype: Dtype) -> usize {
+    dtype.bitsize() / 8
+}
+
+/// Tensors of the dictionary `key` (such as `state_dict`) in a checkpoint; where there is no such key, of the
+/// checkpoint itself. Entries that are not tensors are left out.
+///
+/// # Errors
+/// When the file is not a checkpoint, is truncated, holds a view outside its storage, or asks for a global that would
+/// have to be executed to build one of the wanted entries; the error names it.
+pub fn read(file: &Path, key: &str) -> Result<BTreeMap<String, HostTensor>, ModelError> {
+    let fault = |problem: String| ModelError::file(file, problem);
+    let mut handle = File::open(file).map_err(|error| fault(error.to_string()))?;
+    let mut magic = [0u8; 4];
+    handle.read_exact(&mut magic).map_err(|_| fault("is too short to be a checkpoint".to_owned()))?;
+    handle.seek(SeekFrom::Start(0)).map_err(|error| fault(error.to_string()))?;
+    if magic == *b"PK\x03\x04" { read_zip(handle, key) } else { read_legacy(handle, key) }.map_err(fault)
+}
+
+fn read_zip(handle: File, key: &str) -> Result<BTreeMap<String, HostTensor>, String> {
+    let mut archive = zip::ZipArchive::new(handle).map_err(|error| format!("is not a complete zip file: {error}"))?;
+    let name = archive
+        .file_names()
+        .find(|name| name.ends_with("/data.pkl") && name.matches('/').count() == 1)
+        .map(str::to_owned)
+        .ok_or("holds no data.pkl: not a checkpoint of torch.save")?;
+    let prefix = name.trim_end_matches("data.pkl").to_owned();
+    let mut entry = |name: &str, limit: u64| -> Result<Vec<u8>, String> {
+        let entry = archive.by_name(name).map_err(|error| format!("lacks `{name}`: {error}"))?;
+        if entry.size() > limit {
+            return Err(format!("`{name}` has {} bytes, the limit is {limit}", entry.size()));
+        }
+        let mut bytes = Vec::new();
+        entry.take(limit + 1).read_to_end(&mut bytes).map_err(|error| format!("`{name}` is broken: {error}"))?;
+        match bytes.len() as u64 > limit {
+            true => Err(format!("`{name}` is larger than it says")),
+            false => Ok(bytes),
+        }
+    };
+    if entry(&format!("{prefix}byteorder"), 16).is_ok_and(|order| order != b"little") {
+        return Err("was written on a big-endian machine, which is not supported".to_owned());
+    }
+    let pickle = entry(&name, PICKLE_LIMIT)?;
+    let (machine, root) = Machine::run(&mut Cursor::new(pickle.as_slice()))?;
+    let mut storages: HashMap<String, Vec<u8>> = HashMap::new();
+    materialise(&machine.tensors(root, key)?, |storage| {
+        if !storages.contains_key(&storage.key) {
+            let needed = storage.numel as u64 * size_of(storage.dtype) as u64;
+            let bytes = entry(&format!("{prefix}data/{}", storage.key), needed)?;
+            storages.insert(storage.key.clone(), bytes);
+        }
+        Ok(storages[&storage.key].clone())
+    })
+}
+
+fn read_legacy(mut handle: File, key: &str) -> Result<BTreeMap<String, HostTensor>, String> {
+    let mut bytes = Vec::new();
+    handle.read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    let mut input = Cursor::new(bytes.as_slice());
+    let (machine, magic) = Machine::run(&mut input)?;
+    if machine.long(magic) != Some(&LEGACY_MAGIC[..]) {
+        return Err("is neither a zip file nor a checkpoint from before PyTorch 1.6".to_owned());
+    }
+    for _ in 0..2 {
+        // Protocol version and byte sizes of the writer: nothing that the tensors need.
+        Machine::run(&mut input)?;
+    }
+    let (machine, root) = Machine::run(&mut input)?;
+    let (keys_machine, keys) = Machine::run(&mut input)?;
+    let mut sizes: HashMap<String, usize> = machine.storages().map(|s| (s.key.clone(), size_of(s.dtype))).collect();
+    let mut storages: HashMap<String, Vec<u8>> = HashMap::new();
+    for key in keys_machine.strings(keys).ok_or("holds no list of storages")? {
+        let mut count = [0u8; 8];
+        input.read_exact(&mut count).map_err(|_| "is truncated before a storage".to_owned())?;
+        let size = sizes.remove(&key).ok_or_else(|| format!("lists the storage `{key}`, which nothing refers to"))?;
+        let length = usize::try_from(i64::from_le_bytes(count)).ok().and_then(|n| n.checked_mul(size));
+        let from = input.position() as usize;
+        let data = length.and_then(|n| bytes.get(from..from.checked_add(n)?)).ok_or("is truncated inside a storage")?;
+        storages.insert(key, data.to_vec());
+        input.set_position((from + data.len()) as u64);
+    }
+    materialise(&machine.tensors(root, key)?, |storage| {
+        storages.get(&storage.key).cloned().ok_or_else(|| format!("lacks the storage `{}`", storage.key))
+    })
+}
+
+fn materialise(
+    tensors: &[(String, TensorRef)],
+    mut storage: impl FnMut(&StorageRef) -> Result<Vec<u8>, String>,
+) -> Result<BTreeMap<String, HostTensor>, String> {
+    let mut out = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let bytes = storage(&tensor.storage)?;
+        let gathered = gather(tensor, &bytes).map_err(|problem| format!("tensor `{name}` {problem}"))?;
+        out.insert(name.clone(), HostTensor { dtype: tensor.storage.dtype, shape: tensor.shape.clone(), bytes: gathered });
+    }
+    Ok(out)
+}
+
+/// Copies a strided view out of its storage.
+fn gather(tensor: &TensorRef, storage: &[u8]) -> Result<Vec<u8>, String> {
+    let size = size_of(tensor.storage.dtype);
+    let available = storage.len() / size;
+    let outside = || format!("reaches outside its storage of {available} numbers");
+    let mut count = 1usize;
+    let mut last = usize::try_from(tensor.offset).map_err(|_| outside())?;
+    if tensor.shape.len() != tensor.strides.len() {
+        return Err("has as many strides as it has no dimensions".to_owned());
+    }
+    for (&n, &stride) in tensor.shape.iter().zip(&tensor.strides) {
+        let (n, stride) = (usize::try_from(n).map_err(|_| outside())?, usize::try_from(stride).map_err(|_| outside())?);
+        count = count.checked_mul(n).ok_or_else(outside)?;
+        let reach = n.saturating_sub(1).checked_mul(stride).ok_or_else(outside)?;
+        last = last.checked_add(reach).ok_or_else(outside)?;
+    }
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    if last >= available || count > available {
+        return Err(outside());
+    }
+    let mut bytes = Vec::with_capacity(count * size);
+    let mut index = vec![0i64; tensor.shape.len()];
+    for _ in 0..count {
+        let steps: i64 = index.iter().zip(&tensor.strides).map(|(i, stride)| i * stride).sum();
+        let from = (tensor.offset + steps) as usize * size;
+        bytes.extend_from_slice(&storage[from..from + size]);
+        for dim in (0..index.len()).rev() {
+            index[dim] += 1;
+            if index[dim] < tensor.shape[dim] {
+                break;
+            }
+            index[dim] = 0;
+        }
+    }
+    Ok(bytes)
+}
+
+/// A checkpoint's `state_dict` as a source of parameters.
+#[derive(Debug)]
+pub struct PickleSource {
+    file: PathBuf,
+    tensors: BTreeMap<String, HostTensor>,
+    target: Target,
+}
+
+impl PickleSource {
+    /// Reads all tensors of the file's `state_dict`; keys that nobody asks for (`loss.*`) do no harm.
+    ///
+    /// # Errors
+    /// As [`read`].
+    pub fn open(file: &Path, target: Target) -> Result<Self, ModelError> {
+        Ok(Self { file: file.to_owned(), tensors: read(file, "state_dict")?, target })
+    }
+}
+
+impl TensorSource for PickleSource {
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+        let fault = |problem: String| ModelError::Tensor { file: self.file.clone(), tensor: name.to_owned(), problem };
+        let tensor = self.tensors.get(name).ok_or_else(|| fault("is missing".to_owned()))?;
+        if tensor.shape != shape {
+            return Err(fault(format!("has shape {:?}; expected {shape:?}", tensor.shape)));
+        }
+        let kind = kind_of(tensor.dtype).ok_or_else(|| fault(format!("is {:?}, which cannot be read", tensor.dtype)))?;
+        let host = Tensor::f_from_data_size(&tensor.bytes, shape, kind)?;
+        Ok(host.f_to_device(self.target.device)?.f_to_kind(self.target.kind)?)
+    }
+
+    fn shape_of(&self, name: &str) -> Option<Vec<i64>> {
+        self.tensors.get(name).map(|tensor| tensor.shape.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(shape: &[i64], strides: &[i64], offset: i64) -> TensorRef {
+        let storage = StorageRef { key: "0".into(), dtype: Dtype::U8, numel: 6 };
+        TensorRef { storage, offset, shape: shape.to_vec(), strides: strides.to_vec() }
+    }
+
+    #[test]
+    fn strided_views_are_gathered_and_never_leave_the_storage() {
+        let storage = [0u8, 1, 2, 3, 4, 5];
+        assert_eq!(gather(&view(&[3, 2], &[1, 3], 0), &storage).unwrap(), [0, 3, 1, 4, 2, 5]);
+        assert_eq!(gather(&view(&[], &[], 5), &storage).unwrap(), [5]);
+        for (shape, strides, offset) in [
+            (&[7i64][..], &[1i64][..], 0i64),
+            (&[2], &[5], 1),
+            (&[2], &[-1], 1),
+            (&[1], &[1], 6),
+            (&[i64::MAX, 4], &[1, 1], 0),
+            (&[1 << 40], &[0], 0),
+            (&[1], &[1], -1),
+        ] {
+            assert!(gather(&view(shape, strides, offset), &storage).is_err(), "{shape:?} {strides:?} {offset}");
+        }
+    }
+
+    #[test]
+    fn a_pickle_that_calls_a_function_executes_nothing_and_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let canary = dir.path().join("canary");
+        // {"state_dict": os.system("touch canary")}
+        let mut pickle = b"\x80\x02}X\x0a\x00\x00\x00state_dictcposix\nsystem\nX".to_vec();
+        let command = format!("touch {}", canary.display());
+        pickle.extend((command.len() as u32).to_le_bytes());
+        pickle.extend(command.as_bytes());
+        pickle.extend(b"\x85Rs.");
+        let file = dir.path().join("evil.ckpt");
+        let mut zip = zip::ZipWriter::new(File::create(&file).unwrap());
+        zip.start_file("evil/data.pkl", zip::write::SimpleFileOptions::default()).unwrap();
+        std::io::Write::write_all(&mut zip, &pickle).unwrap();
+        zip.finish().unwrap();
+        let error = read(&file, "state_dict").unwrap_err().to_string();
+        assert!(error.contains("posix.system"), "{error}");
+        assert!(!canary.exists());
+    }
+}
