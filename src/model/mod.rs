@@ -12,6 +12,8 @@ mod error;
 pub mod image_grammar;
 /// Key/value cache for decoding.
 pub mod kv_cache;
+/// Conversations as token sequences.
+pub mod item;
 mod layers;
 /// A whole checkpoint.
 pub mod lumina;
