@@ -51,6 +51,10 @@ pub fn draw_codes(
     streams: &[(u64, u64)],
     position: u64,
 ) -> Result<Vec<i64>, ModelError> {
+    // Without this a row of -inf or NaN would draw its first index, silently.
+    if !bool::try_from(&scores.f_amax([1i64].as_slice(), false)?.f_isfinite()?.f_all()?)? {
+        return Err(ModelError::invalid("scores", "have a row without a finite largest one"));
+    }
     if sampling.temperature == 0.0 {
         return Ok(Vec::<i64>::try_from(&scores.f_argmax(1, false)?)?);
     }
@@ -91,6 +95,15 @@ mod tests {
         let together = draw_codes(&rows, &sampling, &streams, 5).unwrap();
         for (index, stream) in streams.iter().enumerate() {
             assert_eq!(draw_codes(&scores, &sampling, &[*stream], 5).unwrap()[0], together[index]);
+        }
+    }
+
+    #[test]
+    fn a_row_without_finite_scores_is_an_error() {
+        let sampling = Sampling { top_k: 2, temperature: 1.0 };
+        for bad in [f32::NEG_INFINITY, f32::NAN] {
+            let scores = Tensor::from_slice(&[0.0f32, 1.0, bad, bad]).view([2, 2]);
+            assert!(draw_codes(&scores, &sampling, &[(0, 0), (0, 1)], 0).is_err());
         }
     }
 }
