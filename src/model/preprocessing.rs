@@ -191,7 +191,8 @@ fn clip(sum: i64) -> u8 {
     (sum >> PRECISION).clamp(0, 255) as u8
 }
 
-/// Resizes as Pillow does: horizontally, then vertically, with 8 bits in between.
+/// Resizes as Pillow does: horizontally, then vertically, with 8 bits in between. Compared bit by bit with Pillow 10.4, of
+/// the reference's time; Pillow 13 gives other values for some tall pictures.
 pub fn resize(picture: &RgbPicture, width: u32, height: u32, filter: Filter) -> RgbPicture {
     let whole = |full| Span { full, from: 0, count: full };
     resize_part(picture, whole(width), whole(height), filter)
