@@ -81,7 +81,11 @@ pub struct PictureLimits {
 
 impl Default for PictureLimits {
     fn default() -> Self {
-        Self { bytes: 20 << 20, side: 16_384, pixels: 40_000_000 }
+        Self {
+            bytes: 20 << 20,
+            side: 16_384,
+            pixels: 40_000_000,
+        }
     }
 }
 
@@ -96,7 +100,12 @@ pub enum PictureError {
     TooManyBytes { actual: usize, limit: usize },
     /// A side is too long or the area too large.
     #[error("is {width}x{height} pixels; the limits are {pixels} pixels in all and {side} along a side")]
-    TooManyPixels { width: u32, height: u32, pixels: u64, side: u32 },
+    TooManyPixels {
+        width: u32,
+        height: u32,
+        pixels: u64,
+        side: u32,
+    },
     /// A side is 0.
     #[error("is empty: {width}x{height} pixels")]
     NoPixels { width: u32, height: u32 },
@@ -136,12 +145,20 @@ impl RgbPicture {
 /// When the bytes are no such picture, are incomplete or damaged, or exceed a limit.
 pub fn decode(bytes: &[u8], limits: &PictureLimits) -> Result<RgbPicture, PictureError> {
     if bytes.len() > limits.bytes {
-        return Err(PictureError::TooManyBytes { actual: bytes.len(), limit: limits.bytes });
+        return Err(PictureError::TooManyBytes {
+            actual: bytes.len(),
+            limit: limits.bytes,
+        });
     }
     let header = header::read(bytes)?;
     let (width, height) = (header.width, header.height);
     if width.max(height) > limits.side || u64::from(width) * u64::from(height) > limits.pixels {
-        return Err(PictureError::TooManyPixels { width, height, pixels: limits.pixels, side: limits.side });
+        return Err(PictureError::TooManyPixels {
+            width,
+            height,
+            pixels: limits.pixels,
+            side: limits.side,
+        });
     }
     if !header.complete {
         return Err(PictureError::Truncated { format: header.format });
@@ -161,7 +178,10 @@ fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbPicture, Pi
         PictureFormat::Png => {
             let mut limits = image::Limits::no_limits();
             limits.max_alloc = Some(PNG_BUFFERS);
-            to_rgb(PngDecoder::with_limits(Cursor::new(bytes), limits).map_err(fault)?, header)
+            to_rgb(
+                PngDecoder::with_limits(Cursor::new(bytes), limits).map_err(fault)?,
+                header,
+            )
         }
         PictureFormat::Jpeg => to_rgb(JpegDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
         PictureFormat::WebP => to_rgb(WebPDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
@@ -191,24 +211,40 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
     let mut samples = vec![0; usize::try_from(decoder.total_bytes()).map_err(|_| damaged("it is too large"))?];
     decoder.read_image(&mut samples).map_err(fault)?;
     let samples = match colour {
-        ColorType::L16 | ColorType::La16 | ColorType::Rgb16 | ColorType::Rgba16 => {
-            samples.chunks_exact(2).map(|pair| (u16::from_ne_bytes([pair[0], pair[1]]) >> 8) as u8).collect()
-        }
+        ColorType::L16 | ColorType::La16 | ColorType::Rgb16 | ColorType::Rgba16 => samples
+            .chunks_exact(2)
+            .map(|pair| (u16::from_ne_bytes([pair[0], pair[1]]) >> 8) as u8)
+            .collect(),
         _ => samples,
     };
     let rgb = match colour.channel_count() {
         1 => samples.into_iter().flat_map(|grey| [grey; 3]).collect(),
-        2 => whiten(samples.chunks_exact(2).map(|pixel| [pixel[0], pixel[0], pixel[0], pixel[1]])),
+        2 => whiten(
+            samples
+                .chunks_exact(2)
+                .map(|pixel| [pixel[0], pixel[0], pixel[0], pixel[1]]),
+        ),
         3 => samples,
-        4 if header.opaque => samples.chunks_exact(4).flat_map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect(),
-        4 => whiten(samples.chunks_exact(4).map(|pixel| [pixel[0], pixel[1], pixel[2], pixel[3]])),
+        4 if header.opaque => samples
+            .chunks_exact(4)
+            .flat_map(|pixel| [pixel[0], pixel[1], pixel[2]])
+            .collect(),
+        4 => whiten(
+            samples
+                .chunks_exact(4)
+                .map(|pixel| [pixel[0], pixel[1], pixel[2], pixel[3]]),
+        ),
         _ => return Err(damaged("it has an unknown number of channels")),
     };
     let upright = RgbImage::from_raw(width, height, rgb).ok_or_else(|| damaged("it has too few pixels"))?;
     let mut upright = DynamicImage::ImageRgb8(upright);
     upright.apply_orientation(orientation);
     let upright = upright.into_rgb8();
-    Ok(RgbPicture { width: upright.width(), height: upright.height(), rgb: upright.into_raw() })
+    Ok(RgbPicture {
+        width: upright.width(),
+        height: upright.height(),
+        rgb: upright.into_raw(),
+    })
 }
 
 /// Blends RGBA pixels onto white, in f64 and truncated to 8 bits. Without real transparency the result is the colours

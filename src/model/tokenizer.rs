@@ -212,7 +212,10 @@ pub fn image_codes(names: &BTreeMap<String, i64>) -> Result<(Vec<i64>, BTreeMap<
     for (name, &id) in names {
         let Some(code) = code_of_name(name) else { continue };
         if by_code.insert(code, id).is_some() {
-            return Err(ModelError::invalid("vocabulary", format!("names the image code {code} twice, last as `{name}`")));
+            return Err(ModelError::invalid(
+                "vocabulary",
+                format!("names the image code {code} twice, last as `{name}`"),
+            ));
         }
     }
     let complete = by_code.keys().copied().eq(0..by_code.len() as i64);
@@ -379,7 +382,7 @@ pub fn image_block(
     rows: usize,
     columns: usize,
 ) -> Result<([i64; 3], Vec<i64>), ModelError> {
-    if codes.len() != rows * columns || rows % 2 != 0 || columns % 2 != 0 || columns == 0 {
+    if codes.len() != rows * columns || !rows.is_multiple_of(2) || !columns.is_multiple_of(2) || columns == 0 {
         return Err(ModelError::invalid(
             "codes",
             format!("are {}; expected {rows} rows of {columns}, both even", codes.len()),
@@ -406,14 +409,28 @@ mod tests {
     use super::*;
 
     fn names(codes: &[(&str, i64)], without: &str) -> BTreeMap<String, i64> {
-        let fixed = ["<s>", "<pad>", "<eoss>", "<racm3:break>", "<reserved08706>", "<reserved08799>", "<reserved08801>"];
+        let fixed = [
+            "<s>",
+            "<pad>",
+            "<eoss>",
+            "<racm3:break>",
+            "<reserved08706>",
+            "<reserved08799>",
+            "<reserved08801>",
+        ];
         let specials = fixed.into_iter().zip(100..).filter(|(name, _)| *name != without);
-        codes.iter().copied().chain(specials).map(|(name, id)| (name.to_owned(), id)).collect()
+        codes
+            .iter()
+            .copied()
+            .chain(specials)
+            .map(|(name, id)| (name.to_owned(), id))
+            .collect()
     }
 
     #[test]
     fn codes_go_by_name_in_any_order() {
-        let vocabulary = Vocabulary::from_names(&names(&[("IMGIMGBZ", 4), ("IMGIMGAZ", 9), ("IMGIMGCZ", 2)], "")).unwrap();
+        let vocabulary =
+            Vocabulary::from_names(&names(&[("IMGIMGBZ", 4), ("IMGIMGAZ", 9), ("IMGIMGCZ", 2)], "")).unwrap();
         assert_eq!(vocabulary.code_ids(), [9, 4, 2]);
         assert_eq!((vocabulary.id_to_code(2), vocabulary.id_to_code(3)), (Some(2), None));
         assert!(vocabulary.code_to_id(3).is_err() && vocabulary.code_to_id(-1).is_err());
@@ -433,8 +450,18 @@ mod tests {
 
     #[test]
     fn a_missing_special_name_is_named() {
-        for name in ["<s>", "<pad>", "<eoss>", "<racm3:break>", "<reserved08706>", "<reserved08799>", "<reserved08801>"] {
-            let error = Vocabulary::from_names(&names(&[("IMGIMGAZ", 4)], name)).unwrap_err().to_string();
+        for name in [
+            "<s>",
+            "<pad>",
+            "<eoss>",
+            "<racm3:break>",
+            "<reserved08706>",
+            "<reserved08799>",
+            "<reserved08801>",
+        ] {
+            let error = Vocabulary::from_names(&names(&[("IMGIMGAZ", 4)], name))
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(name), "{error}");
         }
     }

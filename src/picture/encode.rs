@@ -33,7 +33,10 @@ impl From<OutputFormat> for PictureFormat {
 pub fn encode(picture: &RgbPicture, format: OutputFormat, text: &[(&str, String)]) -> Result<Vec<u8>, PictureError> {
     let (rgb, width, height) = (&picture.rgb, picture.width, picture.height);
     if !picture.is_consistent() || rgb.is_empty() {
-        return Err(PictureError::Damaged(format!("{} bytes are not {width}x{height} pixels", rgb.len())));
+        return Err(PictureError::Damaged(format!(
+            "{} bytes are not {width}x{height} pixels",
+            rgb.len()
+        )));
     }
     let mut file = Vec::new();
     let kind = ExtendedColorType::Rgb8;

@@ -24,7 +24,10 @@ pub(super) fn read(bytes: &[u8]) -> Result<Header, PictureError> {
     // A header that stops short of the sides is a file that was cut.
     let header = found.ok_or(PictureError::Truncated { format })?;
     if header.width == 0 || header.height == 0 {
-        return Err(PictureError::NoPixels { width: header.width, height: header.height });
+        return Err(PictureError::NoPixels {
+            width: header.width,
+            height: header.height,
+        });
     }
     Ok(header)
 }
@@ -56,15 +59,22 @@ fn png(bytes: &[u8]) -> Option<Header> {
 
 /// Walks the markers to the end of the image, past every scan.
 fn jpeg(bytes: &[u8]) -> Option<Header> {
-    let mut header =
-        Header { format: PictureFormat::Jpeg, width: 0, height: 0, complete: false, opaque: false };
+    let mut header = Header {
+        format: PictureFormat::Jpeg,
+        width: 0,
+        height: 0,
+        complete: false,
+        opaque: false,
+    };
     let mut at = 2;
     loop {
         // Any number of 0xff may stand before a marker.
         while bytes.get(at) == Some(&0xff) && bytes.get(at + 1) == Some(&0xff) {
             at += 1;
         }
-        let (Some(0xff), Some(&marker)) = (bytes.get(at).copied(), bytes.get(at + 1)) else { break };
+        let (Some(0xff), Some(&marker)) = (bytes.get(at).copied(), bytes.get(at + 1)) else {
+            break;
+        };
         at += 2;
         match marker {
             0xd9 => {
@@ -78,7 +88,9 @@ fn jpeg(bytes: &[u8]) -> Option<Header> {
         let Some(length) = be16(bytes, at) else { break };
         // Every frame header but those of Huffman (c4), arithmetic (cc) tables and extensions (c8).
         if matches!(marker, 0xc0..=0xcf) && !matches!(marker, 0xc4 | 0xc8 | 0xcc) {
-            let (Some(height), Some(width)) = (be16(bytes, at + 3), be16(bytes, at + 5)) else { break };
+            let (Some(height), Some(width)) = (be16(bytes, at + 3), be16(bytes, at + 5)) else {
+                break;
+            };
             header.width = header.width.max(width);
             header.height = header.height.max(height);
         }
@@ -103,8 +115,13 @@ fn end_of_scan(bytes: &[u8], mut at: usize) -> usize {
 
 /// RIFF chunks: the canvas (`VP8X`), the frames (`VP8 `, `VP8L`), and frames inside animations (`ANMF`).
 fn webp(bytes: &[u8]) -> Option<Header> {
-    let mut header =
-        Header { format: PictureFormat::WebP, width: 0, height: 0, complete: false, opaque: false };
+    let mut header = Header {
+        format: PictureFormat::WebP,
+        width: 0,
+        height: 0,
+        complete: false,
+        opaque: false,
+    };
     let declared = (le(bytes, 4, 4)? as usize).saturating_add(8);
     header.complete = bytes.len() >= declared;
     webp_chunks(bytes, 12, bytes.len(), &mut header);
@@ -115,8 +132,12 @@ fn webp_chunks(bytes: &[u8], mut at: usize, end: usize, header: &mut Header) {
     while let (Some(name), Some(size)) = (bytes.get(at..at + 4), le(bytes, at + 4, 4)) {
         let data = at + 8;
         let sides = match name {
-            b"VP8X" => le(bytes, data + 4, 3).zip(le(bytes, data + 7, 3)).map(|(w, h)| (w + 1, h + 1)),
-            b"VP8 " => le(bytes, data + 6, 2).zip(le(bytes, data + 8, 2)).map(|(w, h)| (w & 0x3fff, h & 0x3fff)),
+            b"VP8X" => le(bytes, data + 4, 3)
+                .zip(le(bytes, data + 7, 3))
+                .map(|(w, h)| (w + 1, h + 1)),
+            b"VP8 " => le(bytes, data + 6, 2)
+                .zip(le(bytes, data + 8, 2))
+                .map(|(w, h)| (w & 0x3fff, h & 0x3fff)),
             b"VP8L" => le(bytes, data + 1, 4).map(|bits| ((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1)),
             b"ANMF" => {
                 // 16 bytes of frame placement, then the frame's own chunks; they do not nest further.
@@ -124,7 +145,9 @@ fn webp_chunks(bytes: &[u8], mut at: usize, end: usize, header: &mut Header) {
                 if at < 1 << 30 && data + 16 <= inner && end == bytes.len() {
                     webp_chunks(&bytes[..inner], data + 16, inner, header);
                 }
-                le(bytes, data + 6, 3).zip(le(bytes, data + 9, 3)).map(|(w, h)| (w + 1, h + 1))
+                le(bytes, data + 6, 3)
+                    .zip(le(bytes, data + 9, 3))
+                    .map(|(w, h)| (w + 1, h + 1))
             }
             _ => None,
         };
@@ -133,7 +156,12 @@ fn webp_chunks(bytes: &[u8], mut at: usize, end: usize, header: &mut Header) {
             header.height = header.height.max(height);
         }
         // Chunks are padded to even lengths.
-        let Some(next) = data.checked_add(size as usize).and_then(|next| next.checked_add(next & 1)) else { return };
+        let Some(next) = data
+            .checked_add(size as usize)
+            .and_then(|next| next.checked_add(next & 1))
+        else {
+            return;
+        };
         at = next;
     }
 }

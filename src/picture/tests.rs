@@ -3,7 +3,13 @@ use super::*;
 /// Left half red, right half blue: survives JPEG and shows every rotation.
 fn halves(width: u32, height: u32) -> RgbPicture {
     let rgb = (0..width * height)
-        .flat_map(|i| if i % width < width / 2 { [250, 10, 10] } else { [10, 10, 250] })
+        .flat_map(|i| {
+            if i % width < width / 2 {
+                [250, 10, 10]
+            } else {
+                [10, 10, 250]
+            }
+        })
         .collect();
     RgbPicture { width, height, rgb }
 }
@@ -20,7 +26,11 @@ fn file_of(picture: &RgbPicture, format: OutputFormat) -> Vec<u8> {
 
 fn colour_at(picture: &RgbPicture, x: u32, y: u32) -> &'static str {
     let at = 3 * (y * picture.width + x) as usize;
-    if picture.rgb[at] > picture.rgb[at + 2] { "red" } else { "blue" }
+    if picture.rgb[at] > picture.rgb[at + 2] {
+        "red"
+    } else {
+        "blue"
+    }
 }
 
 /// A PNG of one IDAT, written by the `png` crate.
@@ -48,7 +58,10 @@ fn lossless_formats_keep_every_pixel() {
         assert_eq!(decode(&bytes).unwrap(), picture, "{format:?}");
     }
     let jpeg = decode(&file_of(&picture, OutputFormat::Jpeg(92))).unwrap();
-    assert_eq!((jpeg.width, jpeg.height, colour_at(&jpeg, 2, 2), colour_at(&jpeg, 30, 2)), (33, 21, "red", "blue"));
+    assert_eq!(
+        (jpeg.width, jpeg.height, colour_at(&jpeg, 2, 2), colour_at(&jpeg, 30, 2)),
+        (33, 21, "red", "blue")
+    );
 }
 
 #[test]
@@ -57,7 +70,11 @@ fn every_cut_of_a_file_is_refused() {
     for format in FORMATS {
         let bytes = file_of(&picture, format);
         // PNG's last 12 bytes are the empty end chunk: without it the picture is still whole.
-        let whole = if format == OutputFormat::Png { bytes.len() - 12 } else { bytes.len() };
+        let whole = if format == OutputFormat::Png {
+            bytes.len() - 12
+        } else {
+            bytes.len()
+        };
         for length in 0..whole - 4 {
             let error = decode(&bytes[..length]).expect_err(&format!("{format:?} cut at {length}"));
             assert!(
@@ -65,7 +82,12 @@ fn every_cut_of_a_file_is_refused() {
                 "{format:?} {length}: {error}"
             );
             if length > 64 {
-                assert_eq!(error, PictureError::Truncated { format: format.into() }, "{format:?} cut at {length} of {}", bytes.len());
+                assert_eq!(
+                    error,
+                    PictureError::Truncated { format: format.into() },
+                    "{format:?} cut at {length} of {}",
+                    bytes.len()
+                );
             }
         }
     }
@@ -97,7 +119,14 @@ fn a_bomb_is_refused_by_its_header() {
     bomb.extend([8, 6, 0, 0, 0]);
     bomb.resize(65, 0);
     let PictureLimits { pixels, side, .. } = PictureLimits::default();
-    let refused = |width, height| Err(PictureError::TooManyPixels { width, height, pixels, side });
+    let refused = |width, height| {
+        Err(PictureError::TooManyPixels {
+            width,
+            height,
+            pixels,
+            side,
+        })
+    };
     assert_eq!(decode(&bomb), refused(16_384, 16_384));
     bomb[16..20].copy_from_slice(&16_385u32.to_be_bytes());
     bomb[20..24].copy_from_slice(&1u32.to_be_bytes());
@@ -108,14 +137,28 @@ fn a_bomb_is_refused_by_its_header() {
 
 #[test]
 fn jpeg_and_webp_sides_are_checked_on_the_header() {
-    let small = PictureLimits { pixels: 100, ..PictureLimits::default() };
+    let small = PictureLimits {
+        pixels: 100,
+        ..PictureLimits::default()
+    };
     for format in FORMATS {
         let bytes = file_of(&halves(24, 16), format);
-        let expected = PictureError::TooManyPixels { width: 24, height: 16, pixels: 100, side: small.side };
+        let expected = PictureError::TooManyPixels {
+            width: 24,
+            height: 16,
+            pixels: 100,
+            side: small.side,
+        };
         assert_eq!(super::decode(&bytes, &small), Err(expected), "{format:?}");
     }
-    let few = PictureLimits { bytes: 10, ..PictureLimits::default() };
-    assert_eq!(super::decode(&[0; 11], &few), Err(PictureError::TooManyBytes { actual: 11, limit: 10 }));
+    let few = PictureLimits {
+        bytes: 10,
+        ..PictureLimits::default()
+    };
+    assert_eq!(
+        super::decode(&[0; 11], &few),
+        Err(PictureError::TooManyBytes { actual: 11, limit: 10 })
+    );
 }
 
 #[test]
@@ -143,7 +186,34 @@ fn other_bytes_are_not_a_picture() {
 fn exif_orientation_is_applied() {
     let jpeg = file_of(&halves(32, 16), OutputFormat::Jpeg(92));
     let rotated = |orientation: u8| {
-        let tiff = [0x4d, 0x4d, 0, 42, 0, 0, 0, 8, 0, 1, 0x01, 0x12, 0, 3, 0, 0, 0, 1, 0, orientation, 0, 0, 0, 0, 0, 0];
+        let tiff = [
+            0x4d,
+            0x4d,
+            0,
+            42,
+            0,
+            0,
+            0,
+            8,
+            0,
+            1,
+            0x01,
+            0x12,
+            0,
+            3,
+            0,
+            0,
+            0,
+            1,
+            0,
+            orientation,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+        ];
         let mut file = jpeg[..2].to_vec();
         file.extend([0xff, 0xe1]);
         file.extend(((2 + 6 + tiff.len()) as u16).to_be_bytes());
@@ -159,15 +229,28 @@ fn exif_orientation_is_applied() {
     assert_eq!((turned.width, turned.height), (16, 32));
     assert_eq!((colour_at(&turned, 8, 2), colour_at(&turned, 8, 29)), ("red", "blue"));
     let upside_down = rotated(3);
-    assert_eq!((colour_at(&upside_down, 2, 2), colour_at(&upside_down, 29, 2)), ("blue", "red"));
+    assert_eq!(
+        (colour_at(&upside_down, 2, 2), colour_at(&upside_down, 29, 2)),
+        ("blue", "red")
+    );
 }
 
 #[test]
 fn every_png_colour_type_becomes_rgb() {
     use png::{BitDepth, ColorType};
-    let grey16 = png_of(ColorType::Grayscale, BitDepth::Sixteen, (2, 1), &[0x12, 0xff, 0xfe, 0x00]);
+    let grey16 = png_of(
+        ColorType::Grayscale,
+        BitDepth::Sixteen,
+        (2, 1),
+        &[0x12, 0xff, 0xfe, 0x00],
+    );
     assert_eq!(decode(&grey16).unwrap().rgb, [0x12, 0x12, 0x12, 0xfe, 0xfe, 0xfe]);
-    let rgba16 = png_of(ColorType::Rgba, BitDepth::Sixteen, (1, 1), &[10, 0, 20, 0, 30, 0, 255, 255]);
+    let rgba16 = png_of(
+        ColorType::Rgba,
+        BitDepth::Sixteen,
+        (1, 1),
+        &[10, 0, 20, 0, 30, 0, 255, 255],
+    );
     assert_eq!(decode(&rgba16).unwrap().rgb, [10, 20, 30]);
     // Palette with a transparent second entry; 2 pixels of 1 bit: entries 0 and 1.
     let palette = png_of(ColorType::Indexed, BitDepth::One, (2, 1), &[0b0100_0000]);
@@ -181,7 +264,12 @@ fn every_png_colour_type_becomes_rgb() {
 
 #[test]
 fn png_text_is_written() {
-    let bytes = encode(&halves(4, 4), OutputFormat::Png, &[("coar", "{\"prompt\":\"漢\"}".to_owned())]).unwrap();
+    let bytes = encode(
+        &halves(4, 4),
+        OutputFormat::Png,
+        &[("coar", "{\"prompt\":\"漢\"}".to_owned())],
+    )
+    .unwrap();
     let found = bytes.windows(4).any(|window| window == b"iTXt");
     assert!(found && decode(&bytes).is_ok());
     assert!(encode(&halves(4, 4), OutputFormat::Png, &[("", "x".to_owned())]).is_err());
@@ -189,7 +277,11 @@ fn png_text_is_written() {
 
 #[test]
 fn inconsistent_pixels_are_not_encoded() {
-    let wrong = RgbPicture { width: 4, height: 4, rgb: vec![0; 3] };
+    let wrong = RgbPicture {
+        width: 4,
+        height: 4,
+        rgb: vec![0; 3],
+    };
     for format in FORMATS {
         assert_eq!(encode(&wrong, format, &[]).unwrap_err().code(), "picture_damaged");
     }

@@ -81,12 +81,32 @@ fn open_shard(file: &Path, index: usize) -> Result<(Shard, BTreeMap<String, Entr
         });
         let Some(shape) = shape else {
             let problem = format!("claims the shape {:?}, which no tensor has", info.shape);
-            return Err(ModelError::Tensor { file: file.to_owned(), tensor: name, problem });
+            return Err(ModelError::Tensor {
+                file: file.to_owned(),
+                tensor: name,
+                problem,
+            });
         };
         let (from, to) = info.data_offsets;
-        entries.insert(name, Entry { shard: index, dtype: info.dtype, shape, from, to });
+        entries.insert(
+            name,
+            Entry {
+                shard: index,
+                dtype: info.dtype,
+                shape,
+                from,
+                to,
+            },
+        );
     }
-    Ok((Shard { file: file.to_owned(), map, data }, entries))
+    Ok((
+        Shard {
+            file: file.to_owned(),
+            map,
+            data,
+        },
+        entries,
+    ))
 }
 
 /// libtorch's own limit.
@@ -102,7 +122,10 @@ impl Checkpoint {
         if !index.exists() {
             let single = dir.join("model.safetensors");
             if !single.exists() {
-                return Err(ModelError::file(dir, "holds neither model.safetensors.index.json nor model.safetensors"));
+                return Err(ModelError::file(
+                    dir,
+                    "holds neither model.safetensors.index.json nor model.safetensors",
+                ));
             }
             return Self::open_file(&single, target);
         }
@@ -114,12 +137,18 @@ impl Checkpoint {
             .ok_or_else(|| ModelError::file(&index, "lacks `weight_map`"))?;
         let mut by_shard: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (tensor, shard) in weight_map {
-            let shard = shard.as_str().filter(|name| !name.contains(['/', '\\'])).ok_or_else(|| {
-                ModelError::file(&index, format!("gives no plain file name for `{tensor}`"))
-            })?;
+            let shard = shard
+                .as_str()
+                .filter(|name| !name.contains(['/', '\\']))
+                .ok_or_else(|| ModelError::file(&index, format!("gives no plain file name for `{tensor}`")))?;
             by_shard.entry(shard).or_default().push(tensor);
         }
-        let mut checkpoint = Self { shards: vec![], entries: BTreeMap::new(), target, root: dir.to_owned() };
+        let mut checkpoint = Self {
+            shards: vec![],
+            entries: BTreeMap::new(),
+            target,
+            root: dir.to_owned(),
+        };
         for (shard, tensors) in by_shard {
             let file = dir.join(shard);
             if !file.exists() {
@@ -149,7 +178,12 @@ impl Checkpoint {
     /// When it is missing, truncated or not a safetensors file.
     pub fn open_file(file: &Path, target: Target) -> Result<Self, ModelError> {
         let (shard, entries) = open_shard(file, 0)?;
-        Ok(Self { shards: vec![shard], entries, target, root: file.to_owned() })
+        Ok(Self {
+            shards: vec![shard],
+            entries,
+            target,
+            root: file.to_owned(),
+        })
     }
 
     /// Names of all tensors.
@@ -169,7 +203,10 @@ impl Checkpoint {
 
     /// Numbers in all tensors.
     pub fn parameters(&self) -> u64 {
-        self.entries.values().map(|entry| entry.shape.iter().product::<i64>() as u64).sum()
+        self.entries
+            .values()
+            .map(|entry| entry.shape.iter().product::<i64>() as u64)
+            .sum()
     }
 
     /// A name for these weights: SHA-256 over names, shapes, dtypes and the first 4 KiB of every tensor, in hex. Concepts
@@ -209,10 +246,16 @@ impl Checkpoint {
 
     fn copy(&self, name: &str, entry: &Entry, target: Option<Target>) -> Result<Tensor, ModelError> {
         let shard = &self.shards[entry.shard];
-        let fault = |problem: String| ModelError::Tensor { file: shard.file.clone(), tensor: name.to_owned(), problem };
+        let fault = |problem: String| ModelError::Tensor {
+            file: shard.file.clone(),
+            tensor: name.to_owned(),
+            problem,
+        };
         let kind = kind_of(entry.dtype).ok_or_else(|| fault(format!("is {:?}, which cannot be read", entry.dtype)))?;
         let bytes = self.slice(entry);
-        let strides: Vec<i64> = (0..entry.shape.len()).map(|dim| entry.shape[dim + 1..].iter().map(|n| n.max(&1)).product()).collect();
+        let strides: Vec<i64> = (0..entry.shape.len())
+            .map(|dim| entry.shape[dim + 1..].iter().map(|n| n.max(&1)).product())
+            .collect();
         // Where the kind or device changes the view is read straight from the map and no second copy of it exists; the
         // copy is forced where both stay, so that no tensor refers to the map.
         let aligned = (bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes());
@@ -236,7 +279,11 @@ impl Checkpoint {
         let to = (shard.data + entry.to) / page * page;
         if to > from {
             // SAFETY: dropping clean pages of a read-only file map changes nothing but residency.
-            let _ = unsafe { shard.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from, to - from) };
+            let _ = unsafe {
+                shard
+                    .map
+                    .unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from, to - from)
+            };
         }
         let _ = shard.map.advise(Advice::Normal);
         Ok(copied)
@@ -272,7 +319,10 @@ impl TensorSource for Checkpoint {
 mod tests {
     use super::*;
 
-    const TARGET: Target = Target { kind: Kind::Float, device: Device::Cpu };
+    const TARGET: Target = Target {
+        kind: Kind::Float,
+        device: Device::Cpu,
+    };
 
     /// A safetensors file of a raw header and data.
     fn write(file: &Path, header: &str, data: &[u8]) {
@@ -283,7 +333,10 @@ mod tests {
     }
 
     fn halves(values: &[f32]) -> Vec<u8> {
-        values.iter().flat_map(|&value| half::bf16::from_f32(value).to_le_bytes()).collect()
+        values
+            .iter()
+            .flat_map(|&value| half::bf16::from_f32(value).to_le_bytes())
+            .collect()
     }
 
     fn problem(result: Result<Checkpoint, ModelError>) -> String {
@@ -296,7 +349,11 @@ mod tests {
         let file = dir.path().join("model.safetensors");
         let body = r#"{"a":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]},"e":{"dtype":"F32","shape":[0,4],"data_offsets":[8,8]}}"#;
         for pad in 0..4 {
-            write(&file, &format!("{body}{}", " ".repeat(pad)), &halves(&[1.0, -2.0, 0.5, 3.0]));
+            write(
+                &file,
+                &format!("{body}{}", " ".repeat(pad)),
+                &halves(&[1.0, -2.0, 0.5, 3.0]),
+            );
             let tensor = {
                 let checkpoint = Checkpoint::open_dir(dir.path(), TARGET).unwrap();
                 assert_eq!(checkpoint.tensor("e", &[0, 4]).unwrap().size(), [0, 4]);
@@ -304,7 +361,10 @@ mod tests {
                 checkpoint.tensor("a", &[2, 2]).unwrap()
             };
             // The map is gone: the tensor must not refer to it.
-            assert_eq!(Vec::<f32>::try_from(&tensor.reshape([-1])).unwrap(), [1.0, -2.0, 0.5, 3.0]);
+            assert_eq!(
+                Vec::<f32>::try_from(&tensor.reshape([-1])).unwrap(),
+                [1.0, -2.0, 0.5, 3.0]
+            );
         }
     }
 
@@ -312,7 +372,11 @@ mod tests {
     fn every_truncation_and_any_surplus_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("model.safetensors");
-        write(&file, r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}"#, &halves(&[1.0, 2.0]));
+        write(
+            &file,
+            r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}"#,
+            &halves(&[1.0, 2.0]),
+        );
         let whole = std::fs::read(&file).unwrap();
         assert!(Checkpoint::open_file(&file, TARGET).is_ok());
         for length in 0..whole.len() {
@@ -382,7 +446,14 @@ mod tests {
         assert_eq!((value("a"), value("b")), (3.0, 2.0));
         assert!(problem(open(r#"{"weight_map":{"a":"one","c":"two"}}"#)).contains("`c`"));
         assert!(problem(open(r#"{"weight_map":{"a":"three"}}"#)).contains("three"));
-        for index in ["{", "[]", "{}", r#"{"weight_map":{"a":7}}"#, r#"{"weight_map":{"a":"../one"}}"#, r#"{"weight_map":{"a":".."}}"#] {
+        for index in [
+            "{",
+            "[]",
+            "{}",
+            r#"{"weight_map":{"a":7}}"#,
+            r#"{"weight_map":{"a":"../one"}}"#,
+            r#"{"weight_map":{"a":".."}}"#,
+        ] {
             problem(open(index));
         }
     }

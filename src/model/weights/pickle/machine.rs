@@ -85,19 +85,31 @@ fn storage_dtype(global: &str) -> Option<Dtype> {
 
 fn bytes<const N: usize>(input: &mut impl Read) -> Result<[u8; N], Fault> {
     let mut buffer = [0u8; N];
-    input.read_exact(&mut buffer).map_err(|_| "the pickle is truncated".to_owned())?;
+    input
+        .read_exact(&mut buffer)
+        .map_err(|_| "the pickle is truncated".to_owned())?;
     Ok(buffer)
 }
 
-fn run_of(input: &mut (impl BufRead + Read), length: u64) -> Result<Vec<u8>, Fault> {
+fn run_of(input: &mut impl BufRead, length: u64) -> Result<Vec<u8>, Fault> {
     let mut buffer = Vec::new();
-    let read = input.take(length).read_to_end(&mut buffer).map_err(|error| error.to_string())?;
-    if read as u64 == length { Ok(buffer) } else { Err("the pickle is truncated".to_owned()) }
+    let read = input
+        .take(length)
+        .read_to_end(&mut buffer)
+        .map_err(|error| error.to_string())?;
+    if read as u64 == length {
+        Ok(buffer)
+    } else {
+        Err("the pickle is truncated".to_owned())
+    }
 }
 
 fn line(input: &mut impl BufRead) -> Result<String, Fault> {
     let mut buffer = Vec::new();
-    input.take(NAME_LIMIT as u64).read_until(b'\n', &mut buffer).map_err(|error| error.to_string())?;
+    input
+        .take(NAME_LIMIT as u64)
+        .read_until(b'\n', &mut buffer)
+        .map_err(|error| error.to_string())?;
     match buffer.pop() {
         Some(b'\n') => String::from_utf8(buffer).map_err(|_| "a name in the pickle is not UTF-8".to_owned()),
         _ => Err("the pickle is truncated or a name in it is too long".to_owned()),
@@ -106,8 +118,13 @@ fn line(input: &mut impl BufRead) -> Result<String, Fault> {
 
 impl Machine {
     /// Runs one pickle up to its STOP; leaves the input behind it.
-    pub(super) fn run(input: &mut (impl BufRead + Read)) -> Result<(Self, Value), Fault> {
-        let mut machine = Self { objects: vec![], stack: vec![], marks: vec![], memo: Default::default() };
+    pub(super) fn run(input: &mut impl BufRead) -> Result<(Self, Value), Fault> {
+        let mut machine = Self {
+            objects: vec![],
+            stack: vec![],
+            marks: vec![],
+            memo: Default::default(),
+        };
         for _ in 0..OPERATION_LIMIT {
             let [operation] = bytes::<1>(input)?;
             if operation == b'.' {
@@ -119,7 +136,7 @@ impl Machine {
         Err(format!("the pickle has more than {OPERATION_LIMIT} operations"))
     }
 
-    fn operate(&mut self, operation: u8, input: &mut (impl BufRead + Read)) -> Result<(), Fault> {
+    fn operate(&mut self, operation: u8, input: &mut impl BufRead) -> Result<(), Fault> {
         match operation {
             0x80 => {
                 let [protocol] = bytes(input)?;
@@ -195,18 +212,18 @@ impl Machine {
                 self.push(Object::Tuple(items));
             }
             b't' => {
-                let items = self.to_mark()?;
+                let items = self.take_to_mark()?;
                 self.push(Object::Tuple(items));
             }
             b']' | 0x8f => self.push(Object::List(vec![])),
             // A frozen set, like a set, is only ever passed by.
             b'l' | 0x91 => {
-                let items = self.to_mark()?;
+                let items = self.take_to_mark()?;
                 self.push(Object::List(items));
             }
             b'}' => self.push(Object::Dict(vec![])),
             b'd' => {
-                let items = self.to_mark()?;
+                let items = self.take_to_mark()?;
                 self.push(Object::Dict(vec![]));
                 self.extend_dict(items)?;
             }
@@ -215,7 +232,7 @@ impl Machine {
                 self.extend_list(vec![item])?;
             }
             b'e' | 0x90 => {
-                let items = self.to_mark()?;
+                let items = self.take_to_mark()?;
                 self.extend_list(items)?;
             }
             b's' => {
@@ -223,7 +240,7 @@ impl Machine {
                 self.extend_dict(items)?;
             }
             b'u' => {
-                let items = self.to_mark()?;
+                let items = self.take_to_mark()?;
                 self.extend_dict(items)?;
             }
             b'q' => {
@@ -244,7 +261,7 @@ impl Machine {
                 self.recall(index.into())?;
             }
             b'0' => drop(self.pop()?),
-            b'1' => drop(self.to_mark()?),
+            b'1' => drop(self.take_to_mark()?),
             b'2' => {
                 let top = self.pop()?;
                 self.stack.extend([top, top]);
@@ -264,11 +281,11 @@ impl Machine {
             // Old-style classes: built by a call like any other.
             b'i' => {
                 let name = format!("{}.{}", line(input)?, line(input)?);
-                self.to_mark()?;
+                self.take_to_mark()?;
                 self.push(Object::Opaque(name.into()));
             }
             b'o' => {
-                let parts = self.to_mark()?;
+                let parts = self.take_to_mark()?;
                 let class = *parts.first().ok_or("the pickle builds an object without a class")?;
                 self.push(Object::Opaque(self.callable(class)?));
             }
@@ -289,7 +306,11 @@ impl Machine {
             }
             // A state for the object below: nothing that is understood here has one.
             b'b' => drop(self.pop()?),
-            other => return Err(format!("the pickle has the operation {other:#04x}, which checkpoints do not use")),
+            other => {
+                return Err(format!(
+                    "the pickle has the operation {other:#04x}, which checkpoints do not use"
+                ));
+            }
         }
         Ok(())
     }
@@ -333,7 +354,7 @@ impl Machine {
         Ok(items)
     }
 
-    fn to_mark(&mut self) -> Result<Vec<Value>, Fault> {
+    fn take_to_mark(&mut self) -> Result<Vec<Value>, Fault> {
         let mark = self.marks.pop().ok_or("the pickle has no mark where it needs one")?;
         Ok(self.stack.split_off(mark.min(self.stack.len())))
     }
@@ -345,7 +366,10 @@ impl Machine {
     }
 
     fn recall(&mut self, index: u64) -> Result<(), Fault> {
-        let value = *self.memo.get(&index).ok_or("the pickle recalls what it never remembered")?;
+        let value = *self
+            .memo
+            .get(&index)
+            .ok_or("the pickle recalls what it never remembered")?;
         self.stack.push(value);
         Ok(())
     }
@@ -399,7 +423,10 @@ impl Machine {
             _ => return Err("a tensor's shape is not a tuple".to_owned()),
         };
         if items.len() > MOST_DIMENSIONS {
-            return Err(format!("a tensor has {} dimensions, the limit is {MOST_DIMENSIONS}", items.len()));
+            return Err(format!(
+                "a tensor has {} dimensions, the limit is {MOST_DIMENSIONS}",
+                items.len()
+            ));
         }
         items
             .iter()
@@ -423,14 +450,20 @@ impl Machine {
             return Err("the pickle refers to something outside itself that is no storage".to_owned());
         }
         let class = self.callable(class)?;
-        let Some(dtype) = storage_dtype(&class) else { return Ok(Object::Opaque(class)) };
+        let Some(dtype) = storage_dtype(&class) else {
+            return Ok(Object::Opaque(class));
+        };
         if view.iter().any(|view| *view != Value::None) {
-            return Err("a storage is a view of another one, which only the very first versions of PyTorch wrote".to_owned());
+            return Err(
+                "a storage is a view of another one, which only the very first versions of PyTorch wrote".to_owned(),
+            );
         }
         match numel {
-            Value::Int(numel) if numel >= 0 => {
-                Ok(Object::Storage(Rc::new(StorageRef { key: self.as_text(key)?.to_owned(), dtype, numel })))
-            }
+            Value::Int(numel) if numel >= 0 => Ok(Object::Storage(Rc::new(StorageRef {
+                key: self.as_text(key)?.to_owned(),
+                dtype,
+                numel,
+            }))),
             _ => Err("a storage has no size".to_owned()),
         }
     }
@@ -450,18 +483,19 @@ impl Machine {
         let object = match (&*name, &arguments[..]) {
             ("collections.OrderedDict", []) => Object::Dict(vec![]),
             ("collections.OrderedDict", &[pairs]) => Object::Dict(self.pairs(pairs)?),
-            ("torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor", &[storage, Value::Int(offset), shape, strides, ..]) => {
-                match self.object(storage) {
-                    Some(Object::Storage(storage)) => Object::Tensor(Rc::new(TensorRef {
-                        storage: storage.clone(),
-                        offset,
-                        shape: self.ints(shape)?,
-                        strides: self.ints(strides)?,
-                    })),
-                    Some(Object::Opaque(class)) => Object::Opaque(class.clone()),
-                    _ => return Err("a tensor has no storage".to_owned()),
-                }
-            }
+            (
+                "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor",
+                &[storage, Value::Int(offset), shape, strides, ..],
+            ) => match self.object(storage) {
+                Some(Object::Storage(storage)) => Object::Tensor(Rc::new(TensorRef {
+                    storage: storage.clone(),
+                    offset,
+                    shape: self.ints(shape)?,
+                    strides: self.ints(strides)?,
+                })),
+                Some(Object::Opaque(class)) => Object::Opaque(class.clone()),
+                _ => return Err("a tensor has no storage".to_owned()),
+            },
             ("torch._utils._rebuild_parameter", &[data, ..]) => return Ok(data),
             _ => Object::Opaque(name),
         };
@@ -486,9 +520,11 @@ impl Machine {
     /// What the dictionary has under a text key.
     pub(super) fn entry(&self, dict: Value, key: &str) -> Option<Value> {
         match self.object(dict) {
-            Some(Object::Dict(items)) => {
-                items.iter().rev().find(|(name, _)| self.as_text(*name).is_ok_and(|name| name == key)).map(|item| item.1)
-            }
+            Some(Object::Dict(items)) => items
+                .iter()
+                .rev()
+                .find(|(name, _)| self.as_text(*name).is_ok_and(|name| name == key))
+                .map(|item| item.1),
             _ => None,
         }
     }
@@ -504,7 +540,10 @@ impl Machine {
     /// A list of texts.
     pub(super) fn strings(&self, value: Value) -> Option<Vec<String>> {
         match self.object(value) {
-            Some(Object::List(items)) => items.iter().map(|&item| self.as_text(item).ok().map(str::to_owned)).collect(),
+            Some(Object::List(items)) => items
+                .iter()
+                .map(|&item| self.as_text(item).ok().map(str::to_owned))
+                .collect(),
             _ => None,
         }
     }

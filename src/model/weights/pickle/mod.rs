@@ -46,9 +46,18 @@ pub fn read(file: &Path, key: &str) -> Result<BTreeMap<String, HostTensor>, Mode
     let fault = |problem: String| ModelError::file(file, problem);
     let mut handle = File::open(file).map_err(|error| fault(error.to_string()))?;
     let mut magic = [0u8; 4];
-    handle.read_exact(&mut magic).map_err(|_| fault("is too short to be a checkpoint".to_owned()))?;
-    handle.seek(SeekFrom::Start(0)).map_err(|error| fault(error.to_string()))?;
-    if magic == *b"PK\x03\x04" { read_zip(handle, key) } else { read_legacy(handle, key) }.map_err(fault)
+    handle
+        .read_exact(&mut magic)
+        .map_err(|_| fault("is too short to be a checkpoint".to_owned()))?;
+    handle
+        .seek(SeekFrom::Start(0))
+        .map_err(|error| fault(error.to_string()))?;
+    if magic == *b"PK\x03\x04" {
+        read_zip(handle, key)
+    } else {
+        read_legacy(handle, key)
+    }
+    .map_err(fault)
 }
 
 fn read_zip(handle: File, key: &str) -> Result<BTreeMap<String, HostTensor>, String> {
@@ -62,13 +71,18 @@ fn read_zip(handle: File, key: &str) -> Result<BTreeMap<String, HostTensor>, Str
         .ok_or("holds no data.pkl: not a checkpoint of torch.save")?;
     let prefix = name.trim_end_matches("data.pkl").to_owned();
     let mut entry = |name: &str, limit: u64| -> Result<Vec<u8>, String> {
-        let entry = archive.by_name(name).map_err(|error| format!("lacks `{name}`: {error}"))?;
+        let entry = archive
+            .by_name(name)
+            .map_err(|error| format!("lacks `{name}`: {error}"))?;
         let limit = limit.min(bomb);
         if entry.size() > limit {
             return Err(format!("`{name}` has {} bytes, the limit is {limit}", entry.size()));
         }
         let mut bytes = Vec::new();
-        entry.take(limit + 1).read_to_end(&mut bytes).map_err(|error| format!("`{name}` is broken: {error}"))?;
+        entry
+            .take(limit + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|error| format!("`{name}` is broken: {error}"))?;
         match bytes.len() as u64 > limit {
             true => Err(format!("`{name}` is larger than it says")),
             false => Ok(bytes),
@@ -112,16 +126,28 @@ fn read_legacy(file: File, key: &str) -> Result<BTreeMap<String, HostTensor>, St
     let mut storages: HashMap<String, &[u8]> = HashMap::new();
     for key in keys_machine.strings(keys).ok_or("holds no list of storages")? {
         let mut count = [0u8; 8];
-        input.read_exact(&mut count).map_err(|_| "is truncated before a storage".to_owned())?;
-        let size = sizes.remove(&*key).ok_or_else(|| format!("lists the storage `{key}`, which cannot be read"))?;
-        let length = usize::try_from(i64::from_le_bytes(count)).ok().and_then(|n| n.checked_mul(size));
+        input
+            .read_exact(&mut count)
+            .map_err(|_| "is truncated before a storage".to_owned())?;
+        let size = sizes
+            .remove(&*key)
+            .ok_or_else(|| format!("lists the storage `{key}`, which cannot be read"))?;
+        let length = usize::try_from(i64::from_le_bytes(count))
+            .ok()
+            .and_then(|n| n.checked_mul(size));
         let from = input.position() as usize;
-        let data = length.and_then(|n| bytes.get(from..from.checked_add(n)?)).ok_or("is truncated inside a storage")?;
+        let data = length
+            .and_then(|n| bytes.get(from..from.checked_add(n)?))
+            .ok_or("is truncated inside a storage")?;
         input.set_position((from + data.len()) as u64);
         storages.insert(key, data);
     }
     materialise(&machine.tensors(root, key)?, bytes.len() as u64, |storage, gather| {
-        gather(storages.get(&storage.key).ok_or_else(|| format!("lacks the storage `{}`", storage.key))?)
+        gather(
+            storages
+                .get(&storage.key)
+                .ok_or_else(|| format!("lacks the storage `{}`", storage.key))?,
+        )
     })
 }
 
@@ -142,22 +168,41 @@ fn materialise(
     let mut total = 0u64;
     let mut by_storage: BTreeMap<&str, Vec<(&String, &TensorRef)>> = BTreeMap::new();
     for (name, tensor) in tensors {
-        let count = tensor.shape.iter().try_fold(1u64, |count, &n| count.checked_mul(u64::try_from(n).ok()?));
+        let count = tensor
+            .shape
+            .iter()
+            .try_fold(1u64, |count, &n| count.checked_mul(u64::try_from(n).ok()?));
         let bytes = count.and_then(|count| count.checked_mul(size_of(tensor.storage.dtype) as u64));
-        total = bytes.and_then(|bytes| total.checked_add(bytes)).filter(|&total| total <= limit).ok_or_else(|| {
-            format!("tensor `{name}` {:?}: the tensors are more than {MOST_EXPANSION} times the file", tensor.shape)
-        })?;
+        total = bytes
+            .and_then(|bytes| total.checked_add(bytes))
+            .filter(|&total| total <= limit)
+            .ok_or_else(|| {
+                format!(
+                    "tensor `{name}` {:?}: the tensors are more than {MOST_EXPANSION} times the file",
+                    tensor.shape
+                )
+            })?;
         by_storage.entry(&tensor.storage.key).or_default().push((name, tensor));
     }
     let mut out = BTreeMap::new();
     for views in by_storage.into_values() {
-        let largest = views.iter().map(|(_, tensor)| &tensor.storage).max_by_key(|storage| storage.numel);
+        let largest = views
+            .iter()
+            .map(|(_, tensor)| &tensor.storage)
+            .max_by_key(|storage| storage.numel);
         let Some(storage) = largest else { continue };
         with_storage(storage, &mut |bytes| {
             for (name, tensor) in &views {
                 let gathered = gather(tensor, bytes).map_err(|problem| format!("tensor `{name}` {problem}"))?;
                 let (dtype, shape) = (tensor.storage.dtype, tensor.shape.clone());
-                out.insert((*name).clone(), HostTensor { dtype, shape, bytes: gathered });
+                out.insert(
+                    (*name).clone(),
+                    HostTensor {
+                        dtype,
+                        shape,
+                        bytes: gathered,
+                    },
+                );
             }
             Ok(())
         })?;
@@ -176,7 +221,10 @@ fn gather(tensor: &TensorRef, storage: &[u8]) -> Result<Vec<u8>, String> {
         return Err("has as many strides as it has no dimensions".to_owned());
     }
     for (&n, &stride) in tensor.shape.iter().zip(&tensor.strides) {
-        let (n, stride) = (usize::try_from(n).map_err(|_| outside())?, usize::try_from(stride).map_err(|_| outside())?);
+        let (n, stride) = (
+            usize::try_from(n).map_err(|_| outside())?,
+            usize::try_from(stride).map_err(|_| outside())?,
+        );
         count = count.checked_mul(n).ok_or_else(outside)?;
         let reach = n.saturating_sub(1).checked_mul(stride).ok_or_else(outside)?;
         last = last.checked_add(reach).ok_or_else(outside)?;
@@ -232,13 +280,21 @@ impl PickleSource {
     /// # Errors
     /// As [`read`].
     pub fn open(file: &Path, target: Target) -> Result<Self, ModelError> {
-        Ok(Self { file: file.to_owned(), tensors: read(file, "state_dict")?, target })
+        Ok(Self {
+            file: file.to_owned(),
+            tensors: read(file, "state_dict")?,
+            target,
+        })
     }
 }
 
 impl TensorSource for PickleSource {
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
-        let fault = |problem: String| ModelError::Tensor { file: self.file.clone(), tensor: name.to_owned(), problem };
+        let fault = |problem: String| ModelError::Tensor {
+            file: self.file.clone(),
+            tensor: name.to_owned(),
+            problem,
+        };
         let tensor = self.tensors.get(name).ok_or_else(|| fault("is missing".to_owned()))?;
         if tensor.shape != shape {
             return Err(fault(format!("has shape {:?}; expected {shape:?}", tensor.shape)));
@@ -246,7 +302,8 @@ impl TensorSource for PickleSource {
         if !matches!(tensor.dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
             return Err(fault(format!("is {:?}; expected floating-point numbers", tensor.dtype)));
         }
-        let kind = kind_of(tensor.dtype).ok_or_else(|| fault(format!("is {:?}, which cannot be read", tensor.dtype)))?;
+        let kind =
+            kind_of(tensor.dtype).ok_or_else(|| fault(format!("is {:?}, which cannot be read", tensor.dtype)))?;
         let host = Tensor::f_from_data_size(&tensor.bytes, shape, kind)?;
         Ok(host.f_to_device(self.target.device)?.f_to_kind(self.target.kind)?)
     }

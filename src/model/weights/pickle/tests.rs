@@ -1,14 +1,26 @@
 use super::*;
 
 fn view(shape: &[i64], strides: &[i64], offset: i64) -> TensorRef {
-    let storage = StorageRef { key: "0".into(), dtype: Dtype::U8, numel: 6 };
-    TensorRef { storage: Rc::new(storage), offset, shape: shape.to_vec(), strides: strides.to_vec() }
+    let storage = StorageRef {
+        key: "0".into(),
+        dtype: Dtype::U8,
+        numel: 6,
+    };
+    TensorRef {
+        storage: Rc::new(storage),
+        offset,
+        shape: shape.to_vec(),
+        strides: strides.to_vec(),
+    }
 }
 
 #[test]
 fn strided_views_are_gathered_and_never_leave_the_storage() {
     let storage = [0u8, 1, 2, 3, 4, 5];
-    assert_eq!(gather(&view(&[3, 2], &[1, 3], 0), &storage).unwrap(), [0, 3, 1, 4, 2, 5]);
+    assert_eq!(
+        gather(&view(&[3, 2], &[1, 3], 0), &storage).unwrap(),
+        [0, 3, 1, 4, 2, 5]
+    );
     assert_eq!(gather(&view(&[], &[], 5), &storage).unwrap(), [5]);
     for (shape, strides, offset) in [
         (&[7i64][..], &[1i64][..], 0i64),
@@ -19,16 +31,22 @@ fn strided_views_are_gathered_and_never_leave_the_storage() {
         (&[1 << 40], &[0], 0),
         (&[1], &[1], -1),
     ] {
-        assert!(gather(&view(shape, strides, offset), &storage).is_err(), "{shape:?} {strides:?} {offset}");
+        assert!(
+            gather(&view(shape, strides, offset), &storage).is_err(),
+            "{shape:?} {strides:?} {offset}"
+        );
     }
 }
-
 
 /// A zip container around a pickle, with storages.
 fn container(dir: &Path, pickle: &[u8], storages: &[(&str, &[u8])], deflate: bool) -> PathBuf {
     let file = dir.join("made.ckpt");
     let mut zip = zip::ZipWriter::new(File::create(&file).unwrap());
-    let method = if deflate { zip::CompressionMethod::Deflated } else { zip::CompressionMethod::Stored };
+    let method = if deflate {
+        zip::CompressionMethod::Deflated
+    } else {
+        zip::CompressionMethod::Stored
+    };
     let options = zip::write::SimpleFileOptions::default().compression_method(method);
     let mut add = |name: String, bytes: &[u8]| {
         zip.start_file(name, options).unwrap();
@@ -82,17 +100,30 @@ fn state_dict(entries: &[(&str, Vec<u8>)]) -> Vec<u8> {
 }
 
 fn problem(file: &Path) -> String {
-    read(file, "state_dict").expect_err("a broken checkpoint was read").to_string()
+    read(file, "state_dict")
+        .expect_err("a broken checkpoint was read")
+        .to_string()
 }
 
 #[test]
 fn tensors_are_read_from_stored_and_deflated_entries() {
     let dir = tempfile::tempdir().unwrap();
-    let pickle = state_dict(&[("a", tensor("ByteStorage", "0", 3)), ("b", tensor("ByteStorage", "0", 3))]);
+    let pickle = state_dict(&[
+        ("a", tensor("ByteStorage", "0", 3)),
+        ("b", tensor("ByteStorage", "0", 3)),
+    ]);
     for deflate in [false, true] {
-        let found = read(&container(dir.path(), &pickle, &[("0", &[7, 8, 9])], deflate), "state_dict").unwrap();
+        let found = read(
+            &container(dir.path(), &pickle, &[("0", &[7, 8, 9])], deflate),
+            "state_dict",
+        )
+        .unwrap();
         assert_eq!(found.keys().collect::<Vec<_>>(), ["a", "b"]);
-        assert!(found.values().all(|t| t.bytes == [7, 8, 9] && t.dtype == Dtype::U8 && t.shape == [3]));
+        assert!(
+            found
+                .values()
+                .all(|t| t.bytes == [7, 8, 9] && t.dtype == Dtype::U8 && t.shape == [3])
+        );
     }
 }
 
@@ -100,7 +131,14 @@ fn tensors_are_read_from_stored_and_deflated_entries() {
 fn a_pickle_that_calls_a_function_executes_nothing_and_names_it() {
     let dir = tempfile::tempdir().unwrap();
     let canary = dir.path().join("canary");
-    let call = |end: &[u8]| [&b"cposix\nsystem\n"[..], &text(&format!("touch {}", canary.display())), end].concat();
+    let call = |end: &[u8]| {
+        [
+            &b"cposix\nsystem\n"[..],
+            &text(&format!("touch {}", canary.display())),
+            end,
+        ]
+        .concat()
+    };
     // By REDUCE, NEWOBJ, and with the result called again.
     for end in [&b"\x85R"[..], b"\x85\x81", b"\x85R)R"] {
         let reached = container(dir.path(), &state_dict(&[("w", call(end))]), &[], false);
@@ -114,7 +152,10 @@ fn a_pickle_that_calls_a_function_executes_nothing_and_names_it() {
         beside.extend(text("w"));
         beside.extend(tensor("ByteStorage", "0", 1));
         beside.extend(b"ss.");
-        assert_eq!(read(&container(dir.path(), &beside, &[("0", &[5])], false), "state_dict").unwrap()["w"].bytes, [5]);
+        assert_eq!(
+            read(&container(dir.path(), &beside, &[("0", &[5])], false), "state_dict").unwrap()["w"].bytes,
+            [5]
+        );
     }
     assert!(!canary.exists());
 }
