@@ -1,11 +1,16 @@
-//! Pictures in memory: foreign bytes decoded under limits, and encoding.
+//! Pictures in memory: foreign bytes are decoded under limits, pictures of ours are encoded.
+
+mod encode;
+mod header;
 
 use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use image::codecs::jpeg::JpegEncoder;
-use image::codecs::png::PngEncoder;
-use image::codecs::webp::WebPEncoder;
-use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat, ImageReader, Limits};
+use image::codecs::{jpeg::JpegDecoder, png::PngDecoder, webp::WebPDecoder};
+use image::metadata::Orientation;
+use image::{ColorType, DynamicImage, ImageDecoder, ImageError, RgbImage};
+
+pub use encode::{OutputFormat, encode};
 
 /// 8-bit RGB, row by row: `rgb.len() == 3 * width * height`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,225 +20,244 @@ pub struct RgbPicture {
     pub rgb: Vec<u8>,
 }
 
-/// What a foreign picture may be.
+/// The file formats that are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PictureFormat {
+    Png,
+    Jpeg,
+    WebP,
+}
+
+impl PictureFormat {
+    /// The format that the first bytes of a file announce.
+    pub fn of_bytes(bytes: &[u8]) -> Option<Self> {
+        match bytes {
+            [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => Some(Self::Png),
+            [0xff, 0xd8, 0xff, ..] => Some(Self::Jpeg),
+            [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Some(Self::WebP),
+            _ => None,
+        }
+    }
+
+    /// Its media type.
+    pub fn media_type(self) -> &'static str {
+        match self {
+            Self::Png => "image/png",
+            Self::Jpeg => "image/jpeg",
+            Self::WebP => "image/webp",
+        }
+    }
+
+    /// Its usual file name extension, without the dot.
+    pub fn extension(self) -> &'static str {
+        match self {
+            Self::Png => "png",
+            Self::Jpeg => "jpg",
+            Self::WebP => "webp",
+        }
+    }
+}
+
+impl std::fmt::Display for PictureFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Png => "PNG",
+            Self::Jpeg => "JPEG",
+            Self::WebP => "WebP",
+        })
+    }
+}
+
+/// What foreign bytes may cost. Sides and pixels are checked on the file's header, before anything is decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PictureLimits {
+    /// Bytes of the file.
     pub bytes: usize,
-    pub pixels: u64,
+    /// Pixels along one side.
     pub side: u32,
+    /// Pixels in all.
+    pub pixels: u64,
 }
 
 impl Default for PictureLimits {
     fn default() -> Self {
-        Self { bytes: 20 << 20, pixels: 40_000_000, side: 16_384 }
+        Self {
+            bytes: 20 << 20,
+            side: 16_384,
+            pixels: 40_000_000,
+        }
     }
 }
 
-/// Why a picture is refused.
+/// Why a picture is refused. Each message completes a sentence that begins with the picture's name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PictureError {
+    /// The first bytes are those of no format that is read.
     #[error("is not a JPEG, PNG or WebP picture")]
     UnknownFormat,
+    /// The file has too many bytes.
     #[error("has {actual} bytes, the limit is {limit}")]
     TooManyBytes { actual: usize, limit: usize },
+    /// A side is too long or the area too large.
     #[error("is {width}x{height} pixels; the limits are {pixels} pixels in all and {side} along a side")]
-    TooManyPixels { width: u32, height: u32, pixels: u64, side: u32 },
+    TooManyPixels {
+        width: u32,
+        height: u32,
+        pixels: u64,
+        side: u32,
+    },
+    /// A side is 0.
     #[error("is empty: {width}x{height} pixels")]
     NoPixels { width: u32, height: u32 },
+    /// The file ends before its picture does.
+    #[error("is truncated: the {format} file ends before its picture does")]
+    Truncated { format: PictureFormat },
+    /// The file contradicts its format, or a picture of ours cannot be written.
     #[error("is damaged: {0}")]
     Damaged(String),
 }
 
-/// Memory that a decoder may take besides the pixels themselves.
-const DECODER_MEMORY: u64 = 512 << 20;
+impl PictureError {
+    /// A stable word for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::UnknownFormat => "not_a_picture",
+            Self::TooManyBytes { .. } | Self::TooManyPixels { .. } => "picture_too_large",
+            Self::NoPixels { .. } => "picture_empty",
+            Self::Truncated { .. } => "picture_truncated",
+            Self::Damaged(_) => "picture_damaged",
+        }
+    }
+}
 
-/// Decodes JPEG, PNG or WebP by content, not by name: limits are checked on the header before any pixel is decoded, EXIF
-/// orientation is applied first, transparency is put on white as the base model's pipeline does. Of an animation the
-/// first frame counts.
+impl RgbPicture {
+    /// Whether `rgb` has the length that the sides ask for.
+    pub fn is_consistent(&self) -> bool {
+        self.rgb.len() as u64 == 3 * u64::from(self.width) * u64::from(self.height)
+    }
+}
+
+/// Decodes a JPEG, PNG or WebP file, told by its content, under `limits`. Of an animation the first frame counts; EXIF
+/// orientation is applied; the result is RGB as the reference's pipeline makes it: grey is spread over the channels, 16
+/// bits lose the lower byte, transparency is blended onto white (`ItemProcessor._whiten_transparency`).
 ///
 /// # Errors
-/// When the bytes are no such picture, are damaged, or are beyond the limits.
+/// When the bytes are no such picture, are incomplete or damaged, or exceed a limit.
 pub fn decode(bytes: &[u8], limits: &PictureLimits) -> Result<RgbPicture, PictureError> {
     if bytes.len() > limits.bytes {
-        return Err(PictureError::TooManyBytes { actual: bytes.len(), limit: limits.bytes });
+        return Err(PictureError::TooManyBytes {
+            actual: bytes.len(),
+            limit: limits.bytes,
+        });
     }
-    // Decoders of foreign bytes are known to panic on some malicious input; a panic is an answer too.
-    std::panic::catch_unwind(|| decode_unguarded(bytes, limits))
-        .unwrap_or_else(|_| Err(PictureError::Damaged("the decoder gave up".to_owned())))
+    let header = header::read(bytes)?;
+    let (width, height) = (header.width, header.height);
+    if width.max(height) > limits.side || u64::from(width) * u64::from(height) > limits.pixels {
+        return Err(PictureError::TooManyPixels {
+            width,
+            height,
+            pixels: limits.pixels,
+            side: limits.side,
+        });
+    }
+    if !header.complete {
+        return Err(PictureError::Truncated { format: header.format });
+    }
+    // The decoders are memory-safe, but a file that makes one panic must cost its sender alone.
+    catch_unwind(AssertUnwindSafe(|| decode_pixels(bytes, &header)))
+        .unwrap_or_else(|_| Err(PictureError::Damaged("its decoder gave up".to_owned())))
 }
 
-fn decode_unguarded(bytes: &[u8], limits: &PictureLimits) -> Result<RgbPicture, PictureError> {
-    let damaged = |error: image::ImageError| PictureError::Damaged(error.to_string());
-    let format = image::guess_format(bytes).map_err(|_| PictureError::UnknownFormat)?;
-    if !matches!(format, ImageFormat::Jpeg | ImageFormat::Png | ImageFormat::WebP) {
-        return Err(PictureError::UnknownFormat);
-    }
-    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
-    let mut own = Limits::default();
-    own.max_alloc = Some(DECODER_MEMORY);
-    reader.limits(own);
-    let mut decoder = reader.into_decoder().map_err(damaged)?;
-    let (width, height) = decoder.dimensions();
-    if width == 0 || height == 0 {
-        return Err(PictureError::NoPixels { width, height });
-    }
-    if width > limits.side || height > limits.side || u64::from(width) * u64::from(height) > limits.pixels {
-        return Err(PictureError::TooManyPixels { width, height, pixels: limits.pixels, side: limits.side });
-    }
-    if decoder.total_bytes() > DECODER_MEMORY {
-        return Err(PictureError::TooManyPixels { width, height, pixels: limits.pixels, side: limits.side });
-    }
-    let orientation = decoder.orientation().map_err(damaged)?;
-    let mut picture = DynamicImage::from_decoder(decoder).map_err(damaged)?;
-    picture.apply_orientation(orientation);
-    Ok(whiten(&picture))
-}
+/// What PNG's internal buffers (text, colour profiles) may take; rows of the widest allowed picture fit many times over.
+const PNG_BUFFERS: u64 = 64 << 20;
 
-/// RGB on white: where nothing is transparent the alpha channel is dropped, else blended in f64 and truncated
-/// (`image_tokenizer.py: whiten_transparency`).
-fn whiten(picture: &DynamicImage) -> RgbPicture {
-    let (width, height) = (picture.width(), picture.height());
-    if !picture.color().has_alpha() {
-        return RgbPicture { width, height, rgb: picture.to_rgb8().into_raw() };
-    }
-    let rgba = picture.to_rgba8();
-    let opaque = rgba.pixels().all(|pixel| pixel.0[3] == 255);
-    let rgb = rgba
-        .pixels()
-        .flat_map(|pixel| {
-            let [r, g, b, a] = pixel.0;
-            let alpha = f64::from(a) / 255.0;
-            [r, g, b].map(|value| if opaque { value } else { ((1.0 - alpha) * 255.0 + alpha * f64::from(value)) as u8 })
-        })
-        .collect();
-    RgbPicture { width, height, rgb }
-}
-
-/// Formats that pictures are answered in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OutputFormat {
-    Png,
-    /// Quality 1..=100.
-    Jpeg(u8),
-    /// Lossless.
-    WebP,
-}
-
-/// Encodes a picture; `text` are key and value pairs for a PNG's text chunks (other formats carry none).
-///
-/// # Errors
-/// When the pixels do not form the picture, or a text cannot be stored.
-pub fn encode(picture: &RgbPicture, format: OutputFormat, text: &[(&str, String)]) -> Result<Vec<u8>, PictureError> {
-    let damaged = |error: image::ImageError| PictureError::Damaged(error.to_string());
-    let mut out = Vec::new();
-    let (rgb, width, height, kind) = (&picture.rgb, picture.width, picture.height, ExtendedColorType::Rgb8);
-    if rgb.len() as u64 != 3 * u64::from(width) * u64::from(height) {
-        return Err(PictureError::Damaged(format!("{} bytes are not {width}x{height} pixels", rgb.len())));
-    }
+fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbPicture, PictureError> {
+    let format = header.format;
+    let fault = |error| decoding_fault(format, error);
     match format {
-        OutputFormat::Png => PngEncoder::new(&mut out).write_image(rgb, width, height, kind),
-        OutputFormat::Jpeg(quality) => {
-            JpegEncoder::new_with_quality(&mut out, quality).write_image(rgb, width, height, kind)
+        PictureFormat::Png => {
+            let mut limits = image::Limits::no_limits();
+            limits.max_alloc = Some(PNG_BUFFERS);
+            to_rgb(
+                PngDecoder::with_limits(Cursor::new(bytes), limits).map_err(fault)?,
+                header,
+            )
         }
-        OutputFormat::WebP => WebPEncoder::new_lossless(&mut out).write_image(rgb, width, height, kind),
+        PictureFormat::Jpeg => to_rgb(JpegDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
+        PictureFormat::WebP => to_rgb(WebPDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
     }
-    .map_err(damaged)?;
-    Ok(match format {
-        OutputFormat::Png => with_text(out, text),
-        _ => out,
+}
+
+fn decoding_fault(format: PictureFormat, error: ImageError) -> PictureError {
+    match error {
+        ImageError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            PictureError::Truncated { format }
+        }
+        other => PictureError::Damaged(other.to_string()),
+    }
+}
+
+fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<RgbPicture, PictureError> {
+    let format = header.format;
+    let fault = |error| decoding_fault(format, error);
+    let damaged = |problem: &str| PictureError::Damaged(problem.to_owned());
+    let (width, height) = decoder.dimensions();
+    if width > header.width || height > header.height || width == 0 || height == 0 {
+        return Err(damaged("its headers contradict each other"));
+    }
+    // Unreadable metadata is no reason to refuse the picture.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let colour = decoder.color_type();
+    let mut samples = vec![0; usize::try_from(decoder.total_bytes()).map_err(|_| damaged("it is too large"))?];
+    decoder.read_image(&mut samples).map_err(fault)?;
+    let samples = match colour {
+        ColorType::L16 | ColorType::La16 | ColorType::Rgb16 | ColorType::Rgba16 => samples
+            .chunks_exact(2)
+            .map(|pair| (u16::from_ne_bytes([pair[0], pair[1]]) >> 8) as u8)
+            .collect(),
+        _ => samples,
+    };
+    let rgb = match colour.channel_count() {
+        1 => samples.into_iter().flat_map(|grey| [grey; 3]).collect(),
+        2 => whiten(
+            samples
+                .chunks_exact(2)
+                .map(|pixel| [pixel[0], pixel[0], pixel[0], pixel[1]]),
+        ),
+        3 => samples,
+        4 if header.opaque => samples
+            .chunks_exact(4)
+            .flat_map(|pixel| [pixel[0], pixel[1], pixel[2]])
+            .collect(),
+        4 => whiten(
+            samples
+                .chunks_exact(4)
+                .map(|pixel| [pixel[0], pixel[1], pixel[2], pixel[3]]),
+        ),
+        _ => return Err(damaged("it has an unknown number of channels")),
+    };
+    let upright = RgbImage::from_raw(width, height, rgb).ok_or_else(|| damaged("it has too few pixels"))?;
+    let mut upright = DynamicImage::ImageRgb8(upright);
+    upright.apply_orientation(orientation);
+    let upright = upright.into_rgb8();
+    Ok(RgbPicture {
+        width: upright.width(),
+        height: upright.height(),
+        rgb: upright.into_raw(),
     })
 }
 
-/// Bytes before a PNG's second chunk: signature and IHDR.
-const PNG_HEAD: usize = 8 + 25;
-
-/// Adds iTXt chunks behind the header.
-fn with_text(png: Vec<u8>, text: &[(&str, String)]) -> Vec<u8> {
-    if text.is_empty() || png.len() < PNG_HEAD {
-        return png;
-    }
-    let mut out = png[..PNG_HEAD].to_vec();
-    for (key, value) in text {
-        let mut chunk = b"iTXt".to_vec();
-        chunk.extend(key.as_bytes());
-        chunk.extend([0, 0, 0, 0, 0]);
-        chunk.extend(value.as_bytes());
-        out.extend((chunk.len() as u32 - 4).to_be_bytes());
-        out.extend(&chunk);
-        out.extend(crc32(&chunk).to_be_bytes());
-    }
-    out.extend(&png[PNG_HEAD..]);
-    out
-}
-
-/// The checksum of PNG chunks (ISO 3309).
-fn crc32(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(!0u32, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { (crc >> 1) ^ 0xedb8_8320 } else { crc >> 1 })
-    })
+/// Blends RGBA pixels onto white, in f64 and truncated to 8 bits. Without real transparency the result is the colours
+/// themselves, so the reference's separate branch for opaque pictures needs none here.
+fn whiten(pixels: impl Iterator<Item = [u8; 4]>) -> Vec<u8> {
+    let blend = |value: u8, alpha: f64| ((1.0 - alpha) * 255.0 + alpha * f64::from(value)) as u8;
+    pixels
+        .flat_map(|[r, g, b, a]| match a {
+            255 => [r, g, b],
+            _ => [r, g, b].map(|value| blend(value, f64::from(a) / 255.0)),
+        })
+        .collect()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sample() -> RgbPicture {
-        RgbPicture { width: 5, height: 3, rgb: (0..45).map(|v| v * 5).collect() }
-    }
-
-    #[test]
-    fn png_and_webp_read_back_exactly_and_text_is_carried() {
-        let text = [("coar", "{\"seed\":7}".to_owned())];
-        let png = encode(&sample(), OutputFormat::Png, &text).unwrap();
-        assert_eq!(decode(&png, &PictureLimits::default()).unwrap(), sample());
-        let decoder = png_text(&png);
-        assert_eq!(decoder, [("coar".to_owned(), "{\"seed\":7}".to_owned())]);
-        let webp = encode(&sample(), OutputFormat::WebP, &[]).unwrap();
-        assert_eq!(decode(&webp, &PictureLimits::default()).unwrap(), sample());
-    }
-
-    fn png_text(bytes: &[u8]) -> Vec<(String, String)> {
-        let (mut found, mut at) = (vec![], 8);
-        while at + 12 <= bytes.len() {
-            let length = u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
-            if &bytes[at + 4..at + 8] == b"iTXt" {
-                let body = &bytes[at + 8..at + 8 + length];
-                let key = body.iter().position(|&b| b == 0).unwrap();
-                found.push((String::from_utf8_lossy(&body[..key]).into(), String::from_utf8_lossy(&body[key + 5..]).into()));
-            }
-            at += 12 + length;
-        }
-        found
-    }
-
-    #[test]
-    fn a_header_that_claims_too_much_is_refused_before_decoding() {
-        // Signature, IHDR of 16000x16000 RGB, nothing else.
-        let mut png = b"\x89PNG\r\n\x1a\n\0\0\0\x0d".to_vec();
-        let mut header = b"IHDR".to_vec();
-        header.extend(16_000u32.to_be_bytes());
-        header.extend(16_000u32.to_be_bytes());
-        header.extend([8, 2, 0, 0, 0]);
-        png.extend(&header);
-        png.extend(crc32(&header).to_be_bytes());
-        png.extend(b"\0\0\0\0IDAT");
-        png.extend(crc32(b"IDAT").to_be_bytes());
-        let error = decode(&png, &PictureLimits::default()).unwrap_err();
-        assert!(matches!(error, PictureError::TooManyPixels { width: 16_000, .. }), "{error:?}");
-    }
-
-    #[test]
-    fn anything_else_is_refused() {
-        let limits = PictureLimits::default();
-        assert_eq!(decode(b"<svg xmlns=''/>", &limits), Err(PictureError::UnknownFormat));
-        assert_eq!(decode(b"GIF89a\x01\0\x01\0", &limits), Err(PictureError::UnknownFormat));
-        assert_eq!(decode(b"", &limits), Err(PictureError::UnknownFormat));
-        let png = encode(&sample(), OutputFormat::Png, &[]).unwrap();
-        for end in 8..png.len() - 12 {
-            assert!(decode(&png[..end], &limits).is_err(), "{end}");
-        }
-        let small = PictureLimits { bytes: 10, ..limits };
-        assert!(matches!(decode(&png, &small), Err(PictureError::TooManyBytes { limit: 10, .. })));
-        assert!(encode(&RgbPicture { width: 2, height: 2, rgb: vec![] }, OutputFormat::Png, &[]).is_err());
-    }
-}
+mod tests;

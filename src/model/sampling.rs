@@ -51,6 +51,10 @@ pub fn draw_codes(
     streams: &[(u64, u64)],
     position: u64,
 ) -> Result<Vec<i64>, ModelError> {
+    // Without this a row of -inf or NaN would draw its first index, silently.
+    if !bool::try_from(&scores.f_amax([1i64].as_slice(), false)?.f_isfinite()?.f_all()?)? {
+        return Err(ModelError::invalid("scores", "have a row without a finite largest one"));
+    }
     if sampling.temperature == 0.0 {
         return Ok(Vec::<i64>::try_from(&scores.f_argmax(1, false)?)?);
     }
@@ -58,10 +62,18 @@ pub fn draw_codes(
     let total = kept.f_softmax(1, Kind::Double)?.f_cumsum(1, Kind::Double)?;
     let n = total.size()[1];
     let sums = total.f_narrow(1, n - 1, 1)?;
-    let draws: Vec<f64> = streams.iter().map(|&(seed, picture)| uniform(seed, picture, position)).collect();
-    let draws = Tensor::f_from_slice(&draws)?.f_to_device(scores.device())?.f_unsqueeze(1)?.f_mul(&sums)?;
+    let draws: Vec<f64> = streams
+        .iter()
+        .map(|&(seed, picture)| uniform(seed, picture, position))
+        .collect();
+    let draws = Tensor::f_from_slice(&draws)?
+        .f_to_device(scores.device())?
+        .f_unsqueeze(1)?
+        .f_mul(&sums)?;
     // The number of cumulative sums at or below the draw is the drawn index.
-    let drawn = total.f_le_tensor(&draws)?.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Int64)?;
+    let drawn = total
+        .f_le_tensor(&draws)?
+        .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Int64)?;
     Ok(Vec::<i64>::try_from(&drawn.f_clamp_max(n - 1)?)?)
 }
 
@@ -80,17 +92,38 @@ mod tests {
     #[test]
     fn draws_follow_the_probabilities_and_only_the_streams_indices() {
         let scores = Tensor::from_slice(&[0.1f32, 0.2, 0.7]).log().view([1, 3]);
-        let sampling = Sampling { top_k: 0, temperature: 1.0 };
+        let sampling = Sampling {
+            top_k: 0,
+            temperature: 1.0,
+        };
         let mut counts = [0; 3];
         for picture in 0..3000 {
             counts[draw_codes(&scores, &sampling, &[(7, picture)], 5).unwrap()[0] as usize] += 1;
         }
-        assert!((counts[0] - 300i32).abs() < 60 && (counts[2] - 2100i32).abs() < 120, "{counts:?}");
+        assert!(
+            (counts[0] - 300i32).abs() < 60 && (counts[2] - 2100i32).abs() < 120,
+            "{counts:?}"
+        );
         let rows = scores.repeat([8, 1]);
         let streams: Vec<(u64, u64)> = (0..8).map(|i| (7, i)).collect();
         let together = draw_codes(&rows, &sampling, &streams, 5).unwrap();
         for (index, stream) in streams.iter().enumerate() {
-            assert_eq!(draw_codes(&scores, &sampling, &[*stream], 5).unwrap()[0], together[index]);
+            assert_eq!(
+                draw_codes(&scores, &sampling, &[*stream], 5).unwrap()[0],
+                together[index]
+            );
+        }
+    }
+
+    #[test]
+    fn a_row_without_finite_scores_is_an_error() {
+        let sampling = Sampling {
+            top_k: 2,
+            temperature: 1.0,
+        };
+        for bad in [f32::NEG_INFINITY, f32::NAN] {
+            let scores = Tensor::from_slice(&[0.0f32, 1.0, bad, bad]).view([2, 2]);
+            assert!(draw_codes(&scores, &sampling, &[(0, 0), (0, 1)], 0).is_err());
         }
     }
 }

@@ -208,18 +208,24 @@ fn is_special_name(name: &str) -> bool {
 /// # Errors
 /// When the codes are not exactly 0..n.
 pub fn image_codes(names: &BTreeMap<String, i64>) -> Result<(Vec<i64>, BTreeMap<i64, i64>), ModelError> {
-    let by_code: BTreeMap<i64, i64> = names
-        .iter()
-        .filter_map(|(name, &id)| code_of_name(name).map(|code| (code, id)))
-        .collect();
+    let mut by_code = BTreeMap::new();
+    for (name, &id) in names {
+        let Some(code) = code_of_name(name) else { continue };
+        if by_code.insert(code, id).is_some() {
+            return Err(ModelError::invalid(
+                "vocabulary",
+                format!("names the image code {code} twice, last as `{name}`"),
+            ));
+        }
+    }
     let complete = by_code.keys().copied().eq(0..by_code.len() as i64);
-    if by_code.is_empty() || !complete {
+    let back: BTreeMap<i64, i64> = by_code.iter().map(|(&code, &id)| (id, code)).collect();
+    if by_code.is_empty() || !complete || back.len() != by_code.len() {
         return Err(ModelError::invalid(
             "vocabulary",
-            "does not name the image codes 0 to n, each once, as IMGIMG...Z",
+            "does not name the image codes 0 to n, each once and with an id of its own, as IMGIMG...Z",
         ));
     }
-    let back = by_code.iter().map(|(&code, &id)| (id, code)).collect();
     Ok((by_code.into_values().collect(), back))
 }
 
@@ -376,7 +382,7 @@ pub fn image_block(
     rows: usize,
     columns: usize,
 ) -> Result<([i64; 3], Vec<i64>), ModelError> {
-    if codes.len() != rows * columns || rows % 2 != 0 || columns % 2 != 0 || columns == 0 {
+    if codes.len() != rows * columns || !rows.is_multiple_of(2) || !columns.is_multiple_of(2) || columns == 0 {
         return Err(ModelError::invalid(
             "codes",
             format!("are {}; expected {rows} rows of {columns}, both even", codes.len()),
@@ -396,4 +402,67 @@ pub fn image_block(
     }
     ids.push(vocabulary.image_end());
     Ok((start, ids))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(codes: &[(&str, i64)], without: &str) -> BTreeMap<String, i64> {
+        let fixed = [
+            "<s>",
+            "<pad>",
+            "<eoss>",
+            "<racm3:break>",
+            "<reserved08706>",
+            "<reserved08799>",
+            "<reserved08801>",
+        ];
+        let specials = fixed.into_iter().zip(100..).filter(|(name, _)| *name != without);
+        codes
+            .iter()
+            .copied()
+            .chain(specials)
+            .map(|(name, id)| (name.to_owned(), id))
+            .collect()
+    }
+
+    #[test]
+    fn codes_go_by_name_in_any_order() {
+        let vocabulary =
+            Vocabulary::from_names(&names(&[("IMGIMGBZ", 4), ("IMGIMGAZ", 9), ("IMGIMGCZ", 2)], "")).unwrap();
+        assert_eq!(vocabulary.code_ids(), [9, 4, 2]);
+        assert_eq!((vocabulary.id_to_code(2), vocabulary.id_to_code(3)), (Some(2), None));
+        assert!(vocabulary.code_to_id(3).is_err() && vocabulary.code_to_id(-1).is_err());
+    }
+
+    #[test]
+    fn ambiguous_and_incomplete_codes_are_refused() {
+        for codes in [
+            &[("IMGIMGAZ", 4), ("IMGIMGAAZ", 5)][..],
+            &[("IMGIMGAZ", 4), ("IMGIMGCZ", 5)],
+            &[("IMGIMGAZ", 4), ("IMGIMGBZ", 4)],
+            &[],
+        ] {
+            assert!(Vocabulary::from_names(&names(codes, "")).is_err(), "{codes:?}");
+        }
+    }
+
+    #[test]
+    fn a_missing_special_name_is_named() {
+        for name in [
+            "<s>",
+            "<pad>",
+            "<eoss>",
+            "<racm3:break>",
+            "<reserved08706>",
+            "<reserved08799>",
+            "<reserved08801>",
+        ] {
+            let error = Vocabulary::from_names(&names(&[("IMGIMGAZ", 4)], name))
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(name), "{error}");
+        }
+    }
 }

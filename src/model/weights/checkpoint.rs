@@ -55,26 +55,62 @@ pub(super) fn kind_of(dtype: Dtype) -> Option<Kind> {
     })
 }
 
-fn open_shard(file: &Path) -> Result<(Shard, Vec<(String, Dtype, Vec<usize>, usize, usize)>), ModelError> {
+/// The image tokenizer inside the language model's checkpoint: base models carry its encoder half, fine-tuned ones
+/// nothing of it, and it is always read from its own file.
+const IGNORED: &str = "model.vqmodel.";
+
+fn open_shard(file: &Path, index: usize) -> Result<(Shard, BTreeMap<String, Entry>), ModelError> {
     let handle = File::open(file).map_err(|error| ModelError::file(file, error))?;
     // SAFETY: the map is only read. Whoever truncates a checkpoint under a running server breaks that server; checkpoints
     // are written once and then left alone.
     let map = unsafe { Mmap::map(&handle) }.map_err(|error| ModelError::file(file, error))?;
-    let length = map.len();
+    // This also compares the file's length with what the header describes.
     let (header, metadata) = SafeTensors::read_metadata(&map)
         .map_err(|error| ModelError::file(file, format!("not a complete safetensors file: {error}")))?;
     let data = header + 8;
-    let entries: Vec<_> = metadata
-        .tensors()
-        .into_iter()
-        .map(|(name, info)| (name, info.dtype, info.shape.clone(), info.data_offsets.0, info.data_offsets.1))
-        .collect();
-    let needed = data + entries.iter().map(|entry| entry.4).max().unwrap_or(0);
-    if length < needed {
-        return Err(ModelError::file(file, format!("is truncated: {length} bytes, its header describes {needed}")));
+    let mut entries = BTreeMap::new();
+    for (name, info) in metadata.tensors() {
+        if name.starts_with(IGNORED) {
+            continue;
+        }
+        // An empty tensor may claim any other dimensions: the header's own check multiplies them to 0.
+        let shape: Option<Vec<i64>> = info.shape.iter().map(|&n| i64::try_from(n).ok()).collect();
+        let shape = shape.filter(|shape| {
+            let product = shape.iter().try_fold(1i64, |product, &n| product.checked_mul(n.max(1)));
+            shape.len() <= MOST_DIMENSIONS && product.is_some()
+        });
+        let Some(shape) = shape else {
+            let problem = format!("claims the shape {:?}, which no tensor has", info.shape);
+            return Err(ModelError::Tensor {
+                file: file.to_owned(),
+                tensor: name,
+                problem,
+            });
+        };
+        let (from, to) = info.data_offsets;
+        entries.insert(
+            name,
+            Entry {
+                shard: index,
+                dtype: info.dtype,
+                shape,
+                from,
+                to,
+            },
+        );
     }
-    Ok((Shard { file: file.to_owned(), map, data }, entries))
+    Ok((
+        Shard {
+            file: file.to_owned(),
+            map,
+            data,
+        },
+        entries,
+    ))
 }
+
+/// libtorch's own limit.
+const MOST_DIMENSIONS: usize = 64;
 
 impl Checkpoint {
     /// Opens `model.safetensors.index.json` with its shards, or a single `model.safetensors`.
@@ -86,7 +122,10 @@ impl Checkpoint {
         if !index.exists() {
             let single = dir.join("model.safetensors");
             if !single.exists() {
-                return Err(ModelError::file(dir, "holds neither model.safetensors.index.json nor model.safetensors"));
+                return Err(ModelError::file(
+                    dir,
+                    "holds neither model.safetensors.index.json nor model.safetensors",
+                ));
             }
             return Self::open_file(&single, target);
         }
@@ -98,26 +137,36 @@ impl Checkpoint {
             .ok_or_else(|| ModelError::file(&index, "lacks `weight_map`"))?;
         let mut by_shard: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (tensor, shard) in weight_map {
-            let shard = shard.as_str().filter(|name| !name.contains(['/', '\\'])).ok_or_else(|| {
-                ModelError::file(&index, format!("gives no plain file name for `{tensor}`"))
-            })?;
+            let shard = shard
+                .as_str()
+                .filter(|name| !name.contains(['/', '\\']))
+                .ok_or_else(|| ModelError::file(&index, format!("gives no plain file name for `{tensor}`")))?;
             by_shard.entry(shard).or_default().push(tensor);
         }
-        let mut checkpoint = Self { shards: vec![], entries: BTreeMap::new(), target, root: dir.to_owned() };
+        let mut checkpoint = Self {
+            shards: vec![],
+            entries: BTreeMap::new(),
+            target,
+            root: dir.to_owned(),
+        };
         for (shard, tensors) in by_shard {
             let file = dir.join(shard);
             if !file.exists() {
-                return Err(ModelError::file(&file, format!("is missing; the index says that it holds {} tensors", tensors.len())));
+                let problem = format!("is missing; the index says that it holds {} tensors", tensors.len());
+                return Err(ModelError::file(&file, problem));
             }
-            checkpoint.add(&file)?;
-            for tensor in tensors {
-                if !checkpoint.entries.contains_key(tensor) {
+            let (opened, mut entries) = open_shard(&file, checkpoint.shards.len())?;
+            checkpoint.shards.push(opened);
+            // Only what the index names: it decides where two shards hold the same tensor.
+            for tensor in tensors.into_iter().filter(|tensor| !tensor.starts_with(IGNORED)) {
+                let Some((name, entry)) = entries.remove_entry(tensor) else {
                     return Err(ModelError::Tensor {
                         file,
                         tensor: tensor.to_owned(),
                         problem: "is missing; the index says that it is here".to_owned(),
                     });
-                }
+                };
+                checkpoint.entries.insert(name, entry);
             }
         }
         Ok(checkpoint)
@@ -128,20 +177,13 @@ impl Checkpoint {
     /// # Errors
     /// When it is missing, truncated or not a safetensors file.
     pub fn open_file(file: &Path, target: Target) -> Result<Self, ModelError> {
-        let mut checkpoint = Self { shards: vec![], entries: BTreeMap::new(), target, root: file.to_owned() };
-        checkpoint.add(file)?;
-        Ok(checkpoint)
-    }
-
-    fn add(&mut self, file: &Path) -> Result<(), ModelError> {
-        let (shard, entries) = open_shard(file)?;
-        let index = self.shards.len();
-        self.shards.push(shard);
-        for (name, dtype, shape, from, to) in entries {
-            let shape = shape.into_iter().map(|n| n as i64).collect();
-            self.entries.insert(name, Entry { shard: index, dtype, shape, from, to });
-        }
-        Ok(())
+        let (shard, entries) = open_shard(file, 0)?;
+        Ok(Self {
+            shards: vec![shard],
+            entries,
+            target,
+            root: file.to_owned(),
+        })
     }
 
     /// Names of all tensors.
@@ -161,7 +203,10 @@ impl Checkpoint {
 
     /// Numbers in all tensors.
     pub fn parameters(&self) -> u64 {
-        self.entries.values().map(|entry| entry.shape.iter().product::<i64>() as u64).sum()
+        self.entries
+            .values()
+            .map(|entry| entry.shape.iter().product::<i64>() as u64)
+            .sum()
     }
 
     /// A name for these weights: SHA-256 over names, shapes, dtypes and the first 4 KiB of every tensor, in hex. Concepts
@@ -201,15 +246,27 @@ impl Checkpoint {
 
     fn copy(&self, name: &str, entry: &Entry, target: Option<Target>) -> Result<Tensor, ModelError> {
         let shard = &self.shards[entry.shard];
-        let fault = |problem: String| ModelError::Tensor { file: shard.file.clone(), tensor: name.to_owned(), problem };
+        let fault = |problem: String| ModelError::Tensor {
+            file: shard.file.clone(),
+            tensor: name.to_owned(),
+            problem,
+        };
         let kind = kind_of(entry.dtype).ok_or_else(|| fault(format!("is {:?}, which cannot be read", entry.dtype)))?;
         let bytes = self.slice(entry);
-        let strides: Vec<i64> = (0..entry.shape.len()).map(|dim| entry.shape[dim + 1..].iter().product()).collect();
+        let strides: Vec<i64> = (0..entry.shape.len())
+            .map(|dim| entry.shape[dim + 1..].iter().map(|n| n.max(&1)).product())
+            .collect();
         // Where the kind or device changes the view is read straight from the map and no second copy of it exists; the
         // copy is forced where both stay, so that no tensor refers to the map.
-        // SAFETY: the header's check guarantees that the slice holds exactly the shape's numbers; the view is dropped
-        // before the map.
-        let view = unsafe { Tensor::f_from_blob(bytes.as_ptr(), &entry.shape, &strides, kind, Device::Cpu)? };
+        let aligned = (bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes());
+        let view = if aligned && !bytes.is_empty() {
+            // SAFETY: the header's check guarantees that the slice holds exactly the shape's numbers; the view is
+            // dropped before the map.
+            unsafe { Tensor::f_from_blob(bytes.as_ptr(), &entry.shape, &strides, kind, Device::Cpu)? }
+        } else {
+            // A writer that did not pad its header.
+            Tensor::f_from_data_size(bytes, &entry.shape, kind)?
+        };
         let copied = match target {
             Some(target) if target.kind != kind || target.device != Device::Cpu => {
                 view.f_to_device_(target.device, target.kind, false, true)?
@@ -222,7 +279,11 @@ impl Checkpoint {
         let to = (shard.data + entry.to) / page * page;
         if to > from {
             // SAFETY: dropping clean pages of a read-only file map changes nothing but residency.
-            let _ = unsafe { shard.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from, to - from) };
+            let _ = unsafe {
+                shard
+                    .map
+                    .unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from, to - from)
+            };
         }
         let _ = shard.map.advise(Advice::Normal);
         Ok(copied)
@@ -251,5 +312,149 @@ impl TensorSource for Checkpoint {
 
     fn shape_of(&self, name: &str) -> Option<Vec<i64>> {
         self.entries.get(name).map(|entry| entry.shape.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TARGET: Target = Target {
+        kind: Kind::Float,
+        device: Device::Cpu,
+    };
+
+    /// A safetensors file of a raw header and data.
+    fn write(file: &Path, header: &str, data: &[u8]) {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.extend(data);
+        std::fs::write(file, bytes).unwrap();
+    }
+
+    fn halves(values: &[f32]) -> Vec<u8> {
+        values
+            .iter()
+            .flat_map(|&value| half::bf16::from_f32(value).to_le_bytes())
+            .collect()
+    }
+
+    fn problem(result: Result<Checkpoint, ModelError>) -> String {
+        result.expect_err("a broken checkpoint was opened").to_string()
+    }
+
+    #[test]
+    fn tensors_are_copied_in_the_target_kind_whatever_their_alignment() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.safetensors");
+        let body = r#"{"a":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]},"e":{"dtype":"F32","shape":[0,4],"data_offsets":[8,8]}}"#;
+        for pad in 0..4 {
+            write(
+                &file,
+                &format!("{body}{}", " ".repeat(pad)),
+                &halves(&[1.0, -2.0, 0.5, 3.0]),
+            );
+            let tensor = {
+                let checkpoint = Checkpoint::open_dir(dir.path(), TARGET).unwrap();
+                assert_eq!(checkpoint.tensor("e", &[0, 4]).unwrap().size(), [0, 4]);
+                assert_eq!(checkpoint.raw("a").unwrap().kind(), Kind::BFloat16);
+                checkpoint.tensor("a", &[2, 2]).unwrap()
+            };
+            // The map is gone: the tensor must not refer to it.
+            assert_eq!(
+                Vec::<f32>::try_from(&tensor.reshape([-1])).unwrap(),
+                [1.0, -2.0, 0.5, 3.0]
+            );
+        }
+    }
+
+    #[test]
+    fn every_truncation_and_any_surplus_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.safetensors");
+        write(
+            &file,
+            r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}"#,
+            &halves(&[1.0, 2.0]),
+        );
+        let whole = std::fs::read(&file).unwrap();
+        assert!(Checkpoint::open_file(&file, TARGET).is_ok());
+        for length in 0..whole.len() {
+            std::fs::write(&file, &whole[..length]).unwrap();
+            assert!(problem(Checkpoint::open_file(&file, TARGET)).contains("model.safetensors"));
+        }
+        std::fs::write(&file, [&whole[..], b"x"].concat()).unwrap();
+        problem(Checkpoint::open_file(&file, TARGET));
+    }
+
+    #[test]
+    fn headers_that_lie_are_errors_and_never_panics() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.safetensors");
+        for header in [
+            "",
+            "{",
+            "[]",
+            r#"{"a":{"dtype":"BF16","shape":[3],"data_offsets":[0,4]}}"#,
+            r#"{"a":{"dtype":"Q7","shape":[2],"data_offsets":[0,4]}}"#,
+            r#"{"a":{"dtype":"BF16","shape":[-2],"data_offsets":[0,4]}}"#,
+            r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[4,0]}}"#,
+            r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[2,6]}}"#,
+            r#"{"a":{"dtype":"BF16","shape":[4611686018427387904,4],"data_offsets":[0,4]}}"#,
+            r#"{"a":{"dtype":"BF16","shape":[0,4611686018427387904,4],"data_offsets":[0,0]},"b":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}"#,
+            r#"{"a":{"dtype":"BF16","shape":[0,18446744073709551615],"data_offsets":[0,0]},"b":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}"#,
+        ] {
+            write(&file, header, &halves(&[1.0, 2.0]));
+            problem(Checkpoint::open_file(&file, TARGET));
+        }
+        // A header longer than the file, and one longer than any file.
+        for length in [1u64 << 20, u64::MAX] {
+            std::fs::write(&file, [&length.to_le_bytes()[..], b"{}"].concat()).unwrap();
+            problem(Checkpoint::open_file(&file, TARGET));
+        }
+    }
+
+    #[test]
+    fn wrong_shapes_kinds_and_names_are_told_with_file_tensor_and_expectation() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.safetensors");
+        let header = r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},"n":{"dtype":"I16","shape":[2],"data_offsets":[4,8]},"model.vqmodel.x":{"dtype":"BF16","shape":[2],"data_offsets":[8,12]}}"#;
+        write(&file, header, &halves(&[1.0; 6]));
+        let checkpoint = Checkpoint::open_file(&file, TARGET).unwrap();
+        assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a", "n"]);
+        assert_eq!(checkpoint.bytes(), 8);
+        for (name, shape, expected) in [("a", [3], "[3]"), ("n", [2], "I16"), ("b", [2], "missing")] {
+            let error = checkpoint.tensor(name, &shape).unwrap_err().to_string();
+            let parts = ["model.safetensors", &format!("`{name}`"), expected];
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_index_must_agree_with_its_shards() {
+        let dir = tempfile::tempdir().unwrap();
+        let one = r#"{"a":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]},"b":{"dtype":"BF16","shape":[1],"data_offsets":[2,4]}}"#;
+        write(&dir.path().join("one"), one, &halves(&[1.0, 2.0]));
+        write(&dir.path().join("two"), one, &halves(&[3.0, 4.0]));
+        let open = |index: &str| {
+            std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+            Checkpoint::open_dir(dir.path(), TARGET)
+        };
+        // Both shards hold both tensors: the index says which is meant.
+        let checkpoint = open(r#"{"weight_map":{"a":"two","b":"one"}}"#).unwrap();
+        let value = |name| checkpoint.tensor(name, &[1]).unwrap().double_value(&[0]);
+        assert_eq!((value("a"), value("b")), (3.0, 2.0));
+        assert!(problem(open(r#"{"weight_map":{"a":"one","c":"two"}}"#)).contains("`c`"));
+        assert!(problem(open(r#"{"weight_map":{"a":"three"}}"#)).contains("three"));
+        for index in [
+            "{",
+            "[]",
+            "{}",
+            r#"{"weight_map":{"a":7}}"#,
+            r#"{"weight_map":{"a":"../one"}}"#,
+            r#"{"weight_map":{"a":".."}}"#,
+        ] {
+            problem(open(index));
+        }
     }
 }

@@ -2,11 +2,14 @@
 //! pickle wants to call becomes an opaque value that remembers its name.
 
 use std::io::{BufRead, Read};
+use std::rc::Rc;
 
 use safetensors::tensor::Dtype;
 
 /// The most operations, and so the most values, of one pickle.
 const OPERATION_LIMIT: usize = 8_000_000;
+/// The longest name of a function or class.
+const NAME_LIMIT: usize = 4096;
 
 /// A value: small, and copied freely; what has parts lies in the machine's objects, so that nothing recurses.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -27,11 +30,12 @@ enum Object {
     Tuple(Vec<Value>),
     List(Vec<Value>),
     Dict(Vec<(Value, Value)>),
-    Global(String),
-    Storage(StorageRef),
-    Tensor(TensorRef),
-    /// The result of calling something that is not understood.
-    Opaque(String),
+    Global(Rc<str>),
+    Storage(Rc<StorageRef>),
+    Tensor(Rc<TensorRef>),
+    /// The result of calling something that is not understood. Names are shared: a small pickle can call one function
+    /// millions of times.
+    Opaque(Rc<str>),
 }
 
 /// A storage by its key.
@@ -45,7 +49,7 @@ pub(super) struct StorageRef {
 /// A view into a storage, in numbers.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct TensorRef {
-    pub storage: StorageRef,
+    pub storage: Rc<StorageRef>,
     pub offset: i64,
     pub shape: Vec<i64>,
     pub strides: Vec<i64>,
@@ -59,6 +63,9 @@ pub(super) struct Machine {
 }
 
 type Fault = String;
+
+/// libtorch's own limit of dimensions.
+const MOST_DIMENSIONS: usize = 64;
 
 fn storage_dtype(global: &str) -> Option<Dtype> {
     Some(match global {
@@ -78,19 +85,31 @@ fn storage_dtype(global: &str) -> Option<Dtype> {
 
 fn bytes<const N: usize>(input: &mut impl Read) -> Result<[u8; N], Fault> {
     let mut buffer = [0u8; N];
-    input.read_exact(&mut buffer).map_err(|_| "the pickle is truncated".to_owned())?;
+    input
+        .read_exact(&mut buffer)
+        .map_err(|_| "the pickle is truncated".to_owned())?;
     Ok(buffer)
 }
 
-fn run_of(input: &mut (impl BufRead + Read), length: u64) -> Result<Vec<u8>, Fault> {
+fn run_of(input: &mut impl BufRead, length: u64) -> Result<Vec<u8>, Fault> {
     let mut buffer = Vec::new();
-    let read = input.take(length).read_to_end(&mut buffer).map_err(|error| error.to_string())?;
-    if read as u64 == length { Ok(buffer) } else { Err("the pickle is truncated".to_owned()) }
+    let read = input
+        .take(length)
+        .read_to_end(&mut buffer)
+        .map_err(|error| error.to_string())?;
+    if read as u64 == length {
+        Ok(buffer)
+    } else {
+        Err("the pickle is truncated".to_owned())
+    }
 }
 
 fn line(input: &mut impl BufRead) -> Result<String, Fault> {
     let mut buffer = Vec::new();
-    input.take(4096).read_until(b'\n', &mut buffer).map_err(|error| error.to_string())?;
+    input
+        .take(NAME_LIMIT as u64)
+        .read_until(b'\n', &mut buffer)
+        .map_err(|error| error.to_string())?;
     match buffer.pop() {
         Some(b'\n') => String::from_utf8(buffer).map_err(|_| "a name in the pickle is not UTF-8".to_owned()),
         _ => Err("the pickle is truncated or a name in it is too long".to_owned()),
@@ -99,8 +118,13 @@ fn line(input: &mut impl BufRead) -> Result<String, Fault> {
 
 impl Machine {
     /// Runs one pickle up to its STOP; leaves the input behind it.
-    pub(super) fn run(input: &mut (impl BufRead + Read)) -> Result<(Self, Value), Fault> {
-        let mut machine = Self { objects: vec![], stack: vec![], marks: vec![], memo: Default::default() };
+    pub(super) fn run(input: &mut impl BufRead) -> Result<(Self, Value), Fault> {
+        let mut machine = Self {
+            objects: vec![],
+            stack: vec![],
+            marks: vec![],
+            memo: Default::default(),
+        };
         for _ in 0..OPERATION_LIMIT {
             let [operation] = bytes::<1>(input)?;
             if operation == b'.' {
@@ -112,7 +136,7 @@ impl Machine {
         Err(format!("the pickle has more than {OPERATION_LIMIT} operations"))
     }
 
-    fn operate(&mut self, operation: u8, input: &mut (impl BufRead + Read)) -> Result<(), Fault> {
+    fn operate(&mut self, operation: u8, input: &mut impl BufRead) -> Result<(), Fault> {
         match operation {
             0x80 => {
                 let [protocol] = bytes(input)?;
@@ -134,6 +158,11 @@ impl Machine {
                 let digits = run_of(input, length.into())?;
                 self.push_long(digits);
             }
+            0x8b => {
+                let length = u32::from_le_bytes(bytes(input)?);
+                let digits = run_of(input, length.into())?;
+                self.push_long(digits);
+            }
             b'G' => {
                 bytes::<8>(input)?;
                 self.stack.push(Value::Float);
@@ -150,14 +179,30 @@ impl Machine {
                 let length = u64::from_le_bytes(bytes(input)?);
                 self.text(run_of(input, length)?)?;
             }
-            b'U' | b'C' => {
+            // Texts of Python 2, which wrote the oldest checkpoints.
+            b'U' => {
+                let [length] = bytes(input)?;
+                let text = run_of(input, length.into())?;
+                self.old_text(text);
+            }
+            b'T' => {
+                let length = u32::from_le_bytes(bytes(input)?);
+                let text = run_of(input, length.into())?;
+                self.old_text(text);
+            }
+            b'C' => {
                 let [length] = bytes(input)?;
                 run_of(input, length.into())?;
                 self.push(Object::Bytes);
             }
-            b'T' | b'B' => {
+            b'B' => {
                 let length = u32::from_le_bytes(bytes(input)?);
                 run_of(input, length.into())?;
+                self.push(Object::Bytes);
+            }
+            0x8e | 0x96 => {
+                let length = u64::from_le_bytes(bytes(input)?);
+                run_of(input, length)?;
                 self.push(Object::Bytes);
             }
             b'(' => self.marks.push(self.stack.len()),
@@ -167,21 +212,27 @@ impl Machine {
                 self.push(Object::Tuple(items));
             }
             b't' => {
-                let items = self.to_mark()?;
+                let items = self.take_to_mark()?;
                 self.push(Object::Tuple(items));
             }
             b']' | 0x8f => self.push(Object::List(vec![])),
-            b'l' => {
-                let items = self.to_mark()?;
+            // A frozen set, like a set, is only ever passed by.
+            b'l' | 0x91 => {
+                let items = self.take_to_mark()?;
                 self.push(Object::List(items));
             }
             b'}' => self.push(Object::Dict(vec![])),
+            b'd' => {
+                let items = self.take_to_mark()?;
+                self.push(Object::Dict(vec![]));
+                self.extend_dict(items)?;
+            }
             b'a' => {
                 let item = self.pop()?;
                 self.extend_list(vec![item])?;
             }
             b'e' | 0x90 => {
-                let items = self.to_mark()?;
+                let items = self.take_to_mark()?;
                 self.extend_list(items)?;
             }
             b's' => {
@@ -189,7 +240,7 @@ impl Machine {
                 self.extend_dict(items)?;
             }
             b'u' => {
-                let items = self.to_mark()?;
+                let items = self.take_to_mark()?;
                 self.extend_dict(items)?;
             }
             b'q' => {
@@ -210,28 +261,56 @@ impl Machine {
                 self.recall(index.into())?;
             }
             b'0' => drop(self.pop()?),
+            b'1' => drop(self.take_to_mark()?),
+            b'2' => {
+                let top = self.pop()?;
+                self.stack.extend([top, top]);
+            }
             b'c' => {
                 let (module, name) = (line(input)?, line(input)?);
-                self.push(Object::Global(format!("{module}.{name}")));
+                self.push(Object::Global(format!("{module}.{name}").into()));
             }
             0x93 => {
                 let parts = self.take(2)?;
-                let (module, name) = (self.as_text(parts[0])?.to_owned(), self.as_text(parts[1])?.to_owned());
-                self.push(Object::Global(format!("{module}.{name}")));
+                let name = format!("{}.{}", self.as_text(parts[0])?, self.as_text(parts[1])?);
+                if name.len() > NAME_LIMIT {
+                    return Err("a name in the pickle is too long".to_owned());
+                }
+                self.push(Object::Global(name.into()));
+            }
+            // Old-style classes: built by a call like any other.
+            b'i' => {
+                let name = format!("{}.{}", line(input)?, line(input)?);
+                self.take_to_mark()?;
+                self.push(Object::Opaque(name.into()));
+            }
+            b'o' => {
+                let parts = self.take_to_mark()?;
+                let class = *parts.first().ok_or("the pickle builds an object without a class")?;
+                self.push(Object::Opaque(self.callable(class)?));
             }
             b'Q' => {
                 let id = self.pop()?;
                 let storage = self.persistent(id)?;
-                self.push(Object::Storage(storage));
+                self.push(storage);
             }
             b'R' | 0x81 => {
                 let parts = self.take(2)?;
                 let result = self.call(parts[0], parts[1])?;
                 self.stack.push(result);
             }
+            0x92 => {
+                let parts = self.take(3)?;
+                let result = self.call(parts[0], parts[1])?;
+                self.stack.push(result);
+            }
             // A state for the object below: nothing that is understood here has one.
             b'b' => drop(self.pop()?),
-            other => return Err(format!("the pickle has the operation {other:#04x}, which checkpoints do not use")),
+            other => {
+                return Err(format!(
+                    "the pickle has the operation {other:#04x}, which checkpoints do not use"
+                ));
+            }
         }
         Ok(())
     }
@@ -245,6 +324,10 @@ impl Machine {
         let text = String::from_utf8(bytes).map_err(|_| "a text in the pickle is not UTF-8".to_owned())?;
         self.push(Object::Text(text));
         Ok(())
+    }
+
+    fn old_text(&mut self, bytes: Vec<u8>) {
+        self.push(String::from_utf8(bytes).map_or(Object::Bytes, Object::Text));
     }
 
     fn push_long(&mut self, digits: Vec<u8>) {
@@ -271,7 +354,7 @@ impl Machine {
         Ok(items)
     }
 
-    fn to_mark(&mut self) -> Result<Vec<Value>, Fault> {
+    fn take_to_mark(&mut self) -> Result<Vec<Value>, Fault> {
         let mark = self.marks.pop().ok_or("the pickle has no mark where it needs one")?;
         Ok(self.stack.split_off(mark.min(self.stack.len())))
     }
@@ -283,7 +366,10 @@ impl Machine {
     }
 
     fn recall(&mut self, index: u64) -> Result<(), Fault> {
-        let value = *self.memo.get(&index).ok_or("the pickle recalls what it never remembered")?;
+        let value = *self
+            .memo
+            .get(&index)
+            .ok_or("the pickle recalls what it never remembered")?;
         self.stack.push(value);
         Ok(())
     }
@@ -336,6 +422,12 @@ impl Machine {
             Some(Object::Tuple(items) | Object::List(items)) => items,
             _ => return Err("a tensor's shape is not a tuple".to_owned()),
         };
+        if items.len() > MOST_DIMENSIONS {
+            return Err(format!(
+                "a tensor has {} dimensions, the limit is {MOST_DIMENSIONS}",
+                items.len()
+            ));
+        }
         items
             .iter()
             .map(|item| match item {
@@ -345,52 +437,96 @@ impl Machine {
             .collect()
     }
 
-    /// `("storage", class, key, location, numel[, view])`
-    fn persistent(&self, id: Value) -> Result<StorageRef, Fault> {
+    /// `("storage", class, key, location, numel[, view])`. Storages of classes that are not understood become opaque:
+    /// they matter only where a wanted tensor lies in one.
+    fn persistent(&self, id: Value) -> Result<Object, Fault> {
         let Some(Object::Tuple(parts)) = self.object(id) else {
             return Err("a storage is not described by a tuple".to_owned());
         };
-        let [kind, class, key, _, numel, ..] = parts[..] else {
+        let [kind, class, key, _, numel, ref view @ ..] = parts[..] else {
             return Err("a storage's description is too short".to_owned());
         };
-        let class = match self.object(class) {
-            Some(Object::Global(name)) if self.as_text(kind)? == "storage" => name,
-            _ => return Err("a storage has no class".to_owned()),
+        if self.as_text(kind)? != "storage" {
+            return Err("the pickle refers to something outside itself that is no storage".to_owned());
+        }
+        let class = self.callable(class)?;
+        let Some(dtype) = storage_dtype(&class) else {
+            return Ok(Object::Opaque(class));
         };
-        let dtype = storage_dtype(class).ok_or_else(|| format!("a storage has the class {class}, which cannot be read"))?;
+        if view.iter().any(|view| *view != Value::None) {
+            return Err(
+                "a storage is a view of another one, which only the very first versions of PyTorch wrote".to_owned(),
+            );
+        }
         match numel {
-            Value::Int(numel) if numel >= 0 => Ok(StorageRef { key: self.as_text(key)?.to_owned(), dtype, numel }),
+            Value::Int(numel) if numel >= 0 => Ok(Object::Storage(Rc::new(StorageRef {
+                key: self.as_text(key)?.to_owned(),
+                dtype,
+                numel,
+            }))),
             _ => Err("a storage has no size".to_owned()),
         }
     }
 
+    fn callable(&self, function: Value) -> Result<Rc<str>, Fault> {
+        match self.object(function) {
+            Some(Object::Global(name) | Object::Opaque(name)) => Ok(name.clone()),
+            _ => Err("the pickle calls something that is no function".to_owned()),
+        }
+    }
+
     fn call(&mut self, function: Value, arguments: Value) -> Result<Value, Fault> {
-        let name = match self.object(function) {
-            Some(Object::Global(name) | Object::Opaque(name)) => name.clone(),
-            _ => return Err("the pickle calls something that is no function".to_owned()),
+        let name = self.callable(function)?;
+        let Some(Object::Tuple(arguments)) = self.object(arguments) else {
+            return Err(format!("the pickle calls {name} without a tuple of arguments"));
         };
-        let arguments = match self.object(arguments) {
-            Some(Object::Tuple(items)) => items.clone(),
-            _ => return Err(format!("the pickle calls {name} without a tuple of arguments")),
-        };
-        let object = match (name.as_str(), &arguments[..]) {
+        let object = match (&*name, &arguments[..]) {
             ("collections.OrderedDict", []) => Object::Dict(vec![]),
-            ("torch._utils._rebuild_tensor_v2", &[storage, Value::Int(offset), shape, strides, ..]) => {
-                match self.object(storage) {
-                    Some(Object::Storage(storage)) => Object::Tensor(TensorRef {
-                        storage: storage.clone(),
-                        offset,
-                        shape: self.ints(shape)?,
-                        strides: self.ints(strides)?,
-                    }),
-                    _ => return Err("a tensor has no storage".to_owned()),
-                }
-            }
+            ("collections.OrderedDict", &[pairs]) => Object::Dict(self.pairs(pairs)?),
+            (
+                "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor",
+                &[storage, Value::Int(offset), shape, strides, ..],
+            ) => match self.object(storage) {
+                Some(Object::Storage(storage)) => Object::Tensor(Rc::new(TensorRef {
+                    storage: storage.clone(),
+                    offset,
+                    shape: self.ints(shape)?,
+                    strides: self.ints(strides)?,
+                })),
+                Some(Object::Opaque(class)) => Object::Opaque(class.clone()),
+                _ => return Err("a tensor has no storage".to_owned()),
+            },
             ("torch._utils._rebuild_parameter", &[data, ..]) => return Ok(data),
             _ => Object::Opaque(name),
         };
         self.push(object);
         self.pop()
+    }
+
+    /// The list of key and value pairs that Python 2 gives to an `OrderedDict`.
+    fn pairs(&self, list: Value) -> Result<Vec<(Value, Value)>, Fault> {
+        let Some(Object::List(items)) = self.object(list) else {
+            return Err("the pickle builds a dictionary from something that is no list".to_owned());
+        };
+        items
+            .iter()
+            .map(|&item| match self.object(item) {
+                Some(Object::List(pair) | Object::Tuple(pair)) if pair.len() == 2 => Ok((pair[0], pair[1])),
+                _ => Err("the pickle builds a dictionary from something that is no pair".to_owned()),
+            })
+            .collect()
+    }
+
+    /// What the dictionary has under a text key.
+    pub(super) fn entry(&self, dict: Value, key: &str) -> Option<Value> {
+        match self.object(dict) {
+            Some(Object::Dict(items)) => items
+                .iter()
+                .rev()
+                .find(|(name, _)| self.as_text(*name).is_ok_and(|name| name == key))
+                .map(|item| item.1),
+            _ => None,
+        }
     }
 
     /// An integer too long for i64, as written.
@@ -404,7 +540,10 @@ impl Machine {
     /// A list of texts.
     pub(super) fn strings(&self, value: Value) -> Option<Vec<String>> {
         match self.object(value) {
-            Some(Object::List(items)) => items.iter().map(|&item| self.as_text(item).ok().map(str::to_owned)).collect(),
+            Some(Object::List(items)) => items
+                .iter()
+                .map(|&item| self.as_text(item).ok().map(str::to_owned))
+                .collect(),
             _ => None,
         }
     }
@@ -412,22 +551,22 @@ impl Machine {
     /// Every storage that was mentioned.
     pub(super) fn storages(&self) -> impl Iterator<Item = &StorageRef> {
         self.objects.iter().filter_map(|object| match object {
-            Object::Storage(storage) => Some(storage),
+            Object::Storage(storage) => Some(&**storage),
             _ => None,
         })
     }
 
     /// Tensors of the dictionary under `key`, or of the root where there is no such key.
-    pub(super) fn tensors(&self, root: Value, key: &str) -> Result<Vec<(String, TensorRef)>, Fault> {
+    pub(super) fn tensors(&self, root: Value, key: &str) -> Result<Vec<(String, Rc<TensorRef>)>, Fault> {
         let dict = |value| match self.object(value) {
             Some(Object::Dict(items)) => Ok(items),
             Some(Object::Opaque(name)) => Err(format!("is built by calling {name}, which is never executed")),
             _ => Err("is no dictionary".to_owned()),
         };
+        let root_value = root;
         let root = dict(root).map_err(|problem| format!("the checkpoint {problem}"))?;
-        let inner = root.iter().rev().find(|(name, _)| self.as_text(*name).is_ok_and(|name| name == key));
-        let entries = match inner {
-            Some(&(_, value)) => dict(value).map_err(|problem| format!("`{key}` {problem}"))?,
+        let entries = match self.entry(root_value, key) {
+            Some(value) => dict(value).map_err(|problem| format!("`{key}` {problem}"))?,
             None => root,
         };
         let mut tensors = Vec::new();

@@ -9,14 +9,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Cursor, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use safetensors::tensor::Dtype;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use super::checkpoint::kind_of;
 use super::{Target, TensorSource};
 use crate::model::ModelError;
-use machine::{Machine, StorageRef, TensorRef};
+use machine::{Machine, StorageRef, TensorRef, Value};
 
 /// A tensor's numbers, contiguous, little-endian.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,12 +46,23 @@ pub fn read(file: &Path, key: &str) -> Result<BTreeMap<String, HostTensor>, Mode
     let fault = |problem: String| ModelError::file(file, problem);
     let mut handle = File::open(file).map_err(|error| fault(error.to_string()))?;
     let mut magic = [0u8; 4];
-    handle.read_exact(&mut magic).map_err(|_| fault("is too short to be a checkpoint".to_owned()))?;
-    handle.seek(SeekFrom::Start(0)).map_err(|error| fault(error.to_string()))?;
-    if magic == *b"PK\x03\x04" { read_zip(handle, key) } else { read_legacy(handle, key) }.map_err(fault)
+    handle
+        .read_exact(&mut magic)
+        .map_err(|_| fault("is too short to be a checkpoint".to_owned()))?;
+    handle
+        .seek(SeekFrom::Start(0))
+        .map_err(|error| fault(error.to_string()))?;
+    if magic == *b"PK\x03\x04" {
+        read_zip(handle, key)
+    } else {
+        read_legacy(handle, key)
+    }
+    .map_err(fault)
 }
 
 fn read_zip(handle: File, key: &str) -> Result<BTreeMap<String, HostTensor>, String> {
+    let file_bytes = handle.metadata().map_err(|error| error.to_string())?.len();
+    let bomb = file_bytes.saturating_mul(MOST_EXPANSION);
     let mut archive = zip::ZipArchive::new(handle).map_err(|error| format!("is not a complete zip file: {error}"))?;
     let name = archive
         .file_names()
@@ -59,12 +71,18 @@ fn read_zip(handle: File, key: &str) -> Result<BTreeMap<String, HostTensor>, Str
         .ok_or("holds no data.pkl: not a checkpoint of torch.save")?;
     let prefix = name.trim_end_matches("data.pkl").to_owned();
     let mut entry = |name: &str, limit: u64| -> Result<Vec<u8>, String> {
-        let entry = archive.by_name(name).map_err(|error| format!("lacks `{name}`: {error}"))?;
+        let entry = archive
+            .by_name(name)
+            .map_err(|error| format!("lacks `{name}`: {error}"))?;
+        let limit = limit.min(bomb);
         if entry.size() > limit {
             return Err(format!("`{name}` has {} bytes, the limit is {limit}", entry.size()));
         }
         let mut bytes = Vec::new();
-        entry.take(limit + 1).read_to_end(&mut bytes).map_err(|error| format!("`{name}` is broken: {error}"))?;
+        entry
+            .take(limit + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|error| format!("`{name}` is broken: {error}"))?;
         match bytes.len() as u64 > limit {
             true => Err(format!("`{name}` is larger than it says")),
             false => Ok(bytes),
@@ -75,57 +93,119 @@ fn read_zip(handle: File, key: &str) -> Result<BTreeMap<String, HostTensor>, Str
     }
     let pickle = entry(&name, PICKLE_LIMIT)?;
     let (machine, root) = Machine::run(&mut Cursor::new(pickle.as_slice()))?;
-    let mut storages: HashMap<String, Vec<u8>> = HashMap::new();
-    materialise(&machine.tensors(root, key)?, |storage| {
-        if !storages.contains_key(&storage.key) {
-            let needed = storage.numel as u64 * size_of(storage.dtype) as u64;
-            let bytes = entry(&format!("{prefix}data/{}", storage.key), needed)?;
-            storages.insert(storage.key.clone(), bytes);
-        }
-        Ok(storages[&storage.key].clone())
+    drop(pickle);
+    materialise(&machine.tensors(root, key)?, file_bytes, |storage, gather| {
+        let needed = bytes_of(storage)?;
+        gather(&entry(&format!("{prefix}data/{}", storage.key), needed)?)
     })
 }
 
-fn read_legacy(mut handle: File, key: &str) -> Result<BTreeMap<String, HostTensor>, String> {
-    let mut bytes = Vec::new();
-    handle.read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    let mut input = Cursor::new(bytes.as_slice());
+fn bytes_of(storage: &StorageRef) -> Result<u64, String> {
+    let numel = u64::try_from(storage.numel).ok();
+    numel
+        .and_then(|numel| numel.checked_mul(size_of(storage.dtype) as u64))
+        .ok_or_else(|| format!("claims {} numbers in the storage `{}`", storage.numel, storage.key))
+}
+
+fn read_legacy(file: File, key: &str) -> Result<BTreeMap<String, HostTensor>, String> {
+    // SAFETY: the map is only read, and weights are not changed while they are loaded.
+    let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(|error| error.to_string())?;
+    let mut input = Cursor::new(&bytes[..]);
     let (machine, magic) = Machine::run(&mut input)?;
     if machine.long(magic) != Some(&LEGACY_MAGIC[..]) {
         return Err("is neither a zip file nor a checkpoint from before PyTorch 1.6".to_owned());
     }
-    for _ in 0..2 {
-        // Protocol version and byte sizes of the writer: nothing that the tensors need.
-        Machine::run(&mut input)?;
+    Machine::run(&mut input)?;
+    let (writer, facts) = Machine::run(&mut input)?;
+    if writer.entry(facts, "little_endian") == Some(Value::Bool(false)) {
+        return Err("was written on a big-endian machine, which is not supported".to_owned());
     }
     let (machine, root) = Machine::run(&mut input)?;
     let (keys_machine, keys) = Machine::run(&mut input)?;
-    let mut sizes: HashMap<String, usize> = machine.storages().map(|s| (s.key.clone(), size_of(s.dtype))).collect();
-    let mut storages: HashMap<String, Vec<u8>> = HashMap::new();
+    let mut sizes: HashMap<&str, usize> = machine.storages().map(|s| (s.key.as_str(), size_of(s.dtype))).collect();
+    let mut storages: HashMap<String, &[u8]> = HashMap::new();
     for key in keys_machine.strings(keys).ok_or("holds no list of storages")? {
         let mut count = [0u8; 8];
-        input.read_exact(&mut count).map_err(|_| "is truncated before a storage".to_owned())?;
-        let size = sizes.remove(&key).ok_or_else(|| format!("lists the storage `{key}`, which nothing refers to"))?;
-        let length = usize::try_from(i64::from_le_bytes(count)).ok().and_then(|n| n.checked_mul(size));
+        input
+            .read_exact(&mut count)
+            .map_err(|_| "is truncated before a storage".to_owned())?;
+        let size = sizes
+            .remove(&*key)
+            .ok_or_else(|| format!("lists the storage `{key}`, which cannot be read"))?;
+        let length = usize::try_from(i64::from_le_bytes(count))
+            .ok()
+            .and_then(|n| n.checked_mul(size));
         let from = input.position() as usize;
-        let data = length.and_then(|n| bytes.get(from..from.checked_add(n)?)).ok_or("is truncated inside a storage")?;
-        storages.insert(key, data.to_vec());
+        let data = length
+            .and_then(|n| bytes.get(from..from.checked_add(n)?))
+            .ok_or("is truncated inside a storage")?;
         input.set_position((from + data.len()) as u64);
+        storages.insert(key, data);
     }
-    materialise(&machine.tensors(root, key)?, |storage| {
-        storages.get(&storage.key).cloned().ok_or_else(|| format!("lacks the storage `{}`", storage.key))
+    materialise(&machine.tensors(root, key)?, bytes.len() as u64, |storage, gather| {
+        gather(
+            storages
+                .get(&storage.key)
+                .ok_or_else(|| format!("lacks the storage `{}`", storage.key))?,
+        )
     })
 }
 
+/// All tensors may together take this many times the file: views that share a storage are copied out one by one, and
+/// entries may be deflated, but a small file must not become a memory full of numbers.
+const MOST_EXPANSION: u64 = 64;
+
+/// What is done with a storage's bytes while they are at hand.
+type Gather<'a> = dyn FnMut(&[u8]) -> Result<(), String> + 'a;
+
+/// Copies every tensor out of its storage; each storage is read once and dropped before the next.
 fn materialise(
-    tensors: &[(String, TensorRef)],
-    mut storage: impl FnMut(&StorageRef) -> Result<Vec<u8>, String>,
+    tensors: &[(String, Rc<TensorRef>)],
+    file_bytes: u64,
+    mut with_storage: impl FnMut(&StorageRef, &mut Gather) -> Result<(), String>,
 ) -> Result<BTreeMap<String, HostTensor>, String> {
-    let mut out = BTreeMap::new();
+    let limit = file_bytes.saturating_mul(MOST_EXPANSION);
+    let mut total = 0u64;
+    let mut by_storage: BTreeMap<&str, Vec<(&String, &TensorRef)>> = BTreeMap::new();
     for (name, tensor) in tensors {
-        let bytes = storage(&tensor.storage)?;
-        let gathered = gather(tensor, &bytes).map_err(|problem| format!("tensor `{name}` {problem}"))?;
-        out.insert(name.clone(), HostTensor { dtype: tensor.storage.dtype, shape: tensor.shape.clone(), bytes: gathered });
+        let count = tensor
+            .shape
+            .iter()
+            .try_fold(1u64, |count, &n| count.checked_mul(u64::try_from(n).ok()?));
+        let bytes = count.and_then(|count| count.checked_mul(size_of(tensor.storage.dtype) as u64));
+        total = bytes
+            .and_then(|bytes| total.checked_add(bytes))
+            .filter(|&total| total <= limit)
+            .ok_or_else(|| {
+                format!(
+                    "tensor `{name}` {:?}: the tensors are more than {MOST_EXPANSION} times the file",
+                    tensor.shape
+                )
+            })?;
+        by_storage.entry(&tensor.storage.key).or_default().push((name, tensor));
+    }
+    let mut out = BTreeMap::new();
+    for views in by_storage.into_values() {
+        let largest = views
+            .iter()
+            .map(|(_, tensor)| &tensor.storage)
+            .max_by_key(|storage| storage.numel);
+        let Some(storage) = largest else { continue };
+        with_storage(storage, &mut |bytes| {
+            for (name, tensor) in &views {
+                let gathered = gather(tensor, bytes).map_err(|problem| format!("tensor `{name}` {problem}"))?;
+                let (dtype, shape) = (tensor.storage.dtype, tensor.shape.clone());
+                out.insert(
+                    (*name).clone(),
+                    HostTensor {
+                        dtype,
+                        shape,
+                        bytes: gathered,
+                    },
+                );
+            }
+            Ok(())
+        })?;
     }
     Ok(out)
 }
@@ -141,7 +221,10 @@ fn gather(tensor: &TensorRef, storage: &[u8]) -> Result<Vec<u8>, String> {
         return Err("has as many strides as it has no dimensions".to_owned());
     }
     for (&n, &stride) in tensor.shape.iter().zip(&tensor.strides) {
-        let (n, stride) = (usize::try_from(n).map_err(|_| outside())?, usize::try_from(stride).map_err(|_| outside())?);
+        let (n, stride) = (
+            usize::try_from(n).map_err(|_| outside())?,
+            usize::try_from(stride).map_err(|_| outside())?,
+        );
         count = count.checked_mul(n).ok_or_else(outside)?;
         let reach = n.saturating_sub(1).checked_mul(stride).ok_or_else(outside)?;
         last = last.checked_add(reach).ok_or_else(outside)?;
@@ -151,6 +234,10 @@ fn gather(tensor: &TensorRef, storage: &[u8]) -> Result<Vec<u8>, String> {
     }
     if last >= available || count > available {
         return Err(outside());
+    }
+    if is_contiguous(tensor) {
+        let from = tensor.offset as usize * size;
+        return Ok(storage[from..from + count * size].to_vec());
     }
     let mut bytes = Vec::with_capacity(count * size);
     let mut index = vec![0i64; tensor.shape.len()];
@@ -169,6 +256,16 @@ fn gather(tensor: &TensorRef, storage: &[u8]) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
+/// Whether a view that lies inside its storage is one run of numbers.
+fn is_contiguous(tensor: &TensorRef) -> bool {
+    let mut expected = 1;
+    tensor.shape.iter().zip(&tensor.strides).rev().all(|(&n, &stride)| {
+        let fits = n == 1 || stride == expected;
+        expected *= n;
+        fits
+    })
+}
+
 /// A checkpoint's `state_dict` as a source of parameters.
 #[derive(Debug)]
 pub struct PickleSource {
@@ -183,18 +280,30 @@ impl PickleSource {
     /// # Errors
     /// As [`read`].
     pub fn open(file: &Path, target: Target) -> Result<Self, ModelError> {
-        Ok(Self { file: file.to_owned(), tensors: read(file, "state_dict")?, target })
+        Ok(Self {
+            file: file.to_owned(),
+            tensors: read(file, "state_dict")?,
+            target,
+        })
     }
 }
 
 impl TensorSource for PickleSource {
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
-        let fault = |problem: String| ModelError::Tensor { file: self.file.clone(), tensor: name.to_owned(), problem };
+        let fault = |problem: String| ModelError::Tensor {
+            file: self.file.clone(),
+            tensor: name.to_owned(),
+            problem,
+        };
         let tensor = self.tensors.get(name).ok_or_else(|| fault("is missing".to_owned()))?;
         if tensor.shape != shape {
             return Err(fault(format!("has shape {:?}; expected {shape:?}", tensor.shape)));
         }
-        let kind = kind_of(tensor.dtype).ok_or_else(|| fault(format!("is {:?}, which cannot be read", tensor.dtype)))?;
+        if !matches!(tensor.dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Err(fault(format!("is {:?}; expected floating-point numbers", tensor.dtype)));
+        }
+        let kind =
+            kind_of(tensor.dtype).ok_or_else(|| fault(format!("is {:?}, which cannot be read", tensor.dtype)))?;
         let host = Tensor::f_from_data_size(&tensor.bytes, shape, kind)?;
         Ok(host.f_to_device(self.target.device)?.f_to_kind(self.target.kind)?)
     }
@@ -205,49 +314,4 @@ impl TensorSource for PickleSource {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn view(shape: &[i64], strides: &[i64], offset: i64) -> TensorRef {
-        let storage = StorageRef { key: "0".into(), dtype: Dtype::U8, numel: 6 };
-        TensorRef { storage, offset, shape: shape.to_vec(), strides: strides.to_vec() }
-    }
-
-    #[test]
-    fn strided_views_are_gathered_and_never_leave_the_storage() {
-        let storage = [0u8, 1, 2, 3, 4, 5];
-        assert_eq!(gather(&view(&[3, 2], &[1, 3], 0), &storage).unwrap(), [0, 3, 1, 4, 2, 5]);
-        assert_eq!(gather(&view(&[], &[], 5), &storage).unwrap(), [5]);
-        for (shape, strides, offset) in [
-            (&[7i64][..], &[1i64][..], 0i64),
-            (&[2], &[5], 1),
-            (&[2], &[-1], 1),
-            (&[1], &[1], 6),
-            (&[i64::MAX, 4], &[1, 1], 0),
-            (&[1 << 40], &[0], 0),
-            (&[1], &[1], -1),
-        ] {
-            assert!(gather(&view(shape, strides, offset), &storage).is_err(), "{shape:?} {strides:?} {offset}");
-        }
-    }
-
-    #[test]
-    fn a_pickle_that_calls_a_function_executes_nothing_and_names_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let canary = dir.path().join("canary");
-        // {"state_dict": os.system("touch canary")}
-        let mut pickle = b"\x80\x02}X\x0a\x00\x00\x00state_dictcposix\nsystem\nX".to_vec();
-        let command = format!("touch {}", canary.display());
-        pickle.extend((command.len() as u32).to_le_bytes());
-        pickle.extend(command.as_bytes());
-        pickle.extend(b"\x85Rs.");
-        let file = dir.path().join("evil.ckpt");
-        let mut zip = zip::ZipWriter::new(File::create(&file).unwrap());
-        zip.start_file("evil/data.pkl", zip::write::SimpleFileOptions::default()).unwrap();
-        std::io::Write::write_all(&mut zip, &pickle).unwrap();
-        zip.finish().unwrap();
-        let error = read(&file, "state_dict").unwrap_err().to_string();
-        assert!(error.contains("posix.system"), "{error}");
-        assert!(!canary.exists());
-    }
-}
+mod tests;

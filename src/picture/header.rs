@@ -1,0 +1,167 @@
+//! What a file says about its picture, read without decoding: format, largest sides, and whether the end is there.
+
+use super::{PictureError, PictureFormat};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Header {
+    pub format: PictureFormat,
+    /// The largest sides that any header inside the file claims: a decoder allocates no more than these.
+    pub width: u32,
+    pub height: u32,
+    /// Whether the file reaches the picture's end. Decoders fill what is missing with grey instead of failing.
+    pub complete: bool,
+    /// Whether an alpha channel comes from a colour key only, which the reference ignores in RGB files.
+    pub opaque: bool,
+}
+
+pub(super) fn read(bytes: &[u8]) -> Result<Header, PictureError> {
+    let format = PictureFormat::of_bytes(bytes).ok_or(PictureError::UnknownFormat)?;
+    let found = match format {
+        PictureFormat::Png => png(bytes),
+        PictureFormat::Jpeg => jpeg(bytes),
+        PictureFormat::WebP => webp(bytes),
+    };
+    // A header that stops short of the sides is a file that was cut.
+    let header = found.ok_or(PictureError::Truncated { format })?;
+    if header.width == 0 || header.height == 0 {
+        return Err(PictureError::NoPixels {
+            width: header.width,
+            height: header.height,
+        });
+    }
+    Ok(header)
+}
+
+fn be16(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?)))
+}
+
+fn be32(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn le(bytes: &[u8], at: usize, count: usize) -> Option<u32> {
+    let slice = bytes.get(at..at.checked_add(count)?)?;
+    Some(slice.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte)))
+}
+
+/// Signature, then `IHDR`: width, height, bit depth, colour type. Missing data is found by the decoder.
+fn png(bytes: &[u8]) -> Option<Header> {
+    const RGB: u8 = 2;
+    Some(Header {
+        format: PictureFormat::Png,
+        width: be32(bytes, 16)?,
+        height: be32(bytes, 20)?,
+        complete: true,
+        opaque: *bytes.get(25)? == RGB,
+    })
+}
+
+/// Walks the markers to the end of the image, past every scan.
+fn jpeg(bytes: &[u8]) -> Option<Header> {
+    let mut header = Header {
+        format: PictureFormat::Jpeg,
+        width: 0,
+        height: 0,
+        complete: false,
+        opaque: false,
+    };
+    let mut at = 2;
+    loop {
+        // Any number of 0xff may stand before a marker.
+        while bytes.get(at) == Some(&0xff) && bytes.get(at + 1) == Some(&0xff) {
+            at += 1;
+        }
+        let (Some(0xff), Some(&marker)) = (bytes.get(at).copied(), bytes.get(at + 1)) else {
+            break;
+        };
+        at += 2;
+        match marker {
+            0xd9 => {
+                header.complete = true;
+                break;
+            }
+            // Restart markers and the rest without a length.
+            0x01 | 0xd0..=0xd8 => continue,
+            _ => {}
+        }
+        let Some(length) = be16(bytes, at) else { break };
+        // Every frame header but those of Huffman (c4), arithmetic (cc) tables and extensions (c8).
+        if matches!(marker, 0xc0..=0xcf) && !matches!(marker, 0xc4 | 0xc8 | 0xcc) {
+            let (Some(height), Some(width)) = (be16(bytes, at + 3), be16(bytes, at + 5)) else {
+                break;
+            };
+            header.width = header.width.max(width);
+            header.height = header.height.max(height);
+        }
+        at += length.max(2) as usize;
+        if marker == 0xda {
+            at = end_of_scan(bytes, at);
+        }
+    }
+    (header.width > 0 || header.complete).then_some(header)
+}
+
+/// The next marker behind entropy-coded data, in which `ff 00` is a stuffed byte and `ff d0..d7` a restart.
+fn end_of_scan(bytes: &[u8], mut at: usize) -> usize {
+    while let Some(pair) = bytes.get(at..at + 2) {
+        if pair[0] == 0xff && !matches!(pair[1], 0x00 | 0xd0..=0xd7 | 0xff) {
+            break;
+        }
+        at += 1;
+    }
+    at
+}
+
+/// RIFF chunks: the canvas (`VP8X`), the frames (`VP8 `, `VP8L`), and frames inside animations (`ANMF`).
+fn webp(bytes: &[u8]) -> Option<Header> {
+    let mut header = Header {
+        format: PictureFormat::WebP,
+        width: 0,
+        height: 0,
+        complete: false,
+        opaque: false,
+    };
+    let declared = (le(bytes, 4, 4)? as usize).saturating_add(8);
+    header.complete = bytes.len() >= declared;
+    webp_chunks(bytes, 12, bytes.len(), &mut header);
+    (header.width > 0).then_some(header)
+}
+
+fn webp_chunks(bytes: &[u8], mut at: usize, end: usize, header: &mut Header) {
+    while let (Some(name), Some(size)) = (bytes.get(at..at + 4), le(bytes, at + 4, 4)) {
+        let data = at + 8;
+        let sides = match name {
+            b"VP8X" => le(bytes, data + 4, 3)
+                .zip(le(bytes, data + 7, 3))
+                .map(|(w, h)| (w + 1, h + 1)),
+            b"VP8 " => le(bytes, data + 6, 2)
+                .zip(le(bytes, data + 8, 2))
+                .map(|(w, h)| (w & 0x3fff, h & 0x3fff)),
+            b"VP8L" => le(bytes, data + 1, 4).map(|bits| ((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1)),
+            b"ANMF" => {
+                // 16 bytes of frame placement, then the frame's own chunks; they do not nest further.
+                let inner = data.saturating_add(size as usize).min(end);
+                if at < 1 << 30 && data + 16 <= inner && end == bytes.len() {
+                    webp_chunks(&bytes[..inner], data + 16, inner, header);
+                }
+                le(bytes, data + 6, 3)
+                    .zip(le(bytes, data + 9, 3))
+                    .map(|(w, h)| (w + 1, h + 1))
+            }
+            _ => None,
+        };
+        if let Some((width, height)) = sides {
+            header.width = header.width.max(width);
+            header.height = header.height.max(height);
+        }
+        // Chunks are padded to even lengths.
+        let Some(next) = data
+            .checked_add(size as usize)
+            .and_then(|next| next.checked_add(next & 1))
+        else {
+            return;
+        };
+        at = next;
+    }
+}

@@ -1,0 +1,288 @@
+use super::*;
+
+/// Left half red, right half blue: survives JPEG and shows every rotation.
+fn halves(width: u32, height: u32) -> RgbPicture {
+    let rgb = (0..width * height)
+        .flat_map(|i| {
+            if i % width < width / 2 {
+                [250, 10, 10]
+            } else {
+                [10, 10, 250]
+            }
+        })
+        .collect();
+    RgbPicture { width, height, rgb }
+}
+
+const FORMATS: [OutputFormat; 3] = [OutputFormat::Png, OutputFormat::Jpeg(92), OutputFormat::WebP];
+
+fn decode(bytes: &[u8]) -> Result<RgbPicture, PictureError> {
+    super::decode(bytes, &PictureLimits::default())
+}
+
+fn file_of(picture: &RgbPicture, format: OutputFormat) -> Vec<u8> {
+    encode(picture, format, &[]).unwrap()
+}
+
+fn colour_at(picture: &RgbPicture, x: u32, y: u32) -> &'static str {
+    let at = 3 * (y * picture.width + x) as usize;
+    if picture.rgb[at] > picture.rgb[at + 2] {
+        "red"
+    } else {
+        "blue"
+    }
+}
+
+/// A PNG of one IDAT, written by the `png` crate.
+fn png_of(colour: png::ColorType, depth: png::BitDepth, (width, height): (u32, u32), data: &[u8]) -> Vec<u8> {
+    let mut file = Vec::new();
+    let mut encoder = png::Encoder::new(&mut file, width, height);
+    encoder.set_color(colour);
+    encoder.set_depth(depth);
+    if colour == png::ColorType::Indexed {
+        encoder.set_palette(vec![9, 8, 7, 100, 110, 120]);
+        encoder.set_trns(vec![255, 0]);
+    }
+    let mut writer = encoder.write_header().unwrap();
+    writer.write_image_data(data).unwrap();
+    drop(writer);
+    file
+}
+
+#[test]
+fn lossless_formats_keep_every_pixel() {
+    let picture = halves(33, 21);
+    for format in [OutputFormat::Png, OutputFormat::WebP] {
+        let bytes = file_of(&picture, format);
+        assert_eq!(PictureFormat::of_bytes(&bytes), Some(format.into()));
+        assert_eq!(decode(&bytes).unwrap(), picture, "{format:?}");
+    }
+    let jpeg = decode(&file_of(&picture, OutputFormat::Jpeg(92))).unwrap();
+    assert_eq!(
+        (jpeg.width, jpeg.height, colour_at(&jpeg, 2, 2), colour_at(&jpeg, 30, 2)),
+        (33, 21, "red", "blue")
+    );
+}
+
+#[test]
+fn every_cut_of_a_file_is_refused() {
+    let picture = halves(40, 24);
+    for format in FORMATS {
+        let bytes = file_of(&picture, format);
+        // PNG's last 12 bytes are the empty end chunk: without it the picture is still whole.
+        let whole = if format == OutputFormat::Png {
+            bytes.len() - 12
+        } else {
+            bytes.len()
+        };
+        for length in 0..whole - 4 {
+            let error = decode(&bytes[..length]).expect_err(&format!("{format:?} cut at {length}"));
+            assert!(
+                matches!(error.code(), "picture_truncated" | "not_a_picture" | "picture_damaged"),
+                "{format:?} {length}: {error}"
+            );
+            if length > 64 {
+                assert_eq!(
+                    error,
+                    PictureError::Truncated { format: format.into() },
+                    "{format:?} cut at {length} of {}",
+                    bytes.len()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn flipped_bytes_never_panic() {
+    for format in FORMATS {
+        let bytes = file_of(&halves(24, 16), format);
+        for at in 0..bytes.len() {
+            for flip in [0x01, 0x80, 0xff] {
+                let mut damaged = bytes.clone();
+                damaged[at] ^= flip;
+                if let Ok(picture) = decode(&damaged) {
+                    assert!(picture.is_consistent());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_bomb_is_refused_by_its_header() {
+    // Signature and IHDR of a 16384x16384 picture, and 32 bytes of nothing: 65 bytes.
+    let mut bomb = vec![0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', 0, 0, 0, 13];
+    bomb.extend(b"IHDR");
+    bomb.extend(16_384u32.to_be_bytes());
+    bomb.extend(16_384u32.to_be_bytes());
+    bomb.extend([8, 6, 0, 0, 0]);
+    bomb.resize(65, 0);
+    let PictureLimits { pixels, side, .. } = PictureLimits::default();
+    let refused = |width, height| {
+        Err(PictureError::TooManyPixels {
+            width,
+            height,
+            pixels,
+            side,
+        })
+    };
+    assert_eq!(decode(&bomb), refused(16_384, 16_384));
+    bomb[16..20].copy_from_slice(&16_385u32.to_be_bytes());
+    bomb[20..24].copy_from_slice(&1u32.to_be_bytes());
+    assert_eq!(decode(&bomb), refused(16_385, 1));
+    bomb[16..20].copy_from_slice(&0u32.to_be_bytes());
+    assert_eq!(decode(&bomb), Err(PictureError::NoPixels { width: 0, height: 1 }));
+}
+
+#[test]
+fn jpeg_and_webp_sides_are_checked_on_the_header() {
+    let small = PictureLimits {
+        pixels: 100,
+        ..PictureLimits::default()
+    };
+    for format in FORMATS {
+        let bytes = file_of(&halves(24, 16), format);
+        let expected = PictureError::TooManyPixels {
+            width: 24,
+            height: 16,
+            pixels: 100,
+            side: small.side,
+        };
+        assert_eq!(super::decode(&bytes, &small), Err(expected), "{format:?}");
+    }
+    let few = PictureLimits {
+        bytes: 10,
+        ..PictureLimits::default()
+    };
+    assert_eq!(
+        super::decode(&[0; 11], &few),
+        Err(PictureError::TooManyBytes { actual: 11, limit: 10 })
+    );
+}
+
+#[test]
+fn a_webp_canvas_does_not_hide_a_larger_frame() {
+    // An extended header of 10x10 in front of a 24x16 frame.
+    let simple = file_of(&halves(24, 16), OutputFormat::WebP);
+    let mut file = b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0".to_vec();
+    file.extend([0, 0, 0, 0, 9, 0, 0, 9, 0, 0]);
+    file.extend(&simple[12..]);
+    let size = (file.len() - 8) as u32;
+    file[4..8].copy_from_slice(&size.to_le_bytes());
+    let header = header::read(&file).unwrap();
+    assert_eq!((header.width, header.height), (24, 16));
+    assert_eq!(decode(&file).unwrap_err().code(), "picture_damaged");
+}
+
+#[test]
+fn other_bytes_are_not_a_picture() {
+    for bytes in [&b""[..], b"GIF89a......", b"<svg/>", b"\x89PNG", &[0xff, 0xd8]] {
+        assert_eq!(decode(bytes), Err(PictureError::UnknownFormat));
+    }
+}
+
+#[test]
+fn exif_orientation_is_applied() {
+    let jpeg = file_of(&halves(32, 16), OutputFormat::Jpeg(92));
+    let rotated = |orientation: u8| {
+        let tiff = [
+            0x4d,
+            0x4d,
+            0,
+            42,
+            0,
+            0,
+            0,
+            8,
+            0,
+            1,
+            0x01,
+            0x12,
+            0,
+            3,
+            0,
+            0,
+            0,
+            1,
+            0,
+            orientation,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+        ];
+        let mut file = jpeg[..2].to_vec();
+        file.extend([0xff, 0xe1]);
+        file.extend(((2 + 6 + tiff.len()) as u16).to_be_bytes());
+        file.extend(b"Exif\0\0");
+        file.extend(tiff);
+        file.extend(&jpeg[2..]);
+        decode(&file).unwrap()
+    };
+    let plain = rotated(1);
+    assert_eq!((plain.width, plain.height, colour_at(&plain, 2, 2)), (32, 16, "red"));
+    // 6: the camera was turned, the picture must be turned clockwise: red comes to the top.
+    let turned = rotated(6);
+    assert_eq!((turned.width, turned.height), (16, 32));
+    assert_eq!((colour_at(&turned, 8, 2), colour_at(&turned, 8, 29)), ("red", "blue"));
+    let upside_down = rotated(3);
+    assert_eq!(
+        (colour_at(&upside_down, 2, 2), colour_at(&upside_down, 29, 2)),
+        ("blue", "red")
+    );
+}
+
+#[test]
+fn every_png_colour_type_becomes_rgb() {
+    use png::{BitDepth, ColorType};
+    let grey16 = png_of(
+        ColorType::Grayscale,
+        BitDepth::Sixteen,
+        (2, 1),
+        &[0x12, 0xff, 0xfe, 0x00],
+    );
+    assert_eq!(decode(&grey16).unwrap().rgb, [0x12, 0x12, 0x12, 0xfe, 0xfe, 0xfe]);
+    let rgba16 = png_of(
+        ColorType::Rgba,
+        BitDepth::Sixteen,
+        (1, 1),
+        &[10, 0, 20, 0, 30, 0, 255, 255],
+    );
+    assert_eq!(decode(&rgba16).unwrap().rgb, [10, 20, 30]);
+    // Palette with a transparent second entry; 2 pixels of 1 bit: entries 0 and 1.
+    let palette = png_of(ColorType::Indexed, BitDepth::One, (2, 1), &[0b0100_0000]);
+    assert_eq!(decode(&palette).unwrap().rgb, [9, 8, 7, 255, 255, 255]);
+    let bits = png_of(ColorType::Grayscale, BitDepth::One, (3, 1), &[0b1010_0000]);
+    assert_eq!(decode(&bits).unwrap().rgb, [255, 255, 255, 0, 0, 0, 255, 255, 255]);
+    // Half transparent black on white: (1 - 128/255) * 255 = 127.
+    let half = png_of(ColorType::Rgba, BitDepth::Eight, (1, 1), &[0, 0, 0, 128]);
+    assert_eq!(decode(&half).unwrap().rgb, [127; 3]);
+}
+
+#[test]
+fn png_text_is_written() {
+    let bytes = encode(
+        &halves(4, 4),
+        OutputFormat::Png,
+        &[("coar", "{\"prompt\":\"漢\"}".to_owned())],
+    )
+    .unwrap();
+    let found = bytes.windows(4).any(|window| window == b"iTXt");
+    assert!(found && decode(&bytes).is_ok());
+    assert!(encode(&halves(4, 4), OutputFormat::Png, &[("", "x".to_owned())]).is_err());
+}
+
+#[test]
+fn inconsistent_pixels_are_not_encoded() {
+    let wrong = RgbPicture {
+        width: 4,
+        height: 4,
+        rgb: vec![0; 3],
+    };
+    for format in FORMATS {
+        assert_eq!(encode(&wrong, format, &[]).unwrap_err().code(), "picture_damaged");
+    }
+}
