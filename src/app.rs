@@ -33,18 +33,30 @@ pub async fn serve(
     let registry = Registry::open(&data).await?;
     let released = registry.release_all().await?;
     if released > 0 {
-        tracing::info!(trainings = released, "a previous server left trainings behind; they go on from their checkpoints");
+        tracing::info!(
+            trainings = released,
+            "a previous server left trainings behind; they go on from their checkpoints"
+        );
     }
     let state = AppState::default();
     let tracker = TaskTracker::new();
     let closing = CancellationToken::new();
     let http = {
         let (router, closing) = (router(state.clone()), closing.clone());
-        tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(closing.cancelled_owned()).await })
+        tokio::spawn(async move {
+            axum::serve(listener, router)
+                .with_graceful_shutdown(closing.cancelled_owned())
+                .await
+        })
     };
     let engine = tokio::task::spawn_blocking(load).await??;
     let wake = Wake::default();
-    let service = Service { registry: registry.clone(), engine: engine.clone(), wake: wake.clone(), limits: Limits::default().into() };
+    let service = Service {
+        registry: registry.clone(),
+        engine: engine.clone(),
+        wake: wake.clone(),
+        limits: Limits::default().into(),
+    };
     state.ready(service);
     tracker.spawn(work(registry, engine.clone(), wake, stop.clone()));
     tracker.close();

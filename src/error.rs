@@ -35,14 +35,26 @@ pub struct Error {
 impl Error {
     /// A failure of that kind.
     pub fn new(kind: ErrorKind, code: &'static str, message: impl Into<String>) -> Self {
-        Self { kind, code, message: message.into(), field: None, limit: None }
+        Self {
+            kind,
+            code,
+            message: message.into(),
+            field: None,
+            limit: None,
+        }
     }
 
     /// A field of the request that cannot be used; the sentence begins with the field's name.
     pub fn field(code: &'static str, field: impl Into<Cow<'static, str>>, problem: impl AsRef<str>) -> Self {
         let field = field.into();
         let message = format!("`{field}` {}", problem.as_ref());
-        Self { kind: ErrorKind::Invalid, code, message, field: Some(field), limit: None }
+        Self {
+            kind: ErrorKind::Invalid,
+            code,
+            message,
+            field: Some(field),
+            limit: None,
+        }
     }
 
     /// The same failure as another kind.
@@ -60,7 +72,11 @@ impl Error {
     /// A failure of the server's own; the cause is logged here and not told.
     pub fn internal(cause: impl std::fmt::Display) -> Self {
         tracing::error!(%cause, "internal error");
-        Self::new(ErrorKind::Internal, "internal_error", "The server failed; its log has the cause under this request's id.")
+        Self::new(
+            ErrorKind::Internal,
+            "internal_error",
+            "The server failed; its log has the cause under this request's id.",
+        )
     }
 }
 
@@ -69,9 +85,12 @@ impl From<crate::engine::EngineError> for Error {
         use crate::engine::EngineError;
         match error {
             EngineError::Invalid { field, problem } => Self::field("invalid_value", field, problem),
-            EngineError::Overloaded { limit } => {
-                Self::new(ErrorKind::Overloaded, "overloaded", "Too many requests are waiting; try again soon.").limit(limit as u64)
-            }
+            EngineError::Overloaded { limit } => Self::new(
+                ErrorKind::Overloaded,
+                "overloaded",
+                "Too many requests are waiting; try again soon.",
+            )
+            .limit(limit as u64),
             EngineError::Stopped => Self::new(ErrorKind::Unavailable, "stopping", "The server is stopping."),
             EngineError::Device(cause) => Self::internal(cause),
         }

@@ -22,8 +22,14 @@ pub(super) fn routes() -> Router<AppState> {
     let limits = crate::service::Limits::default();
     let form = limits.pictures * limits.picture.bytes + FORM_EXTRA;
     Router::new()
-        .route("/v1/concepts", post(register).layer(DefaultBodyLimit::max(form)).get(list))
-        .route("/v1/concepts/import", post(import).layer(DefaultBodyLimit::max(FILE_LIMIT)))
+        .route(
+            "/v1/concepts",
+            post(register).layer(DefaultBodyLimit::max(form)).get(list),
+        )
+        .route(
+            "/v1/concepts/import",
+            post(import).layer(DefaultBodyLimit::max(FILE_LIMIT)),
+        )
         .route("/v1/concepts/{name}", get(show).delete(delete))
         .route("/v1/concepts/{name}/weights", get(weights))
 }
@@ -50,19 +56,30 @@ async fn register(State(state): State<AppState>, request: Request) -> Result<Res
         let message = "The body must be a form, sent with `Content-Type: multipart/form-data`.";
         return Err(Error::new(ErrorKind::UnsupportedMediaType, "unsupported_media_type", message).into());
     }
-    let form = Multipart::from_request(request, &state)
-        .await
-        .map_err(|error| Error::new(ErrorKind::Invalid, "invalid_multipart", format!("The form cannot be read: {}.", error.body_text())))?;
+    let form = Multipart::from_request(request, &state).await.map_err(|error| {
+        Error::new(
+            ErrorKind::Invalid,
+            "invalid_multipart",
+            format!("The form cannot be read: {}.", error.body_text()),
+        )
+    })?;
     let service = state.service()?;
     let registration = multipart::registration(form, &service.limits).await?;
     let view = service.register(registration).await?;
     let location = format!("/v1/concepts/{}", view.concept.name);
-    Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(concept_json(&view))).into_response())
+    Ok((
+        StatusCode::ACCEPTED,
+        [(header::LOCATION, location)],
+        Json(concept_json(&view)),
+    )
+        .into_response())
 }
 
 async fn list(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
     let views = state.service()?.concepts().await?;
-    Ok(Json(json!({"object": "list", "data": views.iter().map(concept_json).collect::<Vec<_>>()})))
+    Ok(Json(
+        json!({"object": "list", "data": views.iter().map(concept_json).collect::<Vec<_>>()}),
+    ))
 }
 
 async fn show(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
@@ -78,7 +95,10 @@ async fn weights(State(state): State<AppState>, Path(name): Path<String>) -> Res
     let bytes = state.service()?.concept_file(&name).await?;
     let headers = [
         (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
-        (header::CONTENT_DISPOSITION, format!("attachment; filename=\"{name}.safetensors\"")),
+        (
+            header::CONTENT_DISPOSITION,
+            format!("attachment; filename=\"{name}.safetensors\""),
+        ),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned()),
     ];
     Ok((headers, bytes).into_response())
@@ -94,12 +114,27 @@ async fn import(
     query: Result<Query<ImportQuery>, axum::extract::rejection::QueryRejection>,
     body: Result<Bytes, axum::extract::rejection::BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let Query(query) = query.map_err(|error| Error::new(ErrorKind::Invalid, "invalid_query", format!("The query cannot be read: {error}.")))?;
+    let Query(query) = query.map_err(|error| {
+        Error::new(
+            ErrorKind::Invalid,
+            "invalid_query",
+            format!("The query cannot be read: {error}."),
+        )
+    })?;
     let body = body.map_err(|_| {
-        Error::new(ErrorKind::TooLarge, "body_too_large", format!("The file is larger than {FILE_LIMIT} bytes, or broke off."))
-            .limit(FILE_LIMIT as u64)
+        Error::new(
+            ErrorKind::TooLarge,
+            "body_too_large",
+            format!("The file is larger than {FILE_LIMIT} bytes, or broke off."),
+        )
+        .limit(FILE_LIMIT as u64)
     })?;
     let view = state.service()?.import_concept(body, query.name).await?;
     let location = format!("/v1/concepts/{}", view.concept.name);
-    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(concept_json(&view))).into_response())
+    Ok((
+        StatusCode::CREATED,
+        [(header::LOCATION, location)],
+        Json(concept_json(&view)),
+    )
+        .into_response())
 }

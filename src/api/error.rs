@@ -70,8 +70,12 @@ impl IntoResponse for ApiError {
 /// Takes over the caller's request id where it is plain, else makes one; answers carry it, errors name it.
 pub(super) async fn with_request_id(request: Request, next: Next) -> Response {
     let given = request.headers().get(&REQUEST_ID).and_then(|value| value.to_str().ok());
-    let plain = |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(&b));
-    let id = given.filter(plain).map_or_else(|| Uuid::now_v7().to_string(), str::to_owned);
+    let plain = |id: &&str| {
+        (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:".contains(&b))
+    };
+    let id = given
+        .filter(plain)
+        .map_or_else(|| Uuid::now_v7().to_string(), str::to_owned);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let begun = std::time::Instant::now();
     let mut response = REQUEST.scope(id.clone(), next.run(request)).await;

@@ -14,7 +14,10 @@ pub(super) struct Fields(Map<String, Value>);
 
 /// The content type without its parameters.
 pub(super) fn media_type(headers: &HeaderMap) -> &str {
-    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+    let value = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or("");
     value.split(';').next().unwrap_or("").trim()
 }
 
@@ -23,17 +26,34 @@ impl Fields {
     pub(super) async fn read(headers: &HeaderMap, body: Body) -> Result<Self, Error> {
         if !media_type(headers).eq_ignore_ascii_case("application/json") {
             let message = "The body must be JSON, sent with `Content-Type: application/json`.";
-            return Err(Error::new(ErrorKind::UnsupportedMediaType, "unsupported_media_type", message));
+            return Err(Error::new(
+                ErrorKind::UnsupportedMediaType,
+                "unsupported_media_type",
+                message,
+            ));
         }
         let bytes = axum::body::to_bytes(body, JSON_LIMIT).await.map_err(|_| {
-            Error::new(ErrorKind::TooLarge, "body_too_large", format!("The body is larger than {JSON_LIMIT} bytes, or broke off."))
-                .limit(JSON_LIMIT as u64)
+            Error::new(
+                ErrorKind::TooLarge,
+                "body_too_large",
+                format!("The body is larger than {JSON_LIMIT} bytes, or broke off."),
+            )
+            .limit(JSON_LIMIT as u64)
         })?;
-        let value: Value = serde_json::from_slice(&bytes)
-            .map_err(|error| Error::new(ErrorKind::Invalid, "invalid_json", format!("The body is not JSON: {error}.")))?;
+        let value: Value = serde_json::from_slice(&bytes).map_err(|error| {
+            Error::new(
+                ErrorKind::Invalid,
+                "invalid_json",
+                format!("The body is not JSON: {error}."),
+            )
+        })?;
         match value {
             Value::Object(fields) => Ok(Self(fields)),
-            _ => Err(Error::new(ErrorKind::Invalid, "invalid_json", "The body must be a JSON object.")),
+            _ => Err(Error::new(
+                ErrorKind::Invalid,
+                "invalid_json",
+                "The body must be a JSON object.",
+            )),
         }
     }
 
@@ -60,12 +80,18 @@ impl Fields {
 
     pub(super) fn number(&mut self, name: &'static str) -> Result<Option<f64>, Error> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        value.as_f64().map(Some).ok_or_else(|| wrong_type(name, "a number", &value))
+        value
+            .as_f64()
+            .map(Some)
+            .ok_or_else(|| wrong_type(name, "a number", &value))
     }
 
     pub(super) fn boolean(&mut self, name: &'static str) -> Result<Option<bool>, Error> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        value.as_bool().map(Some).ok_or_else(|| wrong_type(name, "true or false", &value))
+        value
+            .as_bool()
+            .map(Some)
+            .ok_or_else(|| wrong_type(name, "true or false", &value))
     }
 
     /// Accepts a field of another API only where it asks for what happens anyway.
@@ -74,7 +100,10 @@ impl Fields {
             Some(value) if !accepted.contains(&value.as_str()) => Err(Error::field(
                 "unsupported_value",
                 name,
-                format!("is `{value}`, which is not supported; leave it out or send {}", accepted.join(" or ")),
+                format!(
+                    "is `{value}`, which is not supported; leave it out or send {}",
+                    accepted.join(" or ")
+                ),
             )),
             _ => Ok(()),
         }
@@ -84,7 +113,11 @@ impl Fields {
     pub(super) fn finish(self) -> Result<(), Error> {
         match self.0.into_iter().next() {
             None => Ok(()),
-            Some((name, _)) => Err(Error::field("unknown_parameter", name, "is not a parameter of this route")),
+            Some((name, _)) => Err(Error::field(
+                "unknown_parameter",
+                name,
+                "is not a parameter of this route",
+            )),
         }
     }
 }

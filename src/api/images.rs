@@ -21,7 +21,9 @@ use crate::registry::StoredImage;
 use crate::service::{GenerateInput, Generated, Service};
 
 pub(super) fn routes() -> Router<AppState> {
-    Router::new().route("/v1/images/generations", post(generate)).route("/v1/images/{file}", get(download))
+    Router::new()
+        .route("/v1/images/generations", post(generate))
+        .route("/v1/images/{file}", get(download))
 }
 
 /// How the pictures are answered.
@@ -38,7 +40,13 @@ fn answer(fields: &mut Fields) -> Result<Answer, Error> {
     let as_url = match fields.text("response_format")?.as_deref() {
         None | Some("url") => true,
         Some("b64_json") => false,
-        Some(other) => return Err(Error::field("invalid_value", "response_format", format!("is `{other}`; expected `url` or `b64_json`"))),
+        Some(other) => {
+            return Err(Error::field(
+                "invalid_value",
+                "response_format",
+                format!("is `{other}`; expected `url` or `b64_json`"),
+            ));
+        }
     };
     let compression = fields.integer("output_compression", 100)?;
     let quality = compression.map_or(JPEG_QUALITY, |value| (value as u8).max(1));
@@ -46,28 +54,53 @@ fn answer(fields: &mut Fields) -> Result<Answer, Error> {
         None | Some("png") => (OutputFormat::Png, "png", "image/png"),
         Some("jpeg") => (OutputFormat::Jpeg(quality), "jpg", "image/jpeg"),
         Some("webp") => (OutputFormat::WebP, "webp", "image/webp"),
-        Some(other) => return Err(Error::field("invalid_value", "output_format", format!("is `{other}`; expected `png`, `jpeg` or `webp`"))),
+        Some(other) => {
+            return Err(Error::field(
+                "invalid_value",
+                "output_format",
+                format!("is `{other}`; expected `png`, `jpeg` or `webp`"),
+            ));
+        }
     };
-    Ok(Answer { as_url, format, extension, content_type })
+    Ok(Answer {
+        as_url,
+        format,
+        extension,
+        content_type,
+    })
 }
 
 fn size(text: &str) -> Result<Option<(u32, u32)>, Error> {
     if text == "auto" {
         return Ok(None);
     }
-    let sides = text.split_once('x').and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
-    sides.map(Some).ok_or_else(|| Error::field("invalid_size", "size", format!("is `{text}`; expected `auto` or WIDTHxHEIGHT in pixels")))
+    let sides = text
+        .split_once('x')
+        .and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+    sides.map(Some).ok_or_else(|| {
+        Error::field(
+            "invalid_size",
+            "size",
+            format!("is `{text}`; expected `auto` or WIDTHxHEIGHT in pixels"),
+        )
+    })
 }
 
 fn input(service: &Service, mut fields: Fields) -> Result<(GenerateInput, Answer), Error> {
-    let prompt = fields.text("prompt")?.ok_or_else(|| Error::field("missing_parameter", "prompt", "is missing"))?;
+    let prompt = fields
+        .text("prompt")?
+        .ok_or_else(|| Error::field("missing_parameter", "prompt", "is missing"))?;
     let model = &service.engine.info().id;
     if let Some(asked) = fields.text("model")?
         && asked != *model
         && asked != "coar"
     {
-        return Err(Error::field("model_not_found", "model", format!("is `{asked}`; this server has `{model}`; concepts are used by writing <name> in the prompt"))
-            .of_kind(ErrorKind::NotFound));
+        return Err(Error::field(
+            "model_not_found",
+            "model",
+            format!("is `{asked}`; this server has `{model}`; concepts are used by writing <name> in the prompt"),
+        )
+        .of_kind(ErrorKind::NotFound));
     }
     let answer = answer(&mut fields)?;
     let small = u64::from(u32::MAX);
@@ -87,10 +120,18 @@ fn input(service: &Service, mut fields: Fields) -> Result<(GenerateInput, Answer
     fields.no_op("style", &["vivid", "natural"])?;
     fields.text("user")?;
     if fields.boolean("stream")? == Some(true) {
-        return Err(Error::field("unsupported_value", "stream", "is true; streaming is not supported yet"));
+        return Err(Error::field(
+            "unsupported_value",
+            "stream",
+            "is true; streaming is not supported yet",
+        ));
     }
     if fields.integer("partial_images", 3)?.is_some_and(|n| n > 0) {
-        return Err(Error::field("unsupported_value", "partial_images", "is above 0; partial pictures are not supported yet"));
+        return Err(Error::field(
+            "unsupported_value",
+            "partial_images",
+            "is above 0; partial pictures are not supported yet",
+        ));
     }
     fields.finish()?;
     Ok((input, answer))
@@ -100,14 +141,21 @@ async fn generate(State(state): State<AppState>, headers: HeaderMap, body: Body)
     let service = state.service()?;
     let (input, answer) = input(service, Fields::read(&headers, body).await?)?;
     let generated = service.generate(input).await?;
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).map(str::to_owned);
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .map(str::to_owned);
     Ok(Json(respond(service, &generated, &answer, host).await?))
 }
 
 /// What made a picture, for its own metadata. The prompt stays out: it may be private, the picture is passed around.
 fn provenance(service: &Service, generated: &Generated, index: u32) -> String {
     let request = &generated.request;
-    let concepts: Vec<Value> = generated.concepts.iter().map(|c| json!({"name": c.name, "version": c.version})).collect();
+    let concepts: Vec<Value> = generated
+        .concepts
+        .iter()
+        .map(|c| json!({"name": c.name, "version": c.version}))
+        .collect();
     json!({
         "software": concat!("coar ", env!("CARGO_PKG_VERSION")),
         "model": service.engine.info().id,
@@ -121,7 +169,12 @@ fn provenance(service: &Service, generated: &Generated, index: u32) -> String {
     .to_string()
 }
 
-async fn respond(service: &Service, generated: &Generated, answer: &Answer, host: Option<String>) -> Result<Value, Error> {
+async fn respond(
+    service: &Service,
+    generated: &Generated,
+    answer: &Answer,
+    host: Option<String>,
+) -> Result<Value, Error> {
     let mut data = Vec::new();
     for image in &generated.images {
         let text = provenance(service, generated, image.index);
@@ -132,18 +185,30 @@ async fn respond(service: &Service, generated: &Generated, answer: &Answer, host
         if answer.as_url {
             let id = ImageId::new();
             let blob = service.registry.blobs.put(bytes.into()).await?;
-            let stored = StoredImage { blob, content_type: answer.content_type.to_owned() };
+            let stored = StoredImage {
+                blob,
+                content_type: answer.content_type.to_owned(),
+            };
             service.registry.add_image(id, &stored).await?;
             let path = format!("/v1/images/{id}.{}", answer.extension);
-            entry["url"] = host.as_ref().map_or_else(|| path.clone(), |host| format!("http://{host}{path}")).into();
+            entry["url"] = host
+                .as_ref()
+                .map_or_else(|| path.clone(), |host| format!("http://{host}{path}"))
+                .into();
         } else {
             entry["b64_json"] = STANDARD.encode(&bytes).into();
         }
         data.push(entry);
     }
-    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let created = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
     let (input, output) = (generated.text_tokens, generated.image_tokens);
-    let concepts: Vec<Value> = generated.concepts.iter().map(|c| json!({"name": c.name, "version": c.version})).collect();
+    let concepts: Vec<Value> = generated
+        .concepts
+        .iter()
+        .map(|c| json!({"name": c.name, "version": c.version}))
+        .collect();
     Ok(json!({
         "created": created,
         "model": service.engine.info().id,
@@ -162,10 +227,19 @@ async fn respond(service: &Service, generated: &Generated, answer: &Answer, host
 
 async fn download(State(state): State<AppState>, Path(file): Path<String>) -> Result<Response, ApiError> {
     let service = state.service()?;
-    let missing = || Error::new(ErrorKind::NotFound, "image_not_found", format!("There is no picture `{file}`."));
+    let missing = || {
+        Error::new(
+            ErrorKind::NotFound,
+            "image_not_found",
+            format!("There is no picture `{file}`."),
+        )
+    };
     let id: ImageId = file.split('.').next().unwrap_or("").parse().map_err(|_| missing())?;
     let image = service.registry.image(id).await?.ok_or_else(missing)?;
     let bytes = service.registry.blobs.get(&image.blob).await?;
-    let headers = [(header::CONTENT_TYPE, image.content_type), (header::X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned())];
+    let headers = [
+        (header::CONTENT_TYPE, image.content_type),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned()),
+    ];
     Ok((headers, bytes).into_response())
 }

@@ -46,7 +46,9 @@ impl AppState {
         if self.draining.load(Ordering::Relaxed) {
             return Err(unavailable("stopping", "The server is stopping."));
         }
-        self.service.get().ok_or_else(|| unavailable("loading", "The server is loading the model; try again soon."))
+        self.service
+            .get()
+            .ok_or_else(|| unavailable("loading", "The server is loading the model; try again soon."))
     }
 }
 
@@ -61,7 +63,9 @@ pub fn router(state: AppState) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(state.clone(), when_ready))
-        .layer(CatchPanicLayer::custom(|_| ApiError(Error::internal("a handler panicked")).into_response()))
+        .layer(CatchPanicLayer::custom(|_| {
+            ApiError(Error::internal("a handler panicked")).into_response()
+        }))
         .layer(from_fn(error::with_request_id))
         .with_state(state)
 }
@@ -69,7 +73,10 @@ pub fn router(state: AppState) -> Router {
 /// Health routes answer always; the others when there is a service.
 async fn when_ready(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    if path != "/livez" && path != "/readyz" && let Err(error) = state.service() {
+    if path != "/livez"
+        && path != "/readyz"
+        && let Err(error) = state.service()
+    {
         return ApiError(error).into_response();
     }
     next.run(request).await
@@ -77,10 +84,18 @@ async fn when_ready(State(state): State<AppState>, request: Request, next: Next)
 
 async fn not_found(request: Request) -> ApiError {
     let path = request.uri().path().to_owned();
-    ApiError(Error::new(ErrorKind::NotFound, "route_not_found", format!("There is nothing at `{path}`.")))
+    ApiError(Error::new(
+        ErrorKind::NotFound,
+        "route_not_found",
+        format!("There is nothing at `{path}`."),
+    ))
 }
 
 async fn method_not_allowed(request: Request) -> ApiError {
     let (method, path) = (request.method(), request.uri().path());
-    ApiError(Error::new(ErrorKind::MethodNotAllowed, "method_not_allowed", format!("`{path}` does not answer {method}.")))
+    ApiError(Error::new(
+        ErrorKind::MethodNotAllowed,
+        "method_not_allowed",
+        format!("`{path}` does not answer {method}."),
+    ))
 }

@@ -9,7 +9,9 @@ use super::{ApiError, AppState};
 use crate::error::{Error, ErrorKind};
 
 pub(super) fn routes() -> Router<AppState> {
-    Router::new().route("/v1/models", get(list)).route("/v1/models/{id}", get(show))
+    Router::new()
+        .route("/v1/models", get(list))
+        .route("/v1/models/{id}", get(show))
 }
 
 fn model(state: &AppState) -> Result<Value, Error> {
@@ -35,6 +37,12 @@ async fn show(State(state): State<AppState>, Path(id): Path<String>) -> Result<J
     let model = model(&state)?;
     match model["id"] == id.as_str() {
         true => Ok(Json(model)),
-        false => Err(Error::field("model_not_found", "model", format!("is `{id}`; this server has {}", model["id"])).of_kind(ErrorKind::NotFound).into()),
+        false => Err(Error::field(
+            "model_not_found",
+            "model",
+            format!("is `{id}`; this server has {}", model["id"]),
+        )
+        .of_kind(ErrorKind::NotFound)
+        .into()),
     }
 }

@@ -12,8 +12,16 @@ const TEXT_LIMIT: usize = 4096;
 
 fn broken(error: &MultipartError) -> Error {
     match error.status().as_u16() {
-        413 => Error::new(ErrorKind::TooLarge, "body_too_large", "The body is larger than this route accepts."),
-        _ => Error::new(ErrorKind::Invalid, "invalid_multipart", format!("The form cannot be read: {}.", error.body_text())),
+        413 => Error::new(
+            ErrorKind::TooLarge,
+            "body_too_large",
+            "The body is larger than this route accepts.",
+        ),
+        _ => Error::new(
+            ErrorKind::Invalid,
+            "invalid_multipart",
+            format!("The form cannot be read: {}.", error.body_text()),
+        ),
     }
 }
 
@@ -22,9 +30,11 @@ async fn bytes(mut part: Field<'_>, name: &str, limit: usize, code: &'static str
     let mut all = BytesMut::new();
     while let Some(chunk) = part.chunk().await.map_err(|error| broken(&error))? {
         if all.len() + chunk.len() > limit {
-            return Err(Error::field(code, name.to_owned(), format!("has more than {limit} bytes, the limit"))
-                .of_kind(ErrorKind::TooLarge)
-                .limit(limit as u64));
+            return Err(
+                Error::field(code, name.to_owned(), format!("has more than {limit} bytes, the limit"))
+                    .of_kind(ErrorKind::TooLarge)
+                    .limit(limit as u64),
+            );
         }
         all.extend_from_slice(&chunk);
     }
@@ -32,8 +42,14 @@ async fn bytes(mut part: Field<'_>, name: &str, limit: usize, code: &'static str
 }
 
 fn number<T: std::str::FromStr>(name: &'static str, text: &str) -> Result<T, Error> {
-    let kind = if std::any::type_name::<T>() == "f64" { "a number" } else { "an integer of 0 or more" };
-    text.trim().parse().map_err(|_| Error::field("invalid_value", name, format!("is `{text}`; expected {kind}")))
+    let kind = if std::any::type_name::<T>() == "f64" {
+        "a number"
+    } else {
+        "an integer of 0 or more"
+    };
+    text.trim()
+        .parse()
+        .map_err(|_| Error::field("invalid_value", name, format!("is `{text}`; expected {kind}")))
 }
 
 /// Reads `name`, `kind`, `class`, `images` and the optional settings; every other part is refused by name.
@@ -41,14 +57,24 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
     let mut registration = Registration::default();
     while let Some(part) = form.next_field().await.map_err(|error| broken(&error))? {
         let Some(name) = part.name().map(str::to_owned) else {
-            return Err(Error::new(ErrorKind::Invalid, "invalid_multipart", "A part of the form has no name."));
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "invalid_multipart",
+                "A part of the form has no name.",
+            ));
         };
         if matches!(name.as_str(), "images" | "images[]" | "image" | "image[]") {
             if registration.images.len() == limits.pictures {
-                return Err(Error::field("too_many_pictures", "images", format!("has more than {} pictures, the limit", limits.pictures))
-                    .limit(limits.pictures as u64));
+                return Err(Error::field(
+                    "too_many_pictures",
+                    "images",
+                    format!("has more than {} pictures, the limit", limits.pictures),
+                )
+                .limit(limits.pictures as u64));
             }
-            registration.images.push(bytes(part, "images", limits.picture.bytes, "picture_too_large").await?);
+            registration
+                .images
+                .push(bytes(part, "images", limits.picture.bytes, "picture_too_large").await?);
             continue;
         }
         let raw = bytes(part, &name, TEXT_LIMIT, "value_too_large").await?;
@@ -69,10 +95,20 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
             "text_tokens" => r.text_tokens.replace(number("text_tokens", &text)?).is_some(),
             "image_tokens" => r.image_tokens.replace(number("image_tokens", &text)?).is_some(),
             "seed" => r.seed.replace(number("seed", &text)?).is_some(),
-            _ => return Err(Error::field("unknown_parameter", name, "is not a parameter of this route")),
+            _ => {
+                return Err(Error::field(
+                    "unknown_parameter",
+                    name,
+                    "is not a parameter of this route",
+                ));
+            }
         };
         if repeated {
-            return Err(Error::field("repeated_parameter", name, "is given more often than it can be"));
+            return Err(Error::field(
+                "repeated_parameter",
+                name,
+                "is given more often than it can be",
+            ));
         }
     }
     Ok(registration)

@@ -9,7 +9,9 @@ use super::{ApiError, AppState};
 use crate::registry::{Training, TrainingStatus};
 
 pub(super) fn routes() -> Router<AppState> {
-    Router::new().route("/v1/trainings/{id}", get(show)).route("/v1/trainings/{id}/cancel", post(cancel))
+    Router::new()
+        .route("/v1/trainings/{id}", get(show))
+        .route("/v1/trainings/{id}/cancel", post(cancel))
 }
 
 /// A training as JSON.

@@ -104,7 +104,10 @@ fn write_shard(file: &Path, tensors: &[(String, Vec<i64>)], rng: &mut ChaCha8Rng
     let mut offset = 0;
     for (name, shape) in tensors {
         let end = offset + 2 * shape.iter().product::<i64>();
-        header.insert(name.clone(), json!({"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}));
+        header.insert(
+            name.clone(),
+            json!({"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}),
+        );
         offset = end;
     }
     let mut header = Value::Object(header).to_string().into_bytes();
@@ -117,7 +120,11 @@ fn write_shard(file: &Path, tensors: &[(String, Vec<i64>)], rng: &mut ChaCha8Rng
         let norm = name.contains("norm");
         let scale = 1.7 / (shape.last().copied().unwrap_or(1) as f32).sqrt();
         for _ in 0..count {
-            let value = if norm && !name.ends_with("bias") { 1.0 } else { rng.random_range(-scale..scale) };
+            let value = if norm && !name.ends_with("bias") {
+                1.0
+            } else {
+                rng.random_range(-scale..scale)
+            };
             out.write_all(&bf16::from_f32(value).to_le_bytes())?;
         }
     }
@@ -149,7 +156,10 @@ fn make_checkpoint(shape: Shape, out: &Path) -> anyhow::Result<()> {
         println!("{name}");
     }
     let index = json!({"metadata": {}, "weight_map": map});
-    Ok(std::fs::write(out.join("model.safetensors.index.json"), index.to_string())?)
+    Ok(std::fs::write(
+        out.join("model.safetensors.index.json"),
+        index.to_string(),
+    )?)
 }
 
 /// The process's peak resident memory in bytes, where the system tells it.
@@ -169,7 +179,13 @@ fn load(dir: &Path, dtype: &str) -> anyhow::Result<()> {
     let before = peak_memory();
     let started = Instant::now();
     let config = ModelConfig::read(&dir.join("config.json"))?;
-    let checkpoint = Checkpoint::open_dir(dir, Target { kind, device: Device::Cpu })?;
+    let checkpoint = Checkpoint::open_dir(
+        dir,
+        Target {
+            kind,
+            device: Device::Cpu,
+        },
+    )?;
     let _no_grad = tch::no_grad_guard();
     let model = Transformer::load(&config, &checkpoint)?;
     let seconds = started.elapsed().as_secs_f64();
@@ -179,7 +195,11 @@ fn load(dir: &Path, dtype: &str) -> anyhow::Result<()> {
     println!("loaded in        {seconds:.2} s");
     match (peak_memory(), before) {
         (Some(peak), Some(before)) => {
-            println!("peak memory      {:.1} MB, of which {:.1} MB before loading", peak as f64 / 1e6, before as f64 / 1e6);
+            println!(
+                "peak memory      {:.1} MB, of which {:.1} MB before loading",
+                peak as f64 / 1e6,
+                before as f64 / 1e6
+            );
             println!("peak / weights   {:.3}", peak as f64 / weights as f64);
         }
         _ => println!("peak memory      not told by this system"),

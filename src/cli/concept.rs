@@ -58,8 +58,11 @@ pub(super) enum ConceptCommand {
 
 async fn read(registry: &Registry, name: &str) -> anyhow::Result<bytes::Bytes> {
     let concept = registry.concept(name).await?;
-    let concept = concept.ok_or_else(|| anyhow::anyhow!("there is no concept `{name}`; `coar concept list` shows what there is"))?;
-    let version = concept.version.ok_or_else(|| anyhow::anyhow!("the concept `{name}` is not trained yet"))?;
+    let concept = concept
+        .ok_or_else(|| anyhow::anyhow!("there is no concept `{name}`; `coar concept list` shows what there is"))?;
+    let version = concept
+        .version
+        .ok_or_else(|| anyhow::anyhow!("the concept `{name}` is not trained yet"))?;
     Ok(registry.blobs.get(&version).await?)
 }
 
@@ -76,7 +79,12 @@ impl ConceptCommand {
                     println!("{} ({} bytes)", out.display(), bytes.len());
                     Ok(())
                 }
-                Self::Import { file, name, data, model } => {
+                Self::Import {
+                    file,
+                    name,
+                    data,
+                    model,
+                } => {
                     let bytes = std::fs::read(&file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
                     let view = service(&data, &model).await?.import_concept(bytes.into(), name).await?;
                     println!("{name} is ready: write <{name}> in a prompt", name = view.concept.name);
@@ -85,7 +93,10 @@ impl ConceptCommand {
                 Self::Verify { data } => verify(&data).await,
                 Self::Delete { name, data } => {
                     let deleted = existing_registry(&data.data).await?.delete_concept(&name).await?;
-                    anyhow::ensure!(deleted, "there is no concept `{name}`; `coar concept list` shows what there is");
+                    anyhow::ensure!(
+                        deleted,
+                        "there is no concept `{name}`; `coar concept list` shows what there is"
+                    );
                     println!("{name} is deleted");
                     Ok(())
                 }
@@ -105,7 +116,11 @@ async fn list(data: &DataArgs) -> anyhow::Result<()> {
         };
         let version = concept.version.as_deref().map_or("-", |version| &version[..12]);
         let class = concept.class_noun.as_deref().unwrap_or("-");
-        println!("{:<20} {:<8} {class:<12} {status:<10} {version}", concept.name, concept.kind.as_str());
+        println!(
+            "{:<20} {:<8} {class:<12} {status:<10} {version}",
+            concept.name,
+            concept.kind.as_str()
+        );
     }
     Ok(())
 }
@@ -123,8 +138,15 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
     println!("class        {}", header.class_noun.as_deref().unwrap_or("-"));
     println!("method       {}", header.method);
     println!("layers       {} of hidden size {}", tensors.layers, tensors.hidden);
-    println!("tokens       {} text, {} image, per layer", tensors.text_tokens, tensors.image_tokens);
-    println!("parameters   {} ({} bytes in the file)", tensors.parameters(), bytes.len());
+    println!(
+        "tokens       {} text, {} image, per layer",
+        tensors.text_tokens, tensors.image_tokens
+    );
+    println!(
+        "parameters   {} ({} bytes in the file)",
+        tensors.parameters(),
+        bytes.len()
+    );
     println!("base model   {}", header.base_model);
     println!("losses       {}", serde_json::to_string(&header.losses)?);
     println!("settings     {}", serde_json::to_string(&header.spec)?);
@@ -137,7 +159,9 @@ async fn verify(data: &DataArgs) -> anyhow::Result<()> {
     for concept in registry.concepts().await? {
         let Some(version) = &concept.version else { continue };
         let verdict = match registry.blobs.get(version).await {
-            Ok(bytes) => ConceptFile::from_bytes(&bytes).map(drop).map_err(|error| error.to_string()),
+            Ok(bytes) => ConceptFile::from_bytes(&bytes)
+                .map(drop)
+                .map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };
         match verdict {
@@ -148,6 +172,9 @@ async fn verify(data: &DataArgs) -> anyhow::Result<()> {
             }
         }
     }
-    anyhow::ensure!(faults == 0, "{faults} concepts cannot be read; train them again, or import them from a backup");
+    anyhow::ensure!(
+        faults == 0,
+        "{faults} concepts cannot be read; train them again, or import them from a backup"
+    );
     Ok(())
 }

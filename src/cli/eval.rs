@@ -63,7 +63,12 @@ impl EvalCommand {
 }
 
 fn settings(text: Option<&str>) -> anyhow::Result<serde_json::Map<String, serde_json::Value>> {
-    text.map_or_else(|| Ok(Default::default()), |text| serde_json::from_str(text).map_err(|error| anyhow::anyhow!("the settings are not a JSON object: {error}")))
+    text.map_or_else(
+        || Ok(Default::default()),
+        |text| {
+            serde_json::from_str(text).map_err(|error| anyhow::anyhow!("the settings are not a JSON object: {error}"))
+        },
+    )
 }
 
 impl PocketArgs {

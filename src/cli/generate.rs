@@ -83,7 +83,9 @@ impl GenerateArgs {
         std::fs::create_dir_all(&self.out)?;
         let seed = request.seed;
         let mut stream = service.engine.generate(request)?;
-        let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template("drawing {wide_bar} {pos}/{len}  eta {eta}")?);
+        let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(
+            "drawing {wide_bar} {pos}/{len}  eta {eta}",
+        )?);
         while let Some(event) = stream.next().await {
             match event {
                 GenerationEvent::Started => {}

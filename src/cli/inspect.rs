@@ -36,9 +36,17 @@ struct ShapesOnly<'a>(&'a dyn TensorSource);
 impl TensorSource for ShapesOnly<'_> {
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<tch::Tensor, ModelError> {
         match self.0.shape_of(name) {
-            Some(found) if found == shape => Ok(tch::Tensor::f_zeros([1], (Kind::Float, Device::Cpu))?.f_expand(shape, false)?),
-            Some(found) => Err(ModelError::invalid("checkpoint", format!("tensor `{name}` has shape {found:?}; expected {shape:?}"))),
-            None => Err(ModelError::invalid("checkpoint", format!("tensor `{name}` is missing; expected shape {shape:?}"))),
+            Some(found) if found == shape => {
+                Ok(tch::Tensor::f_zeros([1], (Kind::Float, Device::Cpu))?.f_expand(shape, false)?)
+            }
+            Some(found) => Err(ModelError::invalid(
+                "checkpoint",
+                format!("tensor `{name}` has shape {found:?}; expected {shape:?}"),
+            )),
+            None => Err(ModelError::invalid(
+                "checkpoint",
+                format!("tensor `{name}` is missing; expected shape {shape:?}"),
+            )),
         }
     }
     fn shape_of(&self, name: &str) -> Option<Vec<i64>> {
@@ -70,18 +78,35 @@ impl InspectArgs {
         };
         let mut missing = Vec::new();
         let config = ModelConfig::read(&dir.join("config.json"))?;
-        let target = Target { kind: Kind::Float, device: Device::Cpu };
+        let target = Target {
+            kind: Kind::Float,
+            device: Device::Cpu,
+        };
         let checkpoint = Checkpoint::open_dir(&dir, target)?;
-        let dtypes: std::collections::BTreeSet<String> =
-            checkpoint.names().filter_map(|name| checkpoint.dtype_of(name)).map(|dtype| format!("{dtype:?}")).collect();
+        let dtypes: std::collections::BTreeSet<String> = checkpoint
+            .names()
+            .filter_map(|name| checkpoint.dtype_of(name))
+            .map(|dtype| format!("{dtype:?}"))
+            .collect();
         let variant = if config.swin_norm { "swin norm" } else { "pre-norm" };
         println!("folder         {}", dir.display());
-        println!("transformer    {} layers, hidden {}, {} heads ({} key/value), {variant}", config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads);
-        println!("parameters     {} ({} on disk, {})", checkpoint.parameters(), megabytes(checkpoint.bytes()), dtypes.into_iter().collect::<Vec<_>>().join(", "));
+        println!(
+            "transformer    {} layers, hidden {}, {} heads ({} key/value), {variant}",
+            config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        );
+        println!(
+            "parameters     {} ({} on disk, {})",
+            checkpoint.parameters(),
+            megabytes(checkpoint.bytes()),
+            dtypes.into_iter().collect::<Vec<_>>().join(", ")
+        );
         println!("vocabulary     {} ids", config.vocab_size);
         println!("positions      {}", config.max_position_embeddings);
         for (kind, bytes) in [("f32", 4), ("bf16/f16", 2)] {
-            println!("memory, {kind:<8} {} for the weights", megabytes(checkpoint.parameters() * bytes));
+            println!(
+                "memory, {kind:<8} {} for the weights",
+                megabytes(checkpoint.parameters() * bytes)
+            );
         }
         if let Err(error) = Transformer::load(&config, &ShapesOnly(&checkpoint)) {
             missing.push(error.to_string());
@@ -107,20 +132,41 @@ impl InspectArgs {
 
     fn tokenizers(&self, files: &CheckpointFiles, config: &ModelConfig) -> anyhow::Result<()> {
         let vqgan = VqganConfig::read(&files.vqgan_config)?;
-        let source = vqgan_source(&files.vqgan_weights, Target { kind: Kind::Float, device: Device::Cpu })?;
+        let source = vqgan_source(
+            &files.vqgan_weights,
+            Target {
+                kind: Kind::Float,
+                device: Device::Cpu,
+            },
+        )?;
         Vqgan::load(&vqgan, &ShapesOnly(source.as_ref()))?;
         let vocabulary = Vocabulary::from_names(&TextTokenizer::read(&files.tokenizer)?.names())?;
-        println!("image codes    {} ({} in the codebook), {} pixels along a side each", vocabulary.code_count(), vqgan.n_embed, vqgan.pixels_per_code());
+        println!(
+            "image codes    {} ({} in the codebook), {} pixels along a side each",
+            vocabulary.code_count(),
+            vqgan.n_embed,
+            vqgan.pixels_per_code()
+        );
         let target = self.target_size.or(config.target_size);
         let sizes = CropPlan::new(target.unwrap_or(512), 2 * vqgan.pixels_per_code());
         let listed: Vec<String> = sizes.sizes().iter().map(|(w, h)| format!("{w}x{h}")).collect();
-        let said = if target.is_some() { "" } else { " (assumed: config.json does not say; --target-size does)" };
+        let said = if target.is_some() {
+            ""
+        } else {
+            " (assumed: config.json does not say; --target-size does)"
+        };
         println!("target size    {}{said}", target.unwrap_or(512));
         println!("sizes          {}", listed.join(" "));
-        let (w, h) = (target.unwrap_or(512) / vqgan.pixels_per_code(), target.unwrap_or(512) / vqgan.pixels_per_code());
+        let (w, h) = (
+            target.unwrap_or(512) / vqgan.pixels_per_code(),
+            target.unwrap_or(512) / vqgan.pixels_per_code(),
+        );
         let tokens = u64::from((w + 1) * h + 4);
         let per_token = 2 * config.num_hidden_layers as u64 * (config.num_key_value_heads * config.head_dim()) as u64;
-        println!("cache          {} in f32 for one square picture of {tokens} tokens and its guidance", megabytes(2 * tokens * per_token * 4));
+        println!(
+            "cache          {} in f32 for one square picture of {tokens} tokens and its guidance",
+            megabytes(2 * tokens * per_token * 4)
+        );
         Ok(())
     }
 }

@@ -21,7 +21,10 @@ pub(super) struct DataArgs {
 
 /// Runs async work on a runtime of its own.
 pub(super) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work)
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(work)
 }
 
 /// Opens a folder that must be there already.
@@ -39,7 +42,12 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
     let registry = Registry::open(&data.data).await?;
     let model = model.clone();
     let engine = tokio::task::spawn_blocking(move || model.start_engine(EngineOptions::default())).await??;
-    Ok(Service { registry, engine, wake: Wake::default(), limits: Limits::default().into() })
+    Ok(Service {
+        registry,
+        engine,
+        wake: Wake::default(),
+        limits: Limits::default().into(),
+    })
 }
 
 /// A service with a worker that trains what is queued, while this is held.
@@ -52,13 +60,24 @@ pub(super) struct Workshop {
 
 impl Workshop {
     pub(super) async fn open(data: &DataArgs, model: &ModelArgs) -> anyhow::Result<Self> {
-        let lock = DataLock::take(&data.data)
-            .map_err(|error| anyhow::anyhow!("{error}; register the concept with that server, or use another --data"))?;
+        let lock = DataLock::take(&data.data).map_err(|error| {
+            anyhow::anyhow!("{error}; register the concept with that server, or use another --data")
+        })?;
         let service = service(data, model).await?;
         service.registry.release_all().await?;
         let stop = CancellationToken::new();
-        let worker = tokio::spawn(work(service.registry.clone(), service.engine.clone(), service.wake.clone(), stop.clone()));
-        Ok(Self { service, stop, worker, _lock: lock })
+        let worker = tokio::spawn(work(
+            service.registry.clone(),
+            service.engine.clone(),
+            service.wake.clone(),
+            stop.clone(),
+        ));
+        Ok(Self {
+            service,
+            stop,
+            worker,
+            _lock: lock,
+        })
     }
 
     /// Ends the worker; a running training keeps its last checkpoint.

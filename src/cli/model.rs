@@ -40,7 +40,11 @@ pub struct ModelArgs {
 /// The user's cache folder for coar.
 fn default_cache() -> PathBuf {
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
-    std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home).unwrap_or_else(std::env::temp_dir).join("coar")
+    std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(home)
+        .unwrap_or_else(std::env::temp_dir)
+        .join("coar")
 }
 
 impl ModelArgs {
@@ -60,7 +64,10 @@ impl ModelArgs {
                     .or((other == "cuda").then_some("0"))
                     .and_then(|index| index.parse().ok())
                     .ok_or_else(|| anyhow::anyhow!("--device is `{other}`; expected `auto`, `cpu` or `cuda:N`"))?;
-                anyhow::ensure!((index as i64) < cuda, "--device is `{other}`; this machine has {cuda} CUDA devices that libtorch can use");
+                anyhow::ensure!(
+                    (index as i64) < cuda,
+                    "--device is `{other}`; this machine has {cuda} CUDA devices that libtorch can use"
+                );
                 Ok(Device::Cuda(index))
             }
         }
@@ -87,14 +94,20 @@ impl ModelArgs {
     pub fn files(&self) -> Result<CheckpointFiles, ModelError> {
         match &self.model {
             Some(dir) => CheckpointFiles::find(dir, self.tokenizer.as_deref()),
-            None => CheckpointFiles::find(&unpack_shipped(&self.cache.clone().unwrap_or_else(default_cache))?, None),
+            None => CheckpointFiles::find(
+                &unpack_shipped(&self.cache.clone().unwrap_or_else(default_cache))?,
+                None,
+            ),
         }
     }
 
     /// A name for `/v1/models`: the folder's.
     fn id(&self) -> String {
         let name = self.model.as_ref().and_then(|dir| dir.canonicalize().ok());
-        let name = name.as_ref().and_then(|dir| dir.file_name()).map(|name| name.to_string_lossy().into_owned());
+        let name = name
+            .as_ref()
+            .and_then(|dir| dir.file_name())
+            .map(|name| name.to_string_lossy().into_owned());
         name.unwrap_or_else(|| "coar-pocket".to_owned())
     }
 

@@ -26,15 +26,24 @@ impl ServeArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         runtime.block_on(async move {
-            let listener = tokio::net::TcpListener::bind(self.listen)
-                .await
-                .map_err(|error| anyhow::anyhow!("cannot listen on {}: {error}; choose another address with --listen", self.listen))?;
+            let listener = tokio::net::TcpListener::bind(self.listen).await.map_err(|error| {
+                anyhow::anyhow!(
+                    "cannot listen on {}: {error}; choose another address with --listen",
+                    self.listen
+                )
+            })?;
             // Tests and scripts that ask for port 0 read the address from this line.
             println!("listening on http://{}", listener.local_addr()?);
             let stop = CancellationToken::new();
             tokio::spawn(signalled(stop.clone()));
             let model = self.model;
-            crate::app::serve(self.data, listener, move || model.start_engine(EngineOptions::default()), stop).await
+            crate::app::serve(
+                self.data,
+                listener,
+                move || model.start_engine(EngineOptions::default()),
+                stop,
+            )
+            .await
         })
     }
 }

@@ -66,7 +66,11 @@ impl TrainArgs {
         let images = self
             .images
             .iter()
-            .map(|file| std::fs::read(file).map(Into::into).map_err(|error| anyhow::anyhow!("{}: {error}", file.display())))
+            .map(|file| {
+                std::fs::read(file)
+                    .map(Into::into)
+                    .map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))
+            })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let workshop = Workshop::open(&self.data, &self.model).await?;
         let outcome = self.watch(&workshop, images).await;
@@ -82,7 +86,10 @@ impl TrainArgs {
         };
         let training = match unfinished {
             Some(training) => {
-                println!("{} goes on from step {} of {}", self.name, training.step, training.total_steps);
+                println!(
+                    "{} goes on from step {} of {}",
+                    self.name, training.step, training.total_steps
+                );
                 training
             }
             None => {
@@ -101,11 +108,15 @@ impl TrainArgs {
                         seed: self.seed,
                     })
                     .await?;
-                registered.training.ok_or_else(|| anyhow::anyhow!("the concept was stored without a training"))?
+                registered
+                    .training
+                    .ok_or_else(|| anyhow::anyhow!("the concept was stored without a training"))?
             }
         };
         let style = ProgressStyle::with_template("{msg:12} {wide_bar} {pos}/{len}  eta {eta}")?;
-        let bar = ProgressBar::new(training.total_steps.into()).with_style(style).with_message("preparing");
+        let bar = ProgressBar::new(training.total_steps.into())
+            .with_style(style)
+            .with_message("preparing");
         let id = training.id.to_string();
         loop {
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -118,12 +129,20 @@ impl TrainArgs {
                 TrainingStatus::Queued | TrainingStatus::Running => {}
                 TrainingStatus::Succeeded => {
                     bar.finish();
-                    println!("{name} is ready: write <{name}> in a prompt, for example\n  coar generate \"{}\"", self.example(), name = self.name);
+                    println!(
+                        "{name} is ready: write <{name}> in a prompt, for example\n  coar generate \"{}\"",
+                        self.example(),
+                        name = self.name
+                    );
                     return Ok(());
                 }
                 TrainingStatus::Cancelled => anyhow::bail!("the training was cancelled"),
                 TrainingStatus::Failed => {
-                    let message = now.error.as_ref().and_then(|error| error["message"].as_str()).unwrap_or("no reason is known");
+                    let message = now
+                        .error
+                        .as_ref()
+                        .and_then(|error| error["message"].as_str())
+                        .unwrap_or("no reason is known");
                     anyhow::bail!("the training failed: {message}");
                 }
             }

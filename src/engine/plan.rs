@@ -33,7 +33,10 @@ pub fn plan_sequence(
             .position(|concept| concept.name == name)
             .ok_or_else(|| ModelError::invalid("prompt", format!("names the concept <{name}>, which is unknown")))
     };
-    let mut order = concept_names(&pieces).into_iter().map(find).collect::<Result<Vec<_>, _>>()?;
+    let mut order = concept_names(&pieces)
+        .into_iter()
+        .map(find)
+        .collect::<Result<Vec<_>, _>>()?;
     order.sort_by_key(|&index| concepts[index].kind);
     let (mut parts, mut of_slot) = (Vec::new(), Vec::new());
     for piece in &pieces {
@@ -48,11 +51,22 @@ pub fn plan_sequence(
     }
     let encoded = model.encode_prompt(width, height, &parts)?;
     let slots_of = |index: usize| {
-        of_slot.iter().zip(&encoded.slots).filter(|(of, _)| **of == index).map(|(_, &at)| at).collect::<Vec<_>>()
+        of_slot
+            .iter()
+            .zip(&encoded.slots)
+            .filter(|(of, _)| **of == index)
+            .map(|(_, &at)| at)
+            .collect::<Vec<_>>()
     };
     let text_at = order.iter().map(|&index| slots_of(index)).collect();
     let image_tokens: Vec<i64> = order.iter().map(|&index| concepts[index].image_tokens as i64).collect();
     let start = model.image_start(width, height)?;
-    let layout = SequenceLayout::new(encoded.ids, text_at, start, &image_tokens, model.vocabulary.placeholder());
+    let layout = SequenceLayout::new(
+        encoded.ids,
+        text_at,
+        start,
+        &image_tokens,
+        model.vocabulary.placeholder(),
+    );
     Ok((layout, order, encoded.text_tokens))
 }

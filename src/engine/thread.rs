@@ -30,7 +30,12 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { queue: 64, active: 4, checkpoint_every: Duration::from_secs(5), threads: 0 }
+        Self {
+            queue: 64,
+            active: 4,
+            checkpoint_every: Duration::from_secs(5),
+            threads: 0,
+        }
     }
 }
 
@@ -48,30 +53,46 @@ pub fn start(
     let (commands, inbox) = mpsc::channel(options.queue);
     let (health_sender, health) = watch::channel(Health::Loading);
     let (loaded_sender, loaded) = std::sync::mpsc::channel();
-    let spawned = std::thread::Builder::new().name("coar-device".to_owned()).spawn(move || {
-        if options.threads > 0 {
-            tch::set_num_threads(options.threads);
-        }
-        let _no_grad = tch::no_grad_guard();
-        let model = match load() {
-            Ok((model, info)) => {
-                health_sender.send_replace(Health::Ready);
-                // The starter may have given up; the closed channel ends the loop below.
-                let _ = loaded_sender.send(Ok(info));
-                model
+    let spawned = std::thread::Builder::new()
+        .name("coar-device".to_owned())
+        .spawn(move || {
+            if options.threads > 0 {
+                tch::set_num_threads(options.threads);
             }
-            Err(error) => {
-                health_sender.send_replace(Health::Stopped(error.to_string()));
-                let _ = loaded_sender.send(Err(error));
-                return;
+            let _no_grad = tch::no_grad_guard();
+            let model = match load() {
+                Ok((model, info)) => {
+                    health_sender.send_replace(Health::Ready);
+                    // The starter may have given up; the closed channel ends the loop below.
+                    let _ = loaded_sender.send(Ok(info));
+                    model
+                }
+                Err(error) => {
+                    health_sender.send_replace(Health::Stopped(error.to_string()));
+                    let _ = loaded_sender.send(Err(error));
+                    return;
+                }
+            };
+            Thread {
+                model,
+                options,
+                inbox,
+                waiting: VecDeque::new(),
+                active: vec![],
+                trainings: VecDeque::new(),
             }
-        };
-        Thread { model, options, inbox, waiting: VecDeque::new(), active: vec![], trainings: VecDeque::new() }.run();
-        health_sender.send_replace(Health::Stopped("the engine has stopped".to_owned()));
-    });
+            .run();
+            health_sender.send_replace(Health::Stopped("the engine has stopped".to_owned()));
+        });
     spawned.map_err(|error| ModelError::invalid("engine", format!("cannot start its thread: {error}")))?;
-    let info = loaded.recv().map_err(|_| ModelError::invalid("engine", "ended while it was loading"))??;
-    Ok(EngineHandle { commands, health, info: Arc::new(info) })
+    let info = loaded
+        .recv()
+        .map_err(|_| ModelError::invalid("engine", "ended while it was loading"))??;
+    Ok(EngineHandle {
+        commands,
+        health,
+        info: Arc::new(info),
+    })
 }
 
 struct Generation {
@@ -100,7 +121,10 @@ struct Thread {
 
 fn device(error: &ModelError) -> EngineError {
     match error {
-        ModelError::Invalid { field, problem } => EngineError::Invalid { field, problem: problem.clone() },
+        ModelError::Invalid { field, problem } => EngineError::Invalid {
+            field,
+            problem: problem.clone(),
+        },
         other => EngineError::Device(other.to_string()),
     }
 }
@@ -110,9 +134,14 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, EngineE
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(|error| device(&error)),
         Err(panic) => {
-            let text = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+            let text = panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
             tracing::error!(panic = text, "a unit of work panicked");
-            Err(EngineError::Device("an internal error; the server's log has the details".to_owned()))
+            Err(EngineError::Device(
+                "an internal error; the server's log has the details".to_owned(),
+            ))
         }
     }
 }
@@ -141,14 +170,21 @@ impl Thread {
     /// Starts waiting generations while there is room.
     fn admit(&mut self) {
         while self.active.len() < self.options.active {
-            let Some((request, events)) = self.waiting.pop_front() else { return };
+            let Some((request, events)) = self.waiting.pop_front() else {
+                return;
+            };
             if events.is_closed() {
                 continue;
             }
             match guarded(|| start_generation(&self.model, &request)) {
                 Ok((decoding, text_tokens)) => {
                     let _ = events.try_send(GenerationEvent::Started);
-                    self.active.push(Generation { request, decoding, text_tokens, events });
+                    self.active.push(Generation {
+                        request,
+                        decoding,
+                        text_tokens,
+                        events,
+                    });
                 }
                 Err(error) => drop(events.try_send(GenerationEvent::Failed(error))),
             }
@@ -164,13 +200,20 @@ impl Thread {
             }
             let stepped = guarded(|| {
                 generation.decoding.step(&model.transformer, &model.vocabulary)?;
-                if generation.decoding.is_done() { finish(model, generation).map(Some) } else { Ok(None) }
+                if generation.decoding.is_done() {
+                    finish(model, generation).map(Some)
+                } else {
+                    Ok(None)
+                }
             });
             match stepped {
                 Ok(None) => {
                     if generation.events.capacity() > RESERVED_EVENTS {
                         let (done, total) = generation.decoding.progress();
-                        let _ = generation.events.try_send(GenerationEvent::Progress { done: done as u32, total: total as u32 });
+                        let _ = generation.events.try_send(GenerationEvent::Progress {
+                            done: done as u32,
+                            total: total as u32,
+                        });
                     }
                     true
                 }
@@ -189,7 +232,11 @@ impl Thread {
     }
 
     fn open_training(&mut self, request: TrainingRequest, events: mpsc::Sender<TrainingEvent>) {
-        let TrainingRequest { spec, pictures, checkpoint } = request;
+        let TrainingRequest {
+            spec,
+            pictures,
+            checkpoint,
+        } = request;
         let opened = guarded(|| match &checkpoint {
             Some(bytes) => Trainer::resume(&self.model, spec, &pictures, bytes),
             None => Trainer::new(&self.model, spec, &pictures),
@@ -198,7 +245,13 @@ impl Thread {
             Ok(trainer) => {
                 let now = Instant::now();
                 let first_step = trainer.step();
-                self.trainings.push_back(Training { trainer, events, checkpointed: now, started: now, first_step });
+                self.trainings.push_back(Training {
+                    trainer,
+                    events,
+                    checkpointed: now,
+                    started: now,
+                    first_step,
+                });
             }
             Err(error) => drop(events.try_send(TrainingEvent::Failed(error))),
         }
@@ -206,17 +259,21 @@ impl Thread {
 
     /// One slice of the training whose turn it is.
     fn train(&mut self) {
-        let Some(mut training) = self.trainings.pop_front() else { return };
+        let Some(mut training) = self.trainings.pop_front() else {
+            return;
+        };
         if training.events.is_closed() {
             return;
         }
         match guarded(|| training.trainer.advance(&self.model)) {
             Ok(Advance::Finished) => {
-                let finished = guarded(|| training.trainer.concept_file(self.model.fingerprint())).and_then(|file| {
-                    file.to_bytes().map_err(|error| EngineError::Device(error.to_string()))
-                });
+                let finished = guarded(|| training.trainer.concept_file(self.model.fingerprint()))
+                    .and_then(|file| file.to_bytes().map_err(|error| EngineError::Device(error.to_string())));
                 let event = match finished {
-                    Ok(bytes) => TrainingEvent::Done { file: bytes.into(), report: report(&training) },
+                    Ok(bytes) => TrainingEvent::Done {
+                        file: bytes.into(),
+                        report: report(&training),
+                    },
                     Err(error) => TrainingEvent::Failed(error),
                 };
                 let _ = training.events.try_send(event);
@@ -243,7 +300,9 @@ impl Thread {
             let _ = events.try_send(GenerationEvent::Failed(EngineError::Stopped));
         }
         for generation in self.active.drain(..) {
-            let _ = generation.events.try_send(GenerationEvent::Failed(EngineError::Stopped));
+            let _ = generation
+                .events
+                .try_send(GenerationEvent::Failed(EngineError::Stopped));
         }
         // Whoever asked may be gone.
         let _ = done.send(());
@@ -259,7 +318,12 @@ impl Training {
         let seconds = self.started.elapsed().as_secs_f32().max(1e-3);
         let steps_per_second = (step - self.first_step) as f32 / seconds;
         let total_steps = self.trainer.spec().steps;
-        let progress = TrainingProgress { step, total_steps, loss, steps_per_second };
+        let progress = TrainingProgress {
+            step,
+            total_steps,
+            loss,
+            steps_per_second,
+        };
         let _ = self.events.try_send(TrainingEvent::Progress(progress));
     }
 
@@ -267,7 +331,10 @@ impl Training {
         match guarded(|| self.trainer.checkpoint()) {
             Ok(bytes) => {
                 let step = self.trainer.step();
-                let _ = self.events.try_send(TrainingEvent::Checkpoint { step, bytes: bytes.into() });
+                let _ = self.events.try_send(TrainingEvent::Checkpoint {
+                    step,
+                    bytes: bytes.into(),
+                });
             }
             Err(error) => tracing::warn!(%error, "a training's checkpoint could not be made"),
         }
@@ -286,7 +353,10 @@ fn report(training: &Training) -> serde_json::Value {
 fn start_generation(model: &LuminaMgpt, request: &GenerateRequest) -> Result<(Decoding, usize), ModelError> {
     let size = (request.width, request.height);
     if !model.sizes().contains(&size) {
-        return Err(ModelError::invalid("size", format!("is {}x{}, which this model does not draw", size.0, size.1)));
+        return Err(ModelError::invalid(
+            "size",
+            format!("is {}x{}, which this model does not draw", size.0, size.1),
+        ));
     }
     let planned: Vec<PlannedConcept> = request
         .concepts
@@ -307,7 +377,12 @@ fn start_generation(model: &LuminaMgpt, request: &GenerateRequest) -> Result<(De
     let mut placements = Vec::new();
     for row in 0..i64::from(request.count) {
         for (concept, (text_at, image_at)) in concepts.iter().zip(layout.text_at.iter().zip(&layout.image_at)) {
-            placements.push(Placement { row, concept, text_at: text_at.clone(), image_at: Some(*image_at) });
+            placements.push(Placement {
+                row,
+                concept,
+                text_at: text_at.clone(),
+                image_at: Some(*image_at),
+            });
         }
     }
     let context = context_batch(&placements, request.identity_mask, device)?;
@@ -323,7 +398,9 @@ fn start_generation(model: &LuminaMgpt, request: &GenerateRequest) -> Result<(De
             guidance_scale: request.guidance_scale,
             temperature: request.temperature,
             top_k: i64::from(request.top_k),
-            streams: (0..u64::from(request.count)).map(|index| (request.seed, index)).collect(),
+            streams: (0..u64::from(request.count))
+                .map(|index| (request.seed, index))
+                .collect(),
         },
     )?;
     Ok((decoding, text_tokens))
@@ -336,8 +413,14 @@ fn finish(model: &LuminaMgpt, generation: &Generation) -> Result<Vec<GenerationE
     for (index, codes) in generation.decoding.codes().iter().enumerate() {
         image_tokens += codes.len() as u64;
         let picture = model.decode_picture(codes, width, height)?;
-        events.push(GenerationEvent::Picture { index: index as u32, picture });
+        events.push(GenerationEvent::Picture {
+            index: index as u32,
+            picture,
+        });
     }
-    events.push(GenerationEvent::Done { text_tokens: generation.text_tokens as u64, image_tokens });
+    events.push(GenerationEvent::Done {
+        text_tokens: generation.text_tokens as u64,
+        image_tokens,
+    });
     Ok(events)
 }

@@ -52,11 +52,21 @@ impl Run<'_> {
                 ];
                 for (condition, files, mask, plain_subject) in variants {
                     let row = self.compose(subject, case, &files, mask, plain_subject, &of, &condition)?;
-                    report.rows.push(Row { part: "composition".into(), of: of.clone(), condition, values: row });
+                    report.rows.push(Row {
+                        part: "composition".into(),
+                        of: of.clone(),
+                        condition,
+                        values: row,
+                    });
                 }
             }
         }
-        let names: Vec<String> = report.rows.iter().filter(|r| r.part == "composition").map(|r| r.condition.clone()).collect();
+        let names: Vec<String> = report
+            .rows
+            .iter()
+            .filter(|r| r.part == "composition")
+            .map(|r| r.condition.clone())
+            .collect();
         let mut seen = Vec::new();
         for name in names {
             if !seen.contains(&name) {
@@ -80,8 +90,16 @@ impl Run<'_> {
     ) -> Result<Vec<(String, f64)>, ModelError> {
         let noun = subject.held_out.class.name();
         let styled = files.iter().any(|file| file.header.kind == ConceptKind::Style);
-        let who = if plain_subject { format!("a {noun}") } else { format!("<{}> {noun}", subject.held_out.name) };
-        let how = if styled { format!(" in <{}> style", case.held_out.name) } else { String::new() };
+        let who = if plain_subject {
+            format!("a {noun}")
+        } else {
+            format!("<{}> {noun}", subject.held_out.name)
+        };
+        let how = if styled {
+            format!(" in <{}> style", case.held_out.name)
+        } else {
+            String::new()
+        };
         let per_scene = self.options.per_scene.div_ceil(2);
         let (mut drawn, mut wanted, mut likes) = (vec![], vec![], vec![]);
         for (index, &scene) in Scene::ALL.iter().enumerate() {
@@ -95,15 +113,29 @@ impl Run<'_> {
             }
             likes.push(render(&spec, SIZE.0, SIZE.1));
         }
-        self.sheet(&format!("composition-{of}-{}", condition.replace([' ', ',', '='], "")), &drawn, 9)?;
+        self.sheet(
+            &format!("composition-{of}-{}", condition.replace([' ', ',', '='], "")),
+            &drawn,
+            9,
+        )?;
         let kept = as_drawn(&self.model.vqgan, &likes)?;
         let (judgement, ideal) = (self.judge.judge(&drawn)?, self.judge.judge(&kept)?);
         let at = |head: &str| HEADS.iter().position(|(name, _)| *name == head).unwrap_or(0);
-        let share = |head: &str| accuracy(&judgement, head, &wanted.iter().map(|w| w[at(head)]).collect::<Vec<_>>());
+        let share = |head: &str| {
+            accuracy(
+                &judgement,
+                head,
+                &wanted.iter().map(|w| w[at(head)]).collect::<Vec<_>>(),
+            )
+        };
         let (mut cosine, mut palette) = (0.0, 0.0);
         for (index, picture) in drawn.iter().enumerate() {
             let like = index / per_scene;
-            cosine += judgement.features.f_get(index as i64)?.f_dot(&ideal.features.f_get(like as i64)?)?.f_double_value(&[])?;
+            cosine += judgement
+                .features
+                .f_get(index as i64)?
+                .f_dot(&ideal.features.f_get(like as i64)?)?
+                .f_double_value(&[])?;
             palette += palette_similarity(picture, &kept[like]);
         }
         let n = drawn.len() as f64;

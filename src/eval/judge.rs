@@ -17,8 +17,15 @@ use crate::pocket::world::{self, Accessory, Class, Colour, Pattern, Scene, Spec,
 use crate::training::optimizer::{Optimizer, Parameter, Rule};
 
 /// What the judge tells apart, with the number of answers.
-pub const HEADS: [(&str, i64); 7] =
-    [("class", 10), ("colour1", 10), ("colour2", 11), ("pattern", 4), ("accessory", 4), ("scene", 9), ("style", 7)];
+pub const HEADS: [(&str, i64); 7] = [
+    ("class", 10),
+    ("colour1", 10),
+    ("colour2", 11),
+    ("pattern", 4),
+    ("accessory", 4),
+    ("scene", 9),
+    ("style", 7),
+];
 const WIDTHS: [i64; 6] = [12, 40, 64, 96, 128, 192];
 
 /// The right answers for a picture, in the order of [`HEADS`].
@@ -100,7 +107,10 @@ impl Judge {
     /// # Errors
     /// When the file is missing or misshapen.
     pub fn read(file: &Path) -> Result<Self, ModelError> {
-        let target = Target { kind: Kind::Float, device: Device::Cpu };
+        let target = Target {
+            kind: Kind::Float,
+            device: Device::Cpu,
+        };
         tch::no_grad(|| Self::load(&Checkpoint::open_file(file, target)?))
     }
 
@@ -109,14 +119,19 @@ impl Judge {
         let mut x = pixels.f_pixel_unshuffle(2)?;
         for block in &self.blocks {
             let y = x.f_conv2d(&block.weight, Some(&block.bias), [block.stride], [1], [1], 1)?;
-            x = y.f_group_norm(8, Some(&block.norm_weight), Some(&block.norm_bias), 1e-5, false)?.f_silu()?;
+            x = y
+                .f_group_norm(8, Some(&block.norm_weight), Some(&block.norm_bias), 1e-5, false)?
+                .f_silu()?;
         }
         let mean = x.f_mean_dim([2i64, 3].as_slice(), false, Kind::Float)?;
         Ok(mean.f_add(&x.f_amax([2i64, 3].as_slice(), false)?)?.f_mul_scalar(0.5)?)
     }
 
     fn logits(&self, features: &Tensor) -> Result<Vec<Tensor>, ModelError> {
-        self.heads.iter().map(|(weight, bias)| Ok(features.f_linear(weight, Some(bias))?)).collect()
+        self.heads
+            .iter()
+            .map(|(weight, bias)| Ok(features.f_linear(weight, Some(bias))?))
+            .collect()
     }
 
     /// Judges pictures of 96x96 pixels.
@@ -131,8 +146,13 @@ impl Judge {
                 .iter()
                 .map(|logits| Ok(Vec::<i64>::try_from(&logits.f_argmax(1, false)?)?))
                 .collect::<Result<_, ModelError>>()?;
-            let length = features.f_norm_scalaropt_dim(2.0, [1i64].as_slice(), true)?.f_clamp_min(1e-6)?;
-            Ok(Judgement { answers, features: features.f_div(&length)? })
+            let length = features
+                .f_norm_scalaropt_dim(2.0, [1i64].as_slice(), true)?
+                .f_clamp_min(1e-6)?;
+            Ok(Judgement {
+                answers,
+                features: features.f_div(&length)?,
+            })
         })
     }
 }
@@ -181,7 +201,11 @@ pub fn train_judge(vqgan: &Vqgan, steps: i64, file: &Path) -> Result<Vec<(String
     let parameters = Parameters::default();
     let judge = Judge::load(&parameters)?;
     let rule = Rule::AdamW { weight_decay: 0.02 };
-    let trained = parameters.all().into_iter().map(|(name, tensor)| Parameter { name, tensor, rule }).collect();
+    let trained = parameters
+        .all()
+        .into_iter()
+        .map(|(name, tensor)| Parameter { name, tensor, rule })
+        .collect();
     let mut optimizer = Optimizer::new(trained, (0.9, 0.99))?;
     while optimizer.steps() < steps {
         let step = optimizer.steps();
@@ -214,7 +238,11 @@ pub fn train_judge(vqgan: &Vqgan, steps: i64, file: &Path) -> Result<Vec<(String
             }
         }
     }
-    Ok(HEADS.iter().zip(right).map(|((name, _), right)| ((*name).to_owned(), right as f64 / held_back as f64)).collect())
+    Ok(HEADS
+        .iter()
+        .zip(right)
+        .map(|((name, _), right)| ((*name).to_owned(), right as f64 / held_back as f64))
+        .collect())
 }
 
 /// Pictures as the tokenizer keeps them: the fair comparison for what the generator draws.

@@ -19,7 +19,9 @@ fn histogram(picture: &RgbPicture) -> Vec<f64> {
     for y in h * 30 / 100..h * 90 / 100 {
         for x in w * 20 / 100..w * 80 / 100 {
             let pixel = &picture.rgb[(y * w + x) * 3..][..3];
-            let bin = pixel.iter().fold(0, |bin, &value| bin * LEVELS + usize::from(value) * LEVELS / 256);
+            let bin = pixel
+                .iter()
+                .fold(0, |bin, &value| bin * LEVELS + usize::from(value) * LEVELS / 256);
             bins[bin] += 1.0;
             count += 1.0;
         }
@@ -33,7 +35,9 @@ pub(super) fn palette_similarity(a: &RgbPicture, b: &RgbPicture) -> f64 {
     let bins = |picture: &RgbPicture| {
         let mut bins = vec![0f64; LEVELS.pow(3)];
         for pixel in picture.rgb.chunks_exact(3) {
-            bins[pixel.iter().fold(0, |bin, &value| bin * LEVELS + usize::from(value) * LEVELS / 256)] += 1.0;
+            bins[pixel
+                .iter()
+                .fold(0, |bin, &value| bin * LEVELS + usize::from(value) * LEVELS / 256)] += 1.0;
         }
         let count = picture.rgb.len() as f64 / 3.0;
         bins.iter_mut().for_each(|bin| *bin /= count);
@@ -47,7 +51,11 @@ mod tests {
     use super::*;
 
     fn plain(colour: [u8; 3]) -> RgbPicture {
-        RgbPicture { width: 10, height: 10, rgb: colour.repeat(100) }
+        RgbPicture {
+            width: 10,
+            height: 10,
+            rgb: colour.repeat(100),
+        }
     }
 
     #[test]

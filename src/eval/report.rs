@@ -26,18 +26,29 @@ pub struct Report {
 impl Report {
     /// Adds the mean of the rows that have `part` and `condition`.
     pub fn add_mean(&mut self, part: &str, condition: &str) {
-        let rows: Vec<&Row> = self.rows.iter().filter(|row| row.part == part && row.condition == condition).collect();
+        let rows: Vec<&Row> = self
+            .rows
+            .iter()
+            .filter(|row| row.part == part && row.condition == condition)
+            .collect();
         let Some(first) = rows.first() else { return };
         let values = first
             .values
             .iter()
             .map(|(name, _)| {
-                let all: Vec<f64> =
-                    rows.iter().filter_map(|row| row.values.iter().find(|(n, _)| n == name).map(|(_, v)| *v)).collect();
+                let all: Vec<f64> = rows
+                    .iter()
+                    .filter_map(|row| row.values.iter().find(|(n, _)| n == name).map(|(_, v)| *v))
+                    .collect();
                 (name.clone(), all.iter().sum::<f64>() / all.len() as f64)
             })
             .collect();
-        self.rows.push(Row { part: part.to_owned(), of: "mean".to_owned(), condition: condition.to_owned(), values });
+        self.rows.push(Row {
+            part: part.to_owned(),
+            of: "mean".to_owned(),
+            condition: condition.to_owned(),
+            values,
+        });
     }
 }
 

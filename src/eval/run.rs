@@ -104,7 +104,11 @@ pub(super) fn values<const N: usize>(pairs: [(&str, f64); N]) -> Vec<(String, f6
 /// Share of the pictures whose answer of `head` is `wanted`.
 pub(super) fn accuracy(judgement: &Judgement, head: &str, wanted: &[i64]) -> f64 {
     let index = HEADS.iter().position(|(name, _)| *name == head).unwrap_or(0);
-    let right = judgement.answers[index].iter().zip(wanted).filter(|(found, wanted)| found == wanted).count();
+    let right = judgement.answers[index]
+        .iter()
+        .zip(wanted)
+        .filter(|(found, wanted)| found == wanted)
+        .count();
     right as f64 / wanted.len().max(1) as f64
 }
 
@@ -126,7 +130,10 @@ impl Run<'_> {
         let started = std::time::Instant::now();
         let mut trainer = Trainer::new(self.model, spec, pictures)?;
         while trainer.advance(self.model)? != Advance::Finished {}
-        Ok(Trained { file: trainer.concept_file(self.model.fingerprint())?, seconds: started.elapsed().as_secs_f64() })
+        Ok(Trained {
+            file: trainer.concept_file(self.model.fingerprint())?,
+            seconds: started.elapsed().as_secs_f64(),
+        })
     }
 
     /// Draws `count` pictures of a prompt; concepts are those named in it.
@@ -149,11 +156,19 @@ impl Run<'_> {
             .collect();
         let (layout, order, _) = plan_sequence(self.model, prompt, &planned, SIZE)?;
         let device = self.model.transformer.device();
-        let uploaded = order.iter().map(|&i| DeviceConcept::upload(&concepts[i].tensors, device)).collect::<Result<Vec<_>, _>>()?;
+        let uploaded = order
+            .iter()
+            .map(|&i| DeviceConcept::upload(&concepts[i].tensors, device))
+            .collect::<Result<Vec<_>, _>>()?;
         let mut placements = Vec::new();
         for row in 0..count as i64 {
             for (concept, (text_at, image_at)) in uploaded.iter().zip(layout.text_at.iter().zip(&layout.image_at)) {
-                placements.push(Placement { row, concept, text_at: text_at.clone(), image_at: Some(*image_at) });
+                placements.push(Placement {
+                    row,
+                    concept,
+                    text_at: text_at.clone(),
+                    image_at: Some(*image_at),
+                });
             }
         }
         let (rows, columns) = self.model.codes_of(SIZE.0, SIZE.1);
@@ -166,23 +181,33 @@ impl Run<'_> {
             guidance_scale: self.options.guidance_scale,
             temperature: 1.0,
             top_k: self.options.top_k,
-            streams: (0..count as u64).map(|index| (self.options.seed.wrapping_add(stream), index)).collect(),
+            streams: (0..count as u64)
+                .map(|index| (self.options.seed.wrapping_add(stream), index))
+                .collect(),
         };
         let mut decoding = Decoding::start(&self.model.transformer, request)?;
         while !decoding.is_done() {
             decoding.step(&self.model.transformer, &self.model.vocabulary)?;
         }
-        decoding.codes().iter().map(|codes| self.model.decode_picture(codes, SIZE.0, SIZE.1)).collect()
+        decoding
+            .codes()
+            .iter()
+            .map(|codes| self.model.decode_picture(codes, SIZE.0, SIZE.1))
+            .collect()
     }
 
     /// Mean cross-entropy per image code (row ends and image end left out), in nats.
     pub(super) fn code_loss(&self, references: &[Reference], concept: Option<&ConceptFile>) -> Result<f64, ModelError> {
         let device = self.model.transformer.device();
-        let uploaded = concept.map(|file| DeviceConcept::upload(&file.tensors, device)).transpose()?;
+        let uploaded = concept
+            .map(|file| DeviceConcept::upload(&file.tensors, device))
+            .transpose()?;
         let all: Vec<&Reference> = references.iter().collect();
         let (logits, targets) = token_logits(self.model, &all, uploaded.as_ref().map(|concept| (concept, true)))?;
         let ids = Vec::<i64>::try_from(&targets)?;
-        let codes: Vec<i64> = (0..ids.len() as i64).filter(|&i| self.model.vocabulary.is_code(ids[i as usize])).collect();
+        let codes: Vec<i64> = (0..ids.len() as i64)
+            .filter(|&i| self.model.vocabulary.is_code(ids[i as usize]))
+            .collect();
         let at = tch::Tensor::f_from_slice(&codes)?.f_to_device(device)?;
         let loss = next_token(&logits.f_index_select(0, &at)?, &targets.f_index_select(0, &at)?)?;
         Ok(loss.f_to_kind(Kind::Float)?.f_double_value(&[])?)
@@ -230,7 +255,12 @@ impl Run<'_> {
         let originals: Vec<RgbPicture> = specs.iter().map(|spec| world::render(spec, SIZE.0, SIZE.1)).collect();
         let ceiling = judge(&super::judge::as_drawn(&self.model.vqgan, &originals)?)?;
         for (condition, values) in [("drawn", judge(&drawn)?), ("the judge's ceiling", ceiling)] {
-            report.rows.push(Row { part: "base".into(), of: format!("{} pictures", specs.len()), condition: condition.into(), values });
+            report.rows.push(Row {
+                part: "base".into(),
+                of: format!("{} pictures", specs.len()),
+                condition: condition.into(),
+                values,
+            });
         }
         Ok(())
     }

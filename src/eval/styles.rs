@@ -35,7 +35,11 @@ impl Run<'_> {
         self.style_reference(case.held_out.style).1
     }
 
-    pub(super) fn styles(&self, report: &mut Report, progress: &mut dyn FnMut(&str)) -> Result<Vec<StyleCase>, ModelError> {
+    pub(super) fn styles(
+        &self,
+        report: &mut Report,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<Vec<StyleCase>, ModelError> {
         let mut cases = Vec::new();
         for held_out in held_out_styles() {
             progress(held_out.name);
@@ -55,7 +59,12 @@ impl Run<'_> {
                 let (row, drawn) = self.measure_style(held_out, &phrase, file)?;
                 let mut row = row;
                 row.push(("seconds".to_owned(), if file.is_some() { trained.seconds } else { 0.0 }));
-                report.rows.push(Row { part: "style".into(), of: held_out.name.into(), condition: condition.into(), values: row });
+                report.rows.push(Row {
+                    part: "style".into(),
+                    of: held_out.name.into(),
+                    condition: condition.into(),
+                    values: row,
+                });
                 sheet.extend(drawn.iter().step_by(self.options.per_scene).cloned());
             }
             self.sheet(&format!("style-{}", held_out.name), &sheet, 14)?;
@@ -80,16 +89,29 @@ impl Run<'_> {
             let class = self.some_class(&mut rng);
             let prompt = format!("a photo of a {} {} {phrase}", class.name(), scene_phrase(scene));
             let concepts: Vec<&ConceptFile> = file.into_iter().collect();
-            drawn.extend(self.draw(prompt.trim_end(), &concepts, true, 500 + index as u64, self.options.per_scene)?);
-            let mut spec = Spec { class, scene, ..Spec::sample(&mut rng) };
+            drawn.extend(self.draw(
+                prompt.trim_end(),
+                &concepts,
+                true,
+                500 + index as u64,
+                self.options.per_scene,
+            )?);
+            let mut spec = Spec {
+                class,
+                scene,
+                ..Spec::sample(&mut rng)
+            };
             spec.set_style(held_out.style, &mut rng);
             let unseen = render(&spec, SIZE.0, SIZE.1);
             let codes = self.model.encode_picture(&unseen)?;
             let head = format!("a photo of a {} {}", class.name(), scene_phrase(scene));
             references.push(match file {
-                Some(file) => {
-                    Reference::new(self.model, (&format!("{head} in "), file.tensors.text_tokens, " style"), codes, SIZE)?
-                }
+                Some(file) => Reference::new(
+                    self.model,
+                    (&format!("{head} in "), file.tensors.text_tokens, " style"),
+                    codes,
+                    SIZE,
+                )?,
                 None => Reference::new(self.model, (format!("{head} {phrase}").trim_end(), 0, ""), codes, SIZE)?,
             });
             likes.push(unseen);

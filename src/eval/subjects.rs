@@ -35,17 +35,34 @@ pub(super) struct Condition<'a> {
 
 impl<'a> Condition<'a> {
     pub fn plain(noun: &str) -> Self {
-        Self { name: "plain", concept: None, before: format!("a photo of a {noun}"), after: String::new() }
+        Self {
+            name: "plain",
+            concept: None,
+            before: format!("a photo of a {noun}"),
+            after: String::new(),
+        }
     }
     pub fn described(spec: &Spec) -> Self {
-        Self { name: "described", concept: None, before: format!("a photo of a {}", subject_phrase(spec)), after: String::new() }
+        Self {
+            name: "described",
+            concept: None,
+            before: format!("a photo of a {}", subject_phrase(spec)),
+            after: String::new(),
+        }
     }
     pub fn concept(name: &'static str, noun: &str, file: &'a ConceptFile) -> Self {
-        Self { name, concept: Some(file), before: "a photo of ".to_owned(), after: format!(" {noun}") }
+        Self {
+            name,
+            concept: Some(file),
+            before: "a photo of ".to_owned(),
+            after: format!(" {noun}"),
+        }
     }
 
     fn prompt(&self, scene: Scene) -> String {
-        let slot = self.concept.map_or_else(String::new, |file| format!("<{}>", file.header.name));
+        let slot = self
+            .concept
+            .map_or_else(String::new, |file| format!("<{}>", file.header.name));
         format!("{}{slot}{} {}", self.before, self.after, scene_phrase(scene))
     }
 }
@@ -60,8 +77,16 @@ impl Run<'_> {
             (spec, picture)
         };
         let references = REFERENCE_SCENES.iter().map(|&scene| picture(scene).1).collect();
-        let unseen = Scene::ALL.iter().flat_map(|&scene| [scene, scene]).map(&mut picture).collect();
-        Subject { held_out, references, unseen }
+        let unseen = Scene::ALL
+            .iter()
+            .flat_map(|&scene| [scene, scene])
+            .map(&mut picture)
+            .collect();
+        Subject {
+            held_out,
+            references,
+            unseen,
+        }
     }
 
     pub(super) fn train_subject(
@@ -92,10 +117,19 @@ impl Run<'_> {
             .collect::<Result<Vec<_>, _>>()?;
         let loss = self.code_loss(&references, condition.concept)?;
         let (mut drawn, mut wanted, mut likes) = (Vec::new(), Vec::new(), Vec::new());
-        let kept = as_drawn(&self.model.vqgan, &subject.unseen.iter().map(|(_, p)| p.clone()).collect::<Vec<_>>())?;
+        let kept = as_drawn(
+            &self.model.vqgan,
+            &subject.unseen.iter().map(|(_, p)| p.clone()).collect::<Vec<_>>(),
+        )?;
         for (index, &scene) in Scene::ALL.iter().enumerate() {
             let concepts: Vec<&ConceptFile> = condition.concept.into_iter().collect();
-            drawn.extend(self.draw(&condition.prompt(scene), &concepts, true, index as u64, self.options.per_scene)?);
+            drawn.extend(self.draw(
+                &condition.prompt(scene),
+                &concepts,
+                true,
+                index as u64,
+                self.options.per_scene,
+            )?);
             let spec = &subject.unseen[2 * index].0;
             for copy in 0..self.options.per_scene {
                 wanted.push(answers(spec));
@@ -105,11 +139,20 @@ impl Run<'_> {
         let judgement = self.judge.judge(&drawn)?;
         let unseen = self.judge.judge(&kept)?;
         let at = |head: &str| HEADS.iter().position(|(name, _)| *name == head).unwrap_or(0);
-        let share = |head: &str| accuracy(&judgement, head, &wanted.iter().map(|w| w[at(head)]).collect::<Vec<_>>());
+        let share = |head: &str| {
+            accuracy(
+                &judgement,
+                head,
+                &wanted.iter().map(|w| w[at(head)]).collect::<Vec<_>>(),
+            )
+        };
         let attributes = ["colour1", "colour2", "pattern", "accessory"].map(share);
         let (mut cosine, mut colour) = (0.0, 0.0);
         for (index, &like) in likes.iter().enumerate() {
-            let product = judgement.features.f_get(index as i64)?.f_dot(&unseen.features.f_get(like as i64)?)?;
+            let product = judgement
+                .features
+                .f_get(index as i64)?
+                .f_dot(&unseen.features.f_get(like as i64)?)?;
             cosine += product.f_double_value(&[])?;
             colour += colour_similarity(&drawn[index], &kept[like]);
         }
@@ -130,7 +173,11 @@ impl Run<'_> {
         report: &mut Report,
         progress: &mut dyn FnMut(&str),
     ) -> Result<Vec<(Subject, Trained)>, ModelError> {
-        let chosen = if self.options.development { development_subjects() } else { held_out_subjects() };
+        let chosen = if self.options.development {
+            development_subjects()
+        } else {
+            held_out_subjects()
+        };
         let mut all = Vec::new();
         let mut overview = Vec::new();
         for held_out in chosen.iter().take(self.options.subjects) {
@@ -139,15 +186,34 @@ impl Run<'_> {
             let trained = self.train_subject(&subject, &Map::new())?;
             let noun = held_out.class.name();
             let spec = &subject.unseen[0].0;
-            let conditions =
-                [Condition::plain(noun), Condition::described(spec), Condition::concept("concept", noun, &trained.file)];
+            let conditions = [
+                Condition::plain(noun),
+                Condition::described(spec),
+                Condition::concept("concept", noun, &trained.file),
+            ];
             let mut sheet: Vec<RgbPicture> = subject.references.clone();
-            sheet.resize(9, RgbPicture { width: SIZE.0, height: SIZE.1, rgb: vec![255; 3 * (SIZE.0 * SIZE.1) as usize] });
+            sheet.resize(
+                9,
+                RgbPicture {
+                    width: SIZE.0,
+                    height: SIZE.1,
+                    rgb: vec![255; 3 * (SIZE.0 * SIZE.1) as usize],
+                },
+            );
             for condition in &conditions {
                 let (mut row, drawn) = self.measure_subject(&subject, condition)?;
-                let seconds = if condition.concept.is_some() { trained.seconds } else { 0.0 };
+                let seconds = if condition.concept.is_some() {
+                    trained.seconds
+                } else {
+                    0.0
+                };
                 row.push(("seconds".to_owned(), seconds));
-                report.rows.push(Row { part: "subject".into(), of: held_out.name.into(), condition: condition.name.into(), values: row });
+                report.rows.push(Row {
+                    part: "subject".into(),
+                    of: held_out.name.into(),
+                    condition: condition.name.into(),
+                    values: row,
+                });
                 sheet.extend(drawn.iter().step_by(self.options.per_scene).cloned());
             }
             overview.extend(sheet[..3].iter().cloned());
@@ -166,11 +232,18 @@ impl Run<'_> {
 
     /// Context tokens alone, with each term, with both. The terms act on image context tokens, so these are on.
     pub(super) fn ablation(&self, report: &mut Report, progress: &mut dyn FnMut(&str)) -> Result<(), ModelError> {
-        let chosen = if self.options.development { development_subjects() } else { held_out_subjects() };
+        let chosen = if self.options.development {
+            development_subjects()
+        } else {
+            held_out_subjects()
+        };
         let off = json!(0.0);
         let variants: [(&'static str, Vec<(&str, serde_json::Value)>); 5] = [
             ("text tokens only", vec![("image_tokens", json!(0))]),
-            ("context tokens", vec![("prior_weight", off.clone()), ("regularisation_weight", off.clone())]),
+            (
+                "context tokens",
+                vec![("prior_weight", off.clone()), ("regularisation_weight", off.clone())],
+            ),
             ("+ DPP", vec![("regularisation_weight", off.clone())]),
             ("+ CASR", vec![("prior_weight", off)]),
             ("+ both", vec![]),
@@ -185,7 +258,12 @@ impl Run<'_> {
                 let condition = Condition::concept(name, held_out.class.name(), &trained.file);
                 let (mut row, _) = self.measure_subject(&subject, &condition)?;
                 row.push(("seconds".to_owned(), trained.seconds));
-                report.rows.push(Row { part: "ablation".into(), of: held_out.name.into(), condition: (*name).into(), values: row });
+                report.rows.push(Row {
+                    part: "ablation".into(),
+                    of: held_out.name.into(),
+                    condition: (*name).into(),
+                    values: row,
+                });
             }
         }
         for (name, _) in &variants {

@@ -35,10 +35,13 @@ pub(super) async fn train_concept(
     tracing::info!(training = %id, attempt = claimed.training.attempt, from_step = claimed.training.resumed_from_step, "training");
     match run(registry, engine, &claimed, wake, stop).await {
         Ok(End::Written) => {}
-        Ok(End::LeaseLost) | Err(RegistryError::LeaseLost) => tracing::info!(training = %id, "the training is no longer wanted"),
+        Ok(End::LeaseLost) | Err(RegistryError::LeaseLost) => {
+            tracing::info!(training = %id, "the training is no longer wanted")
+        }
         Err(error) => {
             tracing::error!(training = %id, %error, "the training cannot be written down");
-            let body = json!({"code": "storage_failed", "message": "The server could not store the training.", "field": null});
+            let body =
+                json!({"code": "storage_failed", "message": "The server could not store the training.", "field": null});
             // Where even this fails, the lease runs out and the training is taken up again.
             let _ = registry.fail(&claimed, &body, true).await;
         }
@@ -140,11 +143,18 @@ async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingR
         },
         None => None,
     };
-    Ok(Ok(TrainingRequest { spec: training.spec.clone(), pictures, checkpoint }))
+    Ok(Ok(TrainingRequest {
+        spec: training.spec.clone(),
+        pictures,
+        checkpoint,
+    }))
 }
 
 fn stored_limits() -> PictureLimits {
-    PictureLimits { bytes: usize::MAX, ..PictureLimits::default() }
+    PictureLimits {
+        bytes: usize::MAX,
+        ..PictureLimits::default()
+    }
 }
 
 /// Stores the concept file, after reading it back as any user of it would.
@@ -156,7 +166,8 @@ async fn finish(
     report: &serde_json::Value,
 ) -> Result<(), RegistryError> {
     let info = engine.info();
-    let checked = ConceptFile::from_bytes(&file).and_then(|f| f.check_model(&info.fingerprint, info.layers, info.hidden));
+    let checked =
+        ConceptFile::from_bytes(&file).and_then(|f| f.check_model(&info.fingerprint, info.layers, info.hidden));
     if let Err(error) = checked {
         let body = json!({"code": "training_failed", "message": format!("The trained concept cannot be used: {error}."), "field": null});
         return registry.fail(claimed, &body, false).await;
@@ -167,9 +178,13 @@ async fn finish(
 
 fn describe(error: &EngineError) -> (serde_json::Value, bool) {
     match error {
-        EngineError::Invalid { field, problem } => {
-            (json!({"code": "invalid_value", "message": format!("`{field}` {problem}."), "field": field}), false)
-        }
-        other => (json!({"code": "training_failed", "message": other.to_string(), "field": null}), true),
+        EngineError::Invalid { field, problem } => (
+            json!({"code": "invalid_value", "message": format!("`{field}` {problem}."), "field": field}),
+            false,
+        ),
+        other => (
+            json!({"code": "training_failed", "message": other.to_string(), "field": null}),
+            true,
+        ),
     }
 }

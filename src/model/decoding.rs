@@ -60,7 +60,10 @@ impl Decoding {
         if max_seq > model.config().max_position_embeddings {
             return Err(ModelError::invalid(
                 "prompt",
-                format!("and picture need {max_seq} tokens, the model knows {}", model.config().max_position_embeddings),
+                format!(
+                    "and picture need {max_seq} tokens, the model knows {}",
+                    model.config().max_position_embeddings
+                ),
             ));
         }
         let mut cache = KvCache::new(model.config(), rows, max_seq, model.kind(), model.device())?;
@@ -68,19 +71,36 @@ impl Decoding {
         let mut ids = Vec::with_capacity(rows as usize * seq);
         let mut lengths = Vec::with_capacity(rows as usize);
         for row in 0..rows {
-            let own = if row < pictures { &request.prompt } else { &request.unconditional };
+            let own = if row < pictures {
+                &request.prompt
+            } else {
+                &request.unconditional
+            };
             ids.extend_from_slice(own);
             ids.extend(std::iter::repeat_n(own[0], seq - own.len()));
             lengths.push(own.len() as i64);
         }
-        let ids = Tensor::f_from_slice(&ids)?.f_view([rows, seq as i64])?.f_to_device(model.device())?;
+        let ids = Tensor::f_from_slice(&ids)?
+            .f_view([rows, seq as i64])?
+            .f_to_device(model.device())?;
         let all = model.prefill(&ids, request.context.as_ref(), &mut cache)?;
-        let last: Vec<i64> = lengths.iter().enumerate().map(|(row, n)| row as i64 * seq as i64 + n - 1).collect();
+        let last: Vec<i64> = lengths
+            .iter()
+            .enumerate()
+            .map(|(row, n)| row as i64 * seq as i64 + n - 1)
+            .collect();
         let hidden = all
             .f_reshape([rows * seq as i64, -1])?
             .f_index_select(0, &Tensor::f_from_slice(&last)?.f_to_device(model.device())?)?;
         let codes = vec![Vec::with_capacity((request.rows * request.columns) as usize); pictures as usize];
-        Ok(Self { cache, request, lengths, codes, done: 0, hidden })
+        Ok(Self {
+            cache,
+            request,
+            lengths,
+            codes,
+            done: 0,
+            hidden,
+        })
     }
 
     /// Tokens drawn or forced so far, and in all.
@@ -90,7 +110,9 @@ impl Decoding {
 
     /// Whether every code is drawn.
     pub fn is_done(&self) -> bool {
-        self.codes.first().is_none_or(|codes| codes.len() as i64 == self.request.rows * self.request.columns)
+        self.codes
+            .first()
+            .is_none_or(|codes| codes.len() as i64 == self.request.rows * self.request.columns)
     }
 
     /// The codes of each picture so far, in raster order.
@@ -119,26 +141,45 @@ impl Decoding {
         }
         let rows = self.cache.rows();
         let ids: Vec<i64> = next.iter().copied().cycle().take(rows as usize).collect();
-        let ids = Tensor::f_from_slice(&ids)?.f_view([rows, 1])?.f_to_device(model.device())?;
+        let ids = Tensor::f_from_slice(&ids)?
+            .f_view([rows, 1])?
+            .f_to_device(model.device())?;
         let positions = Tensor::f_from_slice(&self.lengths)?.f_to_device(model.device())?;
         self.lengths.iter_mut().for_each(|n| *n += 1);
         let length = self.lengths.iter().copied().max().unwrap_or(0);
-        self.hidden = model.decode(&ids, &positions, length, &mut self.cache)?.f_squeeze_dim(1)?;
+        self.hidden = model
+            .decode(&ids, &positions, length, &mut self.cache)?
+            .f_squeeze_dim(1)?;
         Ok(())
     }
 
     fn draw(&mut self, model: &Transformer, vocabulary: &Vocabulary) -> Result<Vec<i64>, ModelError> {
         let pictures = self.codes.len() as i64;
-        let logits = model.logits(&self.hidden)?.f_index_select(1, &vocabulary.code_id_tensor(model.device())?)?;
+        let logits = model
+            .logits(&self.hidden)?
+            .f_index_select(1, &vocabulary.code_id_tensor(model.device())?)?;
         let logits = if self.request.guidance_scale == 1.0 {
             logits
         } else {
-            let (conditional, unconditional) = (logits.f_narrow(0, 0, pictures)?, logits.f_narrow(0, pictures, pictures)?);
-            unconditional.f_add(&conditional.f_sub(&unconditional)?.f_mul_scalar(self.request.guidance_scale)?)?
+            let (conditional, unconditional) = (
+                logits.f_narrow(0, 0, pictures)?,
+                logits.f_narrow(0, pictures, pictures)?,
+            );
+            unconditional.f_add(
+                &conditional
+                    .f_sub(&unconditional)?
+                    .f_mul_scalar(self.request.guidance_scale)?,
+            )?
         };
-        let sampling = Sampling { top_k: self.request.top_k, temperature: self.request.temperature };
+        let sampling = Sampling {
+            top_k: self.request.top_k,
+            temperature: self.request.temperature,
+        };
         let drawn = draw_codes(&logits, &sampling, &self.request.streams, self.done as u64)?;
-        let ids: Vec<i64> = drawn.iter().map(|&code| vocabulary.code_to_id(code)).collect::<Result<_, _>>()?;
+        let ids: Vec<i64> = drawn
+            .iter()
+            .map(|&code| vocabulary.code_to_id(code))
+            .collect::<Result<_, _>>()?;
         for (codes, code) in self.codes.iter_mut().zip(drawn) {
             codes.push(code);
         }

@@ -17,7 +17,11 @@ pub enum Next {
 fn open_image(vocabulary: &Vocabulary, ids: &[i64]) -> Option<usize> {
     let count = |id: i64| ids.iter().filter(|&&other| other == id).count();
     let (starts, ends) = (count(vocabulary.image_start()), count(vocabulary.image_end()));
-    if starts == ends + 1 { ids.iter().rposition(|&id| id == vocabulary.image_start()) } else { None }
+    if starts == ends + 1 {
+        ids.iter().rposition(|&id| id == vocabulary.image_start())
+    } else {
+        None
+    }
 }
 
 /// Whether an image is open: the image's top-k counts then, for the size tokens too.
@@ -27,8 +31,12 @@ pub fn image_is_open(vocabulary: &Vocabulary, ids: &[i64]) -> bool {
 
 /// What may follow `ids`.
 pub fn next(vocabulary: &Vocabulary, ids: &[i64]) -> Next {
-    let Some(start) = open_image(vocabulary, ids) else { return Next::Any };
-    let [height, width, drawn @ ..] = &ids[start + 1..] else { return Next::Any };
+    let Some(start) = open_image(vocabulary, ids) else {
+        return Next::Any;
+    };
+    let [height, width, drawn @ ..] = &ids[start + 1..] else {
+        return Next::Any;
+    };
     let (Some(h), Some(w)) = (vocabulary.grids_of_id(*height), vocabulary.grids_of_id(*width)) else {
         return Next::Any;
     };
@@ -49,8 +57,23 @@ mod tests {
 
     #[test]
     fn a_whole_picture_follows_its_sizes_and_a_second_one_starts_anew() {
-        let names = ["<s>", "<pad>", "<eoss>", "<racm3:break>", "<reserved08706>", "<reserved08799>", "<reserved08801>", "<reserved08802>", "IMGIMGAZ", "IMGIMGBZ"];
-        let names: BTreeMap<String, i64> = names.iter().zip(0..).map(|(name, id)| ((*name).to_owned(), id)).collect();
+        let names = [
+            "<s>",
+            "<pad>",
+            "<eoss>",
+            "<racm3:break>",
+            "<reserved08706>",
+            "<reserved08799>",
+            "<reserved08801>",
+            "<reserved08802>",
+            "IMGIMGAZ",
+            "IMGIMGBZ",
+        ];
+        let names: BTreeMap<String, i64> = names
+            .iter()
+            .zip(0..)
+            .map(|(name, id)| ((*name).to_owned(), id))
+            .collect();
         let vocabulary = Vocabulary::from_names(&names).unwrap();
         let (start, end, row_end, one, two, code) = (3, 2, 5, 6, 7, 8);
         for (height, width, h, w) in [(one, two, 2, 4), (two, one, 4, 2)] {

@@ -28,7 +28,9 @@ pub fn conversation(
     images: &[Vec<i64>],
 ) -> Result<(Vec<i64>, Vec<i64>), ModelError> {
     let (mut ids, mut labels) = (vec![vocabulary.begin()], vec![IGNORED]);
-    let implicit = !turns.iter().any(|(_, text)| text.is_some_and(|text| text.contains(IMAGE_SYMBOL)));
+    let implicit = !turns
+        .iter()
+        .any(|(_, text)| text.is_some_and(|text| text.contains(IMAGE_SYMBOL)));
     let mut images_left = images.iter();
     for (index, (role, text)) in turns.iter().enumerate() {
         let Some(text) = text else { continue };
@@ -40,7 +42,10 @@ pub fn conversation(
         for (part, piece) in text.split(IMAGE_SYMBOL).enumerate() {
             if part > 0 {
                 let image = images_left.next().ok_or_else(|| {
-                    ModelError::invalid("images", format!("are {}, the conversation asks for more", images.len()))
+                    ModelError::invalid(
+                        "images",
+                        format!("are {}, the conversation asks for more", images.len()),
+                    )
                 })?;
                 ids.extend(image);
             }
@@ -56,6 +61,9 @@ pub fn conversation(
     }
     match images_left.next() {
         None => Ok((ids, labels)),
-        Some(_) => Err(ModelError::invalid("images", format!("are {}, the conversation has fewer places", images.len()))),
+        Some(_) => Err(ModelError::invalid(
+            "images",
+            format!("are {}, the conversation has fewer places", images.len()),
+        )),
     }
 }

@@ -33,17 +33,27 @@ impl CheckpointFiles {
     pub fn find(dir: &Path, tokenizer_dir: Option<&Path>) -> Result<Self, ModelError> {
         let config = dir.join("config.json");
         if !config.exists() {
-            return Err(ModelError::file(dir, "holds no config.json; expected a Hugging Face checkpoint folder"));
+            return Err(ModelError::file(
+                dir,
+                "holds no config.json; expected a Hugging Face checkpoint folder",
+            ));
         }
         let places: Vec<PathBuf> = match tokenizer_dir {
             Some(given) => vec![given.to_owned(), given.join("tokenizer")],
             None => vec![dir.join("tokenizer"), dir.to_owned()],
         };
         let find = |names: &[&str]| {
-            places.iter().flat_map(|place| names.iter().map(move |name| place.join(name))).find(|file| file.exists()).ok_or_else(|| {
-                let looked: Vec<String> = places.iter().map(|place| place.display().to_string()).collect();
-                ModelError::file(dir, format!("{} is missing; looked in {}", names.join(" or "), looked.join(", ")))
-            })
+            places
+                .iter()
+                .flat_map(|place| names.iter().map(move |name| place.join(name)))
+                .find(|file| file.exists())
+                .ok_or_else(|| {
+                    let looked: Vec<String> = places.iter().map(|place| place.display().to_string()).collect();
+                    ModelError::file(
+                        dir,
+                        format!("{} is missing; looked in {}", names.join(" or "), looked.join(", ")),
+                    )
+                })
         };
         Ok(Self {
             dir: dir.to_owned(),
@@ -77,7 +87,12 @@ impl LuminaMgpt {
     ///
     /// # Errors
     /// When a file or tensor is missing or misshapen, by name.
-    pub fn load(files: &CheckpointFiles, device: Device, kind: Kind, target_size: Option<u32>) -> Result<Self, ModelError> {
+    pub fn load(
+        files: &CheckpointFiles,
+        device: Device,
+        kind: Kind,
+        target_size: Option<u32>,
+    ) -> Result<Self, ModelError> {
         let _no_grad = tch::no_grad_guard();
         let config = ModelConfig::read(&files.config)?;
         let checkpoint = Checkpoint::open_dir(&files.dir, Target { kind, device })?;
@@ -88,7 +103,11 @@ impl LuminaMgpt {
             return Err(ModelError::Config {
                 file: files.vqgan_config.clone(),
                 field: "n_embed".to_owned(),
-                problem: format!("is {}; the vocabulary names {} image codes", vqgan_config.n_embed, vocabulary.code_count()),
+                problem: format!(
+                    "is {}; the vocabulary names {} image codes",
+                    vqgan_config.n_embed,
+                    vocabulary.code_count()
+                ),
             });
         }
         let highest = vocabulary.code_ids().iter().copied().max().unwrap_or(0);
@@ -96,14 +115,30 @@ impl LuminaMgpt {
             return Err(ModelError::Config {
                 file: files.config.clone(),
                 field: "vocab_size".to_owned(),
-                problem: format!("is {}; {} names the id {highest}", config.vocab_size, files.tokenizer.display()),
+                problem: format!(
+                    "is {}; {} names the id {highest}",
+                    config.vocab_size,
+                    files.tokenizer.display()
+                ),
             });
         }
-        let source = vqgan_source(&files.vqgan_weights, Target { kind: Kind::Float, device })?;
+        let source = vqgan_source(
+            &files.vqgan_weights,
+            Target {
+                kind: Kind::Float,
+                device,
+            },
+        )?;
         let unit = 2 * vqgan_config.pixels_per_code();
         let target_size = target_size.or(config.target_size).unwrap_or(DEFAULT_TARGET);
         if target_size < unit || u64::from(target_size / unit) > vocabulary.most_grids() as u64 {
-            return Err(ModelError::invalid("target_size", format!("is {target_size}; expected {unit} to {}", unit * vocabulary.most_grids() as u32)));
+            return Err(ModelError::invalid(
+                "target_size",
+                format!(
+                    "is {target_size}; expected {unit} to {}",
+                    unit * vocabulary.most_grids() as u32
+                ),
+            ));
         }
         let transformer = Transformer::load(&config, &checkpoint)?;
         Ok(Self {
@@ -162,7 +197,11 @@ impl LuminaMgpt {
     ) -> Result<(Vec<i64>, Vec<i64>), ModelError> {
         let parts: &[PromptPart] = match tokens {
             0 => &[PromptPart::Text(before), PromptPart::Text(after)],
-            _ => &[PromptPart::Text(before), PromptPart::Slot(tokens), PromptPart::Text(after)],
+            _ => &[
+                PromptPart::Text(before),
+                PromptPart::Slot(tokens),
+                PromptPart::Text(after),
+            ],
         };
         let encoded = self.encode_prompt(width, height, parts)?;
         Ok((encoded.ids, encoded.slots))
@@ -174,7 +213,9 @@ impl LuminaMgpt {
     /// When the word cannot be tokenised.
     pub fn first_token_of(&self, word: &str) -> Result<i64, ModelError> {
         let ids = self.tokenizer.encode(&format!(" {}", word.trim()))?;
-        ids.first().copied().ok_or_else(|| ModelError::invalid("start_words", format!("`{word}` has no token")))
+        ids.first()
+            .copied()
+            .ok_or_else(|| ModelError::invalid("start_words", format!("`{word}` has no token")))
     }
 
     /// Image start, height and width ids.
@@ -183,7 +224,11 @@ impl LuminaMgpt {
     /// When the size has no name.
     pub fn image_start(&self, width: u32, height: u32) -> Result<[i64; 3], ModelError> {
         let (rows, columns) = self.codes_of(width, height);
-        Ok([self.vocabulary.image_start(), self.vocabulary.grid_id(rows / 2)?, self.vocabulary.grid_id(columns / 2)?])
+        Ok([
+            self.vocabulary.image_start(),
+            self.vocabulary.grid_id(rows / 2)?,
+            self.vocabulary.grid_id(columns / 2)?,
+        ])
     }
 
     /// A picture's codes as ids: `[start, height, width]`, and codes, row ends, image end.
@@ -213,7 +258,9 @@ impl LuminaMgpt {
     pub fn decode_picture(&self, codes: &[i64], width: u32, height: u32) -> Result<RgbPicture, ModelError> {
         tch::no_grad(|| {
             let (rows, columns) = self.codes_of(width, height);
-            let codes = Tensor::f_from_slice(codes)?.f_view([1, -1])?.f_to_device(self.transformer.device())?;
+            let codes = Tensor::f_from_slice(codes)?
+                .f_view([1, -1])?
+                .f_to_device(self.transformer.device())?;
             let mut all = pictures(&self.vqgan.decode(&codes, rows, columns)?)?;
             all.pop().ok_or_else(|| ModelError::invalid("codes", "are empty"))
         })
@@ -223,7 +270,13 @@ impl LuminaMgpt {
     ///
     /// # Errors
     /// When the prompt or size cannot be used, or the device fails.
-    pub fn start_plain(&self, prompt: &str, width: u32, height: u32, streams: Vec<(u64, u64)>) -> Result<Decoding, ModelError> {
+    pub fn start_plain(
+        &self,
+        prompt: &str,
+        width: u32,
+        height: u32,
+        streams: Vec<(u64, u64)>,
+    ) -> Result<Decoding, ModelError> {
         let (mut ids, _) = self.prompt_with_slot(prompt, 0, "", width, height)?;
         let start = self.image_start(width, height)?;
         ids.extend(start);
@@ -258,7 +311,9 @@ impl LuminaMgpt {
 /// # Errors
 /// When the pictures are of several sizes.
 pub fn pixels(pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
-    let levels: Vec<f32> = (0..=255).map(|level| (f64::from(level) / 255.0 * 2.0 - 1.0) as f32).collect();
+    let levels: Vec<f32> = (0..=255)
+        .map(|level| (f64::from(level) / 255.0 * 2.0 - 1.0) as f32)
+        .collect();
     let stack = pictures
         .iter()
         .map(|p| {
@@ -275,12 +330,24 @@ pub fn pixels(pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
 /// When libtorch fails.
 pub fn pictures(pixels: &Tensor) -> Result<Vec<RgbPicture>, ModelError> {
     let (batch, _, height, width) = pixels.size4()?;
-    let levels = pixels.f_clamp(-1.0, 1.0)?.f_add_scalar(1.0)?.f_div_scalar(2.0)?.f_mul_scalar(255.0)?;
-    let bytes = levels.f_to_kind(Kind::Uint8)?.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_to_device(Device::Cpu)?;
+    let levels = pixels
+        .f_clamp(-1.0, 1.0)?
+        .f_add_scalar(1.0)?
+        .f_div_scalar(2.0)?
+        .f_mul_scalar(255.0)?;
+    let bytes = levels
+        .f_to_kind(Kind::Uint8)?
+        .f_permute([0, 2, 3, 1])?
+        .f_contiguous()?
+        .f_to_device(Device::Cpu)?;
     (0..batch)
         .map(|index| {
             let rgb = Vec::<u8>::try_from(&bytes.f_get(index)?.f_reshape([-1i64])?)?;
-            Ok(RgbPicture { width: width as u32, height: height as u32, rgb })
+            Ok(RgbPicture {
+                width: width as u32,
+                height: height as u32,
+                rgb,
+            })
         })
         .collect()
 }

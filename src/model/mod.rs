@@ -10,10 +10,10 @@ pub mod decoding;
 mod error;
 /// Which token may follow inside an image.
 pub mod image_grammar;
-/// Key/value cache for decoding.
-pub mod kv_cache;
 /// Conversations as token sequences.
 pub mod item;
+/// Key/value cache for decoding.
+pub mod kv_cache;
 mod layers;
 /// A whole checkpoint.
 pub mod lumina;

@@ -22,12 +22,15 @@ pub fn write_checkpoint(runs: &Path, out: &Path) -> Result<(), ModelError> {
         std::fs::write(&file, text).map_err(|error| ModelError::file(file, error))
     };
     let json = |value: &serde_json::Value| format!("{value}\n");
-    let config = serde_json::to_value(transformer_config())
-        .map_err(|error| ModelError::invalid("config", error.to_string()))?;
+    let config =
+        serde_json::to_value(transformer_config()).map_err(|error| ModelError::invalid("config", error.to_string()))?;
     text("config.json", json(&config))?;
     text("text_tokenizer.json", json(&tokenizer_json()))?;
     text("vqgan.yaml", super::tokenizer_training::tokenizer_config().to_yaml()?)?;
-    for (from, to) in [("transformer.safetensors", "model.safetensors"), ("vqgan.safetensors", "vqgan.safetensors")] {
+    for (from, to) in [
+        ("transformer.safetensors", "model.safetensors"),
+        ("vqgan.safetensors", "vqgan.safetensors"),
+    ] {
         let halves = load(&runs.join(from))?
             .into_iter()
             .map(|(name, tensor)| Ok((name, tensor.f_detach()?.f_to_kind(Kind::Half)?)))
@@ -43,7 +46,13 @@ macro_rules! shipped {
         const SHIPPED: &[(&str, &[u8])] = &[$(($name, include_bytes!(concat!("../../assets/pocket/", $name)))),+];
     };
 }
-shipped!("config.json", "model.safetensors", "text_tokenizer.json", "vqgan.yaml", "vqgan.safetensors");
+shipped!(
+    "config.json",
+    "model.safetensors",
+    "text_tokenizer.json",
+    "vqgan.yaml",
+    "vqgan.safetensors"
+);
 
 /// Puts the shipped checkpoint below `cache` (once: its folder is named by its content) and returns the folder.
 ///

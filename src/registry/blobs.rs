@@ -44,7 +44,9 @@ impl Blobs {
     /// When the folder cannot be created.
     pub fn open(dir: &Path) -> Result<Self, BlobError> {
         std::fs::create_dir_all(dir).map_err(|error| BlobError::File(dir.display().to_string(), error))?;
-        let store = LocalFileSystem::new_with_prefix(dir)?.with_automatic_cleanup(true).with_fsync(true);
+        let store = LocalFileSystem::new_with_prefix(dir)?
+            .with_automatic_cleanup(true)
+            .with_fsync(true);
         Ok(Self { store: Arc::new(store) })
     }
 
@@ -68,7 +70,11 @@ impl Blobs {
             Err(object_store::Error::NotFound { .. }) => return Err(BlobError::Missing(hash.to_owned())),
             Err(error) => return Err(error.into()),
         };
-        if content_hash(&bytes) == hash { Ok(bytes) } else { Err(BlobError::Damaged(hash.to_owned())) }
+        if content_hash(&bytes) == hash {
+            Ok(bytes)
+        } else {
+            Err(BlobError::Damaged(hash.to_owned()))
+        }
     }
 
     /// Removes bytes; absent ones are no error.

@@ -37,7 +37,9 @@ fn concept(row: &SqliteRow) -> Result<Concept, RegistryError> {
     let text = |column: &str| row.try_get::<String, _>(column).map_err(RegistryError::from);
     let id = text("id")?;
     Ok(Concept {
-        id: id.parse().map_err(|_| RegistryError::Row(format!("concept id `{id}`")))?,
+        id: id
+            .parse()
+            .map_err(|_| RegistryError::Row(format!("concept id `{id}`")))?,
         name: text("name")?,
         kind: text("kind")?.parse().map_err(RegistryError::Row)?,
         class_noun: row.try_get("class_noun")?,
@@ -52,7 +54,11 @@ impl Registry {
     ///
     /// # Errors
     /// When the name is taken or the database fails.
-    pub async fn add_concept(&self, new: &NewConcept, spec: &TrainingSpec) -> Result<(Concept, Training), RegistryError> {
+    pub async fn add_concept(
+        &self,
+        new: &NewConcept,
+        spec: &TrainingSpec,
+    ) -> Result<(Concept, Training), RegistryError> {
         let mut transaction = self.write().await?;
         let concept = insert_concept(&mut transaction, new, None).await?;
         let training = insert_training(&mut transaction, concept.id, spec).await?;
@@ -76,7 +82,9 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn concepts(&self) -> Result<Vec<Concept>, RegistryError> {
-        let rows = sqlx::query("SELECT * FROM concepts ORDER BY created_at, id").fetch_all(&self.pool).await?;
+        let rows = sqlx::query("SELECT * FROM concepts ORDER BY created_at, id")
+            .fetch_all(&self.pool)
+            .await?;
         let mut concepts = rows.iter().map(concept).collect::<Result<Vec<_>, _>>()?;
         for concept in &mut concepts {
             concept.pictures = self.pictures(concept.id).await?;
@@ -89,7 +97,10 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn concept(&self, name: &str) -> Result<Option<Concept>, RegistryError> {
-        let row = sqlx::query("SELECT * FROM concepts WHERE name = $1").bind(name).fetch_optional(&self.pool).await?;
+        let row = sqlx::query("SELECT * FROM concepts WHERE name = $1")
+            .bind(name)
+            .fetch_optional(&self.pool)
+            .await?;
         let Some(row) = row else { return Ok(None) };
         let mut concept = concept(&row)?;
         concept.pictures = self.pictures(concept.id).await?;
@@ -123,7 +134,10 @@ impl Registry {
         .bind(name)
         .fetch_all(&mut *transaction)
         .await?;
-        let deleted = sqlx::query("DELETE FROM concepts WHERE name = $1").bind(name).execute(&mut *transaction).await?;
+        let deleted = sqlx::query("DELETE FROM concepts WHERE name = $1")
+            .bind(name)
+            .execute(&mut *transaction)
+            .await?;
         transaction.commit().await?;
         let blobs: Vec<String> = blobs.into_iter().filter_map(|(blob,)| blob).collect();
         self.remove_unreferenced(&blobs).await?;
@@ -141,7 +155,9 @@ impl Registry {
                 .fetch_optional(&self.pool)
                 .await?;
         let Some((id,)) = row else { return Ok(None) };
-        let id: TrainingId = id.parse().map_err(|_| RegistryError::Row(format!("training id `{id}`")))?;
+        let id: TrainingId = id
+            .parse()
+            .map_err(|_| RegistryError::Row(format!("training id `{id}`")))?;
         self.training(id).await
     }
 }

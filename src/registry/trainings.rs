@@ -37,10 +37,16 @@ impl TrainingStatus {
     }
 
     fn parse(text: &str) -> Result<Self, RegistryError> {
-        [Self::Queued, Self::Running, Self::Succeeded, Self::Failed, Self::Cancelled]
-            .into_iter()
-            .find(|status| status.as_str() == text)
-            .ok_or_else(|| RegistryError::Row(format!("training status `{text}`")))
+        [
+            Self::Queued,
+            Self::Running,
+            Self::Succeeded,
+            Self::Failed,
+            Self::Cancelled,
+        ]
+        .into_iter()
+        .find(|status| status.as_str() == text)
+        .ok_or_else(|| RegistryError::Row(format!("training status `{text}`")))
     }
 }
 
@@ -127,9 +133,14 @@ fn training(row: &sqlx::sqlite::SqliteRow) -> Result<Training, RegistryError> {
     let bad = |what: &str| RegistryError::Row(format!("training {what}"));
     let json = |column: &str| -> Result<Option<serde_json::Value>, RegistryError> {
         let text: Option<String> = row.try_get(column)?;
-        text.map(|text| serde_json::from_str(&text).map_err(|error| RegistryError::Row(error.to_string()))).transpose()
+        text.map(|text| serde_json::from_str(&text).map_err(|error| RegistryError::Row(error.to_string())))
+            .transpose()
     };
-    let number = |column: &str| row.try_get::<i64, _>(column).map(|n| n as u32).map_err(RegistryError::from);
+    let number = |column: &str| {
+        row.try_get::<i64, _>(column)
+            .map(|n| n as u32)
+            .map_err(RegistryError::from)
+    };
     Ok(Training {
         id: text("id")?.parse().map_err(|_| bad("id"))?,
         concept_id: text("concept_id")?.parse().map_err(|_| bad("concept id"))?,
@@ -164,7 +175,11 @@ async fn checkpoint_of(
 
 /// A fenced write changed no row: the lease is somebody else's.
 fn fenced(changed: u64) -> Result<(), RegistryError> {
-    if changed == 1 { Ok(()) } else { Err(RegistryError::LeaseLost) }
+    if changed == 1 {
+        Ok(())
+    } else {
+        Err(RegistryError::LeaseLost)
+    }
 }
 
 impl Registry {
@@ -173,7 +188,10 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn training(&self, id: TrainingId) -> Result<Option<Training>, RegistryError> {
-        let row = sqlx::query("SELECT * FROM trainings WHERE id = $1").bind(id.to_string()).fetch_optional(&self.pool).await?;
+        let row = sqlx::query("SELECT * FROM trainings WHERE id = $1")
+            .bind(id.to_string())
+            .fetch_optional(&self.pool)
+            .await?;
         row.as_ref().map(training).transpose()
     }
 
@@ -182,7 +200,9 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn waiting_trainings(&self) -> Result<i64, RegistryError> {
-        let (count,) = sqlx::query_as("SELECT count(*) FROM trainings WHERE status = 'queued'").fetch_one(&self.pool).await?;
+        let (count,) = sqlx::query_as("SELECT count(*) FROM trainings WHERE status = 'queued'")
+            .fetch_one(&self.pool)
+            .await?;
         Ok(count)
     }
 
@@ -275,7 +295,12 @@ impl Registry {
     ///
     /// # Errors
     /// `LeaseLost` when the training is no longer this worker's.
-    pub async fn succeed(&self, claimed: &Claimed, version: &str, report: &serde_json::Value) -> Result<(), RegistryError> {
+    pub async fn succeed(
+        &self,
+        claimed: &Claimed,
+        version: &str,
+        report: &serde_json::Value,
+    ) -> Result<(), RegistryError> {
         let mut transaction = self.write().await?;
         let before = checkpoint_of(&mut transaction, claimed.training.id).await?;
         let changed = sqlx::query(
@@ -372,7 +397,12 @@ mod tests {
     async fn add(registry: &Registry, name: &str) -> Training {
         let picture = registry.blobs.put(name.as_bytes().to_vec().into()).await.unwrap();
         let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, name, Some("cat"), 6);
-        let new = NewConcept { name: name.into(), kind: spec.kind, class_noun: Some("cat".into()), pictures: vec![picture] };
+        let new = NewConcept {
+            name: name.into(),
+            kind: spec.kind,
+            class_noun: Some("cat".into()),
+            pictures: vec![picture],
+        };
         registry.add_concept(&new, &spec).await.unwrap().1
     }
 
@@ -380,13 +410,19 @@ mod tests {
     async fn a_name_is_taken_once_and_nothing_is_left_of_the_second() {
         let (_dir, registry) = registry().await;
         let first = add(&registry, "rex").await;
-        let again = registry.add_concept(
-            &NewConcept { name: "rex".into(), kind: ConceptKind::Style, class_noun: None, pictures: vec![] },
-            &first.spec,
-        );
-        assert!(matches!(again.await, Err(RegistryError::NameTaken(name)) if name == "rex"));
+        let second = NewConcept {
+            name: "rex".into(),
+            kind: ConceptKind::Style,
+            class_noun: None,
+            pictures: vec![],
+        };
+        let again = registry.add_concept(&second, &first.spec).await;
+        assert!(matches!(again, Err(RegistryError::NameTaken(name)) if name == "rex"));
         assert_eq!(registry.concepts().await.unwrap().len(), 1);
-        assert_eq!(registry.claim_training(1000).await.unwrap().unwrap().training.id, first.id);
+        assert_eq!(
+            registry.claim_training(1000).await.unwrap().unwrap().training.id,
+            first.id
+        );
         assert!(registry.claim_training(1000).await.unwrap().is_none());
     }
 
@@ -397,8 +433,14 @@ mod tests {
         let slow = registry.claim_training(-1).await.unwrap().unwrap();
         let next = registry.claim_training(60_000).await.unwrap().unwrap();
         assert_eq!((slow.training.id, next.training.attempt), (next.training.id, 2));
-        assert!(matches!(registry.report_progress(&slow, 1000, None).await, Err(RegistryError::LeaseLost)));
-        assert!(matches!(registry.succeed(&slow, "x", &serde_json::json!({})).await, Err(RegistryError::LeaseLost)));
+        assert!(matches!(
+            registry.report_progress(&slow, 1000, None).await,
+            Err(RegistryError::LeaseLost)
+        ));
+        assert!(matches!(
+            registry.succeed(&slow, "x", &serde_json::json!({})).await,
+            Err(RegistryError::LeaseLost)
+        ));
         registry.succeed(&next, "y", &serde_json::json!({})).await.unwrap();
         let concept = registry.concept("rex").await.unwrap().unwrap();
         assert_eq!(concept.version.as_deref(), Some("y"));
@@ -420,7 +462,10 @@ mod tests {
         // The process dies and another takes over.
         assert_eq!(registry.release_all().await.unwrap(), 1);
         let again = registry.claim_training(60_000).await.unwrap().unwrap();
-        assert_eq!((again.training.resumed_from_step, again.training.checkpoint.as_ref()), (2, Some(&blobs[1])));
+        assert_eq!(
+            (again.training.resumed_from_step, again.training.checkpoint.as_ref()),
+            (2, Some(&blobs[1]))
+        );
         registry.succeed(&again, "v", &serde_json::json!({})).await.unwrap();
         assert!(registry.blobs.get(&blobs[1]).await.is_err());
     }
@@ -439,7 +484,10 @@ mod tests {
         let other = add(&registry, "other").await;
         let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
         registry.fail(&claimed, &error, false).await.unwrap();
-        assert_eq!(registry.training(other.id).await.unwrap().unwrap().status, TrainingStatus::Failed);
+        assert_eq!(
+            registry.training(other.id).await.unwrap().unwrap().status,
+            TrainingStatus::Failed
+        );
     }
 
     #[tokio::test]
@@ -448,7 +496,12 @@ mod tests {
         let training = add(&registry, "rex").await;
         let concept = registry.concept("rex").await.unwrap().unwrap();
         let shared = concept.pictures[0].clone();
-        let new = NewConcept { name: "twin".into(), kind: ConceptKind::Style, class_noun: None, pictures: vec![shared.clone()] };
+        let new = NewConcept {
+            name: "twin".into(),
+            kind: ConceptKind::Style,
+            class_noun: None,
+            pictures: vec![shared.clone()],
+        };
         registry.add_ready_concept(&new, "none").await.unwrap();
         assert!(registry.delete_concept("rex").await.unwrap());
         assert!(!registry.delete_concept("rex").await.unwrap());

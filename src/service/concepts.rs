@@ -37,7 +37,10 @@ pub struct ConceptView {
 impl ConceptView {
     /// `ready`, or what its training says: `training`, `failed`, `cancelled`.
     pub fn status(&self) -> &'static str {
-        match (&self.concept.version, self.training.as_ref().map(|training| training.status)) {
+        match (
+            &self.concept.version,
+            self.training.as_ref().map(|training| training.status),
+        ) {
             (Some(_), _) => "ready",
             (None, Some(TrainingStatus::Failed)) => "failed",
             (None, Some(TrainingStatus::Cancelled)) => "cancelled",
@@ -50,7 +53,11 @@ fn check_name(name: Option<String>) -> Result<String, Error> {
     let name = name.ok_or_else(|| Error::field("missing_parameter", "name", "is missing"))?;
     match is_slug(&name) {
         true => Ok(name),
-        false => Err(Error::field("invalid_value", "name", "must be 1 to 63 of a-z, 0-9 and -, the first not a hyphen")),
+        false => Err(Error::field(
+            "invalid_value",
+            "name",
+            "must be 1 to 63 of a-z, 0-9 and -, the first not a hyphen",
+        )),
     }
 }
 
@@ -64,7 +71,9 @@ fn picture_error(error: &PictureError) -> Error {
         PictureError::UnknownFormat => ("unknown_picture_format", ErrorKind::Invalid, None),
         PictureError::TooManyBytes { limit, .. } => ("picture_too_large", ErrorKind::TooLarge, Some(*limit as u64)),
         PictureError::TooManyPixels { pixels, .. } => ("picture_too_many_pixels", ErrorKind::Invalid, Some(*pixels)),
-        PictureError::NoPixels { .. } | PictureError::Damaged(_) => ("damaged_picture", ErrorKind::Invalid, None),
+        PictureError::NoPixels { .. } | PictureError::Truncated { .. } | PictureError::Damaged(_) => {
+            ("damaged_picture", ErrorKind::Invalid, None)
+        }
     };
     let told = Error::field(code, "images", error.to_string()).of_kind(kind);
     match limit {
@@ -80,8 +89,12 @@ impl Service {
     /// The first value that cannot be used; a name that is taken.
     pub async fn register(&self, registration: Registration) -> Result<ConceptView, Error> {
         let name = check_name(registration.name)?;
-        let kind = registration.kind.ok_or_else(|| Error::field("missing_parameter", "kind", "is missing; expected `subject` or `style`"))?;
-        let kind: ConceptKind = kind.parse().map_err(|problem: String| Error::field("invalid_value", "kind", problem))?;
+        let kind = registration
+            .kind
+            .ok_or_else(|| Error::field("missing_parameter", "kind", "is missing; expected `subject` or `style`"))?;
+        let kind: ConceptKind = kind
+            .parse()
+            .map_err(|problem: String| Error::field("invalid_value", "kind", problem))?;
         let class = registration.class.map(|class| class.trim().to_owned());
         let info = self.engine.info();
         let mut spec = TrainingSpec::preset(info.preset, kind, &name, class.as_deref(), info.layers);
@@ -96,32 +109,53 @@ impl Service {
         spec.check(info.layers)?;
         let count = registration.images.len();
         if count == 0 || count > self.limits.pictures {
-            return Err(Error::field("invalid_value", "images", format!("has {count} pictures; expected 1 to {}", self.limits.pictures))
-                .limit(self.limits.pictures as u64));
+            return Err(Error::field(
+                "invalid_value",
+                "images",
+                format!("has {count} pictures; expected 1 to {}", self.limits.pictures),
+            )
+            .limit(self.limits.pictures as u64));
         }
         if self.registry.concept(&name).await?.is_some() {
             return Err(crate::registry::RegistryError::NameTaken(name).into());
         }
         let waiting = self.registry.waiting_trainings().await?;
         if waiting >= self.limits.queued_trainings {
-            return Err(Error::new(ErrorKind::Overloaded, "overloaded", "Too many trainings are waiting; try again later.")
-                .limit(self.limits.queued_trainings as u64));
+            return Err(Error::new(
+                ErrorKind::Overloaded,
+                "overloaded",
+                "Too many trainings are waiting; try again later.",
+            )
+            .limit(self.limits.queued_trainings as u64));
         }
         let limits = self.limits.picture;
         let images = registration.images;
-        let cleaned = tokio::task::spawn_blocking(move || images.iter().map(|bytes| clean(bytes, &limits)).collect::<Result<Vec<_>, _>>())
-            .await
-            .map_err(Error::internal)?
-            .map_err(|error| picture_error(&error))?;
+        let cleaned = tokio::task::spawn_blocking(move || {
+            images
+                .iter()
+                .map(|bytes| clean(bytes, &limits))
+                .collect::<Result<Vec<_>, _>>()
+        })
+        .await
+        .map_err(Error::internal)?
+        .map_err(|error| picture_error(&error))?;
         let mut pictures = Vec::with_capacity(cleaned.len());
         for png in cleaned {
             pictures.push(self.registry.blobs.put(png.into()).await?);
         }
-        let new = NewConcept { name, kind, class_noun: spec.class_noun.clone(), pictures };
+        let new = NewConcept {
+            name,
+            kind,
+            class_noun: spec.class_noun.clone(),
+            pictures,
+        };
         match self.registry.add_concept(&new, &spec).await {
             Ok((concept, training)) => {
                 self.wake.now();
-                Ok(ConceptView { concept, training: Some(training) })
+                Ok(ConceptView {
+                    concept,
+                    training: Some(training),
+                })
             }
             Err(error) => {
                 // Another request took the name in between: the pictures of this one go.
@@ -181,13 +215,30 @@ impl Service {
     pub async fn import_concept(&self, bytes: Bytes, name: Option<String>) -> Result<ConceptView, Error> {
         let info = self.engine.info();
         let file = ConceptFile::from_bytes(&bytes)
-            .and_then(|file| file.check_model(&info.fingerprint, info.layers, info.hidden).map(|()| file))
-            .map_err(|error| Error::new(ErrorKind::Invalid, "invalid_concept_file", format!("The concept file is refused: {error}.")))?;
+            .and_then(|file| {
+                file.check_model(&info.fingerprint, info.layers, info.hidden)
+                    .map(|()| file)
+            })
+            .map_err(|error| {
+                Error::new(
+                    ErrorKind::Invalid,
+                    "invalid_concept_file",
+                    format!("The concept file is refused: {error}."),
+                )
+            })?;
         let name = check_name(Some(name.unwrap_or_else(|| file.header.name.clone())))?;
         let version = self.registry.blobs.put(bytes).await?;
-        let new = NewConcept { name, kind: file.header.kind, class_noun: file.header.class_noun, pictures: vec![] };
+        let new = NewConcept {
+            name,
+            kind: file.header.kind,
+            class_noun: file.header.class_noun,
+            pictures: vec![],
+        };
         let concept = self.registry.add_ready_concept(&new, &version).await?;
-        Ok(ConceptView { concept, training: None })
+        Ok(ConceptView {
+            concept,
+            training: None,
+        })
     }
 
     /// A training by its identifier.
@@ -195,7 +246,13 @@ impl Service {
     /// # Errors
     /// When there is none, or the registry fails.
     pub async fn training(&self, id: &str) -> Result<Training, Error> {
-        let missing = || Error::new(ErrorKind::NotFound, "training_not_found", format!("There is no training `{id}`."));
+        let missing = || {
+            Error::new(
+                ErrorKind::NotFound,
+                "training_not_found",
+                format!("There is no training `{id}`."),
+            )
+        };
         let id: TrainingId = id.parse().map_err(|_| missing())?;
         self.registry.training(id).await?.ok_or_else(missing)
     }
@@ -207,23 +264,46 @@ impl Service {
     pub async fn cancel_training(&self, id: &str) -> Result<Training, Error> {
         let before = self.training(id).await?;
         if before.status.is_final() && before.status != TrainingStatus::Cancelled {
-            return Err(Error::new(ErrorKind::Conflict, "training_ended", format!("The training has {} already.", before.status.as_str())));
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                "training_ended",
+                format!("The training has {} already.", before.status.as_str()),
+            ));
         }
         let after = self.registry.cancel_training(before.id).await?;
         self.wake.now();
-        after.ok_or_else(|| Error::new(ErrorKind::NotFound, "training_not_found", format!("There is no training `{id}`.")))
+        after.ok_or_else(|| {
+            Error::new(
+                ErrorKind::NotFound,
+                "training_not_found",
+                format!("There is no training `{id}`."),
+            )
+        })
     }
 }
 
 pub(super) fn no_concept(name: &str) -> Error {
-    Error::new(ErrorKind::NotFound, "concept_not_found", format!("There is no concept `{name}`."))
+    Error::new(
+        ErrorKind::NotFound,
+        "concept_not_found",
+        format!("There is no concept `{name}`."),
+    )
 }
 
 pub(super) fn not_ready(view: &ConceptView) -> Error {
-    let training = view.training.as_ref().map_or_else(String::new, |t| format!(" (training {})", t.id));
+    let training = view
+        .training
+        .as_ref()
+        .map_or_else(String::new, |t| format!(" (training {})", t.id));
     let sentence = match view.status() {
-        "training" => format!("The concept `{}` is still in training{training}; poll it and try again.", view.concept.name),
-        status => format!("The concept `{}` cannot be used: its training {status}{training}.", view.concept.name),
+        "training" => format!(
+            "The concept `{}` is still in training{training}; poll it and try again.",
+            view.concept.name
+        ),
+        status => format!(
+            "The concept `{}` cannot be used: its training {status}{training}.",
+            view.concept.name
+        ),
     };
     Error::new(ErrorKind::Conflict, "concept_not_ready", sentence)
 }

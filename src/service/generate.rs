@@ -60,28 +60,63 @@ impl Service {
         let info = self.engine.info();
         let characters = input.prompt.chars().count();
         if characters > self.limits.prompt {
-            return Err(Error::field("prompt_too_long", "prompt", format!("has {characters} characters; the limit is {}", self.limits.prompt))
-                .limit(self.limits.prompt as u64));
+            return Err(Error::field(
+                "prompt_too_long",
+                "prompt",
+                format!("has {characters} characters; the limit is {}", self.limits.prompt),
+            )
+            .limit(self.limits.prompt as u64));
         }
-        let pieces = parse_prompt(&input.prompt).map_err(|error| Error::field("invalid_value", "prompt", error.to_string()))?;
+        let pieces =
+            parse_prompt(&input.prompt).map_err(|error| Error::field("invalid_value", "prompt", error.to_string()))?;
         let count = input.count.unwrap_or(1);
         if !(1..=self.limits.count).contains(&count) {
-            return Err(Error::field("invalid_value", "n", format!("is {count}; expected 1 to {}", self.limits.count)).limit(self.limits.count.into()));
+            return Err(Error::field(
+                "invalid_value",
+                "n",
+                format!("is {count}; expected 1 to {}", self.limits.count),
+            )
+            .limit(self.limits.count.into()));
         }
         let (width, height) = input.size.unwrap_or(info.sizes[0]);
         if !info.sizes.contains(&(width, height)) {
             let known: Vec<String> = info.sizes.iter().map(|(w, h)| format!("{w}x{h}")).collect();
-            return Err(Error::field("invalid_size", "size", format!("is {width}x{height}; this model draws {}", known.join(", "))));
+            return Err(Error::field(
+                "invalid_size",
+                "size",
+                format!("is {width}x{height}; this model draws {}", known.join(", ")),
+            ));
         }
-        let range = |field: &'static str, value: f64, low: f64, high: f64| match value.is_finite() && (low..=high).contains(&value) {
+        let range = |field: &'static str, value: f64, low: f64, high: f64| match value.is_finite()
+            && (low..=high).contains(&value)
+        {
             true => Ok(value),
-            false => Err(Error::field("invalid_value", field, format!("is {value}; expected {low} to {high}"))),
+            false => Err(Error::field(
+                "invalid_value",
+                field,
+                format!("is {value}; expected {low} to {high}"),
+            )),
         };
-        let guidance_scale = range("guidance_scale", input.guidance_scale.unwrap_or(info.default_guidance_scale), 1.0, GUIDANCE_LIMIT)?;
-        let temperature = range("temperature", input.temperature.unwrap_or(info.default_temperature), 0.0, TEMPERATURE_LIMIT)?;
+        let guidance_scale = range(
+            "guidance_scale",
+            input.guidance_scale.unwrap_or(info.default_guidance_scale),
+            1.0,
+            GUIDANCE_LIMIT,
+        )?;
+        let temperature = range(
+            "temperature",
+            input.temperature.unwrap_or(info.default_temperature),
+            0.0,
+            TEMPERATURE_LIMIT,
+        )?;
         let seed = input.seed.unwrap_or_else(|| rand::random::<u64>() & SEED_LIMIT);
         if seed > SEED_LIMIT {
-            return Err(Error::field("invalid_value", "seed", format!("is {seed}; expected 0 to {SEED_LIMIT}")).limit(SEED_LIMIT));
+            return Err(Error::field(
+                "invalid_value",
+                "seed",
+                format!("is {seed}; expected 0 to {SEED_LIMIT}"),
+            )
+            .limit(SEED_LIMIT));
         }
         let mut concepts = Vec::new();
         for name in concept_names(&pieces) {
@@ -108,24 +143,45 @@ impl Service {
     pub async fn generate(&self, input: GenerateInput) -> Result<Generated, Error> {
         let request = self.plan(input).await?;
         let mut stream = self.engine.generate(request.clone())?;
-        let used = |concept: &ConceptUse| UsedConcept { name: concept.name.clone(), version: concept.content_hash.clone() };
+        let used = |concept: &ConceptUse| UsedConcept {
+            name: concept.name.clone(),
+            version: concept.content_hash.clone(),
+        };
         let concepts = request.concepts.iter().map(used).collect();
         let mut images = Vec::new();
         loop {
             match stream.next().await {
                 Some(GenerationEvent::Picture { index, picture }) => images.push(GeneratedImage { index, picture }),
-                Some(GenerationEvent::Done { text_tokens, image_tokens }) => {
-                    return Ok(Generated { request, images, concepts, text_tokens, image_tokens });
+                Some(GenerationEvent::Done {
+                    text_tokens,
+                    image_tokens,
+                }) => {
+                    return Ok(Generated {
+                        request,
+                        images,
+                        concepts,
+                        text_tokens,
+                        image_tokens,
+                    });
                 }
                 Some(GenerationEvent::Failed(error)) => return Err(error.into()),
                 Some(GenerationEvent::Started | GenerationEvent::Progress { .. }) => {}
-                None => return Err(Error::new(ErrorKind::Unavailable, "stopping", "The server is stopping.")),
+                None => {
+                    return Err(Error::new(
+                        ErrorKind::Unavailable,
+                        "stopping",
+                        "The server is stopping.",
+                    ));
+                }
             }
         }
     }
 
     async fn use_concept(&self, name: &str) -> Result<ConceptUse, Error> {
-        let missing = || crate::error::Error { field: Some("prompt".into()), ..no_concept(name) };
+        let missing = || crate::error::Error {
+            field: Some("prompt".into()),
+            ..no_concept(name)
+        };
         let concept = self.registry.concept(name).await?.ok_or_else(missing)?;
         let Some(version) = concept.version.clone() else {
             let training = self.registry.latest_training(concept.id).await?;
@@ -134,8 +190,22 @@ impl Service {
         let bytes = self.registry.blobs.get(&version).await?;
         let info = self.engine.info();
         let file = ConceptFile::from_bytes(&bytes)
-            .and_then(|file| file.check_model(&info.fingerprint, info.layers, info.hidden).map(|()| file))
-            .map_err(|error| Error::new(ErrorKind::Conflict, "concept_unusable", format!("The concept `{name}` cannot be used: {error}.")))?;
-        Ok(ConceptUse { name: name.to_owned(), content_hash: version, kind: concept.kind, tensors: Arc::new(file.tensors) })
+            .and_then(|file| {
+                file.check_model(&info.fingerprint, info.layers, info.hidden)
+                    .map(|()| file)
+            })
+            .map_err(|error| {
+                Error::new(
+                    ErrorKind::Conflict,
+                    "concept_unusable",
+                    format!("The concept `{name}` cannot be used: {error}."),
+                )
+            })?;
+        Ok(ConceptUse {
+            name: name.to_owned(),
+            content_hash: version,
+            kind: concept.kind,
+            tensors: Arc::new(file.tensors),
+        })
     }
 }

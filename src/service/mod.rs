@@ -6,7 +6,7 @@ mod generate;
 use std::sync::Arc;
 
 pub use concepts::{ConceptView, Registration};
-pub use generate::{Generated, GeneratedImage, GenerateInput, UsedConcept};
+pub use generate::{GenerateInput, Generated, GeneratedImage, UsedConcept};
 
 use crate::engine::EngineHandle;
 use crate::error::{Error, ErrorKind};
@@ -52,8 +52,12 @@ impl Default for Limits {
 impl From<RegistryError> for Error {
     fn from(error: RegistryError) -> Self {
         match error {
-            RegistryError::NameTaken(name) => Self::field("name_taken", "name", format!("is `{name}`, which another concept has; choose another name or delete that concept"))
-                .of_kind(ErrorKind::Conflict),
+            RegistryError::NameTaken(name) => Self::field(
+                "name_taken",
+                "name",
+                format!("is `{name}`, which another concept has; choose another name or delete that concept"),
+            )
+            .of_kind(ErrorKind::Conflict),
             other => Self::internal(other),
         }
     }

@@ -19,8 +19,14 @@ fn fault(problem: impl ToString) -> ModelError {
 fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>, ModelError> {
     let flat = tensor.f_to_device(tch::Device::Cpu)?.f_contiguous()?.f_view([-1i64])?;
     Ok(match flat.kind() {
-        Kind::Int64 => Vec::<i64>::try_from(&flat)?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        _ => Vec::<f32>::try_from(&flat.f_to_kind(Kind::Float)?)?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Kind::Int64 => Vec::<i64>::try_from(&flat)?
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect(),
+        _ => Vec::<f32>::try_from(&flat.f_to_kind(Kind::Float)?)?
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect(),
     })
 }
 
@@ -33,7 +39,11 @@ impl Trainer {
         let (tensors, prior) = self.state();
         let mut blocks = Vec::new();
         for (name, tensor) in &tensors {
-            let dtype = if tensor.kind() == Kind::Int64 { Dtype::I64 } else { Dtype::F32 };
+            let dtype = if tensor.kind() == Kind::Int64 {
+                Dtype::I64
+            } else {
+                Dtype::F32
+            };
             let shape: Vec<usize> = tensor.size().iter().map(|&n| n as usize).collect();
             blocks.push((name.clone(), dtype, shape, bytes_of(tensor)?));
         }
@@ -43,12 +53,17 @@ impl Trainer {
         }
         let views = blocks
             .iter()
-            .map(|(name, dtype, shape, bytes)| Ok((name, TensorView::new(*dtype, shape.clone(), bytes).map_err(fault)?)))
+            .map(|(name, dtype, shape, bytes)| {
+                Ok((name, TensorView::new(*dtype, shape.clone(), bytes).map_err(fault)?))
+            })
             .collect::<Result<Vec<_>, ModelError>>()?;
         let meta = HashMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
             ("spec".to_owned(), serde_json::to_string(self.spec()).map_err(fault)?),
-            ("losses".to_owned(), serde_json::to_string(self.losses()).map_err(fault)?),
+            (
+                "losses".to_owned(),
+                serde_json::to_string(self.losses()).map_err(fault)?,
+            ),
         ]);
         safetensors::serialize(views, Some(meta)).map_err(fault)
     }
@@ -67,7 +82,10 @@ impl Trainer {
         let meta = metadata.metadata().clone().unwrap_or_default();
         let get = |key: &str| meta.get(key).ok_or_else(|| fault(format!("lacks `{key}`")));
         if get("format")? != FORMAT {
-            return Err(fault(format!("has the format `{}`; expected `{FORMAT}`", get("format")?)));
+            return Err(fault(format!(
+                "has the format `{}`; expected `{FORMAT}`",
+                get("format")?
+            )));
         }
         let saved_spec: TrainingSpec = serde_json::from_str(get("spec")?).map_err(fault)?;
         if saved_spec != spec {

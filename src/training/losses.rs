@@ -20,7 +20,9 @@ pub fn next_token(logits: &Tensor, targets: &Tensor) -> Result<Tensor, ModelErro
 pub fn divergence_from_frozen(frozen: &Tensor, prior: &Tensor) -> Result<Tensor, ModelError> {
     let prior = prior.f_log_softmax(-1, Kind::Float)?;
     let each = frozen.f_exp()?.f_mul(&frozen.f_sub(&prior)?)?;
-    Ok(each.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?.f_mean(Kind::Float)?)
+    Ok(each
+        .f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?
+        .f_mean(Kind::Float)?)
 }
 
 /// Context-aware self-regularisation: `(1/N) sum_i || p_I[i] - E[i] ||_2`, mean over the K tokens. `image` is
@@ -30,7 +32,10 @@ pub fn divergence_from_frozen(frozen: &Tensor, prior: &Tensor) -> Result<Tensor,
 /// When the device fails.
 pub fn self_regularisation(image: &Tensor, anchor: &Tensor) -> Result<Tensor, ModelError> {
     // The gradient of a norm at zero is undefined; the tiny constant makes it zero there, where training starts.
-    let square = image.f_sub(anchor)?.f_square()?.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?;
+    let square = image
+        .f_sub(anchor)?
+        .f_square()?
+        .f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?;
     Ok(square.f_add_scalar(1e-12)?.f_sqrt()?.f_mean(Kind::Float)?)
 }
 

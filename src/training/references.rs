@@ -39,7 +39,13 @@ impl Reference {
     ) -> Result<Self, ModelError> {
         let (prompt, placeholder_at) = model.prompt_with_slot(before, slot_tokens, after, width, height)?;
         let (image_start, image) = model.image_ids(&codes, width, height)?;
-        Ok(Self { prompt, placeholder_at, image_start, codes, image })
+        Ok(Self {
+            prompt,
+            placeholder_at,
+            image_start,
+            codes,
+            image,
+        })
     }
 
     /// The sequence up to the first code, with `image_tokens` extra positions.
@@ -72,7 +78,14 @@ impl References {
     /// When there are no pictures or too many, or the device fails.
     pub fn encode(model: &LuminaMgpt, spec: &TrainingSpec, pictures: &[RgbPicture]) -> Result<Self, ModelError> {
         if pictures.is_empty() || pictures.len() > super::spec::PICTURES_LIMIT {
-            return Err(ModelError::invalid("images", format!("has {} pictures; expected 1 to {}", pictures.len(), super::spec::PICTURES_LIMIT)));
+            return Err(ModelError::invalid(
+                "images",
+                format!(
+                    "has {} pictures; expected 1 to {}",
+                    pictures.len(),
+                    super::spec::PICTURES_LIMIT
+                ),
+            ));
         }
         let mut rng = ChaCha8Rng::seed_from_u64(spec.seed);
         let (mut views, mut of_picture) = (Vec::new(), Vec::new());
@@ -94,11 +107,20 @@ impl References {
                     size = own;
                 }
                 let codes = model.encode_picture(&view)?;
-                views.push(Reference::new(model, (&before, spec.text_tokens as usize, &after), codes, own)?);
+                views.push(Reference::new(
+                    model,
+                    (&before, spec.text_tokens as usize, &after),
+                    codes,
+                    own,
+                )?);
             }
             of_picture.push(from..views.len());
         }
-        Ok(Self { views, of_picture, size })
+        Ok(Self {
+            views,
+            of_picture,
+            size,
+        })
     }
 
     /// How many pictures.
@@ -137,6 +159,10 @@ impl References {
 
 fn mirrored(picture: &RgbPicture) -> RgbPicture {
     let row = 3 * picture.width as usize;
-    let rgb = picture.rgb.chunks_exact(row).flat_map(|row| row.rchunks_exact(3).flatten().copied()).collect();
+    let rgb = picture
+        .rgb
+        .chunks_exact(row)
+        .flat_map(|row| row.rchunks_exact(3).flatten().copied())
+        .collect();
     RgbPicture { rgb, ..*picture }
 }

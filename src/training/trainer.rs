@@ -32,7 +32,10 @@ pub struct StepLosses {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Advance {
     /// A class picture for the prior term is being drawn: tokens done and in all.
-    DrawingPrior { done: u32, total: u32 },
+    DrawingPrior {
+        done: u32,
+        total: u32,
+    },
     Step(StepLosses),
     Finished,
 }
@@ -80,7 +83,8 @@ impl Trainer {
     /// # Errors
     /// When the spec does not fit the model, or the device fails.
     pub fn new(model: &LuminaMgpt, spec: TrainingSpec, pictures: &[RgbPicture]) -> Result<Self, ModelError> {
-        spec.check(model.transformer.config().num_hidden_layers).map_err(|fault| ModelError::invalid(fault.field, fault.problem))?;
+        spec.check(model.transformer.config().num_hidden_layers)
+            .map_err(|fault| ModelError::invalid(fault.field, fault.problem))?;
         let references = References::encode(model, &spec, pictures)?;
         let anchors = tch::no_grad(|| anchors(model, &spec, &references))?;
         let (layers, hidden) = (i64::from(spec.layers), model.transformer.config().hidden_size);
@@ -93,15 +97,32 @@ impl Trainer {
             };
             Ok(value.set_requires_grad(true))
         };
-        let (text, image) = (leaf(spec.text_tokens, &anchors.text)?, leaf(spec.image_tokens, &anchors.image)?);
+        let (text, image) = (
+            leaf(spec.text_tokens, &anchors.text)?,
+            leaf(spec.image_tokens, &anchors.image)?,
+        );
         let rule = Rule::AdamW { weight_decay: 0.0 };
-        let parameter = |name: &str, tensor: &Tensor| Parameter { name: name.to_owned(), tensor: tensor.shallow_clone(), rule };
+        let parameter = |name: &str, tensor: &Tensor| Parameter {
+            name: name.to_owned(),
+            tensor: tensor.shallow_clone(),
+            rule,
+        };
         let mut parameters = vec![parameter("text", &text)];
         if spec.image_tokens > 0 {
             parameters.push(parameter("image", &image));
         }
         let optimizer = Optimizer::new(parameters, (0.9, 0.999))?;
-        Ok(Self { spec, references, anchors, text, image, optimizer, prior: vec![], drawing: None, losses: vec![] })
+        Ok(Self {
+            spec,
+            references,
+            anchors,
+            text,
+            image,
+            optimizer,
+            prior: vec![],
+            drawing: None,
+            losses: vec![],
+        })
     }
 
     /// What is being trained.
@@ -122,10 +143,16 @@ impl Trainer {
     /// The concept as it stands, differentiable with respect to the trained parameters.
     fn concept(&self) -> Result<DeviceConcept, ModelError> {
         Ok(match self.spec.parametrisation {
-            Parametrisation::Absolute => DeviceConcept { text: self.text.shallow_clone(), image: self.image.shallow_clone() },
+            Parametrisation::Absolute => DeviceConcept {
+                text: self.text.shallow_clone(),
+                image: self.image.shallow_clone(),
+            },
             Parametrisation::LayerRelative => DeviceConcept {
                 text: self.text.f_mul(&self.anchors.text_scale)?.f_add(&self.anchors.text)?,
-                image: self.image.f_mul(&self.anchors.image_scale)?.f_add(&self.anchors.image)?,
+                image: self
+                    .image
+                    .f_mul(&self.anchors.image_scale)?
+                    .f_add(&self.anchors.image)?,
             },
         })
     }
@@ -158,7 +185,9 @@ impl Trainer {
             None => {
                 let from = self.prior.len();
                 let count = PRIOR_BATCH.min(total as usize - from);
-                let streams = (from..from + count).map(|index| (self.spec.seed ^ PRIOR_SEED, index as u64)).collect();
+                let streams = (from..from + count)
+                    .map(|index| (self.spec.seed ^ PRIOR_SEED, index as u64))
+                    .collect();
                 self.drawing.insert(model.start_plain(&prompt, width, height, streams)?)
             }
         };
@@ -169,11 +198,17 @@ impl Trainer {
             self.drawing = None;
             for codes in drawn {
                 let reference = self.references.class_picture(model, &prompt, &codes)?;
-                self.prior.push(PriorPicture { reference, frozen: None });
+                self.prior.push(PriorPicture {
+                    reference,
+                    frozen: None,
+                });
             }
         }
         let per_picture = tokens.max(1) as u32;
-        Ok(Advance::DrawingPrior { done: self.prior.len() as u32 * per_picture + done as u32, total: total * per_picture })
+        Ok(Advance::DrawingPrior {
+            done: self.prior.len() as u32 * per_picture + done as u32,
+            total: total * per_picture,
+        })
     }
 
     fn optimize(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
@@ -200,10 +235,18 @@ impl Trainer {
             regularisation = Some(value(&term)?);
             total = total.f_add(&term.f_mul_scalar(self.spec.regularisation_weight)?)?;
         }
-        let losses =
-            StepLosses { step: step + 1, total: value(&total)?, next_token: value(&ntp)?, prior, regularisation };
+        let losses = StepLosses {
+            step: step + 1,
+            total: value(&total)?,
+            next_token: value(&ntp)?,
+            prior,
+            regularisation,
+        };
         if !losses.total.is_finite() {
-            return Err(ModelError::invalid("learning_rate", format!("led to a loss of {} at step {}", losses.total, step + 1)));
+            return Err(ModelError::invalid(
+                "learning_rate",
+                format!("led to a loss of {} at step {}", losses.total, step + 1),
+            ));
         }
         total.f_backward()?;
         self.optimizer.step(self.learning_rate(step))?;
@@ -222,7 +265,12 @@ impl Trainer {
     }
 
     /// `0.5 * NTP_class + 0.5 * KL(zs || prior)`: only the image context tokens are inserted.
-    fn prior_loss(&mut self, model: &LuminaMgpt, which: &[usize], concept: &DeviceConcept) -> Result<Tensor, ModelError> {
+    fn prior_loss(
+        &mut self,
+        model: &LuminaMgpt,
+        which: &[usize],
+        concept: &DeviceConcept,
+    ) -> Result<Tensor, ModelError> {
         for &index in which {
             let picture = &mut self.prior[index];
             if picture.frozen.is_none() {
@@ -232,7 +280,10 @@ impl Trainer {
         }
         let picked: Vec<&Reference> = which.iter().map(|&index| &self.prior[index].reference).collect();
         let (logits, targets) = token_logits(model, &picked, Some((concept, false)))?;
-        let frozen: Vec<&Tensor> = which.iter().filter_map(|&index| self.prior[index].frozen.as_ref()).collect();
+        let frozen: Vec<&Tensor> = which
+            .iter()
+            .filter_map(|&index| self.prior[index].frozen.as_ref())
+            .collect();
         let frozen = Tensor::f_cat(&frozen, 0)?;
         let class = next_token(&logits, &targets)?;
         Ok((class + divergence_from_frozen(&frozen, &logits)?).f_mul_scalar(0.5)?)
@@ -279,7 +330,13 @@ impl Trainer {
         ] {
             state.push((name.to_owned(), tensor.detach()));
         }
-        (state, self.prior.iter().map(|picture| picture.reference.codes.clone()).collect())
+        (
+            state,
+            self.prior
+                .iter()
+                .map(|picture| picture.reference.codes.clone())
+                .collect(),
+        )
     }
 
     /// Takes over a saved state of the same spec.
@@ -307,7 +364,10 @@ impl Trainer {
             let prompt = self.spec.class_prompt().unwrap_or_default();
             for codes in prior {
                 let reference = self.references.class_picture(model, &prompt, codes)?;
-                self.prior.push(PriorPicture { reference, frozen: None });
+                self.prior.push(PriorPicture {
+                    reference,
+                    frozen: None,
+                });
             }
             self.losses = losses;
             Ok(())
@@ -340,7 +400,12 @@ pub fn token_logits(
 ) -> Result<(Tensor, Tensor), ModelError> {
     let image_tokens = concept.map_or(0, |(concept, _)| concept.image_tokens());
     let layouts: Vec<_> = batch.iter().map(|r| r.layout(model, image_tokens)).collect();
-    let seq = layouts.iter().zip(batch).map(|(l, r)| l.ids.len() + r.image.len()).max().unwrap_or(0);
+    let seq = layouts
+        .iter()
+        .zip(batch)
+        .map(|(l, r)| l.ids.len() + r.image.len())
+        .max()
+        .unwrap_or(0);
     let mut ids = Vec::with_capacity(batch.len() * seq);
     let (mut at, mut targets, mut placements) = (Vec::new(), Vec::new(), Vec::new());
     for (row, (layout, reference)) in layouts.iter().zip(batch).enumerate() {
@@ -360,12 +425,19 @@ pub fn token_logits(
         }
     }
     let device = model.transformer.device();
-    let ids = Tensor::f_from_slice(&ids)?.f_view([batch.len() as i64, seq as i64])?.f_to_device(device)?;
+    let ids = Tensor::f_from_slice(&ids)?
+        .f_view([batch.len() as i64, seq as i64])?
+        .f_to_device(device)?;
     let context = context_batch(&placements, false, device)?;
     let hidden = model.transformer.forward(&ids, Some(&context))?;
     let size = hidden.size()[2];
-    let rows = hidden.f_reshape([-1, size])?.f_index_select(0, &Tensor::f_from_slice(&at)?.f_to_device(device)?)?;
-    Ok((model.transformer.logits(&rows)?, Tensor::f_from_slice(&targets)?.f_to_device(device)?))
+    let rows = hidden
+        .f_reshape([-1, size])?
+        .f_index_select(0, &Tensor::f_from_slice(&at)?.f_to_device(device)?)?;
+    Ok((
+        model.transformer.logits(&rows)?,
+        Tensor::f_from_slice(&targets)?.f_to_device(device)?,
+    ))
 }
 
 /// Looks at the references through the frozen model: E and sigma of their image tokens, and the hidden states of the
@@ -386,7 +458,10 @@ fn anchors(model: &LuminaMgpt, spec: &TrainingSpec, references: &References) -> 
         let rows = Tensor::f_from_slice(&rows)?.f_to_device(model.transformer.device())?;
         observe_inputs(model, &ids, layers, &rows, |layer, rows| {
             let sum = rows.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
-            let square = rows.f_square()?.f_mean_dim([1i64].as_slice(), false, Kind::Float)?.f_sum(Kind::Float)?;
+            let square = rows
+                .f_square()?
+                .f_mean_dim([1i64].as_slice(), false, Kind::Float)?
+                .f_sum(Kind::Float)?;
             if sums.len() <= layer {
                 sums.push(sum);
                 squares.push(square);
@@ -398,27 +473,48 @@ fn anchors(model: &LuminaMgpt, spec: &TrainingSpec, references: &References) -> 
         })?;
     }
     let image = Tensor::f_stack(&sums, 0)?.f_div_scalar(count as f64)?.f_unsqueeze(1)?;
-    let image_scale = Tensor::f_stack(&squares, 0)?.f_div_scalar(count as f64)?.f_sqrt()?.f_view([-1, 1, 1])?;
+    let image_scale = Tensor::f_stack(&squares, 0)?
+        .f_div_scalar(count as f64)?
+        .f_sqrt()?
+        .f_view([-1, 1, 1])?;
     let text = initial_text(model, spec, references)?;
     let text_scale = text
         .f_square()?
         .f_mean_dim([1i64, 2].as_slice(), true, Kind::Float)?
         .f_sqrt()?;
     Ok(match spec.parametrisation {
-        Parametrisation::LayerRelative => Anchors { text, image, text_scale, image_scale },
+        Parametrisation::LayerRelative => Anchors {
+            text,
+            image,
+            text_scale,
+            image_scale,
+        },
         Parametrisation::Absolute => {
             let (text_scale, image_scale) = (text_scale.f_ones_like()?, image_scale.f_ones_like()?);
-            Anchors { text, image, text_scale, image_scale }
+            Anchors {
+                text,
+                image,
+                text_scale,
+                image_scale,
+            }
         }
     })
 }
 
 /// `[N, T, D]`: mean over the initial words of the frozen model's hidden states where the word stands at the placeholder.
 fn initial_text(model: &LuminaMgpt, spec: &TrainingSpec, references: &References) -> Result<Tensor, ModelError> {
-    let reference = references.centred().next().ok_or_else(|| ModelError::invalid("images", "are missing"))?;
+    let reference = references
+        .centred()
+        .next()
+        .ok_or_else(|| ModelError::invalid("images", "are missing"))?;
     let layout = reference.layout(model, 0);
     let tokens = i64::from(spec.text_tokens);
-    let start = layout.text_at.concat().first().copied().ok_or_else(|| ModelError::invalid("prompt", "lacks the placeholder"))?;
+    let start = layout
+        .text_at
+        .concat()
+        .first()
+        .copied()
+        .ok_or_else(|| ModelError::invalid("prompt", "lacks the placeholder"))?;
     let mut all: Vec<Vec<Tensor>> = (0..spec.layers).map(|_| Vec::new()).collect();
     for word in spec.initial_words() {
         let id = model.first_token_of(&word)?;
@@ -445,13 +541,17 @@ fn observe_inputs(
     rows: &Tensor,
     mut see: impl FnMut(usize, &Tensor) -> Result<(), ModelError>,
 ) -> Result<(), ModelError> {
-    let ids = Tensor::f_from_slice(ids)?.f_view([1, -1])?.f_to_device(model.transformer.device())?;
-    model.transformer.forward_observed(&ids, None, &mut |point, x| match point {
-        LayerPoint::Input(layer) if layer < layers => {
-            see(layer, &x.f_get(0)?.f_index_select(0, rows)?.f_to_kind(Kind::Float)?)
-        }
-        _ => Ok(()),
-    })?;
+    let ids = Tensor::f_from_slice(ids)?
+        .f_view([1, -1])?
+        .f_to_device(model.transformer.device())?;
+    model
+        .transformer
+        .forward_observed(&ids, None, &mut |point, x| match point {
+            LayerPoint::Input(layer) if layer < layers => {
+                see(layer, &x.f_get(0)?.f_index_select(0, rows)?.f_to_kind(Kind::Float)?)
+            }
+            _ => Ok(()),
+        })?;
     Ok(())
 }
 
@@ -461,9 +561,16 @@ impl References {
         let mut order: Vec<usize> = (0..self.len()).collect();
         order.shuffle(rng);
         let count = spec.batch_size as usize;
-        (0..count).take(count.min(if spec.augment { count } else { self.len() })).map(|index| {
-            let views = self.views(order[index % order.len()]);
-            &views[if spec.augment { rng.random_range(0..views.len()) } else { 0 }]
-        }).collect()
+        (0..count)
+            .take(count.min(if spec.augment { count } else { self.len() }))
+            .map(|index| {
+                let views = self.views(order[index % order.len()]);
+                &views[if spec.augment {
+                    rng.random_range(0..views.len())
+                } else {
+                    0
+                }]
+            })
+            .collect()
     }
 }

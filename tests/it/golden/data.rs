@@ -9,7 +9,10 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Outcome, Report, Run};
 
-pub const F32: Target = Target { kind: Kind::Float, device: Device::Cpu };
+pub const F32: Target = Target {
+    kind: Kind::Float,
+    device: Device::Cpu,
+};
 
 /// Tensors of a safetensors file by name.
 pub struct Arrays(BTreeMap<String, Tensor>);
@@ -18,7 +21,12 @@ impl Arrays {
     pub fn read(file: &Path) -> Result<Self, String> {
         let checkpoint = Checkpoint::open_file(file, F32).map_err(|error| error.to_string())?;
         let names: Vec<String> = checkpoint.names().map(str::to_owned).collect();
-        let raw = |name: &String| checkpoint.raw(name).map(|tensor| (name.clone(), tensor)).map_err(|e| e.to_string());
+        let raw = |name: &String| {
+            checkpoint
+                .raw(name)
+                .map(|tensor| (name.clone(), tensor))
+                .map_err(|e| e.to_string())
+        };
         Ok(Self(names.iter().map(raw).collect::<Result<_, _>>()?))
     }
     pub fn get(&self, name: &str) -> Result<&Tensor, String> {
@@ -38,7 +46,10 @@ pub fn largest(a: &Tensor, b: &Tensor) -> f64 {
     if a.size() != b.size() || a.numel() == 0 {
         return f64::INFINITY;
     }
-    (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
+    (a.to_kind(Kind::Double) - b.to_kind(Kind::Double))
+        .abs()
+        .max()
+        .double_value(&[])
 }
 
 pub fn differing<T: PartialEq>(a: &[T], b: &[T]) -> usize {
@@ -55,7 +66,9 @@ pub fn ckpt_pickle(run: &Run, report: &mut Report) -> Outcome {
         .filter(|name| {
             let view = expected.tensor(name).expect("a name of the file");
             let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
-            found.get(**name).is_none_or(|t| t.dtype != view.dtype() || t.shape != shape || t.bytes != view.data())
+            found
+                .get(**name)
+                .is_none_or(|t| t.dtype != view.dtype() || t.shape != shape || t.bytes != view.data())
         })
         .count();
     let unexpected = found.keys().filter(|name| !names.contains(&name.as_str())).count();

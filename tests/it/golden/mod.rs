@@ -45,26 +45,40 @@ impl Run<'_> {
     /// The first file with that ending.
     fn file(&self, ending: &str) -> Result<PathBuf, String> {
         let name = self.case.files.iter().find(|name| name.ends_with(ending));
-        name.map(|name| self.path(name)).ok_or_else(|| format!("no file ends with {ending}"))
+        name.map(|name| self.path(name))
+            .ok_or_else(|| format!("no file ends with {ending}"))
     }
     fn json(&self, ending: &str) -> Result<Value, String> {
         let text = std::fs::read_to_string(self.file(ending)?).map_err(|error| error.to_string())?;
         serde_json::from_str(&text).map_err(|error| error.to_string())
     }
     fn parameter(&self, key: &str) -> Result<&Value, String> {
-        self.case.parameters.get(key).ok_or_else(|| format!("parameter `{key}` is missing"))
+        self.case
+            .parameters
+            .get(key)
+            .ok_or_else(|| format!("parameter `{key}` is missing"))
     }
     fn int(&self, key: &str) -> Result<i64, String> {
-        self.parameter(key)?.as_i64().ok_or_else(|| format!("parameter `{key}` is no integer"))
+        self.parameter(key)?
+            .as_i64()
+            .ok_or_else(|| format!("parameter `{key}` is no integer"))
     }
     fn float(&self, key: &str) -> Result<f64, String> {
-        self.parameter(key)?.as_f64().ok_or_else(|| format!("parameter `{key}` is no number"))
+        self.parameter(key)?
+            .as_f64()
+            .ok_or_else(|| format!("parameter `{key}` is no number"))
     }
     fn text(&self, key: &str) -> Result<&str, String> {
-        self.parameter(key)?.as_str().ok_or_else(|| format!("parameter `{key}` is no text"))
+        self.parameter(key)?
+            .as_str()
+            .ok_or_else(|| format!("parameter `{key}` is no text"))
     }
     fn tolerance(&self, key: &str) -> Result<f64, String> {
-        self.case.tolerance.get(key).and_then(Value::as_f64).ok_or_else(|| format!("tolerance `{key}` is missing"))
+        self.case
+            .tolerance
+            .get(key)
+            .and_then(Value::as_f64)
+            .ok_or_else(|| format!("tolerance `{key}` is missing"))
     }
 }
 
@@ -74,7 +88,10 @@ pub fn run(root: &Path) -> Result<Report, String> {
     let text = std::fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))?;
     let manifest: Manifest = serde_json::from_str(&text).map_err(|error| format!("{}: {error}", file.display()))?;
     if manifest.format != 1 {
-        return Err(format!("the manifest has format {}; this runner knows 1", manifest.format));
+        return Err(format!(
+            "the manifest has format {}; this runner knows 1",
+            manifest.format
+        ));
     }
     if manifest.cases.is_empty() {
         return Err(format!("{} has no cases", file.display()));
@@ -136,15 +153,21 @@ fn the_runner_fails_where_it_must() {
     assert!(run(dir.path()).is_err(), "no manifest");
     write(r#"{"format": 1, "cases": []}"#);
     assert!(run(dir.path()).unwrap_err().contains("no cases"));
-    write(r#"{"format": 1, "cases": [{"id": "x", "kind": "telepathy", "files": [], "parameters": {}, "tolerance": {}}]}"#);
+    write(
+        r#"{"format": 1, "cases": [{"id": "x", "kind": "telepathy", "files": [], "parameters": {}, "tolerance": {}}]}"#,
+    );
     assert!(!run(dir.path()).unwrap().passed());
-    write(r#"{"format": 1, "cases": [{"id": "x", "kind": "vocab_map", "files": ["gone.json"], "parameters": {}, "tolerance": {}}]}"#);
+    write(
+        r#"{"format": 1, "cases": [{"id": "x", "kind": "vocab_map", "files": ["gone.json"], "parameters": {}, "tolerance": {}}]}"#,
+    );
     assert!(!run(dir.path()).unwrap().passed());
     // One wrong number in a copy of a real case.
     let source = repository().join("cases/vocab_permuted.json");
     let mut value: Value = serde_json::from_str(&std::fs::read_to_string(source).unwrap()).unwrap();
     std::fs::write(dir.path().join("map.json"), value.to_string()).unwrap();
-    write(r#"{"format": 1, "cases": [{"id": "x", "kind": "vocab_map", "files": ["map.json"], "parameters": {}, "tolerance": {}}]}"#);
+    write(
+        r#"{"format": 1, "cases": [{"id": "x", "kind": "vocab_map", "files": ["map.json"], "parameters": {}, "tolerance": {}}]}"#,
+    );
     assert!(run(dir.path()).unwrap().passed());
     value["code_to_id"][3] = 0.into();
     std::fs::write(dir.path().join("map.json"), value.to_string()).unwrap();

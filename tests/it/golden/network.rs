@@ -44,7 +44,12 @@ pub fn checkpoint(run: &Run, report: &mut Report) -> Outcome {
         (int("layers"), config.num_hidden_layers as i64),
         (i64::from(variant["swin_norm"] == true), i64::from(config.swin_norm)),
     ];
-    report.exact(&run.case.id, "shape", pairs.iter().filter(|(a, b)| a != b).count(), pairs.len());
+    report.exact(
+        &run.case.id,
+        "shape",
+        pairs.iter().filter(|(a, b)| a != b).count(),
+        pairs.len(),
+    );
     Ok(())
 }
 
@@ -52,17 +57,37 @@ pub fn checkpoint(run: &Run, report: &mut Report) -> Outcome {
 fn compare_logits(run: &Run, report: &mut Report, arrays: &Arrays, logits: &Tensor) -> Outcome {
     let id = &run.case.id;
     let columns = logits.index_select(1, arrays.get("columns")?);
-    report.number(id, "logits", largest(&columns, arrays.get("logits_columns")?), run.tolerance("logits_abs")?);
+    report.number(
+        id,
+        "logits",
+        largest(&columns, arrays.get("logits_columns")?),
+        run.tolerance("logits_abs")?,
+    );
     if arrays.has("logits_last") {
         let last = logits.get(logits.size()[0] - 1);
-        report.number(id, "logits, last row", largest(&last, arrays.get("logits_last")?), run.tolerance("logits_abs")?);
+        report.number(
+            id,
+            "logits, last row",
+            largest(&last, arrays.get("logits_last")?),
+            run.tolerance("logits_abs")?,
+        );
     }
     let sums = logits.logsumexp([1i64].as_slice(), false);
-    report.number(id, "logsumexp", largest(&sums, arrays.get("logsumexp")?), run.tolerance("logsumexp_abs")?);
+    report.number(
+        id,
+        "logsumexp",
+        largest(&sums, arrays.get("logsumexp")?),
+        run.tolerance("logsumexp_abs")?,
+    );
     let clear = arrays.get("argmax_margin")?.gt(1e-3);
     let found = logits.argmax(1, false).masked_select(&clear);
     let expected = arrays.get("argmax")?.masked_select(&clear);
-    report.exact(id, "argmax", found.ne_tensor(&expected).sum(Kind::Int64).int64_value(&[]) as usize, found.numel());
+    report.exact(
+        id,
+        "argmax",
+        found.ne_tensor(&expected).sum(Kind::Int64).int64_value(&[]) as usize,
+        found.numel(),
+    );
     Ok(())
 }
 
@@ -83,10 +108,20 @@ fn observed(
         Ok(())
     }))?;
     for (name, hidden) in &layers {
-        report.number(&run.case.id, name, largest(hidden, arrays.get(name)?), run.tolerance("hidden_abs")?);
+        report.number(
+            &run.case.id,
+            name,
+            largest(hidden, arrays.get(name)?),
+            run.tolerance("hidden_abs")?,
+        );
     }
     if arrays.has("final_norm") {
-        report.number(&run.case.id, "final_norm", largest(&out.get(0), arrays.get("final_norm")?), run.tolerance("hidden_abs")?);
+        report.number(
+            &run.case.id,
+            "final_norm",
+            largest(&out.get(0), arrays.get("final_norm")?),
+            run.tolerance("hidden_abs")?,
+        );
     }
     Ok(out)
 }
@@ -94,12 +129,16 @@ fn observed(
 pub fn logits(run: &Run, report: &mut Report) -> Outcome {
     let (model, arrays) = (load(run, |_| ())?, Arrays::read(&run.file(".safetensors")?)?);
     let ids = arrays.get("input_ids")?.view([1, -1]);
-    let hidden = observed(run, report, &arrays, |observe| model.forward_observed(&ids, None, observe))?;
+    let hidden = observed(run, report, &arrays, |observe| {
+        model.forward_observed(&ids, None, observe)
+    })?;
     compare_logits(run, report, &arrays, &text(model.logits(&hidden.get(0)))?)
 }
 
 pub fn mask_image_logits(run: &Run, report: &mut Report) -> Outcome {
-    let mask = run.parameter("override")?["mask_image_logits"].as_bool().ok_or("no override")?;
+    let mask = run.parameter("override")?["mask_image_logits"]
+        .as_bool()
+        .ok_or("no override")?;
     let model = load(run, |config| config.mask_image_logits = mask)?;
     let arrays = Arrays::read(&run.file(".safetensors")?)?;
     let ids = arrays.get("input_ids")?.view([1, -1]);
@@ -107,7 +146,11 @@ pub fn mask_image_logits(run: &Run, report: &mut Report) -> Outcome {
     let found = text(model.logits(&hidden.get(0).get(ids.size()[1] - 1)))?;
     let expected = arrays.get("last")?;
     let lowest = f64::from(f32::MIN);
-    let wrong = found.eq(lowest).ne_tensor(&expected.eq(lowest)).sum(Kind::Int64).int64_value(&[]) as usize;
+    let wrong = found
+        .eq(lowest)
+        .ne_tensor(&expected.eq(lowest))
+        .sum(Kind::Int64)
+        .int64_value(&[]) as usize;
     report.exact(&run.case.id, "masked", wrong, expected.numel());
     let open = expected.ne(lowest);
     let difference = largest(&found.masked_select(&open), &expected.masked_select(&open));
@@ -124,16 +167,30 @@ struct Concepts {
 
 impl Concepts {
     fn read(run: &Run, arrays: &Arrays) -> Result<Self, String> {
-        let mut all = Self { names: vec![], text_positions: vec![], concepts: vec![] };
-        let listed = run.case.parameters.get("concepts").and_then(Value::as_array).cloned().unwrap_or_default();
+        let mut all = Self {
+            names: vec![],
+            text_positions: vec![],
+            concepts: vec![],
+        };
+        let listed = run
+            .case
+            .parameters
+            .get("concepts")
+            .and_then(Value::as_array)
+            .cloned()
+            .unwrap_or_default();
         for concept in listed {
             let name = concept["name"].as_str().ok_or("a concept has no name")?;
             let leaf = |which: &str| -> Result<Tensor, String> {
                 let rows = arrays.get(&format!("{name}.{which}"))?;
                 Ok(rows.unsqueeze(1).copy().set_requires_grad(true))
             };
-            all.concepts.push(DeviceConcept { text: leaf("text")?, image: leaf("image")? });
-            all.text_positions.push(concept["text_position"].as_i64().ok_or("no text_position")?);
+            all.concepts.push(DeviceConcept {
+                text: leaf("text")?,
+                image: leaf("image")?,
+            });
+            all.text_positions
+                .push(concept["text_position"].as_i64().ok_or("no text_position")?);
             all.names.push(name.to_owned());
         }
         Ok(all)
@@ -141,8 +198,13 @@ impl Concepts {
 
     fn placements<'a>(&'a self, image_at: &[i64]) -> Vec<Placement<'a>> {
         let each = self.concepts.iter().zip(&self.text_positions).zip(image_at);
-        each.map(|((concept, &text), &image)| Placement { row: 0, concept, text_at: vec![text], image_at: Some(image) })
-            .collect()
+        each.map(|((concept, &text), &image)| Placement {
+            row: 0,
+            concept,
+            text_at: vec![text],
+            image_at: Some(image),
+        })
+        .collect()
     }
 }
 
@@ -157,22 +219,40 @@ pub fn inject(run: &Run, report: &mut Report) -> Outcome {
         return Err("the expanded sequence has another length".to_owned());
     }
     let image_at: Vec<i64> = (0..extra).map(|index| (insert_at + index) as i64).collect();
-    let mask = run.parameter("identity_mask")?.as_bool().ok_or("identity_mask is no boolean")?;
+    let mask = run
+        .parameter("identity_mask")?
+        .as_bool()
+        .ok_or("identity_mask is no boolean")?;
     let context = text(context_batch(&concepts.placements(&image_at), mask, Device::Cpu))?;
     let expanded = Tensor::from_slice(&expanded).view([1, -1]);
-    let hidden = observed(run, report, &arrays, |observe| model.forward_observed(&expanded, Some(&context), observe))?;
+    let hidden = observed(run, report, &arrays, |observe| {
+        model.forward_observed(&expanded, Some(&context), observe)
+    })?;
     let logits = text(model.logits(&hidden.get(0)))?;
     compare_logits(run, report, &arrays, &logits.detach())?;
-    let rows: Vec<i64> = serde_json::from_value(run.parameter("loss_logit_rows")?.clone()).map_err(|e| e.to_string())?;
-    let loss = logits.narrow(0, rows[0], rows[1] - rows[0]).cross_entropy_for_logits(arrays.get("targets")?);
-    report.number(&run.case.id, "loss", largest(&loss.view([1]), arrays.get("loss")?), run.tolerance("loss_abs")?);
+    let rows: Vec<i64> =
+        serde_json::from_value(run.parameter("loss_logit_rows")?.clone()).map_err(|e| e.to_string())?;
+    let loss = logits
+        .narrow(0, rows[0], rows[1] - rows[0])
+        .cross_entropy_for_logits(arrays.get("targets")?);
+    report.number(
+        &run.case.id,
+        "loss",
+        largest(&loss.view([1]), arrays.get("loss")?),
+        run.tolerance("loss_abs")?,
+    );
     loss.backward();
     for (name, concept) in concepts.names.iter().zip(&concepts.concepts) {
         for (which, leaf) in [("text", &concept.text), ("image", &concept.image)] {
             let expected = arrays.get(&format!("{name}.grad_{which}"))?;
             let found = leaf.grad().squeeze_dim(1);
             let relative = (found - expected).norm().double_value(&[]) / expected.norm().double_value(&[]);
-            report.number(&run.case.id, &format!("gradient, {name}.{which}"), relative, run.tolerance("grad_rel_norm")?);
+            report.number(
+                &run.case.id,
+                &format!("gradient, {name}.{which}"),
+                relative,
+                run.tolerance("grad_rel_norm")?,
+            );
         }
     }
     Ok(())
@@ -214,10 +294,17 @@ pub fn decode(run: &Run, report: &mut Report) -> Outcome {
     while !decoding.is_done() {
         text(decoding.step(&model, &vocabulary))?;
     }
-    let (_, drawn) = text(image_block(&vocabulary, &decoding.codes()[0], rows as usize, columns as usize))?;
+    let (_, drawn) = text(image_block(
+        &vocabulary,
+        &decoding.codes()[0],
+        rows as usize,
+        columns as usize,
+    ))?;
     let expected = arrays.ints("expected")?;
     report.exact(&run.case.id, "ids", differing(&drawn, &expected), expected.len());
-    let Some(step) = run.case.parameters.get("step").and_then(Value::as_i64) else { return Ok(()) };
+    let Some(step) = run.case.parameters.get("step").and_then(Value::as_i64) else {
+        return Ok(());
+    };
     let before = &expected[..step as usize];
     let last = |ids: &[i64], context| -> Result<Tensor, String> {
         let row = Tensor::from_slice(ids).view([1, -1]);
@@ -231,8 +318,18 @@ pub fn decode(run: &Run, report: &mut Report) -> Outcome {
     let at = arrays.get("columns")?;
     let tolerance = run.tolerance("scores_abs")?;
     let id = &run.case.id;
-    report.number(id, "conditional logits", largest(&conditional.index_select(0, at), arrays.get("step_cond")?), tolerance);
-    report.number(id, "guided scores", largest(&guided.index_select(0, at), arrays.get("step_cfg")?), tolerance);
+    report.number(
+        id,
+        "conditional logits",
+        largest(&conditional.index_select(0, at), arrays.get("step_cond")?),
+        tolerance,
+    );
+    report.number(
+        id,
+        "guided scores",
+        largest(&guided.index_select(0, at), arrays.get("step_cfg")?),
+        tolerance,
+    );
     // The step is one of a code: the grammar leaves the image codes.
     let codes = Tensor::from_slice(vocabulary.code_ids());
     let masked = Tensor::full_like(&guided, f64::NEG_INFINITY).index_copy(0, &codes, &guided.index_select(0, &codes));
@@ -242,11 +339,27 @@ pub fn decode(run: &Run, report: &mut Report) -> Outcome {
     let found = kept.isfinite();
     let wanted = Tensor::zeros_like(&found).index_fill(0, &survivors, 1);
     let near = (&masked - threshold).abs().le(1e-3);
-    let wrong = found.ne_tensor(&wanted).logical_and(&near.logical_not()).sum(Kind::Int64).int64_value(&[]);
+    let wrong = found
+        .ne_tensor(&wanted)
+        .logical_and(&near.logical_not())
+        .sum(Kind::Int64)
+        .int64_value(&[]);
     report.exact(id, "survivors", wrong as usize, survivors.numel());
     let scores = masked.index_select(0, &survivors);
-    report.number(id, "survivors' scores", largest(&scores, arrays.get("step_survivor_scores")?), tolerance);
-    let probabilities = (&kept / run.float("step_temperature")?).softmax(0, Kind::Float).index_select(0, &survivors);
-    report.number(id, "survivors' probabilities", largest(&probabilities, arrays.get("step_survivor_probs")?), run.tolerance("probs_abs")?);
+    report.number(
+        id,
+        "survivors' scores",
+        largest(&scores, arrays.get("step_survivor_scores")?),
+        tolerance,
+    );
+    let probabilities = (&kept / run.float("step_temperature")?)
+        .softmax(0, Kind::Float)
+        .index_select(0, &survivors);
+    report.number(
+        id,
+        "survivors' probabilities",
+        largest(&probabilities, arrays.get("step_survivor_probs")?),
+        run.tolerance("probs_abs")?,
+    );
     Ok(())
 }

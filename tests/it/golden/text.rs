@@ -18,12 +18,24 @@ fn ints(value: &Value) -> Result<Vec<i64>, String> {
 }
 
 fn code_name(code: i64) -> String {
-    let letters: String = code.to_string().bytes().map(|digit| char::from(digit - b'0' + b'A')).collect();
+    let letters: String = code
+        .to_string()
+        .bytes()
+        .map(|digit| char::from(digit - b'0' + b'A'))
+        .collect();
     format!("IMGIMG{letters}Z")
 }
 
 /// A vocabulary made of the ids that a case gives.
-fn made_up(start: i64, end: i64, row_end: i64, first: i64, last: i64, grid0: i64, all: i64) -> Result<Vocabulary, String> {
+fn made_up(
+    start: i64,
+    end: i64,
+    row_end: i64,
+    first: i64,
+    last: i64,
+    grid0: i64,
+    all: i64,
+) -> Result<Vocabulary, String> {
     let mut names: BTreeMap<String, i64> = [
         ("<s>", 0),
         ("<pad>", 1),
@@ -35,7 +47,11 @@ fn made_up(start: i64, end: i64, row_end: i64, first: i64, last: i64, grid0: i64
     .map(|(name, id)| (name.to_owned(), id))
     .into();
     names.extend((first..=last).map(|id| (code_name(id - first), id)));
-    names.extend((1..=64).take_while(|n| grid0 + n < all).map(|n| (format!("<reserved{:05}>", 8800 + n), grid0 + n)));
+    names.extend(
+        (1..=64)
+            .take_while(|n| grid0 + n < all)
+            .map(|n| (format!("<reserved{:05}>", 8800 + n), grid0 + n)),
+    );
     Vocabulary::from_names(&names).map_err(|error| error.to_string())
 }
 
@@ -69,12 +85,24 @@ pub fn topk(run: &Run, report: &mut Report) -> Outcome {
     for case in cases {
         let name = case.as_str().ok_or("a case has no name")?;
         let context = arrays.ints(&format!("{name}.context"))?;
-        let k = if image_is_open(&vocabulary, &context) { run.int("image_top_k")? } else { run.int("text_top_k")? };
+        let k = if image_is_open(&vocabulary, &context) {
+            run.int("image_top_k")?
+        } else {
+            run.int("text_top_k")?
+        };
         let scores = arrays.get(&format!("{name}.scores"))?.view([1, -1]);
-        let kept = keep_top_k(&scores, k).map_err(|error| error.to_string())?.isfinite().view(-1);
+        let kept = keep_top_k(&scores, k)
+            .map_err(|error| error.to_string())?
+            .isfinite()
+            .view(-1);
         let survivors = Vec::<i64>::try_from(&kept.nonzero().view(-1)).map_err(|error| error.to_string())?;
         let expected = arrays.ints(&format!("{name}.survivors"))?;
-        report.exact(&run.case.id, &format!("survivors, {name}"), differing(&survivors, &expected), expected.len());
+        report.exact(
+            &run.case.id,
+            &format!("survivors, {name}"),
+            differing(&survivors, &expected),
+            expected.len(),
+        );
     }
     Ok(())
 }
@@ -86,7 +114,12 @@ fn tokenizer(run: &Run) -> Result<TextTokenizer, String> {
 pub fn vocab(run: &Run, report: &mut Report) -> Outcome {
     let names = tokenizer(run)?.names();
     let vocabulary = Vocabulary::from_names(&names).map_err(|error| error.to_string())?;
-    let file = run.case.files.iter().find(|name| !name.ends_with("text_tokenizer.json")).ok_or("no case file")?;
+    let file = run
+        .case
+        .files
+        .iter()
+        .find(|name| !name.ends_with("text_tokenizer.json"))
+        .ok_or("no case file")?;
     let text = std::fs::read_to_string(run.path(file)).map_err(|error| error.to_string())?;
     let case: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
     let mut pairs: Vec<(i64, Option<i64>)> = Vec::new();
@@ -114,11 +147,16 @@ pub fn vocab(run: &Run, report: &mut Report) -> Outcome {
         let grids = grids.parse().map_err(|_| "a grid is no integer")?;
         pairs.push((id.as_i64().unwrap_or(-1), vocabulary.grid_id(grids).ok()));
     }
-    let [low, high] = ints(run.parameter("image_ids")?)?[..] else { return Err("image_ids is no pair".into()) };
+    let [low, high] = ints(run.parameter("image_ids")?)?[..] else {
+        return Err("image_ids is no pair".into());
+    };
     let ids = vocabulary.code_ids();
     pairs.push((low, ids.iter().min().copied()));
     pairs.push((high, ids.iter().max().copied()));
-    let wrong = pairs.iter().filter(|(expected, found)| Some(*expected) != *found).count();
+    let wrong = pairs
+        .iter()
+        .filter(|(expected, found)| Some(*expected) != *found)
+        .count();
     report.exact(&run.case.id, "ids by name", wrong, pairs.len());
     Ok(())
 }
@@ -128,18 +166,30 @@ pub fn vocab_map(run: &Run, report: &mut Report) -> Outcome {
     let names: BTreeMap<String, i64> = serde_json::from_value(case["vocab"].clone()).map_err(|e| e.to_string())?;
     let (codes, _) = image_codes(&names).map_err(|error| error.to_string())?;
     let expected = ints(&case["code_to_id"])?;
-    report.exact(&run.case.id, "ids of codes", differing(&codes, &expected), expected.len());
+    report.exact(
+        &run.case.id,
+        "ids of codes",
+        differing(&codes, &expected),
+        expected.len(),
+    );
     Ok(())
 }
 
 pub fn tokenize(run: &Run, report: &mut Report) -> Outcome {
     let tokenizer = tokenizer(run)?;
-    let file = run.case.files.iter().find(|name| !name.ends_with("text_tokenizer.json")).ok_or("no case file")?;
+    let file = run
+        .case
+        .files
+        .iter()
+        .find(|name| !name.ends_with("text_tokenizer.json"))
+        .ok_or("no case file")?;
     let text = std::fs::read_to_string(run.path(file)).map_err(|error| error.to_string())?;
     let cases: Vec<Value> = serde_json::from_str(&text).map_err(|error| error.to_string())?;
     let mut wrong = 0;
     for case in &cases {
-        let found = tokenizer.encode(case["text"].as_str().ok_or("no text")?).map_err(|error| error.to_string())?;
+        let found = tokenizer
+            .encode(case["text"].as_str().ok_or("no text")?)
+            .map_err(|error| error.to_string())?;
         wrong += usize::from(found != ints(&case["ids"])?);
     }
     report.exact(&run.case.id, "texts", wrong, cases.len());
@@ -155,13 +205,20 @@ pub fn item(run: &Run, report: &mut Report) -> Outcome {
     let mut blocks = Vec::new();
     for name in pictures {
         let picture = read_picture(&run.path(name))?;
-        let codes = pixels(std::slice::from_ref(&picture)).and_then(|p| vqgan.encode(&p)).map_err(|e| e.to_string())?;
+        let codes = pixels(std::slice::from_ref(&picture))
+            .and_then(|p| vqgan.encode(&p))
+            .map_err(|e| e.to_string())?;
         let codes = Vec::<i64>::try_from(&codes.view(-1)).map_err(|error| error.to_string())?;
         let (rows, columns) = ((picture.height / unit) as usize, (picture.width / unit) as usize);
         let (start, rest) = image_block(&vocabulary, &codes, rows, columns).map_err(|error| error.to_string())?;
         blocks.push([start.to_vec(), rest].concat());
     }
-    let file = run.case.files.iter().find(|name| name.ends_with("item.json")).ok_or("no item.json")?;
+    let file = run
+        .case
+        .files
+        .iter()
+        .find(|name| name.ends_with("item.json"))
+        .ok_or("no item.json")?;
     let text = std::fs::read_to_string(run.path(file)).map_err(|error| error.to_string())?;
     let case: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
     for item in case["items"].as_array().ok_or("no items")? {
@@ -169,15 +226,34 @@ pub fn item(run: &Run, report: &mut Report) -> Outcome {
         let turns = item["conversations"].as_array().ok_or("no conversations")?;
         let turns: Vec<(Role, Option<&str>)> = turns
             .iter()
-            .map(|turn| (if turn[0] == "human" { Role::Human } else { Role::Model }, turn[1].as_str()))
+            .map(|turn| {
+                (
+                    if turn[0] == "human" { Role::Human } else { Role::Model },
+                    turn[1].as_str(),
+                )
+            })
             .collect();
-        let images: Vec<Vec<i64>> = ints(&item["images"])?.iter().map(|&index| blocks[index as usize].clone()).collect();
-        let (ids, labels) = conversation(&tokenizer, &vocabulary, &turns, &images).map_err(|error| error.to_string())?;
+        let images: Vec<Vec<i64>> = ints(&item["images"])?
+            .iter()
+            .map(|&index| blocks[index as usize].clone())
+            .collect();
+        let (ids, labels) =
+            conversation(&tokenizer, &vocabulary, &turns, &images).map_err(|error| error.to_string())?;
         let expected = ints(&item["tokens"])?;
-        report.exact(&run.case.id, &format!("tokens, {name}"), differing(&ids, &expected), expected.len());
+        report.exact(
+            &run.case.id,
+            &format!("tokens, {name}"),
+            differing(&ids, &expected),
+            expected.len(),
+        );
         if item["training"] == true {
             let expected = ints(&item["labels"])?;
-            report.exact(&run.case.id, &format!("labels, {name}"), differing(&labels, &expected), expected.len());
+            report.exact(
+                &run.case.id,
+                &format!("labels, {name}"),
+                differing(&labels, &expected),
+                expected.len(),
+            );
         }
     }
     Ok(())
