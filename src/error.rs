@@ -79,26 +79,3 @@ impl Error {
         )
     }
 }
-
-impl From<crate::engine::EngineError> for Error {
-    fn from(error: crate::engine::EngineError) -> Self {
-        use crate::engine::EngineError;
-        match error {
-            EngineError::Invalid { field, problem } => Self::field("invalid_value", field, problem),
-            EngineError::Overloaded { limit } => Self::new(
-                ErrorKind::Overloaded,
-                "overloaded",
-                "Too many requests are waiting; try again soon.",
-            )
-            .limit(limit as u64),
-            EngineError::Stopped => Self::new(ErrorKind::Unavailable, "stopping", "The server is stopping."),
-            EngineError::Device(cause) => Self::internal(cause),
-        }
-    }
-}
-
-impl From<crate::training::SpecFault> for Error {
-    fn from(fault: crate::training::SpecFault) -> Self {
-        Self::field("invalid_value", fault.field, fault.problem)
-    }
-}

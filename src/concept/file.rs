@@ -7,8 +7,8 @@ use std::collections::HashMap;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use super::spec::TrainingSpec;
 use super::{ConceptKind, ConceptTensors, is_slug};
-use crate::training::TrainingSpec;
 
 /// The version that this code writes, and the only one that it reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -293,7 +293,7 @@ fn read_tensor(file: &SafeTensors, name: &str) -> Result<([usize; 3], Vec<f32>),
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::training::Preset;
+    use crate::concept::spec::Preset;
 
     fn sample() -> ConceptFile {
         let mut spec = TrainingSpec::preset(Preset::Paper, ConceptKind::Subject, "rex", Some("dog"), 4);

@@ -4,6 +4,8 @@ mod compose;
 /// The concept file: safetensors with a described header.
 pub mod file;
 mod prompt;
+/// What decides a training's outcome: hyper-parameters and their presets; a concept records them.
+pub mod spec;
 
 use serde::{Deserialize, Serialize};
 

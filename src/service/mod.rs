@@ -8,7 +8,7 @@ use std::sync::Arc;
 pub use concepts::{ConceptView, Registration};
 pub use generate::{GenerateInput, Generated, GeneratedImage, UsedConcept};
 
-use crate::engine::EngineHandle;
+use crate::engine::{EngineError, EngineHandle};
 use crate::error::{Error, ErrorKind};
 use crate::jobs::Wake;
 use crate::picture::PictureLimits;
@@ -66,5 +66,27 @@ impl From<RegistryError> for Error {
 impl From<crate::registry::BlobError> for Error {
     fn from(error: crate::registry::BlobError) -> Self {
         Self::internal(error)
+    }
+}
+
+impl From<EngineError> for Error {
+    fn from(error: EngineError) -> Self {
+        match error {
+            EngineError::Invalid { field, problem } => Self::field("invalid_value", field, problem),
+            EngineError::Overloaded { limit } => Self::new(
+                ErrorKind::Overloaded,
+                "overloaded",
+                "Too many requests are waiting; try again soon.",
+            )
+            .limit(limit as u64),
+            EngineError::Stopped => Self::new(ErrorKind::Unavailable, "stopping", "The server is stopping."),
+            EngineError::Device(cause) => Self::internal(cause),
+        }
+    }
+}
+
+impl From<crate::concept::spec::SpecFault> for Error {
+    fn from(fault: crate::concept::spec::SpecFault) -> Self {
+        Self::field("invalid_value", fault.field, fault.problem)
     }
 }

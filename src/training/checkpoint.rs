@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::{Kind, Tensor};
 
-use super::spec::TrainingSpec;
+use crate::concept::spec::TrainingSpec;
 use super::trainer::{StepLosses, Trainer};
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;

@@ -5,11 +5,9 @@ mod losses;
 /// The rules that move trainable tensors.
 pub mod optimizer;
 mod references;
-/// What to train: hyper-parameters and their presets.
-pub mod spec;
 mod trainer;
 
 pub use losses::next_token;
 pub use references::{Reference, References};
-pub use spec::{Preset, SpecFault, TrainingSpec};
+pub use crate::concept::spec::{self, Preset, SpecFault, TrainingSpec};
 pub use trainer::{Advance, StepLosses, Trainer, reference_loss, token_logits};

@@ -5,7 +5,7 @@ use std::ops::Range;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::spec::TrainingSpec;
+use crate::concept::spec::TrainingSpec;
 use crate::concept::SequenceLayout;
 use crate::model::preprocessing::CropOffset;
 use crate::model::{LuminaMgpt, ModelError};

@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 use super::losses::{divergence_from_frozen, next_token, self_regularisation};
 use super::optimizer::{Optimizer, Parameter, Rule};
 use super::references::{Reference, References};
-use super::spec::{Parametrisation, TrainingSpec};
+use crate::concept::spec::{Parametrisation, TrainingSpec};
 use crate::concept::{ConceptFile, ConceptHeader, DeviceConcept, Placement, context_batch};
 use crate::model::decoding::Decoding;
 use crate::model::transformer::LayerPoint;

@@ -1,3 +1,8 @@
 //! The one integration-test binary.
 
+mod api;
+mod architecture;
 mod golden;
+mod model;
+mod support;
+mod training;

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use crate::concept::ConceptKind;
+use super::{ConceptKind, is_slug};
 
 /// Which set of defaults a training starts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -167,7 +167,7 @@ impl TrainingSpec {
     /// The first field outside its limits.
     pub fn check(&self, model_layers: usize) -> Result<(), SpecFault> {
         let fault = |field, problem: String| Err(SpecFault { field, problem });
-        if !crate::concept::is_slug(&self.name) {
+        if !is_slug(&self.name) {
             return fault(
                 "name",
                 format!(

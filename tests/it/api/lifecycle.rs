@@ -1,0 +1,143 @@
+//! Register, train, draw, delete; and what survives.
+
+use base64::Engine as _;
+use coar::picture::{PictureLimits, decode};
+use coar::pocket::world::held_out_subjects;
+use serde_json::json;
+
+use crate::support::{TestApp, pictures, picture_part, rex};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subject_and_a_style_are_trained_and_drawn_together() {
+    let app = TestApp::start().await;
+    let subject = app.register_subject(rex(), 6).await;
+    let form = reqwest::multipart::Form::new()
+        .text("name", "ink")
+        .text("kind", "style")
+        .text("steps", "4")
+        .part("images", picture_part(pictures(rex(), 1).remove(0)));
+    let (status, style) = app.register(form).await;
+    assert_eq!((status, style["kind"].as_str(), style["class"].is_null()), (202, Some("style"), true));
+    let (status, early) = app.post("/v1/images/generations", json!({"prompt": "a house in <ink> style"})).await;
+    assert_eq!((status, early["error"]["code"].as_str()), (409, Some("concept_not_ready")));
+    let done = app.until_ended(&subject).await;
+    assert_eq!((done["status"].as_str(), done["progress"]["step"].as_u64()), (Some("succeeded"), Some(6)), "{done}");
+    assert_eq!(done["report"]["losses"].as_array().unwrap().len(), 6);
+    let style = app.until_ended(style["training"]["id"].as_str().unwrap()).await;
+    assert_eq!(style["status"], "succeeded");
+    let body = json!({
+        "prompt": "a photo of <rex> cat on the beach in <ink> style", "n": 2, "seed": 7, "response_format": "b64_json"
+    });
+    let (status, first) = app.post("/v1/images/generations", body.clone()).await;
+    assert_eq!(status, 200, "{first}");
+    let (_, again) = app.post("/v1/images/generations", body).await;
+    assert_eq!(first["data"], again["data"], "the same seed draws the same pictures");
+    assert_eq!(first["data"].as_array().unwrap().len(), 2);
+    assert_ne!(first["data"][0]["b64_json"], first["data"][1]["b64_json"]);
+    let (_, concept) = app.get("/v1/concepts/rex").await;
+    assert_eq!(first["concepts"][0]["version"], concept["version"]);
+    let bytes = base64::engine::general_purpose::STANDARD.decode(first["data"][0]["b64_json"].as_str().unwrap()).unwrap();
+    let picture = decode(&bytes, &PictureLimits::default()).unwrap();
+    assert_eq!((picture.width, picture.height), (96, 96));
+    // One picture alone is the first of several: neighbours change nothing.
+    let alone = json!({
+        "prompt": "a photo of <rex> cat on the beach in <ink> style", "seed": 7, "response_format": "b64_json"
+    });
+    let (_, alone) = app.post("/v1/images/generations", alone).await;
+    assert_eq!(alone["data"][0]["b64_json"], first["data"][0]["b64_json"]);
+    // Without the concept the same seed draws something else.
+    let plain = json!({"prompt": "a photo of a cat on the beach", "seed": 7, "response_format": "b64_json"});
+    let (_, plain) = app.post("/v1/images/generations", plain).await;
+    assert_ne!(plain["data"][0]["b64_json"], first["data"][0]["b64_json"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pictures_are_served_by_url_in_any_size_and_format() {
+    let app = TestApp::start().await;
+    let body = json!({"prompt": "a red car", "size": "128x64", "output_format": "jpeg", "seed": 1});
+    let (status, answer) = app.post("/v1/images/generations", body).await;
+    assert_eq!((status, answer["size"].as_str()), (200, Some("128x64")), "{answer}");
+    let url = answer["data"][0]["url"].as_str().unwrap();
+    let file = app.client.get(url).send().await.unwrap();
+    assert_eq!(file.headers()["content-type"], "image/jpeg");
+    assert_eq!(file.headers()["x-content-type-options"], "nosniff");
+    let picture = decode(&file.bytes().await.unwrap(), &PictureLimits::default()).unwrap();
+    assert_eq!((picture.width, picture.height), (128, 64));
+    let tokens = answer["usage"]["output_tokens"].as_u64().unwrap();
+    assert_eq!(tokens, 16 * 8);
+    let (_, models) = app.get("/v1/models").await;
+    assert_eq!(models["data"][0]["id"], "coar-pocket");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn training_survives_kill_nine() {
+    let mut app = TestApp::start().await;
+    let training = app.register_subject(rex(), 400).await;
+    let checkpointed = |app: &TestApp| app.blobs().len() > 3;
+    app.until("a checkpoint", || async { checkpointed(&app).then_some(()) }).await;
+    app.kill_nine_and_restart().await;
+    let (status, concept) = app.get("/v1/concepts/rex").await;
+    assert_eq!((status, concept["status"].as_str()), (200, Some("training")));
+    let resumed = app
+        .until("the second attempt", || async {
+            let (_, body) = app.get(&format!("/v1/trainings/{training}")).await;
+            (body["attempt"] == 2).then_some(body)
+        })
+        .await;
+    assert!(resumed["resumed_from_step"].as_u64().unwrap() > 0, "{resumed}");
+    // A polite stop hands out a checkpoint of the very step, gives the lease back, and does not count as an attempt.
+    assert!(app.terminate_and_restart().await);
+    let (_, after) = app.get(&format!("/v1/trainings/{training}")).await;
+    assert!(after["progress"]["step"].as_u64() >= resumed["resumed_from_step"].as_u64());
+    let (status, cancelled) = app.post(&format!("/v1/trainings/{training}/cancel"), json!({})).await;
+    assert_eq!((status, cancelled["status"].as_str()), (200, Some("cancelled")));
+    assert_eq!(app.delete("/v1/concepts/rex").await, 204);
+    app.until("every blob's removal", || async { app.blobs().is_empty().then_some(()) }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_concept_moves_as_a_file_and_names_are_free_again() {
+    let app = TestApp::start().await;
+    let subject = &held_out_subjects()[1];
+    let training = app.register_subject(subject, 2).await;
+    let (status, taken) = app.register(crate::support::subject_form(subject)).await;
+    assert_eq!((status, taken["error"]["code"].as_str()), (409, Some("name_taken")));
+    assert_eq!(app.until_ended(&training).await["status"], "succeeded");
+    let (status, ended) = app.post(&format!("/v1/trainings/{training}/cancel"), json!({})).await;
+    assert_eq!((status, ended["error"]["code"].as_str()), (409, Some("training_ended")));
+    let file = app.client.get(format!("{}/v1/concepts/{}/weights", app.url, subject.name)).send().await.unwrap();
+    let bytes = file.bytes().await.unwrap();
+    assert_eq!(app.delete(&format!("/v1/concepts/{}", subject.name)).await, 204);
+    assert_eq!(app.get(&format!("/v1/concepts/{}", subject.name)).await.0, 404);
+    assert_eq!(app.delete(&format!("/v1/concepts/{}", subject.name)).await, 404);
+    assert!(app.blobs().is_empty(), "{:?}", app.blobs());
+    let import = |bytes: Vec<u8>, query: &str| app.client.post(format!("{}/v1/concepts/import{query}", app.url)).body(bytes);
+    let (status, imported) = crate::support::answer(import(bytes.to_vec(), "?name=again")).await;
+    assert_eq!((status, imported["status"].as_str()), (201, Some("ready")), "{imported}");
+    let (status, _) = app.post("/v1/images/generations", json!({"prompt": "a photo of <again> mug"})).await;
+    assert_eq!(status, 200);
+    let (status, refused) = crate::support::answer(import(bytes[..bytes.len() - 1].to_vec(), "")).await;
+    assert_eq!((status, refused["error"]["code"].as_str()), (400, Some("invalid_concept_file")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn drawing_goes_on_beside_a_training_and_a_second_server_is_refused() {
+    let app = TestApp::start().await;
+    let training = app.register_subject(rex(), 5000).await;
+    app.until("the training's start", || async {
+        let (_, body) = app.get(&format!("/v1/trainings/{training}")).await;
+        (body["status"] == "running").then_some(())
+    })
+    .await;
+    let (status, _) = app.post("/v1/images/generations", json!({"prompt": "a cat"})).await;
+    assert_eq!(status, 200);
+    let (_, still) = app.get(&format!("/v1/trainings/{training}")).await;
+    assert_eq!(still["status"], "running");
+    let second = std::process::Command::new(env!("CARGO_BIN_EXE_coar"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--data"])
+        .arg(app.dir.path().join("data"))
+        .output()
+        .unwrap();
+    assert!(!second.status.success());
+    assert!(String::from_utf8_lossy(&second.stderr).contains("in use by another server"));
+}

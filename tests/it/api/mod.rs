@@ -1,0 +1,4 @@
+//! What the server promises over HTTP, checked against the real server with the real pocket model.
+
+mod bad_input;
+mod lifecycle;

@@ -1,0 +1,104 @@
+//! Doors between the rooms: which room may use which.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// A room and the rooms that it may use. `error`, `ids`, `telemetry` and `picture` may be used everywhere.
+const MAY_USE: &[(&str, &[&str])] = &[
+    ("model", &[]),
+    ("concept", &["model"]),
+    ("training", &["concept", "model"]),
+    ("engine", &["training", "concept", "model"]),
+    ("registry", &["training", "concept"]),
+    ("jobs", &["registry", "engine", "training", "concept"]),
+    ("service", &["jobs", "registry", "engine", "training", "concept"]),
+    ("api", &["service", "jobs", "registry", "engine", "training", "concept"]),
+    ("app", &["api", "service", "jobs", "registry", "engine"]),
+    ("pocket", &["training", "concept", "model"]),
+    ("eval", &["pocket", "engine", "training", "concept", "model"]),
+    ("cli", &["app", "api", "service", "jobs", "registry", "engine", "eval", "pocket", "training", "concept", "model"]),
+    ("error", &[]),
+    ("ids", &[]),
+    ("telemetry", &[]),
+    ("picture", &[]),
+];
+const EVERYWHERE: &[&str] = &["error", "ids", "telemetry", "picture"];
+/// Rooms that may name libtorch.
+const TENSORS: &[&str] = &["model", "concept", "training", "engine", "pocket", "eval", "cli"];
+
+fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// Source files by room, without their unit tests.
+fn rooms() -> BTreeMap<String, Vec<(PathBuf, String)>> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    let mut rooms: BTreeMap<String, Vec<_>> = BTreeMap::new();
+    for file in files {
+        let inside = file.strip_prefix(&src).unwrap();
+        let room = inside.iter().next().unwrap().to_string_lossy().trim_end_matches(".rs").to_owned();
+        let text = std::fs::read_to_string(&file).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap_or("").to_owned();
+        rooms.entry(room).or_default().push((file, code));
+    }
+    rooms.remove("main");
+    rooms.remove("lib");
+    rooms
+}
+
+fn used_rooms(code: &str) -> BTreeSet<String> {
+    code.lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .flat_map(|line| line.match_indices("crate::").map(|(at, _)| &line[at + 7..]).collect::<Vec<_>>())
+        .map(|rest| rest.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect())
+        .collect()
+}
+
+#[test]
+fn rooms_use_only_what_stands_in_the_table() {
+    let mut faults = Vec::new();
+    for (room, files) in rooms() {
+        let allowed = MAY_USE.iter().find(|(name, _)| *name == room).map(|(_, allowed)| *allowed);
+        let Some(allowed) = allowed else {
+            faults.push(format!("the room `{room}` is not in the table"));
+            continue;
+        };
+        for (file, code) in files {
+            for used in used_rooms(&code) {
+                if used != room && !allowed.contains(&used.as_str()) && !EVERYWHERE.contains(&used.as_str()) {
+                    faults.push(format!("{}: `{room}` uses `{used}`", file.display()));
+                }
+            }
+        }
+    }
+    assert!(faults.is_empty(), "\n{}", faults.join("\n"));
+}
+
+#[test]
+fn only_some_rooms_name_libtorch_and_only_the_registry_names_sql() {
+    let mut faults = Vec::new();
+    for (room, files) in rooms() {
+        for (file, code) in files {
+            let named = |what: &str| code.lines().any(|line| !line.trim_start().starts_with("//") && line.contains(what));
+            if named("tch::") && !TENSORS.contains(&room.as_str()) {
+                faults.push(format!("{}: names tch", file.display()));
+            }
+            if named("sqlx::") && room != "registry" {
+                faults.push(format!("{}: names sqlx", file.display()));
+            }
+            if named("StatusCode::") && room != "api" {
+                faults.push(format!("{}: names HTTP status codes", file.display()));
+            }
+        }
+    }
+    assert!(faults.is_empty(), "\n{}", faults.join("\n"));
+}

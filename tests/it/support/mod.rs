@@ -1,0 +1,173 @@
+//! The real server as a process, real pictures, and a client.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use coar::picture::{OutputFormat, encode};
+use coar::pocket::world::{HeldOutSubject, Scene, held_out_subjects, render};
+use rand::SeedableRng;
+use reqwest::multipart::{Form, Part};
+use serde_json::Value;
+
+/// Nothing in these tests takes longer, on a loaded machine.
+pub const PATIENCE: Duration = Duration::from_secs(240);
+
+/// A server on a free port with a data folder of its own.
+pub struct TestApp {
+    child: Child,
+    pub url: String,
+    pub dir: tempfile::TempDir,
+    pub client: reqwest::Client,
+}
+
+fn launch(dir: &std::path::Path) -> (Child, String) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_coar"))
+        .args(["serve", "--listen", "127.0.0.1:0", "--threads", "2", "--device", "cpu", "--data"])
+        .arg(dir.join("data"))
+        .env("OMP_WAIT_POLICY", "passive")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the server starts");
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().expect("its output is piped")).read_line(&mut line).expect("it prints its address");
+    let url = line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("no address in `{line}`")).to_owned();
+    (child, url)
+}
+
+impl TestApp {
+    pub async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (child, url) = launch(dir.path());
+        let app = Self { child, url, dir, client: reqwest::Client::new() };
+        app.until_ready().await;
+        app
+    }
+
+    async fn until_ready(&self) {
+        self.until("ready", || async {
+            let answer = self.client.get(format!("{}/readyz", self.url)).send().await.ok()?;
+            answer.status().is_success().then_some(())
+        })
+        .await;
+    }
+
+    /// Polls until `look` finds something.
+    pub async fn until<T, F: Future<Output = Option<T>>>(&self, what: &str, mut look: impl FnMut() -> F) -> T {
+        let begun = Instant::now();
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{what} did not happen in time");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    pub async fn kill_nine_and_restart(&mut self) {
+        self.child.kill().expect("SIGKILL is delivered");
+        self.child.wait().unwrap();
+        (self.child, self.url) = launch(self.dir.path());
+        self.until_ready().await;
+    }
+
+    /// SIGTERM, waits for the end, and starts again.
+    pub async fn terminate_and_restart(&mut self) -> bool {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        let clean = self.child.wait().unwrap().success();
+        (self.child, self.url) = launch(self.dir.path());
+        self.until_ready().await;
+        clean
+    }
+
+    pub async fn get(&self, path: &str) -> (u16, Value) {
+        answer(self.client.get(format!("{}{path}", self.url))).await
+    }
+
+    pub async fn post(&self, path: &str, body: Value) -> (u16, Value) {
+        answer(self.client.post(format!("{}{path}", self.url)).json(&body)).await
+    }
+
+    pub async fn delete(&self, path: &str) -> u16 {
+        self.client.delete(format!("{}{path}", self.url)).send().await.unwrap().status().as_u16()
+    }
+
+    pub async fn register(&self, form: Form) -> (u16, Value) {
+        answer(self.client.post(format!("{}/v1/concepts", self.url)).multipart(form)).await
+    }
+
+    /// Registers a held-out subject with a short training; returns the training's id.
+    pub async fn register_subject(&self, subject: &HeldOutSubject, steps: u32) -> String {
+        let form = subject_form(subject).text("steps", steps.to_string());
+        let (status, body) = self.register(form).await;
+        assert_eq!(status, 202, "{body}");
+        body["training"]["id"].as_str().unwrap().to_owned()
+    }
+
+    /// Waits until a training has ended.
+    pub async fn until_ended(&self, training: &str) -> Value {
+        self.until("the training's end", || async {
+            let (_, body) = self.get(&format!("/v1/trainings/{training}")).await;
+            let ended = !["queued", "running"].contains(&body["status"].as_str().unwrap_or(""));
+            ended.then_some(body)
+        })
+        .await
+    }
+
+    /// Files of the blob store.
+    pub fn blobs(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        for folder in std::fs::read_dir(self.dir.path().join("data/blobs")).unwrap() {
+            let folder = folder.unwrap().path();
+            if folder.is_dir() {
+                found.extend(std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()));
+            }
+        }
+        found
+    }
+}
+
+impl Drop for TestApp {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub async fn answer(request: reqwest::RequestBuilder) -> (u16, Value) {
+    let answer = request.send().await.expect("the server answers");
+    let status = answer.status().as_u16();
+    let text = answer.text().await.unwrap();
+    (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+}
+
+/// The first reported held-out subject.
+pub fn rex() -> &'static HeldOutSubject {
+    &held_out_subjects()[0]
+}
+
+/// PNGs of a held-out subject in different scenes.
+pub fn pictures(subject: &HeldOutSubject, count: usize) -> Vec<Vec<u8>> {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+    Scene::ALL[..count]
+        .iter()
+        .map(|&scene| encode(&render(&subject.spec(scene, &mut rng), 96, 96), OutputFormat::Png, &[]).unwrap())
+        .collect()
+}
+
+pub fn picture_part(bytes: Vec<u8>) -> Part {
+    Part::bytes(bytes).file_name("picture.png")
+}
+
+/// A registration of a subject with three pictures.
+pub fn subject_form(subject: &HeldOutSubject) -> Form {
+    let form = Form::new()
+        .text("name", subject.name)
+        .text("kind", "subject")
+        .text("class", subject.class.name());
+    pictures(subject, 3).into_iter().fold(form, |form, bytes| form.part("images", picture_part(bytes)))
+}

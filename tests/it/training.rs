@@ -1,0 +1,72 @@
+//! Concept training on the shipped pocket model, in this process.
+
+use coar::concept::ConceptKind;
+use coar::model::LuminaMgpt;
+use coar::model::lumina::CheckpointFiles;
+use coar::picture::{PictureLimits, RgbPicture, decode};
+use coar::pocket::checkpoint::unpack_shipped;
+use coar::training::{Advance, Preset, Trainer, TrainingSpec};
+use tch::{Device, Kind};
+
+use crate::support::{pictures, rex};
+
+fn model() -> LuminaMgpt {
+    let cache = tempfile::tempdir().unwrap();
+    let files = CheckpointFiles::find(&unpack_shipped(cache.path()).unwrap(), None).unwrap();
+    LuminaMgpt::load(&files, Device::Cpu, Kind::Float, None).unwrap()
+}
+
+fn references() -> Vec<RgbPicture> {
+    pictures(rex(), 3).iter().map(|png| decode(png, &PictureLimits::default()).unwrap()).collect()
+}
+
+fn finish(trainer: &mut Trainer, model: &LuminaMgpt) {
+    while trainer.advance(model).unwrap() != Advance::Finished {}
+}
+
+#[test]
+fn an_interrupted_training_ends_with_the_same_tensors() {
+    let model = model();
+    let mut spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
+    (spec.steps, spec.prior_pictures, spec.image_tokens, spec.seed) = (9, 2, 1, 5);
+    let mut whole = Trainer::new(&model, spec.clone(), &references()).unwrap();
+    finish(&mut whole, &model);
+    let mut first = Trainer::new(&model, spec.clone(), &references()).unwrap();
+    while first.step() < 4 {
+        first.advance(&model).unwrap();
+    }
+    let checkpoint = first.checkpoint().unwrap();
+    drop(first);
+    let mut second = Trainer::resume(&model, spec.clone(), &references(), &checkpoint).unwrap();
+    assert_eq!(second.step(), 4);
+    finish(&mut second, &model);
+    let (a, b) = (whole.concept_file("m").unwrap(), second.concept_file("m").unwrap());
+    assert_eq!(a, b);
+    assert_eq!(whole.losses(), second.losses());
+    assert!(whole.losses().iter().all(|l| l.prior.is_some() && l.regularisation.is_some()));
+    let bytes = a.to_bytes().unwrap();
+    assert!(bytes.len() <= 4 * a.tensors.parameters() + 8 * 1024, "{} bytes", bytes.len());
+    // Another training's checkpoint is refused, as is a damaged one.
+    spec.steps = 10;
+    assert!(Trainer::resume(&model, spec.clone(), &references(), &checkpoint).is_err());
+    assert!(Trainer::resume(&model, spec, &references(), &checkpoint[..checkpoint.len() / 2]).is_err());
+}
+
+#[test]
+fn training_lowers_the_loss_and_moves_only_the_concept() {
+    let model = model();
+    let before = model.transformer.embedding_of(10).unwrap();
+    let mut spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
+    (spec.steps, spec.image_tokens) = (25, 0);
+    let mut trainer = Trainer::new(&model, spec, &references()).unwrap();
+    finish(&mut trainer, &model);
+    let losses = trainer.losses();
+    assert!(losses[24].next_token < losses[0].next_token - 0.02, "{} {}", losses[0].next_token, losses[24].next_token);
+    assert_eq!(model.transformer.embedding_of(10).unwrap(), before);
+    let absolute = TrainingSpec::preset(Preset::Paper, ConceptKind::Style, "ink", None, 6);
+    let mut absolute = TrainingSpec { steps: 3, augment: true, ..absolute };
+    absolute.captions = vec!["a cat".into()];
+    let mut trainer = Trainer::new(&model, absolute, &references()[..1]).unwrap();
+    finish(&mut trainer, &model);
+    assert_eq!(trainer.concept_file("m").unwrap().tensors.layers, 3);
+}
