@@ -235,7 +235,7 @@ pub fn train_transformer(
                 0.98 * average + 0.02 * value
             };
             tokens += batch.ids.numel() as i64;
-            if step % 100 == 0 {
+            if step % 25 == 0 {
                 let rate = tokens as f64 / started.elapsed().as_secs_f64();
                 tracing::info!(step, loss = average, tokens_per_second = rate, "transformer");
             }

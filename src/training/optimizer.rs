@@ -183,7 +183,8 @@ fn orthogonalise(matrix: &Tensor) -> Result<Tensor, ModelError> {
     } else {
         matrix.shallow_clone()
     };
-    x = x.f_div(&x.f_norm()?.f_add_scalar(1e-7)?)?;
+    // The iteration only has to bring singular values near one: half the digits are enough and twice as fast.
+    x = x.f_div(&x.f_norm()?.f_add_scalar(1e-7)?)?.f_to_kind(Kind::BFloat16)?;
     for _ in 0..5 {
         let square = x.f_matmul(&x.f_transpose(0, 1)?)?;
         let inner = square
@@ -191,5 +192,6 @@ fn orthogonalise(matrix: &Tensor) -> Result<Tensor, ModelError> {
             .f_add(&square.f_matmul(&square)?.f_mul_scalar(c)?)?;
         x = x.f_mul_scalar(a)?.f_add(&inner.f_matmul(&x)?)?;
     }
+    let x = x.f_to_kind(matrix.kind())?;
     Ok(if tall { x.f_transpose(0, 1)? } else { x })
 }
