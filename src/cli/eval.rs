@@ -30,6 +30,9 @@ pub(super) struct PocketArgs {
     /// Measure on the development subjects, on which settings are chosen, instead of the reported ones.
     #[arg(long)]
     development: bool,
+    /// Train without words for what else the reference pictures show.
+    #[arg(long)]
+    no_captions: bool,
     /// Held-out subjects, from the first.
     #[arg(long)]
     subjects: Option<usize>,
@@ -93,6 +96,7 @@ impl PocketArgs {
             per_scene: self.per_scene.unwrap_or(if self.quick { 1 } else { 4 }).max(1),
             subjects: self.subjects.unwrap_or(if self.quick { 2 } else { 10 }),
             development: self.development,
+            captions: !self.no_captions,
             base: with("base") || self.quick,
             ablation: with("ablation"),
             styles: with("styles") || self.quick,

@@ -30,6 +30,8 @@ pub struct EvalOptions {
     pub subjects: usize,
     /// Measure on the development subjects instead of the reported ones.
     pub development: bool,
+    /// Say in words where each reference picture is ("on the grass"), as a careful user would.
+    pub captions: bool,
     pub base: bool,
     pub ablation: bool,
     pub styles: bool,
@@ -75,6 +77,7 @@ pub fn evaluate(
             "guidance_scale": options.guidance_scale,
             "top_k": options.top_k,
             "pictures_per_condition": 9 * options.per_scene,
+            "captioned_references": options.captions,
             "subject": run.spec(ConceptKind::Subject, "subject", Some("cat"))?,
             "style": run.spec(ConceptKind::Style, "style", None)?,
         }),

@@ -45,7 +45,7 @@ impl Run<'_> {
             progress(held_out.name);
             let (caption, reference) = self.style_reference(held_out.style);
             let mut spec = self.spec(ConceptKind::Style, held_out.name, None)?;
-            if spec.captions.is_empty() {
+            if self.options.captions {
                 spec.captions = vec![caption];
             }
             let trained = self.train(spec, std::slice::from_ref(&reference))?;

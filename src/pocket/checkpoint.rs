@@ -10,8 +10,8 @@ use super::transformer_training::transformer_config;
 use super::vocabulary::tokenizer_json;
 use crate::model::ModelError;
 
-/// Writes `config.json`, `model.safetensors`, `text_tokenizer.json`, `vqgan.yaml` and `vqgan.safetensors` to `out` from
-/// the training results in `runs`. Weights are rounded to f16, which costs nothing measurable and halves the file.
+/// Writes `config.json`, `model.safetensors`, `text_tokenizer.json`, `vqgan.yaml`, `vqgan.safetensors` and, beside the
+/// model, `judge.safetensors` to `out` from the training results in `runs`. Weights are rounded to f16, which costs nothing measurable and halves the file.
 ///
 /// # Errors
 /// When a result is missing or a file cannot be written.
@@ -31,13 +31,15 @@ pub fn write_checkpoint(runs: &Path, out: &Path) -> Result<(), ModelError> {
         ("transformer.safetensors", "model.safetensors"),
         ("vqgan.safetensors", "vqgan.safetensors"),
     ] {
-        let halves = load(&runs.join(from))?
-            .into_iter()
-            .map(|(name, tensor)| Ok((name, tensor.f_detach()?.f_to_kind(Kind::Half)?)))
-            .collect::<Result<Vec<(String, Tensor)>, ModelError>>()?;
-        save(&out.join(to), &halves)?;
+        save(&out.join(to), &halved(load(&runs.join(from))?)?)?;
     }
-    Ok(())
+    // The judge measures the model; it is shipped with it and is no part of it.
+    let judge = load(&runs.join("judge.safetensors"))?;
+    save(&out.join("judge.safetensors"), &halved(judge)?)
+}
+
+fn halved(tensors: std::collections::BTreeMap<String, Tensor>) -> Result<Vec<(String, Tensor)>, ModelError> {
+    tensors.into_iter().map(|(name, tensor)| Ok((name, tensor.f_detach()?.f_to_kind(Kind::Half)?))).collect()
 }
 
 macro_rules! shipped {

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::{Kind, Tensor};
 
-use crate::concept::spec::TrainingSpec;
 use super::trainer::{StepLosses, Trainer};
+use crate::concept::spec::TrainingSpec;
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
 

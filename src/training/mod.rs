@@ -7,7 +7,7 @@ pub mod optimizer;
 mod references;
 mod trainer;
 
+pub use crate::concept::spec::{self, Preset, SpecFault, TrainingSpec};
 pub use losses::next_token;
 pub use references::{Reference, References};
-pub use crate::concept::spec::{self, Preset, SpecFault, TrainingSpec};
 pub use trainer::{Advance, StepLosses, Trainer, reference_loss, token_logits};

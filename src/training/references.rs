@@ -5,8 +5,8 @@ use std::ops::Range;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::concept::spec::TrainingSpec;
 use crate::concept::SequenceLayout;
+use crate::concept::spec::TrainingSpec;
 use crate::model::preprocessing::CropOffset;
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;

@@ -16,7 +16,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("app", &["api", "service", "jobs", "registry", "engine"]),
     ("pocket", &["training", "concept", "model"]),
     ("eval", &["pocket", "engine", "training", "concept", "model"]),
-    ("cli", &["app", "api", "service", "jobs", "registry", "engine", "eval", "pocket", "training", "concept", "model"]),
+    (
+        "cli",
+        &[
+            "app", "api", "service", "jobs", "registry", "engine", "eval", "pocket", "training", "concept", "model",
+        ],
+    ),
     ("error", &[]),
     ("ids", &[]),
     ("telemetry", &[]),
@@ -45,7 +50,13 @@ fn rooms() -> BTreeMap<String, Vec<(PathBuf, String)>> {
     let mut rooms: BTreeMap<String, Vec<_>> = BTreeMap::new();
     for file in files {
         let inside = file.strip_prefix(&src).unwrap();
-        let room = inside.iter().next().unwrap().to_string_lossy().trim_end_matches(".rs").to_owned();
+        let room = inside
+            .iter()
+            .next()
+            .unwrap()
+            .to_string_lossy()
+            .trim_end_matches(".rs")
+            .to_owned();
         let text = std::fs::read_to_string(&file).unwrap();
         let code = text.split("#[cfg(test)]").next().unwrap_or("").to_owned();
         rooms.entry(room).or_default().push((file, code));
@@ -58,8 +69,16 @@ fn rooms() -> BTreeMap<String, Vec<(PathBuf, String)>> {
 fn used_rooms(code: &str) -> BTreeSet<String> {
     code.lines()
         .filter(|line| !line.trim_start().starts_with("//"))
-        .flat_map(|line| line.match_indices("crate::").map(|(at, _)| &line[at + 7..]).collect::<Vec<_>>())
-        .map(|rest| rest.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect())
+        .flat_map(|line| {
+            line.match_indices("crate::")
+                .map(|(at, _)| &line[at + 7..])
+                .collect::<Vec<_>>()
+        })
+        .map(|rest| {
+            rest.chars()
+                .take_while(|c| c.is_ascii_alphanumeric() || *c == '_')
+                .collect()
+        })
         .collect()
 }
 
@@ -67,7 +86,10 @@ fn used_rooms(code: &str) -> BTreeSet<String> {
 fn rooms_use_only_what_stands_in_the_table() {
     let mut faults = Vec::new();
     for (room, files) in rooms() {
-        let allowed = MAY_USE.iter().find(|(name, _)| *name == room).map(|(_, allowed)| *allowed);
+        let allowed = MAY_USE
+            .iter()
+            .find(|(name, _)| *name == room)
+            .map(|(_, allowed)| *allowed);
         let Some(allowed) = allowed else {
             faults.push(format!("the room `{room}` is not in the table"));
             continue;
@@ -88,7 +110,10 @@ fn only_some_rooms_name_libtorch_and_only_the_registry_names_sql() {
     let mut faults = Vec::new();
     for (room, files) in rooms() {
         for (file, code) in files {
-            let named = |what: &str| code.lines().any(|line| !line.trim_start().starts_with("//") && line.contains(what));
+            let named = |what: &str| {
+                code.lines()
+                    .any(|line| !line.trim_start().starts_with("//") && line.contains(what))
+            };
             if named("tch::") && !TENSORS.contains(&room.as_str()) {
                 faults.push(format!("{}: names tch", file.display()));
             }

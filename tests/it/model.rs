@@ -10,8 +10,12 @@ use tch::{Device, Kind, Tensor};
 fn logits(model: &Transformer, layers: i64, mask: bool) -> Tensor {
     tch::manual_seed(3);
     let random = |layers: i64| Tensor::randn([layers, 1, model.config().hidden_size], (Kind::Float, Device::Cpu));
-    let concepts: Vec<DeviceConcept> =
-        (0..2).map(|_| DeviceConcept { text: random(layers), image: random(layers) }).collect();
+    let concepts: Vec<DeviceConcept> = (0..2)
+        .map(|_| DeviceConcept {
+            text: random(layers),
+            image: random(layers),
+        })
+        .collect();
     let placements: Vec<Placement> = concepts
         .iter()
         .enumerate()
@@ -32,7 +36,14 @@ fn the_identity_mask_acts_below_all_layers_and_cannot_act_at_all_layers() {
     let _no_grad = tch::no_grad_guard();
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model/mha");
     let config = ModelConfig::read(&dir.join("config.json")).unwrap();
-    let checkpoint = Checkpoint::open_dir(&dir, Target { kind: Kind::Float, device: Device::Cpu }).unwrap();
+    let checkpoint = Checkpoint::open_dir(
+        &dir,
+        Target {
+            kind: Kind::Float,
+            device: Device::Cpu,
+        },
+    )
+    .unwrap();
     let model = Transformer::load(&config, &checkpoint).unwrap();
     let after = 10;
     let rest = |layers, mask| logits(&model, layers, mask).narrow(1, after, 10);

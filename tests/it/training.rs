@@ -17,7 +17,10 @@ fn model() -> LuminaMgpt {
 }
 
 fn references() -> Vec<RgbPicture> {
-    pictures(rex(), 3).iter().map(|png| decode(png, &PictureLimits::default()).unwrap()).collect()
+    pictures(rex(), 3)
+        .iter()
+        .map(|png| decode(png, &PictureLimits::default()).unwrap())
+        .collect()
 }
 
 fn finish(trainer: &mut Trainer, model: &LuminaMgpt) {
@@ -43,9 +46,18 @@ fn an_interrupted_training_ends_with_the_same_tensors() {
     let (a, b) = (whole.concept_file("m").unwrap(), second.concept_file("m").unwrap());
     assert_eq!(a, b);
     assert_eq!(whole.losses(), second.losses());
-    assert!(whole.losses().iter().all(|l| l.prior.is_some() && l.regularisation.is_some()));
+    assert!(
+        whole
+            .losses()
+            .iter()
+            .all(|l| l.prior.is_some() && l.regularisation.is_some())
+    );
     let bytes = a.to_bytes().unwrap();
-    assert!(bytes.len() <= 4 * a.tensors.parameters() + 8 * 1024, "{} bytes", bytes.len());
+    assert!(
+        bytes.len() <= 4 * a.tensors.parameters() + 8 * 1024,
+        "{} bytes",
+        bytes.len()
+    );
     // Another training's checkpoint is refused, as is a damaged one.
     spec.steps = 10;
     assert!(Trainer::resume(&model, spec.clone(), &references(), &checkpoint).is_err());
@@ -61,10 +73,19 @@ fn training_lowers_the_loss_and_moves_only_the_concept() {
     let mut trainer = Trainer::new(&model, spec, &references()).unwrap();
     finish(&mut trainer, &model);
     let losses = trainer.losses();
-    assert!(losses[24].next_token < losses[0].next_token - 0.02, "{} {}", losses[0].next_token, losses[24].next_token);
+    assert!(
+        losses[24].next_token < losses[0].next_token - 0.02,
+        "{} {}",
+        losses[0].next_token,
+        losses[24].next_token
+    );
     assert_eq!(model.transformer.embedding_of(10).unwrap(), before);
     let absolute = TrainingSpec::preset(Preset::Paper, ConceptKind::Style, "ink", None, 6);
-    let mut absolute = TrainingSpec { steps: 3, augment: true, ..absolute };
+    let mut absolute = TrainingSpec {
+        steps: 3,
+        augment: true,
+        ..absolute
+    };
     absolute.captions = vec!["a cat".into()];
     let mut trainer = Trainer::new(&model, absolute, &references()[..1]).unwrap();
     finish(&mut trainer, &model);

@@ -279,60 +279,119 @@ pub fn contact_sheet(pictures: &[RgbPicture], columns: usize) -> RgbPicture {
 }
 
 #[cfg(test)]
-mod look {
-    use super::*;
+mod tests {
+    use std::collections::BTreeSet;
+
     use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    fn rng(seed: u64) -> ChaCha8Rng {
+        ChaCha8Rng::seed_from_u64(seed)
+    }
+
     #[test]
-    #[ignore]
-    fn look() {
-        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
-        let mut p: Vec<_> = (0..36)
-            .map(|i| {
-                let mut s = Spec::sample(&mut rng);
-                s.class = Class::ALL[i % 10];
-                s.set_style(Style::Photo, &mut rng);
-                render(&s, 96, 96)
-            })
-            .collect();
-        p.extend((0..24).map(|_| {
-            let mut s = Spec::sample(&mut rng);
-            if s.style == Style::Photo {
-                s.set_style(Style::LineArt, &mut rng);
+    fn the_same_seed_draws_the_same_world() {
+        let draw = || {
+            let mut rng = rng(9);
+            (0..20)
+                .map(|_| render(&Spec::sample(&mut rng), 96, 64))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(draw(), draw());
+    }
+
+    #[test]
+    fn pre_training_never_shows_what_is_held_out() {
+        let mut rng = rng(1);
+        for _ in 0..20_000 {
+            let spec = Spec::sample(&mut rng);
+            assert!(!held_out::is_held_out(&spec), "{spec:?}");
+            assert!(!matches!(spec.style, Style::Sepia | Style::Blueprint));
+        }
+        let classes: BTreeSet<_> = held_out_subjects().iter().map(|subject| subject.class).collect();
+        assert!(held_out_subjects().len() >= 8 && classes.len() >= 8 && held_out_styles().len() >= 2);
+    }
+
+    #[test]
+    fn captions_use_known_words_and_full_ones_name_everything() {
+        let (mut rng, words) = (rng(2), words());
+        for _ in 0..2000 {
+            let spec = Spec::sample(&mut rng);
+            for caption in [caption_full(&spec), caption_random(&spec, &mut rng)] {
+                for word in caption.split_whitespace() {
+                    assert!(words.contains(&word), "{word} in {caption}");
+                }
             }
-            render(&s, 96, 96)
-        }));
-        for (i, h) in held_out_subjects().iter().enumerate() {
-            let s = h.spec(Scene::ALL[i % 9], &mut rng);
-            p.push(render(&s, 96, 96));
+            let full = caption_full(&spec);
+            assert!(
+                full.contains(spec.colour1.name()) && full.contains(scene_phrase(spec.scene)),
+                "{full}"
+            );
         }
-        for h in [Style::Sepia, Style::Blueprint] {
-            let mut s = Spec::sample(&mut rng);
-            s.set_style(h, &mut rng);
-            p.push(render(&s, 96, 96));
+    }
+
+    #[test]
+    fn every_attribute_shows() {
+        let mut rng = rng(3);
+        for _ in 0..50 {
+            let mut spec = Spec::sample(&mut rng);
+            spec.set_style(Style::Photo, &mut rng);
+            (spec.pattern, spec.colour2, spec.accessory) = (Pattern::Striped, Some(Colour::Green), Accessory::Hat);
+            let changed = |change: &dyn Fn(&mut Spec)| {
+                let mut other = spec.clone();
+                change(&mut other);
+                render(&other, 96, 96) != render(&spec, 96, 96)
+            };
+            assert!(changed(&|s| s.pattern = Pattern::Dotted));
+            assert!(changed(&|s| s.accessory = Accessory::Bow));
+            assert!(changed(&|s| s.shades[0] = [1, 2, 3]));
+            assert!(changed(&|s| s.layout.flip = !s.layout.flip) || spec.class == Class::Backpack);
+            assert!(changed(&|s| s.scene = if s.scene == Scene::Beach {
+                Scene::Snow
+            } else {
+                Scene::Beach
+            }));
+            assert!(changed(&|s| s.style = Style::Neon));
         }
-        let t = std::time::Instant::now();
-        for _ in 0..300 {
-            std::hint::black_box(render(&Spec::sample(&mut rng), 96, 96));
+    }
+
+    #[test]
+    fn nothing_a_subject_wears_is_cut_off() {
+        let mut rng = rng(4);
+        for &class in Class::ALL {
+            for &accessory in &Accessory::ALL[1..] {
+                for (size, offset, flip) in [(64, -1, false), (72, 1, false), (72, -1, true), (64, 1, true)] {
+                    let mut spec = Spec::sample(&mut rng);
+                    spec.set_style(Style::Photo, &mut rng);
+                    (spec.class, spec.accessory, spec.scene) = (class, accessory, Scene::White);
+                    spec.layout = Layout {
+                        size,
+                        offset,
+                        flip,
+                        variant: 0,
+                    };
+                    let picture = render(&spec, 96, 96);
+                    let border = |x: usize, y: usize| &picture.rgb[(y * 96 + x) * 3..][..3] == [247, 247, 247];
+                    assert!(
+                        (0..96).all(|x| border(x, 0)),
+                        "{class:?} {accessory:?} {size} {offset} {flip}"
+                    );
+                }
+            }
         }
-        println!("{:?} per picture", t.elapsed() / 300);
-        let s = contact_sheet(&p, 12);
-        let img = image::RgbImage::from_raw(s.width, s.height, s.rgb).unwrap();
-        image::imageops::resize(
-            &img,
-            s.width * 3 / 2,
-            s.height * 3 / 2,
-            image::imageops::FilterType::Nearest,
-        )
-        .save("/tmp/world.png")
-        .unwrap();
-        let mut p = vec![];
-        for _ in 0..8 {
-            p.push(render(&Spec::sample(&mut rng), 128, 64));
+    }
+
+    #[test]
+    fn every_size_of_the_grid_is_drawn() {
+        let spec = Spec::sample(&mut rng(5));
+        for (w, h) in [(192, 48), (48, 192), (112, 80), (96, 96)] {
+            let picture = render(&spec, w, h);
+            assert_eq!(
+                (picture.width, picture.height, picture.rgb.len()),
+                (w, h, (3 * w * h) as usize)
+            );
         }
-        let s = contact_sheet(&p, 4);
-        image::RgbImage::from_raw(s.width, s.height, s.rgb)
-            .unwrap()
-            .save("/tmp/world_wide.png")
-            .unwrap();
     }
 }

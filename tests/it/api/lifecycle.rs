@@ -5,7 +5,7 @@ use coar::picture::{PictureLimits, decode};
 use coar::pocket::world::held_out_subjects;
 use serde_json::json;
 
-use crate::support::{TestApp, pictures, picture_part, rex};
+use crate::support::{TestApp, picture_part, pictures, rex};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_subject_and_a_style_are_trained_and_drawn_together() {
@@ -17,11 +17,23 @@ async fn a_subject_and_a_style_are_trained_and_drawn_together() {
         .text("steps", "4")
         .part("images", picture_part(pictures(rex(), 1).remove(0)));
     let (status, style) = app.register(form).await;
-    assert_eq!((status, style["kind"].as_str(), style["class"].is_null()), (202, Some("style"), true));
-    let (status, early) = app.post("/v1/images/generations", json!({"prompt": "a house in <ink> style"})).await;
-    assert_eq!((status, early["error"]["code"].as_str()), (409, Some("concept_not_ready")));
+    assert_eq!(
+        (status, style["kind"].as_str(), style["class"].is_null()),
+        (202, Some("style"), true)
+    );
+    let (status, early) = app
+        .post("/v1/images/generations", json!({"prompt": "a house in <ink> style"}))
+        .await;
+    assert_eq!(
+        (status, early["error"]["code"].as_str()),
+        (409, Some("concept_not_ready"))
+    );
     let done = app.until_ended(&subject).await;
-    assert_eq!((done["status"].as_str(), done["progress"]["step"].as_u64()), (Some("succeeded"), Some(6)), "{done}");
+    assert_eq!(
+        (done["status"].as_str(), done["progress"]["step"].as_u64()),
+        (Some("succeeded"), Some(6)),
+        "{done}"
+    );
     assert_eq!(done["report"]["losses"].as_array().unwrap().len(), 6);
     let style = app.until_ended(style["training"]["id"].as_str().unwrap()).await;
     assert_eq!(style["status"], "succeeded");
@@ -36,7 +48,9 @@ async fn a_subject_and_a_style_are_trained_and_drawn_together() {
     assert_ne!(first["data"][0]["b64_json"], first["data"][1]["b64_json"]);
     let (_, concept) = app.get("/v1/concepts/rex").await;
     assert_eq!(first["concepts"][0]["version"], concept["version"]);
-    let bytes = base64::engine::general_purpose::STANDARD.decode(first["data"][0]["b64_json"].as_str().unwrap()).unwrap();
+    let bytes = base64::engine::general_purpose::STANDARD
+        .decode(first["data"][0]["b64_json"].as_str().unwrap())
+        .unwrap();
     let picture = decode(&bytes, &PictureLimits::default()).unwrap();
     assert_eq!((picture.width, picture.height), (96, 96));
     // One picture alone is the first of several: neighbours change nothing.
@@ -74,7 +88,8 @@ async fn training_survives_kill_nine() {
     let mut app = TestApp::start().await;
     let training = app.register_subject(rex(), 400).await;
     let checkpointed = |app: &TestApp| app.blobs().len() > 3;
-    app.until("a checkpoint", || async { checkpointed(&app).then_some(()) }).await;
+    app.until("a checkpoint", || async { checkpointed(&app).then_some(()) })
+        .await;
     app.kill_nine_and_restart().await;
     let (status, concept) = app.get("/v1/concepts/rex").await;
     assert_eq!((status, concept["status"].as_str()), (200, Some("training")));
@@ -92,7 +107,10 @@ async fn training_survives_kill_nine() {
     let (status, cancelled) = app.post(&format!("/v1/trainings/{training}/cancel"), json!({})).await;
     assert_eq!((status, cancelled["status"].as_str()), (200, Some("cancelled")));
     assert_eq!(app.delete("/v1/concepts/rex").await, 204);
-    app.until("every blob's removal", || async { app.blobs().is_empty().then_some(()) }).await;
+    app.until("every blob's removal", || async {
+        app.blobs().is_empty().then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -105,19 +123,37 @@ async fn a_concept_moves_as_a_file_and_names_are_free_again() {
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let (status, ended) = app.post(&format!("/v1/trainings/{training}/cancel"), json!({})).await;
     assert_eq!((status, ended["error"]["code"].as_str()), (409, Some("training_ended")));
-    let file = app.client.get(format!("{}/v1/concepts/{}/weights", app.url, subject.name)).send().await.unwrap();
+    let file = app
+        .client
+        .get(format!("{}/v1/concepts/{}/weights", app.url, subject.name))
+        .send()
+        .await
+        .unwrap();
     let bytes = file.bytes().await.unwrap();
     assert_eq!(app.delete(&format!("/v1/concepts/{}", subject.name)).await, 204);
     assert_eq!(app.get(&format!("/v1/concepts/{}", subject.name)).await.0, 404);
     assert_eq!(app.delete(&format!("/v1/concepts/{}", subject.name)).await, 404);
     assert!(app.blobs().is_empty(), "{:?}", app.blobs());
-    let import = |bytes: Vec<u8>, query: &str| app.client.post(format!("{}/v1/concepts/import{query}", app.url)).body(bytes);
+    let import = |bytes: Vec<u8>, query: &str| {
+        app.client
+            .post(format!("{}/v1/concepts/import{query}", app.url))
+            .body(bytes)
+    };
     let (status, imported) = crate::support::answer(import(bytes.to_vec(), "?name=again")).await;
-    assert_eq!((status, imported["status"].as_str()), (201, Some("ready")), "{imported}");
-    let (status, _) = app.post("/v1/images/generations", json!({"prompt": "a photo of <again> mug"})).await;
+    assert_eq!(
+        (status, imported["status"].as_str()),
+        (201, Some("ready")),
+        "{imported}"
+    );
+    let (status, _) = app
+        .post("/v1/images/generations", json!({"prompt": "a photo of <again> mug"}))
+        .await;
     assert_eq!(status, 200);
     let (status, refused) = crate::support::answer(import(bytes[..bytes.len() - 1].to_vec(), "")).await;
-    assert_eq!((status, refused["error"]["code"].as_str()), (400, Some("invalid_concept_file")));
+    assert_eq!(
+        (status, refused["error"]["code"].as_str()),
+        (400, Some("invalid_concept_file"))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,16 +24,30 @@ pub struct TestApp {
 
 fn launch(dir: &std::path::Path) -> (Child, String) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_coar"))
-        .args(["serve", "--listen", "127.0.0.1:0", "--threads", "2", "--device", "cpu", "--data"])
+        .args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--threads",
+            "2",
+            "--device",
+            "cpu",
+            "--data",
+        ])
         .arg(dir.join("data"))
-        .env("OMP_WAIT_POLICY", "passive")
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
         .expect("the server starts");
     let mut line = String::new();
-    BufReader::new(child.stdout.take().expect("its output is piped")).read_line(&mut line).expect("it prints its address");
-    let url = line.trim().strip_prefix("listening on ").unwrap_or_else(|| panic!("no address in `{line}`")).to_owned();
+    BufReader::new(child.stdout.take().expect("its output is piped"))
+        .read_line(&mut line)
+        .expect("it prints its address");
+    let url = line
+        .trim()
+        .strip_prefix("listening on ")
+        .unwrap_or_else(|| panic!("no address in `{line}`"))
+        .to_owned();
     (child, url)
 }
 
@@ -41,7 +55,12 @@ impl TestApp {
     pub async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (child, url) = launch(dir.path());
-        let app = Self { child, url, dir, client: reqwest::Client::new() };
+        let app = Self {
+            child,
+            url,
+            dir,
+            client: reqwest::Client::new(),
+        };
         app.until_ready().await;
         app
     }
@@ -92,7 +111,13 @@ impl TestApp {
     }
 
     pub async fn delete(&self, path: &str) -> u16 {
-        self.client.delete(format!("{}{path}", self.url)).send().await.unwrap().status().as_u16()
+        self.client
+            .delete(format!("{}{path}", self.url))
+            .send()
+            .await
+            .unwrap()
+            .status()
+            .as_u16()
     }
 
     pub async fn register(&self, form: Form) -> (u16, Value) {
@@ -169,5 +194,7 @@ pub fn subject_form(subject: &HeldOutSubject) -> Form {
         .text("name", subject.name)
         .text("kind", "subject")
         .text("class", subject.class.name());
-    pictures(subject, 3).into_iter().fold(form, |form, bytes| form.part("images", picture_part(bytes)))
+    pictures(subject, 3)
+        .into_iter()
+        .fold(form, |form, bytes| form.part("images", picture_part(bytes)))
 }
