@@ -31,7 +31,9 @@ CREATE TABLE trainings (
     steps_per_second REAL,
     error       TEXT,
     report      TEXT,
+    -- Blob of the newest checkpoint and the step that it stands at.
     checkpoint  TEXT,
+    checkpoint_step INTEGER,
     resumed_from_step INTEGER NOT NULL DEFAULT 0,
     -- The queue's part: who works on it, and how often it was begun.
     attempt     INTEGER NOT NULL DEFAULT 0,

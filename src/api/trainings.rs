@@ -33,6 +33,7 @@ pub(super) fn training_json(training: &Training) -> Value {
             "eta_seconds": eta,
         },
         "attempt": training.attempt,
+        "checkpoint_step": training.checkpoint_step,
         "resumed_from_step": training.resumed_from_step,
         "error": training.error,
         "created_at": training.created_at / 1000,

@@ -7,13 +7,24 @@ use serde_json::{Map, json};
 
 use super::judge::{HEADS, answers, as_drawn};
 use super::measures::palette_similarity;
-use super::report::{Report, Row};
+use super::report::{Report, Row, Values};
 use super::run::{Run, SIZE, Trained, accuracy, values, with_overrides};
 use super::styles::StyleCase;
 use super::subjects::Subject;
 use crate::concept::{ConceptFile, ConceptKind};
 use crate::model::ModelError;
 use crate::pocket::world::{Scene, render, scene_phrase};
+
+/// One way of putting a subject and a style into a prompt.
+struct Variant<'a> {
+    subject: &'a Subject,
+    case: &'a StyleCase,
+    files: Vec<&'a ConceptFile>,
+    mask: bool,
+    /// Names the subject by its noun alone.
+    plain_subject: bool,
+    condition: &'a str,
+}
 
 /// Subjects that take part.
 const SUBJECTS: usize = 4;
@@ -77,20 +88,11 @@ impl Run<'_> {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn compose(
-        &self,
-        subject: &Subject,
-        case: &StyleCase,
-        files: &[&ConceptFile],
-        mask: bool,
-        plain_subject: bool,
-        of: &str,
-        condition: &str,
-    ) -> Result<Vec<(String, f64)>, ModelError> {
+    fn compose(&self, variant: &Variant) -> Result<Values, ModelError> {
+        let Variant { subject, case, files, mask, plain_subject, condition } = variant;
         let noun = subject.held_out.class.name();
         let styled = files.iter().any(|file| file.header.kind == ConceptKind::Style);
-        let who = if plain_subject {
+        let who = if *plain_subject {
             format!("a {noun}")
         } else {
             format!("<{}> {noun}", subject.held_out.name)
@@ -104,7 +106,7 @@ impl Run<'_> {
         let (mut drawn, mut wanted, mut likes) = (vec![], vec![], vec![]);
         for (index, &scene) in Scene::ALL.iter().enumerate() {
             let prompt = format!("a photo of {who} {}{how}", scene_phrase(scene));
-            drawn.extend(self.draw(&prompt, files, mask, 700 + index as u64, per_scene)?);
+            drawn.extend(self.draw(&prompt, files, *mask, 700 + index as u64, per_scene)?);
             // The subject in this scene as the world draws it in the held-out style.
             let mut spec = subject.unseen[2 * index].0.clone();
             spec.style = case.held_out.style;

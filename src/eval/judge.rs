@@ -218,7 +218,7 @@ pub fn train_judge(vqgan: &Vqgan, steps: i64, file: &Path) -> Result<Vec<(String
         let mut loss = Tensor::f_zeros([1], (Kind::Float, Device::Cpu))?;
         for (head, logits) in logits.iter().enumerate() {
             let wanted: Vec<i64> = picked.iter().map(|&index| answers(&specs[index])[head]).collect();
-            loss = loss + crate::training::next_token(logits, &Tensor::f_from_slice(&wanted)?)?;
+            loss += crate::training::next_token(logits, &Tensor::f_from_slice(&wanted)?)?;
         }
         loss.f_sum(Kind::Float)?.f_backward()?;
         optimizer.clip(1.0)?;

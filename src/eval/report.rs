@@ -2,6 +2,9 @@
 
 use serde::Serialize;
 
+/// Numbers by name, in the order of a table's columns.
+pub type Values = Vec<(String, f64)>;
+
 /// One line: what was measured under which condition, averaged over its subjects.
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
@@ -11,7 +14,7 @@ pub struct Row {
     pub of: String,
     /// `plain`, `described`, `concept`, ...
     pub condition: String,
-    pub values: Vec<(String, f64)>,
+    pub values: Values,
 }
 
 /// All rows of one run, with what decides them.

@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::judge::as_drawn;
 use super::measures::palette_similarity;
-use super::report::{Report, Row};
+use super::report::{Report, Row, Values};
 use super::run::{Run, SIZE, Trained, accuracy, values};
 use crate::concept::{ConceptFile, ConceptKind};
 use crate::model::ModelError;
@@ -81,7 +81,7 @@ impl Run<'_> {
         held_out: &HeldOutStyle,
         phrase: &str,
         file: Option<&ConceptFile>,
-    ) -> Result<(Vec<(String, f64)>, Vec<RgbPicture>), ModelError> {
+    ) -> Result<(Values, Vec<RgbPicture>), ModelError> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed ^ 0x57_1f);
         let (mut drawn, mut likes, mut references) = (vec![], vec![], vec![]);
         let (mut classes, mut scenes) = (vec![], vec![]);

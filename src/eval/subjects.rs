@@ -6,7 +6,7 @@ use serde_json::{Map, json};
 
 use super::judge::{HEADS, answers, as_drawn};
 use super::measures::colour_similarity;
-use super::report::{Report, Row};
+use super::report::{Report, Row, Values};
 use super::run::{REFERENCE_SCENES, Run, SIZE, Trained, accuracy, values, with_overrides};
 use crate::concept::{ConceptFile, ConceptKind};
 use crate::model::ModelError;
@@ -107,7 +107,7 @@ impl Run<'_> {
         &self,
         subject: &Subject,
         condition: &Condition,
-    ) -> Result<(Vec<(String, f64)>, Vec<RgbPicture>), ModelError> {
+    ) -> Result<(Values, Vec<RgbPicture>), ModelError> {
         let tokens = condition.concept.map_or(0, |file| file.tensors.text_tokens);
         let references = subject
             .unseen

@@ -16,14 +16,6 @@ use crate::registry::{Claimed, Progress, Registry, RegistryError};
 /// How often progress is written down; also how soon a cancellation is noticed.
 const TICK: Duration = Duration::from_millis(500);
 
-/// How a training ended, for this worker.
-enum End {
-    /// Stored as ready, failed or released.
-    Written,
-    /// Cancelled, deleted or taken over.
-    LeaseLost,
-}
-
 pub(super) async fn train_concept(
     registry: &Registry,
     engine: &EngineHandle,
@@ -34,8 +26,8 @@ pub(super) async fn train_concept(
     let id = claimed.training.id;
     tracing::info!(training = %id, attempt = claimed.training.attempt, from_step = claimed.training.resumed_from_step, "training");
     match run(registry, engine, &claimed, wake, stop).await {
-        Ok(End::Written) => {}
-        Ok(End::LeaseLost) | Err(RegistryError::LeaseLost) => {
+        Ok(()) => {}
+        Err(RegistryError::LeaseLost) => {
             tracing::info!(training = %id, "the training is no longer wanted")
         }
         Err(error) => {
@@ -54,13 +46,13 @@ async fn run(
     claimed: &Claimed,
     wake: &Wake,
     stop: &CancellationToken,
-) -> Result<End, RegistryError> {
+) -> Result<(), RegistryError> {
     let request = match open(registry, claimed).await? {
         Ok(request) => request,
         Err(problem) => {
             let body = json!({"code": "unreadable_input", "message": problem, "field": "images"});
             registry.fail(claimed, &body, false).await?;
-            return Ok(End::Written);
+            return Ok(());
         }
     };
     let mut stream = loop {
@@ -69,7 +61,7 @@ async fn run(
             Err(EngineError::Overloaded { .. }) => tokio::time::sleep(TICK).await,
             Err(_) => {
                 registry.release(claimed).await?;
-                return Ok(End::Written);
+                return Ok(());
             }
         }
         registry.report_progress(claimed, LEASE_MS, None).await?;
@@ -94,18 +86,18 @@ async fn run(
                 }
                 Some(TrainingEvent::Done { file, report }) => {
                     finish(registry, engine, claimed, file, &report).await?;
-                    return Ok(End::Written);
+                    return Ok(());
                 }
                 Some(TrainingEvent::Failed(error)) => {
                     let (body, retry) = describe(&error);
                     registry.fail(claimed, &body, retry).await?;
-                    return Ok(End::Written);
+                    return Ok(());
                 }
                 // The engine stops: its last checkpoint is stored, another process goes on from there.
                 None => {
                     registry.release(claimed).await?;
                     stop.cancelled().await;
-                    return Ok(End::Written);
+                    return Ok(());
                 }
             },
             _ = tick.tick() => {

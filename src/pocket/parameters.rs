@@ -16,11 +16,6 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// The leaf of that name.
-    pub fn get(&self, name: &str) -> Option<Tensor> {
-        self.tensors.borrow().get(name).map(Tensor::shallow_clone)
-    }
-
     /// Every leaf, by name.
     pub fn all(&self) -> Vec<(String, Tensor)> {
         self.tensors

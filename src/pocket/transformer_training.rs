@@ -126,7 +126,7 @@ fn slot_contexts(batch: &Batch, statistics: &SlotStatistics, rng: &mut ChaCha8Rn
 fn statistics(network: &Transformer, batch: &Batch) -> Result<SlotStatistics, ModelError> {
     tch::no_grad(|| {
         let (mut mean, mut deviation) = (vec![], vec![]);
-        network.forward_observed(&batch.ids, None, &mut |point, x| {
+        let _ = network.forward_observed(&batch.ids, None, &mut |point, x| {
             if let LayerPoint::Input(_) = point {
                 let hidden = x.size()[2];
                 let rows = x

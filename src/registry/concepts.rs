@@ -183,7 +183,9 @@ async fn insert_concept(
         Err(sqlx::Error::Database(error)) if error.is_unique_violation() => {
             return Err(RegistryError::NameTaken(new.name.clone()));
         }
-        other => drop(other?),
+        other => {
+            other?;
+        }
     }
     for (position, blob) in new.pictures.iter().enumerate() {
         sqlx::query("INSERT INTO concept_pictures (concept_id, position, blob) VALUES ($1, $2, $3)")

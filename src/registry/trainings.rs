@@ -67,6 +67,8 @@ pub struct Training {
     pub report: Option<serde_json::Value>,
     /// Blob of the newest checkpoint.
     pub checkpoint: Option<String>,
+    /// The step that it stands at.
+    pub checkpoint_step: Option<u32>,
     pub resumed_from_step: u32,
     pub attempt: u32,
     pub created_at: i64,
@@ -120,6 +122,7 @@ pub(super) async fn insert_training(
         error: None,
         report: None,
         checkpoint: None,
+        checkpoint_step: None,
         resumed_from_step: 0,
         attempt: 0,
         created_at,
@@ -153,6 +156,7 @@ fn training(row: &sqlx::sqlite::SqliteRow) -> Result<Training, RegistryError> {
         error: json("error")?,
         report: json("report")?,
         checkpoint: row.try_get("checkpoint")?,
+        checkpoint_step: row.try_get::<Option<i64>, _>("checkpoint_step")?.map(|step| step as u32),
         resumed_from_step: number("resumed_from_step")?,
         attempt: number("attempt")?,
         created_at: row.try_get("created_at")?,
@@ -228,7 +232,7 @@ impl Registry {
         let mut transaction = self.write().await?;
         let row = sqlx::query(
             "UPDATE trainings SET status = 'running', lease_token = $1, lease_until = $2, attempt = attempt + 1,
-             resumed_from_step = CASE WHEN checkpoint IS NULL THEN 0 ELSE step END,
+             resumed_from_step = coalesce(checkpoint_step, 0), step = coalesce(checkpoint_step, 0),
              started_at = coalesce(started_at, $3)
              WHERE id = (SELECT id FROM trainings WHERE status = 'queued' OR (status = 'running' AND lease_until < $3)
                          ORDER BY created_at, id LIMIT 1)
@@ -278,7 +282,7 @@ impl Registry {
         let mut transaction = self.write().await?;
         let before = checkpoint_of(&mut transaction, claimed.training.id).await?;
         let changed = sqlx::query(
-            "UPDATE trainings SET checkpoint = $1, step = $2 WHERE id = $3 AND lease_token = $4 AND status = 'running'",
+            "UPDATE trainings SET checkpoint = $1, checkpoint_step = $2 WHERE id = $3 AND lease_token = $4 AND status = 'running'",
         )
         .bind(blob)
         .bind(i64::from(step))
@@ -305,7 +309,7 @@ impl Registry {
         let before = checkpoint_of(&mut transaction, claimed.training.id).await?;
         let changed = sqlx::query(
             "UPDATE trainings SET status = 'succeeded', step = total_steps, report = $1, finished_at = $2,
-             checkpoint = NULL, lease_token = NULL, lease_until = NULL
+             checkpoint = NULL, checkpoint_step = NULL, lease_token = NULL, lease_until = NULL
              WHERE id = $3 AND lease_token = $4 AND status = 'running'",
         )
         .bind(report.to_string())
@@ -368,7 +372,7 @@ impl Registry {
         let mut transaction = self.write().await?;
         let before = checkpoint_of(&mut transaction, id).await?;
         sqlx::query(
-            "UPDATE trainings SET status = 'cancelled', finished_at = $1, checkpoint = NULL, lease_token = NULL, lease_until = NULL
+            "UPDATE trainings SET status = 'cancelled', finished_at = $1, checkpoint = NULL, checkpoint_step = NULL, lease_token = NULL, lease_until = NULL
              WHERE id = $2 AND status IN ('queued', 'running')",
         )
         .bind(now())

@@ -544,7 +544,7 @@ fn observe_inputs(
     let ids = Tensor::f_from_slice(ids)?
         .f_view([1, -1])?
         .f_to_device(model.transformer.device())?;
-    model
+    let _ = model
         .transformer
         .forward_observed(&ids, None, &mut |point, x| match point {
             LayerPoint::Input(layer) if layer < layers => {

@@ -373,7 +373,7 @@ mod tests {
                         variant: 0,
                     };
                     let picture = render(&spec, 96, 96);
-                    let border = |x: usize, y: usize| &picture.rgb[(y * 96 + x) * 3..][..3] == [247, 247, 247];
+                    let border = |x: usize, y: usize| picture.rgb[(y * 96 + x) * 3..][..3] == [247, 247, 247];
                     assert!(
                         (0..96).all(|x| border(x, 0)),
                         "{class:?} {accessory:?} {size} {offset} {flip}"

@@ -312,7 +312,7 @@ async fn generations() {
         assert_eq!((found, body["error"]["code"].as_str()), (status, Some(code)), "{body}");
     }
     assert_eq!(app.get("/v1/nothing").await.1["error"]["code"], "route_not_found");
-    assert_eq!(app.get("/v1/images/generations").await.0, 404);
+    assert_eq!(app.get("/v1/images/generations").await.0, 405);
     assert_eq!(app.delete("/v1/models").await, 405);
     assert_eq!(app.get("/v1/trainings/training_0").await.0, 404);
     assert_eq!(app.get("/v1/images/image_0.png").await.0, 404);

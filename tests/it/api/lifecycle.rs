@@ -87,9 +87,11 @@ async fn pictures_are_served_by_url_in_any_size_and_format() {
 async fn training_survives_kill_nine() {
     let mut app = TestApp::start().await;
     let training = app.register_subject(rex(), 400).await;
-    let checkpointed = |app: &TestApp| app.blobs().len() > 3;
-    app.until("a checkpoint", || async { checkpointed(&app).then_some(()) })
-        .await;
+    app.until("a checkpoint", || async {
+        let (_, body) = app.get(&format!("/v1/trainings/{training}")).await;
+        body["checkpoint_step"].as_u64().filter(|&step| step > 0)
+    })
+    .await;
     app.kill_nine_and_restart().await;
     let (status, concept) = app.get("/v1/concepts/rex").await;
     assert_eq!((status, concept["status"].as_str()), (200, Some("training")));
