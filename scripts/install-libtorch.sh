@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 version=2.11.0
 cache="${COAR_LIBTORCH_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coar/libtorch-$version}"
 if [ -n "${LIBTORCH:-}" ] && [ -e "$LIBTORCH/lib/libtorch_cpu.so" ]; then
-    ln -sfn "$(dirname "$(realpath "$LIBTORCH")")" .libtorch.link && { [ "$(basename "$(realpath "$LIBTORCH")")" = torch ] && rm -rf .libtorch && mv -T .libtorch.link .libtorch && exit 0; }
-    rm -f .libtorch.link
+    echo "using the libtorch at LIBTORCH=$LIBTORCH; it must be $version"
+    exit 0
 fi
 if [ ! -e "$cache/torch/lib/libtorch_cpu.so" ]; then
     echo "installing libtorch $version into $cache (about 500 MB to fetch, 1.2 GB on disk)"
