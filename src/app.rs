@@ -38,6 +38,10 @@ pub async fn serve(
             "a previous server left trainings behind; they go on from their checkpoints"
         );
     }
+    let orphans = registry.collect_garbage().await?;
+    if orphans > 0 {
+        tracing::info!(blobs = orphans, "removed what an interrupted registration left");
+    }
     let state = AppState::default();
     let tracker = TaskTracker::new();
     let closing = CancellationToken::new();

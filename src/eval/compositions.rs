@@ -62,13 +62,9 @@ impl Run<'_> {
                     (format!("both, N = {half}, none"), vec![few.0, few.1], false, false),
                 ];
                 for (condition, files, mask, plain_subject) in variants {
-                    let row = self.compose(subject, case, &files, mask, plain_subject, &of, &condition)?;
-                    report.rows.push(Row {
-                        part: "composition".into(),
-                        of: of.clone(),
-                        condition,
-                        values: row,
-                    });
+                    let variant = Variant { subject, case, files, mask, plain_subject, condition: &condition };
+                    let values = self.compose(&variant)?;
+                    report.rows.push(Row { part: "composition".into(), of: of.clone(), condition, values });
                 }
             }
         }
@@ -115,11 +111,9 @@ impl Run<'_> {
             }
             likes.push(render(&spec, SIZE.0, SIZE.1));
         }
-        self.sheet(
-            &format!("composition-{of}-{}", condition.replace([' ', ',', '='], "")),
-            &drawn,
-            9,
-        )?;
+        let how_named = condition.replace([' ', ',', '='], "");
+        let name = format!("composition-{}-{}-{how_named}", subject.held_out.name, case.held_out.name);
+        self.sheet(&name, &drawn, 9)?;
         let kept = as_drawn(&self.model.vqgan, &likes)?;
         let (judgement, ideal) = (self.judge.judge(&drawn)?, self.judge.judge(&kept)?);
         let at = |head: &str| HEADS.iter().position(|(name, _)| *name == head).unwrap_or(0);

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt};
@@ -75,6 +76,15 @@ impl Blobs {
         } else {
             Err(BlobError::Damaged(hash.to_owned()))
         }
+    }
+
+    /// Hashes of everything that is stored.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn all(&self) -> Result<Vec<String>, BlobError> {
+        let found: Vec<_> = self.store.list(None).try_collect().await?;
+        Ok(found.iter().filter_map(|object| object.location.filename().map(str::to_owned)).collect())
     }
 
     /// Removes bytes; absent ones are no error.

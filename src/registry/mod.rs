@@ -89,6 +89,29 @@ impl Registry {
         Ok(self.pool.begin_with("BEGIN IMMEDIATE").await?)
     }
 
+    /// Removes what a crash between storing bytes and writing their row has left. Only the holder of the data folder's
+    /// lock may ask, before it serves anybody.
+    ///
+    /// # Errors
+    /// When the database or the store fails.
+    pub async fn collect_garbage(&self) -> Result<usize, RegistryError> {
+        let rows: Vec<(Option<String>,)> = sqlx::query_as(
+            "SELECT blob FROM concept_pictures UNION SELECT version FROM concepts UNION SELECT checkpoint FROM trainings
+             UNION SELECT blob FROM images",
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let wanted: std::collections::HashSet<String> = rows.into_iter().filter_map(|(blob,)| blob).collect();
+        let mut removed = 0;
+        for hash in self.blobs.all().await? {
+            if !wanted.contains(&hash) {
+                self.blobs.remove(&hash).await?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
+
     /// Removes blobs that no row refers to any more.
     ///
     /// # Errors

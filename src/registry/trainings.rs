@@ -495,6 +495,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_crash_before_the_row_leaves_nothing_for_long() {
+        let (_dir, registry) = registry().await;
+        add(&registry, "rex").await;
+        let orphan = registry.blobs.put(b"never registered".to_vec().into()).await.unwrap();
+        assert_eq!(registry.collect_garbage().await.unwrap(), 1);
+        assert!(registry.blobs.get(&orphan).await.is_err());
+        let kept = registry.concept("rex").await.unwrap().unwrap().pictures;
+        assert!(registry.blobs.get(&kept[0]).await.is_ok());
+    }
+
+    #[tokio::test]
     async fn deleting_a_concept_removes_its_blobs_unless_another_uses_them() {
         let (dir, registry) = registry().await;
         let training = add(&registry, "rex").await;
