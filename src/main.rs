@@ -15,7 +15,10 @@ fn with_thread_settings() {
     }
     if let Ok(program) = std::env::current_exe() {
         // Returns only where it failed; the process then goes on with the defaults.
-        let _ = std::process::Command::new(program).args(std::env::args_os().skip(1)).env(SPIN.0, SPIN.1).exec();
+        let _ = std::process::Command::new(program)
+            .args(std::env::args_os().skip(1))
+            .env(SPIN.0, SPIN.1)
+            .exec();
     }
 }
 

@@ -13,9 +13,7 @@ use crate::pocket::checkpoint::write_checkpoint;
 use crate::pocket::measure::{measure_tokenizer, through};
 use crate::pocket::tokenizer_training::{TokenizerRecipe, train_tokenizer, trained_tokenizer};
 use crate::pocket::transformer_training::{TransformerRecipe, train_transformer, transformer_config};
-use crate::pocket::world::{
-    Class, Scene, Spec, contact_sheet, held_out_styles, held_out_subjects, render,
-};
+use crate::pocket::world::{Class, Scene, Spec, contact_sheet, held_out_styles, held_out_subjects, render};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum PocketCommand {
@@ -114,7 +112,11 @@ impl TrainArgs {
             train_tokenizer(&recipe, &self.dir)?;
         }
         if wanted(Stage::Transformer) {
-            let corpus = Corpus::prepare(&self.dir, &trained_tokenizer(&self.dir, "vqgan.safetensors")?, self.pictures)?;
+            let corpus = Corpus::prepare(
+                &self.dir,
+                &trained_tokenizer(&self.dir, "vqgan.safetensors")?,
+                self.pictures,
+            )?;
             let mut recipe = TransformerRecipe::default();
             recipe.steps = self.transformer_steps.unwrap_or(recipe.steps);
             train_transformer(&recipe, &transformer_config(), &corpus, &self.dir)?;
@@ -144,7 +146,10 @@ impl MeasureArgs {
             let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
             let originals: Vec<_> = (0..24).map(|_| render(&Spec::sample(&mut rng), 96, 96)).collect();
             let (redrawn, _) = through(&vqgan, &originals)?;
-            let rows = originals.chunks(12).zip(redrawn.chunks(12)).flat_map(|(a, b)| [a, b].concat());
+            let rows = originals
+                .chunks(12)
+                .zip(redrawn.chunks(12))
+                .flat_map(|(a, b)| [a, b].concat());
             save_png(&sheet, &contact_sheet(&rows.collect::<Vec<_>>(), 12))?;
         }
         Ok(())
@@ -163,7 +168,10 @@ const SCENES: [Scene; 5] = [Scene::Grass, Scene::Room, Scene::Beach, Scene::Whit
 
 impl DrawArgs {
     fn run(self) -> anyhow::Result<()> {
-        anyhow::ensure!(self.sheet.is_some() || self.samples.is_some(), "say what to draw: --sheet FILE or --samples DIR");
+        anyhow::ensure!(
+            self.sheet.is_some() || self.samples.is_some(),
+            "say what to draw: --sheet FILE or --samples DIR"
+        );
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         if let Some(file) = &self.sheet {
             let pictures: Vec<_> = (0..72).map(|_| render(&Spec::sample(&mut rng), 96, 96)).collect();

@@ -62,9 +62,21 @@ impl Run<'_> {
                     (format!("both, N = {half}, none"), vec![few.0, few.1], false, false),
                 ];
                 for (condition, files, mask, plain_subject) in variants {
-                    let variant = Variant { subject, case, files, mask, plain_subject, condition: &condition };
+                    let variant = Variant {
+                        subject,
+                        case,
+                        files,
+                        mask,
+                        plain_subject,
+                        condition: &condition,
+                    };
                     let values = self.compose(&variant)?;
-                    report.rows.push(Row { part: "composition".into(), of: of.clone(), condition, values });
+                    report.rows.push(Row {
+                        part: "composition".into(),
+                        of: of.clone(),
+                        condition,
+                        values,
+                    });
                 }
             }
         }
@@ -85,7 +97,14 @@ impl Run<'_> {
     }
 
     fn compose(&self, variant: &Variant) -> Result<Values, ModelError> {
-        let Variant { subject, case, files, mask, plain_subject, condition } = variant;
+        let Variant {
+            subject,
+            case,
+            files,
+            mask,
+            plain_subject,
+            condition,
+        } = variant;
         let noun = subject.held_out.class.name();
         let styled = files.iter().any(|file| file.header.kind == ConceptKind::Style);
         let who = if *plain_subject {
@@ -112,7 +131,10 @@ impl Run<'_> {
             likes.push(render(&spec, SIZE.0, SIZE.1));
         }
         let how_named = condition.replace([' ', ',', '='], "");
-        let name = format!("composition-{}-{}-{how_named}", subject.held_out.name, case.held_out.name);
+        let name = format!(
+            "composition-{}-{}-{how_named}",
+            subject.held_out.name, case.held_out.name
+        );
         self.sheet(&name, &drawn, 9)?;
         let kept = as_drawn(&self.model.vqgan, &likes)?;
         let (judgement, ideal) = (self.judge.judge(&drawn)?, self.judge.judge(&kept)?);

@@ -97,7 +97,10 @@ impl Run<'_> {
         let noun = subject.held_out.class.name();
         let mut spec = self.spec(ConceptKind::Subject, subject.held_out.name, Some(noun))?;
         if self.options.captions {
-            spec.captions = REFERENCE_SCENES.iter().map(|&scene| scene_phrase(scene).to_owned()).collect();
+            spec.captions = REFERENCE_SCENES
+                .iter()
+                .map(|&scene| scene_phrase(scene).to_owned())
+                .collect();
         }
         self.train(with_overrides(&spec, overrides)?, &subject.references)
     }

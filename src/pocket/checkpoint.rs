@@ -39,7 +39,10 @@ pub fn write_checkpoint(runs: &Path, out: &Path) -> Result<(), ModelError> {
 }
 
 fn halved(tensors: std::collections::BTreeMap<String, Tensor>) -> Result<Vec<(String, Tensor)>, ModelError> {
-    tensors.into_iter().map(|(name, tensor)| Ok((name, tensor.f_detach()?.f_to_kind(Kind::Half)?))).collect()
+    tensors
+        .into_iter()
+        .map(|(name, tensor)| Ok((name, tensor.f_detach()?.f_to_kind(Kind::Half)?)))
+        .collect()
 }
 
 macro_rules! shipped {

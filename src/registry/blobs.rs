@@ -84,7 +84,10 @@ impl Blobs {
     /// When the store fails.
     pub async fn all(&self) -> Result<Vec<String>, BlobError> {
         let found: Vec<_> = self.store.list(None).try_collect().await?;
-        Ok(found.iter().filter_map(|object| object.location.filename().map(str::to_owned)).collect())
+        Ok(found
+            .iter()
+            .filter_map(|object| object.location.filename().map(str::to_owned))
+            .collect())
     }
 
     /// Removes bytes; absent ones are no error.

@@ -156,7 +156,9 @@ fn training(row: &sqlx::sqlite::SqliteRow) -> Result<Training, RegistryError> {
         error: json("error")?,
         report: json("report")?,
         checkpoint: row.try_get("checkpoint")?,
-        checkpoint_step: row.try_get::<Option<i64>, _>("checkpoint_step")?.map(|step| step as u32),
+        checkpoint_step: row
+            .try_get::<Option<i64>, _>("checkpoint_step")?
+            .map(|step| step as u32),
         resumed_from_step: number("resumed_from_step")?,
         attempt: number("attempt")?,
         created_at: row.try_get("created_at")?,
