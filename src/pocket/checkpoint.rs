@@ -56,7 +56,8 @@ shipped!(
     "model.safetensors",
     "text_tokenizer.json",
     "vqgan.yaml",
-    "vqgan.safetensors"
+    "vqgan.safetensors",
+    "judge.safetensors",
 );
 
 /// Puts the shipped checkpoint below `cache` (once: its folder is named by its content) and returns the folder.
