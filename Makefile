@@ -30,7 +30,7 @@ check: libtorch
 golden: libtorch
 	cargo test --test it golden::every_case -- --nocapture
 
-# The shipped weights, from nothing: about an hour and a half on two cores. Each stage continues where it was interrupted.
+# A pocket model from nothing: two to three hours on two cores (estimated from its parts). Each stage continues where it was interrupted.
 pocket: build
 	./target/release/coar pocket train --dir runs/pocket --out assets/pocket
 
