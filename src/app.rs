@@ -16,6 +16,24 @@ use crate::service::{Limits, Service};
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
 
+/// How often expired pictures are looked for.
+const EXPIRY_CHECK: Duration = Duration::from_secs(600);
+
+/// Removes generated pictures that are older than `age`, now and then.
+async fn expire_images(registry: Registry, age: Duration, stop: CancellationToken) {
+    loop {
+        match registry.expire_images(age).await {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(pictures = count, "removed expired pictures"),
+            Err(error) => tracing::warn!(%error, "expired pictures could not be removed"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(EXPIRY_CHECK) => {}
+        }
+    }
+}
+
 /// Serves until `stop`: the listener answers at once, requests are served when `load` has brought the engine.
 ///
 /// Stop, in order: new requests are refused, running ones finish, trainings hand out a last checkpoint and give their
@@ -25,6 +43,7 @@ const GRACE: Duration = Duration::from_secs(20);
 /// When the data folder is in use or unusable, the model cannot be loaded, or the listener fails.
 pub async fn serve(
     data: PathBuf,
+    keep_images: Duration,
     listener: TcpListener,
     load: impl FnOnce() -> anyhow::Result<EngineHandle> + Send + 'static,
     stop: CancellationToken,
@@ -62,6 +81,7 @@ pub async fn serve(
         limits: Limits::default().into(),
     };
     state.ready(service);
+    tracker.spawn(expire_images(registry.clone(), keep_images, stop.clone()));
     tracker.spawn(work(registry, engine.clone(), wake, stop.clone()));
     tracker.close();
     tracing::info!(model = engine.info().id, "ready");

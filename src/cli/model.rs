@@ -152,7 +152,6 @@ fn describe(model: &LuminaMgpt, id: String) -> ModelInfo {
         layers: config.num_hidden_layers,
         hidden: config.hidden_size as usize,
         sizes: model.sizes(),
-        max_prompt_tokens: config.max_position_embeddings as usize / 2,
         default_guidance_scale: if pocket { 2.0 } else { 4.0 },
         default_temperature: 1.0,
         default_top_k: model.default_top_k() as u32,

@@ -10,7 +10,7 @@ use crate::eval::judge::train_judge;
 use crate::picture::{OutputFormat, RgbPicture, encode};
 use crate::pocket::Corpus;
 use crate::pocket::checkpoint::write_checkpoint;
-use crate::pocket::measure::{measure_tokenizer, through};
+use crate::pocket::measure::{as_drawn, measure_tokenizer};
 use crate::pocket::tokenizer_training::{TokenizerRecipe, train_tokenizer, trained_tokenizer};
 use crate::pocket::transformer_training::{TransformerRecipe, train_transformer, transformer_config};
 use crate::pocket::world::{Class, Scene, Spec, contact_sheet, held_out_styles, held_out_subjects, render};
@@ -60,7 +60,7 @@ pub(super) struct TrainArgs {
     #[arg(long, default_value_t = 2000)]
     judge_steps: i64,
     /// Square pictures to draw and encode for the transformer.
-    #[arg(long, default_value_t = 32_000)]
+    #[arg(long, default_value_t = 48_000)]
     pictures: usize,
     /// Threads for libtorch.
     #[arg(long, default_value_t = 2)]
@@ -145,7 +145,7 @@ impl MeasureArgs {
         if let Some(sheet) = self.sheet {
             let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
             let originals: Vec<_> = (0..24).map(|_| render(&Spec::sample(&mut rng), 96, 96)).collect();
-            let (redrawn, _) = through(&vqgan, &originals)?;
+            let redrawn = as_drawn(&vqgan, &originals)?;
             let rows = originals
                 .chunks(12)
                 .zip(redrawn.chunks(12))
@@ -187,7 +187,7 @@ impl DrawArgs {
             for style in held_out_styles() {
                 let mut spec = Spec::sample(&mut rng);
                 (spec.class, spec.scene) = (Class::House, Scene::Grass);
-                spec.set_style(style.style, &mut rng);
+                style.apply(&mut spec);
                 save_png(&dir.join(style.name).join("1.png"), &render(&spec, 96, 96))?;
             }
         }

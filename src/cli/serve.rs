@@ -18,6 +18,9 @@ pub(super) struct ServeArgs {
     /// Folder of the database, pictures and concepts.
     #[arg(long, env = "COAR_DATA", default_value = "data", value_name = "DIR")]
     data: PathBuf,
+    /// Hours for which pictures that were answered by URL are kept.
+    #[arg(long, env = "COAR_KEEP_IMAGES", default_value_t = 24, value_name = "HOURS")]
+    keep_images: u32,
     #[command(flatten)]
     model: ModelArgs,
 }
@@ -39,6 +42,7 @@ impl ServeArgs {
             let model = self.model;
             crate::app::serve(
                 self.data,
+                std::time::Duration::from_secs(3600 * u64::from(self.keep_images)),
                 listener,
                 move || model.start_engine(EngineOptions::default()),
                 stop,

@@ -10,7 +10,7 @@ pub mod spec;
 use serde::{Deserialize, Serialize};
 
 pub use compose::{DeviceConcept, Placement, SequenceLayout, context_batch};
-pub use file::{ConceptFile, ConceptHeader};
+pub use file::{ConceptFile, ConceptFileError, ConceptHeader};
 pub use prompt::{PromptError, PromptPiece, concept_names, is_slug, parse_prompt};
 
 /// What a concept stands for; decides its defaults and its place in a composition (subjects before styles).

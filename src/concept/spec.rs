@@ -51,9 +51,11 @@ pub struct TrainingSpec {
     pub augment: bool,
     /// Lets the learning rate fall linearly to a twentieth over the second half, instead of staying constant.
     pub decay: bool,
-    /// Words at whose hidden states the text context tokens start (their mean); empty: the class noun, or "art".
+    /// For each text context token the words that it may start as, at the frozen model's hidden states there; of
+    /// several, the one under which the references are least surprising. Tokens without any: the class noun, or "art".
+    /// In a finished concept: the chosen ones.
     #[serde(default)]
-    pub start_words: Vec<String>,
+    pub start_words: Vec<Vec<String>>,
     /// What else is to be seen in each reference, in words: after a subject's noun ("on the beach"), before a style's
     /// "in ... style" ("a cat in the snow"). May be shorter than the references.
     #[serde(default)]
@@ -108,7 +110,10 @@ impl TrainingSpec {
             captions: vec![],
             seed: 0,
         };
-        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let words = |lists: &[&[&str]]| -> Vec<Vec<String>> {
+            let owned = |list: &&[&str]| list.iter().map(|word| (*word).to_owned()).collect();
+            lists.iter().map(owned).collect()
+        };
         match (preset, kind) {
             (Preset::Paper, ConceptKind::Subject) => base,
             (Preset::Paper, ConceptKind::Style) => Self {
@@ -120,7 +125,7 @@ impl TrainingSpec {
                 layers: all,
                 steps: 90,
                 batch_size: 5,
-                text_tokens: 4,
+                text_tokens: POCKET_SUBJECT_WORDS.len() as u32,
                 // On a development subject the image context token cost half of the prompt following and gained nothing.
                 image_tokens: 0,
                 parametrisation: Parametrisation::LayerRelative,
@@ -132,7 +137,7 @@ impl TrainingSpec {
                 layers: all,
                 steps: 60,
                 batch_size: 4,
-                text_tokens: 2,
+                text_tokens: POCKET_STYLE_WORDS.len() as u32,
                 parametrisation: Parametrisation::LayerRelative,
                 augment: true,
                 decay: true,
@@ -143,24 +148,28 @@ impl TrainingSpec {
     }
 }
 
-/// Adjectives of the pocket world: a subject's text context tokens start at their mean.
-const POCKET_SUBJECT_WORDS: [&str; 13] = [
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "white",
-    "black",
-    "striped",
-    "dotted",
-    "checkered",
+const POCKET_COLOURS: &[&str] = &[
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "black",
 ];
-/// Words for styles of the pocket world.
-const POCKET_STYLE_WORDS: [&str; 7] = ["duotone", "neon", "line", "art", "blue", "brown", "white"];
+/// What the pocket model's captions say before a subject's noun.
+const POCKET_SUBJECT_WORDS: [&[&str]; 6] = [
+    &["a"],
+    POCKET_COLOURS,
+    &["and"],
+    POCKET_COLOURS,
+    &["striped", "dotted", "checkered", "plain"],
+    &["hat", "crown", "bow", "plain"],
+];
+/// What they say between "in" and "style".
+const POCKET_STYLE_WORDS: [&[&str]; 5] = [
+    POCKET_COLOURS,
+    &["and"],
+    POCKET_COLOURS,
+    &["line", "duotone", "pixel", "neon"],
+    &["art", "duotone", "neon"],
+];
+/// The most start words to choose among, for one token.
+const START_WORDS_LIMIT: usize = 64;
 
 impl TrainingSpec {
     /// Checks every field against its limits and the model's depth.
@@ -197,6 +206,24 @@ impl TrainingSpec {
                     format!("has {} characters; expected 1 to {CAPTION_LIMIT}", text.chars().count()),
                 );
             }
+        }
+        for words in &self.start_words {
+            let long = words.iter().any(|word| word.chars().count() > CAPTION_LIMIT);
+            if words.len() > START_WORDS_LIMIT || long {
+                return fault(
+                    "start_words",
+                    format!(
+                        "has {} words for one token; expected at most {START_WORDS_LIMIT}, each of at most {CAPTION_LIMIT} characters",
+                        words.len()
+                    ),
+                );
+            }
+        }
+        if self.start_words.len() > self.text_tokens as usize {
+            return fault(
+                "start_words",
+                format!("has {} lists for {} text tokens", self.start_words.len(), self.text_tokens),
+            );
         }
         for (field, value, low, high) in [
             ("layers", self.layers, 1, model_layers as u32),
@@ -239,13 +266,15 @@ impl TrainingSpec {
         self.class_noun.as_ref().map(|noun| format!("a photo of a {noun}"))
     }
 
-    /// Words at which the text context tokens start.
-    pub fn initial_words(&self) -> Vec<String> {
-        match (&self.class_noun, self.start_words.is_empty()) {
-            (_, false) => self.start_words.clone(),
-            (Some(noun), true) => vec![noun.clone()],
-            (None, true) => vec!["art".to_owned()],
-        }
+    /// For each text context token the words that it may start as, at least one.
+    pub fn start_candidates(&self) -> Vec<Vec<String>> {
+        let default = self.class_noun.as_deref().unwrap_or("art");
+        (0..self.text_tokens as usize)
+            .map(|token| match self.start_words.get(token) {
+                Some(words) if !words.is_empty() => words.clone(),
+                _ => vec![default.to_owned()],
+            })
+            .collect()
     }
 }
 

@@ -2,6 +2,8 @@
 
 use tokio::sync::{mpsc, watch};
 
+use crate::concept::{ConceptFile, ConceptFileError};
+
 use super::command::{EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingRequest};
 
 /// Readiness as the device thread last reported it.
@@ -23,13 +25,23 @@ pub struct ModelInfo {
     pub hidden: usize,
     /// Pictures of exactly these `(width, height)` can be drawn; the first is the default.
     pub sizes: Vec<(u32, u32)>,
-    /// The longest prompt, in text tokens.
-    pub max_prompt_tokens: usize,
     pub default_guidance_scale: f64,
     pub default_temperature: f64,
     pub default_top_k: u32,
     /// The preset whose training defaults fit this model.
     pub preset: crate::training::Preset,
+}
+
+impl ModelInfo {
+    /// Reads a concept file that is to be used with this model.
+    ///
+    /// # Errors
+    /// When the bytes are no concept file, or one of another base model.
+    pub fn read_concept(&self, bytes: &[u8]) -> Result<ConceptFile, ConceptFileError> {
+        let file = ConceptFile::from_bytes(bytes)?;
+        file.check_model(&self.fingerprint, self.layers, self.hidden)?;
+        Ok(file)
+    }
 }
 
 /// Events of one generation; dropping it cancels the generation.

@@ -5,7 +5,7 @@
 
 use serde_json::{Map, json};
 
-use super::judge::{HEADS, answers, as_drawn};
+use super::judge::{HEADS, answers};
 use super::measures::palette_similarity;
 use super::report::{Report, Row, Values};
 use super::run::{Run, SIZE, Trained, accuracy, values, with_overrides};
@@ -13,6 +13,7 @@ use super::styles::StyleCase;
 use super::subjects::Subject;
 use crate::concept::{ConceptFile, ConceptKind};
 use crate::model::ModelError;
+use crate::pocket::measure::as_drawn;
 use crate::pocket::world::{Scene, render, scene_phrase};
 
 /// One way of putting a subject and a style into a prompt.
@@ -117,14 +118,15 @@ impl Run<'_> {
         } else {
             String::new()
         };
+        let medium = if styled { "picture" } else { "photo" };
         let per_scene = self.options.per_scene.div_ceil(2);
         let (mut drawn, mut wanted, mut likes) = (vec![], vec![], vec![]);
         for (index, &scene) in Scene::ALL.iter().enumerate() {
-            let prompt = format!("a photo of {who} {}{how}", scene_phrase(scene));
+            let prompt = format!("a {medium} of {who} {}{how}", scene_phrase(scene));
             drawn.extend(self.draw(&prompt, files, *mask, 700 + index as u64, per_scene)?);
             // The subject in this scene as the world draws it in the held-out style.
             let mut spec = subject.unseen[2 * index].0.clone();
-            spec.style = case.held_out.style;
+            case.held_out.apply(&mut spec);
             for _ in 0..per_scene {
                 wanted.push(answers(&spec));
             }

@@ -8,10 +8,11 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
-use crate::model::lumina::{pictures, pixels};
+use crate::model::lumina::pixels;
 use crate::model::weights::{Checkpoint, Target, TensorSource};
 use crate::model::{ModelError, Vqgan};
 use crate::picture::RgbPicture;
+use crate::pocket::measure::as_drawn;
 use crate::pocket::parameters::{Parameters, save};
 use crate::pocket::world::{self, Accessory, Class, Colour, Pattern, Scene, Spec, Style};
 use crate::training::optimizer::{Optimizer, Parameter, Rule};
@@ -175,7 +176,7 @@ fn draw(rng: &mut ChaCha8Rng) -> Spec {
     if rng.random_bool(0.12)
         && let Some(style) = world::held_out_styles().choose(rng)
     {
-        spec.set_style(style.style, rng);
+        style.apply(&mut spec);
     }
     spec
 }
@@ -192,7 +193,7 @@ pub fn train_judge(vqgan: &Vqgan, steps: i64, file: &Path) -> Result<Vec<(String
     let mut images = Vec::with_capacity(PICTURES);
     for chunk in specs.chunks(64) {
         let originals: Vec<RgbPicture> = chunk.iter().map(|spec| world::render(spec, 96, 96)).collect();
-        images.extend(crate::pocket::measure::through(vqgan, &originals)?.0);
+        images.extend(as_drawn(vqgan, &originals)?);
         if images.len() % 1024 == 0 {
             tracing::info!(pictures = images.len(), "judge");
         }
@@ -243,17 +244,4 @@ pub fn train_judge(vqgan: &Vqgan, steps: i64, file: &Path) -> Result<Vec<(String
         .zip(right)
         .map(|((name, _), right)| ((*name).to_owned(), right as f64 / held_back as f64))
         .collect())
-}
-
-/// Pictures as the tokenizer keeps them: the fair comparison for what the generator draws.
-///
-/// # Errors
-/// When libtorch fails.
-pub fn as_drawn(vqgan: &Vqgan, originals: &[RgbPicture]) -> Result<Vec<RgbPicture>, ModelError> {
-    let unit = i64::from(vqgan.config().pixels_per_code());
-    tch::no_grad(|| {
-        let pixels = pixels(originals)?;
-        let (_, _, height, width) = pixels.size4()?;
-        pictures(&vqgan.decode(&vqgan.encode(&pixels)?, height / unit, width / unit)?)
-    })
 }

@@ -15,6 +15,7 @@ use crate::engine::{PlannedConcept, plan_sequence};
 use crate::model::decoding::{Decoding, DecodingRequest};
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
+use crate::pocket::measure::as_drawn;
 use crate::pocket::world::{self, Scene, Spec, contact_sheet};
 use crate::training::{Advance, Reference, Trainer, TrainingSpec, next_token, token_logits};
 
@@ -256,7 +257,7 @@ impl Run<'_> {
                 .collect())
         };
         let originals: Vec<RgbPicture> = specs.iter().map(|spec| world::render(spec, SIZE.0, SIZE.1)).collect();
-        let ceiling = judge(&super::judge::as_drawn(&self.model.vqgan, &originals)?)?;
+        let ceiling = judge(&as_drawn(&self.model.vqgan, &originals)?)?;
         for (condition, values) in [("drawn", judge(&drawn)?), ("the judge's ceiling", ceiling)] {
             report.rows.push(Row {
                 part: "base".into(),

@@ -3,14 +3,14 @@
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use super::judge::as_drawn;
 use super::measures::palette_similarity;
 use super::report::{Report, Row, Values};
 use super::run::{Run, SIZE, Trained, accuracy, values};
 use crate::concept::{ConceptFile, ConceptKind};
 use crate::model::ModelError;
 use crate::picture::RgbPicture;
-use crate::pocket::world::{Class, HeldOutStyle, Scene, Spec, Style, held_out_styles, render, scene_phrase};
+use crate::pocket::measure::as_drawn;
+use crate::pocket::world::{Class, HeldOutStyle, Scene, Spec, development_styles, held_out_styles, render, scene_phrase};
 use crate::training::Reference;
 
 /// A held-out style with pictures of other things drawn in it.
@@ -21,18 +21,18 @@ pub(super) struct StyleCase {
 
 impl Run<'_> {
     /// What the style's single reference shows, and the picture itself.
-    fn style_reference(&self, style: Style) -> (String, RgbPicture) {
+    fn style_reference(&self, style: &HeldOutStyle) -> (String, RgbPicture) {
         let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed ^ 0x57_1e);
         let mut spec = Spec::sample(&mut rng);
         (spec.class, spec.scene) = (Class::House, Scene::Grass);
-        spec.set_style(style, &mut rng);
-        let caption = format!("a photo of a {} {}", spec.class.name(), scene_phrase(spec.scene));
+        style.apply(&mut spec);
+        let caption = format!("a picture of a {} {}", spec.class.name(), scene_phrase(spec.scene));
         (caption, render(&spec, SIZE.0, SIZE.1))
     }
 
     /// The style's single reference picture.
     pub(super) fn style_picture(&self, case: &StyleCase) -> RgbPicture {
-        self.style_reference(case.held_out.style).1
+        self.style_reference(case.held_out).1
     }
 
     pub(super) fn styles(
@@ -41,9 +41,14 @@ impl Run<'_> {
         progress: &mut dyn FnMut(&str),
     ) -> Result<Vec<StyleCase>, ModelError> {
         let mut cases = Vec::new();
-        for held_out in held_out_styles() {
+        let chosen = if self.options.development {
+            development_styles()
+        } else {
+            held_out_styles()
+        };
+        for held_out in chosen {
             progress(held_out.name);
-            let (caption, reference) = self.style_reference(held_out.style);
+            let (caption, reference) = self.style_reference(held_out);
             let mut spec = self.spec(ConceptKind::Style, held_out.name, None)?;
             if self.options.captions {
                 spec.captions = vec![caption];
@@ -87,7 +92,7 @@ impl Run<'_> {
         let (mut classes, mut scenes) = (vec![], vec![]);
         for (index, &scene) in Scene::ALL.iter().enumerate() {
             let class = self.some_class(&mut rng);
-            let prompt = format!("a photo of a {} {} {phrase}", class.name(), scene_phrase(scene));
+            let prompt = format!("a picture of a {} {} {phrase}", class.name(), scene_phrase(scene));
             let concepts: Vec<&ConceptFile> = file.into_iter().collect();
             drawn.extend(self.draw(
                 prompt.trim_end(),
@@ -101,10 +106,10 @@ impl Run<'_> {
                 scene,
                 ..Spec::sample(&mut rng)
             };
-            spec.set_style(held_out.style, &mut rng);
+            held_out.apply(&mut spec);
             let unseen = render(&spec, SIZE.0, SIZE.1);
             let codes = self.model.encode_picture(&unseen)?;
-            let head = format!("a photo of a {} {}", class.name(), scene_phrase(scene));
+            let head = format!("a picture of a {} {}", class.name(), scene_phrase(scene));
             references.push(match file {
                 Some(file) => Reference::new(
                     self.model,

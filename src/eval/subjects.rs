@@ -4,13 +4,14 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, json};
 
-use super::judge::{HEADS, answers, as_drawn};
+use super::judge::{HEADS, answers};
 use super::measures::colour_similarity;
 use super::report::{Report, Row, Values};
 use super::run::{REFERENCE_SCENES, Run, SIZE, Trained, accuracy, values, with_overrides};
 use crate::concept::{ConceptFile, ConceptKind};
 use crate::model::ModelError;
 use crate::picture::RgbPicture;
+use crate::pocket::measure::as_drawn;
 use crate::pocket::world::{
     HeldOutSubject, Scene, Spec, development_subjects, held_out_subjects, render, scene_phrase, subject_phrase,
 };

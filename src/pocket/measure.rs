@@ -30,11 +30,19 @@ fn psnr(a: &RgbPicture, b: &RgbPicture) -> f64 {
     10.0 * (255.0f64.powi(2) * a.rgb.len() as f64 / square.max(1e-9)).log10()
 }
 
+/// Pictures as the tokenizer keeps them: the fair comparison for what the model draws.
+///
+/// # Errors
+/// When libtorch fails.
+pub fn as_drawn(vqgan: &Vqgan, originals: &[RgbPicture]) -> Result<Vec<RgbPicture>, ModelError> {
+    Ok(through(vqgan, originals)?.0)
+}
+
 /// Pictures through the tokenizer and back, with the codes.
 ///
 /// # Errors
 /// When libtorch fails.
-pub fn through(vqgan: &Vqgan, originals: &[RgbPicture]) -> Result<(Vec<RgbPicture>, Tensor), ModelError> {
+fn through(vqgan: &Vqgan, originals: &[RgbPicture]) -> Result<(Vec<RgbPicture>, Tensor), ModelError> {
     tch::no_grad(|| {
         let pixels = pixels(originals)?;
         let unit = i64::from(vqgan.config().pixels_per_code());

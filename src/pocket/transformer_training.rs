@@ -35,7 +35,7 @@ impl Default for TransformerRecipe {
     fn default() -> Self {
         Self {
             seed: 2,
-            steps: 9000,
+            steps: 8000,
             batch: 16,
             learning_rate: 2.5e-3,
             caption_dropout: 0.1,

@@ -26,6 +26,21 @@ impl Registry {
         Ok(())
     }
 
+    /// Forgets pictures that are older than `age` and removes their bytes; returns how many.
+    ///
+    /// # Errors
+    /// When the database or the store fails.
+    pub async fn expire_images(&self, age: std::time::Duration) -> Result<usize, RegistryError> {
+        let before = now() - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+        let rows: Vec<(String,)> = sqlx::query_as("DELETE FROM images WHERE created_at < $1 RETURNING blob")
+            .bind(before)
+            .fetch_all(&self.pool)
+            .await?;
+        let blobs: Vec<String> = rows.into_iter().map(|(blob,)| blob).collect();
+        self.remove_unreferenced(&blobs).await?;
+        Ok(blobs.len())
+    }
+
     /// A picture by its identifier.
     ///
     /// # Errors
@@ -36,5 +51,37 @@ impl Registry {
             .fetch_optional(&self.pool)
             .await?;
         Ok(row.map(|(blob, content_type)| StoredImage { blob, content_type }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn expired_pictures_are_forgotten_and_their_bytes_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(dir.path()).await.unwrap();
+        let (old, new) = (ImageId::new(), ImageId::new());
+        let mut stored = Vec::new();
+        for (id, bytes) in [(old, &b"old"[..]), (new, b"new")] {
+            let image = StoredImage {
+                blob: registry.blobs.put(bytes.into()).await.unwrap(),
+                content_type: "image/png".to_owned(),
+            };
+            registry.add_image(id, &image).await.unwrap();
+            stored.push(image.blob);
+        }
+        sqlx::query("UPDATE images SET created_at = created_at - 7200000 WHERE id = $1")
+            .bind(old.to_string())
+            .execute(&registry.pool)
+            .await
+            .unwrap();
+        assert_eq!(registry.expire_images(Duration::from_secs(3600)).await.unwrap(), 1);
+        assert_eq!(registry.image(old).await.unwrap(), None);
+        assert!(registry.image(new).await.unwrap().is_some());
+        assert_eq!(registry.blobs.all().await.unwrap(), vec![stored[1].clone()]);
     }
 }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::Service;
-use crate::concept::{ConceptFile, ConceptKind, is_slug};
+use crate::concept::{ConceptKind, is_slug};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TrainingId;
 use crate::picture::{OutputFormat, PictureError, PictureLimits, decode, encode};
@@ -213,19 +213,13 @@ impl Service {
     /// # Errors
     /// When the file is refused, or the name is taken.
     pub async fn import_concept(&self, bytes: Bytes, name: Option<String>) -> Result<ConceptView, Error> {
-        let info = self.engine.info();
-        let file = ConceptFile::from_bytes(&bytes)
-            .and_then(|file| {
-                file.check_model(&info.fingerprint, info.layers, info.hidden)
-                    .map(|()| file)
-            })
-            .map_err(|error| {
-                Error::new(
-                    ErrorKind::Invalid,
-                    "invalid_concept_file",
-                    format!("The concept file is refused: {error}."),
-                )
-            })?;
+        let file = self.engine.info().read_concept(&bytes).map_err(|error| {
+            Error::new(
+                ErrorKind::Invalid,
+                "invalid_concept_file",
+                format!("The concept file is refused: {error}."),
+            )
+        })?;
         let name = check_name(Some(name.unwrap_or_else(|| file.header.name.clone())))?;
         let version = self.registry.blobs.put(bytes).await?;
         let new = NewConcept {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::concepts::{no_concept, not_ready};
 use super::{ConceptView, Service};
-use crate::concept::{ConceptFile, concept_names, parse_prompt};
+use crate::concept::{concept_names, parse_prompt};
 use crate::engine::{ConceptUse, GenerateRequest, GenerationEvent};
 use crate::error::{Error, ErrorKind};
 use crate::picture::RgbPicture;
@@ -188,19 +188,13 @@ impl Service {
             return Err(not_ready(&ConceptView { concept, training }));
         };
         let bytes = self.registry.blobs.get(&version).await?;
-        let info = self.engine.info();
-        let file = ConceptFile::from_bytes(&bytes)
-            .and_then(|file| {
-                file.check_model(&info.fingerprint, info.layers, info.hidden)
-                    .map(|()| file)
-            })
-            .map_err(|error| {
-                Error::new(
-                    ErrorKind::Conflict,
-                    "concept_unusable",
-                    format!("The concept `{name}` cannot be used: {error}."),
-                )
-            })?;
+        let file = self.engine.info().read_concept(&bytes).map_err(|error| {
+            Error::new(
+                ErrorKind::Conflict,
+                "concept_unusable",
+                format!("The concept `{name}` cannot be used: {error}."),
+            )
+        })?;
         Ok(ConceptUse {
             name: name.to_owned(),
             content_hash: version,

@@ -57,7 +57,7 @@ impl Trainer {
                 Ok((name, TensorView::new(*dtype, shape.clone(), bytes).map_err(fault)?))
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
-        let meta = HashMap::from([
+        let mut meta = HashMap::from([
             ("format".to_owned(), FORMAT.to_owned()),
             ("spec".to_owned(), serde_json::to_string(self.spec()).map_err(fault)?),
             (
@@ -65,6 +65,9 @@ impl Trainer {
                 serde_json::to_string(self.losses()).map_err(fault)?,
             ),
         ]);
+        if let Some(words) = self.start_words() {
+            meta.insert("start_words".to_owned(), serde_json::to_string(&words).map_err(fault)?);
+        }
         safetensors::serialize(views, Some(meta)).map_err(fault)
     }
 
@@ -92,6 +95,10 @@ impl Trainer {
             return Err(fault("belongs to a training with other hyper-parameters"));
         }
         let losses: Vec<StepLosses> = serde_json::from_str(get("losses")?).map_err(fault)?;
+        let start_words: Option<Vec<String>> = meta
+            .get("start_words")
+            .map(|words| serde_json::from_str(words).map_err(fault))
+            .transpose()?;
         let (mut tensors, mut prior) = (BTreeMap::new(), Vec::new());
         let file = SafeTensors::deserialize(bytes).map_err(fault)?;
         let mut names = file.names();
@@ -118,7 +125,7 @@ impl Trainer {
             }
         }
         let mut trainer = Self::new(model, spec, pictures)?;
-        trainer.restore(model, &tensors, &prior, losses)?;
+        trainer.restore(model, &tensors, &prior, losses, start_words.as_deref())?;
         Ok(trainer)
     }
 }

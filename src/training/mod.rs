@@ -5,6 +5,7 @@ mod losses;
 /// The rules that move trainable tensors.
 pub mod optimizer;
 mod references;
+mod start;
 mod trainer;
 
 pub use crate::concept::spec::{self, Preset, SpecFault, TrainingSpec};

@@ -48,6 +48,15 @@ impl Reference {
         })
     }
 
+    /// The same with words where the placeholder stood: one id for each of its tokens.
+    pub(super) fn with_words(&self, ids: &[i64]) -> Self {
+        let mut named = self.clone();
+        for at in std::mem::take(&mut named.placeholder_at) {
+            named.prompt[at as usize..at as usize + ids.len()].copy_from_slice(ids);
+        }
+        named
+    }
+
     /// The sequence up to the first code, with `image_tokens` extra positions.
     pub fn layout(&self, model: &LuminaMgpt, image_tokens: i64) -> SequenceLayout {
         SequenceLayout::new(

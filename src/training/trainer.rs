@@ -11,10 +11,10 @@ use tch::{Kind, Tensor};
 use super::losses::{divergence_from_frozen, next_token, self_regularisation};
 use super::optimizer::{Optimizer, Parameter, Rule};
 use super::references::{Reference, References};
+use super::start::{Anchors, StartSearch};
 use crate::concept::spec::{Parametrisation, TrainingSpec};
 use crate::concept::{ConceptFile, ConceptHeader, DeviceConcept, Placement, context_batch};
 use crate::model::decoding::Decoding;
-use crate::model::transformer::LayerPoint;
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
 
@@ -31,6 +31,11 @@ pub struct StepLosses {
 /// What one call of [`Trainer::advance`] did.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Advance {
+    /// The words that the text context tokens start as are being chosen: candidates tried, and how many at most.
+    ChoosingStart {
+        done: u32,
+        total: u32,
+    },
     /// A class picture for the prior term is being drawn: tokens done and in all.
     DrawingPrior {
         done: u32,
@@ -38,17 +43,6 @@ pub enum Advance {
     },
     Step(StepLosses),
     Finished,
-}
-
-/// Where a training starts from, per layer: what is anchored, what is added to.
-struct Anchors {
-    /// `[N, T, D]`: where the text context tokens start.
-    text: Tensor,
-    /// `[N, 1, D]`: E, the mean hidden state of the references' image tokens; the image context tokens start there.
-    image: Tensor,
-    /// `[N, 1, 1]`: sigma of the layer-relative parametrisation (all ones for the absolute one).
-    text_scale: Tensor,
-    image_scale: Tensor,
 }
 
 /// A class picture drawn by the frozen model, and what the frozen model says of it.
@@ -62,6 +56,7 @@ struct PriorPicture {
 pub struct Trainer {
     spec: TrainingSpec,
     references: References,
+    start: StartSearch,
     anchors: Anchors,
     /// `[N, T, D]` and `[N, K, D]`: what the optimizer moves, see [`Parametrisation`].
     text: Tensor,
@@ -86,7 +81,8 @@ impl Trainer {
         spec.check(model.transformer.config().num_hidden_layers)
             .map_err(|fault| ModelError::invalid(fault.field, fault.problem))?;
         let references = References::encode(model, &spec, pictures)?;
-        let anchors = tch::no_grad(|| anchors(model, &spec, &references))?;
+        let start = StartSearch::new(model, &spec)?;
+        let anchors = tch::no_grad(|| Anchors::observe(model, &spec, &references, &start.ids()))?;
         let (layers, hidden) = (i64::from(spec.layers), model.transformer.config().hidden_size);
         let options = (Kind::Float, model.transformer.device());
         let leaf = |tokens: u32, start: &Tensor| -> Result<Tensor, ModelError> {
@@ -115,6 +111,7 @@ impl Trainer {
         Ok(Self {
             spec,
             references,
+            start,
             anchors,
             text,
             image,
@@ -170,10 +167,25 @@ impl Trainer {
         if self.step() >= self.spec.steps {
             return Ok(Advance::Finished);
         }
+        if !self.start.is_settled() {
+            return tch::no_grad(|| self.choose_start(model));
+        }
         if self.wants_prior() && self.prior.len() < self.spec.prior_pictures as usize {
             return tch::no_grad(|| self.draw_prior(model));
         }
         tch::with_grad(|| self.optimize(model))
+    }
+
+    fn choose_start(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+        self.start.advance(model, &self.references)?;
+        if self.start.is_settled() {
+            self.anchors = Anchors::observe(model, &self.spec, &self.references, &self.start.ids())?;
+            if self.spec.parametrisation == Parametrisation::Absolute {
+                self.text.f_copy_(&self.anchors.text)?;
+            }
+        }
+        let (done, total) = self.start.progress();
+        Ok(Advance::ChoosingStart { done, total })
     }
 
     fn draw_prior(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
@@ -309,12 +321,20 @@ impl Trainer {
                 name: self.spec.name.clone(),
                 class_noun: self.spec.class_noun.clone(),
                 method: "coar".to_owned(),
-                spec: self.spec.clone(),
+                spec: TrainingSpec {
+                    start_words: self.start.words().into_iter().map(|word| vec![word]).collect(),
+                    ..self.spec.clone()
+                },
                 losses,
                 base_model: base_model.to_owned(),
             },
             tensors,
         })
+    }
+
+    /// The words that the text context tokens started as, once they are chosen.
+    pub fn start_words(&self) -> Option<Vec<String>> {
+        self.start.is_settled().then(|| self.start.words())
     }
 
     /// Everything that is needed to continue, by name.
@@ -346,7 +366,13 @@ impl Trainer {
         saved: &BTreeMap<String, Tensor>,
         prior: &[Vec<i64>],
         losses: Vec<StepLosses>,
+        start_words: Option<&[String]>,
     ) -> Result<(), ModelError> {
+        let Some(words) = start_words else {
+            // Interrupted while the start words were being chosen: the search is short and begins anew.
+            return Ok(());
+        };
+        self.start.settle(words)?;
         let take = |name: &str| saved.get(name).map(Tensor::shallow_clone);
         self.optimizer.restore(&take)?;
         tch::no_grad(|| {
@@ -438,121 +464,6 @@ pub fn token_logits(
         model.transformer.logits(&rows)?,
         Tensor::f_from_slice(&targets)?.f_to_device(device)?,
     ))
-}
-
-/// Looks at the references through the frozen model: E and sigma of their image tokens, and the hidden states of the
-/// initial words at the placeholder.
-fn anchors(model: &LuminaMgpt, spec: &TrainingSpec, references: &References) -> Result<Anchors, ModelError> {
-    let layers = spec.layers as usize;
-    let (mut sums, mut squares, mut count) = (vec![], vec![], 0i64);
-    for reference in references.centred() {
-        let layout = reference.layout(model, 0);
-        let mut ids = layout.ids.clone();
-        let first = ids.len() as i64;
-        ids.extend_from_slice(&reference.image);
-        let rows: Vec<i64> = (0..reference.image.len() as i64)
-            .filter(|&i| model.vocabulary.is_code(reference.image[i as usize]))
-            .map(|i| first + i)
-            .collect();
-        count += rows.len() as i64;
-        let rows = Tensor::f_from_slice(&rows)?.f_to_device(model.transformer.device())?;
-        observe_inputs(model, &ids, layers, &rows, |layer, rows| {
-            let sum = rows.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
-            let square = rows
-                .f_square()?
-                .f_mean_dim([1i64].as_slice(), false, Kind::Float)?
-                .f_sum(Kind::Float)?;
-            if sums.len() <= layer {
-                sums.push(sum);
-                squares.push(square);
-            } else {
-                sums[layer] = sums[layer].f_add(&sum)?;
-                squares[layer] = squares[layer].f_add(&square)?;
-            }
-            Ok(())
-        })?;
-    }
-    let image = Tensor::f_stack(&sums, 0)?.f_div_scalar(count as f64)?.f_unsqueeze(1)?;
-    let image_scale = Tensor::f_stack(&squares, 0)?
-        .f_div_scalar(count as f64)?
-        .f_sqrt()?
-        .f_view([-1, 1, 1])?;
-    let text = initial_text(model, spec, references)?;
-    let text_scale = text
-        .f_square()?
-        .f_mean_dim([1i64, 2].as_slice(), true, Kind::Float)?
-        .f_sqrt()?;
-    Ok(match spec.parametrisation {
-        Parametrisation::LayerRelative => Anchors {
-            text,
-            image,
-            text_scale,
-            image_scale,
-        },
-        Parametrisation::Absolute => {
-            let (text_scale, image_scale) = (text_scale.f_ones_like()?, image_scale.f_ones_like()?);
-            Anchors {
-                text,
-                image,
-                text_scale,
-                image_scale,
-            }
-        }
-    })
-}
-
-/// `[N, T, D]`: mean over the initial words of the frozen model's hidden states where the word stands at the placeholder.
-fn initial_text(model: &LuminaMgpt, spec: &TrainingSpec, references: &References) -> Result<Tensor, ModelError> {
-    let reference = references
-        .centred()
-        .next()
-        .ok_or_else(|| ModelError::invalid("images", "are missing"))?;
-    let layout = reference.layout(model, 0);
-    let tokens = i64::from(spec.text_tokens);
-    let start = layout
-        .text_at
-        .concat()
-        .first()
-        .copied()
-        .ok_or_else(|| ModelError::invalid("prompt", "lacks the placeholder"))?;
-    let mut all: Vec<Vec<Tensor>> = (0..spec.layers).map(|_| Vec::new()).collect();
-    for word in spec.initial_words() {
-        let id = model.first_token_of(&word)?;
-        let mut ids = layout.ids.clone();
-        ids[start as usize..(start + tokens) as usize].fill(id);
-        let rows = Tensor::f_arange_start(start, start + tokens, (Kind::Int64, model.transformer.device()))?;
-        observe_inputs(model, &ids, spec.layers as usize, &rows, |layer, rows| {
-            all[layer].push(rows.shallow_clone());
-            Ok(())
-        })?;
-    }
-    let means = all
-        .iter()
-        .map(|layer| Ok(Tensor::f_stack(layer, 0)?.f_mean_dim([0i64].as_slice(), false, Kind::Float)?))
-        .collect::<Result<Vec<_>, ModelError>>()?;
-    Ok(Tensor::f_stack(&means, 0)?)
-}
-
-/// Calls `see` with the rows `[m, hidden]` (f32) of each of the first `layers` layers' inputs for one sequence.
-fn observe_inputs(
-    model: &LuminaMgpt,
-    ids: &[i64],
-    layers: usize,
-    rows: &Tensor,
-    mut see: impl FnMut(usize, &Tensor) -> Result<(), ModelError>,
-) -> Result<(), ModelError> {
-    let ids = Tensor::f_from_slice(ids)?
-        .f_view([1, -1])?
-        .f_to_device(model.transformer.device())?;
-    let _ = model
-        .transformer
-        .forward_observed(&ids, None, &mut |point, x| match point {
-            LayerPoint::Input(layer) if layer < layers => {
-                see(layer, &x.f_get(0)?.f_index_select(0, rows)?.f_to_kind(Kind::Float)?)
-            }
-            _ => Ok(()),
-        })?;
-    Ok(())
 }
 
 impl References {

@@ -36,7 +36,15 @@ struct Mention {
     colour1: bool,
     colour2: bool,
     pattern: bool,
-    accessory: bool,
+    accessory: Option<AccessoryForm>,
+}
+
+#[derive(PartialEq)]
+enum AccessoryForm {
+    /// "cat with a hat"
+    After,
+    /// "hat cat"
+    Before,
 }
 
 fn noun_phrase(spec: &Spec, mention: &Mention) -> String {
@@ -50,8 +58,12 @@ fn noun_phrase(spec: &Spec, mention: &Mention) -> String {
     if mention.pattern {
         words.push(spec.pattern.name());
     }
+    let accessory = mention.accessory.as_ref().filter(|_| spec.accessory != Accessory::None);
+    if accessory == Some(&AccessoryForm::Before) {
+        words.push(spec.accessory.name());
+    }
     words.push(spec.class.name());
-    if mention.accessory && spec.accessory != Accessory::None {
+    if accessory == Some(&AccessoryForm::After) {
         words.extend(["with", "a", spec.accessory.name()]);
     }
     words.join(" ")
@@ -66,46 +78,50 @@ pub fn subject_phrase(spec: &Spec) -> String {
             colour1: true,
             colour2: true,
             pattern,
-            accessory: true,
+            accessory: Some(AccessoryForm::After),
         },
     )
 }
 
-/// Everything: "a photo of a purple and yellow striped cat with a hat on the beach".
+/// Everything: "a photo of a purple and yellow striped cat with a hat on the beach"; "a picture of" where it is none.
 pub fn caption_full(spec: &Spec) -> String {
+    let lead = if spec.style == Style::Photo { "photo" } else { "picture" };
     let style = style_phrase(spec, true).map_or_else(String::new, |style| format!(" {style}"));
     format!(
-        "a photo of a {} {}{style}",
+        "a {lead} of a {} {}{style}",
         subject_phrase(spec),
         scene_phrase(spec.scene)
     )
 }
 
-/// A caption as people write them: some of the attributes, in varying form.
+/// A caption as people write them: some of the attributes, in varying form. A style is always named, so that a caption
+/// without one means a photo; who does not say "photo" in so many words nearly always wants something else.
 pub fn caption_random(spec: &Spec, rng: &mut dyn RngCore) -> String {
     let lead = match spec.style {
-        Style::Photo => pick(&["a photo of ", "a photo of ", "a picture of ", ""], rng),
-        _ => pick(&["a photo of ", "a picture of ", ""], rng),
+        Style::Photo => pick(&["a photo of", "a photo of", "a picture of", ""], rng),
+        _ if rng.random_bool(0.1) => "a photo of",
+        _ => pick(&["a picture of", ""], rng),
     };
-    let article = pick(&["a", "a", "a", "a", "my", "this", "the"], rng);
+    let article = pick(&["a", "a", "a", "a", "my", "this", "the", ""], rng);
     let mention = Mention {
         colour1: rng.random_bool(0.8),
         colour2: rng.random_bool(0.7),
         pattern: rng.random_bool(if spec.pattern == Pattern::Plain { 0.2 } else { 0.8 }),
-        accessory: rng.random_bool(0.85),
+        accessory: match rng.random_range(0..100) {
+            0..65 => Some(AccessoryForm::After),
+            65..88 => Some(AccessoryForm::Before),
+            _ => None,
+        },
     };
-    let mut caption = format!("{lead}{article} {}", noun_phrase(spec, &mention));
-    if rng.random_bool(0.88) {
-        caption.push(' ');
-        caption.push_str(scene_phrase(spec.scene));
-    }
-    if rng.random_bool(0.92)
-        && let Some(style) = style_phrase(spec, rng.random_bool(0.65))
-    {
-        caption.push(' ');
-        caption.push_str(&style);
-    }
-    caption
+    let scene = if rng.random_bool(0.9) {
+        scene_phrase(spec.scene)
+    } else {
+        ""
+    };
+    let style = style_phrase(spec, rng.random_bool(0.85)).unwrap_or_default();
+    let parts = [lead, article, &noun_phrase(spec, &mention), scene, &style];
+    let said: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+    said.join(" ")
 }
 
 /// Every word that a caption can contain, once.

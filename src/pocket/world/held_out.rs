@@ -179,28 +179,58 @@ impl HeldOutSubject {
     }
 }
 
-/// A way of drawing that pre-training never shows nor names.
+/// A way of drawing that a concept is trained on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeldOutStyle {
     /// Its name as a concept.
     pub name: &'static str,
     pub style: Style,
+    /// See [`Spec::style_colours`].
+    pub colours: Option<(Colour, Colour)>,
     /// The best words that the model knows for it.
     pub description: &'static str,
 }
 
-/// The held-out styles.
+const STYLES: [HeldOutStyle; 4] = [
+    HeldOutStyle {
+        name: "blueprint",
+        style: Style::Blueprint,
+        colours: None,
+        description: "in white and blue line art style",
+    },
+    HeldOutStyle {
+        name: "sepia",
+        style: Style::Sepia,
+        colours: None,
+        description: "in brown and yellow duotone style",
+    },
+    HeldOutStyle {
+        name: "dev-chalk",
+        style: Style::LineArt,
+        colours: Some((Colour::White, Colour::Green)),
+        description: "in white and green line art style",
+    },
+    HeldOutStyle {
+        name: "dev-plum",
+        style: Style::Duotone,
+        colours: Some((Colour::Purple, Colour::Pink)),
+        description: "in purple and pink duotone style",
+    },
+];
+
+/// The held-out styles, which pre-training neither shows nor names: what results are reported on.
 pub fn held_out_styles() -> &'static [HeldOutStyle] {
-    &[
-        HeldOutStyle {
-            name: "blueprint",
-            style: Style::Blueprint,
-            description: "in white and blue line art style",
-        },
-        HeldOutStyle {
-            name: "sepia",
-            style: Style::Sepia,
-            description: "in brown and yellow duotone style",
-        },
-    ]
+    &STYLES[..2]
+}
+
+/// Styles that settings are chosen on. Pre-training shows them now and then, among others of their kind.
+pub fn development_styles() -> &'static [HeldOutStyle] {
+    &STYLES[2..]
+}
+
+impl HeldOutStyle {
+    /// Draws `spec` in this style.
+    pub fn apply(&self, spec: &mut Spec) {
+        (spec.style, spec.style_colours) = (self.style, self.colours);
+    }
 }

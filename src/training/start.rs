@@ -1,0 +1,284 @@
+//! Where a training starts: which words the text context tokens begin as, and the frozen model's own hidden states
+//! there and at the references' image tokens.
+
+use tch::{Kind, Tensor};
+
+use super::losses::next_token;
+use super::references::References;
+use super::trainer::token_logits;
+use crate::concept::spec::{Parametrisation, TrainingSpec};
+use crate::model::transformer::LayerPoint;
+use crate::model::{LuminaMgpt, ModelError};
+
+/// Per layer: what is anchored, what is added to.
+pub(super) struct Anchors {
+    /// `[N, T, D]`: where the text context tokens start.
+    pub text: Tensor,
+    /// `[N, 1, D]`: E, the mean hidden state of the references' image tokens; the image context tokens start there.
+    pub image: Tensor,
+    /// `[N, 1, 1]`: sigma of the layer-relative parametrisation (all ones for the absolute one).
+    pub text_scale: Tensor,
+    pub image_scale: Tensor,
+}
+
+impl Anchors {
+    /// Looks at the references through the frozen model, with `words` at the placeholder.
+    pub fn observe(
+        model: &LuminaMgpt,
+        spec: &TrainingSpec,
+        references: &References,
+        words: &[i64],
+    ) -> Result<Self, ModelError> {
+        let (image, image_scale) = image_statistics(model, spec, references)?;
+        let text = initial_text(model, spec, references, words)?;
+        let text_scale = text
+            .f_square()?
+            .f_mean_dim([1i64, 2].as_slice(), true, Kind::Float)?
+            .f_sqrt()?;
+        Ok(match spec.parametrisation {
+            Parametrisation::LayerRelative => Self {
+                text,
+                image,
+                text_scale,
+                image_scale,
+            },
+            Parametrisation::Absolute => {
+                let (text_scale, image_scale) = (text_scale.f_ones_like()?, image_scale.f_ones_like()?);
+                Self {
+                    text,
+                    image,
+                    text_scale,
+                    image_scale,
+                }
+            }
+        })
+    }
+}
+
+/// E `[N, 1, D]` and the root mean square `[N, 1, 1]` of the references' code positions at each layer's input.
+fn image_statistics(
+    model: &LuminaMgpt,
+    spec: &TrainingSpec,
+    references: &References,
+) -> Result<(Tensor, Tensor), ModelError> {
+    let layers = spec.layers as usize;
+    let (mut sums, mut squares, mut count) = (vec![], vec![], 0i64);
+    for reference in references.centred() {
+        let layout = reference.layout(model, 0);
+        let mut ids = layout.ids.clone();
+        let first = ids.len() as i64;
+        ids.extend_from_slice(&reference.image);
+        let rows: Vec<i64> = (0..reference.image.len() as i64)
+            .filter(|&i| model.vocabulary.is_code(reference.image[i as usize]))
+            .map(|i| first + i)
+            .collect();
+        count += rows.len() as i64;
+        let rows = Tensor::f_from_slice(&rows)?.f_to_device(model.transformer.device())?;
+        observe_inputs(model, &ids, layers, &rows, |layer, rows| {
+            let sum = rows.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
+            let square = rows
+                .f_square()?
+                .f_mean_dim([1i64].as_slice(), false, Kind::Float)?
+                .f_sum(Kind::Float)?;
+            if sums.len() <= layer {
+                sums.push(sum);
+                squares.push(square);
+            } else {
+                sums[layer] = sums[layer].f_add(&sum)?;
+                squares[layer] = squares[layer].f_add(&square)?;
+            }
+            Ok(())
+        })?;
+    }
+    let mean = Tensor::f_stack(&sums, 0)?.f_div_scalar(count as f64)?.f_unsqueeze(1)?;
+    let scale = Tensor::f_stack(&squares, 0)?
+        .f_div_scalar(count as f64)?
+        .f_sqrt()?
+        .f_view([-1, 1, 1])?;
+    Ok((mean, scale))
+}
+
+/// `[N, T, D]`: the frozen model's hidden states at the placeholder while `words` (T ids) stand there.
+fn initial_text(
+    model: &LuminaMgpt,
+    spec: &TrainingSpec,
+    references: &References,
+    words: &[i64],
+) -> Result<Tensor, ModelError> {
+    let reference = references
+        .centred()
+        .next()
+        .ok_or_else(|| ModelError::invalid("images", "are missing"))?;
+    let layout = reference.layout(model, 0);
+    let start = layout
+        .text_at
+        .concat()
+        .first()
+        .copied()
+        .ok_or_else(|| ModelError::invalid("prompt", "lacks the placeholder"))?;
+    let mut ids = layout.ids.clone();
+    ids[start as usize..start as usize + words.len()].copy_from_slice(words);
+    let end = start + words.len() as i64;
+    let rows = Tensor::f_arange_start(start, end, (Kind::Int64, model.transformer.device()))?;
+    let mut layers = Vec::new();
+    observe_inputs(model, &ids, spec.layers as usize, &rows, |_, rows| {
+        layers.push(rows.shallow_clone());
+        Ok(())
+    })?;
+    Ok(Tensor::f_stack(&layers, 0)?)
+}
+
+/// Calls `see` with the rows `[m, hidden]` (f32) of each of the first `layers` layers' inputs for one sequence.
+fn observe_inputs(
+    model: &LuminaMgpt,
+    ids: &[i64],
+    layers: usize,
+    rows: &Tensor,
+    mut see: impl FnMut(usize, &Tensor) -> Result<(), ModelError>,
+) -> Result<(), ModelError> {
+    let ids = Tensor::f_from_slice(ids)?
+        .f_view([1, -1])?
+        .f_to_device(model.transformer.device())?;
+    let _ = model
+        .transformer
+        .forward_observed(&ids, None, &mut |point, x| match point {
+            LayerPoint::Input(layer) if layer < layers => {
+                see(layer, &x.f_get(0)?.f_index_select(0, rows)?.f_to_kind(Kind::Float)?)
+            }
+            _ => Ok(()),
+        })?;
+    Ok(())
+}
+
+/// Sweeps over all slots before the search settles for what it has.
+const SWEEPS: usize = 3;
+
+/// Chooses a start word for every text context token among its candidates: one token at a time, the word under which
+/// the frozen model finds the references least surprising, until a sweep changes nothing. One candidate is one unit of
+/// work.
+pub(super) struct StartSearch {
+    /// For each text token: words and their ids.
+    candidates: Vec<Vec<(String, i64)>>,
+    chosen: Vec<usize>,
+    best: f64,
+    sweep: usize,
+    slot: usize,
+    next: usize,
+    changed: bool,
+    done: u32,
+}
+
+impl StartSearch {
+    pub fn new(model: &LuminaMgpt, spec: &TrainingSpec) -> Result<Self, ModelError> {
+        let candidates = spec
+            .start_candidates()
+            .into_iter()
+            .map(|words| {
+                words
+                    .into_iter()
+                    .map(|word| {
+                        let id = model.first_token_of(&word)?;
+                        Ok((word, id))
+                    })
+                    .collect::<Result<Vec<_>, ModelError>>()
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let settled = candidates.iter().all(|words| words.len() == 1);
+        Ok(Self {
+            chosen: vec![0; candidates.len()],
+            candidates,
+            best: f64::INFINITY,
+            sweep: if settled { SWEEPS } else { 0 },
+            slot: 0,
+            next: 0,
+            changed: false,
+            done: 0,
+        })
+    }
+
+    pub fn is_settled(&self) -> bool {
+        self.sweep >= SWEEPS
+    }
+
+    /// Takes over the choice of an earlier search over the same candidates.
+    ///
+    /// # Errors
+    /// When a word is no candidate.
+    pub fn settle(&mut self, words: &[String]) -> Result<(), ModelError> {
+        let unknown = || ModelError::invalid("checkpoint", "has start words that are no candidates");
+        if words.len() != self.candidates.len() {
+            return Err(unknown());
+        }
+        for (slot, word) in words.iter().enumerate() {
+            let at = self.candidates[slot].iter().position(|(candidate, _)| candidate == word);
+            self.chosen[slot] = at.ok_or_else(unknown)?;
+        }
+        self.sweep = SWEEPS;
+        Ok(())
+    }
+
+    /// Candidates tried, and how many there are at most.
+    pub fn progress(&self) -> (u32, u32) {
+        let each: usize = self.candidates.iter().map(Vec::len).filter(|&n| n > 1).sum();
+        (self.done, (each * SWEEPS) as u32)
+    }
+
+    /// The chosen words, one for each text token.
+    pub fn words(&self) -> Vec<String> {
+        self.choice().map(|(word, _)| word.clone()).collect()
+    }
+
+    /// Their ids.
+    pub fn ids(&self) -> Vec<i64> {
+        self.choice().map(|(_, id)| *id).collect()
+    }
+
+    fn choice(&self) -> impl Iterator<Item = &(String, i64)> {
+        self.candidates.iter().zip(&self.chosen).map(|(words, &at)| &words[at])
+    }
+
+    /// Tries one candidate.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn advance(&mut self, model: &LuminaMgpt, references: &References) -> Result<(), ModelError> {
+        if self.is_settled() {
+            return Ok(());
+        }
+        let mut ids = self.ids();
+        ids[self.slot] = self.candidates[self.slot][self.next].1;
+        let named: Vec<_> = references.centred().map(|reference| reference.with_words(&ids)).collect();
+        let (logits, targets) = token_logits(model, &named.iter().collect::<Vec<_>>(), None)?;
+        let loss = next_token(&logits, &targets)?.f_double_value(&[])?;
+        self.done += 1;
+        if loss < self.best {
+            self.best = loss;
+            self.changed |= self.chosen[self.slot] != self.next;
+            self.chosen[self.slot] = self.next;
+        }
+        self.next += 1;
+        self.skip_settled_slots();
+        Ok(())
+    }
+
+    /// Moves on to the next slot that has a choice, and to the next sweep after the last.
+    fn skip_settled_slots(&mut self) {
+        if self.next < self.candidates[self.slot].len() {
+            return;
+        }
+        self.next = 0;
+        loop {
+            self.slot += 1;
+            if self.slot == self.candidates.len() {
+                self.slot = 0;
+                self.sweep += 1;
+                if !std::mem::take(&mut self.changed) {
+                    self.sweep = SWEEPS;
+                }
+            }
+            if self.is_settled() || self.candidates[self.slot].len() > 1 {
+                return;
+            }
+        }
+    }
+}
