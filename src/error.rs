@@ -30,6 +30,8 @@ pub struct Error {
     pub message: String,
     pub field: Option<Cow<'static, str>>,
     pub limit: Option<u64>,
+    /// Where a retry helps: when, in seconds.
+    pub retry_after: Option<u64>,
 }
 
 impl Error {
@@ -41,6 +43,7 @@ impl Error {
             message: message.into(),
             field: None,
             limit: None,
+            retry_after: None,
         }
     }
 
@@ -54,6 +57,7 @@ impl Error {
             message,
             field: Some(field),
             limit: None,
+            retry_after: None,
         }
     }
 
@@ -66,6 +70,12 @@ impl Error {
     /// The same failure with the limit that was exceeded.
     pub fn limit(mut self, limit: u64) -> Self {
         self.limit = Some(limit);
+        self
+    }
+
+    /// The same failure with the time after which a retry may help, in whole seconds.
+    pub fn retry_after(mut self, wait: std::time::Duration) -> Self {
+        self.retry_after = Some(wait.as_secs_f64().ceil() as u64);
         self
     }
 

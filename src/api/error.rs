@@ -22,7 +22,7 @@ impl<E: Into<Error>> From<E> for ApiError {
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 /// Seconds after which an overloaded or starting server is worth another try.
-const RETRY_AFTER: HeaderValue = HeaderValue::from_static("2");
+const RETRY_AFTER: u64 = 2;
 
 fn status(kind: ErrorKind) -> (StatusCode, &'static str) {
     match kind {
@@ -58,7 +58,7 @@ impl IntoResponse for ApiError {
         let mut response = (status, axum::Json(body)).into_response();
         let headers = response.headers_mut();
         match error.kind {
-            ErrorKind::Overloaded | ErrorKind::Unavailable => drop(headers.insert(header::RETRY_AFTER, RETRY_AFTER)),
+            ErrorKind::Overloaded | ErrorKind::Unavailable => drop(headers.insert(header::RETRY_AFTER, error.retry_after.unwrap_or(RETRY_AFTER).into())),
             // Clients that retry conflicts by default would only wait for nothing.
             ErrorKind::Conflict => drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"))),
             _ => {}

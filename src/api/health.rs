@@ -21,6 +21,12 @@ async fn ready(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
         Health::Loading => {
             Err(Error::new(ErrorKind::Unavailable, "loading", "The server is loading the model.").into())
         }
+        Health::Stuck(since) => Err(Error::new(
+            ErrorKind::Unavailable,
+            "engine_stuck",
+            format!("The device has not moved for {} s.", since.as_secs()),
+        )
+        .into()),
         Health::Stopped(_) => Err(Error::new(
             ErrorKind::Unavailable,
             "engine_stopped",

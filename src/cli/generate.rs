@@ -88,7 +88,7 @@ impl GenerateArgs {
         )?);
         while let Some(event) = stream.next().await {
             match event {
-                GenerationEvent::Started => {}
+                GenerationEvent::Started | GenerationEvent::Partial { .. } => {}
                 GenerationEvent::Progress { done, total } => {
                     bar.set_length(total.into());
                     bar.set_position(done.into());

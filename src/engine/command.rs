@@ -21,6 +21,8 @@ pub struct ConceptUse {
 /// One request for `count` pictures.
 #[derive(Debug, Clone)]
 pub struct GenerateRequest {
+    /// Who asks: tenants share the device by cost in tokens. Empty for the only one.
+    pub tenant: String,
     /// The user's prompt with `<name>` placeholders as written.
     pub prompt: String,
     pub concepts: Vec<ConceptUse>,
@@ -34,6 +36,8 @@ pub struct GenerateRequest {
     pub top_k: u32,
     /// Blocks attention between the context positions of different concepts.
     pub identity_mask: bool,
+    /// Unfinished pictures to show of each picture, evenly spread over its rows.
+    pub partial_images: u32,
 }
 
 /// What a generation tells while it runs.
@@ -43,6 +47,13 @@ pub enum GenerationEvent {
     Progress {
         done: u32,
         total: u32,
+    },
+    /// Picture `index` as far as it is drawn; what is missing is grey.
+    Partial {
+        index: u32,
+        /// 0 for the first unfinished picture of this index.
+        number: u32,
+        picture: RgbPicture,
     },
     /// Picture `index` is complete.
     Picture {
@@ -101,7 +112,11 @@ pub enum EngineError {
     Invalid { field: &'static str, problem: String },
     /// The queue is full.
     #[error("the engine has {limit} requests waiting, its limit")]
-    Overloaded { limit: usize },
+    Overloaded {
+        limit: usize,
+        /// How long what waits will take, at the present speed.
+        retry_after: std::time::Duration,
+    },
     /// The engine is stopping or has stopped.
     #[error("the engine is stopping")]
     Stopped,

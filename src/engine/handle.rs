@@ -1,9 +1,14 @@
 //! The door: clonable, bounded, and free of tensors.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
 use tokio::sync::{mpsc, watch};
 
 use crate::concept::{ConceptFile, ConceptFileError};
 
+use super::generations::Load;
 use super::command::{EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingRequest};
 
 /// Readiness as the device thread last reported it.
@@ -11,6 +16,8 @@ use super::command::{EngineError, GenerateRequest, GenerationEvent, TrainingEven
 pub enum Health {
     Loading,
     Ready,
+    /// Nothing has moved for this long, though there is work.
+    Stuck(Duration),
     Stopped(String),
 }
 
@@ -77,8 +84,9 @@ impl TrainingStream {
 #[derive(Debug)]
 pub(super) enum Command {
     Generate {
-        request: GenerateRequest,
+        request: Box<GenerateRequest>,
         events: mpsc::Sender<GenerationEvent>,
+        ticket: Ticket,
     },
     Train {
         request: Box<TrainingRequest>,
@@ -88,12 +96,102 @@ pub(super) enum Command {
     Drain { done: tokio::sync::oneshot::Sender<()> },
 }
 
+/// What the device thread tells of itself, without being asked.
+#[derive(Debug)]
+pub(super) struct Gauge {
+    origin: Instant,
+    /// Milliseconds after `origin` at which the thread last came by.
+    beat: AtomicU64,
+    busy: AtomicBool,
+    waiting_tokens: AtomicU64,
+    /// Bits of an f64.
+    tokens_per_second: AtomicU64,
+    waiting_requests: AtomicUsize,
+    limit: usize,
+}
+
+/// A slice of work that takes longer than this is stuck.
+const STUCK: Duration = Duration::from_secs(60);
+/// What is told to callers while the speed is not known yet.
+const UNKNOWN_WAIT: Duration = Duration::from_secs(5);
+const LONGEST_WAIT: Duration = Duration::from_secs(120);
+
+impl Gauge {
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            origin: Instant::now(),
+            beat: AtomicU64::new(0),
+            busy: AtomicBool::new(false),
+            waiting_tokens: AtomicU64::new(0),
+            tokens_per_second: AtomicU64::new(0),
+            waiting_requests: AtomicUsize::new(0),
+            limit,
+        }
+    }
+
+    pub(super) fn beat(&self, busy: bool) {
+        self.beat
+            .store(self.origin.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.busy.store(busy, Ordering::Relaxed);
+    }
+
+    pub(super) fn tell(&self, load: Load) {
+        self.waiting_tokens.store(load.waiting_tokens, Ordering::Relaxed);
+        self.tokens_per_second
+            .store(load.tokens_per_second.to_bits(), Ordering::Relaxed);
+    }
+
+    fn stuck_for(&self) -> Option<Duration> {
+        let beat = Duration::from_millis(self.beat.load(Ordering::Relaxed));
+        let since = self.origin.elapsed().saturating_sub(beat);
+        (self.busy.load(Ordering::Relaxed) && since > STUCK).then_some(since)
+    }
+
+    /// How long what waits will take at the present speed.
+    fn wait(&self) -> Duration {
+        let speed = f64::from_bits(self.tokens_per_second.load(Ordering::Relaxed));
+        if speed <= 0.0 {
+            return UNKNOWN_WAIT;
+        }
+        let seconds = self.waiting_tokens.load(Ordering::Relaxed) as f64 / speed;
+        Duration::from_secs_f64(seconds.clamp(1.0, LONGEST_WAIT.as_secs_f64()))
+    }
+}
+
+/// A place in the queue; dropping it gives the place back.
+#[derive(Debug)]
+pub(super) struct Ticket(Arc<Gauge>);
+
+impl Ticket {
+    fn take(gauge: &Arc<Gauge>) -> Result<Self, EngineError> {
+        let taken = gauge
+            .waiting_requests
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |waiting| {
+                (waiting < gauge.limit).then_some(waiting + 1)
+            });
+        match taken {
+            Ok(_) => Ok(Self(gauge.clone())),
+            Err(_) => Err(EngineError::Overloaded {
+                limit: gauge.limit,
+                retry_after: gauge.wait(),
+            }),
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.waiting_requests.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Clonable door to the device thread.
 #[derive(Debug, Clone)]
 pub struct EngineHandle {
     pub(super) commands: mpsc::Sender<Command>,
     pub(super) health: watch::Receiver<Health>,
-    pub(super) info: std::sync::Arc<ModelInfo>,
+    pub(super) info: Arc<ModelInfo>,
+    pub(super) gauge: Arc<Gauge>,
 }
 
 impl EngineHandle {
@@ -104,7 +202,10 @@ impl EngineHandle {
 
     /// The device thread's state; never asks the device.
     pub fn health(&self) -> Health {
-        self.health.borrow().clone()
+        match (self.health.borrow().clone(), self.gauge.stuck_for()) {
+            (Health::Ready, Some(since)) => Health::Stuck(since),
+            (health, _) => health,
+        }
     }
 
     /// Hands a generation to the device thread. Bounded and without waiting.
@@ -113,7 +214,13 @@ impl EngineHandle {
     /// `Overloaded` when the queue is full, `Stopped` while draining.
     pub fn generate(&self, request: GenerateRequest) -> Result<GenerationStream, EngineError> {
         let (events, stream) = mpsc::channel(EVENTS_PER_REQUEST);
-        self.send(Command::Generate { request, events })?;
+        let ticket = Ticket::take(&self.gauge)?;
+        let request = Box::new(request);
+        self.send(Command::Generate {
+            request,
+            events,
+            ticket,
+        })?;
         Ok(GenerationStream(stream))
     }
 
@@ -142,6 +249,7 @@ impl EngineHandle {
         self.commands.try_send(command).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => EngineError::Overloaded {
                 limit: self.commands.max_capacity(),
+                retry_after: self.gauge.wait(),
             },
             mpsc::error::TrySendError::Closed(_) => EngineError::Stopped,
         })

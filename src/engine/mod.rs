@@ -1,15 +1,20 @@
 //! The device thread and its door. One process has one device; the thread is the model's only owner.
 
 mod command;
+mod concept_cache;
+mod generations;
 mod handle;
+mod pictures;
 mod plan;
+mod scheduler;
 mod thread;
+mod trainings;
 
 pub use command::{
     ConceptUse, EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingProgress, TrainingRequest,
 };
 pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStream};
-pub use plan::{PlannedConcept, plan_sequence};
+pub use plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 pub use thread::{EngineOptions, start};
 
 /// Makes libtorch's CUDA part available where it is installed beside the CPU part: the linker leaves it out of the

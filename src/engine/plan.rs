@@ -1,6 +1,9 @@
 //! From a request to one sequence: prompt ids, slots, extra positions.
 
-use crate::concept::{ConceptKind, PromptPiece, SequenceLayout, concept_names, parse_prompt};
+use crate::concept::{
+    ConceptKind, DeviceConcept, Placement, PromptPiece, SequenceLayout, concept_names, context_batch, parse_prompt,
+};
+use crate::model::decoding::DecodingRequest;
 use crate::model::tokenizer::PromptPart;
 use crate::model::{LuminaMgpt, ModelError};
 
@@ -15,8 +18,73 @@ pub struct PlannedConcept {
     pub image_tokens: usize,
 }
 
-/// Lays out a prompt with concepts. Returns the layout, the order of the concepts in it (indices into `concepts`:
-/// subjects before styles, each in the order of their first appearance), and the number of text tokens.
+/// A prompt laid out.
+#[derive(Debug, Clone)]
+pub struct PlannedSequence {
+    pub layout: SequenceLayout,
+    /// Concepts as the layout has them, indices into the caller's list: subjects before styles, each in the order of
+    /// their first appearance.
+    pub order: Vec<usize>,
+    pub text_tokens: usize,
+}
+
+/// How a planned sequence is drawn.
+#[derive(Debug, Clone)]
+pub struct DrawSettings {
+    /// Width and height in pixels.
+    pub size: (u32, u32),
+    pub guidance_scale: f64,
+    pub temperature: f64,
+    pub top_k: i64,
+    /// Blocks attention between the context positions of different concepts.
+    pub identity_mask: bool,
+    /// One picture for each: the random stream `(seed, index)`.
+    pub streams: Vec<(u64, u64)>,
+}
+
+impl PlannedSequence {
+    /// What to decode; `concepts` are those of the caller's list, on the device.
+    ///
+    /// # Errors
+    /// When the size has no name or the device fails.
+    pub fn request(
+        &self,
+        model: &LuminaMgpt,
+        concepts: &[&DeviceConcept],
+        settings: &DrawSettings,
+    ) -> Result<DecodingRequest, ModelError> {
+        let of_order = self.order.iter().map(|&index| concepts[index]);
+        let at = self.layout.text_at.iter().zip(&self.layout.image_at);
+        let placements: Vec<Placement> = of_order
+            .zip(at)
+            .map(|(concept, (text_at, image_at))| Placement {
+                row: 0,
+                concept,
+                text_at: text_at.clone(),
+                image_at: Some(*image_at),
+            })
+            .collect();
+        let (width, height) = settings.size;
+        let (rows, columns) = model.codes_of(width, height);
+        let device = model.transformer.device();
+        Ok(DecodingRequest {
+            prompt: self.layout.ids.clone(),
+            unconditional: model.image_start(width, height)?.to_vec(),
+            context: match placements.is_empty() {
+                true => None,
+                false => Some(context_batch(&placements, settings.identity_mask, device)?),
+            },
+            rows,
+            columns,
+            guidance_scale: settings.guidance_scale,
+            temperature: settings.temperature,
+            top_k: settings.top_k,
+            streams: settings.streams.clone(),
+        })
+    }
+}
+
+/// Lays out a prompt with concepts.
 ///
 /// # Errors
 /// When the prompt is empty, names an unknown concept, or holds control tokens.
@@ -25,7 +93,7 @@ pub fn plan_sequence(
     prompt: &str,
     concepts: &[PlannedConcept],
     (width, height): (u32, u32),
-) -> Result<(SequenceLayout, Vec<usize>, usize), ModelError> {
+) -> Result<PlannedSequence, ModelError> {
     let pieces = parse_prompt(prompt).map_err(|error| ModelError::invalid("prompt", error.to_string()))?;
     let find = |name: &str| {
         concepts
@@ -68,5 +136,9 @@ pub fn plan_sequence(
         &image_tokens,
         model.vocabulary.placeholder(),
     );
-    Ok((layout, order, encoded.text_tokens))
+    Ok(PlannedSequence {
+        layout,
+        order,
+        text_tokens: encoded.text_tokens,
+    })
 }

@@ -10,9 +10,9 @@ use tch::Kind;
 
 use super::judge::{HEADS, Judge, Judgement, answers};
 use super::report::{Report, Row};
-use crate::concept::{ConceptFile, ConceptKind, DeviceConcept, Placement, context_batch};
-use crate::engine::{PlannedConcept, plan_sequence};
-use crate::model::decoding::{Decoding, DecodingRequest};
+use crate::concept::{ConceptFile, ConceptKind, DeviceConcept};
+use crate::engine::{DrawSettings, PlannedConcept, plan_sequence};
+use crate::model::decoding::Decoding;
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
 use crate::pocket::measure::as_drawn;
@@ -158,40 +158,26 @@ impl Run<'_> {
                 image_tokens: file.tensors.image_tokens,
             })
             .collect();
-        let (layout, order, _) = plan_sequence(self.model, prompt, &planned, SIZE)?;
+        let plan = plan_sequence(self.model, prompt, &planned, SIZE)?;
         let device = self.model.transformer.device();
-        let uploaded = order
+        let uploaded = concepts
             .iter()
-            .map(|&i| DeviceConcept::upload(&concepts[i].tensors, device))
+            .map(|file| DeviceConcept::upload(&file.tensors, device))
             .collect::<Result<Vec<_>, _>>()?;
-        let mut placements = Vec::new();
-        for row in 0..count as i64 {
-            for (concept, (text_at, image_at)) in uploaded.iter().zip(layout.text_at.iter().zip(&layout.image_at)) {
-                placements.push(Placement {
-                    row,
-                    concept,
-                    text_at: text_at.clone(),
-                    image_at: Some(*image_at),
-                });
-            }
-        }
-        let (rows, columns) = self.model.codes_of(SIZE.0, SIZE.1);
-        let request = DecodingRequest {
-            prompt: layout.ids,
-            unconditional: self.model.image_start(SIZE.0, SIZE.1)?.to_vec(),
-            context: Some(context_batch(&placements, identity_mask, device)?),
-            rows,
-            columns,
+        let settings = DrawSettings {
+            size: SIZE,
             guidance_scale: self.options.guidance_scale,
             temperature: 1.0,
             top_k: self.options.top_k,
+            identity_mask,
             streams: (0..count as u64)
                 .map(|index| (self.options.seed.wrapping_add(stream), index))
                 .collect(),
         };
-        let mut decoding = Decoding::start(&self.model.transformer, request)?;
+        let request = plan.request(self.model, &uploaded.iter().collect::<Vec<_>>(), &settings)?;
+        let mut decoding = Decoding::start(&self.model.transformer, &self.model.vocabulary, &request)?;
         while !decoding.is_done() {
-            decoding.step(&self.model.transformer, &self.model.vocabulary)?;
+            decoding.step(&self.model.transformer)?;
         }
         decoding
             .codes()

@@ -3,19 +3,18 @@
 use tch::{Device, Kind, Tensor};
 
 use super::kv_cache::KvCache;
-use super::layers::{HeadNorm, linear};
+use super::layers::{HeadNorm, Heads, linear};
 use super::rope::rotate;
 use super::weights::TensorSource;
 use super::{ModelConfig, ModelError};
 
 #[derive(Debug)]
 pub(super) struct Attention {
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    /// Query, key and value projections, one below the other: `[(heads + 2 * kv_heads) * head_dim, hidden]`.
+    project: Tensor,
     output: Tensor,
-    query_norm: HeadNorm,
-    key_norm: HeadNorm,
+    /// Over query and key heads.
+    norm: HeadNorm,
     heads: i64,
     kv_heads: i64,
     head_dim: i64,
@@ -35,14 +34,36 @@ pub(super) struct Shared<'a> {
 pub(super) enum Step<'a> {
     /// Nothing is kept: training and teacher-forced scoring.
     Plain,
-    /// The whole prefix is written to the cache.
-    Prefill(&'a mut KvCache),
-    /// One token per row, at `positions` `[rows]`; attention reads the first `length` cached tokens.
+    /// The whole prefix is written to the cache, from `first_row` on.
+    Prefill { cache: &'a mut KvCache, first_row: i64 },
+    /// One token per sequence `[tokens, 1]`, or two for rows that get a forced one as well.
     Decode {
         cache: &'a mut KvCache,
-        positions: &'a Tensor,
-        length: i64,
+        tokens: &'a StepTokens,
     },
+}
+
+/// The tokens of one decode step, flat: one for every row of the cache in use, and further ones for some.
+#[derive(Debug)]
+pub(super) struct StepTokens {
+    /// Rows in use, from the first.
+    pub rows: i64,
+    /// Cached tokens that attention reads.
+    pub length: i64,
+    /// `[tokens]`: cache row and position of each.
+    pub row: Tensor,
+    pub position: Tensor,
+    /// Where some rows have two tokens: how queries are laid out as `[rows, 2]` and back.
+    pub pairs: Option<Pairs>,
+}
+
+/// See [`StepTokens::pairs`].
+#[derive(Debug)]
+pub(super) struct Pairs {
+    /// `[rows * 2]`: which token is the row's first and second query; the first again where there is no second.
+    pub query: Tensor,
+    /// `[tokens]`: where each token's answer stands among `rows * 2`.
+    pub answer: Tensor,
 }
 
 impl Attention {
@@ -50,14 +71,25 @@ impl Attention {
         let (hidden, head_dim) = (config.hidden_size, config.head_dim());
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
         let projection = |which: &str, shape: [i64; 2]| source.tensor(&format!("{name}.{which}_proj.weight"), &shape);
-        let rows = config.model_parallel_size;
+        let parts = [
+            projection("q", [heads * head_dim, hidden])?,
+            projection("k", [kv_heads * head_dim, hidden])?,
+            projection("v", [kv_heads * head_dim, hidden])?,
+        ];
+        let normed = [
+            Heads {
+                name: "q_norm",
+                count: heads,
+            },
+            Heads {
+                name: "k_norm",
+                count: kv_heads,
+            },
+        ];
         Ok(Self {
-            query: projection("q", [heads * head_dim, hidden])?,
-            key: projection("k", [kv_heads * head_dim, hidden])?,
-            value: projection("v", [kv_heads * head_dim, hidden])?,
+            project: Tensor::f_cat(&parts, 0)?,
             output: projection("o", [hidden, heads * head_dim])?,
-            query_norm: HeadNorm::load(source, &format!("{name}.q_norm"), heads, head_dim, rows)?,
-            key_norm: HeadNorm::load(source, &format!("{name}.k_norm"), kv_heads, head_dim, rows)?,
+            norm: HeadNorm::load(source, name, &normed, head_dim, config.model_parallel_size)?,
             heads,
             kv_heads,
             head_dim,
@@ -67,36 +99,39 @@ impl Attention {
     /// `[batch, seq, hidden]` to the same shape.
     pub(super) fn forward(&self, x: &Tensor, layer: usize, shared: &mut Shared) -> Result<Tensor, ModelError> {
         let (batch, seq) = (x.size()[0], x.size()[1]);
-        let split = |y: Tensor, heads: i64| y.f_view([batch, seq, heads, self.head_dim]);
-        let query = self.query_norm.forward(&split(linear(x, &self.query)?, self.heads)?)?;
-        let key = self.key_norm.forward(&split(linear(x, &self.key)?, self.kv_heads)?)?;
-        let value = split(linear(x, &self.value)?, self.kv_heads)?.f_transpose(1, 2)?;
-        let kind = value.kind();
-        let query = rotate(&query, &shared.cos, &shared.sin)?
-            .f_to_kind(kind)?
-            .f_transpose(1, 2)?;
-        let key = rotate(&key, &shared.cos, &shared.sin)?
-            .f_to_kind(kind)?
-            .f_transpose(1, 2)?;
-        let (key, value) = match &mut shared.step {
-            Step::Plain => (key, value),
-            Step::Prefill(cache) => {
-                cache.write_prefix(layer, &key, &value)?;
-                (key, value)
+        let (heads, kv_heads) = (self.heads, self.kv_heads);
+        let all = linear(x, &self.project)?.f_view([batch, seq, heads + 2 * kv_heads, self.head_dim])?;
+        let normed = self.norm.forward(&all.f_narrow(2, 0, heads + kv_heads)?)?;
+        let turned = rotate(&normed, &shared.cos, &shared.sin)?.f_to_kind(all.kind())?;
+        let part = |of: &Tensor, from: i64, count: i64| of.f_narrow(2, from, count)?.f_transpose(1, 2);
+        let query = part(&turned, 0, heads)?;
+        let key = part(&turned, heads, kv_heads)?;
+        let value = part(&all, heads + kv_heads, kv_heads)?;
+        let mask = shared.mask.as_ref();
+        let mixed = match &mut shared.step {
+            Step::Plain => self.attend(&query, &key, &value, mask)?.f_transpose(1, 2)?,
+            Step::Prefill { cache, first_row } => {
+                cache.write_prefix(layer, *first_row, &key, &value)?;
+                self.attend(&query, &key, &value, mask)?.f_transpose(1, 2)?
             }
-            Step::Decode {
-                cache,
-                positions,
-                length,
-            } => cache.append(layer, positions, *length, &key, &value)?,
+            Step::Decode { cache, tokens } => {
+                let (keys, values) = cache.append(layer, tokens, &key, &value)?;
+                match &tokens.pairs {
+                    None => self.attend(&query, &keys, &values, mask)?.f_transpose(1, 2)?,
+                    Some(pairs) => {
+                        let paired = query
+                            .f_index_select(0, &pairs.query)?
+                            .f_view([tokens.rows, 2, heads, self.head_dim])?
+                            .f_transpose(1, 2)?;
+                        self.attend(&paired, &keys, &values, mask)?
+                            .f_transpose(1, 2)?
+                            .f_reshape([tokens.rows * 2, 1, heads, self.head_dim])?
+                            .f_index_select(0, &pairs.answer)?
+                    }
+                }
+            }
         };
-        let mixed = self.attend(&query, &key, &value, shared.mask.as_ref())?;
-        linear(
-            &mixed
-                .f_transpose(1, 2)?
-                .f_reshape([batch, seq, self.heads * self.head_dim])?,
-            &self.output,
-        )
+        linear(&mixed.f_reshape([batch, seq, heads * self.head_dim])?, &self.output)
     }
 
     /// `query` `[batch, heads, seq, head_dim]`, `key` and `value` `[batch, kv_heads, keys, head_dim]`; returns the

@@ -71,12 +71,13 @@ pub(super) fn causal_mask(
     Ok(mask.f_to_device(device)?)
 }
 
-/// Additive mask for one query per row that sees keys `0..=position`: `[rows, 1, 1, length]`.
+/// Additive mask for queries that see keys `0..=position`: `positions` `[rows, queries]` gives `[rows, 1, queries, length]`.
 pub(super) fn decode_mask(positions: &Tensor, length: i64) -> Result<Tensor, ModelError> {
+    let (rows, queries) = positions.size2()?;
     let keys = Tensor::f_arange(length, (Kind::Int64, positions.device()))?.f_view([1, 1, 1, length])?;
-    let hidden = keys.f_gt_tensor(&positions.f_view([-1, 1, 1, 1])?)?;
+    let hidden = keys.f_gt_tensor(&positions.f_view([rows, 1, queries, 1])?)?;
     Ok(
-        Tensor::f_zeros([positions.size()[0], 1, 1, length], (Kind::Float, positions.device()))?
+        Tensor::f_zeros([rows, 1, queries, length], (Kind::Float, positions.device()))?
             .f_masked_fill(&hidden, f64::NEG_INFINITY)?,
     )
 }

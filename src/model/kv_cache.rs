@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::attention::StepTokens;
 use super::{ModelConfig, ModelError};
 
 /// Keys and values of every layer, each `[rows, kv_heads, max_seq, head_dim]`.
@@ -36,10 +37,6 @@ impl KvCache {
         })
     }
 
-    fn kind(&self) -> Kind {
-        self.keys[0].kind()
-    }
-
     /// Rows.
     pub fn rows(&self) -> i64 {
         self.rows
@@ -50,32 +47,53 @@ impl KvCache {
         self.max_seq
     }
 
-    /// Writes the first `seq` tokens of every row; `keys`, `values` are `[rows, kv_heads, seq, head_dim]`.
-    pub(super) fn write_prefix(&mut self, layer: usize, keys: &Tensor, values: &Tensor) -> Result<(), ModelError> {
-        let seq = keys.size()[2];
-        self.keys[layer].f_narrow(2, 0, seq)?.f_copy_(keys)?;
-        self.values[layer].f_narrow(2, 0, seq)?.f_copy_(values)?;
+    /// Bytes of one row of `max_seq` tokens.
+    pub fn row_bytes(config: &ModelConfig, max_seq: i64, kind: Kind) -> u64 {
+        let numbers = 2 * config.num_hidden_layers as i64 * config.num_key_value_heads * max_seq * config.head_dim();
+        numbers as u64 * kind.elt_size_in_bytes() as u64
+    }
+
+    /// Writes the first `seq` tokens of rows `first_row..`; `keys`, `values` are `[rows, kv_heads, seq, head_dim]`.
+    pub(super) fn write_prefix(
+        &mut self,
+        layer: usize,
+        first_row: i64,
+        keys: &Tensor,
+        values: &Tensor,
+    ) -> Result<(), ModelError> {
+        let size = keys.size();
+        let place = |of: &Tensor| of.f_narrow(0, first_row, size[0])?.f_narrow(2, 0, size[2]);
+        place(&self.keys[layer])?.f_copy_(keys)?;
+        place(&self.values[layer])?.f_copy_(values)?;
         Ok(())
     }
 
-    /// Writes one token per row at `positions` `[rows]`; `keys`, `values` are `[rows, kv_heads, 1, head_dim]`.
-    /// Returns the first `length` tokens of every row.
+    /// Copies the first `length` tokens of row `from` to row `to`.
+    pub(super) fn copy_row(&mut self, from: i64, to: i64, length: i64) -> Result<(), ModelError> {
+        for block in self.keys.iter().chain(&self.values) {
+            let row = |index: i64| block.f_get(index)?.f_narrow(1, 0, length);
+            row(to)?.f_copy_(&row(from)?)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the tokens of one step; `keys`, `values` are `[tokens, kv_heads, 1, head_dim]`. Returns what attention
+    /// reads: the first `length` tokens of the rows in use.
     pub(super) fn append(
         &mut self,
         layer: usize,
-        positions: &Tensor,
-        length: i64,
+        tokens: &StepTokens,
         keys: &Tensor,
         values: &Tensor,
     ) -> Result<(Tensor, Tensor), ModelError> {
-        let size = keys.size();
-        let at = positions.f_view([size[0], 1, 1, 1])?.f_expand(&*size, false)?;
-        let (keys, values) = (keys.f_to_kind(self.kind())?, values.f_to_kind(self.kind())?);
-        let _ = self.keys[layer].f_scatter_(2, &at, &keys)?;
-        let _ = self.values[layer].f_scatter_(2, &at, &values)?;
+        let at = [Some(&tokens.row), None, Some(&tokens.position)];
+        let put = |block: &mut Tensor, new: &Tensor| -> Result<Tensor, ModelError> {
+            let _ = block.f_index_put_(&at, &new.f_squeeze_dim(2)?.f_to_kind(block.kind())?, false)?;
+            Ok(block.f_narrow(0, 0, tokens.rows)?.f_narrow(2, 0, tokens.length)?)
+        };
         Ok((
-            self.keys[layer].f_narrow(2, 0, length)?,
-            self.values[layer].f_narrow(2, 0, length)?,
+            put(&mut self.keys[layer], keys)?,
+            put(&mut self.values[layer], values)?,
         ))
     }
 }

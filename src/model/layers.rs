@@ -36,35 +36,44 @@ impl RmsNorm {
 /// LayerNorm over the head dimension with its own weight and bias per head; eps is 1e-5 whatever `rms_norm_eps` says.
 #[derive(Debug)]
 pub(super) struct HeadNorm {
-    /// `[1, 1, heads, head_dim]`
+    /// `[1, 1, heads, head_dim]`: query heads, then key heads.
     weight: Tensor,
     bias: Tensor,
+}
+
+/// Which heads a norm serves.
+pub(super) struct Heads {
+    /// "q_norm" or "k_norm"
+    pub name: &'static str,
+    pub count: i64,
 }
 
 const HEAD_NORM_EPS: f64 = 1e-5;
 
 impl HeadNorm {
-    /// The parameters on disk have r rows, each serving `heads / r` consecutive heads.
+    /// One norm over the heads of several, side by side. The parameters on disk have r rows, each serving `heads / r`
+    /// consecutive heads.
     pub(super) fn load(
         source: &dyn TensorSource,
         name: &str,
-        heads: i64,
+        groups: &[Heads],
         head_dim: i64,
         default_rows: i64,
     ) -> Result<Self, ModelError> {
-        let weight_name = format!("{name}.weight");
-        let rows = match source.shape_of(&weight_name).as_deref() {
-            Some(&[rows, _]) if rows > 0 && heads % rows == 0 => rows,
-            _ => default_rows,
-        };
-        let spread = |tensor: Tensor| -> Result<Tensor, ModelError> {
-            Ok(tensor
-                .f_repeat_interleave_self_int(heads / rows, 0, None)?
-                .f_view([1, 1, heads, head_dim])?)
-        };
+        let (mut weights, mut biases) = (Vec::new(), Vec::new());
+        for Heads { name: own, count } in groups {
+            let weight_name = format!("{name}.{own}.weight");
+            let rows = match source.shape_of(&weight_name).as_deref() {
+                Some(&[rows, _]) if rows > 0 && count % rows == 0 => rows,
+                _ => default_rows,
+            };
+            let spread = |tensor: Tensor| tensor.f_repeat_interleave_self_int(count / rows, 0, None);
+            weights.push(spread(source.tensor(&weight_name, &[rows, head_dim])?)?);
+            biases.push(spread(source.tensor(&format!("{name}.{own}.bias"), &[rows, head_dim])?)?);
+        }
         Ok(Self {
-            weight: spread(source.tensor(&weight_name, &[rows, head_dim])?)?,
-            bias: spread(source.tensor(&format!("{name}.bias"), &[rows, head_dim])?)?,
+            weight: Tensor::f_cat(&weights, 0)?.f_view([1, 1, -1, head_dim])?,
+            bias: Tensor::f_cat(&biases, 0)?.f_view([1, 1, -1, head_dim])?,
         })
     }
 
@@ -82,26 +91,29 @@ impl HeadNorm {
     }
 }
 
-/// `down(silu(gate(x)) * up(x))`.
+/// `down(silu(gate(x)) * up(x))`; gate and up are one matrix, so that a decode step reads them in one call.
 #[derive(Debug)]
 pub(super) struct Mlp {
-    gate: Tensor,
-    up: Tensor,
+    /// `[2 * inner, hidden]`
+    gate_up: Tensor,
     down: Tensor,
 }
 
 impl Mlp {
     pub(super) fn load(source: &dyn TensorSource, name: &str, hidden: i64, inner: i64) -> Result<Self, ModelError> {
+        let gate = source.tensor(&format!("{name}.gate_proj.weight"), &[inner, hidden])?;
+        let up = source.tensor(&format!("{name}.up_proj.weight"), &[inner, hidden])?;
         Ok(Self {
-            gate: source.tensor(&format!("{name}.gate_proj.weight"), &[inner, hidden])?,
-            up: source.tensor(&format!("{name}.up_proj.weight"), &[inner, hidden])?,
+            gate_up: Tensor::f_cat(&[gate, up], 0)?,
             down: source.tensor(&format!("{name}.down_proj.weight"), &[hidden, inner])?,
         })
     }
 
     /// `[..., hidden]` to the same shape.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
-        let gated = linear(x, &self.gate)?.f_silu()?.f_mul(&linear(x, &self.up)?)?;
+        let both = linear(x, &self.gate_up)?;
+        let inner = both.size()[both.dim() - 1] / 2;
+        let gated = both.f_narrow(-1, 0, inner)?.f_silu()?.f_mul(&both.f_narrow(-1, inner, inner)?)?;
         linear(&gated, &self.down)
     }
 }

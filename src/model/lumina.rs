@@ -9,7 +9,7 @@ use super::preprocessing::CropPlan;
 use super::tokenizer::{EncodedPrompt, PromptPart, TextTokenizer, Vocabulary, encode_prompt, image_block};
 use super::transformer::Transformer;
 use super::vqgan::{Vqgan, VqganConfig};
-use super::weights::{Checkpoint, Target, vqgan_source};
+use super::weights::{Checkpoint, Shared, Target, vqgan_source};
 use super::{ModelConfig, ModelError};
 use crate::picture::RgbPicture;
 
@@ -73,6 +73,8 @@ pub struct LuminaMgpt {
     pub vocabulary: Vocabulary,
     pub tokenizer: TextTokenizer,
     pub crop: CropPlan,
+    /// The image tokenizer's parameters, to load it once more without a copy.
+    vqgan_tensors: Shared,
     fingerprint: String,
     target_size: u32,
 }
@@ -141,15 +143,26 @@ impl LuminaMgpt {
             ));
         }
         let transformer = Transformer::load(&config, &checkpoint)?;
+        let vqgan_tensors = Shared::default();
+        let vqgan = Vqgan::load(&vqgan_config, &vqgan_tensors.remembering(source.as_ref()))?;
         Ok(Self {
             fingerprint: checkpoint.fingerprint(),
             transformer,
-            vqgan: Vqgan::load(&vqgan_config, source.as_ref())?,
+            vqgan,
+            vqgan_tensors,
             crop: CropPlan::new(target_size, unit),
             vocabulary,
             tokenizer,
             target_size,
         })
+    }
+
+    /// The image tokenizer once more, for another thread; both share the weights.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn share_vqgan(&self) -> Result<Vqgan, ModelError> {
+        tch::no_grad(|| Vqgan::load(self.vqgan.config(), &self.vqgan_tensors))
     }
 
     /// Names these weights; concepts carry it.
@@ -283,7 +296,8 @@ impl LuminaMgpt {
         let (rows, columns) = self.codes_of(width, height);
         Decoding::start(
             &self.transformer,
-            DecodingRequest {
+            &self.vocabulary,
+            &DecodingRequest {
                 prompt: ids,
                 unconditional: start.to_vec(),
                 context: None,

@@ -4,7 +4,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::ModelError;
 
-/// Tables of `cos` and `sin`, each `[positions, head_dim]` in f32.
+/// Tables of `cos` and signed `sin`, each `[positions, head_dim]` in f32: the sine of the first half is negated, so that
+/// the turned halves need no negation of their own.
 #[derive(Debug)]
 pub(super) struct Rope {
     cos: Tensor,
@@ -17,10 +18,10 @@ impl Rope {
         let exponent = even.f_div_scalar(head_dim as f64)?;
         let frequency = Tensor::f_pow_scalar(theta, &exponent)?.f_reciprocal()?;
         let angle = Tensor::f_arange(positions, (Kind::Float, Device::Cpu))?.f_outer(&frequency)?;
-        let angle = Tensor::f_cat(&[&angle, &angle], 1)?.f_to_device(device)?;
+        let (cos, sin) = (angle.f_cos()?, angle.f_sin()?);
         Ok(Self {
-            cos: angle.f_cos()?,
-            sin: angle.f_sin()?,
+            cos: Tensor::f_cat(&[&cos, &cos], 1)?.f_to_device(device)?,
+            sin: Tensor::f_cat(&[&sin.f_neg()?, &sin], 1)?.f_to_device(device)?,
         })
     }
 
@@ -39,6 +40,5 @@ impl Rope {
 /// Rotates `x` `[batch, seq, heads, head_dim]`.
 pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, ModelError> {
     let half = x.size()[3] / 2;
-    let turned = Tensor::f_cat(&[&x.f_narrow(3, half, half)?.f_neg()?, &x.f_narrow(3, 0, half)?], 3)?;
-    Ok(x.f_mul(cos)?.f_add(&turned.f_mul(sin)?)?)
+    Ok(x.f_mul(cos)?.f_addcmul(&x.f_roll([half], [3])?, sin)?)
 }

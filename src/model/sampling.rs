@@ -4,13 +4,15 @@ use tch::{Kind, Tensor};
 
 use super::ModelError;
 
-/// How codes are drawn.
+/// How one code is drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Sampling {
+pub struct Draw {
     /// Scores below the k-th largest are dropped; equal ones stay. 0 keeps all.
     pub top_k: i64,
     /// 0 takes the largest score.
     pub temperature: f64,
+    /// The draw itself, in [0, 1): see [`uniform`].
+    pub uniform: f64,
 }
 
 /// Drops (sets to -inf) the scores `[rows, n]` below each row's k-th largest; ties with it survive, and where fewer than
@@ -41,45 +43,81 @@ pub fn uniform(seed: u64, picture: u64, position: u64) -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Draws one index per row of `scores` `[rows, n]`; row r uses stream `streams[r]` at `position`.
+/// What [`draw_codes`] answers for a row that has no finite largest score.
+pub const NO_CODE: i64 = -1;
+
+/// Draws one index per row of `scores` `[rows, n]`, each in its own way: `[rows]` i64, left on the device so that
+/// nothing waits for it. A row whose largest score is not finite draws [`NO_CODE`]; its neighbours are not touched by it.
 ///
 /// # Errors
-/// When a row has no finite score, or the device fails.
-pub fn draw_codes(
-    scores: &Tensor,
-    sampling: &Sampling,
-    streams: &[(u64, u64)],
-    position: u64,
-) -> Result<Vec<i64>, ModelError> {
-    // Without this a row of -inf or NaN would draw its first index, silently.
-    if !bool::try_from(&scores.f_amax([1i64].as_slice(), false)?.f_isfinite()?.f_all()?)? {
-        return Err(ModelError::invalid("scores", "have a row without a finite largest one"));
+/// When the device fails.
+pub fn draw_codes(scores: &Tensor, draws: &[Draw]) -> Result<Tensor, ModelError> {
+    let (rows, n) = scores.size2()?;
+    let device = scores.device();
+    let column = |value: &dyn Fn(&Draw) -> f64| -> Result<Tensor, ModelError> {
+        let values: Vec<f64> = draws.iter().map(value).collect();
+        Ok(Tensor::f_from_slice(&values)?.f_to_device(device)?.f_view([rows, 1])?)
+    };
+    let sound = scores.f_amax([1i64].as_slice(), false)?.f_isfinite()?;
+    let greedy = draws.iter().any(|draw| draw.temperature == 0.0);
+    let largest = if greedy { Some(scores.f_argmax(1, false)?) } else { None };
+    let drawn = if draws.iter().all(|draw| draw.temperature == 0.0) {
+        None
+    } else {
+        let kept = keep_each_top_k(scores, &draws.iter().map(|draw| draw.top_k).collect::<Vec<_>>())?;
+        let warmth = column(&|draw| if draw.temperature == 0.0 { 1.0 } else { draw.temperature })?;
+        let total = kept
+            .f_div(&warmth.f_to_kind(Kind::Float)?)?
+            .f_softmax(1, Kind::Double)?
+            .f_cumsum(1, Kind::Double)?;
+        let sums = total.f_narrow(1, n - 1, 1)?;
+        let at = column(&|draw| draw.uniform)?.f_mul(&sums)?;
+        // The number of cumulative sums at or below the draw is the drawn index.
+        let below = total.f_le_tensor(&at)?.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Int64)?;
+        Some(below.f_clamp_max(n - 1)?)
+    };
+    let codes = match (largest, drawn) {
+        (Some(largest), Some(drawn)) => {
+            let greedy = column(&|draw| draw.temperature)?.f_eq(0.0)?.f_view([rows])?;
+            largest.f_where_self(&greedy, &drawn)?
+        }
+        (Some(codes), None) | (None, Some(codes)) => codes,
+        (None, None) => Tensor::f_zeros([rows], (Kind::Int64, device))?,
+    };
+    Ok(codes.f_masked_fill(&sound.f_logical_not()?, NO_CODE as f64)?)
+}
+
+/// As [`keep_top_k`], with a k for each row.
+fn keep_each_top_k(scores: &Tensor, ks: &[i64]) -> Result<Tensor, ModelError> {
+    let n = scores.size()[1];
+    let Some(&first) = ks.first() else {
+        return Ok(scores.shallow_clone());
+    };
+    if ks.iter().all(|&k| k == first) {
+        return keep_top_k(scores, first);
     }
-    if sampling.temperature == 0.0 {
-        return Ok(Vec::<i64>::try_from(&scores.f_argmax(1, false)?)?);
+    let drops = |k: i64| k > 0 && k < n;
+    let most = ks.iter().copied().filter(|&k| drops(k)).max().unwrap_or(0);
+    if most == 0 {
+        return Ok(scores.shallow_clone());
     }
-    let kept = keep_top_k(scores, sampling.top_k)?.f_div_scalar(sampling.temperature)?;
-    let total = kept.f_softmax(1, Kind::Double)?.f_cumsum(1, Kind::Double)?;
-    let n = total.size()[1];
-    let sums = total.f_narrow(1, n - 1, 1)?;
-    let draws: Vec<f64> = streams
-        .iter()
-        .map(|&(seed, picture)| uniform(seed, picture, position))
-        .collect();
-    let draws = Tensor::f_from_slice(&draws)?
-        .f_to_device(scores.device())?
-        .f_unsqueeze(1)?
-        .f_mul(&sums)?;
-    // The number of cumulative sums at or below the draw is the drawn index.
-    let drawn = total
-        .f_le_tensor(&draws)?
-        .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Int64)?;
-    Ok(Vec::<i64>::try_from(&drawn.f_clamp_max(n - 1)?)?)
+    let (top, _) = scores.f_topk(most, 1, true, true)?;
+    let last: Vec<i64> = ks.iter().map(|&k| if drops(k) { k - 1 } else { 0 }).collect();
+    let keeps_all: Vec<bool> = ks.iter().map(|&k| !drops(k)).collect();
+    let column = |tensor: Tensor| tensor.f_to_device(scores.device())?.f_view([-1, 1]);
+    let threshold = top
+        .f_gather(1, &column(Tensor::f_from_slice(&last)?)?, false)?
+        .f_masked_fill(&column(Tensor::f_from_slice(&keeps_all)?)?, f64::NEG_INFINITY)?;
+    Ok(scores.f_masked_fill(&scores.f_lt_tensor(&threshold)?, f64::NEG_INFINITY)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn codes(scores: &Tensor, draws: &[Draw]) -> Vec<i64> {
+        Vec::try_from(draw_codes(scores, draws).unwrap()).unwrap()
+    }
 
     #[test]
     fn ties_with_the_kth_score_survive() {
@@ -87,43 +125,59 @@ mod tests {
         let kept = keep_top_k(&scores, 2).unwrap();
         let finite: Vec<bool> = Vec::try_from(kept.isfinite().view(-1)).unwrap();
         assert_eq!(finite, [false, true, true, true, false]);
+        let rows = scores.repeat([3, 1]);
+        let each = keep_each_top_k(&rows, &[2, 0, 1]).unwrap();
+        let finite: Vec<bool> = Vec::try_from(each.isfinite().view(-1)).unwrap();
+        assert_eq!(
+            finite,
+            [
+                [false, true, true, true, false],
+                [true; 5],
+                [false, true, false, false, false]
+            ]
+            .concat()
+        );
     }
 
     #[test]
-    fn draws_follow_the_probabilities_and_only_the_streams_indices() {
+    fn draws_follow_the_probabilities_and_do_not_know_their_neighbours() {
         let scores = Tensor::from_slice(&[0.1f32, 0.2, 0.7]).log().view([1, 3]);
-        let sampling = Sampling {
+        let draw = |picture| Draw {
             top_k: 0,
             temperature: 1.0,
+            uniform: uniform(7, picture, 5),
         };
         let mut counts = [0; 3];
-        for picture in 0..3000 {
-            counts[draw_codes(&scores, &sampling, &[(7, picture)], 5).unwrap()[0] as usize] += 1;
-        }
+        let alone: Vec<i64> = (0..3000).map(|picture| codes(&scores, &[draw(picture)])[0]).collect();
+        alone.iter().for_each(|&code| counts[code as usize] += 1);
         assert!(
             (counts[0] - 300i32).abs() < 60 && (counts[2] - 2100i32).abs() < 120,
             "{counts:?}"
         );
-        let rows = scores.repeat([8, 1]);
-        let streams: Vec<(u64, u64)> = (0..8).map(|i| (7, i)).collect();
-        let together = draw_codes(&rows, &sampling, &streams, 5).unwrap();
-        for (index, stream) in streams.iter().enumerate() {
-            assert_eq!(
-                draw_codes(&scores, &sampling, &[*stream], 5).unwrap()[0],
-                together[index]
-            );
+        // Among rows with other settings, greedy ones and broken ones.
+        let rows = Tensor::cat(&[&scores.repeat([8, 1]), &scores.full_like(f64::NAN)], 0);
+        let mut draws: Vec<Draw> = (0..9).map(draw).collect();
+        draws[1].temperature = 0.0;
+        (draws[2].temperature, draws[3].top_k) = (0.1, 1);
+        let together = codes(&rows, &draws);
+        assert_eq!((together[1], together[3], together[8]), (2, 2, NO_CODE));
+        for index in [0, 4, 5, 6, 7] {
+            assert_eq!(together[index], alone[index]);
         }
     }
 
     #[test]
-    fn a_row_without_finite_scores_is_an_error() {
-        let sampling = Sampling {
+    fn a_row_without_finite_scores_draws_nothing() {
+        let draw = Draw {
             top_k: 2,
             temperature: 1.0,
+            uniform: 0.5,
         };
         for bad in [f32::NEG_INFINITY, f32::NAN] {
-            let scores = Tensor::from_slice(&[0.0f32, 1.0, bad, bad]).view([2, 2]);
-            assert!(draw_codes(&scores, &sampling, &[(0, 0), (0, 1)], 0).is_err());
+            let scores = Tensor::from_slice(&[0.0f32, 9.0, bad, bad]).view([2, 2]);
+            assert_eq!(codes(&scores, &[draw, draw]), [1, NO_CODE]);
+            let greedy = Draw { temperature: 0.0, ..draw };
+            assert_eq!(codes(&scores, &[greedy, greedy]), [1, NO_CODE]);
         }
     }
 }

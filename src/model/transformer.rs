@@ -2,11 +2,12 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::attention::{Attention, Shared, Step};
+use super::attention::{Attention, Pairs, Shared, Step, StepTokens};
 use super::context::{ContextBatch, causal_mask, decode_mask};
 use super::kv_cache::KvCache;
 use super::layers::{Mlp, RmsNorm, linear};
 use super::rope::Rope;
+use super::tokenizer::Vocabulary;
 use super::weights::TensorSource;
 use super::{ModelConfig, ModelError};
 
@@ -38,6 +39,88 @@ pub enum LayerPoint {
     Input(usize),
     /// What decoder layer i returns.
     Output(usize),
+}
+
+/// What a decode step feeds.
+#[derive(Debug)]
+pub struct NextTokens<'a> {
+    /// `[rows + forced]` ids on the device: one for each row, then the forced ones.
+    pub ids: &'a Tensor,
+    /// Position of each row's next token.
+    pub positions: &'a [i64],
+    /// Rows that get a forced token as well, right after their next.
+    pub forced: &'a [usize],
+}
+
+/// Attention reads whole blocks of the cache: the sums over keys are then taken in the same order whatever the longest
+/// row in the batch is.
+const KEY_BLOCK: i64 = 16;
+
+fn round_up(length: i64) -> i64 {
+    (length + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK
+}
+
+/// The rows of the head that belong to image codes: nothing else of it is needed to draw.
+#[derive(Debug)]
+pub struct CodeHead {
+    /// `[codes, hidden]`, in the order of the ids.
+    rows: Tensor,
+    /// `[codes]`: where each code stands among them; `None` where code order is id order.
+    order: Option<Tensor>,
+    /// `[codes]`: the id of each code.
+    ids: Tensor,
+}
+
+impl CodeHead {
+    fn new(head: &Tensor, ids: &[i64]) -> Result<Self, ModelError> {
+        let (lowest, highest) = (
+            ids.iter().copied().min().unwrap_or(0),
+            ids.iter().copied().max().unwrap_or(0),
+        );
+        let id_tensor = Tensor::f_from_slice(ids)?.f_to_device(head.device())?;
+        // Codes fill a range of ids in every published vocabulary: a view then, no copy.
+        if highest - lowest + 1 != ids.len() as i64 {
+            return Ok(Self {
+                rows: head.f_index_select(0, &id_tensor)?,
+                order: None,
+                ids: id_tensor,
+            });
+        }
+        let in_order = ids.is_sorted();
+        Ok(Self {
+            rows: head.f_narrow(0, lowest, ids.len() as i64)?,
+            order: match in_order {
+                true => None,
+                false => Some(id_tensor.f_sub_scalar(lowest)?),
+            },
+            ids: id_tensor,
+        })
+    }
+
+    /// Logits `[rows, codes]` in f32 of final normed hidden states `[rows, hidden]`.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        let logits = linear(hidden, &self.rows)?.f_to_kind(Kind::Float)?;
+        match &self.order {
+            Some(order) => Ok(logits.f_index_select(1, order)?),
+            None => Ok(logits),
+        }
+    }
+
+    /// Vocabulary ids `[..]` of codes `[..]`.
+    ///
+    /// # Errors
+    /// When a code is outside the codebook.
+    pub fn ids_of(&self, codes: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(self.ids.f_index_select(0, codes)?)
+    }
+
+    /// Number of codes.
+    pub fn codes(&self) -> i64 {
+        self.ids.size()[0]
+    }
 }
 
 /// The frozen decoder: embedding, layers, final norm, head.
@@ -153,7 +236,7 @@ impl Transformer {
         self.run(ids, context, shared, observe)
     }
 
-    /// Runs the prompts and fills rows `0..batch` of `cache`, whose row count must be `batch`.
+    /// Runs prompts `[batch, seq]` and fills rows `first_row..first_row + batch` of `cache`.
     /// Returns final normed hidden states `[batch, seq, hidden]`.
     ///
     /// # Errors
@@ -163,53 +246,110 @@ impl Transformer {
         ids: &Tensor,
         context: Option<&ContextBatch>,
         cache: &mut KvCache,
+        first_row: i64,
     ) -> Result<Tensor, ModelError> {
-        if ids.size()[0] != cache.rows() || ids.size()[1] > cache.max_seq() {
+        if first_row + ids.size()[0] > cache.rows() || ids.size()[1] > cache.max_seq() {
             return Err(ModelError::invalid(
                 "prompt",
                 format!(
-                    "is {:?} tokens, the cache holds [{}, {}]",
+                    "is {:?} tokens from row {first_row}, the cache holds [{}, {}]",
                     ids.size(),
                     cache.rows(),
                     cache.max_seq()
                 ),
             ));
         }
-        let shared = self.whole_sequence(ids, context, Step::Prefill(cache))?;
+        let shared = self.whole_sequence(ids, context, Step::Prefill { cache, first_row })?;
         self.run(ids, context, shared, &mut |_, _| Ok(()))
     }
 
-    /// One more token per row: `ids` `[rows, 1]` at `positions` `[rows]`, the highest of which is `length - 1`.
-    /// Returns final normed hidden states `[rows, 1, hidden]`.
+    /// One decode step: for each of the first `rows` rows of `cache` its next token, in order, and after these a second
+    /// token for some of them (one that was forced, so that it costs no step of its own). Returns the final normed
+    /// hidden state `[rows, hidden]` that each row's following token is predicted from.
     ///
     /// # Errors
     /// When the cache is full, or the device fails.
-    pub fn decode(
-        &self,
-        ids: &Tensor,
-        positions: &Tensor,
-        length: i64,
-        cache: &mut KvCache,
-    ) -> Result<Tensor, ModelError> {
-        if length > cache.max_seq() {
+    pub fn decode(&self, next: &NextTokens, cache: &mut KvCache) -> Result<Tensor, ModelError> {
+        let rows = next.positions.len();
+        let device = self.device();
+        let highest = next.positions.iter().copied().max().unwrap_or(0) + i64::from(!next.forced.is_empty());
+        let length = round_up(highest + 1).min(cache.max_seq());
+        if highest >= cache.max_seq() || rows as i64 > cache.rows() {
             return Err(ModelError::invalid(
                 "sequence",
-                format!("needs {length} tokens, the cache holds {}", cache.max_seq()),
+                format!(
+                    "needs {rows} rows of {} tokens, the cache holds {} of {}",
+                    highest + 1,
+                    cache.rows(),
+                    cache.max_seq()
+                ),
             ));
         }
-        let (cos, sin) = self.rope.at(&positions.f_view([-1, 1])?)?;
-        let mask = Some(decode_mask(positions, length)?);
+        let upload = |numbers: &[i64]| -> Result<Tensor, ModelError> { Ok(Tensor::f_from_slice(numbers)?.f_to_device(device)?) };
+        let mut row: Vec<i64> = (0..rows as i64).collect();
+        let mut position = next.positions.to_vec();
+        let (mut queries, mut query, mut answer, mut last) = (1, vec![], vec![], row.clone());
+        let mut paired: Vec<[i64; 2]> = next.positions.iter().map(|&at| [at, at]).collect();
+        if !next.forced.is_empty() {
+            queries = 2;
+            query = (0..rows as i64).flat_map(|token| [token, token]).collect();
+            answer = (0..rows as i64).map(|row| 2 * row).collect();
+            for (extra, &of) in next.forced.iter().enumerate() {
+                let token = (rows + extra) as i64;
+                row.push(of as i64);
+                position.push(next.positions[of] + 1);
+                paired[of][1] += 1;
+                query[2 * of + 1] = token;
+                answer.push(2 * of as i64 + 1);
+                last[of] = token;
+            }
+        }
+        let position = upload(&position)?;
+        let seen = match queries {
+            1 => upload(next.positions)?,
+            _ => upload(paired.as_flattened())?,
+        };
+        let tokens = StepTokens {
+            rows: rows as i64,
+            length,
+            row: upload(&row)?,
+            position: position.shallow_clone(),
+            pairs: match queries {
+                1 => None,
+                _ => Some(Pairs {
+                    query: upload(&query)?,
+                    answer: upload(&answer)?,
+                }),
+            },
+        };
+        let (cos, sin) = self.rope.at(&position.f_view([-1, 1])?)?;
         let shared = Shared {
             cos,
             sin,
-            mask,
-            step: Step::Decode {
-                cache,
-                positions,
-                length,
-            },
+            mask: Some(decode_mask(&seen.f_view([rows as i64, queries])?, length)?),
+            step: Step::Decode { cache, tokens: &tokens },
         };
-        self.run(ids, None, shared, &mut |_, _| Ok(()))
+        let hidden = self
+            .run(&next.ids.f_view([-1, 1])?, None, shared, &mut |_, _| Ok(()))?
+            .f_squeeze_dim(1)?;
+        match queries {
+            1 => Ok(hidden),
+            _ => Ok(hidden.f_index_select(0, &upload(&last)?)?),
+        }
+    }
+
+    /// The head's part that predicts image codes.
+    ///
+    /// # Errors
+    /// When the configuration masks image codes, so that none can be predicted, or the device fails.
+    pub fn code_head(&self, vocabulary: &Vocabulary) -> Result<CodeHead, ModelError> {
+        if self.masked_ids.is_some() {
+            return Err(ModelError::invalid(
+                "mask_image_logits",
+                "is set: this checkpoint reads pictures and does not draw them",
+            ));
+        }
+        CodeHead::new(&self.head, vocabulary.code_ids())
     }
 
     /// Logits in f32, `[.., vocab]`, of final normed hidden states `[.., hidden]`.

@@ -123,6 +123,7 @@ impl Service {
             concepts.push(self.use_concept(name).await?);
         }
         Ok(GenerateRequest {
+            tenant: String::new(),
             prompt: input.prompt,
             concepts,
             width,
@@ -133,6 +134,7 @@ impl Service {
             temperature,
             top_k: input.top_k.unwrap_or(info.default_top_k),
             identity_mask: input.identity_mask.unwrap_or(true),
+            partial_images: 0,
         })
     }
 
@@ -165,7 +167,7 @@ impl Service {
                     });
                 }
                 Some(GenerationEvent::Failed(error)) => return Err(error.into()),
-                Some(GenerationEvent::Started | GenerationEvent::Progress { .. }) => {}
+                Some(GenerationEvent::Started | GenerationEvent::Progress { .. } | GenerationEvent::Partial { .. }) => {}
                 None => {
                     return Err(Error::new(
                         ErrorKind::Unavailable,

@@ -73,12 +73,13 @@ impl From<EngineError> for Error {
     fn from(error: EngineError) -> Self {
         match error {
             EngineError::Invalid { field, problem } => Self::field("invalid_value", field, problem),
-            EngineError::Overloaded { limit } => Self::new(
+            EngineError::Overloaded { limit, retry_after } => Self::new(
                 ErrorKind::Overloaded,
                 "overloaded",
                 "Too many requests are waiting; try again soon.",
             )
-            .limit(limit as u64),
+            .limit(limit as u64)
+            .retry_after(retry_after),
             EngineError::Stopped => Self::new(ErrorKind::Unavailable, "stopping", "The server is stopping."),
             EngineError::Device(cause) => Self::internal(cause),
         }

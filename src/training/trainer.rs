@@ -203,7 +203,7 @@ impl Trainer {
                 self.drawing.insert(model.start_plain(&prompt, width, height, streams)?)
             }
         };
-        decoding.step(&model.transformer, &model.vocabulary)?;
+        decoding.step(&model.transformer)?;
         let (done, tokens) = decoding.progress();
         if decoding.is_done() {
             let drawn = decoding.codes().to_vec();

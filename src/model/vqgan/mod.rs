@@ -42,6 +42,13 @@ pub struct Vqgan {
     post_quant_conv: Conv,
 }
 
+impl Vqgan {
+    /// Where the parameters are.
+    pub fn device(&self) -> tch::Device {
+        self.codebook.device()
+    }
+}
+
 fn has_attention(config: &EncoderDecoderConfig, level: usize) -> bool {
     config.attn_resolutions.contains(&(config.resolution >> level))
 }

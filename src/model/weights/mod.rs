@@ -19,6 +19,51 @@ pub trait TensorSource {
     fn shape_of(&self, name: &str) -> Option<Vec<i64>>;
 }
 
+/// Parameters that are in memory already; what is loaded from it shares their storage.
+#[derive(Debug, Default)]
+pub struct Shared(std::cell::RefCell<std::collections::BTreeMap<String, Tensor>>);
+
+impl Shared {
+    /// Passes on what `source` has and remembers it.
+    pub fn remembering<'a>(&'a self, source: &'a dyn TensorSource) -> impl TensorSource + 'a {
+        Remembering { shared: self, source }
+    }
+}
+
+struct Remembering<'a> {
+    shared: &'a Shared,
+    source: &'a dyn TensorSource,
+}
+
+impl TensorSource for Remembering<'_> {
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+        let tensor = self.source.tensor(name, shape)?;
+        self.shared
+            .0
+            .borrow_mut()
+            .insert(name.to_owned(), tensor.shallow_clone());
+        Ok(tensor)
+    }
+
+    fn shape_of(&self, name: &str) -> Option<Vec<i64>> {
+        self.source.shape_of(name)
+    }
+}
+
+impl TensorSource for Shared {
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+        let tensors = self.0.borrow();
+        let tensor = tensors.get(name).filter(|tensor| tensor.size() == shape);
+        tensor
+            .map(Tensor::shallow_clone)
+            .ok_or_else(|| ModelError::invalid("tensor", format!("`{name}` {shape:?} was not loaded")))
+    }
+
+    fn shape_of(&self, name: &str) -> Option<Vec<i64>> {
+        self.0.borrow().get(name).map(Tensor::size)
+    }
+}
+
 /// Kind and device that parameters are brought to while they are read.
 #[derive(Debug, Clone, Copy)]
 pub struct Target {

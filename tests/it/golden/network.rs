@@ -290,9 +290,9 @@ pub fn decode(run: &Run, report: &mut Report) -> Outcome {
         top_k: image_top_k,
         streams: vec![(0, 0)],
     };
-    let mut decoding = text(Decoding::start(&model, request))?;
+    let mut decoding = text(Decoding::start(&model, &vocabulary, &request))?;
     while !decoding.is_done() {
-        text(decoding.step(&model, &vocabulary))?;
+        text(decoding.step(&model))?;
     }
     let (_, drawn) = text(image_block(
         &vocabulary,

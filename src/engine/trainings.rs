@@ -1,0 +1,154 @@
+//! The training half of the device thread: slices of the trainings that are open, in turn.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::command::{EngineError, TrainingEvent, TrainingProgress, TrainingRequest};
+use super::generations::RESERVED_EVENTS;
+use super::thread::guarded;
+use crate::model::LuminaMgpt;
+use crate::training::{Advance, Trainer};
+
+struct Training {
+    trainer: Trainer,
+    events: mpsc::Sender<TrainingEvent>,
+    checkpointed: Instant,
+    started: Instant,
+    first_step: u32,
+}
+
+/// Open trainings.
+pub(super) struct Trainings {
+    open: VecDeque<Training>,
+    checkpoint_every: Duration,
+}
+
+impl Trainings {
+    /// A training's checkpoint is handed out at least every `checkpoint_every`.
+    pub(super) fn new(checkpoint_every: Duration) -> Self {
+        Self {
+            open: VecDeque::new(),
+            checkpoint_every,
+        }
+    }
+
+    /// Whether none is open.
+    pub(super) fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    pub(super) fn take_in(
+        &mut self,
+        model: &LuminaMgpt,
+        request: TrainingRequest,
+        events: mpsc::Sender<TrainingEvent>,
+    ) {
+        let TrainingRequest {
+            spec,
+            pictures,
+            checkpoint,
+        } = request;
+        let opened = guarded(|| match &checkpoint {
+            Some(bytes) => Trainer::resume(model, spec, &pictures, bytes),
+            None => Trainer::new(model, spec, &pictures),
+        });
+        match opened {
+            Ok(trainer) => {
+                let now = Instant::now();
+                let first_step = trainer.step();
+                self.open.push_back(Training {
+                    trainer,
+                    events,
+                    checkpointed: now,
+                    started: now,
+                    first_step,
+                });
+            }
+            Err(error) => drop(events.try_send(TrainingEvent::Failed(error))),
+        }
+    }
+
+    /// One slice of the training whose turn it is.
+    pub(super) fn turn(&mut self, model: &LuminaMgpt) {
+        let Some(mut training) = self.open.pop_front() else {
+            return;
+        };
+        if training.events.is_closed() {
+            return;
+        }
+        match guarded(|| training.trainer.advance(model)) {
+            Ok(Advance::Finished) => {
+                let finished = guarded(|| training.trainer.concept_file(model.fingerprint()))
+                    .and_then(|file| file.to_bytes().map_err(|error| EngineError::Device(error.to_string())));
+                let event = match finished {
+                    Ok(bytes) => TrainingEvent::Done {
+                        file: bytes.into(),
+                        report: report(&training),
+                    },
+                    Err(error) => TrainingEvent::Failed(error),
+                };
+                let _ = training.events.try_send(event);
+            }
+            Ok(advance) => {
+                if let Advance::Step(losses) = advance {
+                    training.tell(losses.total);
+                }
+                if training.checkpointed.elapsed() >= self.checkpoint_every {
+                    training.hand_out_checkpoint();
+                }
+                self.open.push_back(training);
+            }
+            Err(error) => drop(training.events.try_send(TrainingEvent::Failed(error))),
+        }
+    }
+
+    /// Hands out a last checkpoint of each.
+    pub(super) fn stop(&mut self) {
+        for mut training in self.open.drain(..) {
+            training.hand_out_checkpoint();
+        }
+    }
+}
+
+impl Training {
+    fn tell(&self, loss: f32) {
+        if self.events.capacity() <= RESERVED_EVENTS {
+            return;
+        }
+        let step = self.trainer.step();
+        let seconds = self.started.elapsed().as_secs_f32().max(1e-3);
+        let steps_per_second = (step - self.first_step) as f32 / seconds;
+        let total_steps = self.trainer.spec().steps;
+        let progress = TrainingProgress {
+            step,
+            total_steps,
+            loss,
+            steps_per_second,
+        };
+        let _ = self.events.try_send(TrainingEvent::Progress(progress));
+    }
+
+    fn hand_out_checkpoint(&mut self) {
+        match guarded(|| self.trainer.checkpoint()) {
+            Ok(bytes) => {
+                let step = self.trainer.step();
+                let _ = self.events.try_send(TrainingEvent::Checkpoint {
+                    step,
+                    bytes: bytes.into(),
+                });
+            }
+            Err(error) => tracing::warn!(%error, "a training's checkpoint could not be made"),
+        }
+        self.checkpointed = Instant::now();
+    }
+}
+
+fn report(training: &Training) -> serde_json::Value {
+    serde_json::json!({
+        "seconds": training.started.elapsed().as_secs_f64(),
+        "resumed_from_step": training.first_step,
+        "losses": training.trainer.losses(),
+    })
+}
