@@ -210,7 +210,9 @@ impl StartSearch {
             return Err(unknown());
         }
         for (slot, word) in words.iter().enumerate() {
-            let at = self.candidates[slot].iter().position(|(candidate, _)| candidate == word);
+            let at = self.candidates[slot]
+                .iter()
+                .position(|(candidate, _)| candidate == word);
             self.chosen[slot] = at.ok_or_else(unknown)?;
         }
         self.sweep = SWEEPS;
@@ -247,7 +249,10 @@ impl StartSearch {
         }
         let mut ids = self.ids();
         ids[self.slot] = self.candidates[self.slot][self.next].1;
-        let named: Vec<_> = references.centred().map(|reference| reference.with_words(&ids)).collect();
+        let named: Vec<_> = references
+            .centred()
+            .map(|reference| reference.with_words(&ids))
+            .collect();
         let (logits, targets) = token_logits(model, &named.iter().collect::<Vec<_>>(), None)?;
         let loss = next_token(&logits, &targets)?.f_double_value(&[])?;
         self.done += 1;

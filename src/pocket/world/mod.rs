@@ -17,7 +17,9 @@ use serde::{Deserialize, Serialize};
 use crate::picture::RgbPicture;
 use canvas::{Canvas, Rgb};
 pub use captions::{caption_full, caption_random, scene_phrase, style_phrase, subject_phrase, words};
-pub use held_out::{HeldOutStyle, HeldOutSubject, development_styles, development_subjects, held_out_styles, held_out_subjects};
+pub use held_out::{
+    HeldOutStyle, HeldOutSubject, development_styles, development_subjects, held_out_styles, held_out_subjects,
+};
 
 macro_rules! named {
     ($(#[$doc:meta])* $name:ident { $($variant:ident => $word:literal),+ $(,)? }) => {
