@@ -137,8 +137,8 @@ impl TrainingSpec {
             },
             (Preset::Pocket, ConceptKind::Style) => Self {
                 layers: all,
-                steps: 30,
-                learning_rate: 3e-3,
+                steps: 60,
+                learning_rate: 1e-2,
                 image_tokens: 0,
                 batch_size: 4,
                 text_tokens: POCKET_STYLE_WORDS.len() as u32,

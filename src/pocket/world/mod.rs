@@ -311,6 +311,9 @@ mod tests {
             let spec = Spec::sample(&mut rng);
             assert!(!held_out::is_held_out(&spec), "{spec:?}");
             assert!(!matches!(spec.style, Style::Sepia | Style::Blueprint));
+            for style in development_styles() {
+                assert!((style.style, style.colours) != (spec.style, spec.style_colours));
+            }
         }
         let classes: BTreeSet<_> = held_out_subjects().iter().map(|subject| subject.class).collect();
         assert!(held_out_subjects().len() >= 8 && classes.len() >= 8 && held_out_styles().len() >= 2);
