@@ -10,7 +10,9 @@ use crate::concept::{ConceptFile, ConceptKind};
 use crate::model::ModelError;
 use crate::picture::RgbPicture;
 use crate::pocket::measure::as_drawn;
-use crate::pocket::world::{Class, HeldOutStyle, Scene, Spec, development_styles, held_out_styles, render, scene_phrase};
+use crate::pocket::world::{
+    Class, HeldOutStyle, Scene, Spec, development_styles, held_out_styles, render, scene_phrase,
+};
 use crate::training::Reference;
 
 /// A held-out style with pictures of other things drawn in it.

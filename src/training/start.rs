@@ -4,8 +4,9 @@
 use tch::{Kind, Tensor};
 
 use super::losses::next_token;
-use super::references::References;
+use super::references::{Reference, References};
 use super::trainer::token_logits;
+use crate::concept::ConceptKind;
 use crate::concept::spec::{Parametrisation, TrainingSpec};
 use crate::model::transformer::LayerPoint;
 use crate::model::{LuminaMgpt, ModelError};
@@ -150,6 +151,29 @@ fn observe_inputs(
     Ok(())
 }
 
+/// Tokens over which the emphasis of [`early_loss`] falls to a third.
+const EARLY: f64 = 5.0;
+
+/// Cross-entropy in which the first few tokens of each picture weigh as much as all the others together. A style's
+/// colours are decided there: later tokens see them in the picture itself and hardly need the words any more.
+fn early_loss(logits: &Tensor, targets: &Tensor, pictures: &[Reference]) -> Result<Tensor, ModelError> {
+    let weight = |token: usize, tokens: usize| 1.0 + tokens as f64 / EARLY * (-(token as f64) / EARLY).exp();
+    let weights: Vec<f32> = pictures
+        .iter()
+        .flat_map(|picture| (0..picture.image.len()).map(|token| weight(token, picture.image.len()) as f32))
+        .collect();
+    let weights = Tensor::f_from_slice(&weights)?.f_to_device(logits.device())?;
+    let said = logits
+        .f_log_softmax(-1, Kind::Float)?
+        .f_gather(1, &targets.f_unsqueeze(1)?, false)?
+        .f_squeeze_dim(1)?;
+    Ok(said
+        .f_mul(&weights)?
+        .f_sum(Kind::Float)?
+        .f_neg()?
+        .f_div(&weights.f_sum(Kind::Float)?)?)
+}
+
 /// Sweeps over all slots before the search settles for what it has.
 const SWEEPS: usize = 3;
 
@@ -159,6 +183,8 @@ const SWEEPS: usize = 3;
 pub(super) struct StartSearch {
     /// For each text token: words and their ids.
     candidates: Vec<Vec<(String, i64)>>,
+    /// Whether the pictures' first tokens count most, see [`early_loss`].
+    early: bool,
     chosen: Vec<usize>,
     best: f64,
     sweep: usize,
@@ -186,6 +212,7 @@ impl StartSearch {
         let settled = candidates.iter().all(|words| words.len() == 1);
         Ok(Self {
             chosen: vec![0; candidates.len()],
+            early: spec.kind == ConceptKind::Style,
             candidates,
             best: f64::INFINITY,
             sweep: if settled { SWEEPS } else { 0 },
@@ -210,7 +237,9 @@ impl StartSearch {
             return Err(unknown());
         }
         for (slot, word) in words.iter().enumerate() {
-            let at = self.candidates[slot].iter().position(|(candidate, _)| candidate == word);
+            let at = self.candidates[slot]
+                .iter()
+                .position(|(candidate, _)| candidate == word);
             self.chosen[slot] = at.ok_or_else(unknown)?;
         }
         self.sweep = SWEEPS;
@@ -247,9 +276,16 @@ impl StartSearch {
         }
         let mut ids = self.ids();
         ids[self.slot] = self.candidates[self.slot][self.next].1;
-        let named: Vec<_> = references.centred().map(|reference| reference.with_words(&ids)).collect();
+        let named: Vec<_> = references
+            .centred()
+            .map(|reference| reference.with_words(&ids))
+            .collect();
         let (logits, targets) = token_logits(model, &named.iter().collect::<Vec<_>>(), None)?;
-        let loss = next_token(&logits, &targets)?.f_double_value(&[])?;
+        let loss = match self.early {
+            false => next_token(&logits, &targets)?,
+            true => early_loss(&logits, &targets, &named)?,
+        };
+        let loss = loss.f_double_value(&[])?;
         self.done += 1;
         if loss < self.best {
             self.best = loss;

@@ -35,9 +35,17 @@ fn an_interrupted_training_ends_with_the_same_tensors() {
     let mut whole = Trainer::new(&model, spec.clone(), &references()).unwrap();
     finish(&mut whole, &model);
     let mut first = Trainer::new(&model, spec.clone(), &references()).unwrap();
+    // Interrupted once while the start words are being chosen, and once in the middle of the steps.
+    for _ in 0..3 {
+        first.advance(&model).unwrap();
+    }
+    assert_eq!(first.start_words(), None);
+    let early = first.checkpoint().unwrap();
+    let mut first = Trainer::resume(&model, spec.clone(), &references(), &early).unwrap();
     while first.step() < 4 {
         first.advance(&model).unwrap();
     }
+    assert_eq!(first.start_words().unwrap()[..3], ["a", "purple", "and"]);
     let checkpoint = first.checkpoint().unwrap();
     drop(first);
     let mut second = Trainer::resume(&model, spec.clone(), &references(), &checkpoint).unwrap();

@@ -207,14 +207,14 @@ const STYLES: [HeldOutStyle; 4] = [
     HeldOutStyle {
         name: "dev-chalk",
         style: Style::LineArt,
-        colours: Some((Colour::White, Colour::Green)),
-        description: "in white and green line art style",
+        colours: Some((Colour::Yellow, Colour::Purple)),
+        description: "in yellow and purple line art style",
     },
     HeldOutStyle {
-        name: "dev-plum",
+        name: "dev-amber",
         style: Style::Duotone,
-        colours: Some((Colour::Purple, Colour::Pink)),
-        description: "in purple and pink duotone style",
+        colours: Some((Colour::Black, Colour::Orange)),
+        description: "in black and orange duotone style",
     },
 ];
 
@@ -223,7 +223,7 @@ pub fn held_out_styles() -> &'static [HeldOutStyle] {
     &STYLES[..2]
 }
 
-/// Styles that settings are chosen on. Pre-training shows them now and then, among others of their kind.
+/// Styles that settings are chosen on. Pre-training shows others of their kind, and never these colours together.
 pub fn development_styles() -> &'static [HeldOutStyle] {
     &STYLES[2..]
 }

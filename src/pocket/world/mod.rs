@@ -17,7 +17,9 @@ use serde::{Deserialize, Serialize};
 use crate::picture::RgbPicture;
 use canvas::{Canvas, Rgb};
 pub use captions::{caption_full, caption_random, scene_phrase, style_phrase, subject_phrase, words};
-pub use held_out::{HeldOutStyle, HeldOutSubject, development_styles, development_subjects, held_out_styles, held_out_subjects};
+pub use held_out::{
+    HeldOutStyle, HeldOutSubject, development_styles, development_subjects, held_out_styles, held_out_subjects,
+};
 
 macro_rules! named {
     ($(#[$doc:meta])* $name:ident { $($variant:ident => $word:literal),+ $(,)? }) => {
@@ -309,6 +311,9 @@ mod tests {
             let spec = Spec::sample(&mut rng);
             assert!(!held_out::is_held_out(&spec), "{spec:?}");
             assert!(!matches!(spec.style, Style::Sepia | Style::Blueprint));
+            for style in development_styles() {
+                assert!((style.style, style.colours) != (spec.style, spec.style_colours));
+            }
         }
         let classes: BTreeSet<_> = held_out_subjects().iter().map(|subject| subject.class).collect();
         assert!(held_out_subjects().len() >= 8 && classes.len() >= 8 && held_out_styles().len() >= 2);
