@@ -2,6 +2,7 @@
 
 mod api;
 mod architecture;
+mod engine;
 mod golden;
 mod model;
 mod support;

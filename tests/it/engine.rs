@@ -1,0 +1,184 @@
+//! The engine in this process: mixed requests in one batch, each as if it were alone.
+
+use std::sync::Arc;
+
+use coar::concept::{ConceptKind, ConceptTensors};
+use coar::engine::{
+    ConceptUse, EngineError, EngineHandle, EngineOptions, GenerateRequest, GenerationEvent, ModelInfo, start,
+};
+use coar::model::LuminaMgpt;
+use coar::model::lumina::CheckpointFiles;
+use coar::picture::RgbPicture;
+use coar::pocket::checkpoint::unpack_shipped;
+use coar::training::Preset;
+use tch::{Device, Kind};
+
+fn engine(options: EngineOptions) -> EngineHandle {
+    start(options, || {
+        let cache = tempfile::tempdir().unwrap();
+        let files = CheckpointFiles::find(&unpack_shipped(cache.path()).unwrap(), None)?;
+        let model = LuminaMgpt::load(&files, Device::Cpu, Kind::Float, None)?;
+        let config = model.transformer.config();
+        let info = ModelInfo {
+            id: "test".to_owned(),
+            fingerprint: model.fingerprint().to_owned(),
+            layers: config.num_hidden_layers,
+            hidden: config.hidden_size as usize,
+            sizes: model.sizes(),
+            default_guidance_scale: 2.0,
+            default_temperature: 1.0,
+            default_top_k: 20,
+            preset: Preset::Pocket,
+        };
+        Ok((model, info))
+    })
+    .unwrap()
+}
+
+/// A concept of arbitrary small numbers: what it does to the picture does not matter here, only that it does something.
+fn concept(info: &ModelInfo, index: usize) -> ConceptUse {
+    let (layers, hidden) = (info.layers / (1 + index % 2), info.hidden);
+    let numbers = |count: usize| {
+        (0..count)
+            .map(|i| ((i * (7 + index)) % 13) as f32 * 0.05 - 0.3)
+            .collect()
+    };
+    let (text_tokens, image_tokens) = (1 + index % 3, index % 2);
+    ConceptUse {
+        name: format!("c{index}"),
+        content_hash: format!("hash-{index}"),
+        kind: ConceptKind::Subject,
+        tensors: Arc::new(ConceptTensors {
+            layers,
+            hidden,
+            text_tokens,
+            image_tokens,
+            text: numbers(layers * text_tokens * hidden),
+            image: numbers(layers * image_tokens * hidden),
+        }),
+    }
+}
+
+fn request(info: &ModelInfo, index: usize) -> GenerateRequest {
+    let size = info.sizes[index % 3];
+    let concepts = match index % 4 {
+        0 => vec![],
+        _ => vec![concept(info, index)],
+    };
+    let who = concepts.first().map_or("red".to_owned(), |c| format!("<{}>", c.name));
+    GenerateRequest {
+        tenant: format!("tenant-{}", index % 2),
+        prompt: format!("a photo of a {who} cat {}", ["on the beach", "in space"][index % 2]),
+        concepts,
+        width: size.0,
+        height: size.1,
+        count: 1 + (index % 2) as u32,
+        seed: 100 + index as u64,
+        guidance_scale: [2.0, 1.0, 3.5][index % 3],
+        temperature: if index == 5 { 0.0 } else { 1.0 },
+        top_k: [20, 0, 7][index % 3],
+        identity_mask: true,
+        partial_images: 0,
+    }
+}
+
+/// All pictures, in order; `None` where the request failed.
+fn pictures(mut stream: coar::engine::GenerationStream) -> Result<Vec<RgbPicture>, EngineError> {
+    let mut all = Vec::new();
+    while let Some(event) = stream.blocking_next() {
+        match event {
+            GenerationEvent::Picture { index, picture } => all.push((index, picture)),
+            GenerationEvent::Done { .. } => {
+                all.sort_by_key(|(index, _)| *index);
+                return Ok(all.into_iter().map(|(_, picture)| picture).collect());
+            }
+            GenerationEvent::Failed(error) => return Err(error),
+            _ => {}
+        }
+    }
+    panic!("the stream ended without a last event");
+}
+
+#[test]
+fn a_picture_does_not_depend_on_who_shares_the_batch() {
+    let engine = engine(EngineOptions::default());
+    let requests: Vec<GenerateRequest> = (0..8).map(|index| request(engine.info(), index)).collect();
+    let alone: Vec<_> = requests
+        .iter()
+        .map(|request| pictures(engine.generate(request.clone()).unwrap()).unwrap())
+        .collect();
+    assert_eq!(alone.iter().map(Vec::len).collect::<Vec<_>>(), [1, 2, 1, 2, 1, 2, 1, 2]);
+    let streams: Vec<_> = requests
+        .iter()
+        .map(|request| engine.generate(request.clone()).unwrap())
+        .collect();
+    // One more that hangs up in the middle, and one that cannot be drawn.
+    drop(engine.generate(request(engine.info(), 9)).unwrap());
+    let bad = GenerateRequest {
+        prompt: "a photo of <nobody>".to_owned(),
+        ..request(engine.info(), 0)
+    };
+    let bad = engine.generate(bad).unwrap();
+    for (index, stream) in streams.into_iter().enumerate() {
+        assert_eq!(pictures(stream).unwrap(), alone[index], "request {index}");
+    }
+    assert!(matches!(
+        pictures(bad),
+        Err(EngineError::Invalid { field: "prompt", .. })
+    ));
+    // Picture 1 of a request is the same when it is drawn with others of its request or in few rows.
+    assert_ne!(alone[1][0], alone[1][1]);
+}
+
+#[test]
+fn a_request_larger_than_the_batch_is_drawn_in_pieces_and_a_full_queue_says_when_to_come_back() {
+    let options = EngineOptions {
+        rows: 4,
+        queue: 2,
+        ..EngineOptions::default()
+    };
+    let engine = engine(options);
+    let many = GenerateRequest {
+        count: 5,
+        ..request(engine.info(), 0)
+    };
+    let stream = engine.generate(many.clone()).unwrap();
+    let second = engine.generate(request(engine.info(), 2)).unwrap();
+    let refused = std::iter::repeat_with(|| engine.generate(request(engine.info(), 4)))
+        .take(3)
+        .find_map(Result::err);
+    match refused {
+        Some(EngineError::Overloaded { limit: 2, retry_after }) => assert!((1..=120).contains(&retry_after.as_secs())),
+        other => panic!("{other:?}"),
+    }
+    let all = pictures(stream).unwrap();
+    assert_eq!(all.len(), 5);
+    pictures(second).unwrap();
+    let single = GenerateRequest { count: 1, ..many };
+    assert_eq!(pictures(engine.generate(single).unwrap()).unwrap()[0], all[0]);
+}
+
+#[test]
+fn unfinished_pictures_show_the_rows_that_are_drawn() {
+    let engine = engine(EngineOptions::default());
+    let asked = GenerateRequest {
+        partial_images: 2,
+        ..request(engine.info(), 0)
+    };
+    let mut stream = engine.generate(asked).unwrap();
+    let mut seen = Vec::new();
+    while let Some(event) = stream.blocking_next() {
+        match event {
+            GenerationEvent::Partial { index, number, picture } => {
+                let row = 3 * picture.width as usize;
+                let grey = picture.rgb.rchunks_exact(row).take_while(|row| row.iter().all(|v| *v == 128)).count();
+                seen.push((index, number, grey));
+            }
+            GenerationEvent::Done { .. } => break,
+            GenerationEvent::Failed(error) => panic!("{error}"),
+            _ => {}
+        }
+    }
+    // A third and two thirds of twelve rows of codes, eight pixels each.
+    assert_eq!(seen, [(0, 0, 64), (0, 1, 32)]);
+}
