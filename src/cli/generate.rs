@@ -15,7 +15,7 @@ use crate::service::GenerateInput;
 ///
 /// A plain prompt:     coar generate "a photo of a red cat in the snow"
 /// With a subject:     coar generate "a photo of <rex> cat on the beach"
-/// Subject and style:  coar generate "a photo of <rex> cat in <blueprint> style"
+/// Subject and style:  coar generate "a picture of <rex> cat in <sepia> style"
 ///
 /// The same seed and settings draw the same picture.
 #[derive(Debug, Args)]

@@ -152,7 +152,7 @@ impl TrainArgs {
     fn example(&self) -> String {
         match &self.class {
             Some(class) => format!("a photo of <{}> {class} on the beach", self.name),
-            None => format!("a photo of a cat in <{}> style", self.name),
+            None => format!("a picture of a cat in <{}> style", self.name),
         }
     }
 }
