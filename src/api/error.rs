@@ -58,7 +58,9 @@ impl IntoResponse for ApiError {
         let mut response = (status, axum::Json(body)).into_response();
         let headers = response.headers_mut();
         match error.kind {
-            ErrorKind::Overloaded | ErrorKind::Unavailable => drop(headers.insert(header::RETRY_AFTER, error.retry_after.unwrap_or(RETRY_AFTER).into())),
+            ErrorKind::Overloaded | ErrorKind::Unavailable => {
+                drop(headers.insert(header::RETRY_AFTER, error.retry_after.unwrap_or(RETRY_AFTER).into()))
+            }
             // Clients that retry conflicts by default would only wait for nothing.
             ErrorKind::Conflict => drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"))),
             _ => {}

@@ -63,10 +63,20 @@ impl Speed {
 }
 
 /// What the outside is told after each turn.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Load {
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Load {
+    /// Tokens of all pictures that wait for rows.
     pub waiting_tokens: u64,
+    /// Tokens per second over the last steps; 0 before the first.
     pub tokens_per_second: f64,
+    /// Pictures being drawn.
+    pub pictures: usize,
+    /// Rows of the batch that are free.
+    pub free_rows: usize,
+    /// Concepts that were found on the device, that were not, and the bytes that they take there.
+    pub concept_hits: u64,
+    pub concept_misses: u64,
+    pub concept_bytes: usize,
 }
 
 fn rows_of(request: &GenerateRequest) -> usize {
@@ -92,9 +102,15 @@ impl Generations {
     }
 
     pub(super) fn load(&self) -> Load {
+        let (concept_hits, concept_misses, concept_bytes) = self.concepts.counts();
         Load {
             waiting_tokens: self.scheduler.waiting_tokens(),
             tokens_per_second: self.speed.tokens_per_second,
+            pictures: self.batch.len(),
+            free_rows: self.batch.free_rows(),
+            concept_hits,
+            concept_misses,
+            concept_bytes,
         }
     }
 

@@ -1,15 +1,15 @@
 //! The door: clonable, bounded, and free of tensors.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
 use crate::concept::{ConceptFile, ConceptFileError};
 
-use super::generations::Load;
 use super::command::{EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingRequest};
+use super::generations::Load;
 
 /// Readiness as the device thread last reported it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,9 +103,7 @@ pub(super) struct Gauge {
     /// Milliseconds after `origin` at which the thread last came by.
     beat: AtomicU64,
     busy: AtomicBool,
-    waiting_tokens: AtomicU64,
-    /// Bits of an f64.
-    tokens_per_second: AtomicU64,
+    load: Mutex<Load>,
     waiting_requests: AtomicUsize,
     limit: usize,
 }
@@ -122,8 +120,7 @@ impl Gauge {
             origin: Instant::now(),
             beat: AtomicU64::new(0),
             busy: AtomicBool::new(false),
-            waiting_tokens: AtomicU64::new(0),
-            tokens_per_second: AtomicU64::new(0),
+            load: Mutex::default(),
             waiting_requests: AtomicUsize::new(0),
             limit,
         }
@@ -136,9 +133,11 @@ impl Gauge {
     }
 
     pub(super) fn tell(&self, load: Load) {
-        self.waiting_tokens.store(load.waiting_tokens, Ordering::Relaxed);
-        self.tokens_per_second
-            .store(load.tokens_per_second.to_bits(), Ordering::Relaxed);
+        *self.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
+    }
+
+    fn load(&self) -> Load {
+        *self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn stuck_for(&self) -> Option<Duration> {
@@ -149,11 +148,11 @@ impl Gauge {
 
     /// How long what waits will take at the present speed.
     fn wait(&self) -> Duration {
-        let speed = f64::from_bits(self.tokens_per_second.load(Ordering::Relaxed));
-        if speed <= 0.0 {
+        let load = self.load();
+        if load.tokens_per_second <= 0.0 {
             return UNKNOWN_WAIT;
         }
-        let seconds = self.waiting_tokens.load(Ordering::Relaxed) as f64 / speed;
+        let seconds = load.waiting_tokens as f64 / load.tokens_per_second;
         Duration::from_secs_f64(seconds.clamp(1.0, LONGEST_WAIT.as_secs_f64()))
     }
 }
@@ -206,6 +205,11 @@ impl EngineHandle {
             (Health::Ready, Some(since)) => Health::Stuck(since),
             (health, _) => health,
         }
+    }
+
+    /// What the device thread had to do when it last came by; never asks the device.
+    pub fn load(&self) -> Load {
+        self.gauge.load()
     }
 
     /// Hands a generation to the device thread. Bounded and without waiting.

@@ -13,6 +13,7 @@ mod trainings;
 pub use command::{
     ConceptUse, EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingProgress, TrainingRequest,
 };
+pub use generations::Load;
 pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStream};
 pub use plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 pub use thread::{EngineOptions, start};

@@ -237,7 +237,10 @@ mod tests {
         for job in 20..30 {
             scheduler.push("late", JobId(job), cost(1, 100));
         }
-        let next: Vec<bool> = admitted(&mut scheduler, 2)[..4].iter().map(|(job, _)| *job >= 20).collect();
+        let next: Vec<bool> = admitted(&mut scheduler, 2)[..4]
+            .iter()
+            .map(|(job, _)| *job >= 20)
+            .collect();
         assert_eq!(next.iter().filter(|late| **late).count(), 2, "{next:?}");
     }
 

@@ -91,9 +91,6 @@ impl KvCache {
             let _ = block.f_index_put_(&at, &new.f_squeeze_dim(2)?.f_to_kind(block.kind())?, false)?;
             Ok(block.f_narrow(0, 0, tokens.rows)?.f_narrow(2, 0, tokens.length)?)
         };
-        Ok((
-            put(&mut self.keys[layer], keys)?,
-            put(&mut self.values[layer], values)?,
-        ))
+        Ok((put(&mut self.keys[layer], keys)?, put(&mut self.values[layer], values)?))
     }
 }

@@ -69,7 +69,9 @@ impl HeadNorm {
             };
             let spread = |tensor: Tensor| tensor.f_repeat_interleave_self_int(count / rows, 0, None);
             weights.push(spread(source.tensor(&weight_name, &[rows, head_dim])?)?);
-            biases.push(spread(source.tensor(&format!("{name}.{own}.bias"), &[rows, head_dim])?)?);
+            biases.push(spread(
+                source.tensor(&format!("{name}.{own}.bias"), &[rows, head_dim])?,
+            )?);
         }
         Ok(Self {
             weight: Tensor::f_cat(&weights, 0)?.f_view([1, 1, -1, head_dim])?,
@@ -113,7 +115,10 @@ impl Mlp {
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         let both = linear(x, &self.gate_up)?;
         let inner = both.size()[both.dim() - 1] / 2;
-        let gated = both.f_narrow(-1, 0, inner)?.f_silu()?.f_mul(&both.f_narrow(-1, inner, inner)?)?;
+        let gated = both
+            .f_narrow(-1, 0, inner)?
+            .f_silu()?
+            .f_mul(&both.f_narrow(-1, inner, inner)?)?;
         linear(&gated, &self.down)
     }
 }

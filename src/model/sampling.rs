@@ -73,7 +73,9 @@ pub fn draw_codes(scores: &Tensor, draws: &[Draw]) -> Result<Tensor, ModelError>
         let sums = total.f_narrow(1, n - 1, 1)?;
         let at = column(&|draw| draw.uniform)?.f_mul(&sums)?;
         // The number of cumulative sums at or below the draw is the drawn index.
-        let below = total.f_le_tensor(&at)?.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Int64)?;
+        let below = total
+            .f_le_tensor(&at)?
+            .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Int64)?;
         Some(below.f_clamp_max(n - 1)?)
     };
     let codes = match (largest, drawn) {
@@ -176,7 +178,10 @@ mod tests {
         for bad in [f32::NEG_INFINITY, f32::NAN] {
             let scores = Tensor::from_slice(&[0.0f32, 9.0, bad, bad]).view([2, 2]);
             assert_eq!(codes(&scores, &[draw, draw]), [1, NO_CODE]);
-            let greedy = Draw { temperature: 0.0, ..draw };
+            let greedy = Draw {
+                temperature: 0.0,
+                ..draw
+            };
             assert_eq!(codes(&scores, &[greedy, greedy]), [1, NO_CODE]);
         }
     }

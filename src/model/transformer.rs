@@ -285,7 +285,8 @@ impl Transformer {
                 ),
             ));
         }
-        let upload = |numbers: &[i64]| -> Result<Tensor, ModelError> { Ok(Tensor::f_from_slice(numbers)?.f_to_device(device)?) };
+        let upload =
+            |numbers: &[i64]| -> Result<Tensor, ModelError> { Ok(Tensor::f_from_slice(numbers)?.f_to_device(device)?) };
         let mut row: Vec<i64> = (0..rows as i64).collect();
         let mut position = next.positions.to_vec();
         let (mut queries, mut query, mut answer, mut last) = (1, vec![], vec![], row.clone());

@@ -167,7 +167,8 @@ impl Service {
                     });
                 }
                 Some(GenerationEvent::Failed(error)) => return Err(error.into()),
-                Some(GenerationEvent::Started | GenerationEvent::Progress { .. } | GenerationEvent::Partial { .. }) => {}
+                Some(GenerationEvent::Started | GenerationEvent::Progress { .. } | GenerationEvent::Partial { .. }) => {
+                }
                 None => {
                     return Err(Error::new(
                         ErrorKind::Unavailable,

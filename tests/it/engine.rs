@@ -171,7 +171,11 @@ fn unfinished_pictures_show_the_rows_that_are_drawn() {
         match event {
             GenerationEvent::Partial { index, number, picture } => {
                 let row = 3 * picture.width as usize;
-                let grey = picture.rgb.rchunks_exact(row).take_while(|row| row.iter().all(|v| *v == 128)).count();
+                let grey = picture
+                    .rgb
+                    .rchunks_exact(row)
+                    .take_while(|row| row.iter().all(|v| *v == 128))
+                    .count();
                 seen.push((index, number, grey));
             }
             GenerationEvent::Done { .. } => break,

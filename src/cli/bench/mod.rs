@@ -1,5 +1,8 @@
 //! `coar bench`
 
+mod decode;
+mod serve;
+
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -25,6 +28,8 @@ pub(super) enum BenchCommand {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
     },
+    Decode(decode::DecodeArgs),
+    Serve(serve::ServeBenchArgs),
     /// Load a checkpoint's transformer and print time and peak memory against the weights' size.
     Load {
         dir: PathBuf,
@@ -169,13 +174,25 @@ fn peak_memory() -> Option<u64> {
     Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
 }
 
-fn load(dir: &Path, dtype: &str) -> anyhow::Result<()> {
-    let kind = match dtype {
+fn weight_kind(dtype: &str) -> anyhow::Result<Kind> {
+    Ok(match dtype {
         "f32" => Kind::Float,
         "bf16" => Kind::BFloat16,
         "f16" => Kind::Half,
         other => anyhow::bail!("--dtype is `{other}`; expected `f32`, `bf16` or `f16`"),
-    };
+    })
+}
+
+/// One line for each of a report's numbers.
+fn print(report: &Value, names: &[&str]) {
+    for name in names {
+        let value = report[*name].as_f64().unwrap_or(f64::NAN);
+        println!("{:<34} {value:>10.3}", name.replace('_', " "));
+    }
+}
+
+fn load(dir: &Path, dtype: &str) -> anyhow::Result<()> {
+    let kind = weight_kind(dtype)?;
     let before = peak_memory();
     let started = Instant::now();
     let config = ModelConfig::read(&dir.join("config.json"))?;
@@ -212,6 +229,8 @@ impl BenchCommand {
         match self {
             Self::MakeCheckpoint { shape, out } => make_checkpoint(shape, &out),
             Self::Load { dir, dtype } => load(&dir, &dtype),
+            Self::Decode(args) => args.run(),
+            Self::Serve(args) => args.run(),
         }
     }
 }
