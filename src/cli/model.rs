@@ -37,6 +37,47 @@ pub struct ModelArgs {
     pub cache: Option<PathBuf>,
 }
 
+/// How the device is shared among requests and trainings.
+#[derive(Debug, Clone, Args)]
+pub struct EngineArgs {
+    /// Share of the device's time for trainings while pictures wait, 0 to 1. Without pictures they have all of it.
+    #[arg(long, env = "COAR_TRAINING_SHARE", default_value_t = 0.5, value_parser = share)]
+    pub training_share: f64,
+    /// Memory for keys and values in MiB, taken once at the start: it bounds how many pictures are drawn at once.
+    #[arg(long, env = "COAR_KV_MEMORY", default_value_t = 2048, value_name = "MIB")]
+    pub kv_memory: u64,
+    /// The most rows of the batch, whatever the memory admits; a picture with guidance takes two.
+    #[arg(long, env = "COAR_ROWS", default_value_t = 64)]
+    pub rows: usize,
+    /// Requests that may wait for rows; more are refused with 429.
+    #[arg(long, env = "COAR_QUEUE", default_value_t = 64)]
+    pub queue: usize,
+    /// Memory in MiB for concepts that stay on the device while nobody uses them.
+    #[arg(long, env = "COAR_CONCEPT_MEMORY", default_value_t = 256, value_name = "MIB")]
+    pub concept_memory: usize,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("expected a number from 0 to 1".to_owned()),
+    }
+}
+
+impl EngineArgs {
+    /// What the flags say, the rest as always.
+    pub fn options(&self) -> EngineOptions {
+        EngineOptions {
+            queue: self.queue,
+            kv_bytes: self.kv_memory << 20,
+            rows: self.rows,
+            concept_bytes: self.concept_memory << 20,
+            training_share: self.training_share,
+            ..EngineOptions::default()
+        }
+    }
+}
+
 /// The user's cache folder for coar.
 fn default_cache() -> PathBuf {
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));

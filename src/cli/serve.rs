@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
-use super::model::ModelArgs;
-use crate::engine::EngineOptions;
+use super::model::{EngineArgs, ModelArgs};
 
 /// Serve the HTTP API.
 #[derive(Debug, Args)]
@@ -21,6 +20,8 @@ pub(super) struct ServeArgs {
     /// Hours for which pictures that were answered by URL are kept.
     #[arg(long, env = "COAR_KEEP_IMAGES", default_value_t = 24, value_name = "HOURS")]
     keep_images: u32,
+    #[command(flatten)]
+    engine: EngineArgs,
     #[command(flatten)]
     model: ModelArgs,
 }
@@ -39,12 +40,12 @@ impl ServeArgs {
             println!("listening on http://{}", listener.local_addr()?);
             let stop = CancellationToken::new();
             tokio::spawn(signalled(stop.clone()));
-            let model = self.model;
+            let (model, options) = (self.model, self.engine.options());
             crate::app::serve(
                 self.data,
                 std::time::Duration::from_secs(3600 * u64::from(self.keep_images)),
                 listener,
-                move || model.start_engine(EngineOptions::default()),
+                move || model.start_engine(options),
                 stop,
             )
             .await

@@ -21,6 +21,9 @@ use crate::model::{LuminaMgpt, ModelError};
 /// Places in an event channel that progress leaves free for pictures, checkpoints and ends.
 pub(super) const RESERVED_EVENTS: usize = 24;
 
+/// Exit status of a process whose device does not answer any more (EX_UNAVAILABLE of sysexits.h).
+pub const DEVICE_LOST: i32 = 69;
+
 struct Job {
     request: GenerateRequest,
     plan: PlannedSequence,
@@ -204,7 +207,11 @@ impl Generations {
 
     /// A step has failed: nobody knows what state it has left, so everybody in it fails; who waits goes on.
     fn fail_active(&mut self, error: &EngineError) {
-        self.batch.clear();
+        if let Err(beyond) = guarded(|| self.batch.clear()) {
+            // A poisoned CUDA context fails every later call; only a new process gets a new one.
+            tracing::error!(%error, %beyond, "the device does not recover; the process ends so that it can be restarted");
+            std::process::exit(DEVICE_LOST);
+        }
         let active: Vec<JobId> = self
             .jobs
             .iter()

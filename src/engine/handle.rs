@@ -191,6 +191,20 @@ pub struct EngineHandle {
     pub(super) health: watch::Receiver<Health>,
     pub(super) info: Arc<ModelInfo>,
     pub(super) gauge: Arc<Gauge>,
+    /// After `commands`, so that the thread sees its door closed before it is waited for.
+    pub(super) _thread: Arc<Joined>,
+}
+
+/// Waits for the device thread when the last handle goes: libtorch's own statics must outlive every thread that computes.
+#[derive(Debug)]
+pub(super) struct Joined(pub Option<std::thread::JoinHandle<()>>);
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        if self.0.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the device thread has panicked");
+        }
+    }
 }
 
 impl EngineHandle {

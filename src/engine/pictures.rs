@@ -2,11 +2,12 @@
 //! with the device thread.
 
 use std::sync::mpsc as sync;
+use std::thread::JoinHandle;
 
 use tch::Tensor;
 use tokio::sync::mpsc;
 
-use super::command::{EngineError, GenerationEvent};
+use super::command::GenerationEvent;
 use super::thread::guarded;
 use crate::model::lumina::pictures;
 use crate::model::{ModelError, Vqgan};
@@ -44,13 +45,13 @@ pub(super) struct Order {
 /// Orders that may wait; a device thread that is faster than this thread waits for it.
 const QUEUE: usize = 64;
 
-/// Starts the thread; it ends when the sender is dropped.
+/// Starts the thread; it ends when the sender is dropped, and must be joined before the process ends.
 ///
 /// # Errors
 /// When the system has no thread left.
-pub(super) fn start(vqgan: Vqgan, threads: i32) -> std::io::Result<sync::SyncSender<Order>> {
+pub(super) fn start(vqgan: Vqgan, threads: i32) -> std::io::Result<(sync::SyncSender<Order>, JoinHandle<()>)> {
     let (sender, inbox) = sync::sync_channel::<Order>(QUEUE);
-    std::thread::Builder::new()
+    let thread = std::thread::Builder::new()
         .name("coar-pictures".to_owned())
         .spawn(move || {
             if threads > 0 {
@@ -73,14 +74,14 @@ pub(super) fn start(vqgan: Vqgan, threads: i32) -> std::io::Result<sync::SyncSen
                     },
                     Work::Partial { index, number, codes } => match guarded(|| decode(&vqgan, &codes, size)) {
                         Ok(picture) => GenerationEvent::Partial { index, number, picture },
-                        Err(EngineError::Invalid { .. } | EngineError::Device(_)) | Err(_) => continue,
+                        Err(_) => continue,
                     },
                 };
                 // A reader that is gone wants nothing.
                 let _ = events.try_send(event);
             }
         })?;
-    Ok(sender)
+    Ok((sender, thread))
 }
 
 const GREY: u8 = 128;

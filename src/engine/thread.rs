@@ -2,13 +2,14 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::command::EngineError;
 use super::generations::Generations;
-use super::handle::{Command, EngineHandle, Gauge, Health, ModelInfo};
+use super::handle::{Command, EngineHandle, Gauge, Health, Joined, ModelInfo};
 use super::pictures;
 use super::scheduler::{DeviceShare, Turn};
 use super::trainings::Trainings;
@@ -90,7 +91,7 @@ pub fn start(
                 }
             }
         });
-    spawned.map_err(|error| ModelError::invalid("engine", format!("cannot start its thread: {error}")))?;
+    let thread = spawned.map_err(|error| ModelError::invalid("engine", format!("cannot start its thread: {error}")))?;
     let info = loaded
         .recv()
         .map_err(|_| ModelError::invalid("engine", "ended while it was loading"))??;
@@ -99,11 +100,13 @@ pub fn start(
         health,
         info: Arc::new(info),
         gauge,
+        _thread: Arc::new(Joined(Some(thread))),
     })
 }
 
 struct Thread {
     model: LuminaMgpt,
+    pictures: JoinHandle<()>,
     inbox: mpsc::Receiver<Command>,
     generations: Generations,
     trainings: Trainings,
@@ -170,19 +173,32 @@ impl Thread {
         let rows = rows.min(options.rows.max(2));
         tracing::info!(rows, max_seq, bytes = row * rows as u64, "key/value cache");
         let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, rows, max_seq)?;
-        let orders = pictures::start(model.share_vqgan()?, options.threads)
+        let (orders, pictures) = pictures::start(model.share_vqgan()?, options.threads)
             .map_err(|error| ModelError::invalid("engine", format!("cannot start its picture thread: {error}")))?;
         Ok(Self {
             generations: Generations::new(batch, orders, options.concept_bytes),
             trainings: Trainings::new(options.checkpoint_every),
             share: DeviceShare::new(options.training_share),
             model,
+            pictures,
             inbox,
             gauge,
         })
     }
 
     fn run(mut self) {
+        self.work();
+        let Self {
+            generations, pictures, ..
+        } = self;
+        // Its orders end with the sender; what it has begun is delivered.
+        drop(generations);
+        if pictures.join().is_err() {
+            tracing::error!("the thread that decodes pictures has panicked");
+        }
+    }
+
+    fn work(&mut self) {
         loop {
             let idle = self.generations.is_empty() && self.trainings.is_empty();
             self.gauge.beat(!idle);
@@ -219,7 +235,7 @@ impl Thread {
     }
 
     /// Hands out a last checkpoint of every training and ends.
-    fn drain(mut self, done: oneshot::Sender<()>) {
+    fn drain(&mut self, done: oneshot::Sender<()>) {
         self.trainings.stop();
         self.generations.stop();
         // Whoever asked may be gone.

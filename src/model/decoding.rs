@@ -201,7 +201,13 @@ impl DecodeBatch {
         }
         let upload = |numbers: &[i64]| Tensor::f_from_slice(numbers)?.f_to_device(model.device());
         let ids = upload(&ids)?.f_view([each as i64, seq as i64])?;
-        let all = model.prefill(&ids, request.context.as_ref(), &mut self.cache, first as i64)?;
+        let all = match model.prefill(&ids, request.context.as_ref(), &mut self.cache, first as i64) {
+            Ok(all) => all,
+            Err(error) => {
+                (0..each).try_for_each(|row| self.cache.wipe((first + row) as i64, seq as i64))?;
+                return Err(error);
+            }
+        };
         let hidden = all
             .f_reshape([(each * seq) as i64, -1])?
             .f_index_select(0, &upload(&last)?)?;
@@ -273,9 +279,11 @@ impl DecodeBatch {
         freed.sort_unstable();
         for hole in freed.into_iter().rev() {
             let last = self.rows.len() - 1;
+            self.cache.wipe(hole as i64, self.rows[hole].next)?;
             if hole != last {
                 let moved = self.rows[last];
                 self.cache.copy_row(last as i64, hole as i64, moved.next)?;
+                self.cache.wipe(last as i64, moved.next)?;
                 if let Some(owner) = self.pictures.iter_mut().find(|p| p.id == moved.picture) {
                     if owner.conditional == last {
                         owner.conditional = hole;
@@ -291,12 +299,16 @@ impl DecodeBatch {
     }
 
     /// Takes everything out, whatever state a failed step has left.
-    pub fn clear(&mut self) {
+    ///
+    /// # Errors
+    /// When the cache cannot be zeroed: the device is beyond use then.
+    pub fn clear(&mut self) -> Result<(), ModelError> {
         self.rows.clear();
         self.hidden = None;
         for picture in self.pictures.drain(..) {
             self.free_buffers.push(picture.buffer);
         }
+        (0..self.cache.rows()).try_for_each(|row| self.cache.wipe(row, self.cache.max_seq()))
     }
 
     /// One more code for every picture; those that are complete leave and are returned.

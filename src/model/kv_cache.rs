@@ -18,6 +18,18 @@ pub struct KvCache {
 }
 
 impl KvCache {
+    /// Zeroes the first `tokens` of a row. Masked positions still take part in the sums, with weight 0: what is left in
+    /// them must be finite.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn wipe(&mut self, row: i64, tokens: i64) -> Result<(), ModelError> {
+        for block in self.keys.iter().chain(&self.values) {
+            let _ = block.f_get(row)?.f_narrow(1, 0, tokens.min(self.max_seq))?.f_zero_()?;
+        }
+        Ok(())
+    }
+
     /// Allocates the cache for `rows` sequences of at most `max_seq` tokens.
     ///
     /// # Errors

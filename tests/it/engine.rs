@@ -186,3 +186,87 @@ fn unfinished_pictures_show_the_rows_that_are_drawn() {
     // A third and two thirds of twelve rows of codes, eight pixels each.
     assert_eq!(seen, [(0, 0, 64), (0, 1, 32)]);
 }
+
+#[test]
+fn a_broken_concept_fails_alone_and_leaves_nothing_behind() {
+    let options = EngineOptions {
+        rows: 6,
+        ..EngineOptions::default()
+    };
+    let engine = engine(options);
+    let sound = |index: usize| GenerateRequest {
+        count: 1,
+        ..request(engine.info(), index)
+    };
+    let alone: Vec<_> = [3, 6]
+        .map(|index| pictures(engine.generate(sound(index)).unwrap()).unwrap())
+        .into();
+    let mut broken = sound(7);
+    let mut tensors = (*broken.concepts[0].tensors).clone();
+    tensors.text.fill(f32::NAN);
+    broken.concepts[0].tensors = Arc::new(tensors);
+    broken.concepts[0].content_hash = "broken".to_owned();
+    // Whatever place of the batch it had, whoever comes next finds it clean.
+    for _ in 0..2 {
+        let streams = [broken.clone(), sound(3), broken.clone()].map(|one| engine.generate(one).unwrap());
+        let [first, second, third] = streams.map(pictures);
+        assert!(matches!(first, Err(EngineError::Device(_))), "{first:?}");
+        assert_eq!(second.unwrap(), alone[0]);
+        assert!(matches!(third, Err(EngineError::Device(_))), "{third:?}");
+        assert_eq!(pictures(engine.generate(sound(6)).unwrap()).unwrap(), alone[1]);
+    }
+}
+
+#[test]
+fn who_hangs_up_gives_the_rows_back_while_others_are_drawn() {
+    let options = EngineOptions {
+        rows: 4,
+        ..EngineOptions::default()
+    };
+    let engine = engine(options);
+    let guided = GenerateRequest {
+        count: 1,
+        ..request(engine.info(), 0)
+    };
+    let mut streams: Vec<_> = (0..3).map(|_| engine.generate(guided.clone()).unwrap()).collect();
+    let mut waiting = streams.pop().unwrap();
+    // Two pictures fill the batch; the third starts as soon as one of them is given up, long before one is done.
+    let mut other = streams.pop().unwrap();
+    while !matches!(other.blocking_next(), Some(GenerationEvent::Progress { .. })) {}
+    drop(streams);
+    assert!(matches!(waiting.blocking_next(), Some(GenerationEvent::Started)));
+    let mut last = 0;
+    while let Some(event) = other.blocking_next() {
+        match event {
+            GenerationEvent::Progress { done, .. } => last = done,
+            GenerationEvent::Done { .. } => break,
+            GenerationEvent::Failed(error) => panic!("{error}"),
+            _ => {}
+        }
+    }
+    assert!(last > 0);
+    let undisturbed = pictures(waiting).unwrap();
+    assert_eq!(undisturbed, pictures(engine.generate(guided).unwrap()).unwrap());
+}
+
+#[test]
+fn a_thousand_concepts_pass_through_a_small_cache() {
+    let options = EngineOptions {
+        concept_bytes: 64 << 10,
+        ..EngineOptions::default()
+    };
+    let engine = engine(options);
+    // What comes before the first code is what a concept costs; nobody waits for these pictures.
+    let visit = |index: usize| {
+        let mut asked = request(engine.info(), 1);
+        asked.concepts = vec![concept(engine.info(), 1)];
+        asked.concepts[0].content_hash = format!("customer-{index}");
+        (asked.seed, asked.count) = (index as u64, 1);
+        let mut stream = engine.generate(asked).unwrap();
+        while !matches!(stream.blocking_next(), Some(GenerationEvent::Progress { .. })) {}
+    };
+    (0..1000).for_each(visit);
+    let load = engine.load();
+    assert_eq!((load.concept_hits, load.concept_misses), (0, 1000));
+    assert!(load.concept_bytes <= 64 << 10);
+}

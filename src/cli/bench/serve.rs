@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{peak_memory, print};
-use crate::cli::model::ModelArgs;
+use crate::cli::model::{EngineArgs, ModelArgs};
 use crate::concept::{ConceptKind, ConceptTensors};
 use crate::engine::{
     ConceptUse, EngineHandle, EngineOptions, GenerateRequest, GenerationEvent, ModelInfo, TrainingEvent,
@@ -23,15 +23,14 @@ pub(in crate::cli) struct ServeBenchArgs {
     /// Requests of one picture each.
     #[arg(long, default_value_t = 16)]
     requests: usize,
-    /// Share of the device for the training.
-    #[arg(long, default_value_t = 0.5)]
-    training_share: f64,
     /// Times that every condition is measured; the median counts.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Print JSON instead of the table.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
     #[command(flatten)]
     model: ModelArgs,
 }
@@ -193,9 +192,8 @@ impl ServeBenchArgs {
 
     async fn measure(self) -> anyhow::Result<()> {
         let options = EngineOptions {
-            queue: 2 * self.requests.max(8),
-            training_share: self.training_share,
-            ..EngineOptions::default()
+            queue: self.engine.queue.max(2 * self.requests),
+            ..self.engine.options()
         };
         let model = self.model.clone();
         let begun = Instant::now();
@@ -273,7 +271,7 @@ impl ServeBenchArgs {
             "conditions": conditions,
             "batched_to_one_by_one": speeds[1] / speeds[0],
             "different_to_no_concepts": speeds[3] / speeds[1],
-            "training_share": self.training_share,
+            "training_share": self.engine.training_share,
             "generation_kept_beside_training": self.requests as f64 / drawn.seconds / speeds[1],
             "training_kept_beside_generation": beside / alone,
             "training_steps_per_second_alone": alone,
