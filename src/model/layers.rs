@@ -2,12 +2,15 @@
 
 use tch::{Kind, Tensor};
 
-use super::ModelError;
 use super::weights::TensorSource;
+use super::{ModelError, few_tokens};
 
 /// `x @ weight^T` in the weight's kind; `weight` is `[out, in]`.
 pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor, ModelError> {
-    Ok(x.f_to_kind(weight.kind())?.f_linear(weight, None::<&Tensor>)?)
+    match few_tokens::linear(x, weight)? {
+        Some(y) => Ok(y),
+        None => Ok(x.f_to_kind(weight.kind())?.f_linear(weight, None::<&Tensor>)?),
+    }
 }
 
 /// Root-mean-square norm: statistics in f32, cast back to the input's kind, *then* times the weight.

@@ -8,6 +8,7 @@ pub mod context;
 /// Drawing pictures step by step.
 pub mod decoding;
 mod error;
+mod few_tokens;
 /// Which token may follow inside an image.
 pub mod image_grammar;
 /// Conversations as token sequences.
