@@ -34,8 +34,6 @@ mod stream {
 
     use super::{Kind, MOST_TOKENS, ModelError, Tensor};
 
-    /// Numbers that one register holds.
-    const LANES: usize = 16;
     /// Rows of the weight that one thread takes at a time.
     const BLOCK: usize = 8;
 
@@ -51,9 +49,6 @@ mod stream {
     fn pool() -> Option<&'static Pool> {
         static POOL: OnceLock<Option<Pool>> = OnceLock::new();
         POOL.get_or_init(|| {
-            if !std::is_x86_feature_detected!("avx512f") {
-                return None;
-            }
             let process = libloading::os::unix::Library::this();
             // SAFETY: the three functions have had these signatures since OpenMP 4 and are there where libtorch's own
             // parallel loops are.
@@ -71,35 +66,87 @@ mod stream {
         .as_ref()
     }
 
-    /// A number as it is stored.
+    /// How numbers are stored, and how one register of them is used.
     trait Stored: Copy {
-        /// Sixteen of them in f32.
+        const KIND: Kind;
+        /// Numbers that one register holds.
+        const LANES: usize;
+        type Register: Copy;
+
+        /// # Safety
+        /// `at` points to a register's worth of readable numbers, and the machine has what [`supported`] asks for.
+        unsafe fn load(at: *const Self) -> Self::Register;
+
+        /// `sum + a * b`, lane by lane; neighbouring products are summed where a lane holds two.
         ///
         /// # Safety
-        /// `at` points to sixteen readable numbers, and the machine has AVX-512F.
-        unsafe fn load(at: *const Self) -> __m512;
+        /// As [`Self::load`].
+        unsafe fn multiply_add(sum: __m512, a: Self::Register, b: Self::Register) -> __m512;
+
+        /// Whether this machine has the instructions.
+        fn supported() -> bool;
+
+        /// One thread's share, compiled for those instructions.
+        ///
+        /// # Safety
+        /// As [`Self::load`].
+        unsafe fn share(product: &Product<Self>, thread: usize, threads: usize);
     }
 
     impl Stored for f32 {
+        const KIND: Kind = Kind::Float;
+        const LANES: usize = 16;
+        type Register = __m512;
+
         #[inline(always)]
         unsafe fn load(at: *const Self) -> __m512 {
             unsafe { _mm512_loadu_ps(at) }
         }
+
+        #[inline(always)]
+        unsafe fn multiply_add(sum: __m512, a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_fmadd_ps(a, b, sum) }
+        }
+
+        fn supported() -> bool {
+            std::is_x86_feature_detected!("avx512f")
+        }
+
+        #[target_feature(enable = "avx512f")]
+        unsafe fn share(product: &Product<Self>, thread: usize, threads: usize) {
+            unsafe { product.share(thread, threads) }
+        }
     }
 
     impl Stored for half::bf16 {
+        const KIND: Kind = Kind::BFloat16;
+        const LANES: usize = 32;
+        type Register = __m512bh;
+
         #[inline(always)]
-        unsafe fn load(at: *const Self) -> __m512 {
-            unsafe {
-                let narrow = _mm256_loadu_si256(at.cast());
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(narrow)))
-            }
+        unsafe fn load(at: *const Self) -> __m512bh {
+            // SAFETY: both are 512 bits without a meaning of their own.
+            unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(at.cast())) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply_add(sum: __m512, a: __m512bh, b: __m512bh) -> __m512 {
+            unsafe { _mm512_dpbf16_ps(sum, a, b) }
+        }
+
+        fn supported() -> bool {
+            std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512bf16")
+        }
+
+        #[target_feature(enable = "avx512f,avx512bf16")]
+        unsafe fn share(product: &Product<Self>, thread: usize, threads: usize) {
+            unsafe { product.share(thread, threads) }
         }
     }
 
     struct Product<W> {
         /// `[m, k]`
-        x: *const f32,
+        x: *const W,
         /// `[n, k]`
         weight: *const W,
         /// `[m, n]`
@@ -111,19 +158,20 @@ mod stream {
 
     impl<W: Stored> Product<W> {
         /// `N` rows of the weight from `row` with `M` tokens from `token`.
-        #[target_feature(enable = "avx512f")]
+        #[inline(always)]
         unsafe fn tile<const N: usize, const M: usize>(&self, row: usize, token: usize) {
-            let mut sums = [[_mm512_setzero_ps(); M]; N];
+            // SAFETY: the caller has AVX-512F.
+            let mut sums = [[unsafe { _mm512_setzero_ps() }; M]; N];
             // SAFETY: `row + N <= n`, `token + M <= m`, and k is a multiple of the lanes.
             unsafe {
                 let (weight, x) = (self.weight.add(row * self.k), self.x.add(token * self.k));
                 // Plain loops with constant bounds: iterators are not always inlined into functions for another target.
                 let mut at = 0;
                 while at < self.k {
-                    let mut own = [_mm512_setzero_ps(); M];
-                    let mut j = 0;
+                    let mut own = [W::load(x.add(at)); M];
+                    let mut j = 1;
                     while j < M {
-                        own[j] = _mm512_loadu_ps(x.add(j * self.k + at));
+                        own[j] = W::load(x.add(j * self.k + at));
                         j += 1;
                     }
                     let mut i = 0;
@@ -131,12 +179,12 @@ mod stream {
                         let numbers = W::load(weight.add(i * self.k + at));
                         let mut j = 0;
                         while j < M {
-                            sums[i][j] = _mm512_fmadd_ps(numbers, own[j], sums[i][j]);
+                            sums[i][j] = W::multiply_add(sums[i][j], numbers, own[j]);
                             j += 1;
                         }
                         i += 1;
                     }
-                    at += LANES;
+                    at += W::LANES;
                 }
                 let mut i = 0;
                 while i < N {
@@ -150,7 +198,7 @@ mod stream {
             }
         }
 
-        #[target_feature(enable = "avx512f")]
+        #[inline(always)]
         unsafe fn rows<const N: usize>(&self, row: usize) {
             let mut token = 0;
             while token < self.m {
@@ -168,7 +216,7 @@ mod stream {
         }
 
         /// The share of one thread.
-        #[target_feature(enable = "avx512f")]
+        #[inline(always)]
         unsafe fn share(&self, thread: usize, threads: usize) {
             let each = self.n.div_ceil(BLOCK).div_ceil(threads) * BLOCK;
             let (mut row, end) = ((each * thread).min(self.n), (each * (thread + 1)).min(self.n));
@@ -198,10 +246,10 @@ mod stream {
         extern "C" fn region(own: *mut c_void) {
             let Some(pool) = pool() else { return };
             // SAFETY: `own` is the product that `run` holds until the region has ended; every thread writes other
-            // columns of `out`. The pool is there only where AVX-512F is.
+            // columns of `out`. A product is made only where it is supported.
             unsafe {
                 let own = &*own.cast::<Self>();
-                own.share((pool.thread)() as usize, (pool.threads)().max(1) as usize);
+                W::share(own, (pool.thread)() as usize, (pool.threads)().max(1) as usize);
             }
         }
 
@@ -212,45 +260,38 @@ mod stream {
     }
 
     pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Option<Tensor>, ModelError> {
+        match weight.kind() {
+            Kind::Float => product::<f32>(x, weight),
+            Kind::BFloat16 => product::<half::bf16>(x, weight),
+            _ => Ok(None),
+        }
+    }
+
+    fn product<W: Stored>(x: &Tensor, weight: &Tensor) -> Result<Option<Tensor>, ModelError> {
         let (n, k) = weight.size2()?;
-        let (mut shape, kind) = (x.size(), weight.kind());
         let tokens = x.numel() as i64 / k.max(1);
         let on_cpu = x.device() == tch::Device::Cpu && weight.device() == tch::Device::Cpu;
-        let fits = tokens <= MOST_TOKENS && k > 0 && k % LANES as i64 == 0 && weight.is_contiguous();
-        let stored = matches!(kind, Kind::Float | Kind::BFloat16);
-        if !on_cpu || !fits || !stored || tokens == 0 || x.requires_grad() || weight.requires_grad() {
+        let fits = (1..=MOST_TOKENS).contains(&tokens) && k % W::LANES as i64 == 0 && weight.is_contiguous();
+        if !on_cpu || !fits || x.requires_grad() || weight.requires_grad() || !W::supported() {
             return Ok(None);
         }
         let Some(pool) = pool() else { return Ok(None) };
-        let x = x.f_to_kind(Kind::Float)?.f_contiguous()?;
+        let mut shape = x.size();
         if let Some(last) = shape.last_mut() {
             *last = n;
         }
+        let x = x.f_to_kind(W::KIND)?.f_contiguous()?;
         let out = Tensor::f_empty(&*shape, (Kind::Float, tch::Device::Cpu))?;
-        let threads = tch::get_num_threads().max(1) as c_uint;
-        let (m, n, k) = (tokens as usize, n as usize, k as usize);
-        let (x_at, out_at) = (x.data_ptr() as *const f32, out.data_ptr() as *mut f32);
-        match kind {
-            Kind::Float => Product::<f32> {
-                x: x_at,
-                weight: weight.data_ptr() as *const f32,
-                out: out_at,
-                m,
-                n,
-                k,
-            }
-            .run(pool, threads),
-            _ => Product::<half::bf16> {
-                x: x_at,
-                weight: weight.data_ptr() as *const half::bf16,
-                out: out_at,
-                m,
-                n,
-                k,
-            }
-            .run(pool, threads),
-        }
-        Ok(Some(out.f_to_kind(kind)?))
+        let product = Product {
+            x: x.data_ptr() as *const W,
+            weight: weight.data_ptr() as *const W,
+            out: out.data_ptr() as *mut f32,
+            m: tokens as usize,
+            n: n as usize,
+            k: k as usize,
+        };
+        product.run(pool, tch::get_num_threads().max(1) as c_uint);
+        Ok(Some(out.f_to_kind(W::KIND)?))
     }
 }
 

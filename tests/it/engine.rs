@@ -266,7 +266,15 @@ fn a_thousand_concepts_pass_through_a_small_cache() {
         while !matches!(stream.blocking_next(), Some(GenerationEvent::Progress { .. })) {}
     };
     (0..1000).for_each(visit);
-    let load = engine.load();
+    // The device thread tells at the end of a turn, the first code comes in the middle of one.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let load = loop {
+        let load = engine.load();
+        if load.concept_misses == 1000 || std::time::Instant::now() > deadline {
+            break load;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
     assert_eq!((load.concept_hits, load.concept_misses), (0, 1000));
     assert!(load.concept_bytes <= 64 << 10);
 }
