@@ -49,14 +49,12 @@ const QUEUE: usize = 64;
 ///
 /// # Errors
 /// When the system has no thread left.
-pub(super) fn start(vqgan: Vqgan, threads: i32) -> std::io::Result<(sync::SyncSender<Order>, JoinHandle<()>)> {
+pub(super) fn start(vqgan: Vqgan) -> std::io::Result<(sync::SyncSender<Order>, JoinHandle<()>)> {
     let (sender, inbox) = sync::sync_channel::<Order>(QUEUE);
     let thread = std::thread::Builder::new()
         .name("coar-pictures".to_owned())
         .spawn(move || {
-            if threads > 0 {
-                tch::set_num_threads(threads);
-            }
+            super::without_pool();
             let _no_grad = tch::no_grad_guard();
             for Order { work, size, events } in inbox {
                 let event = match work {

@@ -173,7 +173,7 @@ impl Thread {
         let rows = rows.min(options.rows.max(2));
         tracing::info!(rows, max_seq, bytes = row * rows as u64, "key/value cache");
         let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, rows, max_seq)?;
-        let (orders, pictures) = pictures::start(model.share_vqgan()?, options.threads)
+        let (orders, pictures) = pictures::start(model.share_vqgan()?)
             .map_err(|error| ModelError::invalid("engine", format!("cannot start its picture thread: {error}")))?;
         Ok(Self {
             generations: Generations::new(batch, orders, options.concept_bytes),
