@@ -24,8 +24,12 @@ fn with_thread_settings() {
 
 fn main() -> std::process::ExitCode {
     with_thread_settings();
-    coar::telemetry::start();
-    match coar::cli::Cli::parse().run() {
+    coar::client::install_tls();
+    // Answers the shell and ends, where the shell asks for completions.
+    coar::cli::complete();
+    let cli = coar::cli::Cli::parse();
+    let _telemetry = coar::telemetry::start(cli.log_format);
+    match cli.run() {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

@@ -1,10 +1,12 @@
 //! HTTP only: routes, extractors, errors as JSON. No logic beyond translation.
 
+mod access;
 mod concepts;
 mod error;
 mod extract;
 mod health;
 mod images;
+mod metrics;
 mod models;
 mod multipart;
 mod trainings;
@@ -20,6 +22,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::error::{Error, ErrorKind};
 use crate::service::Service;
+use crate::telemetry::meters;
 pub(crate) use error::ApiError;
 
 /// What handlers share. The service appears when the model is loaded; until then only the health routes answer.
@@ -34,11 +37,13 @@ impl AppState {
     pub fn ready(&self, service: Service) {
         // A second call would be a mistake of the caller; the first service stays.
         let _ = self.service.set(service);
+        meters().ready.set(1);
     }
 
     /// From now on new requests are refused.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
+        meters().ready.set(0);
     }
 
     fn service(&self) -> Result<&Service, Error> {
@@ -60,6 +65,7 @@ pub fn router(state: AppState) -> Router {
         .merge(trainings::routes())
         .merge(images::routes())
         .merge(models::routes())
+        .merge(metrics::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(state.clone(), when_ready))
@@ -67,14 +73,14 @@ pub fn router(state: AppState) -> Router {
             ApiError(Error::internal("a handler panicked")).into_response()
         }))
         .layer(from_fn(error::with_request_id))
+        .layer(from_fn(access::observed))
         .with_state(state)
 }
 
-/// Health routes answer always; the others when there is a service.
+/// Health and metrics answer always; the others when there is a service.
 async fn when_ready(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    if path != "/livez"
-        && path != "/readyz"
+    const ALWAYS: [&str; 3] = ["/livez", "/readyz", "/metrics"];
+    if !ALWAYS.contains(&request.uri().path())
         && let Err(error) = state.service()
     {
         return ApiError(error).into_response();

@@ -12,6 +12,7 @@ use super::thread::guarded;
 use crate::model::lumina::pictures;
 use crate::model::{ModelError, Vqgan};
 use crate::picture::RgbPicture;
+use crate::telemetry::meters;
 
 /// One thing to do for a request.
 #[derive(Debug)]
@@ -40,6 +41,8 @@ pub(super) struct Order {
     /// Width and height in pixels.
     pub size: (u32, u32),
     pub events: mpsc::Sender<GenerationEvent>,
+    /// The request that it belongs to.
+    pub span: tracing::Span,
 }
 
 /// Orders that may wait; a device thread that is faster than this thread waits for it.
@@ -56,7 +59,14 @@ pub(super) fn start(vqgan: Vqgan) -> std::io::Result<(sync::SyncSender<Order>, J
         .spawn(move || {
             super::without_pool();
             let _no_grad = tch::no_grad_guard();
-            for Order { work, size, events } in inbox {
+            for Order {
+                work,
+                size,
+                events,
+                span,
+            } in inbox
+            {
+                let _request = span.entered();
                 let event = match work {
                     Work::Done {
                         text_tokens,
@@ -67,7 +77,10 @@ pub(super) fn start(vqgan: Vqgan) -> std::io::Result<(sync::SyncSender<Order>, J
                     },
                     _ if events.is_closed() => continue,
                     Work::Picture { index, codes } => match guarded(|| decode(&vqgan, &codes, size)) {
-                        Ok(picture) => GenerationEvent::Picture { index, picture },
+                        Ok(picture) => {
+                            meters().pictures.inc();
+                            GenerationEvent::Picture { index, picture }
+                        }
                         Err(error) => GenerationEvent::Failed(error),
                     },
                     Work::Partial { index, number, codes } => match guarded(|| decode(&vqgan, &codes, size)) {
@@ -86,6 +99,8 @@ const GREY: u8 = 128;
 
 /// The picture of as many whole rows of codes as there are.
 fn decode(vqgan: &Vqgan, codes: &[i64], (width, height): (u32, u32)) -> Result<RgbPicture, ModelError> {
+    let _span = tracing::info_span!("vqgan.decode").entered();
+    let _timer = meters().picture_decode.start_timer();
     let unit = vqgan.config().pixels_per_code();
     let columns = i64::from(width / unit);
     let rows = codes.len() as i64 / columns.max(1);

@@ -10,12 +10,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::command::EngineError;
 use super::generations::Generations;
 use super::handle::{Command, EngineHandle, Gauge, Health, Joined, ModelInfo};
+use super::meters::Published;
 use super::pictures;
 use super::scheduler::{DeviceShare, Turn};
 use super::trainings::Trainings;
 use crate::model::decoding::DecodeBatch;
 use crate::model::kv_cache::KvCache;
 use crate::model::{LuminaMgpt, ModelError};
+use crate::telemetry::meters;
 
 /// How the device thread works.
 #[derive(Debug, Clone)]
@@ -112,6 +114,7 @@ struct Thread {
     trainings: Trainings,
     share: DeviceShare,
     gauge: Arc<Gauge>,
+    published: Published,
 }
 
 fn device(error: &ModelError) -> EngineError {
@@ -172,6 +175,8 @@ impl Thread {
         }
         let rows = rows.min(options.rows.max(2));
         tracing::info!(rows, max_seq, bytes = row * rows as u64, "key/value cache");
+        meters().kv_rows.set(rows as i64);
+        meters().kv_bytes.set((row * rows as u64) as i64);
         let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, rows, max_seq)?;
         let (orders, pictures) = pictures::start(model.share_vqgan()?)
             .map_err(|error| ModelError::invalid("engine", format!("cannot start its picture thread: {error}")))?;
@@ -183,6 +188,7 @@ impl Thread {
             pictures,
             inbox,
             gauge,
+            published: Published::default(),
         })
     }
 
@@ -217,7 +223,9 @@ impl Thread {
                         events,
                         ticket,
                     } => self.generations.take_in(&self.model, *request, events, ticket),
-                    Command::Train { request, events } => self.trainings.take_in(&self.model, *request, events),
+                    Command::Train { request, events, span } => {
+                        self.trainings.take_in(&self.model, *request, events, span);
+                    }
                     Command::Drain { done } => return self.drain(done),
                 }
                 command = self.inbox.try_recv().ok();
@@ -229,8 +237,11 @@ impl Thread {
                 Turn::Training => self.trainings.turn(&self.model),
                 Turn::Idle => {}
             }
-            self.share.spent(turn, begun.elapsed(), drawing && training);
-            self.gauge.tell(self.generations.load());
+            let spent = begun.elapsed();
+            self.share.spent(turn, spent, drawing && training);
+            let load = self.generations.load();
+            self.published.turn(turn, spent, &load, self.trainings.len());
+            self.gauge.tell(load);
         }
     }
 

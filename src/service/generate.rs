@@ -142,6 +142,7 @@ impl Service {
     ///
     /// # Errors
     /// As [`Self::plan`]; when the engine is overloaded, stopping, or fails.
+    #[tracing::instrument(name = "service.generate", skip_all)]
     pub async fn generate(&self, input: GenerateInput) -> Result<Generated, Error> {
         let request = self.plan(input).await?;
         let mut stream = self.engine.generate(request.clone())?;

@@ -20,8 +20,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "cli",
         &[
             "app", "api", "service", "jobs", "registry", "engine", "eval", "pocket", "training", "concept", "model",
+            "client",
         ],
     ),
+    ("client", &[]),
     ("error", &[]),
     ("ids", &[]),
     ("telemetry", &[]),

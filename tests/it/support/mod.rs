@@ -53,6 +53,7 @@ fn launch(dir: &std::path::Path) -> (Child, String) {
 
 impl TestApp {
     pub async fn start() -> Self {
+        coar::client::install_tls();
         let dir = tempfile::tempdir().unwrap();
         let (child, url) = launch(dir.path());
         let app = Self {
