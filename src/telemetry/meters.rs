@@ -308,11 +308,14 @@ mod tests {
     fn a_step_costs_nothing_that_could_be_seen() {
         let meters = Meters::new();
         meters.kv_rows.set(8);
-        let begun = Instant::now();
-        for _ in 0..100_000 {
-            meters.decode_step(0.003, 2, 4);
-        }
-        let each = begun.elapsed() / 100_000;
+        let round = || {
+            let begun = Instant::now();
+            (0..1_000).for_each(|_| meters.decode_step(0.003, 2, 4));
+            begun.elapsed() / 1_000
+        };
+        // The best of many: whoever else uses the machine is not to blame.
+        let each = (0..100).map(|_| round()).min().expect("there are rounds");
+        println!("{each:?} per step");
         assert!(each < std::time::Duration::from_micros(2), "{each:?}");
     }
 }
