@@ -4,7 +4,7 @@ import base64
 import concurrent.futures
 import struct
 
-import httpx
+import httpx2
 import openai
 import pytest
 import requests
@@ -137,7 +137,7 @@ def test_unknown_models_and_concepts_are_not_found(client):
     assert caught.value.code == "concept_not_found"
 
 
-class Counting(httpx.HTTPTransport):
+class Counting(httpx2.HTTPTransport):
     """Counts requests; may lose the first answers, after the server has done its work."""
 
     def __init__(self, lose: int = 0):
@@ -150,13 +150,13 @@ class Counting(httpx.HTTPTransport):
         if self.count <= self.lose:
             answer.read()
             answer.close()
-            raise httpx.ReadError("the answer is lost", request=request)
+            raise httpx2.ReadError("the answer is lost", request=request)
         return answer
 
 
 def counted(server, lose=0):
     transport = Counting(lose)
-    return transport, server.client(max_retries=2, http_client=httpx.Client(transport=transport))
+    return transport, server.client(max_retries=2, http_client=httpx2.Client(transport=transport))
 
 
 def test_a_concept_in_training_is_a_conflict_that_is_not_asked_again(server):
