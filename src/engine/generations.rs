@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::sync::mpsc as sync;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
@@ -11,7 +12,7 @@ use super::command::{EngineError, GenerateRequest, GenerationEvent};
 use super::concept_cache::ConceptCache;
 use super::handle::Ticket;
 use super::meters::Trace;
-use super::pictures::{Order, Work};
+use super::pictures::{Order, Orders, Recipient};
 use super::plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 use super::scheduler::{Admission, Cost, JobId, Scheduler};
 use super::thread::guarded;
@@ -30,6 +31,7 @@ struct Job {
     request: GenerateRequest,
     plan: PlannedSequence,
     events: mpsc::Sender<GenerationEvent>,
+    recipient: Arc<Recipient>,
     /// Pictures in the batch, with their index in the request.
     active: Vec<(PictureId, u32)>,
     finished: u32,
@@ -47,7 +49,7 @@ pub(super) struct Generations {
     concepts: ConceptCache,
     jobs: HashMap<JobId, Job>,
     next_job: u64,
-    orders: sync::SyncSender<Order>,
+    orders: Orders,
     speed: Speed,
 }
 
@@ -90,7 +92,7 @@ fn rows_of(request: &GenerateRequest) -> usize {
 }
 
 impl Generations {
-    pub(super) fn new(batch: DecodeBatch, orders: sync::SyncSender<Order>, concept_bytes: usize) -> Self {
+    pub(super) fn new(batch: DecodeBatch, orders: Orders, concept_bytes: usize) -> Self {
         Self {
             batch,
             scheduler: Scheduler::default(),
@@ -142,7 +144,16 @@ impl Generations {
             tokens_per_picture: per_row * rows_of(&request) as u64,
         };
         self.scheduler.push(&request.tenant, job, cost);
+        let recipient = Arc::new(Recipient {
+            events: events.clone(),
+            size: (request.width, request.height),
+            left: AtomicU32::new(request.count),
+            text_tokens: plan.text_tokens as u64,
+            image_tokens: u64::from(request.count) * (rows * columns) as u64,
+            span: ticket.trace().request().clone(),
+        });
         let job_state = Job {
+            recipient,
             request,
             plan,
             events,
@@ -271,22 +282,15 @@ impl Generations {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let (_, index) = job.active.swap_remove(at);
         job.finished += 1;
-        let order = |work| Order {
-            work,
-            size: (job.request.width, job.request.height),
-            events: job.events.clone(),
-            span: job.trace.request().clone(),
+        let order = Order {
+            recipient: job.recipient.clone(),
+            index,
+            codes,
+            partial: None,
         };
-        let mut orders = vec![order(Work::Picture { index, codes })];
         let complete = job.finished == job.request.count;
-        if complete {
-            orders.push(order(Work::Done {
-                text_tokens: job.plan.text_tokens as u64,
-                image_tokens: u64::from(job.finished) * job.codes_per_picture,
-            }));
-        }
-        if orders.into_iter().any(|order| self.orders.send(order).is_err()) {
-            let error = EngineError::Device("the thread that decodes pictures has ended".to_owned());
+        if !self.orders.send(id.0, order) {
+            let error = EngineError::Device("a thread that decodes pictures has ended".to_owned());
             return self.fail(id, &error);
         }
         if complete {
@@ -295,7 +299,7 @@ impl Generations {
     }
 
     fn tell_progress(&mut self) {
-        for job in self.jobs.values().filter(|job| !job.active.is_empty()) {
+        for (&id, job) in self.jobs.iter().filter(|(_, job)| !job.active.is_empty()) {
             if job.events.capacity() <= RESERVED_EVENTS {
                 continue;
             }
@@ -308,13 +312,14 @@ impl Generations {
                 if let Some(number) = partial_due(job.request.partial_images, drawn, total, job.columns)
                     && let Ok(codes) = self.batch.codes_so_far(picture)
                 {
-                    // Where the picture thread is behind, an unfinished picture is the first thing to leave out.
-                    let _ = self.orders.try_send(Order {
-                        work: Work::Partial { index, number, codes },
-                        size: (job.request.width, job.request.height),
-                        events: job.events.clone(),
-                        span: job.trace.request().clone(),
-                    });
+                    // Where the picture threads are behind, an unfinished picture is the first thing to leave out.
+                    let order = Order {
+                        recipient: job.recipient.clone(),
+                        index,
+                        codes,
+                        partial: Some(number),
+                    };
+                    self.orders.offer(id.0, order);
                 }
             }
             let _ = job.events.try_send(GenerationEvent::Progress {

@@ -38,18 +38,3 @@ pub fn load_cuda() {
         }
     });
 }
-
-/// Makes libtorch compute on the calling thread alone, without a pool. Where the pools of a process have more threads than
-/// there are cores, libgomp puts all of them to sleep between any two operations: a second pool made every decode step
-/// four times as long.
-fn without_pool() {
-    let process = libloading::os::unix::Library::this();
-    // SAFETY: OpenMP's own function, of this signature since its first version; it sets a value of this thread.
-    unsafe {
-        if let Ok(set) = process.get::<unsafe extern "C" fn(std::ffi::c_int)>(b"omp_set_num_threads\0") {
-            set(1);
-        }
-    }
-    // It is part of the process for good.
-    std::mem::forget(process);
-}
