@@ -24,9 +24,6 @@ use crate::telemetry::meters;
 /// Places in an event channel that progress leaves free for pictures, checkpoints and ends.
 pub(super) const RESERVED_EVENTS: usize = 24;
 
-/// Exit status of a process whose device does not answer any more (EX_UNAVAILABLE of sysexits.h).
-pub const DEVICE_LOST: i32 = 69;
-
 struct Job {
     request: GenerateRequest,
     plan: PlannedSequence,
@@ -227,7 +224,7 @@ impl Generations {
         if let Err(beyond) = guarded(|| self.batch.clear()) {
             // A poisoned CUDA context fails every later call; only a new process gets a new one.
             tracing::error!(%error, %beyond, "the device does not recover; the process ends so that it can be restarted");
-            std::process::exit(DEVICE_LOST);
+            super::end_process();
         }
         let active: Vec<JobId> = self
             .jobs

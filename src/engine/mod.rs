@@ -19,6 +19,16 @@ pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStre
 pub use plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 pub use thread::{EngineOptions, start};
 
+/// Exit status of a process whose device does not answer any more (EX_UNAVAILABLE of sysexits.h).
+pub const DEVICE_LOST: i32 = 69;
+
+/// Ends the process at once, without destructors: those of libtorch would run beside a thread that still computes, or wait
+/// for a device that is gone. What was acknowledged is in the database; a new process goes on from there.
+fn end_process() -> ! {
+    // SAFETY: takes a number and does not return.
+    unsafe { libc::_exit(DEVICE_LOST) }
+}
+
 /// Makes libtorch's CUDA part available where it is installed beside the CPU part: the linker leaves it out of the
 /// binary, so that one binary serves machines with and without it.
 pub fn load_cuda() {
