@@ -68,7 +68,7 @@ pub fn complete() {
 /// Names of concepts that begin as `current` does. Whatever fails: no names.
 pub(super) fn concept_names(current: &OsStr) -> Vec<CompletionCandidate> {
     let begun = current.to_string_lossy();
-    let looked = block_on(async { Ok(tokio::time::timeout(PATIENCE, names()).await??) });
+    let looked = block_on(async { tokio::time::timeout(PATIENCE, names()).await? });
     looked
         .unwrap_or_default()
         .into_iter()

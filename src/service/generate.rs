@@ -159,6 +159,8 @@ impl Service {
                     text_tokens,
                     image_tokens,
                 }) => {
+                    // They arrive as they are finished; callers number them by place.
+                    images.sort_by_key(|image: &GeneratedImage| image.index);
                     return Ok(Generated {
                         request,
                         images,
