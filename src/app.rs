@@ -13,6 +13,7 @@ use crate::engine::EngineHandle;
 use crate::jobs::{Wake, work};
 use crate::registry::{DataLock, Registry};
 use crate::service::{Keys, Limits, Service};
+use crate::telemetry::meters;
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
@@ -31,6 +32,32 @@ async fn expire_images(registry: Registry, age: Duration, stop: CancellationToke
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(EXPIRY_CHECK) => {}
+        }
+    }
+}
+
+/// How often jobs are counted for the metrics: a scrape reads the last count and never the database.
+const JOB_COUNT: Duration = Duration::from_secs(2);
+
+/// Publishes how many jobs there are in each status.
+async fn count_jobs(registry: Registry, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(JOB_COUNT);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        match registry.training_counts().await {
+            Ok(counts) => {
+                for (status, count) in counts {
+                    meters()
+                        .jobs
+                        .with_label_values(&["training", status.as_str()])
+                        .set(count);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "jobs cannot be counted"),
         }
     }
 }
@@ -96,6 +123,7 @@ pub async fn serve(
     };
     state.ready(service);
     tracker.spawn(expire_images(registry.clone(), config.keep_images(), stop.clone()));
+    tracker.spawn(count_jobs(registry.clone(), stop.clone()));
     tracker.spawn(work(registry, engine.clone(), wake, stop.clone()));
     tracker.close();
     tracing::info!(model = engine.info().id, "ready");

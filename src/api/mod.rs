@@ -1,5 +1,6 @@
 //! HTTP only: routes, extractors, errors as JSON. No logic beyond translation.
 
+mod access;
 mod admin;
 mod auth;
 mod concepts;
@@ -9,6 +10,7 @@ mod guard;
 mod health;
 mod images;
 mod listen;
+mod metrics;
 mod models;
 mod multipart;
 mod openapi;
@@ -33,6 +35,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind};
 use crate::service::Service;
+use crate::telemetry::meters;
 pub(crate) use error::ApiError;
 pub use listen::listen;
 
@@ -62,11 +65,13 @@ impl AppState {
     pub fn ready(&self, service: Service) {
         // A second call would be a mistake of the caller; the first service stays.
         let _ = self.service.set(service);
+        meters().ready.set(1);
     }
 
     /// From now on new requests are refused.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
+        meters().ready.set(0);
     }
 
     fn service(&self) -> Result<&Service, Error> {
@@ -95,6 +100,7 @@ pub fn router(state: AppState) -> Router {
         .merge(trainings::routes())
         .merge(images::routes())
         .merge(models::routes())
+        .merge(metrics::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(state.clone(), auth::authenticate))
@@ -107,6 +113,7 @@ pub fn router(state: AppState) -> Router {
         }))
         .layer(from_fn(guard::security_headers))
         .layer(from_fn(error::with_request_id))
+        .layer(from_fn(access::observed))
         .with_state(state)
 }
 

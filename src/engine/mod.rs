@@ -4,6 +4,7 @@ mod command;
 mod concept_cache;
 mod generations;
 mod handle;
+mod meters;
 mod pictures;
 mod plan;
 mod scheduler;

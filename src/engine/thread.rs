@@ -10,12 +10,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::command::EngineError;
 use super::generations::Generations;
 use super::handle::{Command, EngineHandle, Gauge, Health, Joined, ModelInfo};
+use super::meters::Published;
 use super::pictures;
 use super::scheduler::{DeviceShare, Turn};
 use super::trainings::Trainings;
 use crate::model::decoding::{BatchOptions, DecodeBatch};
 use crate::model::kv_cache::KvCache;
 use crate::model::{LuminaMgpt, ModelError};
+use crate::telemetry::meters;
 
 /// How the device thread works.
 #[derive(Debug, Clone)]
@@ -116,6 +118,7 @@ struct Thread {
     trainings: Trainings,
     share: DeviceShare,
     gauge: Arc<Gauge>,
+    published: Published,
 }
 
 fn device(error: &ModelError) -> EngineError {
@@ -181,6 +184,8 @@ impl Thread {
             max_seq,
             fixed_shapes: options.deterministic,
         };
+        meters().kv_rows.set(rows as i64);
+        meters().kv_bytes.set((row * rows as u64) as i64);
         let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, batch)?;
         let tokenizers = (0..pictures::threads(model.transformer.device()))
             .map(|_| model.share_vqgan())
@@ -195,6 +200,7 @@ impl Thread {
             pictures,
             inbox,
             gauge,
+            published: Published::default(),
         })
     }
 
@@ -231,7 +237,9 @@ impl Thread {
                         events,
                         ticket,
                     } => self.generations.take_in(&self.model, *request, events, ticket),
-                    Command::Train { request, events } => self.trainings.take_in(&self.model, *request, events),
+                    Command::Train { request, events, span } => {
+                        self.trainings.take_in(&self.model, *request, events, span);
+                    }
                     Command::Drain { done } => return self.drain(done),
                 }
                 command = self.inbox.try_recv().ok();
@@ -243,8 +251,11 @@ impl Thread {
                 Turn::Training => self.trainings.turn(&self.model),
                 Turn::Idle => {}
             }
-            self.share.spent(turn, begun.elapsed(), drawing && training);
-            self.gauge.tell(self.generations.load());
+            let spent = begun.elapsed();
+            self.share.spent(turn, spent, drawing && training);
+            let load = self.generations.load();
+            self.published.turn(turn, spent, &load, self.trainings.len());
+            self.gauge.tell(load);
         }
     }
 

@@ -9,6 +9,7 @@ use super::command::{EngineError, TrainingEvent, TrainingProgress, TrainingReque
 use super::generations::RESERVED_EVENTS;
 use super::thread::guarded;
 use crate::model::LuminaMgpt;
+use crate::telemetry::meters;
 use crate::training::{Advance, Trainer};
 
 struct Training {
@@ -17,6 +18,7 @@ struct Training {
     checkpointed: Instant,
     started: Instant,
     first_step: u32,
+    span: tracing::Span,
 }
 
 /// Open trainings.
@@ -34,6 +36,11 @@ impl Trainings {
         }
     }
 
+    /// How many are open.
+    pub(super) fn len(&self) -> usize {
+        self.open.len()
+    }
+
     /// Whether none is open.
     pub(super) fn is_empty(&self) -> bool {
         self.open.is_empty()
@@ -44,6 +51,7 @@ impl Trainings {
         model: &LuminaMgpt,
         request: TrainingRequest,
         events: mpsc::Sender<TrainingEvent>,
+        span: tracing::Span,
     ) {
         let TrainingRequest {
             spec,
@@ -64,6 +72,7 @@ impl Trainings {
                     checkpointed: now,
                     started: now,
                     first_step,
+                    span,
                 });
             }
             Err(error) => drop(events.try_send(TrainingEvent::Failed(error))),
@@ -78,7 +87,12 @@ impl Trainings {
         if training.events.is_closed() {
             return;
         }
-        match guarded(|| training.trainer.advance(model)) {
+        let (slice, begun) = (
+            tracing::info_span!(parent: &training.span, "train.slice"),
+            Instant::now(),
+        );
+        let advanced = slice.in_scope(|| guarded(|| training.trainer.advance(model)));
+        match advanced {
             Ok(Advance::Finished) => {
                 let finished = guarded(|| training.trainer.concept_file(model.fingerprint()))
                     .and_then(|file| file.to_bytes().map_err(|error| EngineError::Device(error.to_string())));
@@ -93,6 +107,7 @@ impl Trainings {
             }
             Ok(advance) => {
                 if let Advance::Step(losses) = advance {
+                    meters().training_step(begun.elapsed().as_secs_f64(), losses.total);
                     training.tell(losses.total);
                 }
                 if training.checkpointed.elapsed() >= self.checkpoint_every {

@@ -54,7 +54,7 @@ pub(super) enum Side {
         codes: Vec<Vec<i64>>,
         /// The vocabulary's id of each code.
         ids: Vec<i64>,
-        space: Workspace,
+        space: Box<Workspace>,
         scratch: Vec<f32>,
     },
     Device {
@@ -70,7 +70,7 @@ impl Side {
             Some(_) => Self::Host {
                 codes: vec![vec![]; options.rows],
                 ids: head.ids()?,
-                space: Workspace::default(),
+                space: Box::default(),
                 scratch: vec![],
             },
             None => Self::Device {

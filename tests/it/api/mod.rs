@@ -1,6 +1,8 @@
 //! What the server promises over HTTP, checked against the real server with the real pocket model.
 
 mod bad_input;
+mod command_line;
 mod guard;
 mod lifecycle;
+mod observe;
 mod tenants;
