@@ -1,6 +1,10 @@
 //! The inner parts, one at a time, on the shipped pocket model: `cargo bench`.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use coar::concept::{ConceptFile, ConceptHeader, ConceptKind, ConceptTensors, DeviceConcept};
+use coar::engine::{ConceptCache, ConceptUse};
 use coar::model::LuminaMgpt;
 use coar::model::decoding::{DecodeBatch, DecodingRequest};
 use coar::model::lumina::CheckpointFiles;
@@ -63,6 +67,31 @@ fn decoding(c: &mut Criterion) {
             );
         });
     }
+    for rows in [2usize, 8, 32] {
+        let fill = || {
+            let tokens = request.tokens();
+            let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, rows, tokens).unwrap();
+            for _ in 0..rows / 2 {
+                batch.add(&model.transformer, &request).unwrap();
+            }
+            batch
+        };
+        let mut batch = fill();
+        c.bench_function(&format!("a decode step, {rows} rows"), |b| {
+            b.iter_custom(|steps| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..steps {
+                    if batch.is_empty() {
+                        batch = fill();
+                    }
+                    let begun = Instant::now();
+                    batch.step(&model.transformer).unwrap();
+                    spent += begun.elapsed();
+                }
+                spent
+            });
+        });
+    }
     let codes = vec![1i64; (rows * columns) as usize];
     c.bench_function("codes to pixels", |b| {
         b.iter(|| model.decode_picture(&codes, width, height).unwrap());
@@ -100,6 +129,17 @@ fn swapping(c: &mut Criterion) {
             let read = ConceptFile::from_bytes(&std::fs::read(&path).unwrap()).unwrap();
             DeviceConcept::upload(&read.tensors, Device::Cpu).unwrap()
         });
+    });
+    let used = ConceptUse {
+        name: "rex".to_owned(),
+        content_hash: "rex".to_owned(),
+        kind: ConceptKind::Subject,
+        tensors: Arc::new(file.tensors),
+    };
+    let mut cache = ConceptCache::new(256 << 20);
+    cache.get(&used, Device::Cpu).unwrap();
+    c.bench_function("a concept that is on the device", |b| {
+        b.iter(|| cache.get(&used, Device::Cpu).unwrap());
     });
 }
 

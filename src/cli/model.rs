@@ -43,6 +43,11 @@ pub struct EngineArgs {
     /// Share of the device's time for trainings while pictures wait, 0 to 1. Without pictures they have all of it.
     #[arg(long, env = "COAR_TRAINING_SHARE", default_value_t = 0.5, value_parser = share)]
     pub training_share: f64,
+    /// Memory in MiB for the graph of one training step, or `auto`: half of what is free when a training begins. A
+    /// training that needs more recomputes layers in its backward pass, which takes about a third longer and gives the
+    /// same concept.
+    #[arg(long, env = "COAR_TRAINING_MEMORY", default_value = "auto", value_name = "MIB", value_parser = mebibytes)]
+    pub training_memory: Memory,
     /// Memory for keys and values in MiB, taken once at the start: it bounds how many pictures are drawn at once.
     #[arg(long, env = "COAR_KV_MEMORY", default_value_t = 2048, value_name = "MIB")]
     pub kv_memory: u64,
@@ -64,6 +69,21 @@ fn share(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A number of bytes, or what the program finds best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    Auto,
+    Bytes(u64),
+}
+
+fn mebibytes(text: &str) -> Result<Memory, String> {
+    match text.parse::<u64>() {
+        _ if text == "auto" => Ok(Memory::Auto),
+        Ok(mebibytes) if mebibytes < 1 << 32 => Ok(Memory::Bytes(mebibytes << 20)),
+        _ => Err("expected `auto` or a number of MiB".to_owned()),
+    }
+}
+
 impl EngineArgs {
     /// What the flags say, the rest as always.
     pub fn options(&self) -> EngineOptions {
@@ -73,6 +93,10 @@ impl EngineArgs {
             rows: self.rows,
             concept_bytes: self.concept_memory << 20,
             training_share: self.training_share,
+            training_bytes: match self.training_memory {
+                Memory::Auto => None,
+                Memory::Bytes(bytes) => Some(bytes),
+            },
             ..EngineOptions::default()
         }
     }
@@ -88,30 +112,38 @@ fn default_cache() -> PathBuf {
         .join("coar")
 }
 
+/// The device that a `--device` names; `auto` takes the first CUDA device where libtorch has one.
+///
+/// # Errors
+/// When the text is not a device, or the device is absent.
+pub(in crate::cli) fn device(text: &str) -> anyhow::Result<Device> {
+    crate::engine::load_cuda();
+    let cuda = tch::Cuda::device_count();
+    match text {
+        "cpu" => Ok(Device::Cpu),
+        "auto" => Ok(if cuda > 0 { Device::Cuda(0) } else { Device::Cpu }),
+        other => {
+            let index: usize = other
+                .strip_prefix("cuda:")
+                .or((other == "cuda").then_some("0"))
+                .and_then(|index| index.parse().ok())
+                .ok_or_else(|| anyhow::anyhow!("--device is `{other}`; expected `auto`, `cpu` or `cuda:N`"))?;
+            anyhow::ensure!(
+                (index as i64) < cuda,
+                "--device is `{other}`; this machine has {cuda} CUDA devices that libtorch can use"
+            );
+            Ok(Device::Cuda(index))
+        }
+    }
+}
+
 impl ModelArgs {
     /// The device that the flag names; `auto` takes the first CUDA device where libtorch has one.
     ///
     /// # Errors
     /// When the flag is not a device, or the device is absent.
     pub fn device(&self) -> anyhow::Result<Device> {
-        crate::engine::load_cuda();
-        let cuda = tch::Cuda::device_count();
-        match self.device.as_str() {
-            "cpu" => Ok(Device::Cpu),
-            "auto" => Ok(if cuda > 0 { Device::Cuda(0) } else { Device::Cpu }),
-            other => {
-                let index: usize = other
-                    .strip_prefix("cuda:")
-                    .or((other == "cuda").then_some("0"))
-                    .and_then(|index| index.parse().ok())
-                    .ok_or_else(|| anyhow::anyhow!("--device is `{other}`; expected `auto`, `cpu` or `cuda:N`"))?;
-                anyhow::ensure!(
-                    (index as i64) < cuda,
-                    "--device is `{other}`; this machine has {cuda} CUDA devices that libtorch can use"
-                );
-                Ok(Device::Cuda(index))
-            }
-        }
+        device(&self.device)
     }
 
     /// The kind that the flag names, for `device`.

@@ -1,5 +1,7 @@
 //! The decoder stack of Chameleon / Lumina-mGPT (`lumina_mgpt/model/chameleon/modeling_chameleon.py`).
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attention, Pairs, Shared, Step, StepTokens};
@@ -365,7 +367,8 @@ impl Transformer {
         }
     }
 
-    fn whole_sequence<'a>(
+    /// What every layer shares when whole sequences are read.
+    pub(super) fn whole_sequence<'a>(
         &self,
         ids: &Tensor,
         context: Option<&ContextBatch>,
@@ -398,15 +401,37 @@ impl Transformer {
         mut shared: Shared,
         observe: &mut dyn FnMut(LayerPoint, &Tensor) -> Result<(), ModelError>,
     ) -> Result<Tensor, ModelError> {
-        let mut x = Tensor::f_embedding(&self.embedding, ids, -1, false, false)?;
-        for (index, layer) in self.layers.iter().enumerate() {
+        let all = 0..self.layers.len();
+        let x = self.run_layers(self.embed(ids)?, all, (context, &mut shared), observe)?;
+        self.finish(&x)
+    }
+
+    /// What the first layer receives, `[batch, seq, hidden]`, before anything is injected.
+    pub(super) fn embed(&self, ids: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(Tensor::f_embedding(&self.embedding, ids, -1, false, false)?)
+    }
+
+    /// The final norm of what the last layer returns.
+    pub(super) fn finish(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        self.norm.forward(x)
+    }
+
+    /// Takes `x` `[batch, seq, hidden]` through some of the layers, injecting at the input of each.
+    pub(super) fn run_layers(
+        &self,
+        mut x: Tensor,
+        layers: Range<usize>,
+        (context, shared): (Option<&ContextBatch>, &mut Shared),
+        observe: &mut dyn FnMut(LayerPoint, &Tensor) -> Result<(), ModelError>,
+    ) -> Result<Tensor, ModelError> {
+        for index in layers {
             if let Some(context) = context {
                 x = context.inject(index, x)?;
             }
             observe(LayerPoint::Input(index), &x)?;
-            x = layer.forward(x, index, &mut shared)?;
+            x = self.layers[index].forward(x, index, shared)?;
             observe(LayerPoint::Output(index), &x)?;
         }
-        self.norm.forward(&x)
+        Ok(x)
     }
 }
