@@ -75,7 +75,11 @@ impl Transformer {
         Ok(Recomputed {
             model: self,
             shared,
-            values: context.layers.iter().map(|layer| layer.values.shallow_clone()).collect(),
+            values: context
+                .layers
+                .iter()
+                .map(|layer| layer.values.shallow_clone())
+                .collect(),
             leaves,
             segments,
             hidden: self.finish(&top)?,

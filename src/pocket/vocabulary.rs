@@ -70,7 +70,11 @@ fn names_and_merges(codes: i64, grids: usize) -> (Vec<String>, Vec<(String, Stri
 
 /// Every name and its id.
 pub fn vocabulary_map() -> BTreeMap<String, i64> {
-    names_and_merges(super::IMAGE_CODES, GRIDS).0.into_iter().zip(0..).collect()
+    names_and_merges(super::IMAGE_CODES, GRIDS)
+        .0
+        .into_iter()
+        .zip(0..)
+        .collect()
 }
 
 /// The pocket model's tokenizer file.

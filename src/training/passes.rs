@@ -45,7 +45,10 @@ impl Batch {
             .iter()
             .map(|row| row.reference.layout(model, image_tokens(row)))
             .collect();
-        let length = layouts.iter().zip(rows).map(|(l, r)| l.ids.len() + r.reference.image.len());
+        let length = layouts
+            .iter()
+            .zip(rows)
+            .map(|(l, r)| l.ids.len() + r.reference.image.len());
         let seq = length.max().unwrap_or(0);
         let mut ids = Vec::with_capacity(rows.len() * seq);
         let (mut at, mut targets, mut placements) = (Vec::new(), Vec::new(), Vec::new());

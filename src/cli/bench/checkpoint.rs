@@ -22,7 +22,7 @@ const GRIDS: usize = 64;
 
 /// How large.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-pub(super) enum Shape {
+pub(in crate::cli) enum Shape {
     #[value(name = "30m")]
     M30,
     #[value(name = "500m")]
@@ -213,7 +213,10 @@ mod tests {
         write(&config, &Shape::M30.vqgan(), dir.path()).unwrap();
         let files = CheckpointFiles::find(dir.path(), None).unwrap();
         let model = LuminaMgpt::load(&files, Device::Cpu, Kind::BFloat16, Some(64)).unwrap();
-        assert_eq!((model.vocabulary.code_count() as i64, model.vocabulary.most_grids()), (CODES, GRIDS));
+        assert_eq!(
+            (model.vocabulary.code_count() as i64, model.vocabulary.most_grids()),
+            (CODES, GRIDS)
+        );
         assert_eq!((model.codes_of(64, 64), model.sizes()[0]), ((4, 4), (64, 64)));
         assert!(model.tokenizer.names().values().all(|&id| id < config.vocab_size));
         let mut drawing = model.start_plain("a photo of a red cat", 64, 64, vec![(0, 0)]).unwrap();

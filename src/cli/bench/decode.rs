@@ -289,7 +289,11 @@ impl DecodeArgs {
         } = loaded;
         let grids = vocabulary.grid_id(self.side / 2)?;
         let start = [vocabulary.image_start(), grids, grids];
-        let parts = [PromptPart::Text("a photo of "), PromptPart::Slot(1), PromptPart::Text(" cat")];
+        let parts = [
+            PromptPart::Text("a photo of "),
+            PromptPart::Slot(1),
+            PromptPart::Text(" cat"),
+        ];
         let pixels = 16 * self.side as u32;
         let encoded = encode_prompt(tokenizer, vocabulary, pixels, pixels, &parts)?;
         let mut prompt = [&encoded.ids[..], &start].concat();

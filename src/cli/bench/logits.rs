@@ -43,13 +43,16 @@ impl LogitsArgs {
         let model = Transformer::load(&config, &Checkpoint::open_dir(&self.dir, Target { kind, device })?)?;
         let upload = |ids: &[i64]| Tensor::f_from_slice(ids)?.f_view([1, -1])?.f_to_device(device);
         let numbers = |hidden: Tensor| -> anyhow::Result<Vec<f32>> {
-            let logits = model.logits(&hidden)?.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Float)?;
+            let logits = model
+                .logits(&hidden)?
+                .f_to_device(tch::Device::Cpu)?
+                .f_to_kind(Kind::Float)?;
             Ok(Vec::<f32>::try_from(&logits.f_view([-1i64])?)?)
         };
         let last = self.ids.len() - 1;
         let whole = model.forward(&upload(&self.ids)?, None)?;
         let mut cache = KvCache::new(&config, 1, last as i64 + 1, kind, device)?;
-        model.prefill(&upload(&self.ids[..last])?, None, &mut cache, 0)?;
+        let _ = model.prefill(&upload(&self.ids[..last])?, None, &mut cache, 0)?;
         let next = NextTokens {
             ids: &upload(&self.ids[last..])?.f_view([-1i64])?,
             positions: &[last as i64],

@@ -226,7 +226,11 @@ impl SoakArgs {
             }
         }
         anyhow::ensure!(failed.is_empty(), "{} requests failed", failed.len());
-        anyhow::ensure!(different.is_empty(), "{} requests differ from the same alone", different.len());
+        anyhow::ensure!(
+            different.is_empty(),
+            "{} requests differ from the same alone",
+            different.len()
+        );
         anyhow::ensure!(freed, "rows stay taken after the last request");
         let flat = grown.is_none_or(|grown| grown <= self.growth << 20);
         anyhow::ensure!(flat, "resident memory has grown by more than {} MiB", self.growth);

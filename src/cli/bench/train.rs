@@ -93,7 +93,11 @@ impl TrainBenchArgs {
             for (name, value) in row.as_object().into_iter().flatten() {
                 match value.as_f64() {
                     Some(number) => println!("{:<34} {number:>12.3}", name.replace('_', " ")),
-                    None => println!("{:<34} {:>12}", name.replace('_', " "), value.to_string().trim_matches('"')),
+                    None => println!(
+                        "{:<34} {:>12}",
+                        name.replace('_', " "),
+                        value.to_string().trim_matches('"')
+                    ),
                 }
             }
             println!();
@@ -109,7 +113,11 @@ impl TrainBenchArgs {
             .args(["--json", "--graph", graph])
             .stderr(std::process::Stdio::inherit())
             .output()?;
-        anyhow::ensure!(output.status.success(), "the measuring process ended with {}", output.status);
+        anyhow::ensure!(
+            output.status.success(),
+            "the measuring process ended with {}",
+            output.status
+        );
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
@@ -117,7 +125,10 @@ impl TrainBenchArgs {
         let mut chosen = self.model.clone();
         if let Some(side) = self.side {
             let per_code = VqganConfig::read(&chosen.files()?.vqgan_config)?.pixels_per_code();
-            anyhow::ensure!(side >= 2 && side % 2 == 0, "--side is {side}; expected an even number from 2 on");
+            anyhow::ensure!(
+                side >= 2 && side % 2 == 0,
+                "--side is {side}; expected an even number from 2 on"
+            );
             chosen.target_size = Some(side * per_code);
         }
         let (model, info) = chosen.load()?;
@@ -148,15 +159,14 @@ impl TrainBenchArgs {
         };
         trainer.set_graph(graph);
         let begun = Instant::now();
-        let (mut before, mut drawing) = (None, 0.0);
-        loop {
+        let (before, drawing) = loop {
             // The peak and the memory before are those of the steps, the first one included.
-            (before, drawing) = (resident_memory().or(before), begun.elapsed().as_secs_f64());
+            let now = (resident_memory(), begun.elapsed().as_secs_f64());
             forget_peak_memory();
             if let Advance::Step(_) = trainer.advance(model)? {
-                break;
+                break now;
             }
-        }
+        };
         let mut step_ms = Vec::new();
         for _ in 0..self.steps {
             settle(device);
@@ -210,7 +220,8 @@ impl TrainBenchArgs {
                 })
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
-        let batch: Vec<&Reference> = references.centred().cycle().take(spec.batch_size as usize).collect();
+        let centred: Vec<&Reference> = references.centred().collect();
+        let batch: Vec<&Reference> = centred.iter().copied().cycle().take(spec.batch_size as usize).collect();
         let step = |concepts: &[DeviceConcept]| -> anyhow::Result<()> {
             let row = |concept| {
                 batch.iter().map(move |reference| Row {
