@@ -5,6 +5,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
@@ -63,7 +65,7 @@ enum GraphChoice {
 
 /// Pictures to train with: what they show does not matter to the clock.
 pub(super) fn pictures(width: u32, height: u32) -> Vec<RgbPicture> {
-    let mut rng = rand::rng();
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
     let subject = &held_out_subjects()[0];
     [Scene::Grass, Scene::Room, Scene::Beach, Scene::White, Scene::City]
         .map(|scene| render(&subject.spec(scene, &mut rng), width, height))
