@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use coar::concept::{ConceptFile, ConceptHeader, ConceptKind, ConceptTensors, DeviceConcept};
 use coar::engine::{ConceptCache, ConceptUse};
 use coar::model::LuminaMgpt;
-use coar::model::decoding::{DecodeBatch, DecodingRequest};
+use coar::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest};
 use coar::model::lumina::CheckpointFiles;
 use coar::model::sampling::{Draw, draw_codes};
 use coar::pocket::checkpoint::unpack_shipped;
@@ -50,39 +50,35 @@ fn decoding(c: &mut Criterion) {
         top_k: 20,
         streams: vec![(1, 0)],
     };
+    let fill = |rows: usize| {
+        let options = BatchOptions {
+            rows,
+            max_seq: request.tokens(),
+            fixed_shapes: false,
+        };
+        let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, options).unwrap();
+        for _ in 0..rows / 2 {
+            batch.add(&model.transformer, &request).unwrap();
+        }
+        batch
+    };
     for pictures in [1usize, 16] {
         c.bench_function(&format!("a whole picture, {pictures} at once"), |b| {
             b.iter_batched(
-                || {
-                    let tokens = request.tokens();
-                    let mut batch =
-                        DecodeBatch::new(&model.transformer, &model.vocabulary, 2 * pictures, tokens).unwrap();
-                    for _ in 0..pictures {
-                        batch.add(&model.transformer, &request).unwrap();
-                    }
-                    batch
-                },
+                || fill(2 * pictures),
                 |mut batch| while batch.step(&model.transformer).unwrap().is_empty() {},
                 BatchSize::PerIteration,
             );
         });
     }
     for rows in [2usize, 8, 32] {
-        let fill = || {
-            let tokens = request.tokens();
-            let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, rows, tokens).unwrap();
-            for _ in 0..rows / 2 {
-                batch.add(&model.transformer, &request).unwrap();
-            }
-            batch
-        };
-        let mut batch = fill();
+        let mut batch = fill(rows);
         c.bench_function(&format!("a decode step, {rows} rows"), |b| {
             b.iter_custom(|steps| {
                 let mut spent = Duration::ZERO;
                 for _ in 0..steps {
                     if batch.is_empty() {
-                        batch = fill();
+                        batch = fill(rows);
                     }
                     let begun = Instant::now();
                     batch.step(&model.transformer).unwrap();

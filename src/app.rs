@@ -92,8 +92,14 @@ pub async fn serve(
     if tokio::time::timeout(GRACE, http).await.is_err() {
         tracing::warn!("some requests did not finish in time");
     }
-    engine.drain().await;
-    tracker.wait().await;
+    if !engine.drain(GRACE).await {
+        tracing::error!("the device does not answer; trainings go on from their last checkpoint");
+    }
+    if tokio::time::timeout(GRACE, tracker.wait()).await.is_err() {
+        tracing::error!("background work does not end; its leases run out by themselves");
+    }
+    // Waits for the device thread, which must not hold up the runtime's own.
+    tokio::task::spawn_blocking(move || drop(engine)).await?;
     drop(lock);
     Ok(())
 }

@@ -83,7 +83,7 @@ impl Workshop {
     /// Ends the worker; a running training keeps its last checkpoint.
     pub(super) async fn close(self) -> anyhow::Result<()> {
         self.stop.cancel();
-        self.service.engine.drain().await;
+        self.service.engine.drain(std::time::Duration::from_secs(20)).await;
         Ok(self.worker.await?)
     }
 }

@@ -60,6 +60,10 @@ pub struct EngineArgs {
     /// Memory in MiB for concepts that stay on the device while nobody uses them.
     #[arg(long, env = "COAR_CONCEPT_MEMORY", default_value_t = 256, value_name = "MIB")]
     pub concept_memory: usize,
+    /// Pictures do not depend on who shares their batch even where libtorch's kernels would (a GPU, or a CPU without
+    /// AVX-512): every step has the shapes of the full batch, so choose --rows no larger than needed.
+    #[arg(long, env = "COAR_DETERMINISTIC")]
+    pub deterministic: bool,
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -97,6 +101,7 @@ impl EngineArgs {
                 Memory::Auto => None,
                 Memory::Bytes(bytes) => Some(bytes),
             },
+            deterministic: self.deterministic,
             ..EngineOptions::default()
         }
     }

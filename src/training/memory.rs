@@ -37,7 +37,7 @@ impl StepSize {
 /// top: heads x seq in f32, and in the weights' kind where that is another; fused attention on an accelerator keeps none.
 /// The head takes, for each predicted token, four times the vocabulary in f32: logits, their log-softmax and the gradients
 /// of both. A pass that recomputes keeps one input per segment instead of the layers' graphs, and one segment's graph at
-/// a time.
+/// a time. Measured steps take half as much again, for temporaries and what the allocator holds back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Estimate {
     layers: u64,
@@ -69,14 +69,15 @@ impl Estimate {
 
     /// Bytes of a step.
     pub fn bytes(&self, graph: Graph) -> u64 {
-        self.head
+        let sum = self.head
             + match graph {
                 Graph::Kept => self.layers * self.layer,
                 Graph::Recomputed { segment } => {
                     let segment = (segment as u64).clamp(1, self.layers);
                     self.layers.div_ceil(segment) * self.input + segment * self.layer
                 }
-            }
+            };
+        sum + sum / 2
     }
 
     /// The segment length that takes least: about the square root of layers x input / graph.
@@ -114,10 +115,10 @@ mod tests {
         let size = StepSize::of(&spec, true, 1100, 1057);
         assert_eq!(size.rows, 2);
         let estimate = Estimate::new(&config, size, Kind::BFloat16, Device::Cuda(0));
-        // 32 x 2200 tokens x (28 672 + 33 024 + 8 192) x 2 bytes + 16 384 x 4: about 14 GB, and 2.2 GB of head.
+        // 32 x 2200 tokens x ((28 672 + 33 024 + 8 192) x 2 bytes + 16 384 x 4): 14.5 GB; 2.2 GB of head; half as much again.
         let kept = estimate.bytes(Graph::Kept);
-        assert!((14_000_000_000..18_000_000_000).contains(&kept), "{kept}");
-        assert_eq!(estimate.within(20 << 30), Graph::Kept);
+        assert!((24_000_000_000..26_000_000_000).contains(&kept), "{kept}");
+        assert_eq!(estimate.within(28 << 30), Graph::Kept);
         assert_eq!(estimate.within(8 << 30), Graph::Recomputed { segment: 1 });
         let recomputed = estimate.bytes(estimate.within(0));
         assert!(recomputed < kept / 4, "{recomputed}");

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::{mean, megabytes, peak_memory, print, quantile, settle, weight_kind};
 use crate::cli::model::device;
 use crate::concept::{DeviceConcept, Placement, context_batch};
-use crate::model::decoding::{DecodeBatch, DecodingRequest};
+use crate::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest};
 use crate::model::tokenizer::{PromptPart, TextTokenizer, Vocabulary, encode_prompt};
 use crate::model::weights::{Checkpoint, Target};
 use crate::model::{ModelConfig, Transformer};
@@ -266,7 +266,12 @@ impl DecodeArgs {
         };
         let request = || self.request(loaded, with_concept.then_some(&used));
         let (each, tokens) = (request()?.rows_per_picture(), request()?.tokens());
-        let mut batch = DecodeBatch::new(model, vocabulary, pictures * each, tokens)?;
+        let options = BatchOptions {
+            rows: pictures * each,
+            max_seq: tokens,
+            fixed_shapes: false,
+        };
+        let mut batch = DecodeBatch::new(model, vocabulary, options)?;
         settle(model.device());
         let begun = Instant::now();
         for _ in 0..pictures {

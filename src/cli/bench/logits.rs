@@ -9,7 +9,6 @@ use tch::{Kind, Tensor};
 use super::weight_kind;
 use crate::cli::model::device;
 use crate::model::kv_cache::KvCache;
-use crate::model::transformer::NextTokens;
 use crate::model::weights::{Checkpoint, Target};
 use crate::model::{ModelConfig, Transformer};
 
@@ -52,13 +51,8 @@ impl LogitsArgs {
         let last = self.ids.len() - 1;
         let whole = model.forward(&upload(&self.ids)?, None)?;
         let mut cache = KvCache::new(&config, 1, last as i64 + 1, kind, device)?;
-        let _ = model.prefill(&upload(&self.ids[..last])?, None, &mut cache, 0)?;
-        let next = NextTokens {
-            ids: &upload(&self.ids[last..])?.f_view([-1i64])?,
-            positions: &[last as i64],
-            forced: &[],
-        };
-        let step = model.decode(&next, &mut cache)?;
+        let _ = model.prefill(&upload(&self.ids[..last])?, None, &mut cache, &[0])?;
+        let step = model.decode_one(self.ids[last], last as i64, &mut cache)?;
         let report = json!({
             "logits": numbers(whole.f_select(1, last as i64)?)?,
             "decode_step_logits": numbers(step)?,
