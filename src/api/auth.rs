@@ -16,8 +16,10 @@ use crate::service::{Caller, Scope};
 
 /// Paths that anybody may ask for. Their answers tell nothing of any tenant.
 pub(super) fn is_public(path: &str) -> bool {
-    matches!(path, "/" | "/livez" | "/readyz" | "/metrics" | "/openapi.json" | "/docs" | "/studio")
-        || path.starts_with("/docs/")
+    matches!(
+        path,
+        "/" | "/livez" | "/readyz" | "/metrics" | "/openapi.json" | "/docs" | "/studio"
+    ) || path.starts_with("/docs/")
         || path.starts_with("/studio/")
 }
 

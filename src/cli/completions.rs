@@ -85,7 +85,10 @@ async fn names() -> anyhow::Result<Vec<String>> {
         return Ok(concepts.iter().filter_map(name).collect());
     }
     let data = variable("COAR_DATA").unwrap_or_else(|| "data".to_owned());
-    let concepts = existing_registry(data.as_ref()).await?.concepts(crate::ids::TenantId::DEFAULT).await?;
+    let concepts = existing_registry(data.as_ref())
+        .await?
+        .concepts(crate::ids::TenantId::DEFAULT)
+        .await?;
     Ok(concepts.into_iter().map(|concept| concept.name).collect())
 }
 

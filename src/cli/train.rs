@@ -62,9 +62,7 @@ impl TrainArgs {
                 training
             }
             None => {
-                let registered = service
-                    .register(&Caller::LOCAL, self.form.registration(images))
-                    .await?;
+                let registered = service.register(&Caller::LOCAL, self.form.registration(images)).await?;
                 registered
                     .training
                     .ok_or_else(|| anyhow::anyhow!("the concept was stored without a training"))?

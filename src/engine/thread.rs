@@ -34,6 +34,9 @@ pub struct EngineOptions {
     pub concept_bytes: usize,
     /// Share of the device's time for trainings while pictures wait, 0..=1. Without pictures they have all of it.
     pub training_share: f64,
+    /// Memory in bytes that the graph of one optimizer step may take; a training that needs more recomputes layers in its
+    /// backward pass. `None`: half of what is free when the training begins.
+    pub training_bytes: Option<u64>,
     /// A training's checkpoint is handed out at least this often.
     pub checkpoint_every: Duration,
     /// Threads for libtorch; 0 leaves its default.
@@ -52,6 +55,7 @@ impl Default for EngineOptions {
             prompt_tokens: 256,
             concept_bytes: 256 << 20,
             training_share: 0.5,
+            training_bytes: None,
             checkpoint_every: Duration::from_secs(5),
             threads: 0,
             deterministic: false,
@@ -194,7 +198,7 @@ impl Thread {
             .map_err(|error| ModelError::invalid("engine", format!("cannot start its picture thread: {error}")))?;
         Ok(Self {
             generations: Generations::new(batch, orders, options.concept_bytes),
-            trainings: Trainings::new(options.checkpoint_every),
+            trainings: Trainings::new(options.checkpoint_every, options.training_bytes),
             share: DeviceShare::new(options.training_share),
             model,
             pictures,

@@ -10,7 +10,7 @@ use super::generations::RESERVED_EVENTS;
 use super::thread::guarded;
 use crate::model::LuminaMgpt;
 use crate::telemetry::meters;
-use crate::training::{Advance, Trainer};
+use crate::training::{Advance, Graph, Trainer};
 
 struct Training {
     trainer: Trainer,
@@ -25,14 +25,18 @@ struct Training {
 pub(super) struct Trainings {
     open: VecDeque<Training>,
     checkpoint_every: Duration,
+    /// For the graph of one step; trainings take turns, so one graph is alive at a time.
+    bytes: Option<u64>,
 }
 
 impl Trainings {
-    /// A training's checkpoint is handed out at least every `checkpoint_every`.
-    pub(super) fn new(checkpoint_every: Duration) -> Self {
+    /// A training's checkpoint is handed out at least every `checkpoint_every`; the graph of its step may take `bytes`,
+    /// or half of what is free when it begins.
+    pub(super) fn new(checkpoint_every: Duration, bytes: Option<u64>) -> Self {
         Self {
             open: VecDeque::new(),
             checkpoint_every,
+            bytes,
         }
     }
 
@@ -63,7 +67,14 @@ impl Trainings {
             None => Trainer::new(model, spec, &pictures),
         });
         match opened {
-            Ok(trainer) => {
+            Ok(mut trainer) => {
+                let free = || super::memory::free_bytes(model.transformer.device()).map(|free| free / 2);
+                let estimate = trainer.estimate(model);
+                if let Some(budget) = self.bytes.or_else(free) {
+                    let graph = estimate.within(budget);
+                    tracing::info!(budget, kept = estimate.bytes(Graph::Kept), ?graph, "a training begins");
+                    trainer.set_graph(graph);
+                }
                 let now = Instant::now();
                 let first_step = trainer.step();
                 self.open.push_back(Training {
