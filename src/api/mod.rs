@@ -8,6 +8,7 @@ mod images;
 mod models;
 mod multipart;
 mod trainings;
+mod ui;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -60,9 +61,11 @@ pub fn router(state: AppState) -> Router {
         .merge(trainings::routes())
         .merge(images::routes())
         .merge(models::routes())
+        .route_layer(from_fn_with_state(state.clone(), when_ready))
+        // After that layer: the page's files answer while the model is loading.
+        .merge(ui::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(from_fn_with_state(state.clone(), when_ready))
         .layer(CatchPanicLayer::custom(|_| {
             ApiError(Error::internal("a handler panicked")).into_response()
         }))
