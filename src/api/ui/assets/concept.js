@@ -16,11 +16,11 @@ function showFacts(concept) {
   $("concept-facts").replaceChildren(...facts);
 }
 
-function references(concept, signal) {
+function references(concept) {
   const pictures = h("div", { class: "pictures" });
   for (let index = 0; index < concept.images; index += 1) {
     const image = h("img", { alt: `Reference picture ${index + 1}` });
-    showPicture(image, conceptPath(concept.id, `/images/${index}`), signal).catch(() => image.remove());
+    showPicture(image, conceptPath(concept.id, `/images/${index}`)).catch(() => image.remove());
     pictures.append(image);
   }
   return h("section", { class: "card stack", "aria-label": "Reference pictures" }, h("h2", { text: "Reference pictures" }),
@@ -37,7 +37,7 @@ async function versions(concept, changed, signal) {
       await call("PATCH", conceptPath(concept.id), { json: { version: version.number } });
       toast(`${concept.name} is now version ${version.number}.`);
       await changed();
-    }, { name: `Use version ${version.number}` });
+    }, { name: `Use this version: ${version.number}` });
     list.append(h("li", { "aria-current": current ? "true" : null },
       h("div", {}, h("b", { text: `Version ${version.number}` }), h("p", { class: "meta", text: day(version.created_at) })),
       current ? h("span", { class: "badge ready", text: "In use" }) : use));
@@ -168,7 +168,9 @@ export async function show(name, signal) {
       if (turn.aborted) throw error;
       return null;
     });
-    parts.push(h("div", { class: "columns" }, references(concept, turn), past, about(concept, changed), concept.images ? retrain(concept, changed) : null));
+    parts.push(h("div", { class: "columns" },
+      h("div", { class: "stack wide-gap" }, references(concept), concept.images ? retrain(concept, changed) : null),
+      h("div", { class: "stack wide-gap" }, past, about(concept, changed))));
     const inside = body.contains(document.activeElement);
     body.replaceChildren(...parts);
     // What had the focus is gone; it stays near.

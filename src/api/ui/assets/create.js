@@ -3,7 +3,7 @@
 import { call } from "./api.js";
 import { Completion } from "./completion.js";
 import { $, actionButton, h, toast } from "./dom.js";
-import { Drawing } from "./drawing.js";
+import { Drawing, downloadLink } from "./drawing.js";
 import { clearErrors, fieldError, number, showError } from "./forms.js";
 import { allConcepts } from "./library.js";
 import { conceptNames, withoutConcepts } from "./prompt.js";
@@ -17,15 +17,19 @@ const form = $("create-form");
 const area = $("prompt");
 let concepts = [];
 let completion = null;
+/** Whether the focus goes to the prompt when the view is shown next. */
+let toPrompt = false;
 
 async function loadConcepts() {
   concepts = await allConcepts();
   const ready = concepts.filter((concept) => concept.status === "ready").slice(0, CHIPS);
   $("prompt-concepts").replaceChildren(...ready.map((concept) =>
     h("button", {
-      type: "button", class: "chip", text: `<${concept.name}>`, "aria-label": `Put ${concept.name} into the prompt`,
+      type: "button", class: "chip", text: `<${concept.name}>`, "aria-label": `Put <${concept.name}> into the prompt`,
       onclick: () => completion.write(concept, area.selectionStart, area.selectionEnd),
     })));
+  const hint = $("no-concepts");
+  if (hint) hint.hidden = concepts.length > 0;
   if (document.activeElement === area) completion.update();
 }
 
@@ -52,11 +56,8 @@ function request() {
 function after(generation) {
   const again = (label, options) =>
     actionButton(label, () => use(settingsOf(generation, options)), { className: "small" });
-  const downloads = generation.images.map((image) => h("a", {
-    class: "button small", href: new URL(image.url, location.href).pathname + new URL(image.url, location.href).search,
-    download: `coar-${image.seed}-${image.index}.png`,
-    text: generation.images.length === 1 ? "Download" : `Download ${image.index}`,
-  }));
+  const one = generation.images.length === 1;
+  const downloads = generation.images.map((image) => downloadLink(image, one ? "Download" : `Download ${image.index}`));
   return [again("Again with a new seed", { newSeed: true }), again("Again with this seed", {}), ...downloads];
 }
 
@@ -95,34 +96,35 @@ async function run(drawings) {
   const results = await Promise.allSettled(drawings.map((drawing) => drawing.run()));
   const refused = results.find((result) => result.status === "rejected");
   if (!refused) return;
-  box.remove();
+  if (results.every((result) => result.status === "rejected")) box.remove();
   throw refused.reason;
+}
+
+function setSettings(settings) {
+  for (const name of NUMBERS) form.elements[name].value = settings[name] ?? "";
+  form.elements.size.value = settings.size ?? "";
 }
 
 /** Loads settings into the form: `{prompt, n, size, seed, …}`; what is absent is the model's own. */
 export function use(settings) {
   clearErrors(form);
-  form.reset();
   area.value = settings.prompt ?? "";
-  for (const name of NUMBERS) form.elements[name].value = settings[name] ?? "";
-  form.elements.size.value = settings.size ?? "";
+  setSettings(settings);
   form.elements.compare.checked = Boolean(settings.compare);
   form.querySelector(".settings").open = true;
-  if (!location.hash.startsWith("#/create")) location.hash = "#/create";
   toast("The settings are in the form.");
-  area.focus();
+  if (location.hash.startsWith("#/create")) area.focus();
+  else {
+    toPrompt = true;
+    location.hash = "#/create";
+  }
 }
 
 /** Wires the form, once. */
 export function begin() {
   completion = new Completion(area, $("prompt-options"), () => concepts);
   form.addEventListener("submit", submit);
-  form.addEventListener("reset", (event) => {
-    // The button resets the settings; the prompt is the user's work.
-    if (!event.isTrusted) return;
-    const text = area.value;
-    queueMicrotask(() => (area.value = text));
-  });
+  $("settings-reset").addEventListener("click", () => setSettings({}));
   area.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
   });
@@ -131,6 +133,8 @@ export function begin() {
 
 /** Shows the form; `concept` is written into an empty prompt. */
 export async function show(query) {
+  if (toPrompt) area.focus();
+  toPrompt = false;
   if (form.elements.size.length === 1) await loadSizes();
   await loadConcepts();
   const wanted = concepts.find((concept) => concept.name === query.get("concept"));

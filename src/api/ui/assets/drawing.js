@@ -16,6 +16,13 @@ function decoded(base64, format) {
   return URL.createObjectURL(new Blob([bytes], { type: `image/${format}` }));
 }
 
+/** A link that saves a picture under a name that says what it is. */
+export function downloadLink(image, text = "Download") {
+  const href = localPath(image.url);
+  const extension = href.split("?")[0].split(".").pop();
+  return h("a", { class: "button small", href, download: `coar-${image.seed}-${image.index}.${extension}`, text });
+}
+
 /** A picture's place: a moving ground at first, then the rows that are drawn, then the picture. */
 class Tile {
   #partials = 0;
@@ -37,8 +44,9 @@ class Tile {
     image.addEventListener("load", () => {
       if (url.startsWith("blob:")) URL.revokeObjectURL(url);
       this.canvas.classList.remove("waiting");
-      const under = [...this.canvas.children].filter((other) => other !== image);
-      const tidy = () => under.forEach((other) => other.remove());
+      const tidy = () => {
+        while (image.previousSibling) image.previousSibling.remove();
+      };
       image.addEventListener("animationend", tidy, { once: true });
       if (matchMedia("(prefers-reduced-motion: reduce)").matches) tidy();
     }, { once: true });
@@ -64,8 +72,7 @@ class Tile {
 
   stop() {
     if (this.done) return;
-    this.canvas.classList.remove("waiting");
-    this.caption.textContent = "not drawn";
+    this.element.remove();
   }
 }
 
@@ -112,12 +119,10 @@ export class Drawing {
   async cancel() {
     try {
       if (this.#id) await call("POST", `/v1/generations/${this.#id}/cancel`);
+      this.#abort.abort();
     } catch (error) {
       // It ended in the meantime: the stream tells how.
-      if (error.status === 409) return;
-      throw error;
-    } finally {
-      if (!this.#id) this.#abort.abort();
+      if (error.status !== 409) throw error;
     }
   }
 

@@ -3,6 +3,7 @@
 import { call, localPath } from "./api.js";
 import { use } from "./create.js";
 import { $, actionButton, announce, confirmed, h, toast } from "./dom.js";
+import { downloadLink } from "./drawing.js";
 import { described, settingsOf } from "./settings.js";
 import { ended } from "./training.js";
 
@@ -20,9 +21,6 @@ function picture(generation, image) {
   }, { once: true });
   return element;
 }
-
-const download = (image, className) =>
-  h("a", { class: className, href: localPath(image.url), download: `coar-${image.seed}-${image.index}.png`, text: "Download" });
 
 function facts(generation, image) {
   const concepts = (generation.concepts ?? []).map(({ name, version }) => `${name} (version ${version})`).join(", ");
@@ -48,7 +46,7 @@ function view(generation, image) {
     picture(generation, image),
     h("div", { class: "stack" },
       facts(generation, image),
-      h("div", { class: "row" }, again("Again, new seed", { newSeed: true }), again("Again, same seed", { index }), compare, download(image, "button small")))));
+      h("div", { class: "row" }, again("Again, new seed", { newSeed: true }), again("Again, same seed", { index }), compare, downloadLink(image)))));
   dialog.showModal();
 }
 

@@ -64,5 +64,5 @@ export function withoutConcepts(prompt, concepts) {
       text = `${before}${article}${word}${after}`;
     }
   }
-  return text.replaceAll(/\s+/g, " ").replaceAll(/\s+([.,;:!?])/g, "$1").trim();
+  return text.replaceAll(/\s+/g, " ").replaceAll(/\s+([.,;:!?])/g, "$1").replace(/^[\s.,;:!?]+/, "").trim();
 }

@@ -1,7 +1,7 @@
 // Registering a concept: pictures chosen or dropped, their captions, a name.
 
 import { call } from "./api.js";
-import { $, announce, h } from "./dom.js";
+import { $, announce, h, toast } from "./dom.js";
 import { clearErrors, fieldError, number, showError } from "./forms.js";
 
 /** The API's own limit, so that nobody uploads for nothing. */
@@ -95,9 +95,9 @@ async function submit(event) {
   try {
     const concept = await call("POST", "/v1/concepts", { form: body() });
     empty();
+    if (concept.duplicate_of) toast(`The same pictures and settings have made ${concept.duplicate_of.name ?? concept.duplicate_of} already.`);
     location.hash = `#/concepts/${concept.name}`;
   } catch (error) {
-    button.disabled = false;
     showError(form, error);
   } finally {
     button.disabled = false;
