@@ -96,7 +96,12 @@ class Visit:
 
     def pictures_are_there(self, selector):
         """Waits until every picture has come; the page's policy refuses what `wait_for_function` does."""
-        script = "(selector) => [...document.querySelectorAll(selector)].every((i) => i.complete && i.naturalWidth > 0)"
+        # Those below the window are asked for when they come into sight.
+        script = """(selector) => {
+            const missing = [...document.querySelectorAll(selector)].find((image) => !image.complete || image.naturalWidth === 0);
+            (missing ?? document.body).scrollIntoView();
+            return missing === undefined;
+        }"""
         deadline = time.monotonic() + 30
         while not self.page.evaluate(script, selector):
             assert time.monotonic() < deadline, f"some of `{selector}` have not come"

@@ -264,7 +264,7 @@ def look_around(visit, name):
     visit.shot("create")
     for section in ["Concepts", "Gallery"]:
         go(page, section)
-        expect(page.locator("main li").first).to_be_visible()
+        expect(page.locator("main li:visible").first).to_be_visible()
         page.wait_for_load_state("networkidle")
         visit.shot(section.lower())
     page.goto("/#/concepts/new")

@@ -2,7 +2,9 @@
 
 import { cleaned, path, scale, smooth, ticks } from "./curve.js";
 
-const WIDTH = 640;
+/** Narrow ones are drawn narrow: letters keep their size. */
+const NARROWEST = 260;
+const USUAL = 640;
 const HEIGHT = 260;
 const EDGE = { left: 52, right: 14, top: 14, bottom: 42 };
 
@@ -23,24 +25,25 @@ function summary(points) {
 /** Draws `{step, loss}` points into `element` (an svg), over `total` steps. */
 export function drawCurve(element, given, total) {
   const points = cleaned(given);
-  element.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
+  const width = Math.max(NARROWEST, element.clientWidth || USUAL);
+  element.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
   element.setAttribute("role", "img");
   element.setAttribute("aria-label", summary(points));
   const losses = points.map((point) => point.loss);
   const low = Math.min(...losses, 0);
   const high = points.length === 0 ? 1 : Math.max(...losses) * 1.05 || 1;
   const last = Math.max(total || 0, points.at(-1)?.step ?? 0, 1);
-  const x = scale(0, last, EDGE.left, WIDTH - EDGE.right);
+  const x = scale(0, last, EDGE.left, width - EDGE.right);
   const y = scale(low, high, HEIGHT - EDGE.bottom, EDGE.top);
   const parts = [];
   for (const tick of ticks(low, high, 4)) {
-    parts.push(svg("line", { class: "gridline", x1: EDGE.left, x2: WIDTH - EDGE.right, y1: y(tick), y2: y(tick) }));
+    parts.push(svg("line", { class: "gridline", x1: EDGE.left, x2: width - EDGE.right, y1: y(tick), y2: y(tick) }));
     parts.push(svg("text", { x: EDGE.left - 8, y: y(tick) + 4, "text-anchor": "end" }, String(tick)));
   }
-  for (const tick of ticks(0, last, 6)) {
+  for (const tick of ticks(0, last, width / 100)) {
     parts.push(svg("text", { x: x(tick), y: HEIGHT - EDGE.bottom + 18, "text-anchor": "middle" }, String(tick)));
   }
-  parts.push(svg("text", { x: (EDGE.left + WIDTH - EDGE.right) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, "step"));
+  parts.push(svg("text", { x: (EDGE.left + width - EDGE.right) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, "step"));
   const middle = (EDGE.top + HEIGHT - EDGE.bottom) / 2;
   parts.push(svg("text", { x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})` }, "loss"));
   if (points.length > 0) {

@@ -23,6 +23,8 @@ export function downloadLink(image, text = "Download") {
   return h("a", { class: "button small", href, download: `coar-${image.seed}-${image.index}.${extension}`, text });
 }
 
+const percent = (part) => `${Math.round(100 * part)}%`;
+
 /** A picture's place: a moving ground at first, then the rows that are drawn, then the picture. */
 class Tile {
   #partials = 0;
@@ -37,13 +39,14 @@ class Tile {
     this.element = h("figure", { class: "tile" }, this.canvas, this.caption);
   }
 
-  /** Lays `url` over what is there, row by row from where the last one ended. */
-  #lay(url, alt, from) {
+  /** Lays `url` over what is there, row by row, from where the last one ended to where this one does. */
+  #lay(url, alt, to) {
     const image = h("img", { alt, class: "arriving" });
-    image.style.setProperty("--from", `${Math.round(100 * from)}%`);
+    image.style.setProperty("--from", percent(this.#partials / (PARTIALS + 1)));
+    image.style.setProperty("--to", percent(to));
     image.addEventListener("load", () => {
       if (url.startsWith("blob:")) URL.revokeObjectURL(url);
-      this.canvas.classList.remove("waiting");
+      if (to === 1) this.canvas.classList.remove("waiting");
       const tidy = () => {
         while (image.previousSibling) image.previousSibling.remove();
       };
@@ -55,7 +58,8 @@ class Tile {
   }
 
   partial(base64, format) {
-    this.#lay(decoded(base64, format), "", this.#partials / (PARTIALS + 1));
+    // Below the rows that are drawn the API's picture is grey.
+    this.#lay(decoded(base64, format), "", (this.#partials + 1) / (PARTIALS + 1));
     this.#partials += 1;
     this.caption.textContent = "being drawn";
     this.element.dataset.partials = this.#partials;
@@ -65,7 +69,7 @@ class Tile {
     if (this.done) return;
     this.done = true;
     const url = image.url ? localPath(image.url) : decoded(image.b64_json, "png");
-    this.#lay(url, this.prompt, this.#partials / (PARTIALS + 1));
+    this.#lay(url, this.prompt, 1);
     this.caption.textContent = `seed ${image.seed} · picture ${image.index}`;
     this.element.dataset.done = "true";
   }

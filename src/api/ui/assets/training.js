@@ -58,6 +58,7 @@ export class TrainingPanel {
   #losses = [];
   #previews = new Set();
   #told = -1;
+  #total = 0;
 
   constructor(training) {
     this.training = training;
@@ -74,6 +75,7 @@ export class TrainingPanel {
       h("div", { class: "stack" }, this.bar, h("p", { class: "state" }, this.state, this.eta)),
       this.curve, this.previewBox, this.buttons);
     this.show(training);
+    new ResizeObserver(() => drawCurve(this.curve, this.#losses, this.#total)).observe(this.curve);
   }
 
   /** Shows a whole training, as the API tells it. */
@@ -93,6 +95,7 @@ export class TrainingPanel {
     this.state.textContent = `${STATUS[status]}${total ? `, step ${step} of ${total}` : ""}`;
     this.eta.textContent = ended(status) || eta === null || eta === undefined ? "" : `about ${duration(eta)} left`;
     if (loss !== null && loss !== undefined && step > 0) this.#losses.push({ step, loss });
+    this.#total = total;
     drawCurve(this.curve, this.#losses, total);
     this.#tell(status, step, total);
   }
