@@ -168,6 +168,7 @@ def gallery(visit, name):
     expect(items.filter(has_text=f"<{name}> cat on the beach").first).to_be_visible()
     expect(items.filter(has_text="Cancelled").filter(has_text=f"<{name}>")).to_have_count(1)
     visit.pictures_are_there("#gallery-list img")
+    count = items.count()
     visit.shot("gallery")
     item = items.filter(has=page.locator(".shots:not(.one)")).first
     item.get_by_role("button", name=re.compile("^Picture 1")).click()
@@ -186,7 +187,8 @@ def gallery(visit, name):
     expect(drawing).to_have_attribute("data-status", "succeeded", timeout=PATIENCE_MS)
     expect(drawing.locator(".tile")).to_contain_text("seed 7 · picture 1")
     go(page, "Gallery")
-    count = items.count()
+    count += 1
+    expect(items).to_have_count(count)
     items.first.get_by_role("button", name=re.compile("^Delete")).click()
     sheet = page.get_by_role("dialog", name="Delete these pictures?")
     expect(sheet.get_by_role("button", name="Keep")).to_be_focused()

@@ -138,10 +138,16 @@ mod tests {
         }
         for (name, _, text) in FILES {
             let foreign = text.replace("http://www.w3.org/2000/svg", "");
-            assert!(!foreign.contains("http://") && !foreign.contains("https://"), "{name} names another server");
+            assert!(
+                !foreign.contains("http://") && !foreign.contains("https://"),
+                "{name} names another server"
+            );
             for forbidden in ["innerHTML", "insertAdjacentHTML", "document.write", "eval("] {
                 let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
-                assert!(!code.into_iter().any(|line| line.contains(forbidden)), "{name} uses {forbidden}");
+                assert!(
+                    !code.into_iter().any(|line| line.contains(forbidden)),
+                    "{name} uses {forbidden}"
+                );
             }
         }
     }
@@ -154,7 +160,10 @@ mod tests {
         let tag = first.headers()[header::ETAG].clone();
         for (sent, status) in [
             (tag.clone(), StatusCode::NOT_MODIFIED),
-            (HeaderValue::from_str(&format!("\"x\", W/{}", tag.to_str().unwrap())).unwrap(), StatusCode::NOT_MODIFIED),
+            (
+                HeaderValue::from_str(&format!("\"x\", W/{}", tag.to_str().unwrap())).unwrap(),
+                StatusCode::NOT_MODIFIED,
+            ),
             (HeaderValue::from_static("\"x\""), StatusCode::OK),
         ] {
             let headers = HeaderMap::from_iter([(header::IF_NONE_MATCH, sent)]);
