@@ -2,7 +2,7 @@
 
 use coar::concept::{ConceptFile, ConceptHeader, ConceptKind, ConceptTensors, DeviceConcept};
 use coar::model::LuminaMgpt;
-use coar::model::decoding::{DecodeBatch, DecodingRequest};
+use coar::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest};
 use coar::model::lumina::CheckpointFiles;
 use coar::model::sampling::{Draw, draw_codes};
 use coar::pocket::checkpoint::unpack_shipped;
@@ -50,9 +50,12 @@ fn decoding(c: &mut Criterion) {
         c.bench_function(&format!("a whole picture, {pictures} at once"), |b| {
             b.iter_batched(
                 || {
-                    let tokens = request.tokens();
-                    let mut batch =
-                        DecodeBatch::new(&model.transformer, &model.vocabulary, 2 * pictures, tokens).unwrap();
+                    let options = BatchOptions {
+                        rows: 2 * pictures,
+                        max_seq: request.tokens(),
+                        fixed_shapes: false,
+                    };
+                    let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, options).unwrap();
                     for _ in 0..pictures {
                         batch.add(&model.transformer, &request).unwrap();
                     }

@@ -1,17 +1,18 @@
 //! Wires the rooms together, starts and stops them in order.
 
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::{AppState, router};
+use crate::api::{self, AppState, router};
+use crate::config::Config;
 use crate::engine::EngineHandle;
 use crate::jobs::{Wake, work};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Limits, Service};
+use crate::service::{Keys, Limits, Service};
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
@@ -42,14 +43,14 @@ async fn expire_images(registry: Registry, age: Duration, stop: CancellationToke
 /// # Errors
 /// When the data folder is in use or unusable, the model cannot be loaded, or the listener fails.
 pub async fn serve(
-    data: PathBuf,
-    keep_images: Duration,
+    config: Config,
     listener: TcpListener,
     load: impl FnOnce() -> anyhow::Result<EngineHandle> + Send + 'static,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let lock = DataLock::take(&data)?;
-    let registry = Registry::open(&data).await?;
+    let config = Arc::new(config);
+    let lock = DataLock::take(&config.data)?;
+    let registry = Registry::open(&config.data).await?;
     let released = registry.release_all().await?;
     if released > 0 {
         tracing::info!(
@@ -57,31 +58,44 @@ pub async fn serve(
             "a previous server left trainings behind; they go on from their checkpoints"
         );
     }
+    let keys = Keys::new(registry.clone());
+    if keys.required().await? {
+        tracing::info!("callers need a key");
+    } else {
+        let address = listener.local_addr()?;
+        anyhow::ensure!(
+            address.ip().is_loopback(),
+            "there are no keys, so that everybody who reaches {address} could do everything: make one with \
+             `coar keys create --tenant NAME --data {}`, or listen on 127.0.0.1",
+            config.data.display()
+        );
+        tracing::warn!("there are no keys: whoever reaches {address} is tenant `default` and may do everything");
+    }
     let orphans = registry.collect_garbage().await?;
     if orphans > 0 {
         tracing::info!(blobs = orphans, "removed what an interrupted registration left");
     }
-    let state = AppState::default();
+    // Tests and scripts that ask for port 0 read the address from this line.
+    println!("listening on http://{}", listener.local_addr()?);
+    let state = AppState::new(config.clone());
     let tracker = TaskTracker::new();
     let closing = CancellationToken::new();
     let http = {
         let (router, closing) = (router(state.clone()), closing.clone());
-        tokio::spawn(async move {
-            axum::serve(listener, router)
-                .with_graceful_shutdown(closing.cancelled_owned())
-                .await
-        })
+        let limits = config.limits;
+        tokio::spawn(async move { api::listen(listener, router, &limits, closing).await })
     };
     let engine = tokio::task::spawn_blocking(load).await??;
     let wake = Wake::default();
     let service = Service {
+        keys,
         registry: registry.clone(),
         engine: engine.clone(),
         wake: wake.clone(),
-        limits: Limits::default().into(),
+        limits: Limits::of(&config).into(),
     };
     state.ready(service);
-    tracker.spawn(expire_images(registry.clone(), keep_images, stop.clone()));
+    tracker.spawn(expire_images(registry.clone(), config.keep_images(), stop.clone()));
     tracker.spawn(work(registry, engine.clone(), wake, stop.clone()));
     tracker.close();
     tracing::info!(model = engine.info().id, "ready");
@@ -92,8 +106,14 @@ pub async fn serve(
     if tokio::time::timeout(GRACE, http).await.is_err() {
         tracing::warn!("some requests did not finish in time");
     }
-    engine.drain().await;
-    tracker.wait().await;
+    if !engine.drain(GRACE).await {
+        tracing::error!("the device does not answer; trainings go on from their last checkpoint");
+    }
+    if tokio::time::timeout(GRACE, tracker.wait()).await.is_err() {
+        tracing::error!("background work does not end; its leases run out by themselves");
+    }
+    // Waits for the device thread, which must not hold up the runtime's own.
+    tokio::task::spawn_blocking(move || drop(engine)).await?;
     drop(lock);
     Ok(())
 }

@@ -7,11 +7,19 @@ use std::borrow::Cow;
 pub enum ErrorKind {
     /// The caller's values cannot be used.
     Invalid,
+    /// No key, or one that opens nothing.
+    Unauthorized,
+    /// The key does not allow it.
+    Forbidden,
     /// The body has a form that cannot be read.
     UnsupportedMediaType,
+    /// Well-formed, but not what was sent before under the same idempotency key.
+    Unprocessable,
+    /// The request did not come in time.
+    Timeout,
     NotFound,
     MethodNotAllowed,
-    /// It collides with what is there; a retry does not help.
+    /// It collides with what is there; a retry helps only where `retry_after` says when.
     Conflict,
     TooLarge,
     /// Too much is waiting; a retry helps.

@@ -52,8 +52,21 @@ ids! {
     ConceptId = "concept",
     /// One training of a concept.
     TrainingId = "training",
+    /// One request for pictures, and what came of it.
+    GenerationId = "generation",
     /// A generated picture.
     ImageId = "image",
+    /// Whose concepts and pictures they are.
+    TenantId = "tenant",
+    /// An API key; not the key itself.
+    KeyId = "key",
+    /// One web-hook to be delivered, over all attempts.
+    DeliveryId = "delivery",
+}
+
+impl TenantId {
+    /// The tenant `default`: everybody, as long as there are no keys, and the command line.
+    pub const DEFAULT: Self = Self(Uuid::nil());
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ pub mod app;
 pub mod cli;
 /// What a concept is: its tensors, its file, its composition with others.
 pub mod concept;
+/// What the operator decides: flags, variables, file.
+pub mod config;
 /// The device thread and its door: generation and training slices on one frozen model.
 pub mod engine;
 /// Kinds of failure, shared by every room.

@@ -2,8 +2,6 @@
 
 use std::os::unix::process::CommandExt;
 
-use clap::Parser;
-
 /// How long a thread of libtorch's pool spins for its next piece of work before it sleeps. The default spins for ever,
 /// which ruins every neighbour on the same cores; sleeping at once costs a third of the speed.
 const SPIN: (&str, &str) = ("GOMP_SPINCOUNT", "10000");
@@ -25,7 +23,7 @@ fn with_thread_settings() {
 fn main() -> std::process::ExitCode {
     with_thread_settings();
     coar::telemetry::start();
-    match coar::cli::Cli::parse().run() {
+    match coar::cli::Cli::read().map_err(Into::into).and_then(coar::cli::Cli::run) {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

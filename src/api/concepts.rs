@@ -8,18 +8,21 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
-use super::extract::media_type;
+use super::auth::{Read, Train};
+use super::extract::{media_type, unread};
+use super::pagination::invalid_query;
 use super::trainings::training_json;
 use super::{ApiError, AppState, multipart};
 use crate::concept::file::FILE_LIMIT;
+use crate::config::Config;
 use crate::error::{Error, ErrorKind};
 use crate::service::ConceptView;
 
 /// Bytes of a form beside its pictures.
 const FORM_EXTRA: usize = 1 << 20;
 
-pub(super) fn routes() -> Router<AppState> {
-    let limits = crate::service::Limits::default();
+pub(super) fn routes(config: &Config) -> Router<AppState> {
+    let limits = crate::service::Limits::of(config);
     let form = limits.pictures * limits.picture.bytes + FORM_EXTRA;
     Router::new()
         .route(
@@ -51,7 +54,7 @@ pub(super) fn concept_json(view: &ConceptView) -> Value {
     })
 }
 
-async fn register(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+async fn register(State(state): State<AppState>, Train(caller): Train, request: Request) -> Result<Response, ApiError> {
     if !media_type(request.headers()).eq_ignore_ascii_case("multipart/form-data") {
         let message = "The body must be a form, sent with `Content-Type: multipart/form-data`.";
         return Err(Error::new(ErrorKind::UnsupportedMediaType, "unsupported_media_type", message).into());
@@ -65,7 +68,7 @@ async fn register(State(state): State<AppState>, request: Request) -> Result<Res
     })?;
     let service = state.service()?;
     let registration = multipart::registration(form, &service.limits).await?;
-    let view = service.register(registration).await?;
+    let view = service.register(&caller, registration).await?;
     let location = format!("/v1/concepts/{}", view.concept.name);
     Ok((
         StatusCode::ACCEPTED,
@@ -75,24 +78,36 @@ async fn register(State(state): State<AppState>, request: Request) -> Result<Res
         .into_response())
 }
 
-async fn list(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
-    let views = state.service()?.concepts().await?;
+async fn list(State(state): State<AppState>, Read(caller): Read) -> Result<Json<Value>, ApiError> {
+    let views = state.service()?.concepts(&caller).await?;
     Ok(Json(
         json!({"object": "list", "data": views.iter().map(concept_json).collect::<Vec<_>>()}),
     ))
 }
 
-async fn show(State(state): State<AppState>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
-    Ok(Json(concept_json(&state.service()?.concept(&name).await?)))
+async fn show(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    Ok(Json(concept_json(&state.service()?.concept(&caller, &name).await?)))
 }
 
-async fn delete(State(state): State<AppState>, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
-    state.service()?.delete_concept(&name).await?;
+async fn delete(
+    State(state): State<AppState>,
+    Train(caller): Train,
+    Path(name): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    state.service()?.delete_concept(&caller, &name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn weights(State(state): State<AppState>, Path(name): Path<String>) -> Result<Response, ApiError> {
-    let bytes = state.service()?.concept_file(&name).await?;
+async fn weights(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Path(name): Path<String>,
+) -> Result<Response, ApiError> {
+    let bytes = state.service()?.concept_file(&caller, &name).await?;
     let headers = [
         (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
         (
@@ -111,25 +126,13 @@ struct ImportQuery {
 
 async fn import(
     State(state): State<AppState>,
+    Train(caller): Train,
     query: Result<Query<ImportQuery>, axum::extract::rejection::QueryRejection>,
     body: Result<Bytes, axum::extract::rejection::BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let Query(query) = query.map_err(|error| {
-        Error::new(
-            ErrorKind::Invalid,
-            "invalid_query",
-            format!("The query cannot be read: {error}."),
-        )
-    })?;
-    let body = body.map_err(|_| {
-        Error::new(
-            ErrorKind::TooLarge,
-            "body_too_large",
-            format!("The file is larger than {FILE_LIMIT} bytes, or broke off."),
-        )
-        .limit(FILE_LIMIT as u64)
-    })?;
-    let view = state.service()?.import_concept(body, query.name).await?;
+    let Query(query) = query.map_err(|error| invalid_query(&error))?;
+    let body = body.map_err(|error| unread(&error, FILE_LIMIT))?;
+    let view = state.service()?.import_concept(&caller, body, query.name).await?;
     let location = format!("/v1/concepts/{}", view.concept.name);
     Ok((
         StatusCode::CREATED,

@@ -4,9 +4,9 @@ use axum::extract::Request;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
 use uuid::Uuid;
 
+use super::openapi::{ErrorBody, ErrorFacts};
 use crate::error::{Error, ErrorKind};
 
 /// An error as an answer.
@@ -23,10 +23,16 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 /// Seconds after which an overloaded or starting server is worth another try.
 const RETRY_AFTER: u64 = 2;
+/// No answer sends its caller away for longer.
+const RETRY_AFTER_LIMIT: u64 = 120;
 
 fn status(kind: ErrorKind) -> (StatusCode, &'static str) {
     match kind {
         ErrorKind::Invalid => (StatusCode::BAD_REQUEST, "invalid_request_error"),
+        ErrorKind::Unauthorized => (StatusCode::UNAUTHORIZED, "authentication_error"),
+        ErrorKind::Forbidden => (StatusCode::FORBIDDEN, "permission_error"),
+        ErrorKind::Unprocessable => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_request_error"),
+        ErrorKind::Timeout => (StatusCode::REQUEST_TIMEOUT, "invalid_request_error"),
         ErrorKind::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error"),
         ErrorKind::NotFound => (StatusCode::NOT_FOUND, "invalid_request_error"),
         ErrorKind::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error"),
@@ -47,22 +53,33 @@ impl IntoResponse for ApiError {
         let Self(error) = self;
         let (status, kind) = status(error.kind);
         let request_id = REQUEST.try_with(Clone::clone).ok();
-        let body = json!({"error": {
-            "type": kind,
-            "code": error.code,
-            "message": error.message,
-            "param": error.field,
-            "limit": error.limit,
-            "request_id": request_id,
-        }});
+        let body = ErrorBody {
+            error: ErrorFacts {
+                kind,
+                code: error.code,
+                message: error.message,
+                param: error.field.map(Into::into),
+                limit: error.limit,
+                request_id,
+            },
+        };
         let mut response = (status, axum::Json(body)).into_response();
         let headers = response.headers_mut();
+        let wait = error.retry_after.map(|seconds| seconds.clamp(1, RETRY_AFTER_LIMIT));
         match error.kind {
             ErrorKind::Overloaded | ErrorKind::Unavailable => {
-                drop(headers.insert(header::RETRY_AFTER, error.retry_after.unwrap_or(RETRY_AFTER).into()))
+                drop(headers.insert(header::RETRY_AFTER, wait.unwrap_or(RETRY_AFTER).into()))
             }
-            // Clients that retry conflicts by default would only wait for nothing.
-            ErrorKind::Conflict => drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"))),
+            ErrorKind::Unauthorized => {
+                drop(headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")))
+            }
+            ErrorKind::Conflict if wait.is_some() => {
+                drop(wait.map(|wait| headers.insert(header::RETRY_AFTER, wait.into())))
+            }
+            // Clients that retry these by default would only wait for nothing.
+            ErrorKind::Conflict | ErrorKind::Timeout => {
+                drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false")))
+            }
             _ => {}
         }
         response

@@ -1,13 +1,11 @@
 //! A JSON body, field by field: every wrong type names its field, and nothing unknown passes silently.
 
-use axum::body::Body;
+use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderMap, header};
 use serde_json::{Map, Value};
 
+use super::{ApiError, AppState};
 use crate::error::{Error, ErrorKind};
-
-/// The largest JSON body.
-const JSON_LIMIT: usize = 1 << 20;
 
 /// A JSON object whose fields are taken one by one.
 pub(super) struct Fields(Map<String, Value>);
@@ -21,26 +19,38 @@ pub(super) fn media_type(headers: &HeaderMap) -> &str {
     value.split(';').next().unwrap_or("").trim()
 }
 
-impl Fields {
-    /// Reads a JSON object.
-    pub(super) async fn read(headers: &HeaderMap, body: Body) -> Result<Self, Error> {
-        if !media_type(headers).eq_ignore_ascii_case("application/json") {
+impl FromRequest<AppState> for Fields {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
+        if !media_type(request.headers()).eq_ignore_ascii_case("application/json") {
             let message = "The body must be JSON, sent with `Content-Type: application/json`.";
-            return Err(Error::new(
-                ErrorKind::UnsupportedMediaType,
-                "unsupported_media_type",
-                message,
-            ));
+            return Err(Error::new(ErrorKind::UnsupportedMediaType, "unsupported_media_type", message).into());
         }
-        let bytes = axum::body::to_bytes(body, JSON_LIMIT).await.map_err(|_| {
-            Error::new(
-                ErrorKind::TooLarge,
-                "body_too_large",
-                format!("The body is larger than {JSON_LIMIT} bytes, or broke off."),
-            )
-            .limit(JSON_LIMIT as u64)
-        })?;
-        let value: Value = serde_json::from_slice(&bytes).map_err(|error| {
+        let limit = state.config().limits.json_limit << 10;
+        let bytes = axum::body::to_bytes(request.into_body(), limit).await;
+        let bytes = bytes.map_err(|error| unread(&error, limit))?;
+        Ok(Self::parse(&bytes)?)
+    }
+}
+
+/// Why a body could not be read: too slow, or larger than `limit` bytes.
+pub(super) fn unread(error: &(dyn std::error::Error + 'static), limit: usize) -> Error {
+    let mut causes = std::iter::successors(Some(error), |cause| cause.source());
+    if causes.any(|cause| cause.is::<tower_http::timeout::TimeoutError>()) {
+        return Error::new(ErrorKind::Timeout, "body_timeout", "The body did not come in time.");
+    }
+    Error::new(
+        ErrorKind::TooLarge,
+        "body_too_large",
+        format!("The body is larger than {limit} bytes, or broke off."),
+    )
+    .limit(limit as u64)
+}
+
+impl Fields {
+    fn parse(bytes: &[u8]) -> Result<Self, Error> {
+        let value: Value = serde_json::from_slice(bytes).map_err(|error| {
             Error::new(
                 ErrorKind::Invalid,
                 "invalid_json",
@@ -92,6 +102,41 @@ impl Fields {
             .as_bool()
             .map(Some)
             .ok_or_else(|| wrong_type(name, "true or false", &value))
+    }
+
+    /// Words of a list.
+    pub(super) fn texts(&mut self, name: &'static str) -> Result<Option<Vec<String>>, Error> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        let words = value
+            .as_array()
+            .map(|words| words.iter().map(|word| word.as_str().map(str::to_owned)).collect());
+        match words.flatten() {
+            Some(words) => Ok(Some(words)),
+            None => Err(wrong_type(name, "a list of strings", &value)),
+        }
+    }
+
+    /// Fields of an object within.
+    pub(super) fn object(&mut self, name: &'static str) -> Result<Option<Self>, Error> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Object(fields)) => Ok(Some(Self(fields))),
+            Some(other) => Err(wrong_type(name, "an object", &other)),
+        }
+    }
+
+    /// As [`Self::integer`], with null told apart from absence: `Some(None)`.
+    pub(super) fn nullable_integer<T: TryFrom<u64>>(
+        &mut self,
+        name: &'static str,
+        high: u64,
+    ) -> Result<Option<Option<T>>, Error> {
+        if self.0.get(name).is_some_and(Value::is_null) {
+            self.0.remove(name);
+            return Ok(Some(None));
+        }
+        let number = self.integer(name, high)?;
+        Ok(number.map(|number| T::try_from(number).ok()))
     }
 
     /// Accepts a field of another API only where it asks for what happens anyway.

@@ -1,23 +1,49 @@
 //! `/livez` says that the process runs, `/readyz` that requests are served. Neither asks the device.
 
+use axum::Json;
 use axum::extract::State;
-use axum::routing::get;
-use axum::{Json, Router};
-use serde_json::{Value, json};
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
+use super::openapi::ErrorBody;
 use super::{ApiError, AppState};
 use crate::engine::Health;
 use crate::error::{Error, ErrorKind};
 
-pub(super) fn routes() -> Router<AppState> {
-    Router::new()
-        .route("/livez", get(|| async { Json(json!({"status": "live"})) }))
-        .route("/readyz", get(ready))
+pub(super) fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().routes(routes!(live)).routes(routes!(ready))
 }
 
-async fn ready(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+/// How the server is.
+#[derive(Debug, Serialize, ToSchema)]
+struct HealthStatus {
+    /// `live` or `ready`.
+    #[schema(example = "ready")]
+    status: &'static str,
+}
+
+/// Is the process alive?
+#[utoipa::path(
+    get, path = "/livez", tag = "Health", operation_id = "live", security(()),
+    responses((status = 200, description = "It is", body = HealthStatus)),
+)]
+async fn live() -> Json<HealthStatus> {
+    Json(HealthStatus { status: "live" })
+}
+
+/// Are requests served?
+#[utoipa::path(
+    get, path = "/readyz", tag = "Health", operation_id = "ready", security(()),
+    responses(
+        (status = 200, description = "They are", body = HealthStatus),
+        (status = 503, description = "`loading`, `stopping`, `engine_stuck` or `engine_stopped`", body = ErrorBody),
+    ),
+)]
+async fn ready(State(state): State<AppState>) -> Result<Json<HealthStatus>, ApiError> {
     match state.service()?.engine.health() {
-        Health::Ready => Ok(Json(json!({"status": "ready"}))),
+        Health::Ready => Ok(Json(HealthStatus { status: "ready" })),
         Health::Loading => {
             Err(Error::new(ErrorKind::Unavailable, "loading", "The server is loading the model.").into())
         }

@@ -2,7 +2,6 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
@@ -12,13 +11,14 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
+use super::auth::{Generate, Read};
 use super::extract::Fields;
 use super::{ApiError, AppState};
 use crate::error::{Error, ErrorKind};
 use crate::ids::ImageId;
 use crate::picture::{OutputFormat, encode};
 use crate::registry::StoredImage;
-use crate::service::{GenerateInput, Generated, Service};
+use crate::service::{Caller, GenerateInput, Generated, Service};
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
@@ -137,15 +137,20 @@ fn input(service: &Service, mut fields: Fields) -> Result<(GenerateInput, Answer
     Ok((input, answer))
 }
 
-async fn generate(State(state): State<AppState>, headers: HeaderMap, body: Body) -> Result<Json<Value>, ApiError> {
+async fn generate(
+    State(state): State<AppState>,
+    Generate(caller): Generate,
+    headers: HeaderMap,
+    fields: Fields,
+) -> Result<Json<Value>, ApiError> {
     let service = state.service()?;
-    let (input, answer) = input(service, Fields::read(&headers, body).await?)?;
-    let generated = service.generate(input).await?;
+    let (input, answer) = input(service, fields)?;
+    let generated = service.generate(&caller, input).await?;
     let host = headers
         .get(header::HOST)
         .and_then(|host| host.to_str().ok())
         .map(str::to_owned);
-    Ok(Json(respond(service, &generated, &answer, host).await?))
+    Ok(Json(respond((service, &caller), &generated, &answer, host).await?))
 }
 
 /// What made a picture, for its own metadata. The prompt stays out: it may be private, the picture is passed around.
@@ -170,7 +175,7 @@ fn provenance(service: &Service, generated: &Generated, index: u32) -> String {
 }
 
 async fn respond(
-    service: &Service,
+    (service, caller): (&Service, &Caller),
     generated: &Generated,
     answer: &Answer,
     host: Option<String>,
@@ -189,7 +194,7 @@ async fn respond(
                 blob,
                 content_type: answer.content_type.to_owned(),
             };
-            service.registry.add_image(id, &stored).await?;
+            service.registry.add_image(caller.tenant, id, &stored).await?;
             let path = format!("/v1/images/{id}.{}", answer.extension);
             entry["url"] = host
                 .as_ref()
@@ -225,7 +230,11 @@ async fn respond(
     }))
 }
 
-async fn download(State(state): State<AppState>, Path(file): Path<String>) -> Result<Response, ApiError> {
+async fn download(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Path(file): Path<String>,
+) -> Result<Response, ApiError> {
     let service = state.service()?;
     let missing = || {
         Error::new(
@@ -235,7 +244,7 @@ async fn download(State(state): State<AppState>, Path(file): Path<String>) -> Re
         )
     };
     let id: ImageId = file.split('.').next().unwrap_or("").parse().map_err(|_| missing())?;
-    let image = service.registry.image(id).await?.ok_or_else(missing)?;
+    let image = service.registry.image(caller.tenant, id).await?.ok_or_else(missing)?;
     let bytes = service.registry.blobs.get(&image.blob).await?;
     let headers = [
         (header::CONTENT_TYPE, image.content_type),

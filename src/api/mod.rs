@@ -1,36 +1,64 @@
 //! HTTP only: routes, extractors, errors as JSON. No logic beyond translation.
 
+mod admin;
+mod auth;
 mod concepts;
 mod error;
 mod extract;
+mod guard;
 mod health;
 mod images;
+mod listen;
 mod models;
 mod multipart;
+mod openapi;
+mod pagination;
 mod trainings;
 mod ui;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
+use axum::routing::get;
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::timeout::RequestBodyTimeoutLayer;
+use utoipa::OpenApi as _;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_swagger_ui::SwaggerUi;
 
+use crate::config::Config;
 use crate::error::{Error, ErrorKind};
 use crate::service::Service;
 pub(crate) use error::ApiError;
+pub use listen::listen;
 
 /// What handlers share. The service appears when the model is loaded; until then only the health routes answer.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct AppState {
+    config: Arc<Config>,
     service: Arc<std::sync::OnceLock<Service>>,
     draining: Arc<AtomicBool>,
 }
 
 impl AppState {
+    /// Without a service yet.
+    pub fn new(config: Arc<Config>) -> Self {
+        Self {
+            config,
+            service: Arc::default(),
+            draining: Arc::default(),
+        }
+    }
+
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// From now on requests are served.
     pub fn ready(&self, service: Service) {
         // A second call would be a mistake of the caller; the first service stays.
@@ -55,29 +83,38 @@ impl AppState {
 
 /// All routes.
 pub fn router(state: AppState) -> Router {
-    Router::new()
+    let limits = state.config.limits;
+    let described = OpenApiRouter::with_openapi(openapi::Api::openapi())
         .merge(health::routes())
-        .merge(concepts::routes())
+        .merge(admin::routes());
+    let (routes, document) = described.split_for_parts();
+    let document = Arc::new(openapi::complete(document));
+    routes
+        .route("/openapi.json", get(move || openapi::serve(document)))
+        .merge(SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json")))
+        .merge(concepts::routes(&state.config))
         .merge(trainings::routes())
         .merge(images::routes())
         .merge(models::routes())
-        .route_layer(from_fn_with_state(state.clone(), when_ready))
-        // After that layer: the page's files answer while the model is loading.
         .merge(ui::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(state.clone(), auth::authenticate))
+        .layer(from_fn_with_state(state.clone(), when_ready))
+        .layer(from_fn_with_state(state.clone(), guard::time_limit))
+        .layer(RequestBodyTimeoutLayer::new(Duration::from_secs(limits.body_timeout)))
+        .layer(guard::cors(&state.config.cors_origin))
         .layer(CatchPanicLayer::custom(|_| {
             ApiError(Error::internal("a handler panicked")).into_response()
         }))
+        .layer(from_fn(guard::security_headers))
         .layer(from_fn(error::with_request_id))
         .with_state(state)
 }
 
-/// Health routes answer always; the others when there is a service.
+/// Public routes answer always; the others when there is a service.
 async fn when_ready(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    if path != "/livez"
-        && path != "/readyz"
+    if !auth::is_public(request.uri().path())
         && let Err(error) = state.service()
     {
         return ApiError(error).into_response();

@@ -5,6 +5,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
+use super::auth::Read;
 use super::{ApiError, AppState};
 use crate::error::{Error, ErrorKind};
 
@@ -29,11 +30,11 @@ fn model(state: &AppState) -> Result<Value, Error> {
     }))
 }
 
-async fn list(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+async fn list(State(state): State<AppState>, Read(_): Read) -> Result<Json<Value>, ApiError> {
     Ok(Json(json!({"object": "list", "data": [model(&state)?]})))
 }
 
-async fn show(State(state): State<AppState>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+async fn show(State(state): State<AppState>, Read(_): Read, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
     let model = model(&state)?;
     match model["id"] == id.as_str() {
         true => Ok(Json(model)),

@@ -5,6 +5,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
+use super::auth::{Read, Train};
 use super::{ApiError, AppState};
 use crate::registry::{Training, TrainingStatus};
 
@@ -43,14 +44,24 @@ pub(super) fn training_json(training: &Training) -> Value {
     })
 }
 
-async fn show(State(state): State<AppState>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    let training = state.service()?.training(&id).await?;
+async fn show(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let training = state.service()?.training(&caller, &id).await?;
     let mut body = training_json(&training);
     // The loss curve is long: only this route tells it.
     body["report"] = training.report.unwrap_or(Value::Null);
     Ok(Json(body))
 }
 
-async fn cancel(State(state): State<AppState>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    Ok(Json(training_json(&state.service()?.cancel_training(&id).await?)))
+async fn cancel(
+    State(state): State<AppState>,
+    Train(caller): Train,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    Ok(Json(training_json(
+        &state.service()?.cancel_training(&caller, &id).await?,
+    )))
 }

@@ -7,7 +7,9 @@ use clap::Subcommand;
 use super::local::{DataArgs, block_on, existing_registry, service};
 use super::model::ModelArgs;
 use crate::concept::ConceptFile;
+use crate::ids::TenantId;
 use crate::registry::Registry;
+use crate::service::Caller;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConceptCommand {
@@ -57,7 +59,7 @@ pub(super) enum ConceptCommand {
 }
 
 async fn read(registry: &Registry, name: &str) -> anyhow::Result<bytes::Bytes> {
-    let concept = registry.concept(name).await?;
+    let concept = registry.concept(TenantId::DEFAULT, name).await?;
     let concept = concept
         .ok_or_else(|| anyhow::anyhow!("there is no concept `{name}`; `coar concept list` shows what there is"))?;
     let version = concept
@@ -86,13 +88,19 @@ impl ConceptCommand {
                     model,
                 } => {
                     let bytes = std::fs::read(&file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
-                    let view = service(&data, &model).await?.import_concept(bytes.into(), name).await?;
+                    let view = service(&data, &model)
+                        .await?
+                        .import_concept(&Caller::LOCAL, bytes.into(), name)
+                        .await?;
                     println!("{name} is ready: write <{name}> in a prompt", name = view.concept.name);
                     Ok(())
                 }
                 Self::Verify { data } => verify(&data).await,
                 Self::Delete { name, data } => {
-                    let deleted = existing_registry(&data.data).await?.delete_concept(&name).await?;
+                    let deleted = existing_registry(&data.data)
+                        .await?
+                        .delete_concept(TenantId::DEFAULT, &name)
+                        .await?;
                     anyhow::ensure!(
                         deleted,
                         "there is no concept `{name}`; `coar concept list` shows what there is"
@@ -108,8 +116,11 @@ impl ConceptCommand {
 async fn list(data: &DataArgs) -> anyhow::Result<()> {
     let registry = existing_registry(&data.data).await?;
     println!("{:<20} {:<8} {:<12} {:<10} VERSION", "NAME", "KIND", "CLASS", "STATUS");
-    for concept in registry.concepts().await? {
-        let status = match (&concept.version, registry.latest_training(concept.id).await?) {
+    for concept in registry.concepts(TenantId::DEFAULT).await? {
+        let status = match (
+            &concept.version,
+            registry.latest_training(TenantId::DEFAULT, concept.id).await?,
+        ) {
             (Some(_), _) => "ready",
             (None, Some(training)) => training.status.as_str(),
             (None, None) => "empty",
@@ -156,7 +167,7 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
 async fn verify(data: &DataArgs) -> anyhow::Result<()> {
     let registry = existing_registry(&data.data).await?;
     let mut faults = 0;
-    for concept in registry.concepts().await? {
+    for concept in registry.concepts(TenantId::DEFAULT).await? {
         let Some(version) = &concept.version else { continue };
         let verdict = match registry.blobs.get(version).await {
             Ok(bytes) => ConceptFile::from_bytes(&bytes)

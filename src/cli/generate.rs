@@ -9,7 +9,7 @@ use super::local::{DataArgs, block_on, service};
 use super::model::ModelArgs;
 use crate::engine::GenerationEvent;
 use crate::picture::{OutputFormat, encode};
-use crate::service::GenerateInput;
+use crate::service::{Caller, GenerateInput};
 
 /// Draw pictures, without a server.
 ///
@@ -69,16 +69,19 @@ impl GenerateArgs {
         };
         let service = service(&self.data, &self.model).await?;
         let request = service
-            .plan(GenerateInput {
-                prompt: self.prompt.clone(),
-                count: Some(self.count),
-                size,
-                seed: self.seed,
-                guidance_scale: self.guidance_scale,
-                temperature: self.temperature,
-                top_k: self.top_k,
-                identity_mask: Some(!self.no_identity_mask),
-            })
+            .plan(
+                &Caller::LOCAL,
+                GenerateInput {
+                    prompt: self.prompt.clone(),
+                    count: Some(self.count),
+                    size,
+                    seed: self.seed,
+                    guidance_scale: self.guidance_scale,
+                    temperature: self.temperature,
+                    top_k: self.top_k,
+                    identity_mask: Some(!self.no_identity_mask),
+                },
+            )
             .await?;
         std::fs::create_dir_all(&self.out)?;
         let seed = request.seed;

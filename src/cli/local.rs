@@ -9,7 +9,7 @@ use super::model::ModelArgs;
 use crate::engine::EngineOptions;
 use crate::jobs::{Wake, work};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Limits, Service};
+use crate::service::{Keys, Limits, Service};
 
 /// Where concepts are kept.
 #[derive(Debug, Clone, Args)]
@@ -43,6 +43,7 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
     let model = model.clone();
     let engine = tokio::task::spawn_blocking(move || model.start_engine(EngineOptions::default())).await??;
     Ok(Service {
+        keys: Keys::new(registry.clone()),
         registry,
         engine,
         wake: Wake::default(),
@@ -83,7 +84,7 @@ impl Workshop {
     /// Ends the worker; a running training keeps its last checkpoint.
     pub(super) async fn close(self) -> anyhow::Result<()> {
         self.stop.cancel();
-        self.service.engine.drain().await;
+        self.service.engine.drain(std::time::Duration::from_secs(20)).await;
         Ok(self.worker.await?)
     }
 }

@@ -2,16 +2,23 @@
 
 mod bench;
 mod concept;
+mod config;
 mod eval;
 mod generate;
 mod inspect;
+mod keys;
 mod local;
 mod model;
 mod pocket;
 mod serve;
 mod train;
 
-use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Command as Clap, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::config::{Faults, read_file};
 
 /// One frozen autoregressive image model, and everybody's concepts beside it.
 #[derive(Debug, Parser)]
@@ -24,12 +31,18 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve the HTTP API: register concepts, train them, draw pictures.
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     Train(train::TrainArgs),
     Generate(generate::GenerateArgs),
     /// List, show, export, import, verify or delete concepts.
     #[command(subcommand)]
     Concept(concept::ConceptCommand),
+    /// Check or show the settings of `coar serve`.
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
+    /// Make, list and revoke API keys.
+    #[command(subcommand)]
+    Keys(keys::KeysCommand),
     Inspect(inspect::InspectArgs),
     /// Measure speed and memory; make checkpoints of random weights for it.
     #[command(subcommand)]
@@ -42,7 +55,56 @@ enum Command {
     Pocket(pocket::PocketCommand),
 }
 
+/// The file that `--config` or `COAR_CONFIG` names, for the commands that know it.
+fn config_file(arguments: &[OsString]) -> Option<PathBuf> {
+    let command = arguments.get(1)?.to_str()?;
+    if !matches!(command, "serve" | "config") {
+        return None;
+    }
+    let named = arguments
+        .iter()
+        .enumerate()
+        .find_map(|(at, argument)| match argument.to_str()? {
+            "--config" => arguments.get(at + 1).map(PathBuf::from),
+            other => other.strip_prefix("--config=").map(PathBuf::from),
+        });
+    named.or_else(|| {
+        std::env::var_os("COAR_CONFIG")
+            .filter(|name| !name.is_empty())
+            .map(PathBuf::from)
+    })
+}
+
+/// Makes the file's settings the defaults of a command that takes them.
+fn with_defaults(command: Clap, settings: &[(String, Vec<String>)]) -> Clap {
+    settings.iter().fold(command, |command, (key, values)| {
+        command.mut_arg(key, |arg| arg.default_values(values.clone()))
+    })
+}
+
 impl Cli {
+    /// Reads the arguments, and beneath them the file that `--config` names. Ends the process where they are wrong, as
+    /// `--help` does.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the file.
+    pub fn read() -> Result<Self, Faults> {
+        let arguments: Vec<_> = std::env::args_os().collect();
+        let mut command = Self::command();
+        if let Some(file) = config_file(&arguments) {
+            let settings = read_file(&file)?;
+            command = command
+                .mut_subcommand("serve", |serve| with_defaults(serve, &settings))
+                .mut_subcommand("config", |config| {
+                    config
+                        .mut_subcommand("check", |check| with_defaults(check, &settings))
+                        .mut_subcommand("show", |show| with_defaults(show, &settings))
+                });
+        }
+        let matches = command.get_matches_from(arguments);
+        Ok(Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
+    }
+
     /// Runs the command.
     ///
     /// # Errors
@@ -53,6 +115,8 @@ impl Cli {
             Command::Train(args) => args.run(),
             Command::Generate(args) => args.run(),
             Command::Concept(command) => command.run(),
+            Command::Config(command) => command.run(),
+            Command::Keys(command) => command.run(),
             Command::Inspect(args) => args.run(),
             Command::Bench(command) => command.run(),
             Command::Eval(command) => command.run(),

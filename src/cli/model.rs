@@ -2,67 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
 use tch::{Device, Kind};
 
+pub use crate::config::{EngineArgs, ModelArgs};
 use crate::engine::{EngineHandle, EngineOptions, ModelInfo};
 use crate::model::lumina::CheckpointFiles;
 use crate::model::{LuminaMgpt, ModelConfig, ModelError};
 use crate::pocket::checkpoint::unpack_shipped;
 use crate::training::Preset;
-
-/// Which base model, and where it runs.
-#[derive(Debug, Clone, Args)]
-pub struct ModelArgs {
-    /// Checkpoint folder (config.json, safetensors, tokenizer files). Default: the pocket model inside this binary.
-    #[arg(long, env = "COAR_MODEL", value_name = "DIR")]
-    pub model: Option<PathBuf>,
-    /// Folder of text_tokenizer.json, vqgan.yaml and vqgan.ckpt where they lie apart from the checkpoint.
-    #[arg(long, env = "COAR_TOKENIZER", value_name = "DIR")]
-    pub tokenizer: Option<PathBuf>,
-    /// Picture size in pixels that the checkpoint was trained for (512, 768, 1024). Default: what config.json says, or 512.
-    #[arg(long, env = "COAR_TARGET_SIZE", value_name = "PIXELS")]
-    pub target_size: Option<u32>,
-    /// `auto`, `cpu` or `cuda:N`.
-    #[arg(long, env = "COAR_DEVICE", default_value = "auto")]
-    pub device: String,
-    /// `auto` (f32 on the CPU, bf16 elsewhere), `f32`, `bf16` or `f16`.
-    #[arg(long, env = "COAR_DTYPE", default_value = "auto")]
-    pub dtype: String,
-    /// Threads for libtorch on the CPU; 0: as many as cores.
-    #[arg(long, env = "COAR_THREADS", default_value_t = 0)]
-    pub threads: i32,
-    /// Where the pocket model's files are unpacked. Default: the user's cache folder.
-    #[arg(long, env = "COAR_CACHE", value_name = "DIR")]
-    pub cache: Option<PathBuf>,
-}
-
-/// How the device is shared among requests and trainings.
-#[derive(Debug, Clone, Args)]
-pub struct EngineArgs {
-    /// Share of the device's time for trainings while pictures wait, 0 to 1. Without pictures they have all of it.
-    #[arg(long, env = "COAR_TRAINING_SHARE", default_value_t = 0.5, value_parser = share)]
-    pub training_share: f64,
-    /// Memory for keys and values in MiB, taken once at the start: it bounds how many pictures are drawn at once.
-    #[arg(long, env = "COAR_KV_MEMORY", default_value_t = 2048, value_name = "MIB")]
-    pub kv_memory: u64,
-    /// The most rows of the batch, whatever the memory admits; a picture with guidance takes two.
-    #[arg(long, env = "COAR_ROWS", default_value_t = 64)]
-    pub rows: usize,
-    /// Requests that may wait for rows; more are refused with 429.
-    #[arg(long, env = "COAR_QUEUE", default_value_t = 64)]
-    pub queue: usize,
-    /// Memory in MiB for concepts that stay on the device while nobody uses them.
-    #[arg(long, env = "COAR_CONCEPT_MEMORY", default_value_t = 256, value_name = "MIB")]
-    pub concept_memory: usize,
-}
-
-fn share(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
-        _ => Err("expected a number from 0 to 1".to_owned()),
-    }
-}
 
 impl EngineArgs {
     /// What the flags say, the rest as always.
@@ -73,6 +20,7 @@ impl EngineArgs {
             rows: self.rows,
             concept_bytes: self.concept_memory << 20,
             training_share: self.training_share,
+            deterministic: self.deterministic.is_on(),
             ..EngineOptions::default()
         }
     }

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::local::{DataArgs, Workshop, block_on};
 use super::model::ModelArgs;
 use crate::registry::TrainingStatus;
-use crate::service::Registration;
+use crate::service::{Caller, Registration};
 
 /// Train a concept from pictures, without a server.
 ///
@@ -80,7 +80,7 @@ impl TrainArgs {
 
     async fn watch(&self, workshop: &Workshop, images: Vec<bytes::Bytes>) -> anyhow::Result<()> {
         let service = &workshop.service;
-        let unfinished = match service.concept(&self.name).await {
+        let unfinished = match service.concept(&Caller::LOCAL, &self.name).await {
             Ok(view) => view.training.filter(|training| !training.status.is_final()),
             Err(_) => None,
         };
@@ -94,19 +94,22 @@ impl TrainArgs {
             }
             None => {
                 let registered = service
-                    .register(Registration {
-                        name: Some(self.name.clone()),
-                        kind: Some(self.kind.clone()),
-                        class: self.class.clone(),
-                        images,
-                        captions: self.captions.clone(),
-                        steps: self.steps,
-                        layers: self.layers,
-                        learning_rate: self.learning_rate,
-                        text_tokens: self.text_tokens,
-                        image_tokens: self.image_tokens,
-                        seed: self.seed,
-                    })
+                    .register(
+                        &Caller::LOCAL,
+                        Registration {
+                            name: Some(self.name.clone()),
+                            kind: Some(self.kind.clone()),
+                            class: self.class.clone(),
+                            images,
+                            captions: self.captions.clone(),
+                            steps: self.steps,
+                            layers: self.layers,
+                            learning_rate: self.learning_rate,
+                            text_tokens: self.text_tokens,
+                            image_tokens: self.image_tokens,
+                            seed: self.seed,
+                        },
+                    )
                     .await?;
                 registered
                     .training
@@ -120,7 +123,7 @@ impl TrainArgs {
         let id = training.id.to_string();
         loop {
             tokio::time::sleep(Duration::from_millis(200)).await;
-            let now = service.training(&id).await?;
+            let now = service.training(&Caller::LOCAL, &id).await?;
             bar.set_position(now.step.into());
             if let Some(loss) = now.loss {
                 bar.set_message(format!("loss {loss:.3}"));

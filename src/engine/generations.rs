@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::sync::mpsc as sync;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
@@ -10,7 +11,7 @@ use tokio::sync::mpsc;
 use super::command::{EngineError, GenerateRequest, GenerationEvent};
 use super::concept_cache::ConceptCache;
 use super::handle::Ticket;
-use super::pictures::{Order, Work};
+use super::pictures::{Order, Orders, Recipient};
 use super::plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 use super::scheduler::{Admission, Cost, JobId, Scheduler};
 use super::thread::guarded;
@@ -21,13 +22,11 @@ use crate::model::{LuminaMgpt, ModelError};
 /// Places in an event channel that progress leaves free for pictures, checkpoints and ends.
 pub(super) const RESERVED_EVENTS: usize = 24;
 
-/// Exit status of a process whose device does not answer any more (EX_UNAVAILABLE of sysexits.h).
-pub const DEVICE_LOST: i32 = 69;
-
 struct Job {
     request: GenerateRequest,
     plan: PlannedSequence,
     events: mpsc::Sender<GenerationEvent>,
+    recipient: Arc<Recipient>,
     /// Pictures in the batch, with their index in the request.
     active: Vec<(PictureId, u32)>,
     finished: u32,
@@ -44,7 +43,7 @@ pub(super) struct Generations {
     concepts: ConceptCache,
     jobs: HashMap<JobId, Job>,
     next_job: u64,
-    orders: sync::SyncSender<Order>,
+    orders: Orders,
     speed: Speed,
 }
 
@@ -87,7 +86,7 @@ fn rows_of(request: &GenerateRequest) -> usize {
 }
 
 impl Generations {
-    pub(super) fn new(batch: DecodeBatch, orders: sync::SyncSender<Order>, concept_bytes: usize) -> Self {
+    pub(super) fn new(batch: DecodeBatch, orders: Orders, concept_bytes: usize) -> Self {
         Self {
             batch,
             scheduler: Scheduler::default(),
@@ -139,7 +138,15 @@ impl Generations {
             tokens_per_picture: per_row * rows_of(&request) as u64,
         };
         self.scheduler.push(&request.tenant, job, cost);
+        let recipient = Arc::new(Recipient {
+            events: events.clone(),
+            size: (request.width, request.height),
+            left: AtomicU32::new(request.count),
+            text_tokens: plan.text_tokens as u64,
+            image_tokens: u64::from(request.count) * (rows * columns) as u64,
+        });
         let job_state = Job {
+            recipient,
             request,
             plan,
             events,
@@ -210,7 +217,7 @@ impl Generations {
         if let Err(beyond) = guarded(|| self.batch.clear()) {
             // A poisoned CUDA context fails every later call; only a new process gets a new one.
             tracing::error!(%error, %beyond, "the device does not recover; the process ends so that it can be restarted");
-            std::process::exit(DEVICE_LOST);
+            super::end_process();
         }
         let active: Vec<JobId> = self
             .jobs
@@ -259,21 +266,15 @@ impl Generations {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         let (_, index) = job.active.swap_remove(at);
         job.finished += 1;
-        let order = |work| Order {
-            work,
-            size: (job.request.width, job.request.height),
-            events: job.events.clone(),
+        let order = Order {
+            recipient: job.recipient.clone(),
+            index,
+            codes,
+            partial: None,
         };
-        let mut orders = vec![order(Work::Picture { index, codes })];
         let complete = job.finished == job.request.count;
-        if complete {
-            orders.push(order(Work::Done {
-                text_tokens: job.plan.text_tokens as u64,
-                image_tokens: u64::from(job.finished) * job.codes_per_picture,
-            }));
-        }
-        if orders.into_iter().any(|order| self.orders.send(order).is_err()) {
-            let error = EngineError::Device("the thread that decodes pictures has ended".to_owned());
+        if !self.orders.send(id.0, order) {
+            let error = EngineError::Device("a thread that decodes pictures has ended".to_owned());
             return self.fail(id, &error);
         }
         if complete {
@@ -282,7 +283,7 @@ impl Generations {
     }
 
     fn tell_progress(&mut self) {
-        for job in self.jobs.values().filter(|job| !job.active.is_empty()) {
+        for (&id, job) in self.jobs.iter().filter(|(_, job)| !job.active.is_empty()) {
             if job.events.capacity() <= RESERVED_EVENTS {
                 continue;
             }
@@ -295,12 +296,14 @@ impl Generations {
                 if let Some(number) = partial_due(job.request.partial_images, drawn, total, job.columns)
                     && let Ok(codes) = self.batch.codes_so_far(picture)
                 {
-                    // Where the picture thread is behind, an unfinished picture is the first thing to leave out.
-                    let _ = self.orders.try_send(Order {
-                        work: Work::Partial { index, number, codes },
-                        size: (job.request.width, job.request.height),
-                        events: job.events.clone(),
-                    });
+                    // Where the picture threads are behind, an unfinished picture is the first thing to leave out.
+                    let order = Order {
+                        recipient: job.recipient.clone(),
+                        index,
+                        codes,
+                        partial: Some(number),
+                    };
+                    self.orders.offer(id.0, order);
                 }
             }
             let _ = job.events.try_send(GenerationEvent::Progress {

@@ -199,9 +199,21 @@ pub struct EngineHandle {
 #[derive(Debug)]
 pub(super) struct Joined(pub Option<std::thread::JoinHandle<()>>);
 
+/// A device thread that has not ended this long after its door was closed is hung.
+const LAST_WAIT: Duration = Duration::from_secs(10);
+
 impl Drop for Joined {
     fn drop(&mut self) {
-        if self.0.take().is_some_and(|thread| thread.join().is_err()) {
+        let Some(thread) = self.0.take() else { return };
+        let since = Instant::now();
+        while !thread.is_finished() {
+            if since.elapsed() > LAST_WAIT {
+                tracing::error!("the device thread does not end; the process ends without it");
+                super::end_process();
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if thread.join().is_err() {
             tracing::error!("the device thread has panicked");
         }
     }
@@ -255,12 +267,16 @@ impl EngineHandle {
         Ok(TrainingStream(stream))
     }
 
-    /// Asks every running training for a last checkpoint and stops taking work; returns when that has happened.
-    pub async fn drain(&self) {
+    /// Asks every running training for a last checkpoint and stops taking work; returns when that has happened, at the
+    /// latest after `within`: a device that hangs holds nobody up for ever. False when it came to that.
+    pub async fn drain(&self, within: Duration) -> bool {
         let (done, finished) = tokio::sync::oneshot::channel();
-        if self.commands.send(Command::Drain { done }).await.is_ok() {
-            let _ = finished.await;
-        }
+        let asked = async {
+            if self.commands.send(Command::Drain { done }).await.is_ok() {
+                let _ = finished.await;
+            }
+        };
+        tokio::time::timeout(within, asked).await.is_ok()
     }
 
     fn send(&self, command: Command) -> Result<(), EngineError> {

@@ -18,6 +18,16 @@ pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStre
 pub use plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 pub use thread::{EngineOptions, start};
 
+/// Exit status of a process whose device does not answer any more (EX_UNAVAILABLE of sysexits.h).
+pub const DEVICE_LOST: i32 = 69;
+
+/// Ends the process at once, without destructors: those of libtorch would run beside a thread that still computes, or wait
+/// for a device that is gone. What was acknowledged is in the database; a new process goes on from there.
+fn end_process() -> ! {
+    // SAFETY: takes a number and does not return.
+    unsafe { libc::_exit(DEVICE_LOST) }
+}
+
 /// Makes libtorch's CUDA part available where it is installed beside the CPU part: the linker leaves it out of the
 /// binary, so that one binary serves machines with and without it.
 pub fn load_cuda() {
@@ -36,19 +46,4 @@ pub fn load_cuda() {
             Err(error) => tracing::debug!(%error, "libtorch has no CUDA part here"),
         }
     });
-}
-
-/// Makes libtorch compute on the calling thread alone, without a pool. Where the pools of a process have more threads than
-/// there are cores, libgomp puts all of them to sleep between any two operations: a second pool made every decode step
-/// four times as long.
-fn without_pool() {
-    let process = libloading::os::unix::Library::this();
-    // SAFETY: OpenMP's own function, of this signature since its first version; it sets a value of this thread.
-    unsafe {
-        if let Ok(set) = process.get::<unsafe extern "C" fn(std::ffi::c_int)>(b"omp_set_num_threads\0") {
-            set(1);
-        }
-    }
-    // It is part of the process for good.
-    std::mem::forget(process);
 }

@@ -1,85 +1,132 @@
-//! Codes to pictures, on a thread of its own, so that drawing goes on meanwhile. It shares the image tokenizer's weights
+//! Codes to pictures, on threads of their own, so that drawing goes on meanwhile. They share the image tokenizer's weights
 //! with the device thread.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc as sync;
 use std::thread::JoinHandle;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 use tokio::sync::mpsc;
 
 use super::command::GenerationEvent;
 use super::thread::guarded;
+use crate::model::cpu::without_pool;
 use crate::model::lumina::pictures;
 use crate::model::{ModelError, Vqgan};
 use crate::picture::RgbPicture;
 
-/// One thing to do for a request.
+/// Where a request's pictures go.
 #[derive(Debug)]
-pub(super) enum Work {
-    Picture {
-        index: u32,
-        codes: Vec<i64>,
-    },
-    /// The rows drawn so far, whole rows of codes only.
-    Partial {
-        index: u32,
-        number: u32,
-        codes: Vec<i64>,
-    },
-    /// All pictures have been handed over.
-    Done {
-        text_tokens: u64,
-        image_tokens: u64,
-    },
-}
-
-/// Work with what it needs.
-#[derive(Debug)]
-pub(super) struct Order {
-    pub work: Work,
+pub(super) struct Recipient {
+    pub events: mpsc::Sender<GenerationEvent>,
     /// Width and height in pixels.
     pub size: (u32, u32),
-    pub events: mpsc::Sender<GenerationEvent>,
+    /// Pictures that are not delivered; with the last one the request is done.
+    pub left: AtomicU32,
+    /// The request's cost, which its end tells.
+    pub text_tokens: u64,
+    pub image_tokens: u64,
 }
 
-/// Orders that may wait; a device thread that is faster than this thread waits for it.
+/// One picture to decode.
+#[derive(Debug)]
+pub(super) struct Order {
+    pub recipient: Arc<Recipient>,
+    /// The picture's index in its request.
+    pub index: u32,
+    /// Codes in raster order: all of them, or for an unfinished picture whole rows.
+    pub codes: Vec<i64>,
+    /// For an unfinished picture its number, from 0.
+    pub partial: Option<u32>,
+}
+
+/// Orders that may wait for each thread; a device thread that is faster than these threads waits for them.
 const QUEUE: usize = 64;
 
-/// Starts the thread; it ends when the sender is dropped, and must be joined before the process ends.
+/// How many threads decode pictures: on the CPU a few, since each computes alone; another device does one thing after the
+/// other anyway.
+pub(super) fn threads(device: Device) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    match device {
+        Device::Cpu => cores.min(2.max(cores / 4)),
+        _ => 1,
+    }
+}
+
+/// The door to the threads. One picture's orders all go to the same thread, so that they stay in order.
+#[derive(Debug)]
+pub(super) struct Orders(Vec<sync::SyncSender<Order>>);
+
+impl Orders {
+    fn of(&self, shard: u64, order: &Order) -> &sync::SyncSender<Order> {
+        let at = (shard + u64::from(order.index)) % self.0.len().max(1) as u64;
+        &self.0[at as usize]
+    }
+
+    /// Hands a picture over and waits where that thread is far behind; false when it has ended. `shard` is the same for
+    /// all orders of a request.
+    pub fn send(&self, shard: u64, order: Order) -> bool {
+        self.of(shard, &order).send(order).is_ok()
+    }
+
+    /// As [`Self::send`], but leaves the picture out where the thread is behind.
+    pub fn offer(&self, shard: u64, order: Order) {
+        let _ = self.of(shard, &order).try_send(order);
+    }
+}
+
+/// Starts a thread for each tokenizer; they end when the door is dropped, and must be joined before the process ends.
 ///
 /// # Errors
 /// When the system has no thread left.
-pub(super) fn start(vqgan: Vqgan) -> std::io::Result<(sync::SyncSender<Order>, JoinHandle<()>)> {
-    let (sender, inbox) = sync::sync_channel::<Order>(QUEUE);
-    let thread = std::thread::Builder::new()
-        .name("coar-pictures".to_owned())
-        .spawn(move || {
-            super::without_pool();
-            let _no_grad = tch::no_grad_guard();
-            for Order { work, size, events } in inbox {
-                let event = match work {
-                    Work::Done {
-                        text_tokens,
-                        image_tokens,
-                    } => GenerationEvent::Done {
-                        text_tokens,
-                        image_tokens,
-                    },
-                    _ if events.is_closed() => continue,
-                    Work::Picture { index, codes } => match guarded(|| decode(&vqgan, &codes, size)) {
-                        Ok(picture) => GenerationEvent::Picture { index, picture },
-                        Err(error) => GenerationEvent::Failed(error),
-                    },
-                    Work::Partial { index, number, codes } => match guarded(|| decode(&vqgan, &codes, size)) {
-                        Ok(picture) => GenerationEvent::Partial { index, number, picture },
-                        Err(_) => continue,
-                    },
-                };
-                // A reader that is gone wants nothing.
-                let _ = events.try_send(event);
+pub(super) fn start(tokenizers: Vec<Vqgan>) -> std::io::Result<(Orders, Vec<JoinHandle<()>>)> {
+    let (mut senders, mut threads) = (vec![], vec![]);
+    for vqgan in tokenizers {
+        let (sender, inbox) = sync::sync_channel::<Order>(QUEUE);
+        senders.push(sender);
+        let thread = std::thread::Builder::new()
+            .name("coar-pictures".to_owned())
+            .spawn(move || {
+                without_pool();
+                let _no_grad = tch::no_grad_guard();
+                for order in inbox {
+                    deliver(&vqgan, order);
+                }
+            })?;
+        threads.push(thread);
+    }
+    Ok((Orders(senders), threads))
+}
+
+fn deliver(vqgan: &Vqgan, order: Order) {
+    let Order {
+        recipient,
+        index,
+        codes,
+        partial,
+    } = order;
+    // A reader that is gone wants nothing.
+    if recipient.events.is_closed() {
+        return;
+    }
+    let decoded = guarded(|| decode(vqgan, &codes, recipient.size));
+    let send = |event| drop(recipient.events.try_send(event));
+    match (decoded, partial) {
+        (Ok(picture), Some(number)) => send(GenerationEvent::Partial { index, number, picture }),
+        (Err(_), Some(_)) => {}
+        (Ok(picture), None) => {
+            send(GenerationEvent::Picture { index, picture });
+            if recipient.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                send(GenerationEvent::Done {
+                    text_tokens: recipient.text_tokens,
+                    image_tokens: recipient.image_tokens,
+                });
             }
-        })?;
-    Ok((sender, thread))
+        }
+        // The request has failed; as this picture stays undelivered, its end is not told twice.
+        (Err(error), None) => send(GenerationEvent::Failed(error)),
+    }
 }
 
 const GREY: u8 = 128;

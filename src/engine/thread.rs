@@ -13,7 +13,7 @@ use super::handle::{Command, EngineHandle, Gauge, Health, Joined, ModelInfo};
 use super::pictures;
 use super::scheduler::{DeviceShare, Turn};
 use super::trainings::Trainings;
-use crate::model::decoding::DecodeBatch;
+use crate::model::decoding::{BatchOptions, DecodeBatch};
 use crate::model::kv_cache::KvCache;
 use crate::model::{LuminaMgpt, ModelError};
 
@@ -36,6 +36,9 @@ pub struct EngineOptions {
     pub checkpoint_every: Duration,
     /// Threads for libtorch; 0 leaves its default.
     pub threads: i32,
+    /// A picture's codes do not depend on who shares the batch even where libtorch's kernels depend on its size: every
+    /// step has the shapes of the full batch. Needless where the CPU's own decode step is used.
+    pub deterministic: bool,
 }
 
 impl Default for EngineOptions {
@@ -49,6 +52,7 @@ impl Default for EngineOptions {
             training_share: 0.5,
             checkpoint_every: Duration::from_secs(5),
             threads: 0,
+            deterministic: false,
         }
     }
 }
@@ -106,7 +110,7 @@ pub fn start(
 
 struct Thread {
     model: LuminaMgpt,
-    pictures: JoinHandle<()>,
+    pictures: Vec<JoinHandle<()>>,
     inbox: mpsc::Receiver<Command>,
     generations: Generations,
     trainings: Trainings,
@@ -172,8 +176,16 @@ impl Thread {
         }
         let rows = rows.min(options.rows.max(2));
         tracing::info!(rows, max_seq, bytes = row * rows as u64, "key/value cache");
-        let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, rows, max_seq)?;
-        let (orders, pictures) = pictures::start(model.share_vqgan()?)
+        let batch = BatchOptions {
+            rows,
+            max_seq,
+            fixed_shapes: options.deterministic,
+        };
+        let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, batch)?;
+        let tokenizers = (0..pictures::threads(model.transformer.device()))
+            .map(|_| model.share_vqgan())
+            .collect::<Result<_, _>>()?;
+        let (orders, pictures) = pictures::start(tokenizers)
             .map_err(|error| ModelError::invalid("engine", format!("cannot start its picture thread: {error}")))?;
         Ok(Self {
             generations: Generations::new(batch, orders, options.concept_bytes),
@@ -191,10 +203,12 @@ impl Thread {
         let Self {
             generations, pictures, ..
         } = self;
-        // Its orders end with the sender; what it has begun is delivered.
+        // Their orders end with the sender; what they have begun is delivered.
         drop(generations);
-        if pictures.join().is_err() {
-            tracing::error!("the thread that decodes pictures has panicked");
+        for thread in pictures {
+            if thread.join().is_err() {
+                tracing::error!("a thread that decodes pictures has panicked");
+            }
         }
     }
 

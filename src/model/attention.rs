@@ -34,8 +34,8 @@ pub(super) struct Shared<'a> {
 pub(super) enum Step<'a> {
     /// Nothing is kept: training and teacher-forced scoring.
     Plain,
-    /// The whole prefix is written to the cache, from `first_row` on.
-    Prefill { cache: &'a mut KvCache, first_row: i64 },
+    /// The whole prefix is written to the cache, to these rows.
+    Prefill { cache: &'a mut KvCache, rows: &'a [i64] },
     /// One token per sequence `[tokens, 1]`, or two for rows that get a forced one as well.
     Decode {
         cache: &'a mut KvCache,
@@ -96,6 +96,16 @@ impl Attention {
         })
     }
 
+    /// Query, key and value projections in one, and the output projection.
+    pub(super) fn matrices(&self) -> (&Tensor, &Tensor) {
+        (&self.project, &self.output)
+    }
+
+    /// Weight and bias of the norms over query and key heads.
+    pub(super) fn head_norm(&self) -> (&Tensor, &Tensor) {
+        self.norm.parameters()
+    }
+
     /// `[batch, seq, hidden]` to the same shape.
     pub(super) fn forward(&self, x: &Tensor, layer: usize, shared: &mut Shared) -> Result<Tensor, ModelError> {
         let (batch, seq) = (x.size()[0], x.size()[1]);
@@ -110,8 +120,8 @@ impl Attention {
         let mask = shared.mask.as_ref();
         let mixed = match &mut shared.step {
             Step::Plain => self.attend(&query, &key, &value, mask)?.f_transpose(1, 2)?,
-            Step::Prefill { cache, first_row } => {
-                cache.write_prefix(layer, *first_row, &key, &value)?;
+            Step::Prefill { cache, rows } => {
+                cache.write_prefix(layer, rows, &key, &value)?;
                 self.attend(&query, &key, &value, mask)?.f_transpose(1, 2)?
             }
             Step::Decode { cache, tokens } => {

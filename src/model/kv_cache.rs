@@ -17,24 +17,22 @@ pub struct KvCache {
     rows: i64,
 }
 
-impl KvCache {
-    /// Zeroes the first `tokens` of a row. Masked positions still take part in the sums, with weight 0: what is left in
-    /// them must be finite.
-    ///
-    /// # Errors
-    /// When the device fails.
-    pub fn wipe(&mut self, row: i64, tokens: i64) -> Result<(), ModelError> {
-        for block in self.keys.iter().chain(&self.values) {
-            let _ = block.f_get(row)?.f_narrow(1, 0, tokens.min(self.max_seq))?.f_zero_()?;
-        }
-        Ok(())
-    }
+/// Attention reads whole blocks of the cache: the sums over keys are then taken in the same order whatever the longest
+/// row in the batch is.
+const KEY_BLOCK: i64 = 16;
 
-    /// Allocates the cache for `rows` sequences of at most `max_seq` tokens.
+/// The next multiple of a block.
+pub(super) fn whole_blocks(length: i64) -> i64 {
+    (length + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK
+}
+
+impl KvCache {
+    /// Allocates the cache for `rows` sequences of at most `max_seq` tokens, rounded up to whole blocks.
     ///
     /// # Errors
     /// When the device has too little memory.
     pub fn new(config: &ModelConfig, rows: i64, max_seq: i64, kind: Kind, device: Device) -> Result<Self, ModelError> {
+        let max_seq = whole_blocks(max_seq);
         let shape = [rows, config.num_key_value_heads, max_seq, config.head_dim()];
         let allocate = || -> Result<Vec<Tensor>, ModelError> {
             (0..config.num_hidden_layers)
@@ -61,22 +59,58 @@ impl KvCache {
 
     /// Bytes of one row of `max_seq` tokens.
     pub fn row_bytes(config: &ModelConfig, max_seq: i64, kind: Kind) -> u64 {
+        let max_seq = whole_blocks(max_seq);
         let numbers = 2 * config.num_hidden_layers as i64 * config.num_key_value_heads * max_seq * config.head_dim();
         numbers as u64 * kind.elt_size_in_bytes() as u64
     }
 
-    /// Writes the first `seq` tokens of rows `first_row..`; `keys`, `values` are `[rows, kv_heads, seq, head_dim]`.
+    /// Writes the first `seq` tokens of the given rows; `keys`, `values` are `[rows, kv_heads, seq, head_dim]`.
     pub(super) fn write_prefix(
         &mut self,
         layer: usize,
-        first_row: i64,
+        rows: &[i64],
         keys: &Tensor,
         values: &Tensor,
     ) -> Result<(), ModelError> {
-        let size = keys.size();
-        let place = |of: &Tensor| of.f_narrow(0, first_row, size[0])?.f_narrow(2, 0, size[2]);
-        place(&self.keys[layer])?.f_copy_(keys)?;
-        place(&self.values[layer])?.f_copy_(values)?;
+        let seq = keys.size()[2];
+        for (block, new) in [(&self.keys[layer], keys), (&self.values[layer], values)] {
+            for (from, &row) in (0..).zip(rows) {
+                block.f_get(row)?.f_narrow(1, 0, seq)?.f_copy_(&new.f_get(from)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where each layer's keys and values lie, each `[rows, kv_heads, max_seq, head_dim]` without gaps.
+    pub(super) fn pointers(&mut self) -> Vec<(*mut u8, *mut u8)> {
+        let at = |block: &Tensor| block.data_ptr().cast::<u8>();
+        self.keys
+            .iter()
+            .zip(&self.values)
+            .map(|(k, v)| (at(k), at(v)))
+            .collect()
+    }
+
+    /// Zeroes the first `tokens` of a row. Masked positions still take part in the sums, with weight 0: what is left in
+    /// them must be finite.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn wipe(&mut self, row: i64, tokens: i64) -> Result<(), ModelError> {
+        for block in self.keys.iter().chain(&self.values) {
+            let _ = block.f_get(row)?.f_narrow(1, 0, tokens.min(self.max_seq))?.f_zero_()?;
+        }
+        Ok(())
+    }
+
+    /// Zeroes everything.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn wipe_all(&mut self) -> Result<(), ModelError> {
+        for block in self.keys.iter_mut().chain(&mut self.values) {
+            let _ = block.f_zero_()?;
+        }
         Ok(())
     }
 

@@ -3,11 +3,11 @@
 use tch::{Kind, Tensor};
 
 use super::weights::TensorSource;
-use super::{ModelError, few_tokens};
+use super::{ModelError, cpu};
 
 /// `x @ weight^T` in the weight's kind; `weight` is `[out, in]`.
 pub(super) fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor, ModelError> {
-    match few_tokens::linear(x, weight)? {
+    match cpu::linear(x, weight)? {
         Some(y) => Ok(y),
         None => Ok(x.f_to_kind(weight.kind())?.f_linear(weight, None::<&Tensor>)?),
     }
@@ -26,6 +26,10 @@ impl RmsNorm {
             weight: source.tensor(&format!("{name}.weight"), &[hidden])?,
             eps,
         })
+    }
+
+    pub(super) fn weight(&self) -> &Tensor {
+        &self.weight
     }
 
     /// `[..., hidden]` to the same shape.
@@ -82,6 +86,11 @@ impl HeadNorm {
         })
     }
 
+    /// Weight and bias, `[1, 1, heads, head_dim]`.
+    pub(super) fn parameters(&self) -> (&Tensor, &Tensor) {
+        (&self.weight, &self.bias)
+    }
+
     /// `[batch, seq, heads, head_dim]`, computed and returned in f32 where the input is narrower (as under autocast).
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         let head_dim = x.size()[3];
@@ -112,6 +121,11 @@ impl Mlp {
             gate_up: Tensor::f_cat(&[gate, up], 0)?,
             down: source.tensor(&format!("{name}.down_proj.weight"), &[hidden, inner])?,
         })
+    }
+
+    /// Gate and up `[2 * inner, hidden]`, and down `[hidden, inner]`.
+    pub(super) fn matrices(&self) -> (&Tensor, &Tensor) {
+        (&self.gate_up, &self.down)
     }
 
     /// `[..., hidden]` to the same shape.

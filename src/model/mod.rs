@@ -5,10 +5,11 @@ mod attention;
 pub mod config;
 /// Rows to inject at given positions of a sequence, layer by layer, and the identity mask.
 pub mod context;
+/// Decode steps on the CPU.
+pub mod cpu;
 /// Drawing pictures step by step.
 pub mod decoding;
 mod error;
-mod few_tokens;
 /// Which token may follow inside an image.
 pub mod image_grammar;
 /// Conversations as token sequences.

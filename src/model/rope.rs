@@ -25,6 +25,11 @@ impl Rope {
         })
     }
 
+    /// The whole tables, `[positions, head_dim]` each.
+    pub(super) fn tables(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// `(cos, sin)` for `positions` `[batch, seq]` or `[seq]`, shaped `[.., seq, 1, head_dim]` to meet `[batch, seq, heads, head_dim]`.
     pub(super) fn at(&self, positions: &Tensor) -> Result<(Tensor, Tensor), ModelError> {
         let mut shape = positions.size();

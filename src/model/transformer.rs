@@ -4,7 +4,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attention, Pairs, Shared, Step, StepTokens};
 use super::context::{ContextBatch, causal_mask, decode_mask};
-use super::kv_cache::KvCache;
+use super::cpu::{CpuDecoder, LayerTensors};
+use super::kv_cache::{KvCache, whole_blocks};
 use super::layers::{Mlp, RmsNorm, linear};
 use super::rope::Rope;
 use super::tokenizer::Vocabulary;
@@ -41,7 +42,7 @@ pub enum LayerPoint {
     Output(usize),
 }
 
-/// What a decode step feeds.
+/// What a decode step feeds through libtorch.
 #[derive(Debug)]
 pub struct NextTokens<'a> {
     /// `[rows + forced]` ids on the device: one for each row, then the forced ones.
@@ -50,14 +51,8 @@ pub struct NextTokens<'a> {
     pub positions: &'a [i64],
     /// Rows that get a forced token as well, right after their next.
     pub forced: &'a [usize],
-}
-
-/// Attention reads whole blocks of the cache: the sums over keys are then taken in the same order whatever the longest
-/// row in the batch is.
-const KEY_BLOCK: i64 = 16;
-
-fn round_up(length: i64) -> i64 {
-    (length + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK
+    /// Cached tokens that attention reads at least.
+    pub length: i64,
 }
 
 /// The rows of the head that belong to image codes: nothing else of it is needed to draw.
@@ -117,10 +112,45 @@ impl CodeHead {
         Ok(self.ids.f_index_select(0, codes)?)
     }
 
+    /// The id of every code, in the order of codes.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn ids(&self) -> Result<Vec<i64>, ModelError> {
+        Ok(Vec::try_from(&self.ids)?)
+    }
+
     /// Number of codes.
     pub fn codes(&self) -> i64 {
         self.ids.size()[0]
     }
+}
+
+fn cpu_decoder(
+    config: &ModelConfig,
+    embedding: &Tensor,
+    layers: &[Layer],
+    (norm, rope): (&RmsNorm, &Rope),
+) -> Result<Option<CpuDecoder>, ModelError> {
+    if !CpuDecoder::fits(config, embedding.kind(), embedding.device()) {
+        return Ok(None);
+    }
+    let parts: Vec<LayerTensors> = layers
+        .iter()
+        .map(|layer| {
+            let ((project, output), (gate_up, down)) = (layer.attention.matrices(), layer.mlp.matrices());
+            LayerTensors {
+                project,
+                output,
+                gate_up,
+                down,
+                input_norm: layer.input_norm.weight(),
+                post_attention_norm: layer.post_attention_norm.weight(),
+                head_norm: layer.attention.head_norm(),
+            }
+        })
+        .collect();
+    CpuDecoder::new(config, embedding, &parts, norm.weight(), rope.tables()).map(Some)
 }
 
 /// The frozen decoder: embedding, layers, final norm, head.
@@ -132,6 +162,8 @@ pub struct Transformer {
     norm: RmsNorm,
     head: Tensor,
     rope: Rope,
+    /// Computes decode steps where this machine's CPU can.
+    cpu: Option<CpuDecoder>,
     /// Ids whose logits are masked out where the configuration says so.
     masked_ids: Option<Tensor>,
 }
@@ -157,23 +189,26 @@ impl Transformer {
                     swin_norm: config.swin_norm,
                 })
             })
-            .collect::<Result<_, ModelError>>()?;
+            .collect::<Result<Vec<_>, ModelError>>()?;
         let masked: Vec<i64> = config
             .vocabulary_map
             .iter()
             .filter(|(name, _)| config.mask_image_logits && name.starts_with("IMGIMG"))
             .map(|(_, &id)| id)
             .collect();
+        let norm = RmsNorm::load(source, "model.norm", hidden, config.rms_norm_eps)?;
+        let rope = Rope::new(
+            config.head_dim(),
+            config.rope_theta,
+            config.max_position_embeddings,
+            device,
+        )?;
         Ok(Self {
+            cpu: cpu_decoder(config, &embedding, &layers, (&norm, &rope))?,
             layers,
-            norm: RmsNorm::load(source, "model.norm", hidden, config.rms_norm_eps)?,
+            norm,
             head: source.tensor("lm_head.weight", &[config.vocab_size, hidden])?,
-            rope: Rope::new(
-                config.head_dim(),
-                config.rope_theta,
-                config.max_position_embeddings,
-                device,
-            )?,
+            rope,
             masked_ids: if masked.is_empty() {
                 None
             } else {
@@ -236,8 +271,7 @@ impl Transformer {
         self.run(ids, context, shared, observe)
     }
 
-    /// Runs prompts `[batch, seq]` and fills rows `first_row..first_row + batch` of `cache`.
-    /// Returns final normed hidden states `[batch, seq, hidden]`.
+    /// Runs prompts `[batch, seq]` and fills the given rows of `cache`, one for each. Returns final normed hidden states `[batch, seq, hidden]`.
     ///
     /// # Errors
     /// When the prompts do not fit the cache, or the device fails.
@@ -246,34 +280,57 @@ impl Transformer {
         ids: &Tensor,
         context: Option<&ContextBatch>,
         cache: &mut KvCache,
-        first_row: i64,
+        rows: &[i64],
     ) -> Result<Tensor, ModelError> {
-        if first_row + ids.size()[0] > cache.rows() || ids.size()[1] > cache.max_seq() {
+        let fits = rows.iter().all(|row| (0..cache.rows()).contains(row));
+        if !fits || rows.len() as i64 != ids.size()[0] || ids.size()[1] > cache.max_seq() {
             return Err(ModelError::invalid(
                 "prompt",
                 format!(
-                    "is {:?} tokens from row {first_row}, the cache holds [{}, {}]",
+                    "is {:?} tokens for rows {rows:?}, the cache holds [{}, {}]",
                     ids.size(),
                     cache.rows(),
                     cache.max_seq()
                 ),
             ));
         }
-        let shared = self.whole_sequence(ids, context, Step::Prefill { cache, first_row })?;
+        let shared = self.whole_sequence(ids, context, Step::Prefill { cache, rows })?;
         self.run(ids, context, shared, &mut |_, _| Ok(()))
     }
 
-    /// One decode step: for each of the first `rows` rows of `cache` its next token, in order, and after these a second
-    /// token for some of them (one that was forced, so that it costs no step of its own). Returns the final normed
-    /// hidden state `[rows, hidden]` that each row's following token is predicted from.
+    /// Decode steps without libtorch, where this machine and these widths allow it.
+    pub(super) fn cpu(&self) -> Option<&CpuDecoder> {
+        self.cpu.as_ref()
+    }
+
+    /// One decode step through libtorch: for each of the first `rows` rows of `cache` its next token, in order, and after
+    /// these a second token for some of them (one that was forced, so that it costs no step of its own). Returns the
+    /// final normed hidden state `[rows, hidden]` that each row's following token is predicted from.
     ///
     /// # Errors
     /// When the cache is full, or the device fails.
     pub fn decode(&self, next: &NextTokens, cache: &mut KvCache) -> Result<Tensor, ModelError> {
+        let all = self.decode_pairs(next, cache)?;
+        if next.forced.is_empty() {
+            return Ok(all);
+        }
+        let rows = next.positions.len() as i64;
+        let mut last: Vec<i64> = (0..rows).collect();
+        for (extra, &of) in (rows..).zip(next.forced) {
+            last[of] = extra;
+        }
+        Ok(all.f_index_select(0, &Tensor::f_from_slice(&last)?.f_to_device(self.device())?)?)
+    }
+
+    /// As [`Self::decode`], but the hidden states of all tokens, `[rows + forced, hidden]`.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub fn decode_pairs(&self, next: &NextTokens, cache: &mut KvCache) -> Result<Tensor, ModelError> {
         let rows = next.positions.len();
         let device = self.device();
         let highest = next.positions.iter().copied().max().unwrap_or(0) + i64::from(!next.forced.is_empty());
-        let length = round_up(highest + 1).min(cache.max_seq());
+        let length = whole_blocks(highest + 1).max(next.length).min(cache.max_seq());
         if highest >= cache.max_seq() || rows as i64 > cache.rows() {
             return Err(ModelError::invalid(
                 "sequence",
@@ -289,20 +346,18 @@ impl Transformer {
             |numbers: &[i64]| -> Result<Tensor, ModelError> { Ok(Tensor::f_from_slice(numbers)?.f_to_device(device)?) };
         let mut row: Vec<i64> = (0..rows as i64).collect();
         let mut position = next.positions.to_vec();
-        let (mut queries, mut query, mut answer, mut last) = (1, vec![], vec![], row.clone());
+        let (mut queries, mut query, mut answer) = (1, vec![], vec![]);
         let mut paired: Vec<[i64; 2]> = next.positions.iter().map(|&at| [at, at]).collect();
         if !next.forced.is_empty() {
             queries = 2;
             query = (0..rows as i64).flat_map(|token| [token, token]).collect();
             answer = (0..rows as i64).map(|row| 2 * row).collect();
-            for (extra, &of) in next.forced.iter().enumerate() {
-                let token = (rows + extra) as i64;
+            for (token, &of) in (rows as i64..).zip(next.forced) {
                 row.push(of as i64);
                 position.push(next.positions[of] + 1);
                 paired[of][1] += 1;
                 query[2 * of + 1] = token;
                 answer.push(2 * of as i64 + 1);
-                last[of] = token;
             }
         }
         let position = upload(&position)?;
@@ -323,20 +378,19 @@ impl Transformer {
                 }),
             },
         };
-        let (cos, sin) = self.rope.at(&position.f_view([-1, 1])?)?;
+        let highest_position = self.config.max_position_embeddings - 1;
+        let (cos, sin) = self
+            .rope
+            .at(&position.f_clamp_max(highest_position)?.f_view([-1, 1])?)?;
         let shared = Shared {
             cos,
             sin,
             mask: Some(decode_mask(&seen.f_view([rows as i64, queries])?, length)?),
             step: Step::Decode { cache, tokens: &tokens },
         };
-        let hidden = self
+        Ok(self
             .run(&next.ids.f_view([-1, 1])?, None, shared, &mut |_, _| Ok(()))?
-            .f_squeeze_dim(1)?;
-        match queries {
-            1 => Ok(hidden),
-            _ => Ok(hidden.f_index_select(0, &upload(&last)?)?),
-        }
+            .f_squeeze_dim(1)?)
     }
 
     /// The head's part that predicts image codes.

@@ -7,6 +7,8 @@
 pub mod blobs;
 mod concepts;
 mod images;
+mod keys;
+mod tenants;
 mod trainings;
 
 use std::path::Path;
@@ -15,8 +17,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 
 pub use blobs::{BlobError, Blobs};
-pub use concepts::{Concept, NewConcept};
+pub use concepts::{Concept, NewConcept, input_fingerprint};
 pub use images::StoredImage;
+pub use keys::{ApiKey, NewKey, Scope, Scopes};
+pub use tenants::{Quotas, Tenant};
 pub use trainings::{ATTEMPTS, Claimed, Progress, Training, TrainingStatus};
 
 /// Why the registry could not answer.
@@ -25,6 +29,9 @@ pub enum RegistryError {
     /// Another concept has the name.
     #[error("the name `{0}` is taken")]
     NameTaken(String),
+    /// Another tenant has the name.
+    #[error("the tenant `{0}` exists already")]
+    TenantTaken(String),
     /// The lease is no longer held: somebody else works on the training, or it was cancelled or deleted.
     #[error("the lease of the training is lost")]
     LeaseLost,
@@ -51,6 +58,48 @@ pub struct Registry {
 
 /// How long a statement waits for another writer.
 const BUSY: Duration = Duration::from_secs(20);
+
+/// A part of a list, newest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Page<I> {
+    /// At most this many rows.
+    pub limit: u32,
+    /// The last identifier of the part before.
+    pub after: Option<I>,
+}
+
+/// Rows of a list, and whether more follow.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed<T> {
+    pub rows: Vec<T>,
+    pub has_more: bool,
+}
+
+impl<I: std::fmt::Display> Page<I> {
+    /// Identifiers begin with their time, so that a list goes by them: `id < after`. Without one, from the newest;
+    /// `~` is beyond every identifier.
+    fn after(&self) -> String {
+        self.after.as_ref().map_or_else(|| "~".to_owned(), ToString::to_string)
+    }
+
+    /// One row more than wanted: it tells whether there is more.
+    fn fetched(&self) -> i64 {
+        i64::from(self.limit) + 1
+    }
+
+    fn cut<T>(&self, mut rows: Vec<T>) -> Listed<T> {
+        let has_more = rows.len() > self.limit as usize;
+        rows.truncate(self.limit as usize);
+        Listed { rows, has_more }
+    }
+}
+
+/// A typed identifier out of a row.
+fn identifier<I: std::str::FromStr>(row: &sqlx::sqlite::SqliteRow, column: &str) -> Result<I, RegistryError> {
+    let text: String = sqlx::Row::try_get(row, column)?;
+    text.parse()
+        .map_err(|_| RegistryError::Row(format!("{column} `{text}`")))
+}
 
 /// Milliseconds since 1970, UTC.
 pub fn now() -> i64 {
@@ -79,10 +128,38 @@ impl Registry {
             .connect_with(options)
             .await?;
         sqlx::migrate!("migrations/sqlite").run(&pool).await?;
-        Ok(Self {
+        let registry = Self {
             pool,
             blobs: Blobs::open(&dir.join("blobs"))?,
-        })
+        };
+        registry.complete_tenants().await?;
+        Ok(registry)
+    }
+
+    /// A value that the database keeps; the first one stays.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn setting(&self, key: &str, first: &str) -> Result<String, RegistryError> {
+        sqlx::query("INSERT INTO settings (key, value) VALUES ($1, $2) ON CONFLICT DO NOTHING")
+            .bind(key)
+            .bind(first)
+            .execute(&self.pool)
+            .await?;
+        let (value,) = sqlx::query_as("SELECT value FROM settings WHERE key = $1")
+            .bind(key)
+            .fetch_one(&self.pool)
+            .await?;
+        Ok(value)
+    }
+
+    /// 32 random bytes in hex that never leave the server: they sign the addresses of pictures.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn server_secret(&self) -> Result<String, RegistryError> {
+        self.setting("server_secret", &hex::encode(rand::random::<[u8; 32]>()))
+            .await
     }
 
     async fn write(&self) -> Result<sqlx::Transaction<'static, sqlx::Sqlite>, RegistryError> {
@@ -96,8 +173,8 @@ impl Registry {
     /// When the database or the store fails.
     pub async fn collect_garbage(&self) -> Result<usize, RegistryError> {
         let rows: Vec<(Option<String>,)> = sqlx::query_as(
-            "SELECT blob FROM concept_pictures UNION SELECT version FROM concepts UNION SELECT checkpoint FROM trainings
-             UNION SELECT blob FROM images",
+            "SELECT blob FROM concept_pictures UNION SELECT hash FROM concept_versions UNION SELECT checkpoint FROM trainings
+             UNION SELECT blob FROM training_previews UNION SELECT blob FROM images",
         )
         .fetch_all(&self.pool)
         .await?;
@@ -119,8 +196,11 @@ impl Registry {
     pub async fn remove_unreferenced(&self, hashes: &[String]) -> Result<(), RegistryError> {
         for hash in hashes {
             let (count,): (i64,) = sqlx::query_as(
-                "SELECT (SELECT count(*) FROM concept_pictures WHERE blob = $1) + (SELECT count(*) FROM concepts WHERE version = $1)
-                 + (SELECT count(*) FROM trainings WHERE checkpoint = $1) + (SELECT count(*) FROM images WHERE blob = $1)",
+                "SELECT EXISTS (SELECT 1 FROM concept_pictures WHERE blob = $1)
+                 + EXISTS (SELECT 1 FROM concept_versions WHERE hash = $1)
+                 + EXISTS (SELECT 1 FROM trainings WHERE checkpoint = $1)
+                 + EXISTS (SELECT 1 FROM training_previews WHERE blob = $1)
+                 + EXISTS (SELECT 1 FROM images WHERE blob = $1)",
             )
             .bind(hash)
             .fetch_one(&self.pool)
@@ -153,3 +233,6 @@ impl DataLock {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,8 +4,9 @@ use serde::{Deserialize, Serialize};
 use sqlx::Row;
 use uuid::Uuid;
 
-use super::{Registry, RegistryError, now};
-use crate::ids::{ConceptId, TrainingId};
+use super::concepts::Concept;
+use super::{Registry, RegistryError, identifier, now};
+use crate::ids::{ConceptId, TenantId, TrainingId};
 use crate::training::TrainingSpec;
 
 /// The words of the fine-tuning APIs.
@@ -54,9 +55,15 @@ impl TrainingStatus {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Training {
     pub id: TrainingId,
+    pub tenant: TenantId,
     pub concept_id: ConceptId,
     pub status: TrainingStatus,
     pub spec: TrainingSpec,
+    /// Over pictures and settings; `None` where an older version stored it.
+    pub input_fingerprint: Option<String>,
+    /// Number of the version that it made.
+    pub version: Option<u32>,
+    pub webhook_url: Option<String>,
     pub step: u32,
     pub total_steps: u32,
     pub loss: Option<f64>,
@@ -96,25 +103,33 @@ pub const ATTEMPTS: u32 = 3;
 
 pub(super) async fn insert_training(
     transaction: &mut sqlx::Transaction<'static, sqlx::Sqlite>,
-    concept_id: ConceptId,
+    concept: &Concept,
     spec: &TrainingSpec,
+    input: &str,
 ) -> Result<Training, RegistryError> {
     let (id, created_at) = (TrainingId::new(), now());
     sqlx::query(
-        "INSERT INTO trainings (id, concept_id, status, spec, total_steps, created_at) VALUES ($1, $2, 'queued', $3, $4, $5)",
+        "INSERT INTO trainings (id, tenant_id, concept_id, status, spec, input_fingerprint, total_steps, created_at)
+         VALUES ($1, $2, $3, 'queued', $4, $5, $6, $7)",
     )
     .bind(id.to_string())
-    .bind(concept_id.to_string())
+    .bind(concept.tenant.to_string())
+    .bind(concept.id.to_string())
     .bind(serde_json::to_string(spec).map_err(|error| RegistryError::Row(error.to_string()))?)
+    .bind(input)
     .bind(i64::from(spec.steps))
     .bind(created_at)
     .execute(&mut **transaction)
     .await?;
     Ok(Training {
         id,
-        concept_id,
+        tenant: concept.tenant,
+        concept_id: concept.id,
         status: TrainingStatus::Queued,
         spec: spec.clone(),
+        input_fingerprint: Some(input.to_owned()),
+        version: None,
+        webhook_url: None,
         step: 0,
         total_steps: spec.steps,
         loss: None,
@@ -133,7 +148,6 @@ pub(super) async fn insert_training(
 
 fn training(row: &sqlx::sqlite::SqliteRow) -> Result<Training, RegistryError> {
     let text = |column: &str| row.try_get::<String, _>(column).map_err(RegistryError::from);
-    let bad = |what: &str| RegistryError::Row(format!("training {what}"));
     let json = |column: &str| -> Result<Option<serde_json::Value>, RegistryError> {
         let text: Option<String> = row.try_get(column)?;
         text.map(|text| serde_json::from_str(&text).map_err(|error| RegistryError::Row(error.to_string())))
@@ -145,10 +159,14 @@ fn training(row: &sqlx::sqlite::SqliteRow) -> Result<Training, RegistryError> {
             .map_err(RegistryError::from)
     };
     Ok(Training {
-        id: text("id")?.parse().map_err(|_| bad("id"))?,
-        concept_id: text("concept_id")?.parse().map_err(|_| bad("concept id"))?,
+        id: identifier(row, "id")?,
+        tenant: identifier(row, "tenant_id")?,
+        concept_id: identifier(row, "concept_id")?,
         status: TrainingStatus::parse(&text("status")?)?,
         spec: serde_json::from_str(&text("spec")?).map_err(|error| RegistryError::Row(error.to_string()))?,
+        input_fingerprint: row.try_get("input_fingerprint")?,
+        version: row.try_get("version")?,
+        webhook_url: row.try_get("webhook_url")?,
         step: number("step")?,
         total_steps: number("total_steps")?,
         loss: row.try_get("loss")?,
@@ -189,19 +207,20 @@ fn fenced(changed: u64) -> Result<(), RegistryError> {
 }
 
 impl Registry {
-    /// A training by its identifier.
+    /// A tenant's training by its identifier.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn training(&self, id: TrainingId) -> Result<Option<Training>, RegistryError> {
-        let row = sqlx::query("SELECT * FROM trainings WHERE id = $1")
+    pub async fn training(&self, tenant: TenantId, id: TrainingId) -> Result<Option<Training>, RegistryError> {
+        let row = sqlx::query("SELECT * FROM trainings WHERE tenant_id = $1 AND id = $2")
+            .bind(tenant.to_string())
             .bind(id.to_string())
             .fetch_optional(&self.pool)
             .await?;
         row.as_ref().map(training).transpose()
     }
 
-    /// Trainings that wait for a worker.
+    /// Trainings that wait for a worker, of all tenants.
     ///
     /// # Errors
     /// When the database fails.
@@ -297,7 +316,7 @@ impl Registry {
         self.remove_unreferenced(&before).await
     }
 
-    /// Makes the concept ready with its file's hash and ends the training, all or nothing.
+    /// Makes the file with that hash the concept's next version, puts it to use, and ends the training, all or nothing.
     ///
     /// # Errors
     /// `LeaseLost` when the training is no longer this worker's.
@@ -307,22 +326,43 @@ impl Registry {
         version: &str,
         report: &serde_json::Value,
     ) -> Result<(), RegistryError> {
+        let at = now();
         let mut transaction = self.write().await?;
         let before = checkpoint_of(&mut transaction, claimed.training.id).await?;
+        let (number,): (i64,) =
+            sqlx::query_as("SELECT coalesce(max(number), 0) + 1 FROM concept_versions WHERE concept_id = $1")
+                .bind(claimed.training.concept_id.to_string())
+                .fetch_one(&mut *transaction)
+                .await?;
         let changed = sqlx::query(
-            "UPDATE trainings SET status = 'succeeded', step = total_steps, report = $1, finished_at = $2,
+            "UPDATE trainings SET status = 'succeeded', step = total_steps, report = $1, finished_at = $2, version = $3,
              checkpoint = NULL, checkpoint_step = NULL, lease_token = NULL, lease_until = NULL
-             WHERE id = $3 AND lease_token = $4 AND status = 'running'",
+             WHERE id = $4 AND lease_token = $5 AND status = 'running'",
         )
         .bind(report.to_string())
-        .bind(now())
+        .bind(at)
+        .bind(number)
         .bind(claimed.training.id.to_string())
         .bind(&claimed.lease)
         .execute(&mut *transaction)
         .await?;
         fenced(changed.rows_affected())?;
-        sqlx::query("UPDATE concepts SET version = $1 WHERE id = $2")
+        sqlx::query(
+            "INSERT INTO concept_versions (concept_id, number, hash, training_id, input_fingerprint, created_at)
+             VALUES ($1, $2, $3, $4, $5, $6)",
+        )
+        .bind(claimed.training.concept_id.to_string())
+        .bind(number)
+        .bind(version)
+        .bind(claimed.training.id.to_string())
+        .bind(&claimed.training.input_fingerprint)
+        .bind(at)
+        .execute(&mut *transaction)
+        .await?;
+        sqlx::query("UPDATE concepts SET version = $1, version_number = $2, updated_at = $3 WHERE id = $4")
             .bind(version)
+            .bind(number)
+            .bind(at)
             .bind(claimed.training.concept_id.to_string())
             .execute(&mut *transaction)
             .await?;
@@ -370,20 +410,24 @@ impl Registry {
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn cancel_training(&self, id: TrainingId) -> Result<Option<Training>, RegistryError> {
+    pub async fn cancel_training(&self, tenant: TenantId, id: TrainingId) -> Result<Option<Training>, RegistryError> {
+        if self.training(tenant, id).await?.is_none() {
+            return Ok(None);
+        }
         let mut transaction = self.write().await?;
         let before = checkpoint_of(&mut transaction, id).await?;
         sqlx::query(
             "UPDATE trainings SET status = 'cancelled', finished_at = $1, checkpoint = NULL, checkpoint_step = NULL, lease_token = NULL, lease_until = NULL
-             WHERE id = $2 AND status IN ('queued', 'running')",
+             WHERE tenant_id = $2 AND id = $3 AND status IN ('queued', 'running')",
         )
         .bind(now())
+        .bind(tenant.to_string())
         .bind(id.to_string())
         .execute(&mut *transaction)
         .await?;
         transaction.commit().await?;
         self.remove_unreferenced(&before).await?;
-        self.training(id).await
+        self.training(tenant, id).await
     }
 }
 
@@ -409,7 +453,7 @@ mod tests {
             class_noun: Some("cat".into()),
             pictures: vec![picture],
         };
-        registry.add_concept(&new, &spec).await.unwrap().1
+        registry.add_concept(TenantId::DEFAULT, &new, &spec).await.unwrap().1
     }
 
     #[tokio::test]
@@ -422,9 +466,9 @@ mod tests {
             class_noun: None,
             pictures: vec![],
         };
-        let again = registry.add_concept(&second, &first.spec).await;
+        let again = registry.add_concept(TenantId::DEFAULT, &second, &first.spec).await;
         assert!(matches!(again, Err(RegistryError::NameTaken(name)) if name == "rex"));
-        assert_eq!(registry.concepts().await.unwrap().len(), 1);
+        assert_eq!(registry.concepts(TenantId::DEFAULT).await.unwrap().len(), 1);
         assert_eq!(
             registry.claim_training(1000).await.unwrap().unwrap().training.id,
             first.id
@@ -448,7 +492,7 @@ mod tests {
             Err(RegistryError::LeaseLost)
         ));
         registry.succeed(&next, "y", &serde_json::json!({})).await.unwrap();
-        let concept = registry.concept("rex").await.unwrap().unwrap();
+        let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
         assert_eq!(concept.version.as_deref(), Some("y"));
     }
 
@@ -484,14 +528,24 @@ mod tests {
         for attempt in 1..=ATTEMPTS {
             let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
             registry.fail(&claimed, &error, true).await.unwrap();
-            let status = registry.training(claimed.training.id).await.unwrap().unwrap().status;
+            let status = registry
+                .training(TenantId::DEFAULT, claimed.training.id)
+                .await
+                .unwrap()
+                .unwrap()
+                .status;
             assert_eq!(status == TrainingStatus::Failed, attempt == ATTEMPTS);
         }
         let other = add(&registry, "other").await;
         let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
         registry.fail(&claimed, &error, false).await.unwrap();
         assert_eq!(
-            registry.training(other.id).await.unwrap().unwrap().status,
+            registry
+                .training(TenantId::DEFAULT, other.id)
+                .await
+                .unwrap()
+                .unwrap()
+                .status,
             TrainingStatus::Failed
         );
     }
@@ -503,7 +557,12 @@ mod tests {
         let orphan = registry.blobs.put(b"never registered".to_vec().into()).await.unwrap();
         assert_eq!(registry.collect_garbage().await.unwrap(), 1);
         assert!(registry.blobs.get(&orphan).await.is_err());
-        let kept = registry.concept("rex").await.unwrap().unwrap().pictures;
+        let kept = registry
+            .concept(TenantId::DEFAULT, "rex")
+            .await
+            .unwrap()
+            .unwrap()
+            .pictures;
         assert!(registry.blobs.get(&kept[0]).await.is_ok());
     }
 
@@ -511,7 +570,7 @@ mod tests {
     async fn deleting_a_concept_removes_its_blobs_unless_another_uses_them() {
         let (dir, registry) = registry().await;
         let training = add(&registry, "rex").await;
-        let concept = registry.concept("rex").await.unwrap().unwrap();
+        let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
         let shared = concept.pictures[0].clone();
         let new = NewConcept {
             name: "twin".into(),
@@ -519,12 +578,21 @@ mod tests {
             class_noun: None,
             pictures: vec![shared.clone()],
         };
-        registry.add_ready_concept(&new, "none").await.unwrap();
-        assert!(registry.delete_concept("rex").await.unwrap());
-        assert!(!registry.delete_concept("rex").await.unwrap());
+        registry
+            .add_ready_concept(TenantId::DEFAULT, &new, "none")
+            .await
+            .unwrap();
+        assert!(registry.delete_concept(TenantId::DEFAULT, "rex").await.unwrap());
+        assert!(!registry.delete_concept(TenantId::DEFAULT, "rex").await.unwrap());
         assert!(registry.blobs.get(&shared).await.is_ok());
-        assert!(registry.training(training.id).await.unwrap().is_none());
-        registry.delete_concept("twin").await.unwrap();
+        assert!(
+            registry
+                .training(TenantId::DEFAULT, training.id)
+                .await
+                .unwrap()
+                .is_none()
+        );
+        registry.delete_concept(TenantId::DEFAULT, "twin").await.unwrap();
         assert!(registry.blobs.get(&shared).await.is_err());
         drop(dir);
     }

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::Service;
+use super::{Caller, Service};
 use crate::concept::{ConceptKind, is_slug};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TrainingId;
@@ -87,7 +87,7 @@ impl Service {
     ///
     /// # Errors
     /// The first value that cannot be used; a name that is taken.
-    pub async fn register(&self, registration: Registration) -> Result<ConceptView, Error> {
+    pub async fn register(&self, caller: &Caller, registration: Registration) -> Result<ConceptView, Error> {
         let name = check_name(registration.name)?;
         let kind = registration
             .kind
@@ -116,7 +116,7 @@ impl Service {
             )
             .limit(self.limits.pictures as u64));
         }
-        if self.registry.concept(&name).await?.is_some() {
+        if self.registry.concept(caller.tenant, &name).await?.is_some() {
             return Err(crate::registry::RegistryError::NameTaken(name).into());
         }
         let waiting = self.registry.waiting_trainings().await?;
@@ -149,7 +149,7 @@ impl Service {
             class_noun: spec.class_noun.clone(),
             pictures,
         };
-        match self.registry.add_concept(&new, &spec).await {
+        match self.registry.add_concept(caller.tenant, &new, &spec).await {
             Ok((concept, training)) => {
                 self.wake.now();
                 Ok(ConceptView {
@@ -165,14 +165,14 @@ impl Service {
         }
     }
 
-    /// Every concept.
+    /// Every concept of the caller's tenant.
     ///
     /// # Errors
     /// When the registry fails.
-    pub async fn concepts(&self) -> Result<Vec<ConceptView>, Error> {
+    pub async fn concepts(&self, caller: &Caller) -> Result<Vec<ConceptView>, Error> {
         let mut views = Vec::new();
-        for concept in self.registry.concepts().await? {
-            let training = self.registry.latest_training(concept.id).await?;
+        for concept in self.registry.concepts(caller.tenant).await? {
+            let training = self.registry.latest_training(caller.tenant, concept.id).await?;
             views.push(ConceptView { concept, training });
         }
         Ok(views)
@@ -182,9 +182,13 @@ impl Service {
     ///
     /// # Errors
     /// When there is none, or the registry fails.
-    pub async fn concept(&self, name: &str) -> Result<ConceptView, Error> {
-        let concept = self.registry.concept(name).await?.ok_or_else(|| no_concept(name))?;
-        let training = self.registry.latest_training(concept.id).await?;
+    pub async fn concept(&self, caller: &Caller, name: &str) -> Result<ConceptView, Error> {
+        let concept = self
+            .registry
+            .concept(caller.tenant, name)
+            .await?
+            .ok_or_else(|| no_concept(name))?;
+        let training = self.registry.latest_training(caller.tenant, concept.id).await?;
         Ok(ConceptView { concept, training })
     }
 
@@ -192,8 +196,8 @@ impl Service {
     ///
     /// # Errors
     /// When there is none, or the registry fails.
-    pub async fn delete_concept(&self, name: &str) -> Result<(), Error> {
-        let deleted = self.registry.delete_concept(name).await?;
+    pub async fn delete_concept(&self, caller: &Caller, name: &str) -> Result<(), Error> {
+        let deleted = self.registry.delete_concept(caller.tenant, name).await?;
         self.wake.now();
         if deleted { Ok(()) } else { Err(no_concept(name)) }
     }
@@ -202,8 +206,8 @@ impl Service {
     ///
     /// # Errors
     /// When there is none, or it is not trained.
-    pub async fn concept_file(&self, name: &str) -> Result<Bytes, Error> {
-        let view = self.concept(name).await?;
+    pub async fn concept_file(&self, caller: &Caller, name: &str) -> Result<Bytes, Error> {
+        let view = self.concept(caller, name).await?;
         let version = view.concept.version.as_ref().ok_or_else(|| not_ready(&view))?;
         Ok(self.registry.blobs.get(version).await?)
     }
@@ -212,7 +216,12 @@ impl Service {
     ///
     /// # Errors
     /// When the file is refused, or the name is taken.
-    pub async fn import_concept(&self, bytes: Bytes, name: Option<String>) -> Result<ConceptView, Error> {
+    pub async fn import_concept(
+        &self,
+        caller: &Caller,
+        bytes: Bytes,
+        name: Option<String>,
+    ) -> Result<ConceptView, Error> {
         let file = self.engine.info().read_concept(&bytes).map_err(|error| {
             Error::new(
                 ErrorKind::Invalid,
@@ -228,7 +237,7 @@ impl Service {
             class_noun: file.header.class_noun,
             pictures: vec![],
         };
-        let concept = self.registry.add_ready_concept(&new, &version).await?;
+        let concept = self.registry.add_ready_concept(caller.tenant, &new, &version).await?;
         Ok(ConceptView {
             concept,
             training: None,
@@ -239,7 +248,7 @@ impl Service {
     ///
     /// # Errors
     /// When there is none, or the registry fails.
-    pub async fn training(&self, id: &str) -> Result<Training, Error> {
+    pub async fn training(&self, caller: &Caller, id: &str) -> Result<Training, Error> {
         let missing = || {
             Error::new(
                 ErrorKind::NotFound,
@@ -248,15 +257,15 @@ impl Service {
             )
         };
         let id: TrainingId = id.parse().map_err(|_| missing())?;
-        self.registry.training(id).await?.ok_or_else(missing)
+        self.registry.training(caller.tenant, id).await?.ok_or_else(missing)
     }
 
     /// Cancels a training; one that has ended stays as it is, and that is a conflict.
     ///
     /// # Errors
     /// When there is none, it has ended already, or the registry fails.
-    pub async fn cancel_training(&self, id: &str) -> Result<Training, Error> {
-        let before = self.training(id).await?;
+    pub async fn cancel_training(&self, caller: &Caller, id: &str) -> Result<Training, Error> {
+        let before = self.training(caller, id).await?;
         if before.status.is_final() && before.status != TrainingStatus::Cancelled {
             return Err(Error::new(
                 ErrorKind::Conflict,
@@ -264,7 +273,7 @@ impl Service {
                 format!("The training has {} already.", before.status.as_str()),
             ));
         }
-        let after = self.registry.cancel_training(before.id).await?;
+        let after = self.registry.cancel_training(caller.tenant, before.id).await?;
         self.wake.now();
         after.ok_or_else(|| {
             Error::new(

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::concepts::{no_concept, not_ready};
-use super::{ConceptView, Service};
+use super::{Caller, ConceptView, Service};
 use crate::concept::{concept_names, parse_prompt};
 use crate::engine::{ConceptUse, GenerateRequest, GenerationEvent};
 use crate::error::{Error, ErrorKind};
@@ -56,7 +56,7 @@ impl Service {
     ///
     /// # Errors
     /// The first value that cannot be used; a concept that is unknown or not trained.
-    pub async fn plan(&self, input: GenerateInput) -> Result<GenerateRequest, Error> {
+    pub async fn plan(&self, caller: &Caller, input: GenerateInput) -> Result<GenerateRequest, Error> {
         let info = self.engine.info();
         let characters = input.prompt.chars().count();
         if characters > self.limits.prompt {
@@ -120,10 +120,10 @@ impl Service {
         }
         let mut concepts = Vec::new();
         for name in concept_names(&pieces) {
-            concepts.push(self.use_concept(name).await?);
+            concepts.push(self.use_concept(caller, name).await?);
         }
         Ok(GenerateRequest {
-            tenant: String::new(),
+            tenant: caller.tenant.to_string(),
             prompt: input.prompt,
             concepts,
             width,
@@ -142,8 +142,8 @@ impl Service {
     ///
     /// # Errors
     /// As [`Self::plan`]; when the engine is overloaded, stopping, or fails.
-    pub async fn generate(&self, input: GenerateInput) -> Result<Generated, Error> {
-        let request = self.plan(input).await?;
+    pub async fn generate(&self, caller: &Caller, input: GenerateInput) -> Result<Generated, Error> {
+        let request = self.plan(caller, input).await?;
         let mut stream = self.engine.generate(request.clone())?;
         let used = |concept: &ConceptUse| UsedConcept {
             name: concept.name.clone(),
@@ -180,14 +180,14 @@ impl Service {
         }
     }
 
-    async fn use_concept(&self, name: &str) -> Result<ConceptUse, Error> {
+    async fn use_concept(&self, caller: &Caller, name: &str) -> Result<ConceptUse, Error> {
         let missing = || crate::error::Error {
             field: Some("prompt".into()),
             ..no_concept(name)
         };
-        let concept = self.registry.concept(name).await?.ok_or_else(missing)?;
+        let concept = self.registry.concept(caller.tenant, name).await?.ok_or_else(missing)?;
         let Some(version) = concept.version.clone() else {
-            let training = self.registry.latest_training(concept.id).await?;
+            let training = self.registry.latest_training(caller.tenant, concept.id).await?;
             return Err(not_ready(&ConceptView { concept, training }));
         };
         let bytes = self.registry.blobs.get(&version).await?;

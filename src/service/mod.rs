@@ -2,22 +2,65 @@
 
 mod concepts;
 mod generate;
+mod keys;
+mod tenants;
 
 use std::sync::Arc;
 
 pub use concepts::{ConceptView, Registration};
 pub use generate::{GenerateInput, Generated, GeneratedImage, UsedConcept};
+pub use keys::{CreatedKey, KeyRequest, Keys};
+pub use tenants::QuotaChange;
 
+use crate::config::Config;
 use crate::engine::{EngineError, EngineHandle};
 use crate::error::{Error, ErrorKind};
+use crate::ids::{KeyId, TenantId};
 use crate::jobs::Wake;
 use crate::picture::PictureLimits;
-use crate::registry::{Registry, RegistryError};
+use crate::registry::{Quotas, Registry, RegistryError};
+pub use crate::registry::{Scope, Scopes};
+
+/// Who asks. Every use case takes one, and nothing of another tenant's is seen through it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caller {
+    pub tenant: TenantId,
+    /// `None`: there are no keys, or it is the command line.
+    pub key: Option<KeyId>,
+    pub scopes: Scopes,
+}
+
+impl Caller {
+    /// The tenant `default` with every scope: the command line, and everybody where there are no keys.
+    pub const LOCAL: Self = Self {
+        tenant: TenantId::DEFAULT,
+        key: None,
+        scopes: Scopes::ALL,
+    };
+
+    /// # Errors
+    /// `missing_scope`
+    pub fn require(&self, scope: Scope) -> Result<(), Error> {
+        if self.scopes.contains(scope) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Forbidden,
+            "missing_scope",
+            format!(
+                "This needs a key with the scope `{0}`; yours has {1}.",
+                scope.as_str(),
+                self.scopes
+            ),
+        ))
+    }
+}
 
 /// Everything that a use case needs.
 #[derive(Debug, Clone)]
 pub struct Service {
     pub registry: Registry,
+    pub keys: Keys,
     pub engine: EngineHandle,
     pub wake: Wake,
     pub limits: Arc<Limits>,
@@ -33,8 +76,34 @@ pub struct Limits {
     pub count: u32,
     /// Characters of a prompt.
     pub prompt: usize,
-    /// Trainings that may wait.
+    /// Trainings of all tenants that may wait.
     pub queued_trainings: i64,
+    /// Bytes of a JSON body.
+    pub json: usize,
+    /// What a tenant has of which an administrator has not said otherwise.
+    pub quotas: Quotas,
+}
+
+impl Limits {
+    /// As the operator decided.
+    pub fn of(config: &Config) -> Self {
+        let default = Self::default();
+        let quota = |number: u32| (number > 0).then_some(number);
+        Self {
+            picture: PictureLimits {
+                bytes: config.limits.picture_limit << 20,
+                ..default.picture
+            },
+            json: config.limits.json_limit << 10,
+            quotas: Quotas {
+                concepts: quota(config.quotas.quota_concepts),
+                trainings: quota(config.quotas.quota_trainings),
+                requests_in_flight: quota(config.quotas.quota_requests_in_flight),
+                pictures_per_minute: quota(config.quotas.quota_pictures_per_minute),
+            },
+            ..default
+        }
+    }
 }
 
 impl Default for Limits {
@@ -45,6 +114,8 @@ impl Default for Limits {
             count: 10,
             prompt: 4000,
             queued_trainings: 100,
+            json: 1 << 20,
+            quotas: Quotas::default(),
         }
     }
 }
@@ -58,6 +129,10 @@ impl From<RegistryError> for Error {
                 format!("is `{name}`, which another concept has; choose another name or delete that concept"),
             )
             .of_kind(ErrorKind::Conflict),
+            RegistryError::TenantTaken(name) => {
+                Self::field("name_taken", "name", format!("is `{name}`, which another tenant has"))
+                    .of_kind(ErrorKind::Conflict)
+            }
             other => Self::internal(other),
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// A room and the rooms that it may use. `error`, `ids`, `telemetry` and `picture` may be used everywhere.
+/// A room and the rooms that it may use. `config`, `error`, `ids`, `telemetry` and `picture` may be used everywhere.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("concept", &["model"]),
@@ -22,12 +22,13 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "app", "api", "service", "jobs", "registry", "engine", "eval", "pocket", "training", "concept", "model",
         ],
     ),
+    ("config", &[]),
     ("error", &[]),
     ("ids", &[]),
     ("telemetry", &[]),
     ("picture", &[]),
 ];
-const EVERYWHERE: &[&str] = &["error", "ids", "telemetry", "picture"];
+const EVERYWHERE: &[&str] = &["config", "error", "ids", "telemetry", "picture"];
 /// Rooms that may name libtorch.
 const TENSORS: &[&str] = &["model", "concept", "training", "engine", "pocket", "eval", "cli"];
 

@@ -34,6 +34,9 @@ def running(server: str):
                     break
             else:
                 raise AssertionError("the server has not said where it listens; see target/ui/server.log")
+            # The page is there at once: it says itself that the model is still loading.
+            with urllib.request.urlopen(found[1], timeout=30) as answer:
+                assert answer.headers["Content-Type"].startswith("text/html"), answer.headers
             until_ready(found[1])
             yield found[1]
         finally:

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{peak_memory, print, weight_kind};
 use crate::concept::{DeviceConcept, Placement, context_batch};
-use crate::model::decoding::{DecodeBatch, DecodingRequest};
+use crate::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest};
 use crate::model::tokenizer::Vocabulary;
 use crate::model::weights::{Checkpoint, Target};
 use crate::model::{ModelConfig, Transformer};
@@ -231,7 +231,12 @@ impl DecodeArgs {
             })
         };
         let each = request()?.rows_per_picture();
-        let mut batch = DecodeBatch::new(model, vocabulary, pictures * each, request()?.tokens())?;
+        let options = BatchOptions {
+            rows: pictures * each,
+            max_seq: request()?.tokens(),
+            fixed_shapes: false,
+        };
+        let mut batch = DecodeBatch::new(model, vocabulary, options)?;
         let begun = Instant::now();
         for _ in 0..pictures {
             batch.add(model, &request()?)?;

@@ -1,4 +1,6 @@
 //! What the server promises over HTTP, checked against the real server with the real pocket model.
 
 mod bad_input;
+mod guard;
 mod lifecycle;
+mod tenants;

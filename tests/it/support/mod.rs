@@ -20,9 +20,13 @@ pub struct TestApp {
     pub url: String,
     pub dir: tempfile::TempDir,
     pub client: reqwest::Client,
+    /// Flags beside the usual ones.
+    flags: Vec<String>,
+    /// Sent as `Authorization: Bearer` where there is one.
+    pub key: Option<String>,
 }
 
-fn launch(dir: &std::path::Path) -> (Child, String) {
+fn launch(dir: &std::path::Path, flags: &[String]) -> (Child, String) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_coar"))
         .args([
             "serve",
@@ -35,6 +39,7 @@ fn launch(dir: &std::path::Path) -> (Child, String) {
             "--data",
         ])
         .arg(dir.join("data"))
+        .args(flags)
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -53,13 +58,21 @@ fn launch(dir: &std::path::Path) -> (Child, String) {
 
 impl TestApp {
     pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// With more flags.
+    pub async fn start_with(flags: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (child, url) = launch(dir.path());
+        let flags: Vec<_> = flags.iter().map(ToString::to_string).collect();
+        let (child, url) = launch(dir.path(), &flags);
         let app = Self {
             child,
             url,
             dir,
             client: reqwest::Client::new(),
+            flags,
+            key: None,
         };
         app.until_ready().await;
         app
@@ -88,7 +101,7 @@ impl TestApp {
     pub async fn kill_nine_and_restart(&mut self) {
         self.child.kill().expect("SIGKILL is delivered");
         self.child.wait().unwrap();
-        (self.child, self.url) = launch(self.dir.path());
+        (self.child, self.url) = launch(self.dir.path(), &self.flags);
         self.until_ready().await;
     }
 
@@ -97,22 +110,53 @@ impl TestApp {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
         let clean = self.child.wait().unwrap().success();
-        (self.child, self.url) = launch(self.dir.path());
+        (self.child, self.url) = launch(self.dir.path(), &self.flags);
         self.until_ready().await;
         clean
     }
 
+    /// A request with the key, if there is one.
+    pub fn request(&self, method: reqwest::Method, path: &str) -> reqwest::RequestBuilder {
+        let request = self.client.request(method, format!("{}{path}", self.url));
+        match &self.key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
+    }
+
+    /// Makes a key with `coar keys create` while the server runs, and waits until the server asks for one.
+    pub async fn create_key(&self, tenant: &str, scopes: &str) -> String {
+        let key = self.coar(&["keys", "create", "--tenant", tenant, "--scopes", scopes]);
+        self.until("the closed door", || async {
+            let answer = self.client.get(format!("{}/v1/models", self.url)).send().await.ok()?;
+            (answer.status() == 401).then_some(())
+        })
+        .await;
+        key.trim().to_owned()
+    }
+
+    /// Runs a command of the program on this server's data folder; its output.
+    pub fn coar(&self, arguments: &[&str]) -> String {
+        let output = Command::new(env!("CARGO_BIN_EXE_coar"))
+            .args(arguments)
+            .arg("--data")
+            .arg(self.dir.path().join("data"))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
     pub async fn get(&self, path: &str) -> (u16, Value) {
-        answer(self.client.get(format!("{}{path}", self.url))).await
+        answer(self.request(reqwest::Method::GET, path)).await
     }
 
     pub async fn post(&self, path: &str, body: Value) -> (u16, Value) {
-        answer(self.client.post(format!("{}{path}", self.url)).json(&body)).await
+        answer(self.request(reqwest::Method::POST, path).json(&body)).await
     }
 
     pub async fn delete(&self, path: &str) -> u16 {
-        self.client
-            .delete(format!("{}{path}", self.url))
+        self.request(reqwest::Method::DELETE, path)
             .send()
             .await
             .unwrap()
@@ -121,7 +165,7 @@ impl TestApp {
     }
 
     pub async fn register(&self, form: Form) -> (u16, Value) {
-        answer(self.client.post(format!("{}/v1/concepts", self.url)).multipart(form)).await
+        answer(self.request(reqwest::Method::POST, "/v1/concepts").multipart(form)).await
     }
 
     /// Registers a held-out subject with a short training; returns the training's id.

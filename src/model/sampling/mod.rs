@@ -1,8 +1,11 @@
 //! From logits to drawn codes: top-k with ties, temperature, softmax, and one draw from a stream of the picture's own.
 
+mod host;
+
 use tch::{Kind, Tensor};
 
 use super::ModelError;
+pub(in crate::model) use host::{HostDraw, draw_on_host};
 
 /// How one code is drawn.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -1,0 +1,390 @@
+//! `/v1/admin`: keys and tenants, for callers with the scope `admin`.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::auth::Admin;
+use super::extract::Fields;
+use super::openapi::{ErrorBody, List};
+use super::pagination::Paged;
+use super::{ApiError, AppState};
+use crate::error::Error;
+use crate::ids::{KeyId, TenantId};
+use crate::registry::{ApiKey, Tenant};
+use crate::service::{KeyRequest, QuotaChange, Scope, Scopes};
+
+pub(super) fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(create_key, list_keys))
+        .routes(routes!(revoke_key))
+        .routes(routes!(create_tenant, list_tenants))
+        .routes(routes!(show_tenant, change_tenant, delete_tenant))
+}
+
+/// What a key may be used for.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum ScopeName {
+    Read,
+    Generate,
+    Train,
+    Admin,
+}
+
+impl From<Scope> for ScopeName {
+    fn from(scope: Scope) -> Self {
+        match scope {
+            Scope::Read => Self::Read,
+            Scope::Generate => Self::Generate,
+            Scope::Train => Self::Train,
+            Scope::Admin => Self::Admin,
+        }
+    }
+}
+
+/// An API key, without its text.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Key)]
+struct KeyObject {
+    #[schema(example = "key_01990000000070008000000000000000")]
+    id: String,
+    #[schema(example = "key")]
+    object: &'static str,
+    /// Name of the tenant that it belongs to.
+    #[schema(example = "acme")]
+    tenant: String,
+    /// What it is for.
+    #[schema(example = "web shop")]
+    name: String,
+    /// How its text begins, to recognise it.
+    #[schema(example = "coar_k3v9x2ab")]
+    prefix: String,
+    scopes: Vec<ScopeName>,
+    /// Unix seconds.
+    created_at: i64,
+    /// Unix seconds; null: never.
+    expires_at: Option<i64>,
+    /// Unix seconds; null: not revoked.
+    revoked_at: Option<i64>,
+    /// Unix seconds, exact to a minute; null: never used.
+    last_used_at: Option<i64>,
+}
+
+impl From<&ApiKey> for KeyObject {
+    fn from(key: &ApiKey) -> Self {
+        let seconds = |ms: i64| ms / 1000;
+        Self {
+            id: key.id.to_string(),
+            object: "key",
+            tenant: key.tenant_name.clone(),
+            name: key.name.clone(),
+            prefix: format!("coar_{}", key.public_id),
+            scopes: key.scopes.iter().map(Into::into).collect(),
+            created_at: seconds(key.created_at),
+            expires_at: key.expires_at.map(seconds),
+            revoked_at: key.revoked_at.map(seconds),
+            last_used_at: key.last_used_at.map(seconds),
+        }
+    }
+}
+
+/// A new API key.
+#[derive(Debug, Serialize, ToSchema)]
+struct NewKeyObject {
+    #[serde(flatten)]
+    key: KeyObject,
+    /// The text to send as `Authorization: Bearer …`. It is shown here and never again.
+    #[schema(example = "coar_k3v9x2ab_0000000000000000000000000000000000000000000")]
+    secret: String,
+}
+
+/// What a new key is to be. The handler reads it field by field; this is its description.
+#[derive(ToSchema)]
+#[allow(dead_code)]
+struct CreateKey {
+    /// Name of a tenant that exists.
+    #[schema(example = "acme")]
+    tenant: String,
+    /// What it is for; at most 100 characters.
+    #[schema(example = "web shop")]
+    name: Option<String>,
+    /// Default: read, generate, train.
+    scopes: Option<Vec<ScopeName>>,
+    /// Days after which it ends, 1 to 3650; default: never.
+    #[schema(minimum = 1, maximum = 3650)]
+    expires_in_days: Option<u32>,
+}
+
+/// A tenant.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Tenant)]
+struct TenantObject {
+    #[schema(example = "tenant_01990000000070008000000000000000")]
+    id: String,
+    #[schema(example = "tenant")]
+    object: &'static str,
+    #[schema(example = "acme")]
+    name: String,
+    /// Signs this tenant's web-hooks (Standard Webhooks).
+    webhook_secret: String,
+    quotas: QuotasObject,
+    /// Unix seconds.
+    created_at: i64,
+}
+
+/// How much a tenant may have and do at once; null: the server's default.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Quotas)]
+struct QuotasObject {
+    /// Concepts.
+    concepts: Option<u32>,
+    /// Trainings that are queued or running.
+    trainings: Option<u32>,
+    /// Generations that are queued or running.
+    requests_in_flight: Option<u32>,
+    pictures_per_minute: Option<u32>,
+}
+
+impl From<&Tenant> for TenantObject {
+    fn from(tenant: &Tenant) -> Self {
+        Self {
+            id: tenant.id.to_string(),
+            object: "tenant",
+            name: tenant.name.clone(),
+            webhook_secret: tenant.webhook_secret.clone(),
+            quotas: QuotasObject {
+                concepts: tenant.quotas.concepts,
+                trainings: tenant.quotas.trainings,
+                requests_in_flight: tenant.quotas.requests_in_flight,
+                pictures_per_minute: tenant.quotas.pictures_per_minute,
+            },
+            created_at: tenant.created_at / 1000,
+        }
+    }
+}
+
+/// What a new tenant is to be.
+#[derive(ToSchema)]
+#[allow(dead_code)]
+struct CreateTenant {
+    /// 1 to 63 of a-z, 0-9 and -, the first not a hyphen.
+    #[schema(example = "acme")]
+    name: String,
+    #[schema(inline)]
+    quotas: Option<ChangeQuotas>,
+}
+
+/// What is to change.
+#[derive(ToSchema)]
+#[allow(dead_code)]
+struct ChangeTenant {
+    quotas: ChangeQuotas,
+}
+
+/// Absent: stays. Null: the server's default.
+#[derive(ToSchema)]
+#[allow(dead_code)]
+struct ChangeQuotas {
+    concepts: Option<u32>,
+    trainings: Option<u32>,
+    requests_in_flight: Option<u32>,
+    pictures_per_minute: Option<u32>,
+}
+
+fn quotas(fields: &mut Fields) -> Result<QuotaChange, Error> {
+    let Some(mut inner) = fields.object("quotas")? else {
+        return Ok(QuotaChange::default());
+    };
+    let change = QuotaChange {
+        concepts: inner.nullable_integer("concepts", u32::MAX.into())?,
+        trainings: inner.nullable_integer("trainings", u32::MAX.into())?,
+        requests_in_flight: inner.nullable_integer("requests_in_flight", u32::MAX.into())?,
+        pictures_per_minute: inner.nullable_integer("pictures_per_minute", u32::MAX.into())?,
+    };
+    inner.finish()?;
+    Ok(change)
+}
+
+fn missing(name: &'static str) -> Error {
+    Error::field("missing_parameter", name, "is missing")
+}
+
+/// Make a key
+///
+/// Its text is answered once and stored nowhere. The first key closes the server to everybody without one.
+#[utoipa::path(
+    post, path = "/v1/admin/keys", tag = "Administration", operation_id = "createKey",
+    request_body = CreateKey,
+    responses(
+        (status = 201, description = "The key with its text", body = NewKeyObject),
+        (status = 404, description = "`tenant_not_found`", body = ErrorBody),
+    ),
+)]
+async fn create_key(
+    State(state): State<AppState>,
+    Admin(_): Admin,
+    mut fields: Fields,
+) -> Result<impl IntoResponse, ApiError> {
+    let scopes = match fields.texts("scopes")? {
+        None => Scopes::default(),
+        Some(words) => words
+            .join(",")
+            .parse()
+            .map_err(|problem: String| Error::field("invalid_value", "scopes", problem))?,
+    };
+    let request = KeyRequest {
+        tenant: fields.text("tenant")?.ok_or_else(|| missing("tenant"))?,
+        name: fields.text("name")?,
+        scopes,
+        expires_in_days: fields
+            .integer("expires_in_days", u32::MAX.into())?
+            .map(|days| days as u32),
+    };
+    fields.finish()?;
+    let created = state.service()?.keys.create(request).await?;
+    let body = NewKeyObject {
+        key: KeyObject::from(&created.key),
+        secret: created.text,
+    };
+    Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(body)))
+}
+
+/// List keys
+///
+/// Of all tenants, newest first, revoked and expired ones included.
+#[utoipa::path(
+    get, path = "/v1/admin/keys", tag = "Administration", operation_id = "listKeys",
+    params(super::pagination::PageQuery),
+    responses((status = 200, description = "Keys", body = List<KeyObject>)),
+)]
+async fn list_keys(
+    State(state): State<AppState>,
+    Admin(_): Admin,
+    Paged(page): Paged<KeyId>,
+) -> Result<Json<List<KeyObject>>, ApiError> {
+    let listed = state.service()?.keys.list(page).await?;
+    Ok(Json(List::of(&listed, |key| key.into())))
+}
+
+/// Revoke a key
+///
+/// It opens nothing from a second later on. It stays in the list.
+#[utoipa::path(
+    delete, path = "/v1/admin/keys/{id}", tag = "Administration", operation_id = "revokeKey",
+    params(("id" = String, Path, description = "The key's id")),
+    responses(
+        (status = 204, description = "Revoked"),
+        (status = 404, description = "`key_not_found`", body = ErrorBody),
+    ),
+)]
+async fn revoke_key(
+    State(state): State<AppState>,
+    Admin(_): Admin,
+    Path(id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    state.service()?.keys.revoke(&id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Make a tenant
+#[utoipa::path(
+    post, path = "/v1/admin/tenants", tag = "Administration", operation_id = "createTenant",
+    request_body = CreateTenant,
+    responses(
+        (status = 201, description = "The tenant", body = TenantObject),
+        (status = 409, description = "`name_taken`", body = ErrorBody),
+    ),
+)]
+async fn create_tenant(
+    State(state): State<AppState>,
+    Admin(_): Admin,
+    mut fields: Fields,
+) -> Result<impl IntoResponse, ApiError> {
+    let name = fields.text("name")?.ok_or_else(|| missing("name"))?;
+    let quotas = quotas(&mut fields)?;
+    fields.finish()?;
+    let tenant = state.service()?.add_tenant(&name, quotas).await?;
+    let location = [(header::LOCATION, format!("/v1/admin/tenants/{name}"))];
+    Ok((StatusCode::CREATED, location, Json(TenantObject::from(&tenant))))
+}
+
+/// List tenants
+#[utoipa::path(
+    get, path = "/v1/admin/tenants", tag = "Administration", operation_id = "listTenants",
+    params(super::pagination::PageQuery),
+    responses((status = 200, description = "Tenants, newest first", body = List<TenantObject>)),
+)]
+async fn list_tenants(
+    State(state): State<AppState>,
+    Admin(_): Admin,
+    Paged(page): Paged<TenantId>,
+) -> Result<Json<List<TenantObject>>, ApiError> {
+    let listed = state.service()?.tenants(page).await?;
+    Ok(Json(List::of(&listed, |tenant| tenant.into())))
+}
+
+/// Show a tenant
+#[utoipa::path(
+    get, path = "/v1/admin/tenants/{name}", tag = "Administration", operation_id = "showTenant",
+    params(("name" = String, Path, description = "The tenant's name")),
+    responses(
+        (status = 200, description = "The tenant", body = TenantObject),
+        (status = 404, description = "`tenant_not_found`", body = ErrorBody),
+    ),
+)]
+async fn show_tenant(
+    State(state): State<AppState>,
+    Admin(_): Admin,
+    Path(name): Path<String>,
+) -> Result<Json<TenantObject>, ApiError> {
+    Ok(Json(TenantObject::from(&state.service()?.tenant(&name).await?)))
+}
+
+/// Change a tenant's quotas
+#[utoipa::path(
+    patch, path = "/v1/admin/tenants/{name}", tag = "Administration", operation_id = "changeTenant",
+    params(("name" = String, Path, description = "The tenant's name")),
+    request_body = ChangeTenant,
+    responses(
+        (status = 200, description = "The tenant", body = TenantObject),
+        (status = 404, description = "`tenant_not_found`", body = ErrorBody),
+    ),
+)]
+async fn change_tenant(
+    State(state): State<AppState>,
+    Admin(_): Admin,
+    Path(name): Path<String>,
+    mut fields: Fields,
+) -> Result<Json<TenantObject>, ApiError> {
+    let change = quotas(&mut fields)?;
+    fields.finish()?;
+    let tenant = state.service()?.change_quotas(&name, change).await?;
+    Ok(Json(TenantObject::from(&tenant)))
+}
+
+/// Delete a tenant
+///
+/// With its keys, concepts, trainings, generations and pictures. `default` and the caller's own tenant stay.
+#[utoipa::path(
+    delete, path = "/v1/admin/tenants/{name}", tag = "Administration", operation_id = "deleteTenant",
+    params(("name" = String, Path, description = "The tenant's name")),
+    responses(
+        (status = 204, description = "Deleted"),
+        (status = 404, description = "`tenant_not_found`", body = ErrorBody),
+        (status = 409, description = "`tenant_in_use`", body = ErrorBody),
+    ),
+)]
+async fn delete_tenant(
+    State(state): State<AppState>,
+    Admin(caller): Admin,
+    Path(name): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    state.service()?.delete_tenant(&caller, &name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

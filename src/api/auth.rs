@@ -1,0 +1,77 @@
+//! Who asks, and whether they may: `Authorization: Bearer coar_…` becomes a [`Caller`].
+//!
+//! The middleware turns away whoever has no valid key, for every route that is not public. A handler then names the
+//! scope that it needs by taking [`Read`], [`Generate`], [`Train`] or [`Admin`]: there is no other way to a caller.
+
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::{ApiError, AppState};
+use crate::error::Error;
+use crate::service::{Caller, Scope};
+
+/// Paths that anybody may ask for. Their answers tell nothing of any tenant.
+pub(super) fn is_public(path: &str) -> bool {
+    matches!(path, "/" | "/livez" | "/readyz" | "/openapi.json" | "/docs" | "/studio")
+        || path.starts_with("/docs/")
+        || path.starts_with("/studio/")
+}
+
+/// The text after `Bearer`, whose case does not matter.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, text) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| text.trim())
+}
+
+/// Puts the caller beside the request, or turns it away.
+pub(super) async fn authenticate(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
+    if !is_public(request.uri().path()) {
+        let caller = match state.service() {
+            Ok(service) => service.keys.authenticate(bearer(request.headers())).await,
+            Err(error) => Err(error),
+        };
+        match caller {
+            Ok(caller) => drop(request.extensions_mut().insert(caller)),
+            Err(error) => return ApiError(error).into_response(),
+        }
+    }
+    next.run(request).await
+}
+
+fn allowed(parts: &Parts, scope: Scope) -> Result<Caller, ApiError> {
+    let caller = parts.extensions.get::<Caller>().copied();
+    let caller = caller.ok_or_else(|| Error::internal("a public route asks for a caller"))?;
+    caller.require(scope)?;
+    Ok(caller)
+}
+
+macro_rules! scopes {
+    ($($(#[$doc:meta])* $name:ident),+ $(,)?) => { $(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy)]
+        pub(super) struct $name(pub Caller);
+
+        impl<S: Sync> FromRequestParts<S> for $name {
+            type Rejection = ApiError;
+
+            async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+                allowed(parts, Scope::$name).map(Self)
+            }
+        }
+    )+ };
+}
+
+scopes! {
+    /// A caller with the scope `read`.
+    Read,
+    /// A caller with the scope `generate`.
+    Generate,
+    /// A caller with the scope `train`.
+    Train,
+    /// A caller with the scope `admin`.
+    Admin,
+}

@@ -1,0 +1,84 @@
+//! What every answer carries and every request is bound by: security headers, CORS, time limits.
+
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use tower_http::cors::{AllowOrigin, CorsLayer};
+
+use super::{ApiError, AppState};
+use crate::error::{Error, ErrorKind};
+
+/// Nothing that the API answers is a page.
+const API_POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
+/// The server's own pages: scripts and everything else from the server alone; `data:` and `blob:` pictures, and styles
+/// in attributes, which the documentation page has.
+const PAGE_POLICY: &str = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; \
+                           object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'";
+
+fn is_page(path: &str) -> bool {
+    path == "/" || ["/docs", "/studio"].iter().any(|page| path.starts_with(page))
+}
+
+/// Headers that keep browsers from doing more with an answer than showing it.
+pub(super) async fn security_headers(request: Request, next: Next) -> Response {
+    let policy = if is_page(request.uri().path()) {
+        PAGE_POLICY
+    } else {
+        API_POLICY
+    };
+    let mut response = next.run(request).await;
+    for (name, value) in [
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::CONTENT_SECURITY_POLICY, policy),
+    ] {
+        response
+            .headers_mut()
+            .entry(name)
+            .or_insert(HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// Ends requests whose answer does not begin in time. Dropping the handler cancels its drawing.
+pub(super) async fn time_limit(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let limit = state.config().limits.request_timeout;
+    match tokio::time::timeout(Duration::from_secs(limit), next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => {
+            let message = format!("The request took more than {limit} seconds, the limit.");
+            ApiError(Error::new(ErrorKind::Timeout, "request_timeout", message).limit(limit)).into_response()
+        }
+    }
+}
+
+/// The origins that may call from a browser; without any, browsers of other origins get nothing.
+pub(super) fn cors(origins: &[String]) -> CorsLayer {
+    let layer = CorsLayer::new();
+    if origins.is_empty() {
+        return layer;
+    }
+    let origin = match origins.iter().any(|origin| origin == "*") {
+        true => AllowOrigin::any(),
+        false => AllowOrigin::list(origins.iter().filter_map(|origin| origin.parse().ok())),
+    };
+    let exposed = ["x-request-id", "location", "retry-after", "idempotency-replayed"];
+    layer
+        .allow_origin(origin)
+        .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
+        .allow_headers([
+            header::AUTHORIZATION,
+            header::CONTENT_TYPE,
+            header::ACCEPT,
+            HeaderName::from_static("idempotency-key"),
+            HeaderName::from_static("last-event-id"),
+            HeaderName::from_static("prefer"),
+            HeaderName::from_static("x-request-id"),
+        ])
+        .expose_headers(exposed.map(HeaderName::from_static))
+        .max_age(Duration::from_secs(600))
+}

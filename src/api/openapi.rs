@@ -1,0 +1,142 @@
+//! The description of the API at `/openapi.json`, built from the handlers, and the shapes that all of them share.
+
+use axum::Json;
+use serde::Serialize;
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::openapi::{ContentBuilder, OpenApi as Document, Ref, RefOr, ResponseBuilder};
+use utoipa::{Modify, OpenApi, ToSchema};
+
+use crate::registry::Listed;
+
+/// A list's envelope.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct List<T: ToSchema> {
+    /// Always `list`.
+    #[schema(example = "list")]
+    object: &'static str,
+    data: Vec<T>,
+    /// Whether `?after=` with the last id brings more.
+    has_more: bool,
+}
+
+impl<T: ToSchema> List<T> {
+    /// Rows as objects.
+    pub(super) fn of<R>(listed: &Listed<R>, object: impl for<'a> Fn(&'a R) -> T) -> Self {
+        Self {
+            object: "list",
+            data: listed.rows.iter().map(object).collect(),
+            has_more: listed.has_more,
+        }
+    }
+}
+
+/// Every error.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Error)]
+pub(super) struct ErrorBody {
+    pub error: ErrorFacts,
+}
+
+/// What went wrong.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ErrorFacts {
+    /// The kind: `invalid_request_error`, `authentication_error`, `permission_error`, `rate_limit_error`, `server_error`.
+    #[serde(rename = "type")]
+    #[schema(example = "invalid_request_error")]
+    pub kind: &'static str,
+    /// Stable, to be compared with.
+    #[schema(example = "invalid_value")]
+    pub code: &'static str,
+    /// A sentence for people.
+    #[schema(example = "`limit` is `0`; expected 1 to 100")]
+    pub message: String,
+    /// The parameter that is wrong.
+    #[schema(example = "limit")]
+    pub param: Option<String>,
+    /// The limit that was exceeded.
+    #[schema(example = 100)]
+    pub limit: Option<u64>,
+    /// The server's log has the request under this id.
+    pub request_id: Option<String>,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "coar",
+        description = "One frozen autoregressive image model, and everybody's concepts beside it.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0"),
+    ),
+    components(schemas(ErrorBody)),
+    security(("key" = [])),
+    tags(
+        (name = "Concepts", description = "Subjects and styles that the model is taught"),
+        (name = "Trainings", description = "How they are taught"),
+        (name = "Generations", description = "Pictures, natively: queued, streamed, kept"),
+        (name = "Images", description = "Pictures, in OpenAI's shape"),
+        (name = "Models", description = "What can be drawn with"),
+        (name = "Administration", description = "Keys and tenants; scope `admin`"),
+        (name = "Health", description = "Without a key"),
+    ),
+    modifiers(&Common),
+)]
+pub(super) struct Api;
+
+/// What every route has: the key, and the one shape of errors.
+struct Common;
+
+impl Modify for Common {
+    fn modify(&self, document: &mut Document) {
+        let bearer = HttpBuilder::new()
+            .scheme(HttpAuthScheme::Bearer)
+            .description(Some("`coar_…`; not needed while the server has no keys"))
+            .build();
+        let components = document.components.get_or_insert_default();
+        components.add_security_scheme("key", SecurityScheme::Http(bearer));
+    }
+}
+
+/// Adds to every operation the answers that any may give.
+pub(super) fn complete(mut document: Document) -> Document {
+    let error = |description: &str| {
+        let content = ContentBuilder::new()
+            .schema(Some(Ref::from_schema_name("Error")))
+            .build();
+        RefOr::T(
+            ResponseBuilder::new()
+                .description(description)
+                .content("application/json", content)
+                .build(),
+        )
+    };
+    for path in document.paths.paths.values_mut() {
+        let operations = [
+            &mut path.get,
+            &mut path.put,
+            &mut path.post,
+            &mut path.delete,
+            &mut path.patch,
+        ];
+        for operation in operations.into_iter().flatten() {
+            let responses = &mut operation.responses.responses;
+            // Routes that declare `security(())` answer without a key.
+            if operation.security.is_none() {
+                responses
+                    .entry("401".into())
+                    .or_insert_with(|| error("`invalid_api_key`"));
+                responses
+                    .entry("403".into())
+                    .or_insert_with(|| error("`missing_scope`"));
+            }
+            responses
+                .entry("default".into())
+                .or_insert_with(|| error("Any other error"));
+        }
+    }
+    document
+}
+
+/// The handler of `/openapi.json`.
+pub(super) async fn serve(document: std::sync::Arc<Document>) -> Json<Document> {
+    Json(Document::clone(&document))
+}

@@ -1,0 +1,118 @@
+//! `coar keys create|list|revoke`
+
+use clap::Subcommand;
+
+use super::local::{DataArgs, block_on};
+use crate::ids::KeyId;
+use crate::registry::{Page, Registry, now};
+use crate::service::{KeyRequest, Keys, Scopes};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum KeysCommand {
+    /// Make a key and print it, once. The first one closes the server to everybody without a key.
+    ///
+    /// Works while the server runs. The tenant is made where it does not exist.
+    Create {
+        /// Whose concepts and pictures the key opens: 1 to 63 of a-z, 0-9 and -.
+        #[arg(long)]
+        tenant: String,
+        /// What it is for.
+        #[arg(long)]
+        name: Option<String>,
+        /// What it allows, with commas between: read, generate, train, admin.
+        #[arg(long, default_value_t)]
+        scopes: Scopes,
+        /// Days after which it ends; without this, never.
+        #[arg(long, value_name = "DAYS")]
+        expires: Option<u32>,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Every key, revoked and expired ones included; not their texts, which are nowhere.
+    List {
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Revoke a key, for good. A running server follows within a second.
+    Revoke {
+        /// As `coar keys list` shows it: key_…
+        id: String,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+}
+
+impl KeysCommand {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        block_on(async {
+            match self {
+                Self::Create {
+                    tenant,
+                    name,
+                    scopes,
+                    expires,
+                    data,
+                } => {
+                    let keys = open(&data).await?;
+                    let owner = keys.tenant_or_new(&tenant).await?;
+                    let request = KeyRequest {
+                        tenant,
+                        name,
+                        scopes,
+                        expires_in_days: expires,
+                    };
+                    let created = keys.create(request).await?;
+                    // The key alone on standard output, for scripts.
+                    eprintln!(
+                        "{} of tenant {}, scopes {}; keep it, it is not shown again:",
+                        created.key.id, owner.name, scopes
+                    );
+                    println!("{}", created.text);
+                    eprintln!("web-hooks of this tenant are signed with {}", owner.webhook_secret);
+                    Ok(())
+                }
+                Self::List { data } => list(&open(&data).await?).await,
+                Self::Revoke { id, data } => {
+                    open(&data).await?.revoke(&id).await?;
+                    println!("{id} is revoked");
+                    Ok(())
+                }
+            }
+        })
+    }
+}
+
+async fn open(data: &DataArgs) -> anyhow::Result<Keys> {
+    Ok(Keys::new(Registry::open(&data.data).await?))
+}
+
+async fn list(keys: &Keys) -> anyhow::Result<()> {
+    println!(
+        "{:<37} {:<16} {:<14} {:<8} {:<28} NAME",
+        "ID", "TENANT", "BEGINS", "STATE", "SCOPES"
+    );
+    let mut page: Page<KeyId> = Page {
+        limit: 100,
+        after: None,
+    };
+    loop {
+        let listed = keys.list(page).await?;
+        for key in &listed.rows {
+            let state = match key.revoked_at {
+                Some(_) => "revoked",
+                None if key.is_valid(now()) => "valid",
+                None => "expired",
+            };
+            let begins = format!("coar_{}", key.public_id);
+            let scopes = key.scopes.to_string();
+            println!(
+                "{:<37} {:<16} {begins:<14} {state:<8} {scopes:<28} {}",
+                key.id, key.tenant_name, key.name
+            );
+        }
+        page.after = listed.rows.last().map(|key| key.id);
+        if !listed.has_more {
+            return Ok(());
+        }
+    }
+}

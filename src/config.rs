@@ -1,0 +1,396 @@
+//! What the operator decides. Every field is a `--flag`, a `COAR_*` variable and a key of the TOML file that `--config`
+//! names, all of one name: `--training-share`, `COAR_TRAINING_SHARE`, `training_share`. A flag wins over a variable, a
+//! variable over the file, the file over the default. No field is a secret: keys and signing secrets are in the database.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Command, ValueEnum};
+use serde::Serialize;
+
+/// Everything that `coar serve` is told.
+#[derive(Debug, Clone, Args, Serialize)]
+pub struct Config {
+    /// TOML file with any of these settings.
+    #[arg(long = "config", env = "COAR_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
+    /// Address to listen on. Anything but loopback needs API keys: `coar keys create`.
+    #[arg(long, env = "COAR_LISTEN", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Folder of the database, pictures and concepts.
+    #[arg(long, env = "COAR_DATA", default_value = "data", value_name = "DIR")]
+    pub data: PathBuf,
+    /// How callers reach the server, where a proxy stands before it: https://pictures.example.com. Begins the addresses
+    /// of pictures. Without it, the Host header of each request does.
+    #[arg(long, env = "COAR_PUBLIC_URL", value_name = "URL")]
+    pub public_url: Option<String>,
+    /// Hours for which generated pictures are kept.
+    #[arg(long, env = "COAR_KEEP_IMAGES", default_value_t = 24, value_name = "HOURS")]
+    pub keep_images: u32,
+    /// Whether pictures say in their metadata what made them: model, concepts, seed, settings; never the prompt.
+    #[arg(long, env = "COAR_PROVENANCE", default_value = "on")]
+    pub provenance: Switch,
+    /// Lets web-hooks reach private, loopback and link-local addresses and any port: for tests and closed networks.
+    #[arg(long, env = "COAR_WEBHOOK_ALLOW_PRIVATE", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub webhook_allow_private: Switch,
+    /// Origins whose pages may call the API from a browser (https://app.example.com), with commas between; `*`: all.
+    #[arg(long, env = "COAR_CORS_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
+    pub cors_origin: Vec<String>,
+    /// Lets everybody read /metrics; otherwise loopback and keys with the scope `admin` may.
+    #[arg(long, env = "COAR_METRICS_OPEN", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub metrics_open: Switch,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub quotas: QuotaArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub limits: LimitArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub model: ModelArgs,
+}
+
+/// `on` or `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Switch {
+    #[value(alias = "true", alias = "1")]
+    On,
+    #[value(alias = "false", alias = "0")]
+    Off,
+}
+
+impl Switch {
+    /// Whether it is `on`.
+    pub fn is_on(self) -> bool {
+        self == Self::On
+    }
+}
+
+/// How much each tenant may have and do at once; an administrator may say otherwise for one.
+#[derive(Debug, Clone, Copy, Args, Serialize)]
+pub struct QuotaArgs {
+    /// Concepts of each tenant; 0: any number.
+    #[arg(long, env = "COAR_QUOTA_CONCEPTS", default_value_t = 1000, value_name = "N")]
+    pub quota_concepts: u32,
+    /// Trainings of each tenant that are queued or running; 0: any number.
+    #[arg(long, env = "COAR_QUOTA_TRAININGS", default_value_t = 100, value_name = "N")]
+    pub quota_trainings: u32,
+    /// Generations of each tenant that are queued or running; 0: any number.
+    #[arg(long, env = "COAR_QUOTA_REQUESTS_IN_FLIGHT", default_value_t = 64, value_name = "N")]
+    pub quota_requests_in_flight: u32,
+    /// Pictures of each tenant in a minute; 0: any number.
+    #[arg(long, env = "COAR_QUOTA_PICTURES_PER_MINUTE", default_value_t = 0, value_name = "N")]
+    pub quota_pictures_per_minute: u32,
+}
+
+/// What one request may be, and how long it may take.
+#[derive(Debug, Clone, Copy, Args, Serialize)]
+pub struct LimitArgs {
+    /// The largest JSON body, in KiB.
+    #[arg(long, env = "COAR_JSON_LIMIT", default_value_t = 1024, value_name = "KIB")]
+    pub json_limit: usize,
+    /// The largest uploaded picture, in MiB.
+    #[arg(long, env = "COAR_PICTURE_LIMIT", default_value_t = 20, value_name = "MIB")]
+    pub picture_limit: usize,
+    /// The largest head of a request (method, path, headers), in KiB.
+    #[arg(long, env = "COAR_HEADER_LIMIT", default_value_t = 32, value_name = "KIB")]
+    pub header_limit: usize,
+    /// Seconds for which a connection may take to send the head of a request, or lie idle before one.
+    #[arg(long, env = "COAR_HEADER_TIMEOUT", default_value_t = 30, value_name = "SECONDS")]
+    pub header_timeout: u64,
+    /// Seconds between two pieces of a body.
+    #[arg(long, env = "COAR_BODY_TIMEOUT", default_value_t = 30, value_name = "SECONDS")]
+    pub body_timeout: u64,
+    /// Seconds from a request's head to its answer's head, body and drawing included. Streams go on beyond it.
+    #[arg(long, env = "COAR_REQUEST_TIMEOUT", default_value_t = 600, value_name = "SECONDS")]
+    pub request_timeout: u64,
+    /// Connections at once; more wait.
+    #[arg(long, env = "COAR_CONNECTIONS", default_value_t = 1024, value_name = "N")]
+    pub connections: usize,
+}
+
+/// Which base model, and where it runs.
+#[derive(Debug, Clone, Args, Serialize)]
+pub struct ModelArgs {
+    /// Checkpoint folder (config.json, safetensors, tokenizer files). Default: the pocket model inside this binary.
+    #[arg(long, env = "COAR_MODEL", value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Folder of text_tokenizer.json, vqgan.yaml and vqgan.ckpt where they lie apart from the checkpoint.
+    #[arg(long, env = "COAR_TOKENIZER", value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
+    /// Picture size in pixels that the checkpoint was trained for (512, 768, 1024). Default: what config.json says, or 512.
+    #[arg(long, env = "COAR_TARGET_SIZE", value_name = "PIXELS")]
+    pub target_size: Option<u32>,
+    /// `auto`, `cpu` or `cuda:N`.
+    #[arg(long, env = "COAR_DEVICE", default_value = "auto")]
+    pub device: String,
+    /// `auto` (f32 on the CPU, bf16 elsewhere), `f32`, `bf16` or `f16`.
+    #[arg(long, env = "COAR_DTYPE", default_value = "auto")]
+    pub dtype: String,
+    /// Threads for libtorch on the CPU; 0: as many as cores.
+    #[arg(long, env = "COAR_THREADS", default_value_t = 0)]
+    pub threads: i32,
+    /// Where the pocket model's files are unpacked. Default: the user's cache folder.
+    #[arg(long, env = "COAR_CACHE", value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+}
+
+/// How the device is shared among requests and trainings.
+#[derive(Debug, Clone, Args, Serialize)]
+pub struct EngineArgs {
+    /// Share of the device's time for trainings while pictures wait, 0 to 1. Without pictures they have all of it.
+    #[arg(long, env = "COAR_TRAINING_SHARE", default_value_t = 0.5)]
+    pub training_share: f64,
+    /// Memory for keys and values in MiB, taken once at the start: it bounds how many pictures are drawn at once.
+    #[arg(long, env = "COAR_KV_MEMORY", default_value_t = 2048, value_name = "MIB")]
+    pub kv_memory: u64,
+    /// The most rows of the batch, whatever the memory admits; a picture with guidance takes two.
+    #[arg(long, env = "COAR_ROWS", default_value_t = 64)]
+    pub rows: usize,
+    /// Requests that may wait for rows; more are refused with 429.
+    #[arg(long, env = "COAR_QUEUE", default_value_t = 64)]
+    pub queue: usize,
+    /// Memory in MiB for concepts that stay on the device while nobody uses them.
+    #[arg(long, env = "COAR_CONCEPT_MEMORY", default_value_t = 256, value_name = "MIB")]
+    pub concept_memory: usize,
+    /// Pictures do not depend on who shares their batch even where libtorch's kernels would (a GPU, or a CPU without
+    /// AVX-512): every step has the shapes of the full batch, so choose --rows no larger than needed.
+    #[arg(long, env = "COAR_DETERMINISTIC", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub deterministic: Switch,
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the configuration cannot be used:\n  {}", .0.join("\n  "))]
+pub struct Faults(pub Vec<String>);
+
+/// Whether it is `http(s)://host[:port]`, with a path where `path` admits one.
+fn is_origin(text: &str, path: bool) -> bool {
+    let Some(rest) = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://")) else {
+        return false;
+    };
+    let host = rest.split('/').next().unwrap_or("");
+    let plain = rest.bytes().all(|b| b.is_ascii_graphic() && !b"?#@\"<>\\".contains(&b));
+    !host.is_empty() && plain && (path || host == rest)
+}
+
+impl Config {
+    /// Checks every value, and tells of all that are wrong.
+    ///
+    /// # Errors
+    /// [`Faults`]
+    pub fn validate(&self) -> Result<(), Faults> {
+        let mut faults = Vec::new();
+        let mut check = |key: &str, good: bool, expected: &str, value: &dyn std::fmt::Display| {
+            if !good {
+                faults.push(format!("{key} is {value}; expected {expected}"));
+            }
+        };
+        let share = self.engine.training_share;
+        check(
+            "training_share",
+            (0.0..=1.0).contains(&share),
+            "a number from 0 to 1",
+            &share,
+        );
+        check(
+            "kv_memory",
+            self.engine.kv_memory > 0,
+            "1 or more",
+            &self.engine.kv_memory,
+        );
+        check("rows", self.engine.rows > 1, "2 or more", &self.engine.rows);
+        check("queue", self.engine.queue > 0, "1 or more", &self.engine.queue);
+        check("threads", self.model.threads >= 0, "0 or more", &self.model.threads);
+        let device = self.model.device.as_str();
+        let index = device
+            .strip_prefix("cuda:")
+            .is_some_and(|index| index.parse::<u16>().is_ok());
+        let known = matches!(device, "auto" | "cpu" | "cuda") || index;
+        check("device", known, "auto, cpu or cuda:N", &device);
+        let dtype = self.model.dtype.as_str();
+        check(
+            "dtype",
+            matches!(dtype, "auto" | "f32" | "bf16" | "f16"),
+            "auto, f32, bf16 or f16",
+            &dtype,
+        );
+        if let Some(url) = &self.public_url {
+            let good = is_origin(url, true);
+            check(
+                "public_url",
+                good,
+                "http(s)://host, without user, query or fragment",
+                url,
+            );
+        }
+        for origin in &self.cors_origin {
+            let good = origin == "*" || is_origin(origin, false);
+            check(
+                "cors_origin",
+                good,
+                "http(s)://host[:port] without a path, or *",
+                origin,
+            );
+        }
+        // A hundred years of hours still fit into milliseconds.
+        check(
+            "keep_images",
+            (1..=876_000).contains(&self.keep_images),
+            "1 to 876000",
+            &self.keep_images,
+        );
+        let limits = &self.limits;
+        check(
+            "json_limit",
+            (1..=65_536).contains(&limits.json_limit),
+            "1 to 65536",
+            &limits.json_limit,
+        );
+        check(
+            "picture_limit",
+            (1..=1024).contains(&limits.picture_limit),
+            "1 to 1024",
+            &limits.picture_limit,
+        );
+        check(
+            "header_limit",
+            (8..=1024).contains(&limits.header_limit),
+            "8 to 1024",
+            &limits.header_limit,
+        );
+        check("connections", limits.connections > 0, "1 or more", &limits.connections);
+        let day = 1..=86_400;
+        for (key, seconds) in [
+            ("header_timeout", limits.header_timeout),
+            ("body_timeout", limits.body_timeout),
+            ("request_timeout", limits.request_timeout),
+        ] {
+            check(key, day.contains(&seconds), "1 to 86400", &seconds);
+        }
+        if faults.is_empty() { Ok(()) } else { Err(Faults(faults)) }
+    }
+
+    /// As a TOML file: what holds now, defaults included. Unset fields are absent.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).unwrap_or_else(|error| format!("# cannot be shown: {error}\n"))
+    }
+
+    /// How long generated pictures are kept.
+    pub fn keep_images(&self) -> Duration {
+        Duration::from_secs(3600 * u64::from(self.keep_images))
+    }
+}
+
+/// The settings of a TOML file, as texts that a flag would take. They become the defaults of the command line.
+///
+/// # Errors
+/// [`Faults`]: the file cannot be read, keys that are no settings, values of another type.
+pub fn read_file(path: &Path) -> Result<Vec<(String, Vec<String>)>, Faults> {
+    let told = |problem: &dyn std::fmt::Display| Faults(vec![format!("{}: {problem}", path.display())]);
+    let text = std::fs::read_to_string(path).map_err(|error| told(&error))?;
+    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| told(&error))?;
+    // Variables are left out of the check: it is the file's.
+    let command = Config::augment_args(Command::new("config").no_binary_name(true))
+        .mut_args(|arg| arg.env(clap::builder::Resettable::Reset));
+    let (mut settings, mut faults) = (Vec::new(), Vec::new());
+    for (key, value) in table {
+        let known = key != "file" && command.get_arguments().any(|arg| arg.get_id() == key.as_str());
+        let Some(values) = texts(&value).filter(|_| known) else {
+            let problem = if known {
+                "has a value of another type"
+            } else {
+                "is not a setting"
+            };
+            faults.push(format!("{}: `{key}` {problem}", path.display()));
+            continue;
+        };
+        let flag = key.replace('_', "-");
+        let arguments = values.iter().map(|value| format!("--{flag}={value}"));
+        match command.clone().try_get_matches_from(arguments) {
+            Ok(_) => settings.push((key, values)),
+            Err(_) => faults.push(format!("{}: `{key}` cannot be {value}", path.display())),
+        }
+    }
+    if faults.is_empty() {
+        Ok(settings)
+    } else {
+        Err(Faults(faults))
+    }
+}
+
+/// A value as a flag would take it; a list as several.
+fn texts(value: &toml::Value) -> Option<Vec<String>> {
+    Some(match value {
+        toml::Value::String(text) => vec![text.clone()],
+        toml::Value::Integer(number) => vec![number.to_string()],
+        toml::Value::Float(number) => vec![number.to_string()],
+        toml::Value::Boolean(on) => vec![if *on { "on" } else { "off" }.to_owned()],
+        toml::Value::Array(values) => values.iter().map(texts).collect::<Option<Vec<_>>>()?.concat(),
+        toml::Value::Datetime(_) | toml::Value::Table(_) => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::FromArgMatches;
+
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Config {
+        let command = Config::augment_args(Command::new("config").no_binary_name(true));
+        Config::from_arg_matches(&command.get_matches_from(arguments)).unwrap()
+    }
+
+    #[test]
+    fn the_defaults_are_valid_and_every_fault_is_told() {
+        assert_eq!(parse(&[]).validate(), Ok(()));
+        let bad = parse(&[
+            "--training-share=2",
+            "--rows=1",
+            "--cors-origin=example.com",
+            "--public-url=ftp://x",
+        ]);
+        let Faults(faults) = bad.validate().unwrap_err();
+        let keys: Vec<_> = faults.iter().filter_map(|fault| fault.split(' ').next()).collect();
+        assert_eq!(keys, ["training_share", "rows", "public_url", "cors_origin"]);
+    }
+
+    #[test]
+    fn every_setting_is_a_flag_a_variable_and_a_key_of_one_name() {
+        let command = Config::augment_args(Command::new("config"));
+        for arg in command.get_arguments() {
+            let flag = arg.get_long().unwrap();
+            let variable = format!("COAR_{}", flag.replace('-', "_").to_uppercase());
+            assert_eq!(arg.get_env().and_then(|name| name.to_str()), Some(variable.as_str()));
+            assert!(arg.get_help().is_some(), "{flag} is not described");
+            assert!(flag == "config" || arg.get_id() == flag.replace('-', "_").as_str());
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_shown_reads_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("coar.toml");
+        let shown = parse(&["--cors-origin=https://a.example,https://b.example", "--metrics-open"]).to_toml();
+        std::fs::write(&path, &shown).unwrap();
+        let settings = read_file(&path).unwrap();
+        let of = |key: &str| {
+            settings
+                .iter()
+                .find(|(name, _)| name == key)
+                .map(|(_, values)| values.clone())
+        };
+        assert_eq!(of("cors_origin").unwrap(), ["https://a.example", "https://b.example"]);
+        assert_eq!(of("metrics_open").unwrap(), ["on"]);
+        std::fs::write(&path, "rows = \"many\"\ncolour = 1\nqueue = 3\n[table]\n").unwrap();
+        let Faults(faults) = read_file(&path).unwrap_err();
+        assert_eq!(faults.len(), 3, "{faults:?}");
+    }
+}

@@ -1,0 +1,198 @@
+//! Guidance and drawing on numbers in the CPU's memory, one picture a thread: the same order of operations as on tensors.
+
+use super::{Draw, NO_CODE};
+use crate::model::cpu;
+
+/// One picture's draw from rows of logits.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::model) struct HostDraw {
+    /// Row of the conditional branch, and of the other one where there is guidance.
+    pub conditional: usize,
+    pub unconditional: Option<usize>,
+    pub guidance_scale: f32,
+    pub draw: Draw,
+}
+
+struct Rows {
+    logits: *mut f32,
+    scratch: *mut f32,
+    drawn: *mut i64,
+}
+
+// SAFETY: every picture has rows of its own.
+unsafe impl Sync for Rows {}
+
+impl Rows {
+    /// # Safety
+    /// No other thread holds a row of the same picture.
+    unsafe fn draw(&self, index: usize, n: usize, one: &HostDraw) {
+        // SAFETY: the caller's; rows and the picture's own scratch are inside.
+        unsafe {
+            let row = |row: usize| std::slice::from_raw_parts_mut(self.logits.add(row * n), n);
+            let scores = row(one.conditional);
+            if let Some(other) = one.unconditional {
+                for (c, u) in scores.iter_mut().zip(row(other)) {
+                    *c = *u + (*c - *u) * one.guidance_scale;
+                }
+            }
+            let scratch = std::slice::from_raw_parts_mut(self.scratch.add(index * n), n);
+            *self.drawn.add(index) = draw(scores, scratch, &one.draw);
+        }
+    }
+}
+
+/// Draws one code for each picture from `logits` `[rows, n]`, which it overwrites. No two pictures may share a row.
+/// `scratch` grows to what is needed and stays.
+pub(in crate::model) fn draw_on_host(
+    logits: &mut [f32],
+    n: usize,
+    draws: &[HostDraw],
+    scratch: &mut Vec<f32>,
+) -> Vec<i64> {
+    let rows = logits.len() / n.max(1);
+    let inside = |one: &HostDraw| one.conditional < rows && one.unconditional.is_none_or(|row| row < rows);
+    assert!(draws.iter().all(inside), "a picture's rows are rows of the logits");
+    let mut drawn = vec![NO_CODE; draws.len()];
+    if scratch.len() < draws.len() * n {
+        scratch.resize(draws.len() * n, 0.0);
+    }
+    let pointers = Rows {
+        logits: logits.as_mut_ptr(),
+        scratch: scratch.as_mut_ptr(),
+        drawn: drawn.as_mut_ptr(),
+    };
+    // SAFETY: rows are inside, and every picture has its own.
+    cpu::for_each(draws.len(), |index| unsafe { pointers.draw(index, n, &draws[index]) });
+    drawn
+}
+
+/// The largest score; NaN where one is NaN.
+fn largest(scores: &[f32]) -> f32 {
+    // In lanes, so that it becomes vector instructions; a NaN makes its lane's sum NaN.
+    const LANES: usize = 16;
+    let (mut most, mut spoilt) = ([f32::NEG_INFINITY; LANES], [0.0f32; LANES]);
+    let chunks = scores.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            most[lane] = if chunk[lane] > most[lane] {
+                chunk[lane]
+            } else {
+                most[lane]
+            };
+            spoilt[lane] += chunk[lane] * 0.0;
+        }
+    }
+    let mut all = rest.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    all = most.iter().copied().fold(all, f32::max);
+    let nan = rest.iter().any(|score| score.is_nan()) || scores_have_nan(scores, &spoilt);
+    if nan { f32::NAN } else { all }
+}
+
+/// Infinite scores spoil a lane's sum as NaN ones do: which it was is looked up then.
+fn scores_have_nan(scores: &[f32], spoilt: &[f32]) -> bool {
+    spoilt.iter().any(|sum| sum.is_nan()) && scores.iter().any(|score| score.is_nan())
+}
+
+/// One code from `scores`; see [`super::draw_codes`].
+fn draw(scores: &[f32], scratch: &mut [f32], draw: &Draw) -> i64 {
+    let most = largest(scores);
+    if !most.is_finite() {
+        return NO_CODE;
+    }
+    if draw.temperature == 0.0 {
+        return scores
+            .iter()
+            .position(|&score| score == most)
+            .map_or(NO_CODE, |at| at as i64);
+    }
+    let k = usize::try_from(draw.top_k).unwrap_or(0);
+    let threshold = if k == 0 || k >= scores.len() {
+        f32::NEG_INFINITY
+    } else {
+        scratch.copy_from_slice(scores);
+        *scratch.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+    };
+    let warmth = draw.temperature as f32;
+    let most = f64::from(most / warmth);
+    let weight = |score: f32| (f64::from(score / warmth) - most).exp();
+    // The weights of what is kept, in order; kept twice, once for their sum and once for the draw.
+    let mut kept = 0;
+    let mut total = 0.0f64;
+    for (index, &score) in scores.iter().enumerate() {
+        if score >= threshold && score > f32::NEG_INFINITY {
+            total += weight(score);
+            scratch[kept] = f32::from_bits(index as u32);
+            kept += 1;
+        }
+    }
+    let at = draw.uniform * total;
+    let mut sum = 0.0f64;
+    let mut code = NO_CODE;
+    for index in &scratch[..kept] {
+        let index = index.to_bits() as usize;
+        sum += weight(scores[index]);
+        code = index as i64;
+        if sum > at {
+            break;
+        }
+    }
+    code
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind, Tensor};
+
+    use super::super::{draw_codes, uniform};
+    use super::*;
+
+    #[test]
+    fn it_draws_what_tensors_draw() {
+        let (rows, n) = (40, 300);
+        // Quarters, so that there are ties; some rows are broken.
+        let logits = (Tensor::randn([rows, n], (Kind::Float, Device::Cpu)) * 8.0).round() / 4.0;
+        let _ = logits.get(6).fill_(f64::NAN);
+        let _ = logits.get(10).fill_(f64::NEG_INFINITY);
+        let _ = logits.get(12).get(17).fill_(f64::INFINITY);
+        let _ = logits.get(15).get(17).fill_(f64::NEG_INFINITY);
+        let mut draws = Vec::new();
+        for picture in 0..20usize {
+            draws.push(HostDraw {
+                conditional: 2 * picture,
+                unconditional: (picture % 3 == 0).then_some(2 * picture + 1),
+                guidance_scale: 2.5,
+                draw: Draw {
+                    top_k: [0, 7, 300, 1][picture % 4],
+                    temperature: [1.0, 0.0, 0.4][picture % 3],
+                    uniform: uniform(3, picture as u64, 0),
+                },
+            });
+        }
+        let conditional = Tensor::from_slice(&(0..20).map(|p| 2 * p).collect::<Vec<i64>>());
+        let other: Vec<i64> = draws
+            .iter()
+            .map(|d| d.unconditional.unwrap_or(d.conditional) as i64)
+            .collect();
+        let (c, u) = (
+            logits.index_select(0, &conditional),
+            logits.index_select(0, &Tensor::from_slice(&other)),
+        );
+        let guided: Vec<bool> = draws.iter().map(|d| d.unconditional.is_some()).collect();
+        let scores = (&u + (&c - &u) * 2.5).where_self(&Tensor::from_slice(&guided).view([-1, 1]), &c);
+        let only: Vec<Draw> = draws.iter().map(|d| d.draw).collect();
+        let expected: Vec<i64> = Vec::try_from(draw_codes(&scores, &only).unwrap()).unwrap();
+        let mut numbers: Vec<f32> = Vec::try_from(&logits.view(-1)).unwrap();
+        let mut scratch = vec![];
+        let found = draw_on_host(&mut numbers, n as usize, &draws, &mut scratch);
+        // Where the largest score is shared, tensors may take another one of them.
+        for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let row = scores.get(index as i64);
+            let same = found == expected
+                || (draws[index].draw.temperature == 0.0
+                    && row.get(*found).double_value(&[]) == row.get(*expected).double_value(&[]));
+            assert!(same, "picture {index}: {found}, {expected}");
+        }
+        assert_eq!(found.iter().filter(|&&code| code == NO_CODE).count(), 3, "{found:?}");
+    }
+}

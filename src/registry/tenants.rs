@@ -1,0 +1,198 @@
+//! Tenants: whose concepts, trainings and pictures they are.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::{Listed, Page, Registry, RegistryError, identifier, now};
+use crate::ids::TenantId;
+
+/// How much a tenant may have and do at once; `None`: the server's default.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Quotas {
+    /// Concepts.
+    pub concepts: Option<u32>,
+    /// Trainings that are queued or running.
+    pub trainings: Option<u32>,
+    /// Generations that are queued or running.
+    pub requests_in_flight: Option<u32>,
+    pub pictures_per_minute: Option<u32>,
+}
+
+impl Quotas {
+    /// These, and where there is none the other's.
+    pub fn or(self, default: Self) -> Self {
+        Self {
+            concepts: self.concepts.or(default.concepts),
+            trainings: self.trainings.or(default.trainings),
+            requests_in_flight: self.requests_in_flight.or(default.requests_in_flight),
+            pictures_per_minute: self.pictures_per_minute.or(default.pictures_per_minute),
+        }
+    }
+}
+
+/// A tenant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tenant {
+    pub id: TenantId,
+    pub name: String,
+    /// `whsec_…`: signs its web-hooks.
+    pub webhook_secret: String,
+    pub quotas: Quotas,
+    pub created_at: i64,
+}
+
+fn tenant(row: &SqliteRow) -> Result<Tenant, RegistryError> {
+    Ok(Tenant {
+        id: identifier(row, "id")?,
+        name: row.try_get("name")?,
+        webhook_secret: row.try_get("webhook_secret")?,
+        quotas: Quotas {
+            concepts: row.try_get("concepts")?,
+            trainings: row.try_get("trainings")?,
+            requests_in_flight: row.try_get("requests_in_flight")?,
+            pictures_per_minute: row.try_get("pictures_per_minute")?,
+        },
+        created_at: row.try_get("created_at")?,
+    })
+}
+
+/// 24 random bytes, as the Standard Webhooks libraries read them.
+fn webhook_secret() -> String {
+    format!("whsec_{}", STANDARD.encode(rand::random::<[u8; 24]>()))
+}
+
+impl Registry {
+    /// Gives tenants that a migration made their secrets.
+    pub(super) async fn complete_tenants(&self) -> Result<(), RegistryError> {
+        let incomplete: Vec<(String,)> = sqlx::query_as("SELECT id FROM tenants WHERE webhook_secret IS NULL")
+            .fetch_all(&self.pool)
+            .await?;
+        for (id,) in incomplete {
+            sqlx::query("UPDATE tenants SET webhook_secret = $1 WHERE id = $2 AND webhook_secret IS NULL")
+                .bind(webhook_secret())
+                .bind(id)
+                .execute(&self.pool)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Makes a tenant.
+    ///
+    /// # Errors
+    /// `TenantTaken`; when the database fails.
+    pub async fn add_tenant(&self, name: &str, quotas: Quotas) -> Result<Tenant, RegistryError> {
+        let new = Tenant {
+            id: TenantId::new(),
+            name: name.to_owned(),
+            webhook_secret: webhook_secret(),
+            quotas,
+            created_at: now(),
+        };
+        let inserted = sqlx::query(
+            "INSERT INTO tenants (id, name, webhook_secret, concepts, trainings, requests_in_flight, pictures_per_minute,
+             created_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        )
+        .bind(new.id.to_string())
+        .bind(&new.name)
+        .bind(&new.webhook_secret)
+        .bind(quotas.concepts)
+        .bind(quotas.trainings)
+        .bind(quotas.requests_in_flight)
+        .bind(quotas.pictures_per_minute)
+        .bind(new.created_at)
+        .execute(&self.pool)
+        .await;
+        match inserted {
+            Err(sqlx::Error::Database(error)) if error.is_unique_violation() => {
+                Err(RegistryError::TenantTaken(new.name))
+            }
+            other => other.map(|_| new).map_err(Into::into),
+        }
+    }
+
+    /// A tenant by its name.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn tenant(&self, name: &str) -> Result<Option<Tenant>, RegistryError> {
+        let row = sqlx::query("SELECT * FROM tenants WHERE name = $1")
+            .bind(name)
+            .fetch_optional(&self.pool)
+            .await?;
+        row.as_ref().map(tenant).transpose()
+    }
+
+    /// A tenant by its identifier.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn tenant_by_id(&self, id: TenantId) -> Result<Option<Tenant>, RegistryError> {
+        let row = sqlx::query("SELECT * FROM tenants WHERE id = $1")
+            .bind(id.to_string())
+            .fetch_optional(&self.pool)
+            .await?;
+        row.as_ref().map(tenant).transpose()
+    }
+
+    /// Tenants, newest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn tenants(&self, page: Page<TenantId>) -> Result<Listed<Tenant>, RegistryError> {
+        let rows = sqlx::query("SELECT * FROM tenants WHERE id < $1 ORDER BY id DESC LIMIT $2")
+            .bind(page.after())
+            .bind(page.fetched())
+            .fetch_all(&self.pool)
+            .await?;
+        Ok(page.cut(rows.iter().map(tenant).collect::<Result<_, _>>()?))
+    }
+
+    /// Replaces a tenant's quotas; `None` where there is no such tenant.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn set_quotas(&self, name: &str, quotas: Quotas) -> Result<Option<Tenant>, RegistryError> {
+        sqlx::query(
+            "UPDATE tenants SET concepts = $1, trainings = $2, requests_in_flight = $3, pictures_per_minute = $4
+             WHERE name = $5",
+        )
+        .bind(quotas.concepts)
+        .bind(quotas.trainings)
+        .bind(quotas.requests_in_flight)
+        .bind(quotas.pictures_per_minute)
+        .bind(name)
+        .execute(&self.pool)
+        .await?;
+        self.tenant(name).await
+    }
+
+    /// Removes a tenant with everything that is its: keys, concepts, trainings, generations, pictures.
+    ///
+    /// # Errors
+    /// When the database or the blob store fails.
+    pub async fn delete_tenant(&self, id: TenantId) -> Result<bool, RegistryError> {
+        let mut transaction = self.write().await?;
+        let blobs: Vec<(Option<String>,)> = sqlx::query_as(
+            "WITH own AS (SELECT id FROM concepts WHERE tenant_id = $1)
+             SELECT blob FROM concept_pictures WHERE concept_id IN own
+             UNION SELECT hash FROM concept_versions WHERE concept_id IN own
+             UNION SELECT checkpoint FROM trainings WHERE tenant_id = $1
+             UNION SELECT p.blob FROM training_previews p JOIN trainings t ON t.id = p.training_id WHERE t.tenant_id = $1
+             UNION SELECT blob FROM images WHERE tenant_id = $1",
+        )
+        .bind(id.to_string())
+        .fetch_all(&mut *transaction)
+        .await?;
+        let deleted = sqlx::query("DELETE FROM tenants WHERE id = $1")
+            .bind(id.to_string())
+            .execute(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
+        let blobs: Vec<String> = blobs.into_iter().filter_map(|(blob,)| blob).collect();
+        self.remove_unreferenced(&blobs).await?;
+        Ok(deleted.rows_affected() > 0)
+    }
+}

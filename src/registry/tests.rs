@@ -1,0 +1,159 @@
+//! Databases of older versions, and what tenants do not share.
+
+use super::*;
+use crate::concept::ConceptKind;
+use crate::ids::{ConceptId, ImageId, TenantId, TrainingId};
+use crate::training::{Preset, TrainingSpec};
+
+#[tokio::test]
+async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let (rex, ink, image) = (ConceptId::new(), ConceptId::new(), ImageId::new());
+    let (done, running) = (TrainingId::new(), TrainingId::new());
+    let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
+    let blobs = Blobs::open(&dir.path().join("blobs")).unwrap();
+    let mut hashes = vec![];
+    for bytes in [&b"picture"[..], b"concept file", b"checkpoint", b"drawn"] {
+        hashes.push(blobs.put(bytes.into()).await.unwrap());
+    }
+    {
+        let options = SqliteConnectOptions::new()
+            .filename(dir.path().join("coar.sqlite"))
+            .create_if_missing(true)
+            .foreign_keys(true);
+        let pool = SqlitePool::connect_with(options).await.unwrap();
+        let mut first = sqlx::migrate!("migrations/sqlite");
+        first.migrations = first.iter().take(1).cloned().collect::<Vec<_>>().into();
+        first.run(&pool).await.unwrap();
+        for (id, name, version) in [(rex, "rex", Some(&hashes[1])), (ink, "ink", None)] {
+            sqlx::query("INSERT INTO concepts VALUES ($1, $2, 'subject', 'cat', $3, 1000)")
+                .bind(id.to_string())
+                .bind(name)
+                .bind(version)
+                .execute(&pool)
+                .await
+                .unwrap();
+        }
+        sqlx::query("INSERT INTO concept_pictures VALUES ($1, 0, $2)")
+            .bind(rex.to_string())
+            .bind(&hashes[0])
+            .execute(&pool)
+            .await
+            .unwrap();
+        for (id, concept, status, checkpoint) in [
+            (done, rex, "succeeded", None),
+            (running, ink, "running", Some(&hashes[2])),
+        ] {
+            sqlx::query(
+                "INSERT INTO trainings (id, concept_id, status, spec, total_steps, checkpoint, checkpoint_step, created_at)
+                 VALUES ($1, $2, $3, $4, 40, $5, 20, 1000)",
+            )
+            .bind(id.to_string())
+            .bind(concept.to_string())
+            .bind(status)
+            .bind(serde_json::to_string(&spec).unwrap())
+            .bind(checkpoint)
+            .execute(&pool)
+            .await
+            .unwrap();
+        }
+        sqlx::query("INSERT INTO images VALUES ($1, $2, 'image/png', 1000)")
+            .bind(image.to_string())
+            .bind(&hashes[3])
+            .execute(&pool)
+            .await
+            .unwrap();
+        pool.close().await;
+    }
+    let registry = Registry::open(dir.path()).await.unwrap();
+    let tenant = TenantId::DEFAULT;
+    assert_eq!(registry.collect_garbage().await.unwrap(), 0);
+    let concept = registry.concept(tenant, "rex").await.unwrap().unwrap();
+    assert_eq!(
+        (concept.id, concept.version.as_ref(), concept.version_number),
+        (rex, Some(&hashes[1]), Some(1))
+    );
+    assert_eq!((concept.created_at, concept.pictures), (1000, vec![hashes[0].clone()]));
+    assert_eq!(
+        registry.concept(tenant, "ink").await.unwrap().unwrap().version_number,
+        None
+    );
+    let trained = registry.latest_training(tenant, rex).await.unwrap().unwrap();
+    assert_eq!(
+        (trained.id, trained.status, trained.version),
+        (done, TrainingStatus::Succeeded, Some(1))
+    );
+    assert_eq!((trained.spec, trained.total_steps), (spec, 40));
+    // What was running is taken up from its checkpoint.
+    assert_eq!(registry.release_all().await.unwrap(), 1);
+    let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
+    assert_eq!((claimed.training.id, claimed.training.resumed_from_step), (running, 20));
+    assert_eq!(registry.image(tenant, image).await.unwrap().unwrap().blob, hashes[3]);
+    assert!(
+        registry
+            .tenant("default")
+            .await
+            .unwrap()
+            .unwrap()
+            .webhook_secret
+            .starts_with("whsec_")
+    );
+    assert_eq!(
+        registry.server_secret().await.unwrap(),
+        registry.server_secret().await.unwrap()
+    );
+    // Deleting takes the versions' files too.
+    assert!(registry.delete_concept(tenant, "rex").await.unwrap());
+    assert!(registry.blobs.get(&hashes[1]).await.is_err());
+}
+
+#[tokio::test]
+async fn tenants_have_names_of_their_own_and_go_with_all_they_have() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::open(dir.path()).await.unwrap();
+    let acme = registry.add_tenant("acme", Quotas::default()).await.unwrap();
+    assert!(matches!(
+        registry.add_tenant("acme", Quotas::default()).await,
+        Err(RegistryError::TenantTaken(name)) if name == "acme"
+    ));
+    let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
+    let mut trainings = vec![];
+    for tenant in [TenantId::DEFAULT, acme.id] {
+        let new = NewConcept {
+            name: "rex".into(),
+            kind: ConceptKind::Subject,
+            class_noun: Some("cat".into()),
+            pictures: vec![registry.blobs.put(tenant.to_string().into()).await.unwrap()],
+        };
+        trainings.push(registry.add_concept(tenant, &new, &spec).await.unwrap().1.id);
+    }
+    assert!(registry.training(acme.id, trainings[0]).await.unwrap().is_none());
+    assert!(registry.cancel_training(acme.id, trainings[0]).await.unwrap().is_none());
+    let untouched = registry
+        .training(TenantId::DEFAULT, trainings[0])
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(untouched.status, TrainingStatus::Queued);
+    assert!(registry.delete_tenant(acme.id).await.unwrap());
+    assert!(registry.training(acme.id, trainings[1]).await.unwrap().is_none());
+    assert_eq!(registry.concepts(TenantId::DEFAULT).await.unwrap().len(), 1);
+    assert_eq!(registry.blobs.all().await.unwrap().len(), 1);
+    let page = Page { limit: 1, after: None };
+    let listed = registry.tenants(page).await.unwrap();
+    assert_eq!((listed.rows[0].name.as_str(), listed.has_more), ("default", false));
+}
+
+#[test]
+fn equal_inputs_have_equal_fingerprints_whatever_the_name() {
+    let spec = |name: &str| TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, name, Some("cat"), 6);
+    let pictures = vec!["a".to_owned(), "b".to_owned()];
+    let rex = input_fingerprint(&pictures, &spec("rex")).unwrap();
+    assert_eq!(rex, input_fingerprint(&pictures, &spec("max")).unwrap());
+    assert_ne!(rex, input_fingerprint(&pictures[..1], &spec("rex")).unwrap());
+    let longer = TrainingSpec {
+        steps: 7,
+        ..spec("rex")
+    };
+    assert_ne!(rex, input_fingerprint(&pictures, &longer).unwrap());
+}

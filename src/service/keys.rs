@@ -1,0 +1,327 @@
+//! API keys: made, shown once, checked, revoked. Needs no engine, so that the command line has it too.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use rand::Rng as _;
+use subtle::ConstantTimeEq as _;
+
+use super::Caller;
+use crate::concept::is_slug;
+use crate::error::{Error, ErrorKind};
+use crate::ids::KeyId;
+use crate::registry::blobs::content_hash;
+use crate::registry::{ApiKey, Listed, NewKey, Page, Quotas, Registry, RegistryError, Scopes, Tenant, now};
+
+/// What was read from the database is believed for so long: a revocation acts within a second.
+const BELIEVED: Duration = Duration::from_millis(500);
+/// Keys that are remembered; beyond it all are forgotten.
+const REMEMBERED: usize = 4096;
+/// Characters of a key that it is looked up by.
+const PUBLIC: usize = 8;
+/// Characters of 32 random bytes in base64.
+const SECRET: usize = 43;
+/// Characters of a key's name.
+const NAME_LIMIT: usize = 100;
+/// Days after which a key may expire at the latest.
+const DAYS_LIMIT: u32 = 3650;
+
+/// The checker of keys, and its short memory.
+#[derive(Debug, Clone)]
+pub struct Keys {
+    registry: Registry,
+    memory: Arc<Mutex<Memory>>,
+}
+
+#[derive(Debug, Default)]
+struct Memory {
+    any: Option<(Instant, bool)>,
+    keys: HashMap<String, (Instant, ApiKey)>,
+}
+
+/// A key that is wanted.
+#[derive(Debug, Clone, Default)]
+pub struct KeyRequest {
+    /// Name of the tenant.
+    pub tenant: String,
+    /// What it is for.
+    pub name: Option<String>,
+    pub scopes: Scopes,
+    pub expires_in_days: Option<u32>,
+}
+
+/// A new key with its text, which is nowhere else and never shown again.
+#[derive(Debug, Clone)]
+pub struct CreatedKey {
+    pub key: ApiKey,
+    /// `coar_` and 8 characters to find it by, `_` and 43 that prove it.
+    pub text: String,
+}
+
+/// The public part of a well-formed key.
+fn public_part(text: &str) -> Option<&str> {
+    let rest = text.strip_prefix("coar_")?;
+    let (public, secret) = rest.split_at_checked(PUBLIC)?;
+    let secret = secret.strip_prefix('_')?;
+    let plain = |part: &str| {
+        part.bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+    };
+    (secret.len() == SECRET && plain(public) && plain(secret)).then_some(public)
+}
+
+fn new_text() -> String {
+    const ALPHABET: &[u8] = b"abcdefghijklmnopqrstuvwxyz0123456789";
+    let mut rng = rand::rng();
+    let public: String = (0..PUBLIC)
+        .map(|_| char::from(ALPHABET[rng.random_range(0..ALPHABET.len())]))
+        .collect();
+    format!("coar_{public}_{}", URL_SAFE_NO_PAD.encode(rng.random::<[u8; 32]>()))
+}
+
+fn invalid_key() -> Error {
+    Error::new(
+        ErrorKind::Unauthorized,
+        "invalid_api_key",
+        "This needs a valid key, sent as `Authorization: Bearer coar_…`.",
+    )
+}
+
+pub(super) fn no_tenant(name: &str) -> Error {
+    Error::field(
+        "tenant_not_found",
+        "tenant",
+        format!("is `{name}`, which does not exist"),
+    )
+    .of_kind(ErrorKind::NotFound)
+}
+
+pub(super) fn check_tenant_name(name: &str) -> Result<(), Error> {
+    match is_slug(name) {
+        true => Ok(()),
+        false => Err(Error::field(
+            "invalid_value",
+            "name",
+            "must be 1 to 63 of a-z, 0-9 and -, the first not a hyphen",
+        )),
+    }
+}
+
+impl Keys {
+    /// Over that database.
+    pub fn new(registry: Registry) -> Self {
+        Self {
+            registry,
+            memory: Arc::default(),
+        }
+    }
+
+    fn memory(&self) -> std::sync::MutexGuard<'_, Memory> {
+        // Nothing in it can be half-written.
+        self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Whether callers need a key: as soon as there has been one. Half a second late at most.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn required(&self) -> Result<bool, RegistryError> {
+        if let Some((at, any)) = self.memory().any
+            && at.elapsed() < BELIEVED
+        {
+            return Ok(any);
+        }
+        let at = Instant::now();
+        let any = self.registry.has_keys().await?;
+        self.memory().any = Some((at, any));
+        Ok(any)
+    }
+
+    /// Who sends that key, or nobody's in particular where there are no keys at all.
+    ///
+    /// # Errors
+    /// `invalid_api_key`: missing, malformed, unknown, expired, revoked; these are not told apart.
+    pub async fn authenticate(&self, text: Option<&str>) -> Result<Caller, Error> {
+        if !self.required().await? {
+            return Ok(Caller::LOCAL);
+        }
+        let text = text.ok_or_else(invalid_key)?;
+        let public = public_part(text).ok_or_else(invalid_key)?;
+        let key = self.known(public).await?.ok_or_else(invalid_key)?;
+        let equal = content_hash(text.as_bytes()).as_bytes().ct_eq(key.hash.as_bytes());
+        if !bool::from(equal) || !key.is_valid(now()) {
+            return Err(invalid_key());
+        }
+        Ok(Caller {
+            tenant: key.tenant,
+            key: Some(key.id),
+            scopes: key.scopes,
+        })
+    }
+
+    /// A key out of memory or the database. Its use is noted when it is read; a failure of that is no failure.
+    async fn known(&self, public: &str) -> Result<Option<ApiKey>, RegistryError> {
+        if let Some((at, key)) = self.memory().keys.get(public)
+            && at.elapsed() < BELIEVED
+        {
+            return Ok(Some(key.clone()));
+        }
+        let at = Instant::now();
+        let Some(key) = self.registry.key_by_public_id(public).await? else {
+            self.memory().keys.remove(public);
+            return Ok(None);
+        };
+        {
+            let mut memory = self.memory();
+            if memory.keys.len() >= REMEMBERED {
+                memory.keys.clear();
+            }
+            memory.keys.insert(public.to_owned(), (at, key.clone()));
+        }
+        if let Err(error) = self.registry.note_key_use(&key).await {
+            tracing::warn!(key = %key.id, %error, "the use of a key could not be noted");
+        }
+        Ok(Some(key))
+    }
+
+    /// Makes a key for a tenant.
+    ///
+    /// # Errors
+    /// A value that cannot be used; a tenant that does not exist.
+    pub async fn create(&self, request: KeyRequest) -> Result<CreatedKey, Error> {
+        let name = request.name.unwrap_or_default();
+        if name.chars().count() > NAME_LIMIT || name.chars().any(char::is_control) {
+            let problem = format!("must be at most {NAME_LIMIT} characters, none of them a control character");
+            return Err(Error::field("invalid_value", "name", problem).limit(NAME_LIMIT as u64));
+        }
+        if request.scopes.iter().next().is_none() {
+            return Err(Error::field(
+                "invalid_value",
+                "scopes",
+                "is empty; a key needs one scope at least",
+            ));
+        }
+        let expires_at = match request.expires_in_days {
+            None => None,
+            Some(days) if (1..=DAYS_LIMIT).contains(&days) => Some(now() + i64::from(days) * 86_400_000),
+            Some(days) => {
+                let problem = format!("is {days}; expected 1 to {DAYS_LIMIT}");
+                return Err(Error::field("invalid_value", "expires_in_days", problem).limit(DAYS_LIMIT.into()));
+            }
+        };
+        let tenant = self.registry.tenant(&request.tenant).await?;
+        let tenant = tenant.ok_or_else(|| no_tenant(&request.tenant))?.id;
+        let text = new_text();
+        let new = NewKey {
+            tenant,
+            public_id: public_part(&text)
+                .map(str::to_owned)
+                .ok_or_else(|| Error::internal("a new key is malformed"))?,
+            hash: content_hash(text.as_bytes()),
+            name,
+            scopes: request.scopes,
+            expires_at,
+        };
+        let key = self.registry.add_key(&new).await?;
+        self.memory().any = None;
+        Ok(CreatedKey { key, text })
+    }
+
+    /// The tenant of that name, made where there is none.
+    ///
+    /// # Errors
+    /// When the name is malformed, or the database fails.
+    pub async fn tenant_or_new(&self, name: &str) -> Result<Tenant, Error> {
+        check_tenant_name(name)?;
+        match self.registry.tenant(name).await? {
+            Some(tenant) => Ok(tenant),
+            None => Ok(self.registry.add_tenant(name, Quotas::default()).await?),
+        }
+    }
+
+    /// Keys of all tenants, newest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn list(&self, page: Page<KeyId>) -> Result<Listed<ApiKey>, Error> {
+        Ok(self.registry.keys(page).await?)
+    }
+
+    /// Revokes a key, for good.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn revoke(&self, id: &str) -> Result<(), Error> {
+        let missing = || Error::new(ErrorKind::NotFound, "key_not_found", format!("There is no key `{id}`."));
+        let key: KeyId = id.parse().map_err(|_| missing())?;
+        let revoked = self.registry.revoke_key(key).await?;
+        self.memory().keys.clear();
+        if revoked { Ok(()) } else { Err(missing()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::Scope;
+
+    fn refused(outcome: Result<Caller, Error>) -> &'static str {
+        outcome.expect_err("the key is refused").code
+    }
+
+    #[tokio::test]
+    async fn a_key_opens_its_own_tenant_until_it_is_revoked() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::new(Registry::open(dir.path()).await.unwrap());
+        assert_eq!(keys.authenticate(Some("anything")).await.unwrap(), Caller::LOCAL);
+        let tenant = keys.tenant_or_new("acme").await.unwrap();
+        let request = KeyRequest {
+            tenant: "acme".into(),
+            scopes: "read".parse().unwrap(),
+            ..KeyRequest::default()
+        };
+        let created = keys.create(request.clone()).await.unwrap();
+        assert_eq!(created.text.len(), 5 + PUBLIC + 1 + SECRET);
+        let caller = keys.authenticate(Some(&created.text)).await.unwrap();
+        assert_eq!((caller.tenant, caller.key), (tenant.id, Some(created.key.id)));
+        assert!(caller.require(Scope::Read).is_ok());
+        assert_eq!(caller.require(Scope::Admin).unwrap_err().code, "missing_scope");
+        let mut forged = created.text.clone();
+        forged.replace_range(forged.len() - 1.., if forged.ends_with('A') { "B" } else { "A" });
+        for wrong in [None, Some("coar_x"), Some(forged.as_str()), Some(&created.text[1..])] {
+            assert_eq!(refused(keys.authenticate(wrong).await), "invalid_api_key");
+        }
+        let noted = keys.list(Page { limit: 1, after: None }).await.unwrap();
+        assert!(noted.rows[0].last_used_at.is_some());
+        keys.revoke(&created.key.id.to_string()).await.unwrap();
+        assert_eq!(refused(keys.authenticate(Some(&created.text)).await), "invalid_api_key");
+        // The last key is gone, and the door stays closed.
+        assert_eq!(refused(keys.authenticate(None).await), "invalid_api_key");
+        let nobody = KeyRequest {
+            tenant: "nobody".into(),
+            ..request
+        };
+        assert_eq!(keys.create(nobody).await.unwrap_err().code, "tenant_not_found");
+    }
+
+    #[test]
+    fn an_expired_key_is_not_valid() {
+        let key = ApiKey {
+            id: KeyId::new(),
+            tenant: crate::ids::TenantId::DEFAULT,
+            tenant_name: "default".into(),
+            public_id: String::new(),
+            hash: String::new(),
+            name: String::new(),
+            scopes: Scopes::ALL,
+            created_at: 0,
+            expires_at: Some(10),
+            revoked_at: None,
+            last_used_at: None,
+        };
+        assert!(key.is_valid(9) && !key.is_valid(10));
+    }
+}

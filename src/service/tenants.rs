@@ -1,0 +1,81 @@
+//! Tenants and their quotas, for administrators.
+
+use super::keys::{check_tenant_name, no_tenant};
+use super::{Caller, Service};
+use crate::error::{Error, ErrorKind};
+use crate::ids::TenantId;
+use crate::registry::{Listed, Page, Quotas, Tenant};
+
+/// A change of quotas: absent ones stay, `Some(None)` goes back to the server's default.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct QuotaChange {
+    pub concepts: Option<Option<u32>>,
+    pub trainings: Option<Option<u32>>,
+    pub requests_in_flight: Option<Option<u32>>,
+    pub pictures_per_minute: Option<Option<u32>>,
+}
+
+impl QuotaChange {
+    fn apply(self, to: Quotas) -> Quotas {
+        Quotas {
+            concepts: self.concepts.unwrap_or(to.concepts),
+            trainings: self.trainings.unwrap_or(to.trainings),
+            requests_in_flight: self.requests_in_flight.unwrap_or(to.requests_in_flight),
+            pictures_per_minute: self.pictures_per_minute.unwrap_or(to.pictures_per_minute),
+        }
+    }
+}
+
+impl Service {
+    /// Makes a tenant.
+    ///
+    /// # Errors
+    /// When the name is malformed or taken.
+    pub async fn add_tenant(&self, name: &str, quotas: QuotaChange) -> Result<Tenant, Error> {
+        check_tenant_name(name)?;
+        Ok(self.registry.add_tenant(name, quotas.apply(Quotas::default())).await?)
+    }
+
+    /// Tenants, newest first.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub async fn tenants(&self, page: Page<TenantId>) -> Result<Listed<Tenant>, Error> {
+        Ok(self.registry.tenants(page).await?)
+    }
+
+    /// A tenant by its name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn tenant(&self, name: &str) -> Result<Tenant, Error> {
+        self.registry.tenant(name).await?.ok_or_else(|| no_tenant(name))
+    }
+
+    /// Changes a tenant's quotas.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn change_quotas(&self, name: &str, change: QuotaChange) -> Result<Tenant, Error> {
+        let quotas = change.apply(self.tenant(name).await?.quotas);
+        let changed = self.registry.set_quotas(name, quotas).await?;
+        changed.ok_or_else(|| no_tenant(name))
+    }
+
+    /// Deletes a tenant with everything that is its. The tenant `default` and the caller's own stay: without the
+    /// caller's key the server might be left without any, and open.
+    ///
+    /// # Errors
+    /// When there is none, or it has to stay.
+    pub async fn delete_tenant(&self, caller: &Caller, name: &str) -> Result<(), Error> {
+        let tenant = self.tenant(name).await?;
+        if tenant.id == TenantId::DEFAULT || tenant.id == caller.tenant {
+            let message =
+                format!("The tenant `{name}` cannot be deleted: it is the server's own or that of the key in use.");
+            return Err(Error::new(ErrorKind::Conflict, "tenant_in_use", message));
+        }
+        self.registry.delete_tenant(tenant.id).await?;
+        self.wake.now();
+        Ok(())
+    }
+}

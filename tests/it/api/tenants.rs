@@ -1,0 +1,189 @@
+//! Keys, scopes, and what tenants see of each other: nothing.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::support::{TestApp, answer, rex, subject_form};
+
+fn code(body: &Value) -> &str {
+    body["error"]["code"].as_str().unwrap_or("")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_foreign_tenant_sees_the_same_bytes_as_for_something_unknown() {
+    let mut app = TestApp::start().await;
+    let training = app.register_subject(rex(), 2).await;
+    assert_eq!(app.until_ended(&training).await["status"], "succeeded");
+    let (_, drawn) = app
+        .post("/v1/images/generations", json!({"prompt": "a <rex> cat", "n": 1}))
+        .await;
+    let url = drawn["data"][0]["url"].as_str().unwrap();
+    let picture = url
+        .strip_prefix(app.url.as_str())
+        .unwrap()
+        .split('?')
+        .next()
+        .unwrap()
+        .to_owned();
+    let key = app.create_key("acme", "read,generate,train").await;
+    let home = app.create_key("default", "read,generate,train").await;
+    app.key = Some(key);
+    let unknown = "training_01990000000070008000000000000000";
+    let bytes = |method: Method, path: String, id: &'static str| {
+        let request = app.request(method, &path).header("x-request-id", "same");
+        async move {
+            let response = request.send().await.unwrap();
+            let status = response.status().as_u16();
+            (status, response.text().await.unwrap().replace(id, "ID"))
+        }
+    };
+    for (method, path) in [
+        (Method::GET, "/v1/trainings/ID"),
+        (Method::POST, "/v1/trainings/ID/cancel"),
+    ] {
+        let id: &'static str = training.clone().leak();
+        let foreign = bytes(method.clone(), path.replace("ID", id), id).await;
+        let absent = bytes(method, path.replace("ID", unknown), unknown).await;
+        assert_eq!((foreign.0, &foreign.1), (404, &absent.1));
+    }
+    for (method, path) in [
+        (Method::GET, "/v1/concepts/ID"),
+        (Method::DELETE, "/v1/concepts/ID"),
+        (Method::GET, "/v1/concepts/ID/weights"),
+    ] {
+        let foreign = bytes(method.clone(), path.replace("ID", "rex"), "rex").await;
+        let absent = bytes(method, path.replace("ID", "max"), "max").await;
+        assert_eq!((foreign.0, &foreign.1), (404, &absent.1));
+    }
+    assert_eq!(app.get(&picture).await.0, 404);
+    let (status, body) = app
+        .post("/v1/images/generations", json!({"prompt": "a <rex> cat"}))
+        .await;
+    assert_eq!((status, code(&body)), (404, "concept_not_found"));
+    let (_, listed) = app.get("/v1/concepts").await;
+    assert_eq!(listed["data"], json!([]));
+    // The name is free for another tenant, and the first one's is still there.
+    let (status, body) = app.register(subject_form(rex()).text("steps", "2")).await;
+    assert_eq!(status, 202, "{body}");
+    app.key = Some(home);
+    let (status, body) = app.get("/v1/concepts/rex").await;
+    assert_eq!((status, body["status"].as_str()), (200, Some("ready")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_needed_once_there_is_one_and_allow_what_their_scopes_say() {
+    let mut app = TestApp::start().await;
+    assert_eq!(app.get("/v1/models").await.0, 200);
+    let admin = app.create_key("default", "admin").await;
+    let response = app.client.get(format!("{}/v1/models", app.url)).send().await.unwrap();
+    assert_eq!(response.headers()["www-authenticate"], "Bearer");
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(
+        (code(&body), body["error"]["type"].as_str()),
+        ("invalid_api_key", Some("authentication_error"))
+    );
+    assert_eq!(app.get("/readyz").await.0, 200);
+    app.key = Some(admin);
+    let (status, body) = app.get("/v1/models").await;
+    assert_eq!((status, code(&body)), (403, "missing_scope"));
+    let (status, tenant) = app
+        .post("/v1/admin/tenants", json!({"name": "acme", "quotas": {"concepts": 3}}))
+        .await;
+    assert_eq!(
+        (status, tenant["quotas"]["concepts"].as_u64()),
+        (201, Some(3)),
+        "{tenant}"
+    );
+    let (status, body) = app.post("/v1/admin/tenants", json!({"name": "acme"})).await;
+    assert_eq!((status, code(&body)), (409, "name_taken"));
+    let change = app.request(Method::PATCH, "/v1/admin/tenants/acme");
+    let (status, tenant) = answer(change.json(&json!({"quotas": {"concepts": null, "trainings": 1}}))).await;
+    assert_eq!(
+        (status, &tenant["quotas"]["concepts"], &tenant["quotas"]["trainings"]),
+        (200, &Value::Null, &json!(1))
+    );
+    for (body, expected) in [
+        (json!({"tenant": "nobody"}), (404, "tenant_not_found")),
+        (json!({"tenant": "acme", "scopes": ["all"]}), (400, "invalid_value")),
+        (json!({"tenant": "acme", "scopes": []}), (400, "invalid_value")),
+        (json!({"tenant": "acme", "expires_in_days": 0}), (400, "invalid_value")),
+        (json!({"tenant": "acme", "colour": 1}), (400, "unknown_parameter")),
+        (json!({}), (400, "missing_parameter")),
+    ] {
+        let (status, answer) = app.post("/v1/admin/keys", body.clone()).await;
+        assert_eq!((status, code(&answer)), expected, "{body}");
+    }
+    let (status, made) = app
+        .post(
+            "/v1/admin/keys",
+            json!({"tenant": "acme", "scopes": ["read"], "name": "shop"}),
+        )
+        .await;
+    assert_eq!(status, 201, "{made}");
+    let reader = made["secret"].as_str().unwrap().to_owned();
+    let (_, first) = app.get("/v1/admin/keys?limit=1").await;
+    assert_eq!(
+        (first["data"][0]["id"].as_str(), first["has_more"].as_bool()),
+        (made["id"].as_str(), Some(true))
+    );
+    assert!(first["data"][0].get("secret").is_none());
+    let after = made["id"].as_str().unwrap();
+    let (_, second) = app.get(&format!("/v1/admin/keys?after={after}")).await;
+    assert_eq!(
+        (second["data"].as_array().unwrap().len(), second["has_more"].as_bool()),
+        (1, Some(false))
+    );
+    assert_eq!(app.get("/v1/admin/keys?limit=0").await.0, 400);
+    assert_eq!(app.get("/v1/admin/keys?after=rex").await.0, 400);
+    let admin = app.key.replace(reader);
+    assert_eq!(app.get("/v1/concepts").await.0, 200);
+    let (status, body) = app.post("/v1/images/generations", json!({"prompt": "a cat"})).await;
+    assert_eq!((status, code(&body)), (403, "missing_scope"));
+    assert_eq!(app.get("/v1/admin/tenants").await.0, 403);
+    let reader = std::mem::replace(&mut app.key, admin);
+    assert_eq!(app.delete("/v1/admin/tenants/default").await, 409);
+    assert_eq!(app.delete("/v1/admin/tenants/acme").await, 204);
+    app.key = reader;
+    app.until("the end of a deleted tenant's key", || async {
+        (app.get("/v1/concepts").await.0 == 401).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revocation_on_the_command_line_acts_within_a_second() {
+    let mut app = TestApp::start().await;
+    let key = app.create_key("acme", "read").await;
+    app.key = Some(key.clone());
+    assert_eq!(app.get("/v1/models").await.0, 200);
+    let listed = app.coar(&["keys", "list"]);
+    let row = listed.lines().find(|line| line.contains("acme")).unwrap();
+    assert!(!listed.contains(key.rsplit('_').next().unwrap()), "{listed}");
+    app.coar(&["keys", "revoke", row.split(' ').next().unwrap()]);
+    let begun = Instant::now();
+    app.until("the refusal", || async {
+        (app.get("/v1/models").await.0 == 401).then_some(())
+    })
+    .await;
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    // The door that closed with the first key stays closed without the last one.
+    app.key = None;
+    assert_eq!(app.get("/v1/models").await.0, 401);
+}
+
+#[test]
+fn without_keys_only_loopback_is_listened_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_coar"))
+        .args(["serve", "--listen", "0.0.0.0:0", "--data"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(told.contains("coar keys create --tenant NAME"), "{told}");
+    assert!(output.stdout.is_empty());
+}
