@@ -16,6 +16,7 @@ mod multipart;
 mod openapi;
 mod pagination;
 mod trainings;
+mod ui;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -101,6 +102,7 @@ pub fn router(state: AppState) -> Router {
         .merge(images::routes())
         .merge(models::routes())
         .merge(metrics::routes())
+        .merge(ui::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(state.clone(), auth::authenticate))
