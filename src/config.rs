@@ -157,7 +157,7 @@ pub struct ModelArgs {
     /// `auto`, `cpu` or `cuda:N`.
     #[arg(long, env = "COAR_DEVICE", default_value = "auto")]
     pub device: String,
-    /// `auto` (f32 on the CPU, bf16 elsewhere), `f32`, `bf16` or `f16`.
+    /// `auto` (bf16 on an accelerator, and on a CPU with bf16 instructions for bf16 checkpoints; else f32), `f32`, `bf16` or `f16`.
     #[arg(long, env = "COAR_DTYPE", default_value = "auto")]
     pub dtype: String,
     /// Threads for libtorch on the CPU; 0: as many as cores.

@@ -6,6 +6,7 @@ use tch::{Device, Kind};
 
 pub use crate::config::{EngineArgs, ModelArgs};
 use crate::engine::{EngineHandle, EngineOptions, ModelInfo};
+use crate::model::cpu::multiplies_bf16;
 use crate::model::lumina::CheckpointFiles;
 use crate::model::{LuminaMgpt, ModelConfig, ModelError};
 use crate::pocket::checkpoint::unpack_shipped;
@@ -71,14 +72,21 @@ impl ModelArgs {
         device(&self.device)
     }
 
-    /// The kind that the flag names, for `device`.
+    /// The kind that the flag names, for `device`. `auto` is bf16 on an accelerator, and on a CPU that multiplies bf16
+    /// itself where the checkpoint says that its weights are bf16: nothing of them is lost then, and it is the faster
+    /// one there (docs/performance.md). Elsewhere it is f32.
     ///
     /// # Errors
-    /// When the flag is not a kind.
-    pub fn kind(&self, device: Device) -> anyhow::Result<Kind> {
+    /// When the flag is not a kind, or `auto` needs the checkpoint's configuration and cannot read it.
+    pub fn kind(&self, device: Device, files: &CheckpointFiles) -> anyhow::Result<Kind> {
         Ok(match self.dtype.as_str() {
-            "auto" if device == Device::Cpu => Kind::Float,
-            "auto" | "bf16" => Kind::BFloat16,
+            "auto" if device != Device::Cpu => Kind::BFloat16,
+            "auto" if multiplies_bf16() => match ModelConfig::read(&files.config)?.torch_dtype.as_deref() {
+                Some("bfloat16") => Kind::BFloat16,
+                _ => Kind::Float,
+            },
+            "auto" => Kind::Float,
+            "bf16" => Kind::BFloat16,
             "f32" => Kind::Float,
             "f16" => Kind::Half,
             other => anyhow::bail!("--dtype is `{other}`; expected `auto`, `f32`, `bf16` or `f16`"),
@@ -119,7 +127,7 @@ impl ModelArgs {
             tch::set_num_threads(self.threads);
         }
         let files = self.files()?;
-        let model = LuminaMgpt::load(&files, device, self.kind(device)?, self.target_size)?;
+        let model = LuminaMgpt::load(&files, device, self.kind(device, &files)?, self.target_size)?;
         let info = describe(&model, self.id());
         Ok((model, info))
     }
@@ -130,7 +138,7 @@ impl ModelArgs {
     /// As [`Self::load`].
     pub fn start_engine(&self, mut options: EngineOptions) -> anyhow::Result<EngineHandle> {
         let (device, files, id) = (self.device()?, self.files()?, self.id());
-        let (kind, target) = (self.kind(device)?, self.target_size);
+        let (kind, target) = (self.kind(device, &files)?, self.target_size);
         options.threads = self.threads;
         Ok(crate::engine::start(options, move || {
             let model = LuminaMgpt::load(&files, device, kind, target)?;

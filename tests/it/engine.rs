@@ -14,10 +14,14 @@ use coar::training::Preset;
 use tch::{Device, Kind};
 
 fn engine(options: EngineOptions) -> EngineHandle {
-    start(options, || {
+    engine_in(Kind::Float, options)
+}
+
+fn engine_in(kind: Kind, options: EngineOptions) -> EngineHandle {
+    start(options, move || {
         let cache = tempfile::tempdir().unwrap();
         let files = CheckpointFiles::find(&unpack_shipped(cache.path()).unwrap(), None)?;
-        let model = LuminaMgpt::load(&files, Device::Cpu, Kind::Float, None)?;
+        let model = LuminaMgpt::load(&files, Device::Cpu, kind, None)?;
         let config = model.transformer.config();
         let info = ModelInfo {
             id: "test".to_owned(),
@@ -128,6 +132,35 @@ fn a_picture_does_not_depend_on_who_shares_the_batch() {
     ));
     // Picture 1 of a request is the same when it is drawn with others of its request or in few rows.
     assert_ne!(alone[1][0], alone[1][1]);
+}
+
+/// In f16 nothing of the CPU's own decode step is used: libtorch computes, as on any other device.
+#[test]
+fn fixed_shapes_keep_pictures_apart_where_libtorch_computes() {
+    let options = EngineOptions {
+        rows: 6,
+        deterministic: true,
+        ..EngineOptions::default()
+    };
+    let engine = engine_in(Kind::Half, options);
+    let single = |index| GenerateRequest {
+        count: 1,
+        ..request(engine.info(), index)
+    };
+    let requests: Vec<GenerateRequest> = [0, 1, 3].map(single).into();
+    let alone: Vec<_> = requests
+        .iter()
+        .map(|request| pictures(engine.generate(request.clone()).unwrap()).unwrap())
+        .collect();
+    // Backwards, so that everybody has another place.
+    let streams: Vec<_> = requests
+        .iter()
+        .rev()
+        .map(|request| engine.generate(request.clone()).unwrap())
+        .collect();
+    for (stream, alone) in streams.into_iter().zip(alone.iter().rev()) {
+        assert_eq!(pictures(stream).unwrap(), *alone);
+    }
 }
 
 #[test]

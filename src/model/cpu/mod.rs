@@ -29,5 +29,18 @@ mod elsewhere;
 #[cfg(not(target_arch = "x86_64"))]
 pub(super) use elsewhere::{CpuDecoder, LayerTensors, StepTokens, Workspace, linear};
 
+/// Whether this CPU multiplies bf16 numbers itself. Where it does, steps on bf16 weights are faster than on f32 ones;
+/// elsewhere they are slower.
+pub fn multiplies_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        <half::bf16 as numbers::Stored>::supported()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests;
