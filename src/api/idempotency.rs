@@ -65,13 +65,7 @@ pub(super) struct IdempotencyHeader {
     /// 1 to 255 printable ASCII characters of the caller's choice. The same key with the same content gets the first
     /// answer again, for 24 hours, with `idempotency-replayed: true`; with other content 422 `idempotency_key_reused`;
     /// while the first still runs 409 `idempotency_in_progress`.
-    #[param(
-        rename = "Idempotency-Key",
-        min_length = 1,
-        max_length = 255,
-        pattern = "^[ -~]+$",
-        example = "order-4711"
-    )]
+    #[param(rename = "Idempotency-Key", min_length = 1, max_length = 255, pattern = "^[ -~]+$")]
     key: Option<String>,
 }
 

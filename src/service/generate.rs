@@ -158,6 +158,8 @@ impl Service {
                     text_tokens,
                     image_tokens,
                 }) => {
+                    // They come as they are finished.
+                    images.sort_by_key(|image: &GeneratedImage| image.index);
                     return Ok(Generated {
                         request,
                         images,

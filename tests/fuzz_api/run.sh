@@ -37,8 +37,6 @@ for _ in $(seq 600); do
     sleep 0.2
 done
 [ -n "${ready:-}" ]
-# Tenants and keys that the run makes are its own to change and delete, the key that it uses is not: without it, all the
-# rest would be 401.
 "$venv/bin/schemathesis" --config-file tests/fuzz_api/schemathesis.toml run "$url/openapi.json" \
     --header "Authorization: Bearer $(cat "$work/key")" \
     --checks all --max-examples "$examples" --seed "${SEED:-1}" --workers 2 --request-timeout 60 \
