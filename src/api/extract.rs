@@ -6,6 +6,10 @@ use serde_json::{Map, Value};
 
 use super::{ApiError, AppState};
 use crate::error::{Error, ErrorKind};
+use crate::registry::blobs::content_hash;
+
+/// Up to here a 64-bit float is exact.
+const EXACT: f64 = 9_007_199_254_740_992.0;
 
 /// A JSON object whose fields are taken one by one.
 pub(super) struct Fields(Map<String, Value>);
@@ -67,6 +71,12 @@ impl Fields {
         }
     }
 
+    /// Hash of all that was sent, whatever the order and the spaces: what an idempotency key is compared by.
+    pub(super) fn content(&self) -> String {
+        // A map of serde_json is sorted.
+        content_hash(Value::Object(self.0.clone()).to_string().as_bytes())
+    }
+
     /// A field, absent where it is missing or null.
     pub(super) fn take(&mut self, name: &'static str) -> Option<Value> {
         self.0.remove(name).filter(|value| !value.is_null())
@@ -82,7 +92,12 @@ impl Fields {
 
     pub(super) fn integer(&mut self, name: &'static str, high: u64) -> Result<Option<u64>, Error> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        match value.as_u64() {
+        // To JSON 2.0 is as good an integer as 2.
+        let integral = |number: &f64| number.fract() == 0.0 && (0.0..=EXACT).contains(number);
+        let number = value
+            .as_u64()
+            .or_else(|| value.as_f64().filter(integral).map(|number| number as u64));
+        match number {
             Some(number) if number <= high => Ok(Some(number)),
             _ => Err(wrong_type(name, &format!("an integer from 0 to {high}"), &value)),
         }

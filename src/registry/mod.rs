@@ -6,6 +6,7 @@
 /// Bytes by their hash.
 pub mod blobs;
 mod concepts;
+mod idempotency;
 mod images;
 mod keys;
 mod tenants;
@@ -18,9 +19,10 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePo
 
 pub use blobs::{BlobError, Blobs};
 pub use concepts::{Concept, NewConcept, input_fingerprint};
+pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
-pub use tenants::{Quotas, Tenant};
+pub use tenants::{Quotas, Tenant, Usage};
 pub use trainings::{ATTEMPTS, Claimed, Progress, Training, TrainingStatus};
 
 /// Why the registry could not answer.

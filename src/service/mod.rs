@@ -3,6 +3,7 @@
 mod concepts;
 mod generate;
 mod keys;
+mod quota;
 mod tenants;
 
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 pub use concepts::{ConceptView, Registration};
 pub use generate::{GenerateInput, Generated, GeneratedImage, UsedConcept};
 pub use keys::{CreatedKey, KeyRequest, Keys};
+pub use quota::{Addition, Admitted, Allowance, Meters, Standing, Turn};
 pub use tenants::QuotaChange;
 
 use crate::config::Config;
@@ -64,6 +66,7 @@ pub struct Service {
     pub engine: EngineHandle,
     pub wake: Wake,
     pub limits: Arc<Limits>,
+    pub meters: Meters,
 }
 
 /// What callers may ask for.

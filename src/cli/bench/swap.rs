@@ -22,13 +22,17 @@ fn milliseconds(values: &mut [f64]) -> Value {
 pub(super) async fn swaps(info: &ModelInfo, device: Device, used: &ConceptUse) -> anyhow::Result<Value> {
     let folder = tempfile_dir()?;
     let blobs = Blobs::open(&folder)?;
+    let mut spec = super::train::spec(info);
+    spec.layers = used.tensors.layers as u32;
+    spec.text_tokens = used.tensors.text_tokens as u32;
+    spec.image_tokens = used.tensors.image_tokens as u32;
     let file = ConceptFile {
         header: ConceptHeader {
             kind: used.kind,
             name: used.name.clone(),
             class_noun: Some("cat".to_owned()),
             method: "coar".to_owned(),
-            spec: super::train::spec(info),
+            spec,
             losses: serde_json::Map::new(),
             base_model: info.fingerprint.clone(),
         },

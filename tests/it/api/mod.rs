@@ -3,6 +3,9 @@
 mod bad_input;
 mod command_line;
 mod guard;
+mod idempotency;
+mod isolation;
 mod lifecycle;
 mod observe;
+mod quotas;
 mod tenants;
