@@ -1,9 +1,11 @@
 //! What the server promises over HTTP, checked against the real server with the real pocket model.
 
 mod bad_input;
+mod command_line;
 mod guard;
 mod idempotency;
 mod isolation;
 mod lifecycle;
+mod observe;
 mod quotas;
 mod tenants;
