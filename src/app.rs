@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::engine::EngineHandle;
 use crate::jobs::{Wake, work};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Keys, Limits, Meters, Service};
+use crate::service::{Keys, Limits, Service, Tallies};
 use crate::telemetry::meters;
 
 /// Running generations get this long to finish when the server stops.
@@ -130,7 +130,7 @@ pub async fn serve(
         engine: engine.clone(),
         wake: wake.clone(),
         limits: Limits::of(&config).into(),
-        meters: Meters::default(),
+        tallies: Tallies::default(),
     };
     state.ready(service);
     tracker.spawn(expire(registry.clone(), config.keep_images(), stop.clone()));

@@ -106,6 +106,11 @@ impl Generations {
         self.jobs.is_empty()
     }
 
+    /// Whether nothing is drawn or waits, but pictures are still being decoded.
+    pub(super) fn only_decodes(&self) -> bool {
+        self.is_empty() && self.orders.open() > 0
+    }
+
     pub(super) fn load(&self) -> Load {
         let (concept_hits, concept_misses, concept_bytes) = self.concepts.counts();
         Load {

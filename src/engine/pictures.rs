@@ -2,7 +2,7 @@
 //! with the device thread.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc as sync;
 use std::thread::JoinHandle;
 
@@ -59,23 +59,40 @@ pub(super) fn threads(device: Device) -> usize {
 
 /// The door to the threads. One picture's orders all go to the same thread, so that they stay in order.
 #[derive(Debug)]
-pub(super) struct Orders(Vec<sync::SyncSender<Order>>);
+pub(super) struct Orders {
+    senders: Vec<sync::SyncSender<Order>>,
+    /// Orders that are not delivered.
+    open: Arc<AtomicUsize>,
+}
 
 impl Orders {
     fn of(&self, shard: u64, order: &Order) -> &sync::SyncSender<Order> {
-        let at = (shard + u64::from(order.index)) % self.0.len().max(1) as u64;
-        &self.0[at as usize]
+        let at = (shard + u64::from(order.index)) % self.senders.len().max(1) as u64;
+        &self.senders[at as usize]
+    }
+
+    /// Pictures that are being decoded or wait for it.
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::Acquire)
     }
 
     /// Hands a picture over and waits where that thread is far behind; false when it has ended. `shard` is the same for
     /// all orders of a request.
     pub fn send(&self, shard: u64, order: Order) -> bool {
-        self.of(shard, &order).send(order).is_ok()
+        self.open.fetch_add(1, Ordering::AcqRel);
+        let sent = self.of(shard, &order).send(order).is_ok();
+        if !sent {
+            self.open.fetch_sub(1, Ordering::AcqRel);
+        }
+        sent
     }
 
     /// As [`Self::send`], but leaves the picture out where the thread is behind.
     pub fn offer(&self, shard: u64, order: Order) {
-        let _ = self.of(shard, &order).try_send(order);
+        self.open.fetch_add(1, Ordering::AcqRel);
+        if self.of(shard, &order).try_send(order).is_err() {
+            self.open.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 }
 
@@ -85,7 +102,9 @@ impl Orders {
 /// When the system has no thread left.
 pub(super) fn start(tokenizers: Vec<Vqgan>) -> std::io::Result<(Orders, Vec<JoinHandle<()>>)> {
     let (mut senders, mut threads) = (vec![], vec![]);
+    let open = Arc::new(AtomicUsize::new(0));
     for vqgan in tokenizers {
+        let open = open.clone();
         let (sender, inbox) = sync::sync_channel::<Order>(QUEUE);
         senders.push(sender);
         let thread = std::thread::Builder::new()
@@ -95,11 +114,12 @@ pub(super) fn start(tokenizers: Vec<Vqgan>) -> std::io::Result<(Orders, Vec<Join
                 let _no_grad = tch::no_grad_guard();
                 for order in inbox {
                     deliver(&vqgan, order);
+                    open.fetch_sub(1, Ordering::AcqRel);
                 }
             })?;
         threads.push(thread);
     }
-    Ok((Orders(senders), threads))
+    Ok((Orders { senders, open }, threads))
 }
 
 fn deliver(vqgan: &Vqgan, order: Order) {

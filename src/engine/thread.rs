@@ -114,6 +114,9 @@ pub fn start(
     })
 }
 
+/// How often a waiting training looks whether it may go on.
+const GLANCE: Duration = Duration::from_millis(1);
+
 struct Thread {
     model: LuminaMgpt,
     pictures: Vec<JoinHandle<()>>,
@@ -248,9 +251,15 @@ impl Thread {
                 }
                 command = self.inbox.try_recv().ok();
             }
-            let (drawing, training) = (!self.generations.is_empty(), !self.trainings.is_empty());
+            let training = !self.trainings.is_empty();
+            // On the CPU pictures are decoded on the same cores: that is part of drawing, and where drawing is behind a
+            // training waits for it instead of fighting it.
+            let on_cpu = self.model.transformer.device() == tch::Device::Cpu;
+            let decoding = on_cpu && training && self.generations.only_decodes();
+            let drawing = decoding || !self.generations.is_empty();
             let (turn, begun) = (self.share.turn(drawing, training), Instant::now());
             match turn {
+                Turn::Generation if decoding => std::thread::sleep(GLANCE),
                 Turn::Generation => self.generations.turn(&self.model),
                 Turn::Training => self.trainings.turn(&self.model),
                 Turn::Idle => {}

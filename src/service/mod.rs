@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub use concepts::{ConceptView, Registration};
 pub use generate::{GenerateInput, Generated, GeneratedImage, UsedConcept};
 pub use keys::{CreatedKey, KeyRequest, Keys};
-pub use quota::{Addition, Admitted, Allowance, Meters, Standing, Turn};
+pub use quota::{Addition, Admitted, Allowance, Standing, Tallies, Turn};
 pub use tenants::QuotaChange;
 
 use crate::config::Config;
@@ -66,7 +66,7 @@ pub struct Service {
     pub engine: EngineHandle,
     pub wake: Wake,
     pub limits: Arc<Limits>,
-    pub meters: Meters,
+    pub tallies: Tallies,
 }
 
 /// What callers may ask for.
