@@ -108,10 +108,12 @@ impl TrainArgs {
                             text_tokens: self.text_tokens,
                             image_tokens: self.image_tokens,
                             seed: self.seed,
+                            ..Registration::default()
                         },
                     )
                     .await?;
                 registered
+                    .view
                     .training
                     .ok_or_else(|| anyhow::anyhow!("the concept was stored without a training"))?
             }

@@ -9,7 +9,7 @@ use super::command::{EngineError, TrainingEvent, TrainingProgress, TrainingReque
 use super::generations::RESERVED_EVENTS;
 use super::thread::guarded;
 use crate::model::LuminaMgpt;
-use crate::training::{Advance, Trainer};
+use crate::training::{Advance, StepLosses, Trainer};
 
 struct Training {
     trainer: Trainer,
@@ -17,6 +17,8 @@ struct Training {
     checkpointed: Instant,
     started: Instant,
     first_step: u32,
+    /// Steps after which the concept is handed out.
+    previews: Vec<u32>,
 }
 
 /// Open trainings.
@@ -49,6 +51,7 @@ impl Trainings {
             spec,
             pictures,
             checkpoint,
+            previews,
         } = request;
         let opened = guarded(|| match &checkpoint {
             Some(bytes) => Trainer::resume(model, spec, &pictures, bytes),
@@ -64,6 +67,7 @@ impl Trainings {
                     checkpointed: now,
                     started: now,
                     first_step,
+                    previews,
                 });
             }
             Err(error) => drop(events.try_send(TrainingEvent::Failed(error))),
@@ -93,7 +97,8 @@ impl Trainings {
             }
             Ok(advance) => {
                 if let Advance::Step(losses) = advance {
-                    training.tell(losses.total);
+                    training.tell(losses);
+                    training.hand_out_preview(model);
                 }
                 if training.checkpointed.elapsed() >= self.checkpoint_every {
                     training.hand_out_checkpoint();
@@ -113,7 +118,7 @@ impl Trainings {
 }
 
 impl Training {
-    fn tell(&self, loss: f32) {
+    fn tell(&self, losses: StepLosses) {
         if self.events.capacity() <= RESERVED_EVENTS {
             return;
         }
@@ -124,10 +129,27 @@ impl Training {
         let progress = TrainingProgress {
             step,
             total_steps,
-            loss,
+            losses,
             steps_per_second,
         };
         let _ = self.events.try_send(TrainingEvent::Progress(progress));
+    }
+
+    /// A preview is worth no failure: without room in the channel, or with a device that fails, there is none.
+    fn hand_out_preview(&self, model: &LuminaMgpt) {
+        let step = self.trainer.step();
+        if !self.previews.contains(&step) || self.events.capacity() <= RESERVED_EVENTS {
+            return;
+        }
+        let file = guarded(|| self.trainer.concept_file(model.fingerprint()));
+        match file.map(|file| file.to_bytes()) {
+            Ok(Ok(bytes)) => drop(self.events.try_send(TrainingEvent::Preview {
+                step,
+                file: bytes.into(),
+            })),
+            Ok(Err(error)) => tracing::warn!(%error, "a training's preview could not be written"),
+            Err(error) => tracing::warn!(%error, "a training's preview could not be made"),
+        }
     }
 
     fn hand_out_checkpoint(&mut self) {

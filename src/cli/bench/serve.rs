@@ -151,6 +151,7 @@ fn start_training(engine: &EngineHandle, info: &ModelInfo) -> anyhow::Result<cra
         spec,
         pictures,
         checkpoint: None,
+        previews: vec![],
     };
     Ok(engine.train(request)?)
 }
