@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::engine::EngineHandle;
 use crate::jobs::{Wake, Worker};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Keys, Limits, Service};
+use crate::service::{Keys, Limits, Meters, Service};
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
@@ -20,13 +20,16 @@ const GRACE: Duration = Duration::from_secs(20);
 /// How often expired pictures are looked for.
 const EXPIRY_CHECK: Duration = Duration::from_secs(600);
 
-/// Removes generated pictures that are older than `age`, now and then.
-async fn expire_images(registry: Registry, age: Duration, stop: CancellationToken) {
+/// Removes generated pictures that are older than `age`, and first answers that were kept for a day, now and then.
+async fn expire(registry: Registry, age: Duration, stop: CancellationToken) {
     loop {
         match registry.expire_images(age).await {
             Ok(0) => {}
             Ok(count) => tracing::info!(pictures = count, "removed expired pictures"),
             Err(error) => tracing::warn!(%error, "expired pictures could not be removed"),
+        }
+        if let Err(error) = registry.expire_keys().await {
+            tracing::warn!(%error, "expired idempotency keys could not be removed");
         }
         tokio::select! {
             () = stop.cancelled() => return,
@@ -56,6 +59,13 @@ pub async fn serve(
         tracing::info!(
             trainings = released,
             "a previous server left trainings behind; they go on from their checkpoints"
+        );
+    }
+    let freed = registry.release_keys().await?;
+    if freed > 0 {
+        tracing::info!(
+            keys = freed,
+            "requests with an idempotency key ended with the previous server; they may be sent again"
         );
     }
     let keys = Keys::new(registry.clone());
@@ -93,9 +103,10 @@ pub async fn serve(
         engine: engine.clone(),
         wake: wake.clone(),
         limits: Limits::of(&config).into(),
+        meters: Meters::default(),
     };
     state.ready(service);
-    tracker.spawn(expire_images(registry.clone(), config.keep_images(), stop.clone()));
+    tracker.spawn(expire(registry.clone(), config.keep_images(), stop.clone()));
     let worker = Worker {
         registry,
         engine: engine.clone(),
@@ -116,6 +127,9 @@ pub async fn serve(
     closing.cancel();
     if tokio::time::timeout(GRACE, http).await.is_err() {
         tracing::warn!("some requests did not finish in time");
+    }
+    if tokio::time::timeout(GRACE, state.finish()).await.is_err() {
+        tracing::warn!("some requests whose callers are gone did not finish in time");
     }
     if !engine.drain(GRACE).await {
         tracing::error!("the device does not answer; trainings go on from their last checkpoint");

@@ -4,6 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -20,9 +21,12 @@ use crate::picture::{OutputFormat, encode};
 use crate::registry::StoredImage;
 use crate::service::{Caller, GenerateInput, Generated, Service};
 
-pub(super) fn routes() -> Router<AppState> {
+pub(super) fn routes(state: &AppState) -> Router<AppState> {
     Router::new()
-        .route("/v1/images/generations", post(generate))
+        .route(
+            "/v1/images/generations",
+            post(generate).layer(from_fn_with_state(state.clone(), super::quota::rate_headers)),
+        )
         .route("/v1/images/{file}", get(download))
 }
 
@@ -145,7 +149,9 @@ async fn generate(
 ) -> Result<Json<Value>, ApiError> {
     let service = state.service()?;
     let (input, answer) = input(service, fields)?;
+    let mut admitted = service.admit(&caller, input.count.unwrap_or(1)).await?;
     let generated = service.generate(&caller, input).await?;
+    admitted.drawing();
     let host = headers
         .get(header::HOST)
         .and_then(|host| host.to_str().ok())

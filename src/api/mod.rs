@@ -7,12 +7,14 @@ mod error;
 mod extract;
 mod guard;
 mod health;
+mod idempotency;
 mod images;
 mod listen;
 mod models;
 mod multipart;
 mod openapi;
 mod pagination;
+mod quota;
 mod trainings;
 
 use std::sync::Arc;
@@ -24,6 +26,7 @@ use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use tokio_util::task::TaskTracker;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::timeout::RequestBodyTimeoutLayer;
 use utoipa::OpenApi as _;
@@ -42,6 +45,8 @@ pub struct AppState {
     config: Arc<Config>,
     service: Arc<std::sync::OnceLock<Service>>,
     draining: Arc<AtomicBool>,
+    /// Work that goes on without its caller.
+    tasks: TaskTracker,
 }
 
 impl AppState {
@@ -51,6 +56,7 @@ impl AppState {
             config,
             service: Arc::default(),
             draining: Arc::default(),
+            tasks: TaskTracker::new(),
         }
     }
 
@@ -62,6 +68,17 @@ impl AppState {
     pub fn ready(&self, service: Service) {
         // A second call would be a mistake of the caller; the first service stays.
         let _ = self.service.set(service);
+    }
+
+    /// Where work is begun that goes on when its caller disconnects; the server's stop waits for it.
+    fn tasks(&self) -> &TaskTracker {
+        &self.tasks
+    }
+
+    /// Waits for the work that goes on without its caller.
+    pub async fn finish(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
     }
 
     /// From now on new requests are refused.
@@ -93,7 +110,7 @@ pub fn router(state: AppState) -> Router {
         .merge(SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json")))
         .merge(concepts::routes(&state.config))
         .merge(trainings::routes())
-        .merge(images::routes())
+        .merge(images::routes(&state))
         .merge(models::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)

@@ -6,6 +6,7 @@
 /// Bytes by their hash.
 pub mod blobs;
 mod concepts;
+mod idempotency;
 mod images;
 mod keys;
 mod tenants;
@@ -21,9 +22,10 @@ pub use blobs::{BlobError, Blobs};
 pub use concepts::{
     Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadata, NewConcept, input_fingerprint,
 };
+pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
-pub use tenants::{Quotas, Tenant};
+pub use tenants::{Quotas, Tenant, Usage};
 pub use trainings::{ATTEMPTS, Claimed, NewTraining, Progress, Training, TrainingFilter, TrainingStatus};
 pub use versions::Version;
 

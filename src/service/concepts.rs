@@ -1,10 +1,11 @@
 //! Registering, listing, changing, deleting, exporting and importing concepts.
 
 use bytes::Bytes;
+use serde::Serialize;
 
 use super::facts::{check_description, check_webhook_url, read_metadata};
 use super::trainings::TrainingSettings;
-use super::{Caller, Service};
+use super::{Addition, Caller, Service};
 use crate::concept::{ConceptKind, is_slug};
 use crate::error::{Error, ErrorKind};
 use crate::ids::ConceptId;
@@ -17,12 +18,13 @@ use crate::registry::{
 use crate::training::TrainingSpec;
 
 /// What a caller wants to register, as parsed; values are checked here.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Registration {
     pub name: Option<String>,
     pub kind: Option<String>,
     pub class: Option<String>,
     /// Encoded pictures.
+    #[serde(serialize_with = "crate::registry::blobs::hashes")]
     pub images: Vec<Bytes>,
     pub captions: Vec<String>,
     pub steps: Option<u32>,
@@ -134,7 +136,13 @@ impl Service {
             .limit(self.limits.pictures as u64));
         }
         let taken = self.registry.concept(caller.tenant, &new.name).await?;
+        let mut _turn = None;
         if taken.is_none() {
+            let addition = Addition {
+                concepts: 1,
+                trainings: 1,
+            };
+            _turn = Some(self.turn(caller, addition).await?);
             self.check_queue().await?;
         }
         let limits = self.limits.picture;
@@ -367,6 +375,11 @@ impl Service {
             )
         })?;
         let name = check_name(Some(name.unwrap_or_else(|| file.header.name.clone())))?;
+        let addition = Addition {
+            concepts: 1,
+            trainings: 0,
+        };
+        let _turn = self.turn(caller, addition).await?;
         let new = NewConcept {
             class_noun: file.header.class_noun,
             ..NewConcept::new(name, file.header.kind)

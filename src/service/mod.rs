@@ -4,6 +4,7 @@ mod concepts;
 mod facts;
 mod generate;
 mod keys;
+mod quota;
 mod tenants;
 mod trainings;
 
@@ -13,6 +14,7 @@ pub use concepts::{Change, ConceptView, Registered, Registration};
 pub use facts::read_metadata;
 pub use generate::{GenerateInput, Generated, GeneratedImage, UsedConcept};
 pub use keys::{CreatedKey, KeyRequest, Keys};
+pub use quota::{Addition, Admitted, Allowance, Meters, Standing, Turn};
 pub use tenants::QuotaChange;
 pub use trainings::{TrainingQuery, TrainingSettings};
 
@@ -68,6 +70,7 @@ pub struct Service {
     pub engine: EngineHandle,
     pub wake: Wake,
     pub limits: Arc<Limits>,
+    pub meters: Meters,
 }
 
 /// What callers may ask for.

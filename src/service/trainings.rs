@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use super::concepts::no_concept;
 use super::facts::check_webhook_url;
-use super::{Caller, Service};
+use super::{Addition, Caller, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TrainingId;
 use crate::registry::{Listed, NewTraining, Page, Training, TrainingFilter, TrainingStatus, input_fingerprint};
@@ -46,6 +46,12 @@ pub struct TrainingQuery {
     pub concept: Option<String>,
     pub status: Option<TrainingStatus>,
 }
+
+/// What a training adds to what its tenant has.
+const ONE: Addition = Addition {
+    concepts: 0,
+    trainings: 1,
+};
 
 fn no_training(id: &str) -> Error {
     Error::new(
@@ -103,6 +109,7 @@ impl Service {
             return Err(Error::field("invalid_value", "captions", problem).limit(limit as u64));
         }
         let webhook_url = check_webhook_url(webhook_url)?;
+        let _turn = self.turn(caller, ONE).await?;
         self.check_queue().await?;
         let new = NewTraining {
             spec: &spec,
@@ -205,6 +212,7 @@ impl Service {
             let message = format!("The training is {status}; only one that failed or was cancelled is tried again.");
             return Err(Error::new(ErrorKind::Conflict, "training_not_failed", message));
         }
+        let _turn = self.turn(caller, ONE).await?;
         self.check_queue().await?;
         let after = self.registry.retry_training(caller.tenant, before.id).await?;
         self.wake.now();

@@ -2,5 +2,8 @@
 
 mod bad_input;
 mod guard;
+mod idempotency;
+mod isolation;
 mod lifecycle;
+mod quotas;
 mod tenants;

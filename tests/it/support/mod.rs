@@ -234,8 +234,13 @@ pub fn picture_part(bytes: Vec<u8>) -> Part {
 
 /// A registration of a subject with three pictures.
 pub fn subject_form(subject: &HeldOutSubject) -> Form {
+    form_named(subject, subject.name)
+}
+
+/// The same under another name.
+pub fn form_named(subject: &HeldOutSubject, name: &'static str) -> Form {
     let form = Form::new()
-        .text("name", subject.name)
+        .text("name", name)
         .text("kind", "subject")
         .text("class", subject.class.name());
     pictures(subject, 3)
