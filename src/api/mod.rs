@@ -102,16 +102,16 @@ pub fn router(state: AppState) -> Router {
     let limits = state.config.limits;
     let described = OpenApiRouter::with_openapi(openapi::Api::openapi())
         .merge(health::routes())
-        .merge(admin::routes());
+        .merge(admin::routes())
+        .merge(concepts::routes(&state.config))
+        .merge(trainings::routes())
+        .merge(models::routes());
     let (routes, document) = described.split_for_parts();
     let document = Arc::new(openapi::complete(document));
     routes
         .route("/openapi.json", get(move || openapi::serve(document)))
         .merge(SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json")))
-        .merge(concepts::routes(&state.config))
-        .merge(trainings::routes())
         .merge(images::routes(&state))
-        .merge(models::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(state.clone(), auth::authenticate))

@@ -42,7 +42,11 @@ impl Previews {
                 () = stop.cancelled() => return,
             };
             let stored = match drawn {
-                Ok(png) => worker.registry.add_preview(training.id, step, png).await.map_err(|error| error.to_string()),
+                Ok(png) => worker
+                    .registry
+                    .add_preview(training.id, step, png)
+                    .await
+                    .map_err(|error| error.to_string()),
                 Err(problem) => Err(problem),
             };
             if let Err(problem) = stored {

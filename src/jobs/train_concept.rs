@@ -5,7 +5,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde_json::json;
 use tokio::time::{Instant, MissedTickBehavior, interval};
-use tokio_util::sync::CancellationToken;
 
 use super::previews::{Previews, preview_steps};
 use super::progress::{Meter, thin};

@@ -19,9 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 
 pub use blobs::{BlobError, Blobs};
-pub use concepts::{
-    Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadata, NewConcept, input_fingerprint,
-};
+pub use concepts::{Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadata, NewConcept, input_fingerprint};
 pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};

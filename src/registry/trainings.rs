@@ -51,9 +51,7 @@ impl std::str::FromStr for TrainingStatus {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let known = Self::ALL.into_iter().find(|status| status.as_str() == text);
-        known.ok_or_else(|| {
-            format!("is `{text}`; expected `queued`, `running`, `succeeded`, `failed` or `cancelled`")
-        })
+        known.ok_or_else(|| format!("is `{text}`; expected `queued`, `running`, `succeeded`, `failed` or `cancelled`"))
     }
 }
 
@@ -503,14 +501,13 @@ impl Registry {
     /// `LeaseLost` when the training is no longer this worker's.
     pub async fn record_losses(&self, claimed: &Claimed, losses: &[StepLosses]) -> Result<(), RegistryError> {
         let text = serde_json::to_string(losses).map_err(|error| RegistryError::Row(error.to_string()))?;
-        let changed = sqlx::query(
-            "UPDATE trainings SET losses = $1 WHERE id = $2 AND lease_token = $3 AND status = 'running'",
-        )
-        .bind(text)
-        .bind(claimed.training.id.to_string())
-        .bind(&claimed.lease)
-        .execute(&self.pool)
-        .await?;
+        let changed =
+            sqlx::query("UPDATE trainings SET losses = $1 WHERE id = $2 AND lease_token = $3 AND status = 'running'")
+                .bind(text)
+                .bind(claimed.training.id.to_string())
+                .bind(&claimed.lease)
+                .execute(&self.pool)
+                .await?;
         fenced(changed.rows_affected())
     }
 
@@ -527,12 +524,7 @@ impl Registry {
     }
 
     /// The blobs that are not needed any more.
-    async fn replace_checkpoint(
-        &self,
-        claimed: &Claimed,
-        step: u32,
-        blob: &str,
-    ) -> Result<Vec<String>, RegistryError> {
+    async fn replace_checkpoint(&self, claimed: &Claimed, step: u32, blob: &str) -> Result<Vec<String>, RegistryError> {
         let mut transaction = self.write().await?;
         let before = checkpoint_of(&mut transaction, claimed.training.id).await?;
         let changed = sqlx::query(

@@ -85,9 +85,11 @@ const RESERVED: [&str; 1] = ["import"];
 fn check_name(name: Option<String>) -> Result<String, Error> {
     let name = name.ok_or_else(|| Error::field("missing_parameter", "name", "is missing"))?;
     match is_slug(&name) {
-        true if RESERVED.contains(&name.as_str()) => {
-            Err(Error::field("invalid_value", "name", format!("is `{name}`, which is reserved")))
-        }
+        true if RESERVED.contains(&name.as_str()) => Err(Error::field(
+            "invalid_value",
+            "name",
+            format!("is `{name}`, which is reserved"),
+        )),
         true => Ok(name),
         false => Err(Error::field(
             "invalid_value",
@@ -210,7 +212,11 @@ impl Service {
         let new = NewConcept {
             class_noun: spec.class_noun.clone(),
             description: check_description(registration.description)?,
-            metadata: registration.metadata.map(read_metadata).transpose()?.unwrap_or_default(),
+            metadata: registration
+                .metadata
+                .map(read_metadata)
+                .transpose()?
+                .unwrap_or_default(),
             webhook_url: check_webhook_url(registration.webhook_url)?,
             ..NewConcept::new(name, kind)
         };

@@ -41,7 +41,9 @@ pub fn read_metadata(value: Value) -> Result<Metadata, Error> {
             return Err(invalid(format!("has a value under `{key}` that is no string")));
         };
         if key.is_empty() || key.chars().count() > KEY_LIMIT {
-            return Err(invalid(format!("has a key that is not of 1 to {KEY_LIMIT} characters")).limit(KEY_LIMIT as u64));
+            return Err(
+                invalid(format!("has a key that is not of 1 to {KEY_LIMIT} characters")).limit(KEY_LIMIT as u64)
+            );
         }
         if value.chars().count() > VALUE_LIMIT {
             let problem = format!("has more than {VALUE_LIMIT} characters under `{key}`");
@@ -64,7 +66,8 @@ pub(super) fn check_webhook_url(url: Option<String>) -> Result<Option<String>, E
     if plain && !host.is_empty() && !host.contains('@') {
         return Ok(Some(url));
     }
-    let problem = format!("is no address of the form https://host/path with at most {URL_LIMIT} characters and no user");
+    let problem =
+        format!("is no address of the form https://host/path with at most {URL_LIMIT} characters and no user");
     Err(Error::field("invalid_value", "webhook_url", problem))
 }
 
@@ -95,7 +98,13 @@ mod tests {
     fn web_hooks_go_to_plain_addresses() {
         let check = |url: &str| check_webhook_url(Some(url.to_owned())).is_ok();
         assert!(check("https://example.com") && check("http://example.com:8080/x?y=1"));
-        for bad in ["", "https://", "ftp://example.com", "https://a@example.com/", "https://exa mple.com"] {
+        for bad in [
+            "",
+            "https://",
+            "ftp://example.com",
+            "https://a@example.com/",
+            "https://exa mple.com",
+        ] {
             assert!(!check(bad), "{bad}");
         }
     }
