@@ -4,6 +4,7 @@ use bytes::Bytes;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
+use super::blobs::content_hash;
 use super::{Listed, Page, Registry, RegistryError, now};
 use crate::ids::{ConceptId, TenantId, TrainingId};
 
@@ -68,7 +69,7 @@ impl Registry {
     /// # Errors
     /// When the database or the blob store fails.
     pub async fn add_preview(&self, training: TrainingId, step: u32, png: Bytes) -> Result<(), RegistryError> {
-        let blob = self.blobs.put(png).await?;
+        let blob = content_hash(&png);
         let mut transaction = self.write().await?;
         let before: Option<(String,)> =
             sqlx::query_as("SELECT blob FROM training_previews WHERE training_id = $1 AND step = $2")
@@ -76,7 +77,7 @@ impl Registry {
                 .bind(step)
                 .fetch_optional(&mut *transaction)
                 .await?;
-        sqlx::query(
+        let added = sqlx::query(
             "INSERT INTO training_previews (training_id, step, blob, created_at) SELECT id, $2, $3, $4 FROM trainings
              WHERE id = $1 AND status IN ('running', 'succeeded')
              ON CONFLICT (training_id, step) DO UPDATE SET blob = excluded.blob, created_at = excluded.created_at",
@@ -87,9 +88,16 @@ impl Registry {
         .bind(now())
         .execute(&mut *transaction)
         .await?;
+        if added.rows_affected() == 0 {
+            return Ok(());
+        }
+        // Within the transaction: whoever deletes the training comes before, and nothing is stored, or after.
+        let storing = self.blobs.storing().await;
+        self.blobs.put(png).await?;
         transaction.commit().await?;
-        let unsure: Vec<String> = before.into_iter().map(|(blob,)| blob).chain([blob]).collect();
-        self.remove_unreferenced(&unsure).await
+        drop(storing);
+        let before: Vec<String> = before.into_iter().map(|(blob,)| blob).collect();
+        self.remove_unreferenced(&before).await
     }
 
     /// The blob of the picture that a tenant's training drew after that step.
