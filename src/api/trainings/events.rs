@@ -26,7 +26,7 @@ struct Progress {
 }
 
 /// What one reader has been told of a training.
-struct Watch {
+struct Reader {
     state: AppState,
     caller: Caller,
     id: String,
@@ -42,7 +42,7 @@ fn event(name: &str, id: u32, data: &impl Serialize) -> Event {
     event.json_data(data).unwrap_or_default()
 }
 
-impl Watch {
+impl Reader {
     /// Queues what is new since the last look.
     fn see(&mut self, training: &Training) {
         let progress = Progress {
@@ -88,7 +88,7 @@ pub(super) fn follow(
     caller: Caller,
     training: &Training,
 ) -> impl Stream<Item = Result<Event, Infallible>> + use<> {
-    let mut watch = Watch {
+    let mut reader = Reader {
         state,
         caller,
         id: training.id.to_string(),
@@ -97,6 +97,6 @@ pub(super) fn follow(
         previews: BTreeSet::new(),
         ended: false,
     };
-    watch.see(training);
-    futures::stream::unfold(watch, Watch::next)
+    reader.see(training);
+    futures::stream::unfold(reader, Reader::next)
 }

@@ -155,3 +155,82 @@ async fn deleting_a_concept_removes_its_blobs_unless_another_uses_them() {
     assert!(registry.blobs.get(&shared).await.is_err());
     drop(dir);
 }
+
+#[tokio::test]
+async fn tenants_take_turns_and_what_was_interrupted_goes_on_first() {
+    let (_dir, registry) = registry().await;
+    let acme = registry
+        .add_tenant("acme", crate::registry::Quotas::default())
+        .await
+        .unwrap();
+    let mut ids = vec![];
+    for (tenant, name) in [
+        (TenantId::DEFAULT, "first"),
+        (TenantId::DEFAULT, "second"),
+        (TenantId::DEFAULT, "third"),
+        (acme.id, "other"),
+        (acme.id, "last"),
+    ] {
+        let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, name, Some("cat"), 6);
+        let new = NewConcept::new(name, ConceptKind::Subject);
+        ids.push(registry.add_concept(tenant, &new, &spec).await.unwrap().1.id);
+    }
+    let claim = || async { registry.claim_training(60_000).await.unwrap().unwrap() };
+    let number = |claimed: &Claimed| ids.iter().position(|&id| id == claimed.training.id).unwrap();
+    let first = claim().await;
+    let other = claim().await;
+    assert_eq!((number(&first), number(&other)), (0, 3));
+    // One of each runs: the older wait is served, the interrupted one before it.
+    registry.release(&first).await.unwrap();
+    let again = claim().await;
+    assert_eq!((number(&again), again.training.attempt), (0, 1));
+    registry.succeed(&other, "x", &serde_json::json!({})).await.unwrap();
+    assert_eq!(number(&claim().await), 4);
+}
+
+#[tokio::test]
+async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
+    let (_dir, registry) = registry().await;
+    let tenant = TenantId::DEFAULT;
+    let id = add(&registry, "rex").await.id;
+    let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
+    let blob = registry.blobs.put(vec![1].into()).await.unwrap();
+    registry.record_checkpoint(&claimed, 20, &blob).await.unwrap();
+    for step in [15, 30] {
+        registry.add_preview(id, step, vec![step as u8].into()).await.unwrap();
+    }
+    assert!(registry.retry_training(tenant, id).await.unwrap().unwrap().status == TrainingStatus::Running);
+    let error = serde_json::json!({"code": "training_failed"});
+    registry.fail(&claimed, &error, false).await.unwrap();
+    let seen = registry.training(tenant, id).await.unwrap().unwrap();
+    assert_eq!((seen.status, seen.previews), (TrainingStatus::Failed, vec![15, 30]));
+    // While another of the concept waits there is no second one.
+    let concept = registry.concept(tenant, "rex").await.unwrap().unwrap();
+    let new = NewTraining {
+        spec: &seen.spec,
+        input: "x",
+        webhook_url: Some("https://example.com"),
+    };
+    let other = registry.add_training(&concept, new).await.unwrap().unwrap();
+    for busy in [
+        registry.retry_training(tenant, id).await,
+        registry.add_training(&concept, new).await,
+    ] {
+        assert!(matches!(busy, Err(RegistryError::ConceptBusy(name)) if name == "rex"));
+    }
+    registry.cancel_training(tenant, other.id).await.unwrap();
+    let again = registry.retry_training(tenant, id).await.unwrap().unwrap();
+    assert_eq!(
+        (again.status, again.step, again.attempt),
+        (TrainingStatus::Queued, 20, 0)
+    );
+    assert_eq!((again.previews, again.error), (vec![15], None));
+    assert!(registry.preview(tenant, id, 15).await.unwrap().is_some());
+    assert!(registry.preview(tenant, id, 30).await.unwrap().is_none());
+    // Of a training that is not running nothing is kept.
+    registry.add_preview(id, 45, vec![45].into()).await.unwrap();
+    // Picture, checkpoint, one preview.
+    assert_eq!(registry.blobs.all().await.unwrap().len(), 3);
+    let resumed = registry.claim_training(60_000).await.unwrap().unwrap();
+    assert_eq!((resumed.training.id, resumed.training.resumed_from_step), (id, 20));
+}
