@@ -293,7 +293,9 @@ impl Registry {
             Err(sqlx::Error::Database(error)) if error.is_unique_violation() => {
                 return Err(RegistryError::NameTaken(name.clone()));
             }
-            other => drop(other?),
+            other => {
+                other?;
+            }
         }
         let row = sqlx::query(select!("WHERE c.id = $1"))
             .bind(id.to_string())
