@@ -12,7 +12,8 @@ use crate::config::Config;
 use crate::engine::EngineHandle;
 use crate::jobs::{Wake, Worker};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Keys, Limits, Meters, Service};
+use crate::service::{Keys, Limits, Service, Tallies};
+use crate::telemetry::meters;
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
@@ -34,6 +35,32 @@ async fn expire(registry: Registry, age: Duration, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(EXPIRY_CHECK) => {}
+        }
+    }
+}
+
+/// How often jobs are counted for the metrics: a scrape reads the last count and never the database.
+const JOB_COUNT: Duration = Duration::from_secs(2);
+
+/// Publishes how many jobs there are in each status.
+async fn count_jobs(registry: Registry, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(JOB_COUNT);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        match registry.training_counts().await {
+            Ok(counts) => {
+                for (status, count) in counts {
+                    meters()
+                        .jobs
+                        .with_label_values(&["training", status.as_str()])
+                        .set(count);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "jobs cannot be counted"),
         }
     }
 }
@@ -103,10 +130,11 @@ pub async fn serve(
         engine: engine.clone(),
         wake: wake.clone(),
         limits: Limits::of(&config).into(),
-        meters: Meters::default(),
+        tallies: Tallies::default(),
     };
     state.ready(service);
     tracker.spawn(expire(registry.clone(), config.keep_images(), stop.clone()));
+    tracker.spawn(count_jobs(registry.clone(), stop.clone()));
     let worker = Worker {
         registry,
         engine: engine.clone(),

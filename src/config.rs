@@ -55,6 +55,33 @@ pub struct Config {
     pub model: ModelArgs,
 }
 
+/// A number of MiB, or what the program finds best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Memory {
+    Auto,
+    #[serde(untagged)]
+    Mebibytes(u32),
+}
+
+impl Memory {
+    /// Bytes, where the operator has said how many.
+    pub fn bytes(self) -> Option<u64> {
+        match self {
+            Self::Auto => None,
+            Self::Mebibytes(mebibytes) => Some(u64::from(mebibytes) << 20),
+        }
+    }
+}
+
+fn mebibytes(text: &str) -> Result<Memory, String> {
+    match text.parse() {
+        _ if text == "auto" => Ok(Memory::Auto),
+        Ok(mebibytes) => Ok(Memory::Mebibytes(mebibytes)),
+        Err(_) => Err("expected `auto` or a number of MiB".to_owned()),
+    }
+}
+
 /// `on` or `off`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -153,6 +180,11 @@ pub struct EngineArgs {
     /// Pictures that a training draws on its way, evenly spread over its steps, the last at its end; 0: none.
     #[arg(long, env = "COAR_TRAINING_PREVIEWS", default_value_t = 4, value_name = "N")]
     pub training_previews: u32,
+    /// Memory in MiB for the graph of one training step, or `auto`: half of what is free when a training begins. A
+    /// training that needs more recomputes layers in its backward pass, which takes about a third longer and gives the
+    /// same concept.
+    #[arg(long, env = "COAR_TRAINING_MEMORY", default_value = "auto", value_name = "MIB", value_parser = mebibytes)]
+    pub training_memory: Memory,
     /// Memory for keys and values in MiB, taken once at the start: it bounds how many pictures are drawn at once.
     #[arg(long, env = "COAR_KV_MEMORY", default_value_t = 2048, value_name = "MIB")]
     pub kv_memory: u64,

@@ -1,5 +1,6 @@
 //! HTTP only: routes, extractors, errors as JSON. No logic beyond translation.
 
+mod access;
 mod admin;
 mod auth;
 mod concepts;
@@ -10,12 +11,14 @@ mod health;
 mod idempotency;
 mod images;
 mod listen;
+mod metrics;
 mod models;
 mod multipart;
 mod openapi;
 mod pagination;
 mod quota;
 mod trainings;
+mod ui;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,6 +39,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind};
 use crate::service::Service;
+use crate::telemetry::meters;
 pub(crate) use error::ApiError;
 pub use listen::listen;
 
@@ -68,6 +72,7 @@ impl AppState {
     pub fn ready(&self, service: Service) {
         // A second call would be a mistake of the caller; the first service stays.
         let _ = self.service.set(service);
+        meters().ready.set(1);
     }
 
     /// Where work is begun that goes on when its caller disconnects; the server's stop waits for it.
@@ -84,6 +89,7 @@ impl AppState {
     /// From now on new requests are refused.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
+        meters().ready.set(0);
     }
 
     fn service(&self) -> Result<&Service, Error> {
@@ -112,6 +118,8 @@ pub fn router(state: AppState) -> Router {
         .route("/openapi.json", get(move || openapi::serve(document)))
         .merge(SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json")))
         .merge(images::routes(&state))
+        .merge(metrics::routes())
+        .merge(ui::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(state.clone(), auth::authenticate))
@@ -124,6 +132,7 @@ pub fn router(state: AppState) -> Router {
         }))
         .layer(from_fn(guard::security_headers))
         .layer(from_fn(error::with_request_id))
+        .layer(from_fn(access::observed))
         .with_state(state)
 }
 

@@ -101,6 +101,8 @@ struct ModelList {
     #[schema(example = "list")]
     object: &'static str,
     data: Vec<ModelObject>,
+    /// Always false.
+    has_more: bool,
 }
 
 /// List models
@@ -124,7 +126,11 @@ async fn list(State(state): State<AppState>, Read(caller): Read) -> Result<Json<
             &[concept],
         ));
     }
-    Ok(Json(ModelList { object: "list", data }))
+    Ok(Json(ModelList {
+        object: "list",
+        data,
+        has_more: false,
+    }))
 }
 
 /// Show a model

@@ -9,7 +9,7 @@ use super::model::ModelArgs;
 use crate::engine::EngineOptions;
 use crate::jobs::{Wake, Worker};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Keys, Limits, Meters, Service};
+use crate::service::{Keys, Limits, Service, Tallies};
 
 /// Where concepts are kept.
 #[derive(Debug, Clone, Args)]
@@ -48,7 +48,7 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
         engine,
         wake: Wake::default(),
         limits: Limits::default().into(),
-        meters: Meters::default(),
+        tallies: Tallies::default(),
     })
 }
 

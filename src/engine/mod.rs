@@ -4,6 +4,8 @@ mod command;
 mod concept_cache;
 mod generations;
 mod handle;
+mod memory;
+mod meters;
 mod pictures;
 mod plan;
 mod scheduler;
@@ -13,8 +15,10 @@ mod trainings;
 pub use command::{
     ConceptUse, EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingProgress, TrainingRequest,
 };
+pub use concept_cache::ConceptCache;
 pub use generations::Load;
 pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStream};
+pub use memory::{free_bytes, used_bytes};
 pub use plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 pub use thread::{EngineOptions, start};
 

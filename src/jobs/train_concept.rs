@@ -30,6 +30,7 @@ enum End {
 }
 
 impl Worker {
+    #[tracing::instrument(name = "job.run", skip_all, fields(training = %claimed.training.id))]
     pub(super) async fn train_concept(&self, claimed: Claimed) {
         let id = claimed.training.id;
         tracing::info!(training = %id, attempt = claimed.training.attempt, from_step = claimed.training.resumed_from_step, "training");

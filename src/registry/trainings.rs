@@ -21,6 +21,15 @@ pub enum TrainingStatus {
 }
 
 impl TrainingStatus {
+    /// In the order of a training's life.
+    pub const ALL: [Self; 5] = [
+        Self::Queued,
+        Self::Running,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+    ];
+
     /// The word.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -36,14 +45,6 @@ impl TrainingStatus {
     pub fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
-
-    const ALL: [Self; 5] = [
-        Self::Queued,
-        Self::Running,
-        Self::Succeeded,
-        Self::Failed,
-        Self::Cancelled,
-    ];
 }
 
 impl std::str::FromStr for TrainingStatus {
@@ -414,6 +415,21 @@ impl Registry {
             .fetch_one(&self.pool)
             .await?;
         Ok(count)
+    }
+
+    /// How many trainings there are in each status.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn training_counts(&self) -> Result<Vec<(TrainingStatus, i64)>, RegistryError> {
+        let rows: Vec<(String, i64)> = sqlx::query_as("SELECT status, count(*) FROM trainings GROUP BY status")
+            .fetch_all(&self.pool)
+            .await?;
+        let counts = |status: TrainingStatus| {
+            let row = rows.iter().find(|(word, _)| word == status.as_str());
+            (status, row.map_or(0, |(_, count)| *count))
+        };
+        Ok(TrainingStatus::ALL.map(counts).to_vec())
     }
 
     /// Gives back every running training of a process that is gone. Only the holder of the data folder's lock may ask.

@@ -142,6 +142,7 @@ impl Service {
     ///
     /// # Errors
     /// As [`Self::plan`]; when the engine is overloaded, stopping, or fails.
+    #[tracing::instrument(name = "service.generate", skip_all)]
     pub async fn generate(&self, caller: &Caller, input: GenerateInput) -> Result<Generated, Error> {
         let request = self.plan(caller, input).await?;
         let mut stream = self.engine.generate(request.clone())?;
@@ -158,6 +159,8 @@ impl Service {
                     text_tokens,
                     image_tokens,
                 }) => {
+                    // They arrive as they are finished; callers number them by place.
+                    images.sort_by_key(|image: &GeneratedImage| image.index);
                     return Ok(Generated {
                         request,
                         images,

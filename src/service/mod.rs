@@ -14,7 +14,7 @@ pub use concepts::{Change, ConceptView, Registered, Registration};
 pub use facts::read_metadata;
 pub use generate::{GenerateInput, Generated, GeneratedImage, UsedConcept};
 pub use keys::{CreatedKey, KeyRequest, Keys};
-pub use quota::{Addition, Admitted, Allowance, Meters, Standing, Turn};
+pub use quota::{Addition, Admitted, Allowance, Standing, Tallies, Turn};
 pub use tenants::QuotaChange;
 pub use trainings::{TrainingQuery, TrainingSettings};
 
@@ -70,7 +70,7 @@ pub struct Service {
     pub engine: EngineHandle,
     pub wake: Wake,
     pub limits: Arc<Limits>,
-    pub meters: Meters,
+    pub tallies: Tallies,
 }
 
 /// What callers may ask for.

@@ -145,6 +145,9 @@ impl From<&ConceptView> for ConceptObject {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = ConceptVersion)]
 pub(in crate::api) struct VersionObject {
+    /// The number as a text: what the list's `after` takes.
+    #[schema(example = "1")]
+    id: String,
     #[schema(example = "concept.version")]
     object: &'static str,
     /// From 1, never used again.
@@ -163,6 +166,7 @@ pub(in crate::api) struct VersionObject {
 impl From<&Version> for VersionObject {
     fn from(version: &Version) -> Self {
         Self {
+            id: version.number.to_string(),
             object: "concept.version",
             number: version.number,
             hash: version.hash.clone(),

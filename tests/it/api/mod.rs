@@ -1,11 +1,13 @@
 //! What the server promises over HTTP, checked against the real server with the real pocket model.
 
 mod bad_input;
+mod command_line;
 mod concepts;
 mod guard;
 mod idempotency;
 mod isolation;
 mod lifecycle;
+mod observe;
 mod quotas;
 mod tenants;
 mod trainings;
