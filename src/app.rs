@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 use crate::api::{self, AppState, router};
 use crate::config::Config;
 use crate::engine::EngineHandle;
-use crate::jobs::{Wake, work};
+use crate::jobs::{Wake, Worker};
 use crate::registry::{DataLock, Registry};
 use crate::service::{Keys, Limits, Service, Tallies};
 use crate::telemetry::meters;
@@ -135,7 +135,18 @@ pub async fn serve(
     state.ready(service);
     tracker.spawn(expire(registry.clone(), config.keep_images(), stop.clone()));
     tracker.spawn(count_jobs(registry.clone(), stop.clone()));
-    tracker.spawn(work(registry, engine.clone(), wake, stop.clone()));
+    let worker = Worker {
+        registry,
+        engine: engine.clone(),
+        wake,
+        stop: stop.clone(),
+        previews: config.engine.training_previews,
+    };
+    for _ in 0..config.engine.training_slots {
+        tracker.spawn(worker.clone().work());
+    }
+    // The last handle of the engine has to be the one that is waited for.
+    drop(worker);
     tracker.close();
     tracing::info!(model = engine.info().id, "ready");
     stop.cancelled().await;

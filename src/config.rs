@@ -174,6 +174,12 @@ pub struct EngineArgs {
     /// Share of the device's time for trainings while pictures wait, 0 to 1. Without pictures they have all of it.
     #[arg(long, env = "COAR_TRAINING_SHARE", default_value_t = 0.5)]
     pub training_share: f64,
+    /// Trainings at once; more wait. They share the device's time, and each takes memory of its own.
+    #[arg(long, env = "COAR_TRAINING_SLOTS", default_value_t = 1, value_name = "N")]
+    pub training_slots: usize,
+    /// Pictures that a training draws on its way, evenly spread over its steps, the last at its end; 0: none.
+    #[arg(long, env = "COAR_TRAINING_PREVIEWS", default_value_t = 4, value_name = "N")]
+    pub training_previews: u32,
     /// Memory in MiB for the graph of one training step, or `auto`: half of what is free when a training begins. A
     /// training that needs more recomputes layers in its backward pass, which takes about a third longer and gives the
     /// same concept.
@@ -239,6 +245,10 @@ impl Config {
         );
         check("rows", self.engine.rows > 1, "2 or more", &self.engine.rows);
         check("queue", self.engine.queue > 0, "1 or more", &self.engine.queue);
+        let slots = self.engine.training_slots;
+        check("training_slots", (1..=64).contains(&slots), "1 to 64", &slots);
+        let previews = self.engine.training_previews;
+        check("training_previews", previews <= 20, "0 to 20", &previews);
         check("threads", self.model.threads >= 0, "0 or more", &self.model.threads);
         let device = self.model.device.as_str();
         let index = device

@@ -1,61 +1,73 @@
 //! `/v1/concepts`
 
+use axum::Json;
 use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Path, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use axum::{Json, Router};
-use serde_json::{Value, json};
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::auth::{Read, Train};
-use super::extract::{media_type, unread};
-use super::idempotency::{Once, content_of};
-use super::pagination::invalid_query;
-use super::trainings::training_json;
+use super::extract::{Fields, MaybeFields, media_type, unread};
+use super::idempotency::{IdempotencyHeader, Once, content_of};
+use super::openapi::{ErrorBody, List};
+use super::pagination::{PageQuery, Paged, invalid_query};
+use super::trainings::object::TrainingObject;
 use super::{ApiError, AppState, multipart};
 use crate::concept::file::FILE_LIMIT;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind};
+use crate::ids::ConceptId;
+use crate::registry::ConceptFilter;
 use crate::registry::blobs::content_hash;
-use crate::service::ConceptView;
+use crate::service::{Change, TrainingSettings};
+use object::{ChangeConcept, ConceptObject, File, RegisterConcept, TrainConcept, VersionObject};
+
+pub(super) mod object;
 
 /// Bytes of a form beside its pictures.
 const FORM_EXTRA: usize = 1 << 20;
 
-pub(super) fn routes(config: &Config) -> Router<AppState> {
+pub(super) fn routes(config: &Config) -> OpenApiRouter<AppState> {
     let limits = crate::service::Limits::of(config);
     let form = limits.pictures * limits.picture.bytes + FORM_EXTRA;
-    Router::new()
-        .route(
-            "/v1/concepts",
-            post(register).layer(DefaultBodyLimit::max(form)).get(list),
-        )
-        .route(
-            "/v1/concepts/import",
-            post(import).layer(DefaultBodyLimit::max(FILE_LIMIT)),
-        )
-        .route("/v1/concepts/{name}", get(show).delete(delete))
-        .route("/v1/concepts/{name}/weights", get(weights))
+    let registration = OpenApiRouter::new().routes(routes!(register, list));
+    let file = OpenApiRouter::new().routes(routes!(import));
+    OpenApiRouter::new()
+        .merge(registration.layer(DefaultBodyLimit::max(form)))
+        .merge(file.layer(DefaultBodyLimit::max(FILE_LIMIT)))
+        .routes(routes!(show, change, delete))
+        .routes(routes!(versions))
+        .routes(routes!(picture))
+        .routes(routes!(train))
+        .routes(routes!(weights))
 }
 
-/// A concept as JSON.
-pub(super) fn concept_json(view: &ConceptView) -> Value {
-    let concept = &view.concept;
-    json!({
-        "id": concept.id.to_string(),
-        "object": "concept",
-        "name": concept.name,
-        "kind": concept.kind,
-        "class": concept.class_noun,
-        "status": view.status(),
-        "version": concept.version,
-        "images": concept.pictures.len(),
-        "created_at": concept.created_at / 1000,
-        "training": view.training.as_ref().map(training_json),
-    })
+/// The answer of a route that makes a concept.
+fn created(status: StatusCode, concept: ConceptObject, name: &str) -> Response {
+    let location = [(header::LOCATION, format!("/v1/concepts/{name}"))];
+    (status, location, Json(concept)).into_response()
 }
 
+/// Register a concept
+///
+/// Stores the pictures and queues a training. The concept can be drawn with when its `status` is `ready`.
+#[utoipa::path(
+    post, path = "/v1/concepts", tag = "Concepts", operation_id = "registerConcept",
+    params(IdempotencyHeader),
+    request_body(content = RegisterConcept, content_type = "multipart/form-data"),
+    responses(
+        (status = 202, description = "The concept, in training", body = ConceptObject,
+         headers(("location" = String, description = "The concept's address"))),
+        (status = 409, description = "`name_taken`", body = ErrorBody),
+        (status = 413, description = "`picture_too_large`, `body_too_large`", body = ErrorBody),
+        (status = 429, description = "`quota_exceeded`, `overloaded`", body = ErrorBody),
+    ),
+)]
 async fn register(
     State(state): State<AppState>,
     Train(caller): Train,
@@ -77,33 +89,117 @@ async fn register(
     let registration = multipart::registration(form, &service.limits).await?;
     let content = content_of(&registration)?;
     let work = async move {
-        let view = service.register(&caller, registration).await?;
-        Ok(created(StatusCode::ACCEPTED, &view))
+        let registered = service.register(&caller, registration).await?;
+        let mut concept = ConceptObject::from(&registered.view);
+        concept.duplicate_of = registered.duplicate_of;
+        Ok(created(StatusCode::ACCEPTED, concept, &registered.view.concept.name))
     };
     once.run(&state, &caller, &content, work).await
 }
 
-/// The answer of a route that makes a concept.
-fn created(status: StatusCode, view: &ConceptView) -> Response {
-    let location = format!("/v1/concepts/{}", view.concept.name);
-    (status, [(header::LOCATION, location)], Json(concept_json(view))).into_response()
+/// Which concepts.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct ConceptQuery {
+    /// `subject` or `style`.
+    #[param(value_type = Option<object::KindName>)]
+    kind: Option<String>,
+    /// `training`, `ready`, `failed` or `cancelled`.
+    #[param(value_type = Option<object::StatusName>)]
+    status: Option<String>,
 }
 
-async fn list(State(state): State<AppState>, Read(caller): Read) -> Result<Json<Value>, ApiError> {
-    let views = state.service()?.concepts(&caller).await?;
-    Ok(Json(
-        json!({"object": "list", "data": views.iter().map(concept_json).collect::<Vec<_>>()}),
-    ))
+/// A word of a query, parsed.
+pub(super) fn word<T: std::str::FromStr<Err = String>>(
+    field: &'static str,
+    text: Option<&String>,
+) -> Result<Option<T>, Error> {
+    let parsed = text.map(|text| text.parse()).transpose();
+    parsed.map_err(|problem| Error::field("invalid_value", field, problem))
 }
 
+/// List concepts
+///
+/// Newest first.
+#[utoipa::path(
+    get, path = "/v1/concepts", tag = "Concepts", operation_id = "listConcepts",
+    params(PageQuery, ConceptQuery),
+    responses((status = 200, description = "Concepts", body = List<ConceptObject>)),
+)]
+async fn list(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Paged(page): Paged<ConceptId>,
+    query: Result<Query<ConceptQuery>, QueryRejection>,
+) -> Result<Json<List<ConceptObject>>, ApiError> {
+    let Query(query) = query.map_err(|error| invalid_query(&error))?;
+    let filter = ConceptFilter {
+        kind: word("kind", query.kind.as_ref())?,
+        status: word("status", query.status.as_ref())?,
+    };
+    let listed = state.service()?.concepts(&caller, filter, page).await?;
+    Ok(Json(List::of(&listed, |view| view.into())))
+}
+
+/// Show a concept
+#[utoipa::path(
+    get, path = "/v1/concepts/{name}", tag = "Concepts", operation_id = "showConcept",
+    params(("name" = String, Path, description = "The concept's name or id", example = "rex")),
+    responses(
+        (status = 200, description = "The concept", body = ConceptObject),
+        (status = 404, description = "`concept_not_found`", body = ErrorBody),
+    ),
+)]
 async fn show(
     State(state): State<AppState>,
     Read(caller): Read,
     Path(name): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    Ok(Json(concept_json(&state.service()?.concept(&caller, &name).await?)))
+) -> Result<Json<ConceptObject>, ApiError> {
+    Ok(Json((&state.service()?.concept(&caller, &name).await?).into()))
 }
 
+/// Change a concept
+///
+/// Another name, description or metadata; or another of its versions to draw with, from the next request on.
+#[utoipa::path(
+    patch, path = "/v1/concepts/{name}", tag = "Concepts", operation_id = "changeConcept",
+    params(("name" = String, Path, description = "The concept's name or id", example = "rex")),
+    request_body = ChangeConcept,
+    responses(
+        (status = 200, description = "The concept as it is now", body = ConceptObject),
+        (status = 404, description = "`concept_not_found`, `version_not_found`", body = ErrorBody),
+        (status = 409, description = "`name_taken`", body = ErrorBody),
+    ),
+)]
+async fn change(
+    State(state): State<AppState>,
+    Train(caller): Train,
+    Path(name): Path<String>,
+    mut fields: Fields,
+) -> Result<Json<ConceptObject>, ApiError> {
+    let change = Change {
+        name: fields.text("name")?,
+        description: fields.nullable_text("description")?,
+        metadata: fields.take("metadata"),
+        version: fields.integer("version", u32::MAX.into())?.map(|number| number as u32),
+    };
+    fields.finish()?;
+    let view = state.service()?.change_concept(&caller, &name, change).await?;
+    Ok(Json((&view).into()))
+}
+
+/// Delete a concept
+///
+/// With its pictures, all its versions, trainings and previews. A running training ends; a generation that has begun
+/// finishes.
+#[utoipa::path(
+    delete, path = "/v1/concepts/{name}", tag = "Concepts", operation_id = "deleteConcept",
+    params(("name" = String, Path, description = "The concept's name or id", example = "rex")),
+    responses(
+        (status = 204, description = "Deleted"),
+        (status = 404, description = "`concept_not_found`", body = ErrorBody),
+    ),
+)]
 async fn delete(
     State(state): State<AppState>,
     Train(caller): Train,
@@ -113,34 +209,197 @@ async fn delete(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Which part of the versions.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[allow(dead_code)]
+struct VersionsQuery {
+    /// How many at most.
+    #[param(minimum = 1, maximum = 100, default = 20)]
+    limit: Option<u32>,
+    /// The last number of the part before.
+    #[param(minimum = 0)]
+    after: Option<u32>,
+}
+
+/// List a concept's versions
+///
+/// Newest first.
+#[utoipa::path(
+    get, path = "/v1/concepts/{name}/versions", tag = "Concepts", operation_id = "listConceptVersions",
+    params(("name" = String, Path, description = "The concept's name or id", example = "rex"), VersionsQuery),
+    responses(
+        (status = 200, description = "Versions", body = List<VersionObject>),
+        (status = 404, description = "`concept_not_found`", body = ErrorBody),
+    ),
+)]
+async fn versions(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Path(name): Path<String>,
+    Paged(page): Paged<u32>,
+) -> Result<Json<List<VersionObject>>, ApiError> {
+    let listed = state.service()?.versions(&caller, &name, page).await?;
+    Ok(Json(List::of(&listed, |version| version.into())))
+}
+
+/// Show a reference picture
+///
+/// As it was stored: decoded, stripped of its metadata, and encoded anew.
+#[utoipa::path(
+    get, path = "/v1/concepts/{name}/images/{index}", tag = "Concepts", operation_id = "showReferencePicture",
+    params(
+        ("name" = String, Path, description = "The concept's name or id", example = "rex"),
+        ("index" = u32, Path, description = "From 0, below the concept's `images`", example = 0),
+    ),
+    responses(
+        (status = 200, description = "The picture", body = File, content_type = "image/png"),
+        (status = 404, description = "`concept_not_found`, `image_not_found`", body = ErrorBody),
+    ),
+)]
+async fn picture(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Path((name, index)): Path<(String, String)>,
+) -> Result<Response, ApiError> {
+    Ok(png(state.service()?.reference_picture(&caller, &name, &index).await?))
+}
+
+/// A PNG as an answer. Only its tenant may see it, so that shared caches keep away.
+pub(super) fn png(bytes: Bytes) -> Response {
+    let headers = [(header::CONTENT_TYPE, "image/png"), (header::CACHE_CONTROL, "private")];
+    (headers, bytes).into_response()
+}
+
+/// Train a concept again
+///
+/// Makes another version from the same pictures. Until it is there, and if it fails, the present one goes on serving.
+#[utoipa::path(
+    post, path = "/v1/concepts/{name}/trainings", tag = "Concepts", operation_id = "trainConcept",
+    params(("name" = String, Path, description = "The concept's name or id", example = "rex"), IdempotencyHeader),
+    request_body = Option<TrainConcept>,
+    responses(
+        (status = 202, description = "The training, queued", body = TrainingObject,
+         headers(("location" = String, description = "The training's address"))),
+        (status = 404, description = "`concept_not_found`", body = ErrorBody),
+        (status = 409, description = "`training_in_progress`, `no_reference_pictures`", body = ErrorBody),
+        (status = 429, description = "`quota_exceeded`, `overloaded`", body = ErrorBody),
+    ),
+)]
+async fn train(
+    State(state): State<AppState>,
+    Train(caller): Train,
+    Path(name): Path<String>,
+    once: Once,
+    MaybeFields(mut fields): MaybeFields,
+) -> Result<Response, ApiError> {
+    let content = fields.content();
+    let small = u64::from(u32::MAX);
+    let mut number = |field| -> Result<Option<u32>, Error> { Ok(fields.integer(field, small)?.map(|n| n as u32)) };
+    let settings = TrainingSettings {
+        steps: number("steps")?,
+        layers: number("layers")?,
+        text_tokens: number("text_tokens")?,
+        image_tokens: number("image_tokens")?,
+        learning_rate: fields.number("learning_rate")?,
+        seed: fields.integer("seed", u64::MAX)?,
+        captions: fields.texts("captions")?,
+    };
+    let webhook_url = fields.text("webhook_url")?;
+    fields.finish()?;
+    let service = state.service()?.clone();
+    let work = async move {
+        let training = service.retrain(&caller, &name, settings, webhook_url).await?;
+        let location = [(header::LOCATION, format!("/v1/trainings/{}", training.id))];
+        Ok((StatusCode::ACCEPTED, location, Json(TrainingObject::from(&training))).into_response())
+    };
+    once.run(&state, &caller, &content, work).await
+}
+
+/// Which version.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct WeightsQuery {
+    /// Number of the version; without it, the one in use.
+    #[param(value_type = Option<u32>, minimum = 1)]
+    version: Option<String>,
+}
+
+/// Download a concept
+///
+/// The concept file: safetensors with a described header. It can be imported on any server with the same base model.
+#[utoipa::path(
+    get, path = "/v1/concepts/{name}/weights", tag = "Concepts", operation_id = "downloadConcept",
+    params(("name" = String, Path, description = "The concept's name or id", example = "rex"), WeightsQuery),
+    responses(
+        (status = 200, description = "The file; its SHA-256 is the `etag`", body = File,
+         content_type = "application/octet-stream"),
+        (status = 404, description = "`concept_not_found`, `version_not_found`", body = ErrorBody),
+        (status = 409, description = "`concept_not_ready`", body = ErrorBody),
+    ),
+)]
 async fn weights(
     State(state): State<AppState>,
     Read(caller): Read,
     Path(name): Path<String>,
+    query: Result<Query<WeightsQuery>, QueryRejection>,
 ) -> Result<Response, ApiError> {
-    let bytes = state.service()?.concept_file(&caller, &name).await?;
+    let Query(query) = query.map_err(|error| invalid_query(&error))?;
+    let version = query.version.map(|text| {
+        text.parse().map_err(|_| {
+            Error::field(
+                "invalid_value",
+                "version",
+                format!("is `{text}`; expected a version's number"),
+            )
+        })
+    });
+    let (hash, bytes) = state
+        .service()?
+        .concept_file(&caller, &name, version.transpose()?)
+        .await?;
     let headers = [
         (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
         (
             header::CONTENT_DISPOSITION,
             format!("attachment; filename=\"{name}.safetensors\""),
         ),
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned()),
+        (header::ETAG, format!("\"{hash}\"")),
     ];
     Ok((headers, bytes).into_response())
 }
 
-#[derive(Debug, serde::Deserialize)]
+/// How an import is to be called.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct ImportQuery {
+    /// Name of the new concept; without it, the one in the file.
+    #[param(example = "rex")]
     name: Option<String>,
 }
 
+/// Import a concept
+///
+/// Makes a concept of a concept file. It is ready at once, and has no reference pictures.
+#[utoipa::path(
+    post, path = "/v1/concepts/import", tag = "Concepts", operation_id = "importConcept",
+    params(ImportQuery, IdempotencyHeader),
+    request_body(content = File, content_type = "application/octet-stream"),
+    responses(
+        (status = 201, description = "The concept", body = ConceptObject,
+         headers(("location" = String, description = "The concept's address"))),
+        (status = 400, description = "`invalid_concept_file`: damaged, or of another base model", body = ErrorBody),
+        (status = 409, description = "`name_taken`", body = ErrorBody),
+        (status = 413, description = "`body_too_large`", body = ErrorBody),
+        (status = 429, description = "`quota_exceeded`", body = ErrorBody),
+    ),
+)]
 async fn import(
     State(state): State<AppState>,
     Train(caller): Train,
     once: Once,
-    query: Result<Query<ImportQuery>, axum::extract::rejection::QueryRejection>,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+    query: Result<Query<ImportQuery>, QueryRejection>,
+    body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let Query(query) = query.map_err(|error| invalid_query(&error))?;
     let body = body.map_err(|error| unread(&error, FILE_LIMIT))?;
@@ -149,7 +408,7 @@ async fn import(
     let content = content_hash(&body);
     let work = async move {
         let view = service.import_concept(&caller, body, query.name).await?;
-        Ok(created(StatusCode::CREATED, &view))
+        Ok(created(StatusCode::CREATED, (&view).into(), &view.concept.name))
     };
     once.run(&state, &caller, &content, work).await
 }

@@ -38,6 +38,23 @@ impl FromRequest<AppState> for Fields {
     }
 }
 
+/// As [`Fields`], of a body that may be left out.
+pub(super) struct MaybeFields(pub Fields);
+
+impl FromRequest<AppState> for MaybeFields {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
+        let headers = request.headers();
+        let length = headers.get(header::CONTENT_LENGTH).map(|value| value.as_bytes());
+        let empty = matches!(length, None | Some(b"0")) && !headers.contains_key(header::TRANSFER_ENCODING);
+        match empty {
+            true => Ok(Self(Fields(Map::new()))),
+            false => Fields::from_request(request, state).await.map(Self),
+        }
+    }
+}
+
 /// Why a body could not be read: too slow, or larger than `limit` bytes.
 pub(super) fn unread(error: &(dyn std::error::Error + 'static), limit: usize) -> Error {
     let mut causes = std::iter::successors(Some(error), |cause| cause.source());
@@ -88,6 +105,15 @@ impl Fields {
             Some(Value::String(text)) => Ok(Some(text)),
             Some(other) => Err(wrong_type(name, "a string", &other)),
         }
+    }
+
+    /// As [`Self::text`], with null told apart from absence: `Some(None)`.
+    pub(super) fn nullable_text(&mut self, name: &'static str) -> Result<Option<Option<String>>, Error> {
+        if self.0.get(name).is_some_and(Value::is_null) {
+            self.0.remove(name);
+            return Ok(Some(None));
+        }
+        Ok(self.text(name)?.map(Some))
     }
 
     pub(super) fn integer(&mut self, name: &'static str, high: u64) -> Result<Option<u64>, Error> {

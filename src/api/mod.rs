@@ -108,16 +108,16 @@ pub fn router(state: AppState) -> Router {
     let limits = state.config.limits;
     let described = OpenApiRouter::with_openapi(openapi::Api::openapi())
         .merge(health::routes())
-        .merge(admin::routes());
+        .merge(admin::routes())
+        .merge(concepts::routes(&state.config))
+        .merge(trainings::routes())
+        .merge(models::routes());
     let (routes, document) = described.split_for_parts();
     let document = Arc::new(openapi::complete(document));
     routes
         .route("/openapi.json", get(move || openapi::serve(document)))
         .merge(SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json")))
-        .merge(concepts::routes(&state.config))
-        .merge(trainings::routes())
         .merge(images::routes(&state))
-        .merge(models::routes())
         .merge(metrics::routes())
         .merge(ui::routes())
         .fallback(not_found)

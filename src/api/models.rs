@@ -1,49 +1,168 @@
-//! `/v1/models`
+//! `/v1/models`: what a request's `model` may be.
 
+use axum::Json;
 use axum::extract::{Path, State};
-use axum::routing::get;
-use axum::{Json, Router};
-use serde_json::{Value, json};
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::auth::Read;
+use super::concepts::object::{InUse, KindName};
+use super::openapi::ErrorBody;
 use super::{ApiError, AppState};
+use crate::engine::ModelInfo;
 use crate::error::{Error, ErrorKind};
+use crate::registry::Concept;
 
-pub(super) fn routes() -> Router<AppState> {
-    Router::new()
-        .route("/v1/models", get(list))
-        .route("/v1/models/{id}", get(show))
+pub(super) fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(show))
 }
 
-fn model(state: &AppState) -> Result<Value, Error> {
-    let info = state.service()?.engine.info();
-    let sizes: Vec<String> = info.sizes.iter().map(|(w, h)| format!("{w}x{h}")).collect();
-    Ok(json!({
-        "id": info.id,
-        "object": "model",
-        "created": 0,
-        "owned_by": "coar",
-        "fingerprint": info.fingerprint,
-        "sizes": sizes,
-        "layers": info.layers,
-        "hidden_size": info.hidden,
+/// The base model under its name that does not change.
+const ALIAS: &str = "coar";
+
+/// A concept of a model.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ModelConcept)]
+struct ModelConcept {
+    #[schema(example = "rex")]
+    name: String,
+    kind: KindName,
+    /// The noun of a subject.
+    #[schema(example = "dog")]
+    class: Option<String>,
+    version: Option<InUse>,
+}
+
+/// Something that pictures can be drawn with: the base model alone, or with concepts.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Model)]
+struct ModelObject {
+    /// The base model's name, `coar`, `coar:<concept>`, or `coar:<subject>+<style>`.
+    #[schema(example = "coar:rex")]
+    id: String,
+    #[schema(example = "model")]
+    object: &'static str,
+    /// Unix seconds: when its newest part was made; 0 for the base model.
+    created: i64,
+    /// `coar`, or the tenant whose concepts it has.
+    #[schema(example = "coar")]
+    owned_by: String,
+    /// Of the base model: concepts fit models with the same one.
+    fingerprint: String,
+    /// Sizes that it draws, the default first.
+    #[schema(example = json!(["96x96", "128x64"]))]
+    sizes: Vec<String>,
+    layers: usize,
+    hidden_size: usize,
+    /// None: the base model.
+    concepts: Vec<ModelConcept>,
+}
+
+impl ModelObject {
+    fn base(info: &ModelInfo, id: &str) -> Self {
+        Self {
+            id: id.to_owned(),
+            object: "model",
+            created: 0,
+            owned_by: ALIAS.to_owned(),
+            fingerprint: info.fingerprint.clone(),
+            sizes: info.sizes.iter().map(|(w, h)| format!("{w}x{h}")).collect(),
+            layers: info.layers,
+            hidden_size: info.hidden,
+            concepts: vec![],
+        }
+    }
+
+    fn with(info: &ModelInfo, id: &str, concepts: &[&Concept]) -> Self {
+        let made = |concept: &&Concept| concept.version_created_at.unwrap_or(concept.created_at) / 1000;
+        let concept = |concept: &&Concept| ModelConcept {
+            name: concept.name.clone(),
+            kind: concept.kind.into(),
+            class: concept.class_noun.clone(),
+            version: InUse::of(concept),
+        };
+        Self {
+            created: concepts.iter().map(made).max().unwrap_or(0),
+            owned_by: concepts
+                .first()
+                .map_or_else(String::new, |first| first.tenant.to_string()),
+            concepts: concepts.iter().map(concept).collect(),
+            ..Self::base(info, id)
+        }
+    }
+}
+
+/// Everything that can be drawn with.
+#[derive(Debug, Serialize, ToSchema)]
+struct ModelList {
+    /// Always `list`.
+    #[schema(example = "list")]
+    object: &'static str,
+    data: Vec<ModelObject>,
+    /// Always false.
+    has_more: bool,
+}
+
+/// List models
+///
+/// The base model under both its names, and each concept that is ready. All of them, in one list.
+#[utoipa::path(
+    get, path = "/v1/models", tag = "Models", operation_id = "listModels",
+    responses((status = 200, description = "Models", body = ModelList)),
+)]
+async fn list(State(state): State<AppState>, Read(caller): Read) -> Result<Json<ModelList>, ApiError> {
+    let service = state.service()?;
+    let info = service.engine.info();
+    let mut data = vec![ModelObject::base(info, &info.id)];
+    if info.id != ALIAS {
+        data.push(ModelObject::base(info, ALIAS));
+    }
+    for concept in &service.ready_concepts(&caller).await? {
+        data.push(ModelObject::with(
+            info,
+            &format!("{ALIAS}:{}", concept.name),
+            &[concept],
+        ));
+    }
+    Ok(Json(ModelList {
+        object: "list",
+        data,
+        has_more: false,
     }))
 }
 
-async fn list(State(state): State<AppState>, Read(_): Read) -> Result<Json<Value>, ApiError> {
-    Ok(Json(json!({"object": "list", "data": [model(&state)?]})))
-}
-
-async fn show(State(state): State<AppState>, Read(_): Read, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    let model = model(&state)?;
-    match model["id"] == id.as_str() {
-        true => Ok(Json(model)),
-        false => Err(Error::field(
-            "model_not_found",
-            "model",
-            format!("is `{id}`; this server has {}", model["id"]),
-        )
-        .of_kind(ErrorKind::NotFound)
-        .into()),
+/// Show a model
+#[utoipa::path(
+    get, path = "/v1/models/{id}", tag = "Models", operation_id = "showModel",
+    params(("id" = String, Path, description = "As `id` in the list, or `coar:` and several concepts with `+` between",
+            example = "coar:rex")),
+    responses(
+        (status = 200, description = "The model", body = ModelObject),
+        (status = 404, description = "`model_not_found`", body = ErrorBody),
+    ),
+)]
+async fn show(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Path(id): Path<String>,
+) -> Result<Json<ModelObject>, ApiError> {
+    let service = state.service()?;
+    let info = service.engine.info();
+    if id == info.id || id == ALIAS {
+        return Ok(Json(ModelObject::base(info, &id)));
+    }
+    let names = id.strip_prefix(ALIAS).and_then(|rest| rest.strip_prefix(':'));
+    let ready = service.ready_concepts(&caller).await?;
+    let find = |name: &str| ready.iter().find(|concept| concept.name == name);
+    let concepts: Option<Vec<&Concept>> = names.and_then(|names| names.split('+').map(find).collect());
+    match concepts {
+        Some(concepts) => Ok(Json(ModelObject::with(info, &id, &concepts))),
+        None => {
+            let problem = format!("is `{id}`; `/v1/models` lists what this server has");
+            let error = Error::field("model_not_found", "model", problem);
+            Err(error.of_kind(ErrorKind::NotFound).into())
+        }
     }
 }

@@ -9,6 +9,8 @@ use crate::service::{Limits, Registration};
 
 /// The largest text field, in bytes.
 const TEXT_LIMIT: usize = 4096;
+/// The largest metadata, in bytes: whatever is within its limits, as JSON.
+const METADATA_LIMIT: usize = 64 << 10;
 
 fn broken(error: &MultipartError) -> Error {
     match error.status().as_u16() {
@@ -52,6 +54,10 @@ fn number<T: std::str::FromStr>(name: &'static str, text: &str) -> Result<T, Err
         .map_err(|_| Error::field("invalid_value", name, format!("is `{text}`; expected {kind}")))
 }
 
+fn json(name: &'static str, text: &str) -> Result<serde_json::Value, Error> {
+    serde_json::from_str(text).map_err(|error| Error::field("invalid_value", name, format!("is not JSON: {error}")))
+}
+
 /// Reads `name`, `kind`, `class`, `images` and the optional settings; every other part is refused by name.
 pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result<Registration, Error> {
     let mut registration = Registration::default();
@@ -77,7 +83,8 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
                 .push(bytes(part, "images", limits.picture.bytes, "picture_too_large").await?);
             continue;
         }
-        let raw = bytes(part, &name, TEXT_LIMIT, "value_too_large").await?;
+        let limit = if name == "metadata" { METADATA_LIMIT } else { TEXT_LIMIT };
+        let raw = bytes(part, &name, limit, "value_too_large").await?;
         let text = String::from_utf8(raw.to_vec())
             .map_err(|_| Error::field("invalid_value", name.clone(), "is not UTF-8 text"))?;
         let r = &mut registration;
@@ -95,6 +102,9 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
             "text_tokens" => r.text_tokens.replace(number("text_tokens", &text)?).is_some(),
             "image_tokens" => r.image_tokens.replace(number("image_tokens", &text)?).is_some(),
             "seed" => r.seed.replace(number("seed", &text)?).is_some(),
+            "description" => r.description.replace(text).is_some(),
+            "metadata" => r.metadata.replace(json("metadata", &text)?).is_some(),
+            "webhook_url" => r.webhook_url.replace(text).is_some(),
             _ => {
                 return Err(Error::field(
                     "unknown_parameter",

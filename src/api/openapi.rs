@@ -129,7 +129,8 @@ pub(super) fn complete(mut document: Document) -> Document {
         )
     };
     for (name, path) in &mut document.paths.paths {
-        if let Some(list) = &mut path.get {
+        // Versions go by their numbers.
+        if let Some(list) = path.get.as_mut().filter(|_| !name.ends_with("/versions")) {
             describe_after(name, list);
         }
         let operations = [

@@ -1,67 +1,200 @@
 //! `/v1/trainings`
 
-use axum::extract::{Path, State};
-use axum::routing::{get, post};
-use axum::{Json, Router};
-use serde_json::{Value, json};
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderName, StatusCode, header};
+use axum::response::sse::{KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use utoipa::IntoParams;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::auth::{Read, Train};
+use super::concepts::{object::File, png, word};
+use super::idempotency::{IdempotencyHeader, Once};
+use super::openapi::{ErrorBody, List};
+use super::pagination::{PageQuery, Paged, invalid_query};
 use super::{ApiError, AppState};
-use crate::registry::{Training, TrainingStatus};
+use crate::ids::TrainingId;
+use crate::service::TrainingQuery;
+use object::{TrainingObject, TrainingWithLosses};
 
-pub(super) fn routes() -> Router<AppState> {
-    Router::new()
-        .route("/v1/trainings/{id}", get(show))
-        .route("/v1/trainings/{id}/cancel", post(cancel))
+mod events;
+pub(super) mod object;
+
+pub(super) fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(show))
+        .routes(routes!(cancel))
+        .routes(routes!(retry))
+        .routes(routes!(follow))
+        .routes(routes!(preview))
 }
 
-/// A training as JSON.
-pub(super) fn training_json(training: &Training) -> Value {
-    let left = f64::from(training.total_steps.saturating_sub(training.step));
-    let eta = match (training.status, training.steps_per_second) {
-        (TrainingStatus::Running, Some(rate)) if rate > 0.0 => Some((left / rate).ceil()),
-        _ => None,
+/// Which trainings.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+struct ListQuery {
+    /// Name or id of a concept.
+    #[param(example = "rex")]
+    concept: Option<String>,
+    /// `queued`, `running`, `succeeded`, `failed` or `cancelled`.
+    #[param(value_type = Option<object::StatusName>)]
+    status: Option<String>,
+}
+
+/// List trainings
+///
+/// Newest first.
+#[utoipa::path(
+    get, path = "/v1/trainings", tag = "Trainings", operation_id = "listTrainings",
+    params(PageQuery, ListQuery),
+    responses(
+        (status = 200, description = "Trainings", body = List<TrainingObject>),
+        (status = 404, description = "`concept_not_found`", body = ErrorBody),
+    ),
+)]
+async fn list(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Paged(page): Paged<TrainingId>,
+    query: Result<Query<ListQuery>, QueryRejection>,
+) -> Result<Json<List<TrainingObject>>, ApiError> {
+    let Query(query) = query.map_err(|error| invalid_query(&error))?;
+    let query = TrainingQuery {
+        status: word("status", query.status.as_ref())?,
+        concept: query.concept,
     };
-    json!({
-        "id": training.id.to_string(),
-        "object": "training",
-        "concept_id": training.concept_id.to_string(),
-        "status": training.status,
-        "progress": {
-            "step": training.step,
-            "total_steps": training.total_steps,
-            "loss": training.loss,
-            "eta_seconds": eta,
-        },
-        "attempt": training.attempt,
-        "checkpoint_step": training.checkpoint_step,
-        "resumed_from_step": training.resumed_from_step,
-        "error": training.error,
-        "created_at": training.created_at / 1000,
-        "started_at": training.started_at.map(|at| at / 1000),
-        "finished_at": training.finished_at.map(|at| at / 1000),
-        "hyper_parameters": training.spec,
-    })
+    let listed = state.service()?.trainings(&caller, query, page).await?;
+    Ok(Json(List::of(&listed, |training| training.into())))
 }
 
+/// Show a training
+#[utoipa::path(
+    get, path = "/v1/trainings/{id}", tag = "Trainings", operation_id = "showTraining",
+    params(("id" = String, Path, description = "The training's id")),
+    responses(
+        (status = 200, description = "The training with its loss curve", body = TrainingWithLosses),
+        (status = 404, description = "`training_not_found`", body = ErrorBody),
+    ),
+)]
 async fn show(
     State(state): State<AppState>,
     Read(caller): Read,
     Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    let training = state.service()?.training(&caller, &id).await?;
-    let mut body = training_json(&training);
-    // The loss curve is long: only this route tells it.
-    body["report"] = training.report.unwrap_or(Value::Null);
-    Ok(Json(body))
+) -> Result<Json<TrainingWithLosses>, ApiError> {
+    let service = state.service()?;
+    let training = service.training(&caller, &id).await?;
+    let losses = service.losses(&caller, &training).await?;
+    Ok(Json(TrainingWithLosses {
+        training: (&training).into(),
+        losses: losses.iter().map(Into::into).collect(),
+    }))
 }
 
+/// Cancel a training
+///
+/// It ends within a step. Its checkpoint goes, its previews stay. Cancelling it again changes nothing.
+#[utoipa::path(
+    post, path = "/v1/trainings/{id}/cancel", tag = "Trainings", operation_id = "cancelTraining",
+    params(("id" = String, Path, description = "The training's id")),
+    responses(
+        (status = 200, description = "The training, cancelled", body = TrainingObject),
+        (status = 404, description = "`training_not_found`", body = ErrorBody),
+        (status = 409, description = "`training_ended`: it has succeeded or failed", body = ErrorBody),
+    ),
+)]
 async fn cancel(
     State(state): State<AppState>,
     Train(caller): Train,
     Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
-    Ok(Json(training_json(
-        &state.service()?.cancel_training(&caller, &id).await?,
-    )))
+) -> Result<Json<TrainingObject>, ApiError> {
+    Ok(Json((&state.service()?.cancel_training(&caller, &id).await?).into()))
+}
+
+/// Try a training again
+///
+/// Queues one that failed or was cancelled: from its checkpoint where it has one, else from the beginning.
+#[utoipa::path(
+    post, path = "/v1/trainings/{id}/retry", tag = "Trainings", operation_id = "retryTraining",
+    params(("id" = String, Path, description = "The training's id"), IdempotencyHeader),
+    responses(
+        (status = 202, description = "The training, queued", body = TrainingObject,
+         headers(("location" = String, description = "The training's address"))),
+        (status = 404, description = "`training_not_found`", body = ErrorBody),
+        (status = 409, description = "`training_not_failed`, `training_in_progress`", body = ErrorBody),
+        (status = 429, description = "`quota_exceeded`, `overloaded`", body = ErrorBody),
+    ),
+)]
+async fn retry(
+    State(state): State<AppState>,
+    Train(caller): Train,
+    Path(id): Path<String>,
+    once: Once,
+) -> Result<Response, ApiError> {
+    let service = state.service()?.clone();
+    let work = async move {
+        let training = service.retry_training(&caller, &id).await?;
+        let location = [(header::LOCATION, format!("/v1/trainings/{}", training.id))];
+        Ok((StatusCode::ACCEPTED, location, Json(TrainingObject::from(&training))).into_response())
+    };
+    // Nothing is sent beside the route.
+    once.run(&state, &caller, "", work).await
+}
+
+/// Follow a training
+///
+/// Server-sent events: the present state first, then what changes. `progress` has `status`, `step`, `total_steps`,
+/// `loss`, `steps_per_second` and `eta_seconds`; `preview` has `step` and `url`; `ended` has the training and is the last.
+/// A comment comes at least every 15 seconds. `Last-Event-ID` needs no heed: whoever connects again gets the present
+/// state. When the server stops or the training is deleted the stream ends without `ended`.
+#[utoipa::path(
+    get, path = "/v1/trainings/{id}/events", tag = "Trainings", operation_id = "followTraining",
+    params(
+        ("id" = String, Path, description = "The training's id"),
+        ("Last-Event-ID" = Option<String>, Header, description = "Accepted, and not needed"),
+    ),
+    responses(
+        (status = 200, description = "Events", body = String, content_type = "text/event-stream",
+         example = "event: progress\nid: 24\ndata: {\"status\":\"running\",\"step\":24,\"total_steps\":60,\"loss\":3.87,\
+                    \"steps_per_second\":2.1,\"eta_seconds\":18}\n\n"),
+        (status = 404, description = "`training_not_found`", body = ErrorBody),
+    ),
+)]
+async fn follow(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    let training = state.service()?.training(&caller, &id).await?;
+    let stream = events::follow(state, caller, &training);
+    let sse = Sse::new(stream).keep_alive(KeepAlive::new().interval(events::HEARTBEAT));
+    // A proxy that collects answers before it passes them on would hold the events back.
+    let unbuffered = [(HeaderName::from_static("x-accel-buffering"), "no")];
+    Ok((unbuffered, sse).into_response())
+}
+
+/// Show a training's picture
+///
+/// Drawn after that step with the concept as it stood, always with the same prompt and seed.
+#[utoipa::path(
+    get, path = "/v1/trainings/{id}/previews/{step}", tag = "Trainings", operation_id = "showPreview",
+    params(
+        ("id" = String, Path, description = "The training's id"),
+        ("step" = u32, Path, description = "One of the training's `previews`", example = 15),
+    ),
+    responses(
+        (status = 200, description = "The picture", body = File, content_type = "image/png"),
+        (status = 404, description = "`preview_not_found`", body = ErrorBody),
+    ),
+)]
+async fn preview(
+    State(state): State<AppState>,
+    Read(caller): Read,
+    Path((id, step)): Path<(String, String)>,
+) -> Result<Response, ApiError> {
+    Ok(png(state.service()?.preview(&caller, &id, &step).await?))
 }

@@ -71,6 +71,7 @@ impl FormArgs {
             text_tokens: self.text_tokens,
             image_tokens: self.image_tokens,
             seed: self.seed,
+            ..Registration::default()
         }
     }
 

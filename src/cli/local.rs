@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::model::ModelArgs;
 use crate::engine::EngineOptions;
-use crate::jobs::{Wake, work};
+use crate::jobs::{Wake, Worker};
 use crate::registry::{DataLock, Registry};
 use crate::service::{Keys, Limits, Service, Tallies};
 
@@ -68,12 +68,14 @@ impl Workshop {
         let service = service(data, model).await?;
         service.registry.release_all().await?;
         let stop = CancellationToken::new();
-        let worker = tokio::spawn(work(
-            service.registry.clone(),
-            service.engine.clone(),
-            service.wake.clone(),
-            stop.clone(),
-        ));
+        let worker = Worker {
+            registry: service.registry.clone(),
+            engine: service.engine.clone(),
+            wake: service.wake.clone(),
+            stop: stop.clone(),
+            previews: 0,
+        };
+        let worker = tokio::spawn(worker.work());
         Ok(Self {
             service,
             stop,

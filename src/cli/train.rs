@@ -64,6 +64,7 @@ impl TrainArgs {
             None => {
                 let registered = service.register(&Caller::LOCAL, self.form.registration(images)).await?;
                 registered
+                    .view
                     .training
                     .ok_or_else(|| anyhow::anyhow!("the concept was stored without a training"))?
             }

@@ -259,6 +259,14 @@ impl TrainingSpec {
         }
     }
 
+    /// What is drawn to see how far the concept is: its kind's plainest prompt, with the placeholder.
+    pub fn preview_prompt(&self) -> String {
+        match &self.class_noun {
+            Some(noun) => format!("a photo of <{}> {noun}", self.name),
+            None => format!("a picture in <{}> style", self.name),
+        }
+    }
+
     /// The prompt of the class pictures; `None` for styles, which have no class to preserve.
     pub fn class_prompt(&self) -> Option<String> {
         self.class_noun.as_ref().map(|noun| format!("a photo of a {noun}"))

@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use crate::concept::ConceptTensors;
 use crate::picture::RgbPicture;
-use crate::training::TrainingSpec;
+use crate::training::{StepLosses, TrainingSpec};
 
 /// A concept as one request uses it: wherever `<name>` stands in the prompt.
 #[derive(Debug, Clone)]
@@ -77,13 +77,15 @@ pub struct TrainingRequest {
     pub pictures: Vec<RgbPicture>,
     /// The newest checkpoint, to continue from.
     pub checkpoint: Option<Bytes>,
+    /// Steps after which the concept as it stands is handed out.
+    pub previews: Vec<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TrainingProgress {
     pub step: u32,
     pub total_steps: u32,
-    pub loss: f32,
+    pub losses: StepLosses,
     pub steps_per_second: f32,
 }
 
@@ -91,6 +93,11 @@ pub struct TrainingProgress {
 #[derive(Debug)]
 pub enum TrainingEvent {
     Progress(TrainingProgress),
+    /// The concept as it stands after that step: a concept file (safetensors).
+    Preview {
+        step: u32,
+        file: Bytes,
+    },
     /// Everything that is needed to continue from here.
     Checkpoint {
         step: u32,

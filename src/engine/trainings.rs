@@ -10,7 +10,7 @@ use super::generations::RESERVED_EVENTS;
 use super::thread::guarded;
 use crate::model::LuminaMgpt;
 use crate::telemetry::meters;
-use crate::training::{Advance, Graph, Trainer};
+use crate::training::{Advance, Graph, StepLosses, Trainer};
 
 struct Training {
     trainer: Trainer,
@@ -18,6 +18,8 @@ struct Training {
     checkpointed: Instant,
     started: Instant,
     first_step: u32,
+    /// Steps after which the concept is handed out.
+    previews: Vec<u32>,
     span: tracing::Span,
 }
 
@@ -61,6 +63,7 @@ impl Trainings {
             spec,
             pictures,
             checkpoint,
+            previews,
         } = request;
         let opened = guarded(|| match &checkpoint {
             Some(bytes) => Trainer::resume(model, spec, &pictures, bytes),
@@ -83,6 +86,7 @@ impl Trainings {
                     checkpointed: now,
                     started: now,
                     first_step,
+                    previews,
                     span,
                 });
             }
@@ -119,7 +123,8 @@ impl Trainings {
             Ok(advance) => {
                 if let Advance::Step(losses) = advance {
                     meters().training_step(begun.elapsed().as_secs_f64(), losses.total);
-                    training.tell(losses.total);
+                    training.tell(losses);
+                    training.hand_out_preview(model);
                 }
                 if training.checkpointed.elapsed() >= self.checkpoint_every {
                     training.hand_out_checkpoint();
@@ -139,7 +144,7 @@ impl Trainings {
 }
 
 impl Training {
-    fn tell(&self, loss: f32) {
+    fn tell(&self, losses: StepLosses) {
         if self.events.capacity() <= RESERVED_EVENTS {
             return;
         }
@@ -150,10 +155,27 @@ impl Training {
         let progress = TrainingProgress {
             step,
             total_steps,
-            loss,
+            losses,
             steps_per_second,
         };
         let _ = self.events.try_send(TrainingEvent::Progress(progress));
+    }
+
+    /// A preview is worth no failure: without room in the channel, or with a device that fails, there is none.
+    fn hand_out_preview(&self, model: &LuminaMgpt) {
+        let step = self.trainer.step();
+        if !self.previews.contains(&step) || self.events.capacity() <= RESERVED_EVENTS {
+            return;
+        }
+        let file = guarded(|| self.trainer.concept_file(model.fingerprint()));
+        match file.map(|file| file.to_bytes()) {
+            Ok(Ok(bytes)) => drop(self.events.try_send(TrainingEvent::Preview {
+                step,
+                file: bytes.into(),
+            })),
+            Ok(Err(error)) => tracing::warn!(%error, "a training's preview could not be written"),
+            Err(error) => tracing::warn!(%error, "a training's preview could not be made"),
+        }
     }
 
     fn hand_out_checkpoint(&mut self) {

@@ -1,6 +1,8 @@
-//! The worker that trains queued concepts: it claims a training, feeds it to the engine, and writes down what comes back.
-//! It holds no tensors; the engine is reached through its door alone.
+//! The workers that train queued concepts: each claims a training, feeds it to the engine, and writes down what comes
+//! back. They hold no tensors; the engine is reached through its door alone.
 
+mod previews;
+mod progress;
 mod train_concept;
 
 use std::sync::Arc;
@@ -11,14 +13,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engine::EngineHandle;
 use crate::registry::Registry;
-use train_concept::train_concept;
 
 /// How long a claimed training stays claimed without a sign of life.
 pub(crate) const LEASE_MS: i64 = 30_000;
 /// Without a wake-up the queue is looked at this often.
 const POLL: Duration = Duration::from_secs(2);
 
-/// Wakes the worker when something was queued.
+/// Wakes the workers when something was queued.
 #[derive(Debug, Clone, Default)]
 pub struct Wake(Arc<Notify>);
 
@@ -29,23 +30,36 @@ impl Wake {
     }
 }
 
-/// Works on queued trainings, one at a time, until `stop`.
-pub async fn work(registry: Registry, engine: EngineHandle, wake: Wake, stop: CancellationToken) {
-    while !stop.is_cancelled() {
-        // Interest is registered before looking, so that no wake-up in between is lost.
-        let woken = wake.0.notified();
-        match registry.claim_training(LEASE_MS).await {
-            Ok(Some(claimed)) => {
-                train_concept(&registry, &engine, claimed, &wake, &stop).await;
-                continue;
+/// One of the workers; as many trainings run at once as there are.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    pub registry: Registry,
+    pub engine: EngineHandle,
+    pub wake: Wake,
+    pub stop: CancellationToken,
+    /// Pictures that each training draws on its way; 0: none.
+    pub previews: u32,
+}
+
+impl Worker {
+    /// Works on queued trainings, one at a time, until it is to stop.
+    pub async fn work(self) {
+        while !self.stop.is_cancelled() {
+            // Interest is registered before looking, so that no wake-up in between is lost.
+            let woken = self.wake.0.notified();
+            match self.registry.claim_training(LEASE_MS).await {
+                Ok(Some(claimed)) => {
+                    self.train_concept(claimed).await;
+                    continue;
+                }
+                Ok(None) => {}
+                Err(error) => tracing::error!(%error, "the queue of trainings cannot be read"),
             }
-            Ok(None) => {}
-            Err(error) => tracing::error!(%error, "the queue of trainings cannot be read"),
-        }
-        tokio::select! {
-            () = woken => {}
-            () = tokio::time::sleep(POLL) => {}
-            () = stop.cancelled() => {}
+            tokio::select! {
+                () = woken => {}
+                () = tokio::time::sleep(POLL) => {}
+                () = self.stop.cancelled() => {}
+            }
         }
     }
 }

@@ -5,110 +5,159 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde_json::json;
 use tokio::time::{Instant, MissedTickBehavior, interval};
-use tokio_util::sync::CancellationToken;
 
-use super::{LEASE_MS, Wake};
+use super::previews::{Previews, preview_steps};
+use super::progress::{Meter, thin};
+use super::{LEASE_MS, Worker};
 use crate::concept::ConceptFile;
-use crate::engine::{EngineError, EngineHandle, TrainingEvent, TrainingRequest};
+use crate::engine::{EngineError, TrainingEvent, TrainingRequest, TrainingStream};
 use crate::picture::{PictureLimits, RgbPicture, decode};
 use crate::registry::{Claimed, Progress, Registry, RegistryError};
+use crate::training::StepLosses;
 
 /// How often progress is written down; also how soon a cancellation is noticed.
 const TICK: Duration = Duration::from_millis(500);
+/// The loss curve is written down every so many ticks.
+const CURVE_TICKS: u32 = 4;
 
-#[tracing::instrument(name = "job.run", skip_all, fields(training = %claimed.training.id))]
-pub(super) async fn train_concept(
-    registry: &Registry,
-    engine: &EngineHandle,
-    claimed: Claimed,
-    wake: &Wake,
-    stop: &CancellationToken,
-) {
-    let id = claimed.training.id;
-    tracing::info!(training = %id, attempt = claimed.training.attempt, from_step = claimed.training.resumed_from_step, "training");
-    match run(registry, engine, &claimed, wake, stop).await {
-        Ok(()) => {}
-        Err(RegistryError::LeaseLost) => {
-            tracing::info!(training = %id, "the training is no longer wanted")
-        }
-        Err(error) => {
-            tracing::error!(training = %id, %error, "the training cannot be written down");
-            let body =
-                json!({"code": "storage_failed", "message": "The server could not store the training.", "field": null});
-            // Where even this fails, the lease runs out and the training is taken up again.
-            let _ = registry.fail(&claimed, &body, true).await;
-        }
-    }
+/// How an attempt has ended.
+enum End {
+    /// With a concept file and a report.
+    Done(Bytes, serde_json::Value),
+    Failed(EngineError),
+    /// The engine stops: its last checkpoint is stored, another process goes on from there.
+    Stopped,
 }
 
-async fn run(
-    registry: &Registry,
-    engine: &EngineHandle,
-    claimed: &Claimed,
-    wake: &Wake,
-    stop: &CancellationToken,
-) -> Result<(), RegistryError> {
-    let request = match open(registry, claimed).await? {
-        Ok(request) => request,
-        Err(problem) => {
-            let body = json!({"code": "unreadable_input", "message": problem, "field": "images"});
-            registry.fail(claimed, &body, false).await?;
-            return Ok(());
+impl Worker {
+    #[tracing::instrument(name = "job.run", skip_all, fields(training = %claimed.training.id))]
+    pub(super) async fn train_concept(&self, claimed: Claimed) {
+        let id = claimed.training.id;
+        tracing::info!(training = %id, attempt = claimed.training.attempt, from_step = claimed.training.resumed_from_step, "training");
+        let mut previews = Previews::default();
+        let ended = self.run(&claimed, &mut previews).await;
+        match ended {
+            Ok(()) => return previews.finish(&self.stop).await,
+            Err(RegistryError::LeaseLost) => {
+                tracing::info!(training = %id, "the training is no longer wanted")
+            }
+            Err(error) => {
+                tracing::error!(training = %id, %error, "the training cannot be written down");
+                let body = json!({"code": "storage_failed", "message": "The server could not store the training.", "field": null});
+                // Where even this fails, the lease runs out and the training is taken up again.
+                let _ = self.registry.fail(&claimed, &body, true).await;
+            }
         }
-    };
-    let mut stream = loop {
-        match engine.train(request.clone()) {
-            Ok(stream) => break stream,
-            Err(EngineError::Overloaded { .. }) => tokio::time::sleep(TICK).await,
-            Err(_) => {
+        previews.cancel().await;
+    }
+
+    async fn run(&self, claimed: &Claimed, previews: &mut Previews) -> Result<(), RegistryError> {
+        let registry = &self.registry;
+        let total_steps = claimed.training.total_steps;
+        let mut request = match open(registry, claimed).await? {
+            Ok(request) => request,
+            Err(problem) => {
+                let body = json!({"code": "unreadable_input", "message": problem, "field": "images"});
+                return registry.fail(claimed, &body, false).await;
+            }
+        };
+        request.previews = preview_steps(total_steps, self.previews);
+        let Some(stream) = self.begin(claimed, request).await? else {
+            return registry.release(claimed).await;
+        };
+        let losses = registry.losses(claimed.training.tenant, claimed.training.id).await?;
+        let mut meter = Meter::resume(losses, claimed.training.resumed_from_step, total_steps);
+        match self.follow(claimed, stream, &mut meter, previews).await? {
+            End::Done(file, mut report) => {
+                let whole = report.as_object_mut().and_then(|report| report.remove("losses"));
+                let whole: Option<Vec<StepLosses>> = whole.and_then(|losses| serde_json::from_value(losses).ok());
+                let curve = whole.map_or_else(|| meter.losses().to_vec(), |losses| thin(&losses, total_steps));
+                registry.record_losses(claimed, &curve).await?;
+                previews.wait().await;
+                self.finish(claimed, file, &report).await
+            }
+            End::Failed(error) => {
+                registry.record_losses(claimed, meter.losses()).await?;
+                let (body, retry) = describe(&error);
+                registry.fail(claimed, &body, retry).await
+            }
+            End::Stopped => {
+                registry.record_losses(claimed, meter.losses()).await?;
                 registry.release(claimed).await?;
-                return Ok(());
+                self.stop.cancelled().await;
+                Ok(())
             }
         }
-        registry.report_progress(claimed, LEASE_MS, None).await?;
-    };
-    let mut tick = interval(TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut latest: Option<Progress> = None;
-    let mut written = Instant::now();
-    loop {
-        tokio::select! {
-            event = stream.next() => match event {
-                Some(TrainingEvent::Progress(p)) => {
-                    latest = Some(Progress {
-                        step: p.step,
-                        loss: p.loss.into(),
-                        steps_per_second: p.steps_per_second.into(),
-                    });
-                }
-                Some(TrainingEvent::Checkpoint { step, bytes }) => {
-                    let blob = registry.blobs.put(bytes).await?;
-                    registry.record_checkpoint(claimed, step, &blob).await?;
-                }
-                Some(TrainingEvent::Done { file, report }) => {
-                    finish(registry, engine, claimed, file, &report).await?;
-                    return Ok(());
-                }
-                Some(TrainingEvent::Failed(error)) => {
-                    let (body, retry) = describe(&error);
-                    registry.fail(claimed, &body, retry).await?;
-                    return Ok(());
-                }
-                // The engine stops: its last checkpoint is stored, another process goes on from there.
-                None => {
-                    registry.release(claimed).await?;
-                    stop.cancelled().await;
-                    return Ok(());
-                }
-            },
-            _ = tick.tick() => {
-                if written.elapsed() >= TICK {
-                    registry.report_progress(claimed, LEASE_MS, latest.take()).await?;
-                    written = Instant::now();
-                }
+    }
+
+    /// Hands the training to the engine as soon as it has room; `None`: it stops.
+    async fn begin(
+        &self,
+        claimed: &Claimed,
+        request: TrainingRequest,
+    ) -> Result<Option<TrainingStream>, RegistryError> {
+        loop {
+            match self.engine.train(request.clone()) {
+                Ok(stream) => return Ok(Some(stream)),
+                Err(EngineError::Overloaded { .. }) => tokio::time::sleep(TICK).await,
+                Err(_) => return Ok(None),
             }
-            () = wake.0.notified() => registry.report_progress(claimed, LEASE_MS, latest.take()).await?,
+            self.registry.report_progress(claimed, LEASE_MS, None).await?;
         }
+    }
+
+    /// Writes down what the engine tells, until the attempt's end.
+    async fn follow(
+        &self,
+        claimed: &Claimed,
+        mut stream: TrainingStream,
+        meter: &mut Meter,
+        previews: &mut Previews,
+    ) -> Result<End, RegistryError> {
+        let registry = &self.registry;
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut latest, mut ticks): (Option<Progress>, u32) = (None, 0);
+        let mut written = Instant::now();
+        loop {
+            tokio::select! {
+                event = stream.next() => match event {
+                    Some(TrainingEvent::Progress(progress)) => latest = Some(meter.step(Instant::now(), &progress)),
+                    Some(TrainingEvent::Preview { step, file }) => previews.begin(self, claimed, step, file),
+                    Some(TrainingEvent::Checkpoint { step, bytes }) => {
+                        let blob = registry.blobs.put(bytes).await?;
+                        registry.record_checkpoint(claimed, step, &blob).await?;
+                    }
+                    Some(TrainingEvent::Done { file, report }) => return Ok(End::Done(file, report)),
+                    Some(TrainingEvent::Failed(error)) => return Ok(End::Failed(error)),
+                    None => return Ok(End::Stopped),
+                },
+                _ = tick.tick() => {
+                    if written.elapsed() >= TICK {
+                        registry.report_progress(claimed, LEASE_MS, latest.take()).await?;
+                        written = Instant::now();
+                        ticks += 1;
+                        if ticks.is_multiple_of(CURVE_TICKS) {
+                            registry.record_losses(claimed, meter.losses()).await?;
+                        }
+                    }
+                }
+                () = self.wake.0.notified() => registry.report_progress(claimed, LEASE_MS, latest.take()).await?,
+            }
+        }
+    }
+
+    /// Stores the concept file, after reading it back as any user of it would.
+    async fn finish(&self, claimed: &Claimed, file: Bytes, report: &serde_json::Value) -> Result<(), RegistryError> {
+        let info = self.engine.info();
+        let checked =
+            ConceptFile::from_bytes(&file).and_then(|f| f.check_model(&info.fingerprint, info.layers, info.hidden));
+        if let Err(error) = checked {
+            let body = json!({"code": "training_failed", "message": format!("The trained concept cannot be used: {error}."), "field": null});
+            return self.registry.fail(claimed, &body, false).await;
+        }
+        let version = self.registry.blobs.put(file).await?;
+        self.registry.succeed(claimed, &version, report).await
     }
 }
 
@@ -140,6 +189,7 @@ async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingR
         spec: training.spec.clone(),
         pictures,
         checkpoint,
+        previews: vec![],
     }))
 }
 
@@ -148,25 +198,6 @@ fn stored_limits() -> PictureLimits {
         bytes: usize::MAX,
         ..PictureLimits::default()
     }
-}
-
-/// Stores the concept file, after reading it back as any user of it would.
-async fn finish(
-    registry: &Registry,
-    engine: &EngineHandle,
-    claimed: &Claimed,
-    file: Bytes,
-    report: &serde_json::Value,
-) -> Result<(), RegistryError> {
-    let info = engine.info();
-    let checked =
-        ConceptFile::from_bytes(&file).and_then(|f| f.check_model(&info.fingerprint, info.layers, info.hidden));
-    if let Err(error) = checked {
-        let body = json!({"code": "training_failed", "message": format!("The trained concept cannot be used: {error}."), "field": null});
-        return registry.fail(claimed, &body, false).await;
-    }
-    let version = registry.blobs.put(file).await?;
-    registry.succeed(claimed, &version, report).await
 }
 
 fn describe(error: &EngineError) -> (serde_json::Value, bool) {

@@ -9,6 +9,7 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt};
 use sha2::{Digest, Sha256};
+use tokio::sync::{OwnedRwLockReadGuard, RwLock, RwLockWriteGuard};
 
 /// Why bytes could not be stored or read.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,8 @@ pub enum BlobError {
 #[derive(Debug, Clone)]
 pub struct Blobs {
     store: Arc<dyn ObjectStore>,
+    /// Read: somebody stores bytes and then a row that refers to them. Written: unreferenced bytes are removed.
+    gate: Arc<RwLock<()>>,
 }
 
 /// Hex SHA-256.
@@ -56,7 +59,20 @@ impl Blobs {
         let store = LocalFileSystem::new_with_prefix(dir)?
             .with_automatic_cleanup(true)
             .with_fsync(true);
-        Ok(Self { store: Arc::new(store) })
+        Ok(Self {
+            store: Arc::new(store),
+            gate: Arc::default(),
+        })
+    }
+
+    /// While the answer is held no unreferenced bytes are removed: for whoever stores bytes that may be stored already,
+    /// and then the row that refers to them. Let go of it before asking for a removal.
+    pub async fn storing(&self) -> OwnedRwLockReadGuard<()> {
+        self.gate.clone().read_owned().await
+    }
+
+    pub(super) async fn removing(&self) -> RwLockWriteGuard<'_, ()> {
+        self.gate.write().await
     }
 
     /// Stores bytes and returns their hash; storing the same bytes again changes nothing.

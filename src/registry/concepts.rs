@@ -1,14 +1,19 @@
 //! Concepts and their reference pictures.
 
+use std::collections::BTreeMap;
+
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 
 use super::blobs::content_hash;
-use super::trainings::{Training, insert_training};
-use super::{Registry, RegistryError, identifier, now};
+use super::trainings::{NewTraining, Training, insert_training};
+use super::{Listed, Page, Registry, RegistryError, identifier, now};
 use crate::concept::ConceptKind;
-use crate::ids::{ConceptId, TenantId, TrainingId};
+use crate::ids::{ConceptId, TenantId};
 use crate::training::TrainingSpec;
+
+/// What callers write beside an object, for themselves.
+pub type Metadata = BTreeMap<String, String>;
 
 /// A registered concept.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,12 +24,15 @@ pub struct Concept {
     pub kind: ConceptKind,
     pub class_noun: Option<String>,
     pub description: Option<String>,
-    /// JSON object of strings.
-    pub metadata: serde_json::Value,
+    pub metadata: Metadata,
     /// Hash of the concept file in use; `None` until it is trained.
     pub version: Option<String>,
     /// The number of that version, from 1.
     pub version_number: Option<u32>,
+    /// When that version was made.
+    pub version_created_at: Option<i64>,
+    /// How many versions there are.
+    pub versions: u32,
     pub created_at: i64,
     pub updated_at: i64,
     /// Blobs of the reference pictures, in order.
@@ -39,6 +47,92 @@ pub struct NewConcept {
     pub class_noun: Option<String>,
     /// Blobs of the reference pictures; stored before this is called.
     pub pictures: Vec<String>,
+    pub description: Option<String>,
+    pub metadata: Metadata,
+    /// Told of the first training's end.
+    pub webhook_url: Option<String>,
+}
+
+impl NewConcept {
+    /// With nothing but what every concept has.
+    pub fn new(name: impl Into<String>, kind: ConceptKind) -> Self {
+        Self {
+            name: name.into(),
+            kind,
+            class_noun: None,
+            pictures: vec![],
+            description: None,
+            metadata: Metadata::new(),
+            webhook_url: None,
+        }
+    }
+}
+
+/// How a concept is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConceptStatus {
+    /// It has no version yet, and its newest training is queued or running.
+    Training,
+    /// It has a version.
+    Ready,
+    /// It has no version, and its newest training failed.
+    Failed,
+    /// It has no version, and its newest training was cancelled.
+    Cancelled,
+}
+
+impl ConceptStatus {
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Training => "training",
+            Self::Ready => "ready",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl std::str::FromStr for ConceptStatus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = [Self::Training, Self::Ready, Self::Failed, Self::Cancelled];
+        let known = all.into_iter().find(|status| status.as_str() == text);
+        known.ok_or_else(|| format!("is `{text}`; expected `training`, `ready`, `failed` or `cancelled`"))
+    }
+}
+
+/// Which concepts are wanted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ConceptFilter {
+    pub kind: Option<ConceptKind>,
+    pub status: Option<ConceptStatus>,
+}
+
+/// What is to change of a concept; `None` stays.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ConceptChange {
+    pub name: Option<String>,
+    pub description: Option<Option<String>>,
+    pub metadata: Option<Metadata>,
+    /// The number of the version to use from now on.
+    pub version: Option<u32>,
+}
+
+/// Every column of a [`Concept`].
+macro_rules! select {
+    ($rest:literal) => {
+        concat!(
+            "SELECT c.*,
+             (SELECT json_group_array(p.blob ORDER BY p.position) FROM concept_pictures p WHERE p.concept_id = c.id)
+             AS pictures,
+             (SELECT count(*) FROM concept_versions v WHERE v.concept_id = c.id) AS versions,
+             (SELECT v.created_at FROM concept_versions v WHERE v.concept_id = c.id AND v.number = c.version_number)
+             AS version_created_at FROM concepts c ",
+            $rest
+        )
+    };
 }
 
 fn concept(row: &SqliteRow) -> Result<Concept, RegistryError> {
@@ -53,9 +147,11 @@ fn concept(row: &SqliteRow) -> Result<Concept, RegistryError> {
         metadata: serde_json::from_str(&text("metadata")?).map_err(|error| RegistryError::Row(error.to_string()))?,
         version: row.try_get("version")?,
         version_number: row.try_get("version_number")?,
+        version_created_at: row.try_get("version_created_at")?,
+        versions: row.try_get("versions")?,
         created_at: row.try_get("created_at")?,
         updated_at: row.try_get("updated_at")?,
-        pictures: vec![],
+        pictures: serde_json::from_str(&text("pictures")?).map_err(|error| RegistryError::Row(error.to_string()))?,
     })
 }
 
@@ -73,7 +169,12 @@ impl Registry {
         let mut transaction = self.write().await?;
         let concept = insert_concept(&mut transaction, tenant, new, None).await?;
         let input = input_fingerprint(&new.pictures, spec)?;
-        let training = insert_training(&mut transaction, &concept, spec, &input).await?;
+        let first = NewTraining {
+            spec,
+            input: &input,
+            webhook_url: new.webhook_url.as_deref(),
+        };
+        let training = insert_training(&mut transaction, &concept, first).await?;
         transaction.commit().await?;
         Ok((concept, training))
     }
@@ -99,31 +200,148 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn concepts(&self, tenant: TenantId) -> Result<Vec<Concept>, RegistryError> {
-        let rows = sqlx::query("SELECT * FROM concepts WHERE tenant_id = $1 ORDER BY created_at, id")
+        let rows = sqlx::query(select!("WHERE c.tenant_id = $1 ORDER BY c.id"))
             .bind(tenant.to_string())
             .fetch_all(&self.pool)
             .await?;
-        let mut concepts = rows.iter().map(concept).collect::<Result<Vec<_>, _>>()?;
-        for concept in &mut concepts {
-            concept.pictures = self.pictures(concept.id).await?;
-        }
-        Ok(concepts)
+        rows.iter().map(concept).collect()
     }
 
-    /// A tenant's concept by its name.
+    /// A part of a tenant's concepts, newest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn concepts_page(
+        &self,
+        tenant: TenantId,
+        filter: ConceptFilter,
+        page: Page<ConceptId>,
+    ) -> Result<Listed<Concept>, RegistryError> {
+        let rows = sqlx::query(select!(
+            "WHERE c.tenant_id = $1 AND c.id < $2 AND ($3 IS NULL OR c.kind = $3)
+             AND ($4 IS NULL OR $4 = iif(c.version IS NOT NULL, 'ready', coalesce((
+                 SELECT iif(t.status IN ('failed', 'cancelled'), t.status, 'training') FROM trainings t
+                 WHERE t.concept_id = c.id ORDER BY t.id DESC LIMIT 1), 'training')))
+             ORDER BY c.id DESC LIMIT $5"
+        ))
+        .bind(tenant.to_string())
+        .bind(page.after())
+        .bind(filter.kind.map(ConceptKind::as_str))
+        .bind(filter.status.map(ConceptStatus::as_str))
+        .bind(page.fetched())
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(page.cut(rows.iter().map(concept).collect::<Result<_, _>>()?))
+    }
+
+    /// A tenant's concept by its name or identifier; no name looks like an identifier.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn concept(&self, tenant: TenantId, name: &str) -> Result<Option<Concept>, RegistryError> {
-        let row = sqlx::query("SELECT * FROM concepts WHERE tenant_id = $1 AND name = $2")
+        let row = sqlx::query(select!("WHERE c.tenant_id = $1 AND (c.name = $2 OR c.id = $2)"))
             .bind(tenant.to_string())
             .bind(name)
             .fetch_optional(&self.pool)
             .await?;
+        row.as_ref().map(concept).transpose()
+    }
+
+    /// Changes a concept; `None` where it is gone.
+    ///
+    /// # Errors
+    /// `NameTaken`, `NoVersion`; when the database fails.
+    pub async fn change_concept(
+        &self,
+        id: ConceptId,
+        change: &ConceptChange,
+    ) -> Result<Option<Concept>, RegistryError> {
+        let mut transaction = self.write().await?;
+        let row = sqlx::query(select!("WHERE c.id = $1"))
+            .bind(id.to_string())
+            .fetch_optional(&mut *transaction)
+            .await?;
         let Some(row) = row else { return Ok(None) };
-        let mut concept = concept(&row)?;
-        concept.pictures = self.pictures(concept.id).await?;
-        Ok(Some(concept))
+        let before = concept(&row)?;
+        let (mut hash, mut number) = (before.version, before.version_number);
+        if let Some(wanted) = change.version {
+            let found: Option<(String,)> =
+                sqlx::query_as("SELECT hash FROM concept_versions WHERE concept_id = $1 AND number = $2")
+                    .bind(id.to_string())
+                    .bind(wanted)
+                    .fetch_optional(&mut *transaction)
+                    .await?;
+            let (found,) = found.ok_or(RegistryError::NoVersion(wanted))?;
+            (hash, number) = (Some(found), Some(wanted));
+        }
+        let name = change.name.as_ref().unwrap_or(&before.name);
+        let metadata = serde_json::to_string(change.metadata.as_ref().unwrap_or(&before.metadata));
+        let changed = sqlx::query(
+            "UPDATE concepts SET name = $1, description = $2, metadata = $3, version = $4, version_number = $5,
+             updated_at = $6 WHERE id = $7",
+        )
+        .bind(name)
+        .bind(change.description.as_ref().unwrap_or(&before.description))
+        .bind(metadata.map_err(|error| RegistryError::Row(error.to_string()))?)
+        .bind(hash)
+        .bind(number)
+        .bind(now())
+        .bind(id.to_string())
+        .execute(&mut *transaction)
+        .await;
+        match changed {
+            Err(sqlx::Error::Database(error)) if error.is_unique_violation() => {
+                return Err(RegistryError::NameTaken(name.clone()));
+            }
+            other => {
+                other?;
+            }
+        }
+        let row = sqlx::query(select!("WHERE c.id = $1"))
+            .bind(id.to_string())
+            .fetch_one(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
+        Ok(Some(concept(&row)?))
+    }
+
+    /// The name of another concept of the tenant that was trained from the same input; the oldest of several.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn trained_alike(
+        &self,
+        tenant: TenantId,
+        input: &str,
+        except: ConceptId,
+    ) -> Result<Option<String>, RegistryError> {
+        let row: Option<(String,)> = sqlx::query_as(
+            "SELECT c.name FROM trainings t JOIN concepts c ON c.id = t.concept_id
+             WHERE t.tenant_id = $1 AND t.input_fingerprint = $2 AND t.status = 'succeeded' AND c.id != $3
+             ORDER BY t.id LIMIT 1",
+        )
+        .bind(tenant.to_string())
+        .bind(input)
+        .bind(except.to_string())
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(row.map(|(name,)| name))
+    }
+
+    /// Whether a concept's training from that input is queued, running, or has succeeded.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn is_trained_from(&self, id: ConceptId, input: &str) -> Result<bool, RegistryError> {
+        let (found,) = sqlx::query_as(
+            "SELECT EXISTS (SELECT 1 FROM trainings WHERE concept_id = $1 AND input_fingerprint = $2
+             AND status IN ('queued', 'running', 'succeeded'))",
+        )
+        .bind(id.to_string())
+        .bind(input)
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(found)
     }
 
     /// Blobs of a concept's reference pictures, in order.
@@ -139,14 +357,15 @@ impl Registry {
         Ok(rows.into_iter().map(|(blob,)| blob).collect())
     }
 
-    /// Removes a concept, its trainings, and every blob that only they referred to. False where there is none.
+    /// Removes a concept by its name or identifier, with its versions, trainings, previews, and every blob that only they
+    /// referred to. False where there is none.
     ///
     /// # Errors
     /// When the database or the blob store fails.
     pub async fn delete_concept(&self, tenant: TenantId, name: &str) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
         let blobs: Vec<(Option<String>,)> = sqlx::query_as(
-            "WITH wanted AS (SELECT id FROM concepts WHERE tenant_id = $1 AND name = $2)
+            "WITH wanted AS (SELECT id FROM concepts WHERE tenant_id = $1 AND (name = $2 OR id = $2))
              SELECT blob FROM concept_pictures WHERE concept_id IN wanted
              UNION SELECT hash FROM concept_versions WHERE concept_id IN wanted
              UNION SELECT checkpoint FROM trainings WHERE concept_id IN wanted
@@ -157,7 +376,7 @@ impl Registry {
         .bind(name)
         .fetch_all(&mut *transaction)
         .await?;
-        let deleted = sqlx::query("DELETE FROM concepts WHERE tenant_id = $1 AND name = $2")
+        let deleted = sqlx::query("DELETE FROM concepts WHERE tenant_id = $1 AND (name = $2 OR id = $2)")
             .bind(tenant.to_string())
             .bind(name)
             .execute(&mut *transaction)
@@ -173,18 +392,7 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn latest_training(&self, tenant: TenantId, id: ConceptId) -> Result<Option<Training>, RegistryError> {
-        let row: Option<(String,)> = sqlx::query_as(
-            "SELECT id FROM trainings WHERE tenant_id = $1 AND concept_id = $2 ORDER BY id DESC LIMIT 1",
-        )
-        .bind(tenant.to_string())
-        .bind(id.to_string())
-        .fetch_optional(&self.pool)
-        .await?;
-        let Some((id,)) = row else { return Ok(None) };
-        let id: TrainingId = id
-            .parse()
-            .map_err(|_| RegistryError::Row(format!("training id `{id}`")))?;
-        self.training(tenant, id).await
+        Ok(self.latest_trainings(tenant, &[id]).await?.pop())
     }
 }
 
@@ -209,8 +417,8 @@ async fn insert_concept(
 ) -> Result<Concept, RegistryError> {
     let (id, created_at) = (ConceptId::new(), now());
     let inserted = sqlx::query(
-        "INSERT INTO concepts (id, tenant_id, name, kind, class_noun, version, version_number, created_at, updated_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8)",
+        "INSERT INTO concepts (id, tenant_id, name, kind, class_noun, version, version_number, created_at, updated_at,
+         description, metadata) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8, $9, $10)",
     )
     .bind(id.to_string())
     .bind(tenant.to_string())
@@ -220,6 +428,8 @@ async fn insert_concept(
     .bind(version)
     .bind(version.map(|_| 1))
     .bind(created_at)
+    .bind(&new.description)
+    .bind(serde_json::to_string(&new.metadata).map_err(|error| RegistryError::Row(error.to_string()))?)
     .execute(&mut **transaction)
     .await;
     match inserted {
@@ -252,10 +462,12 @@ async fn insert_concept(
         name: new.name.clone(),
         kind: new.kind,
         class_noun: new.class_noun.clone(),
-        description: None,
-        metadata: serde_json::json!({}),
+        description: new.description.clone(),
+        metadata: new.metadata.clone(),
         version: version.map(str::to_owned),
         version_number: version.map(|_| 1),
+        version_created_at: version.map(|_| created_at),
+        versions: version.is_some().into(),
         created_at,
         updated_at: created_at,
         pictures: new.pictures.clone(),

@@ -11,6 +11,7 @@ mod images;
 mod keys;
 mod tenants;
 mod trainings;
+mod versions;
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -18,12 +19,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 
 pub use blobs::{BlobError, Blobs};
-pub use concepts::{Concept, NewConcept, input_fingerprint};
+pub use concepts::{Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadata, NewConcept, input_fingerprint};
 pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
 pub use tenants::{Quotas, Tenant, Usage};
-pub use trainings::{ATTEMPTS, Claimed, Progress, Training, TrainingStatus};
+pub use trainings::{ATTEMPTS, Claimed, NewTraining, Progress, Training, TrainingFilter, TrainingStatus};
+pub use versions::Version;
 
 /// Why the registry could not answer.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +33,12 @@ pub enum RegistryError {
     /// Another concept has the name.
     #[error("the name `{0}` is taken")]
     NameTaken(String),
+    /// A training of the concept is queued or running.
+    #[error("the concept `{0}` is in training")]
+    ConceptBusy(String),
+    /// The concept has no version with that number.
+    #[error("there is no version {0}")]
+    NoVersion(u32),
     /// Another tenant has the name.
     #[error("the tenant `{0}` exists already")]
     TenantTaken(String),
@@ -196,6 +204,10 @@ impl Registry {
     /// # Errors
     /// When the database or the store fails.
     pub async fn remove_unreferenced(&self, hashes: &[String]) -> Result<(), RegistryError> {
+        if hashes.is_empty() {
+            return Ok(());
+        }
+        let _nobody_stores = self.blobs.removing().await;
         for hash in hashes {
             let (count,): (i64,) = sqlx::query_as(
                 "SELECT EXISTS (SELECT 1 FROM concept_pictures WHERE blob = $1)

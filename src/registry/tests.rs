@@ -120,10 +120,9 @@ async fn tenants_have_names_of_their_own_and_go_with_all_they_have() {
     let mut trainings = vec![];
     for tenant in [TenantId::DEFAULT, acme.id] {
         let new = NewConcept {
-            name: "rex".into(),
-            kind: ConceptKind::Subject,
             class_noun: Some("cat".into()),
             pictures: vec![registry.blobs.put(tenant.to_string().into()).await.unwrap()],
+            ..NewConcept::new("rex", ConceptKind::Subject)
         };
         trainings.push(registry.add_concept(tenant, &new, &spec).await.unwrap().1.id);
     }

@@ -5,9 +5,9 @@ use sqlx::Row;
 use uuid::Uuid;
 
 use super::concepts::Concept;
-use super::{Registry, RegistryError, identifier, now};
+use super::{Listed, Page, Registry, RegistryError, identifier, now};
 use crate::ids::{ConceptId, TenantId, TrainingId};
-use crate::training::TrainingSpec;
+use crate::training::{StepLosses, TrainingSpec};
 
 /// The words of the fine-tuning APIs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,12 +45,14 @@ impl TrainingStatus {
     pub fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
+}
 
-    fn parse(text: &str) -> Result<Self, RegistryError> {
-        Self::ALL
-            .into_iter()
-            .find(|status| status.as_str() == text)
-            .ok_or_else(|| RegistryError::Row(format!("training status `{text}`")))
+impl std::str::FromStr for TrainingStatus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = Self::ALL.into_iter().find(|status| status.as_str() == text);
+        known.ok_or_else(|| format!("is `{text}`; expected `queued`, `running`, `succeeded`, `failed` or `cancelled`"))
     }
 }
 
@@ -60,6 +62,8 @@ pub struct Training {
     pub id: TrainingId,
     pub tenant: TenantId,
     pub concept_id: ConceptId,
+    /// The concept's name at present.
+    pub concept: String,
     pub status: TrainingStatus,
     pub spec: TrainingSpec,
     /// Over pictures and settings; `None` where an older version stored it.
@@ -73,8 +77,10 @@ pub struct Training {
     pub steps_per_second: Option<f64>,
     /// JSON: code, message, field.
     pub error: Option<serde_json::Value>,
-    /// JSON: loss curve, seconds.
+    /// JSON: seconds of the last attempt; of older versions the loss curve too.
     pub report: Option<serde_json::Value>,
+    /// Steps of which there is a picture.
+    pub previews: Vec<u32>,
     /// Blob of the newest checkpoint.
     pub checkpoint: Option<String>,
     /// The step that it stands at.
@@ -98,22 +104,58 @@ pub struct Claimed {
 pub struct Progress {
     pub step: u32,
     pub loss: f64,
-    pub steps_per_second: f64,
+    /// Over the last steps; `None`: too few yet.
+    pub steps_per_second: Option<f64>,
+}
+
+/// Which trainings are wanted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TrainingFilter {
+    pub concept: Option<ConceptId>,
+    pub status: Option<TrainingStatus>,
 }
 
 /// A training is begun at most this often.
 pub const ATTEMPTS: u32 = 3;
 
+/// Every column of a [`Training`]; the loss curve is long and read apart.
+macro_rules! select {
+    ($rest:literal) => {
+        concat!(
+            "SELECT t.id, t.tenant_id, t.concept_id, t.status, t.spec, t.input_fingerprint, t.version, t.webhook_url,
+             t.step, t.total_steps, t.loss, t.steps_per_second, t.error, t.report, t.checkpoint, t.checkpoint_step,
+             t.resumed_from_step, t.attempt, t.created_at, t.started_at, t.finished_at,
+             (SELECT name FROM concepts c WHERE c.id = t.concept_id) AS concept,
+             (SELECT json_group_array(p.step ORDER BY p.step) FROM training_previews p WHERE p.training_id = t.id)
+             AS previews FROM trainings t ",
+            $rest
+        )
+    };
+}
+
+/// What a training is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct NewTraining<'a> {
+    pub spec: &'a TrainingSpec,
+    /// See [`super::input_fingerprint`].
+    pub input: &'a str,
+    pub webhook_url: Option<&'a str>,
+}
+
 pub(super) async fn insert_training(
     transaction: &mut sqlx::Transaction<'static, sqlx::Sqlite>,
     concept: &Concept,
-    spec: &TrainingSpec,
-    input: &str,
+    new: NewTraining<'_>,
 ) -> Result<Training, RegistryError> {
+    let NewTraining {
+        spec,
+        input,
+        webhook_url,
+    } = new;
     let (id, created_at) = (TrainingId::new(), now());
     sqlx::query(
-        "INSERT INTO trainings (id, tenant_id, concept_id, status, spec, input_fingerprint, total_steps, created_at)
-         VALUES ($1, $2, $3, 'queued', $4, $5, $6, $7)",
+        "INSERT INTO trainings (id, tenant_id, concept_id, status, spec, input_fingerprint, total_steps, created_at,
+         webhook_url) VALUES ($1, $2, $3, 'queued', $4, $5, $6, $7, $8)",
     )
     .bind(id.to_string())
     .bind(concept.tenant.to_string())
@@ -122,23 +164,26 @@ pub(super) async fn insert_training(
     .bind(input)
     .bind(i64::from(spec.steps))
     .bind(created_at)
+    .bind(webhook_url)
     .execute(&mut **transaction)
     .await?;
     Ok(Training {
         id,
         tenant: concept.tenant,
         concept_id: concept.id,
+        concept: concept.name.clone(),
         status: TrainingStatus::Queued,
         spec: spec.clone(),
         input_fingerprint: Some(input.to_owned()),
         version: None,
-        webhook_url: None,
+        webhook_url: webhook_url.map(str::to_owned),
         step: 0,
         total_steps: spec.steps,
         loss: None,
         steps_per_second: None,
         error: None,
         report: None,
+        previews: vec![],
         checkpoint: None,
         checkpoint_step: None,
         resumed_from_step: 0,
@@ -165,7 +210,8 @@ fn training(row: &sqlx::sqlite::SqliteRow) -> Result<Training, RegistryError> {
         id: identifier(row, "id")?,
         tenant: identifier(row, "tenant_id")?,
         concept_id: identifier(row, "concept_id")?,
-        status: TrainingStatus::parse(&text("status")?)?,
+        concept: text("concept")?,
+        status: text("status")?.parse().map_err(RegistryError::Row)?,
         spec: serde_json::from_str(&text("spec")?).map_err(|error| RegistryError::Row(error.to_string()))?,
         input_fingerprint: row.try_get("input_fingerprint")?,
         version: row.try_get("version")?,
@@ -176,6 +222,7 @@ fn training(row: &sqlx::sqlite::SqliteRow) -> Result<Training, RegistryError> {
         steps_per_second: row.try_get("steps_per_second")?,
         error: json("error")?,
         report: json("report")?,
+        previews: serde_json::from_str(&text("previews")?).map_err(|error| RegistryError::Row(error.to_string()))?,
         checkpoint: row.try_get("checkpoint")?,
         checkpoint_step: row
             .try_get::<Option<i64>, _>("checkpoint_step")?
@@ -215,12 +262,148 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn training(&self, tenant: TenantId, id: TrainingId) -> Result<Option<Training>, RegistryError> {
-        let row = sqlx::query("SELECT * FROM trainings WHERE tenant_id = $1 AND id = $2")
+        let row = sqlx::query(select!("WHERE t.tenant_id = $1 AND t.id = $2"))
             .bind(tenant.to_string())
             .bind(id.to_string())
             .fetch_optional(&self.pool)
             .await?;
         row.as_ref().map(training).transpose()
+    }
+
+    /// A tenant's trainings, newest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn trainings(
+        &self,
+        tenant: TenantId,
+        filter: TrainingFilter,
+        page: Page<TrainingId>,
+    ) -> Result<Listed<Training>, RegistryError> {
+        let rows = sqlx::query(select!(
+            "WHERE t.tenant_id = $1 AND t.id < $2 AND ($3 IS NULL OR t.concept_id = $3) AND ($4 IS NULL OR t.status = $4)
+             ORDER BY t.id DESC LIMIT $5"
+        ))
+        .bind(tenant.to_string())
+        .bind(page.after())
+        .bind(filter.concept.map(|id| id.to_string()))
+        .bind(filter.status.map(TrainingStatus::as_str))
+        .bind(page.fetched())
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(page.cut(rows.iter().map(training).collect::<Result<_, _>>()?))
+    }
+
+    /// The newest training of each of a tenant's concepts that has one.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn latest_trainings(
+        &self,
+        tenant: TenantId,
+        concepts: &[ConceptId],
+    ) -> Result<Vec<Training>, RegistryError> {
+        let ids: Vec<String> = concepts.iter().map(ToString::to_string).collect();
+        let ids = serde_json::to_string(&ids).map_err(|error| RegistryError::Row(error.to_string()))?;
+        let rows = sqlx::query(select!(
+            "WHERE t.tenant_id = $1 AND t.id IN (SELECT max(id) FROM trainings
+             WHERE concept_id IN (SELECT value FROM json_each($2)) GROUP BY concept_id)"
+        ))
+        .bind(tenant.to_string())
+        .bind(ids)
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(training).collect()
+    }
+
+    /// The loss curve of a tenant's training as far as it is written down, in steps' order.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn losses(&self, tenant: TenantId, id: TrainingId) -> Result<Vec<StepLosses>, RegistryError> {
+        // Older versions kept it in the report.
+        let row: Option<(Option<String>,)> = sqlx::query_as(
+            "SELECT coalesce(losses, json_extract(report, '$.losses')) FROM trainings WHERE tenant_id = $1 AND id = $2",
+        )
+        .bind(tenant.to_string())
+        .bind(id.to_string())
+        .fetch_optional(&self.pool)
+        .await?;
+        match row.and_then(|(text,)| text) {
+            Some(text) => serde_json::from_str(&text).map_err(|error| RegistryError::Row(error.to_string())),
+            None => Ok(vec![]),
+        }
+    }
+
+    /// Queues another training of a concept that has one already or none; `None` where the concept is gone.
+    ///
+    /// # Errors
+    /// `ConceptBusy` while one is queued or running; when the database fails.
+    pub async fn add_training(
+        &self,
+        concept: &Concept,
+        new: NewTraining<'_>,
+    ) -> Result<Option<Training>, RegistryError> {
+        let mut transaction = self.write().await?;
+        let found: Option<(bool,)> = sqlx::query_as(
+            "SELECT EXISTS (SELECT 1 FROM trainings WHERE concept_id = $1 AND status IN ('queued', 'running'))
+             FROM concepts WHERE id = $1",
+        )
+        .bind(concept.id.to_string())
+        .fetch_optional(&mut *transaction)
+        .await?;
+        match found {
+            None => return Ok(None),
+            Some((true,)) => return Err(RegistryError::ConceptBusy(concept.name.clone())),
+            Some((false,)) => {}
+        }
+        let training = insert_training(&mut transaction, concept, new).await?;
+        transaction.commit().await?;
+        Ok(Some(training))
+    }
+
+    /// Queues a failed or cancelled training again, from its checkpoint where it has one. Pictures beyond it go. The
+    /// training as it stands then, `None` where there is none; one that has not failed stays as it is.
+    ///
+    /// # Errors
+    /// `ConceptBusy` while another training of the concept is queued or running; when the database fails.
+    pub async fn retry_training(&self, tenant: TenantId, id: TrainingId) -> Result<Option<Training>, RegistryError> {
+        let mut transaction = self.write().await?;
+        let busy: Option<(String,)> = sqlx::query_as(
+            "SELECT c.name FROM trainings t JOIN trainings o ON o.concept_id = t.concept_id AND o.id != t.id
+             JOIN concepts c ON c.id = t.concept_id
+             WHERE t.tenant_id = $1 AND t.id = $2 AND o.status IN ('queued', 'running') LIMIT 1",
+        )
+        .bind(tenant.to_string())
+        .bind(id.to_string())
+        .fetch_optional(&mut *transaction)
+        .await?;
+        if let Some((name,)) = busy {
+            return Err(RegistryError::ConceptBusy(name));
+        }
+        let changed = sqlx::query(
+            "UPDATE trainings SET status = 'queued', attempt = 0, error = NULL, loss = NULL, steps_per_second = NULL,
+             losses = iif(checkpoint IS NULL, NULL, losses), step = coalesce(checkpoint_step, 0), started_at = NULL,
+             finished_at = NULL WHERE tenant_id = $1 AND id = $2 AND status IN ('failed', 'cancelled')",
+        )
+        .bind(tenant.to_string())
+        .bind(id.to_string())
+        .execute(&mut *transaction)
+        .await?;
+        let mut gone: Vec<(String,)> = vec![];
+        if changed.rows_affected() > 0 {
+            gone = sqlx::query_as(
+                "DELETE FROM training_previews WHERE training_id = $1
+                 AND step > (SELECT coalesce(checkpoint_step, 0) FROM trainings WHERE id = $1) RETURNING blob",
+            )
+            .bind(id.to_string())
+            .fetch_all(&mut *transaction)
+            .await?;
+        }
+        transaction.commit().await?;
+        let gone: Vec<String> = gone.into_iter().map(|(blob,)| blob).collect();
+        self.remove_unreferenced(&gone).await?;
+        self.training(tenant, id).await
     }
 
     /// Trainings that wait for a worker, of all tenants.
@@ -262,29 +445,44 @@ impl Registry {
         Ok(released.rows_affected())
     }
 
-    /// Takes the oldest training that nobody works on; a lease that ran out counts as nobody.
+    /// Takes a training that nobody works on; a lease that ran out counts as nobody. Of the tenant with the fewest running,
+    /// and among equals the one whose turn was the longest ago, the oldest; what was interrupted goes on first.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn claim_training(&self, lease_ms: i64) -> Result<Option<Claimed>, RegistryError> {
         let (lease, at) = (Uuid::new_v4().to_string(), now());
         let mut transaction = self.write().await?;
-        let row = sqlx::query(
+        let found: Option<(String,)> = sqlx::query_as(
+            "SELECT t.id FROM trainings t WHERE t.status = 'queued' OR (t.status = 'running' AND t.lease_until < $1)
+             ORDER BY (SELECT count(*) FROM trainings r
+                       WHERE r.tenant_id = t.tenant_id AND r.status = 'running' AND r.lease_until >= $1),
+                      t.started_at IS NULL,
+                      (SELECT max(r.started_at) FROM trainings r WHERE r.tenant_id = t.tenant_id),
+                      t.created_at, t.id LIMIT 1",
+        )
+        .bind(at)
+        .fetch_optional(&mut *transaction)
+        .await?;
+        let Some((id,)) = found else { return Ok(None) };
+        sqlx::query(
             "UPDATE trainings SET status = 'running', lease_token = $1, lease_until = $2, attempt = attempt + 1,
              resumed_from_step = coalesce(checkpoint_step, 0), step = coalesce(checkpoint_step, 0),
-             started_at = coalesce(started_at, $3)
-             WHERE id = (SELECT id FROM trainings WHERE status = 'queued' OR (status = 'running' AND lease_until < $3)
-                         ORDER BY created_at, id LIMIT 1)
-             RETURNING *",
+             steps_per_second = NULL, started_at = coalesce(started_at, $3) WHERE id = $4",
         )
         .bind(&lease)
         .bind(at + lease_ms)
         .bind(at)
-        .fetch_optional(&mut *transaction)
+        .bind(&id)
+        .execute(&mut *transaction)
         .await?;
-        let claimed = row.as_ref().map(training).transpose()?;
+        let row = sqlx::query(select!("WHERE t.id = $1"))
+            .bind(&id)
+            .fetch_one(&mut *transaction)
+            .await?;
+        let training = training(&row)?;
         transaction.commit().await?;
-        Ok(claimed.map(|training| Claimed { training, lease }))
+        Ok(Some(Claimed { training, lease }))
     }
 
     /// Keeps the lease and tells how far the training is.
@@ -305,7 +503,7 @@ impl Registry {
         .bind(now() + lease_ms)
         .bind(progress.map(|p| i64::from(p.step)))
         .bind(progress.map(|p| p.loss))
-        .bind(progress.map(|p| p.steps_per_second))
+        .bind(progress.and_then(|p| p.steps_per_second))
         .bind(claimed.training.id.to_string())
         .bind(&claimed.lease)
         .execute(&self.pool)
@@ -313,11 +511,36 @@ impl Registry {
         fenced(changed.rows_affected())
     }
 
-    /// Records a checkpoint whose blob is stored; the one before it is removed.
+    /// Writes the loss curve down.
     ///
     /// # Errors
     /// `LeaseLost` when the training is no longer this worker's.
+    pub async fn record_losses(&self, claimed: &Claimed, losses: &[StepLosses]) -> Result<(), RegistryError> {
+        let text = serde_json::to_string(losses).map_err(|error| RegistryError::Row(error.to_string()))?;
+        let changed =
+            sqlx::query("UPDATE trainings SET losses = $1 WHERE id = $2 AND lease_token = $3 AND status = 'running'")
+                .bind(text)
+                .bind(claimed.training.id.to_string())
+                .bind(&claimed.lease)
+                .execute(&self.pool)
+                .await?;
+        fenced(changed.rows_affected())
+    }
+
+    /// Records a checkpoint whose blob is stored; the one before it is removed.
+    ///
+    /// # Errors
+    /// `LeaseLost` when the training is no longer this worker's; the new blob is gone then.
     pub async fn record_checkpoint(&self, claimed: &Claimed, step: u32, blob: &str) -> Result<(), RegistryError> {
+        let recorded = self.replace_checkpoint(claimed, step, blob).await;
+        if recorded.is_err() {
+            self.remove_unreferenced(&[blob.to_owned()]).await?;
+        }
+        self.remove_unreferenced(&recorded?).await
+    }
+
+    /// The blobs that are not needed any more.
+    async fn replace_checkpoint(&self, claimed: &Claimed, step: u32, blob: &str) -> Result<Vec<String>, RegistryError> {
         let mut transaction = self.write().await?;
         let before = checkpoint_of(&mut transaction, claimed.training.id).await?;
         let changed = sqlx::query(
@@ -331,19 +554,33 @@ impl Registry {
         .await?;
         fenced(changed.rows_affected())?;
         transaction.commit().await?;
-        self.remove_unreferenced(&before).await
+        Ok(before)
     }
 
     /// Makes the file with that hash the concept's next version, puts it to use, and ends the training, all or nothing.
     ///
     /// # Errors
-    /// `LeaseLost` when the training is no longer this worker's.
+    /// `LeaseLost` when the training is no longer this worker's; the file is gone then.
     pub async fn succeed(
         &self,
         claimed: &Claimed,
         version: &str,
         report: &serde_json::Value,
     ) -> Result<(), RegistryError> {
+        let published = self.publish(claimed, version, report).await;
+        if published.is_err() {
+            self.remove_unreferenced(&[version.to_owned()]).await?;
+        }
+        self.remove_unreferenced(&published?).await
+    }
+
+    /// The blobs that are not needed any more.
+    async fn publish(
+        &self,
+        claimed: &Claimed,
+        version: &str,
+        report: &serde_json::Value,
+    ) -> Result<Vec<String>, RegistryError> {
         let at = now();
         let mut transaction = self.write().await?;
         let before = checkpoint_of(&mut transaction, claimed.training.id).await?;
@@ -385,7 +622,7 @@ impl Registry {
             .execute(&mut *transaction)
             .await?;
         transaction.commit().await?;
-        self.remove_unreferenced(&before).await
+        Ok(before)
     }
 
     /// Ends the training with an error, or gives it back where another attempt may help.
@@ -450,168 +687,4 @@ impl Registry {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::concept::ConceptKind;
-    use crate::registry::NewConcept;
-    use crate::training::Preset;
-
-    async fn registry() -> (tempfile::TempDir, Registry) {
-        let dir = tempfile::tempdir().unwrap();
-        let registry = Registry::open(dir.path()).await.unwrap();
-        (dir, registry)
-    }
-
-    async fn add(registry: &Registry, name: &str) -> Training {
-        let picture = registry.blobs.put(name.as_bytes().to_vec().into()).await.unwrap();
-        let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, name, Some("cat"), 6);
-        let new = NewConcept {
-            name: name.into(),
-            kind: spec.kind,
-            class_noun: Some("cat".into()),
-            pictures: vec![picture],
-        };
-        registry.add_concept(TenantId::DEFAULT, &new, &spec).await.unwrap().1
-    }
-
-    #[tokio::test]
-    async fn a_name_is_taken_once_and_nothing_is_left_of_the_second() {
-        let (_dir, registry) = registry().await;
-        let first = add(&registry, "rex").await;
-        let second = NewConcept {
-            name: "rex".into(),
-            kind: ConceptKind::Style,
-            class_noun: None,
-            pictures: vec![],
-        };
-        let again = registry.add_concept(TenantId::DEFAULT, &second, &first.spec).await;
-        assert!(matches!(again, Err(RegistryError::NameTaken(name)) if name == "rex"));
-        assert_eq!(registry.concepts(TenantId::DEFAULT).await.unwrap().len(), 1);
-        assert_eq!(
-            registry.claim_training(1000).await.unwrap().unwrap().training.id,
-            first.id
-        );
-        assert!(registry.claim_training(1000).await.unwrap().is_none());
-    }
-
-    #[tokio::test]
-    async fn only_the_lease_holder_writes() {
-        let (_dir, registry) = registry().await;
-        add(&registry, "rex").await;
-        let slow = registry.claim_training(-1).await.unwrap().unwrap();
-        let next = registry.claim_training(60_000).await.unwrap().unwrap();
-        assert_eq!((slow.training.id, next.training.attempt), (next.training.id, 2));
-        assert!(matches!(
-            registry.report_progress(&slow, 1000, None).await,
-            Err(RegistryError::LeaseLost)
-        ));
-        assert!(matches!(
-            registry.succeed(&slow, "x", &serde_json::json!({})).await,
-            Err(RegistryError::LeaseLost)
-        ));
-        registry.succeed(&next, "y", &serde_json::json!({})).await.unwrap();
-        let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
-        assert_eq!(concept.version.as_deref(), Some("y"));
-    }
-
-    #[tokio::test]
-    async fn checkpoints_replace_each_other_and_go_at_the_end() {
-        let (_dir, registry) = registry().await;
-        add(&registry, "rex").await;
-        let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
-        let mut blobs = vec![];
-        for step in 1..3 {
-            let blob = registry.blobs.put(vec![step].into()).await.unwrap();
-            registry.record_checkpoint(&claimed, step.into(), &blob).await.unwrap();
-            blobs.push(blob);
-        }
-        assert!(registry.blobs.get(&blobs[0]).await.is_err());
-        assert!(registry.blobs.get(&blobs[1]).await.is_ok());
-        // The process dies and another takes over.
-        assert_eq!(registry.release_all().await.unwrap(), 1);
-        let again = registry.claim_training(60_000).await.unwrap().unwrap();
-        assert_eq!(
-            (again.training.resumed_from_step, again.training.checkpoint.as_ref()),
-            (2, Some(&blobs[1]))
-        );
-        registry.succeed(&again, "v", &serde_json::json!({})).await.unwrap();
-        assert!(registry.blobs.get(&blobs[1]).await.is_err());
-    }
-
-    #[tokio::test]
-    async fn failures_are_retried_a_few_times_and_permanent_ones_never() {
-        let (_dir, registry) = registry().await;
-        add(&registry, "rex").await;
-        let error = serde_json::json!({"code": "internal_error"});
-        for attempt in 1..=ATTEMPTS {
-            let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
-            registry.fail(&claimed, &error, true).await.unwrap();
-            let status = registry
-                .training(TenantId::DEFAULT, claimed.training.id)
-                .await
-                .unwrap()
-                .unwrap()
-                .status;
-            assert_eq!(status == TrainingStatus::Failed, attempt == ATTEMPTS);
-        }
-        let other = add(&registry, "other").await;
-        let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
-        registry.fail(&claimed, &error, false).await.unwrap();
-        assert_eq!(
-            registry
-                .training(TenantId::DEFAULT, other.id)
-                .await
-                .unwrap()
-                .unwrap()
-                .status,
-            TrainingStatus::Failed
-        );
-    }
-
-    #[tokio::test]
-    async fn a_crash_before_the_row_leaves_nothing_for_long() {
-        let (_dir, registry) = registry().await;
-        add(&registry, "rex").await;
-        let orphan = registry.blobs.put(b"never registered".to_vec().into()).await.unwrap();
-        assert_eq!(registry.collect_garbage().await.unwrap(), 1);
-        assert!(registry.blobs.get(&orphan).await.is_err());
-        let kept = registry
-            .concept(TenantId::DEFAULT, "rex")
-            .await
-            .unwrap()
-            .unwrap()
-            .pictures;
-        assert!(registry.blobs.get(&kept[0]).await.is_ok());
-    }
-
-    #[tokio::test]
-    async fn deleting_a_concept_removes_its_blobs_unless_another_uses_them() {
-        let (dir, registry) = registry().await;
-        let training = add(&registry, "rex").await;
-        let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
-        let shared = concept.pictures[0].clone();
-        let new = NewConcept {
-            name: "twin".into(),
-            kind: ConceptKind::Style,
-            class_noun: None,
-            pictures: vec![shared.clone()],
-        };
-        registry
-            .add_ready_concept(TenantId::DEFAULT, &new, "none")
-            .await
-            .unwrap();
-        assert!(registry.delete_concept(TenantId::DEFAULT, "rex").await.unwrap());
-        assert!(!registry.delete_concept(TenantId::DEFAULT, "rex").await.unwrap());
-        assert!(registry.blobs.get(&shared).await.is_ok());
-        assert!(
-            registry
-                .training(TenantId::DEFAULT, training.id)
-                .await
-                .unwrap()
-                .is_none()
-        );
-        registry.delete_concept(TenantId::DEFAULT, "twin").await.unwrap();
-        assert!(registry.blobs.get(&shared).await.is_err());
-        drop(dir);
-    }
-}
+mod tests;

@@ -1,14 +1,20 @@
-//! Registering, listing, deleting, exporting and importing concepts; their trainings.
+//! Registering, listing, changing, deleting, exporting and importing concepts.
 
 use bytes::Bytes;
 use serde::Serialize;
 
+use super::facts::{check_description, check_webhook_url, read_metadata};
+use super::trainings::TrainingSettings;
 use super::{Addition, Caller, Service};
 use crate::concept::{ConceptKind, is_slug};
 use crate::error::{Error, ErrorKind};
-use crate::ids::TrainingId;
+use crate::ids::ConceptId;
 use crate::picture::{OutputFormat, PictureError, PictureLimits, decode, encode};
-use crate::registry::{Concept, NewConcept, Training, TrainingStatus};
+use crate::registry::blobs::content_hash;
+use crate::registry::{
+    Concept, ConceptChange, ConceptFilter, ConceptStatus, Listed, NewConcept, Page, RegistryError, Training,
+    TrainingStatus, Version, input_fingerprint,
+};
 use crate::training::TrainingSpec;
 
 /// What a caller wants to register, as parsed; values are checked here.
@@ -27,6 +33,30 @@ pub struct Registration {
     pub text_tokens: Option<u32>,
     pub image_tokens: Option<u32>,
     pub seed: Option<u64>,
+    pub description: Option<String>,
+    /// A JSON object of strings.
+    pub metadata: Option<serde_json::Value>,
+    pub webhook_url: Option<String>,
+}
+
+/// What a caller wants changed; `None` stays.
+#[derive(Debug, Clone, Default)]
+pub struct Change {
+    pub name: Option<String>,
+    /// `Some(None)`: none any more.
+    pub description: Option<Option<String>>,
+    /// A JSON object of strings that takes the present one's place.
+    pub metadata: Option<serde_json::Value>,
+    /// Number of the version to use.
+    pub version: Option<u32>,
+}
+
+/// What a registration has led to.
+#[derive(Debug, Clone)]
+pub struct Registered {
+    pub view: ConceptView,
+    /// The name of another concept that was trained from the same pictures and settings.
+    pub duplicate_of: Option<String>,
 }
 
 /// A concept with its newest training.
@@ -37,23 +67,29 @@ pub struct ConceptView {
 }
 
 impl ConceptView {
-    /// `ready`, or what its training says: `training`, `failed`, `cancelled`.
-    pub fn status(&self) -> &'static str {
-        match (
-            &self.concept.version,
-            self.training.as_ref().map(|training| training.status),
-        ) {
-            (Some(_), _) => "ready",
-            (None, Some(TrainingStatus::Failed)) => "failed",
-            (None, Some(TrainingStatus::Cancelled)) => "cancelled",
-            (None, _) => "training",
+    /// Whether it can be used, or what its training says.
+    pub fn status(&self) -> ConceptStatus {
+        let training = self.training.as_ref().map(|training| training.status);
+        match (&self.concept.version, training) {
+            (Some(_), _) => ConceptStatus::Ready,
+            (None, Some(TrainingStatus::Failed)) => ConceptStatus::Failed,
+            (None, Some(TrainingStatus::Cancelled)) => ConceptStatus::Cancelled,
+            (None, _) => ConceptStatus::Training,
         }
     }
 }
 
+/// Names that routes have.
+const RESERVED: [&str; 1] = ["import"];
+
 fn check_name(name: Option<String>) -> Result<String, Error> {
     let name = name.ok_or_else(|| Error::field("missing_parameter", "name", "is missing"))?;
     match is_slug(&name) {
+        true if RESERVED.contains(&name.as_str()) => Err(Error::field(
+            "invalid_value",
+            "name",
+            format!("is `{name}`, which is reserved"),
+        )),
         true => Ok(name),
         false => Err(Error::field(
             "invalid_value",
@@ -89,27 +125,10 @@ impl Service {
     ///
     /// # Errors
     /// The first value that cannot be used; a name that is taken.
-    pub async fn register(&self, caller: &Caller, registration: Registration) -> Result<ConceptView, Error> {
-        let name = check_name(registration.name)?;
-        let kind = registration
-            .kind
-            .ok_or_else(|| Error::field("missing_parameter", "kind", "is missing; expected `subject` or `style`"))?;
-        let kind: ConceptKind = kind
-            .parse()
-            .map_err(|problem: String| Error::field("invalid_value", "kind", problem))?;
-        let class = registration.class.map(|class| class.trim().to_owned());
-        let info = self.engine.info();
-        let mut spec = TrainingSpec::preset(info.preset, kind, &name, class.as_deref(), info.layers);
-        spec.seed = registration.seed.unwrap_or(0);
-        spec.captions = registration.captions;
-        let pick = |value: Option<u32>, default: u32| value.unwrap_or(default);
-        spec.steps = pick(registration.steps, spec.steps);
-        spec.layers = pick(registration.layers, spec.layers);
-        spec.text_tokens = pick(registration.text_tokens, spec.text_tokens);
-        spec.image_tokens = pick(registration.image_tokens, spec.image_tokens);
-        spec.learning_rate = registration.learning_rate.unwrap_or(spec.learning_rate);
-        spec.check(info.layers)?;
-        let count = registration.images.len();
+    pub async fn register(&self, caller: &Caller, mut registration: Registration) -> Result<Registered, Error> {
+        let images = std::mem::take(&mut registration.images);
+        let (mut new, spec) = self.check(registration)?;
+        let count = images.len();
         if count == 0 || count > self.limits.pictures {
             return Err(Error::field(
                 "invalid_value",
@@ -118,25 +137,17 @@ impl Service {
             )
             .limit(self.limits.pictures as u64));
         }
-        let addition = Addition {
-            concepts: 1,
-            trainings: 1,
-        };
-        let _turn = self.turn(caller, addition).await?;
-        if self.registry.concept(caller.tenant, &name).await?.is_some() {
-            return Err(crate::registry::RegistryError::NameTaken(name).into());
-        }
-        let waiting = self.registry.waiting_trainings().await?;
-        if waiting >= self.limits.queued_trainings {
-            return Err(Error::new(
-                ErrorKind::Overloaded,
-                "overloaded",
-                "Too many trainings are waiting; try again later.",
-            )
-            .limit(self.limits.queued_trainings as u64));
+        let taken = self.registry.concept(caller.tenant, &new.name).await?;
+        let mut _turn = None;
+        if taken.is_none() {
+            let addition = Addition {
+                concepts: 1,
+                trainings: 1,
+            };
+            _turn = Some(self.turn(caller, addition).await?);
+            self.check_queue().await?;
         }
         let limits = self.limits.picture;
-        let images = registration.images;
         let cleaned = tokio::task::spawn_blocking(move || {
             images
                 .iter()
@@ -146,22 +157,25 @@ impl Service {
         .await
         .map_err(Error::internal)?
         .map_err(|error| picture_error(&error))?;
-        let mut pictures = Vec::with_capacity(cleaned.len());
-        for png in cleaned {
-            pictures.push(self.registry.blobs.put(png.into()).await?);
+        new.pictures = cleaned.iter().map(|png| content_hash(png)).collect();
+        let input = input_fingerprint(&new.pictures, &spec)?;
+        if let Some(taken) = taken {
+            return Err(self.name_taken(&taken, &input).await);
         }
-        let new = NewConcept {
-            name,
-            kind,
-            class_noun: spec.class_noun.clone(),
-            pictures,
-        };
-        match self.registry.add_concept(caller.tenant, &new, &spec).await {
+        let storing = self.registry.blobs.storing().await;
+        for png in cleaned {
+            self.registry.blobs.put(png.into()).await?;
+        }
+        let added = self.registry.add_concept(caller.tenant, &new, &spec).await;
+        drop(storing);
+        match added {
             Ok((concept, training)) => {
                 self.wake.now();
-                Ok(ConceptView {
-                    concept,
-                    training: Some(training),
+                let duplicate_of = self.registry.trained_alike(caller.tenant, &input, concept.id).await?;
+                let training = Some(training);
+                Ok(Registered {
+                    view: ConceptView { concept, training },
+                    duplicate_of,
                 })
             }
             Err(error) => {
@@ -172,34 +186,152 @@ impl Service {
         }
     }
 
-    /// Every concept of the caller's tenant.
+    /// Everything of a registration but its pictures.
+    fn check(&self, registration: Registration) -> Result<(NewConcept, TrainingSpec), Error> {
+        let name = check_name(registration.name)?;
+        let kind = registration
+            .kind
+            .ok_or_else(|| Error::field("missing_parameter", "kind", "is missing; expected `subject` or `style`"))?;
+        let kind: ConceptKind = kind
+            .parse()
+            .map_err(|problem: String| Error::field("invalid_value", "kind", problem))?;
+        let class = registration.class.map(|class| class.trim().to_owned());
+        let info = self.engine.info();
+        let mut spec = TrainingSpec::preset(info.preset, kind, &name, class.as_deref(), info.layers);
+        let settings = TrainingSettings {
+            captions: Some(registration.captions),
+            steps: registration.steps,
+            layers: registration.layers,
+            learning_rate: registration.learning_rate,
+            text_tokens: registration.text_tokens,
+            image_tokens: registration.image_tokens,
+            seed: registration.seed,
+        };
+        settings.apply(&mut spec);
+        spec.check(info.layers)?;
+        let new = NewConcept {
+            class_noun: spec.class_noun.clone(),
+            description: check_description(registration.description)?,
+            metadata: registration
+                .metadata
+                .map(read_metadata)
+                .transpose()?
+                .unwrap_or_default(),
+            webhook_url: check_webhook_url(registration.webhook_url)?,
+            ..NewConcept::new(name, kind)
+        };
+        Ok((new, spec))
+    }
+
+    /// The conflict with a concept that has the name, and whether it is the very same.
+    async fn name_taken(&self, taken: &Concept, input: &str) -> Error {
+        let conflict = Error::from(RegistryError::NameTaken(taken.name.clone()));
+        match self.registry.is_trained_from(taken.id, input).await {
+            Ok(false) => conflict,
+            Ok(true) => Error {
+                message: format!(
+                    "`name` is `{}`, which another concept has: one of the same pictures and settings",
+                    taken.name
+                ),
+                ..conflict
+            },
+            Err(error) => error.into(),
+        }
+    }
+
+    /// A part of the concepts of the caller's tenant, newest first.
     ///
     /// # Errors
     /// When the registry fails.
-    pub async fn concepts(&self, caller: &Caller) -> Result<Vec<ConceptView>, Error> {
-        let mut views = Vec::new();
-        for concept in self.registry.concepts(caller.tenant).await? {
-            let training = self.registry.latest_training(caller.tenant, concept.id).await?;
-            views.push(ConceptView { concept, training });
-        }
-        Ok(views)
+    pub async fn concepts(
+        &self,
+        caller: &Caller,
+        filter: ConceptFilter,
+        page: Page<ConceptId>,
+    ) -> Result<Listed<ConceptView>, Error> {
+        let Listed { rows, has_more } = self.registry.concepts_page(caller.tenant, filter, page).await?;
+        let ids: Vec<ConceptId> = rows.iter().map(|concept| concept.id).collect();
+        let mut trainings = self.registry.latest_trainings(caller.tenant, &ids).await?;
+        let rows = rows
+            .into_iter()
+            .map(|concept| {
+                let at = trainings.iter().position(|training| training.concept_id == concept.id);
+                let training = at.map(|at| trainings.swap_remove(at));
+                ConceptView { concept, training }
+            })
+            .collect();
+        Ok(Listed { rows, has_more })
     }
 
-    /// A concept by its name.
+    /// Every concept of the caller's tenant that can be drawn with, oldest first.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub async fn ready_concepts(&self, caller: &Caller) -> Result<Vec<Concept>, Error> {
+        let mut concepts = self.registry.concepts(caller.tenant).await?;
+        concepts.retain(|concept| concept.version.is_some());
+        Ok(concepts)
+    }
+
+    pub(super) async fn find_concept(&self, caller: &Caller, name: &str) -> Result<Concept, Error> {
+        let found = self.registry.concept(caller.tenant, name).await?;
+        found.ok_or_else(|| no_concept(name))
+    }
+
+    /// A concept by its name or identifier.
     ///
     /// # Errors
     /// When there is none, or the registry fails.
     pub async fn concept(&self, caller: &Caller, name: &str) -> Result<ConceptView, Error> {
-        let concept = self
-            .registry
-            .concept(caller.tenant, name)
-            .await?
-            .ok_or_else(|| no_concept(name))?;
+        let concept = self.find_concept(caller, name).await?;
         let training = self.registry.latest_training(caller.tenant, concept.id).await?;
         Ok(ConceptView { concept, training })
     }
 
-    /// Deletes a concept with its pictures, tensors and trainings; a running training ends.
+    /// Renames, describes, or puts another version to use.
+    ///
+    /// # Errors
+    /// When there is no such concept or version, a value cannot be used, or the name is taken.
+    pub async fn change_concept(&self, caller: &Caller, name: &str, change: Change) -> Result<ConceptView, Error> {
+        let concept = self.find_concept(caller, name).await?;
+        let change = ConceptChange {
+            name: change.name.map(|name| check_name(Some(name))).transpose()?,
+            description: change.description.map(check_description).transpose()?,
+            metadata: change.metadata.map(read_metadata).transpose()?,
+            version: change.version,
+        };
+        let changed = self.registry.change_concept(concept.id, &change).await?;
+        let concept = changed.ok_or_else(|| no_concept(name))?;
+        let training = self.registry.latest_training(caller.tenant, concept.id).await?;
+        Ok(ConceptView { concept, training })
+    }
+
+    /// A part of a concept's versions, newest first.
+    ///
+    /// # Errors
+    /// When there is no such concept, or the registry fails.
+    pub async fn versions(&self, caller: &Caller, name: &str, page: Page<u32>) -> Result<Listed<Version>, Error> {
+        let concept = self.find_concept(caller, name).await?;
+        Ok(self.registry.versions(concept.id, page).await?)
+    }
+
+    /// A reference picture of a concept, as PNG.
+    ///
+    /// # Errors
+    /// When there is none, or the registry fails.
+    pub async fn reference_picture(&self, caller: &Caller, name: &str, index: &str) -> Result<Bytes, Error> {
+        let concept = self.find_concept(caller, name).await?;
+        let blob = index.parse().ok().and_then(|index: usize| concept.pictures.get(index));
+        let blob = blob.ok_or_else(|| {
+            let count = concept.pictures.len();
+            let message = format!("The concept has no picture `{index}`; it has {count}, counted from 0.");
+            Error::new(ErrorKind::NotFound, "image_not_found", message)
+        })?;
+        Ok(self.registry.blobs.get(blob).await?)
+    }
+
+    /// Deletes a concept with its pictures, versions, trainings and previews; a running training ends, a generation that
+    /// has begun goes on with the tensors that it has.
     ///
     /// # Errors
     /// When there is none, or the registry fails.
@@ -209,14 +341,26 @@ impl Service {
         if deleted { Ok(()) } else { Err(no_concept(name)) }
     }
 
-    /// A concept's file.
+    /// A concept's file, of the version in use or another, and that version's hash.
     ///
     /// # Errors
-    /// When there is none, or it is not trained.
-    pub async fn concept_file(&self, caller: &Caller, name: &str) -> Result<Bytes, Error> {
+    /// When there is no such concept or version, or it is not trained.
+    pub async fn concept_file(
+        &self,
+        caller: &Caller,
+        name: &str,
+        version: Option<u32>,
+    ) -> Result<(String, Bytes), Error> {
         let view = self.concept(caller, name).await?;
-        let version = view.concept.version.as_ref().ok_or_else(|| not_ready(&view))?;
-        Ok(self.registry.blobs.get(version).await?)
+        let hash = match version {
+            None => view.concept.version.clone().ok_or_else(|| not_ready(&view))?,
+            Some(number) => {
+                let found = self.registry.version(view.concept.id, number).await?;
+                found.ok_or(RegistryError::NoVersion(number))?.hash
+            }
+        };
+        let bytes = self.registry.blobs.get(&hash).await?;
+        Ok((hash, bytes))
     }
 
     /// Takes in a concept file, under the name that its header has or another.
@@ -242,57 +386,21 @@ impl Service {
             trainings: 0,
         };
         let _turn = self.turn(caller, addition).await?;
-        let version = self.registry.blobs.put(bytes).await?;
         let new = NewConcept {
-            name,
-            kind: file.header.kind,
             class_noun: file.header.class_noun,
-            pictures: vec![],
+            ..NewConcept::new(name, file.header.kind)
         };
-        let concept = self.registry.add_ready_concept(caller.tenant, &new, &version).await?;
+        let storing = self.registry.blobs.storing().await;
+        let version = self.registry.blobs.put(bytes).await?;
+        let added = self.registry.add_ready_concept(caller.tenant, &new, &version).await;
+        drop(storing);
+        if added.is_err() {
+            self.registry.remove_unreferenced(&[version]).await?;
+        }
+        let concept = added?;
         Ok(ConceptView {
             concept,
             training: None,
-        })
-    }
-
-    /// A training by its identifier.
-    ///
-    /// # Errors
-    /// When there is none, or the registry fails.
-    pub async fn training(&self, caller: &Caller, id: &str) -> Result<Training, Error> {
-        let missing = || {
-            Error::new(
-                ErrorKind::NotFound,
-                "training_not_found",
-                format!("There is no training `{id}`."),
-            )
-        };
-        let id: TrainingId = id.parse().map_err(|_| missing())?;
-        self.registry.training(caller.tenant, id).await?.ok_or_else(missing)
-    }
-
-    /// Cancels a training; one that has ended stays as it is, and that is a conflict.
-    ///
-    /// # Errors
-    /// When there is none, it has ended already, or the registry fails.
-    pub async fn cancel_training(&self, caller: &Caller, id: &str) -> Result<Training, Error> {
-        let before = self.training(caller, id).await?;
-        if before.status.is_final() && before.status != TrainingStatus::Cancelled {
-            return Err(Error::new(
-                ErrorKind::Conflict,
-                "training_ended",
-                format!("The training has {} already.", before.status.as_str()),
-            ));
-        }
-        let after = self.registry.cancel_training(caller.tenant, before.id).await?;
-        self.wake.now();
-        after.ok_or_else(|| {
-            Error::new(
-                ErrorKind::NotFound,
-                "training_not_found",
-                format!("There is no training `{id}`."),
-            )
         })
     }
 }
@@ -311,13 +419,14 @@ pub(super) fn not_ready(view: &ConceptView) -> Error {
         .as_ref()
         .map_or_else(String::new, |t| format!(" (training {})", t.id));
     let sentence = match view.status() {
-        "training" => format!(
+        ConceptStatus::Training => format!(
             "The concept `{}` is still in training{training}; poll it and try again.",
             view.concept.name
         ),
         status => format!(
-            "The concept `{}` cannot be used: its training {status}{training}.",
-            view.concept.name
+            "The concept `{}` cannot be used: its training was not successful ({}){training}.",
+            view.concept.name,
+            status.as_str()
         ),
     };
     Error::new(ErrorKind::Conflict, "concept_not_ready", sentence)

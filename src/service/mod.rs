@@ -1,18 +1,22 @@
 //! The use cases, shared by HTTP and the command line. What may be said to whom and how much is decided here.
 
 mod concepts;
+mod facts;
 mod generate;
 mod keys;
 mod quota;
 mod tenants;
+mod trainings;
 
 use std::sync::Arc;
 
-pub use concepts::{ConceptView, Registration};
+pub use concepts::{Change, ConceptView, Registered, Registration};
+pub use facts::read_metadata;
 pub use generate::{GenerateInput, Generated, GeneratedImage, UsedConcept};
 pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use quota::{Addition, Admitted, Allowance, Standing, Tallies, Turn};
 pub use tenants::QuotaChange;
+pub use trainings::{TrainingQuery, TrainingSettings};
 
 use crate::config::Config;
 use crate::engine::{EngineError, EngineHandle};
@@ -132,6 +136,17 @@ impl From<RegistryError> for Error {
                 format!("is `{name}`, which another concept has; choose another name or delete that concept"),
             )
             .of_kind(ErrorKind::Conflict),
+            RegistryError::ConceptBusy(name) => Self::new(
+                ErrorKind::Conflict,
+                "training_in_progress",
+                format!("A training of the concept `{name}` is queued or running; wait for it, or cancel it."),
+            ),
+            RegistryError::NoVersion(number) => Self::field(
+                "version_not_found",
+                "version",
+                format!("is {number}, which the concept does not have"),
+            )
+            .of_kind(ErrorKind::NotFound),
             RegistryError::TenantTaken(name) => {
                 Self::field("name_taken", "name", format!("is `{name}`, which another tenant has"))
                     .of_kind(ErrorKind::Conflict)

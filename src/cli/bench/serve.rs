@@ -140,6 +140,7 @@ fn start_training(engine: &EngineHandle, info: &ModelInfo) -> anyhow::Result<cra
         },
         pictures: super::train::pictures(width, height),
         checkpoint: None,
+        previews: vec![],
     };
     Ok(engine.train(request)?)
 }

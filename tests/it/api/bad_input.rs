@@ -54,6 +54,41 @@ async fn registrations() {
     let many = (0..11).fold(form(&[]), |form, _| form.part("images", picture_part(png())));
     let cases: Vec<(&str, Form, u16, &str, Option<&str>)> = vec![
         (
+            "a name that is a route",
+            with(&[("name", "import")]),
+            400,
+            "invalid_value",
+            Some("name"),
+        ),
+        (
+            "a description that is too long",
+            with(&[]).text("description", "x".repeat(1001)),
+            400,
+            "value_too_large",
+            Some("description"),
+        ),
+        (
+            "metadata that is not JSON",
+            with(&[("metadata", "{")]),
+            400,
+            "invalid_value",
+            Some("metadata"),
+        ),
+        (
+            "metadata of numbers",
+            with(&[("metadata", "{\"a\": 1}")]),
+            400,
+            "invalid_value",
+            Some("metadata"),
+        ),
+        (
+            "a web-hook that is no address",
+            with(&[("webhook_url", "javascript:alert(1)")]),
+            400,
+            "invalid_value",
+            Some("webhook_url"),
+        ),
+        (
             "no name",
             with(&[("name", "-")]),
             400,
@@ -207,8 +242,151 @@ async fn registrations() {
         .body("--x\r\nnonsense");
     assert_eq!(answer(broken).await.0, 400);
     let (_, list) = app.get("/v1/concepts").await;
-    assert_eq!(list, json!({"object": "list", "data": []}));
+    assert_eq!(list, json!({"object": "list", "data": [], "has_more": false}));
     assert!(app.blobs().is_empty(), "{:?}", app.blobs());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_and_retrainings() {
+    let app = TestApp::start().await;
+    let (status, body) = app
+        .register(form(&[("steps", "5000")]).part("images", picture_part(png())))
+        .await;
+    assert_eq!(status, 202, "{body}");
+    let (_, before) = app.get("/v1/concepts/rex").await;
+    let many: serde_json::Map<String, Value> = (0..17).map(|n| (n.to_string(), json!("x"))).collect();
+    let change = "/v1/concepts/rex";
+    let train = "/v1/concepts/rex/trainings";
+    let cases: Vec<(&str, Value, u16, &str, Option<&str>)> = vec![
+        (change, json!({"name": "Rex"}), 400, "invalid_value", Some("name")),
+        (change, json!({"name": "import"}), 400, "invalid_value", Some("name")),
+        (change, json!({"name": 7}), 400, "invalid_value", Some("name")),
+        (
+            change,
+            json!({"description": "x".repeat(1001)}),
+            400,
+            "value_too_large",
+            Some("description"),
+        ),
+        (
+            change,
+            json!({"metadata": many}),
+            400,
+            "invalid_value",
+            Some("metadata"),
+        ),
+        (
+            change,
+            json!({"metadata": {"k".repeat(65): ""}}),
+            400,
+            "invalid_value",
+            Some("metadata"),
+        ),
+        (
+            change,
+            json!({"metadata": {"k": "v".repeat(513)}}),
+            400,
+            "invalid_value",
+            Some("metadata"),
+        ),
+        (
+            change,
+            json!({"metadata": ["a"]}),
+            400,
+            "invalid_value",
+            Some("metadata"),
+        ),
+        (change, json!({"version": 1}), 404, "version_not_found", Some("version")),
+        (change, json!({"version": -1}), 400, "invalid_value", Some("version")),
+        (change, json!({"kind": "style"}), 400, "unknown_parameter", Some("kind")),
+        (
+            "/v1/concepts/nobody",
+            json!({"name": "x"}),
+            404,
+            "concept_not_found",
+            None,
+        ),
+        (train, json!({"steps": 0}), 400, "invalid_value", Some("steps")),
+        (train, json!({"steps": "many"}), 400, "invalid_value", Some("steps")),
+        (train, json!({"layers": 7}), 400, "invalid_value", Some("layers")),
+        (
+            train,
+            json!({"learning_rate": 2}),
+            400,
+            "invalid_value",
+            Some("learning_rate"),
+        ),
+        (
+            train,
+            json!({"captions": ["x".repeat(201)]}),
+            400,
+            "invalid_value",
+            Some("captions"),
+        ),
+        (
+            train,
+            json!({"captions": vec!["x"; 11]}),
+            400,
+            "invalid_value",
+            Some("captions"),
+        ),
+        (
+            train,
+            json!({"webhook_url": "ftp://x"}),
+            400,
+            "invalid_value",
+            Some("webhook_url"),
+        ),
+        (train, json!({"name": "max"}), 400, "unknown_parameter", Some("name")),
+        (train, json!({}), 409, "training_in_progress", None),
+        (
+            "/v1/concepts/nobody/trainings",
+            json!({}),
+            404,
+            "concept_not_found",
+            None,
+        ),
+    ];
+    for (path, request, status, code, field) in cases {
+        let method = match path.ends_with("trainings") {
+            true => reqwest::Method::POST,
+            false => reqwest::Method::PATCH,
+        };
+        let (found, body) = answer(app.request(method, path).json(&request)).await;
+        let shown: String = request.to_string().chars().take(80).collect();
+        assert_eq!(
+            (found, body["error"]["code"].as_str()),
+            (status, Some(code)),
+            "{shown}: {body}"
+        );
+        assert_eq!(body["error"]["param"].as_str(), field, "{shown}: {body}");
+    }
+    for (path, status, field) in [
+        ("/v1/concepts?kind=animal", 400, Some("kind")),
+        ("/v1/concepts?status=done", 400, Some("status")),
+        ("/v1/concepts?limit=0", 400, Some("limit")),
+        ("/v1/concepts?after=training_0", 400, Some("after")),
+        ("/v1/concepts/rex/versions?after=x", 400, Some("after")),
+        ("/v1/concepts/rex/weights?version=x", 400, Some("version")),
+        ("/v1/concepts/rex/weights?version=1", 404, Some("version")),
+        ("/v1/concepts/rex/weights", 409, None),
+        ("/v1/concepts/nobody/versions", 404, None),
+        ("/v1/concepts/nobody/images/0", 404, None),
+        ("/v1/trainings/training_0/events", 404, None),
+        ("/v1/trainings/training_0/previews/1", 404, None),
+    ] {
+        let (found, body) = app.get(path).await;
+        assert_eq!(
+            (found, body["error"]["param"].as_str()),
+            (status, field),
+            "{path}: {body}"
+        );
+    }
+    assert_eq!(app.post("/v1/trainings/training_0/retry", json!({})).await.0, 404);
+    let (_, after) = app.get("/v1/concepts/rex").await;
+    for field in ["name", "description", "metadata", "version", "versions", "updated_at"] {
+        assert_eq!(before[field], after[field], "{field}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod command_line;
+mod concepts;
 mod guard;
 mod idempotency;
 mod isolation;
@@ -9,3 +10,4 @@ mod lifecycle;
 mod observe;
 mod quotas;
 mod tenants;
+mod trainings;

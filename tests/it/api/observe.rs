@@ -30,7 +30,8 @@ async fn scrape(app: &TestApp) -> BTreeMap<String, f64> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn metrics_move_when_a_picture_is_drawn_and_a_concept_is_trained() {
-    let app = TestApp::start().await;
+    // A training's own pictures would count too.
+    let app = TestApp::start_with(&["--training-previews", "0"]).await;
     let before = scrape(&app).await;
     assert_eq!(before["coar_ready"], 1.0);
     assert_eq!(before["coar_pictures_total"], 0.0);

@@ -1,0 +1,253 @@
+//! Concepts as JSON.
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::super::trainings::object::TrainingObject;
+use crate::concept::ConceptKind;
+use crate::registry::{Concept, ConceptStatus, Metadata, Version};
+use crate::service::ConceptView;
+
+/// Bytes of a file.
+#[derive(ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[allow(dead_code)]
+pub(in crate::api) struct File(Vec<u8>);
+
+/// What a concept stands for.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = ConceptKind)]
+pub(in crate::api) enum KindName {
+    Subject,
+    Style,
+}
+
+impl From<ConceptKind> for KindName {
+    fn from(kind: ConceptKind) -> Self {
+        match kind {
+            ConceptKind::Subject => Self::Subject,
+            ConceptKind::Style => Self::Style,
+        }
+    }
+}
+
+/// `ready` as soon as there is a version to draw with, whatever further trainings do; before, what the newest training
+/// says.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = ConceptStatus)]
+pub(in crate::api) enum StatusName {
+    Training,
+    Ready,
+    Failed,
+    Cancelled,
+}
+
+impl From<ConceptStatus> for StatusName {
+    fn from(status: ConceptStatus) -> Self {
+        match status {
+            ConceptStatus::Training => Self::Training,
+            ConceptStatus::Ready => Self::Ready,
+            ConceptStatus::Failed => Self::Failed,
+            ConceptStatus::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+/// The version of a concept that is in use.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = VersionInUse)]
+pub(in crate::api) struct InUse {
+    /// From 1.
+    #[schema(example = 2)]
+    pub number: u32,
+    /// SHA-256 of the concept file.
+    #[schema(example = "9f2c1d5e7a3b48c60d1e2f3a4b5c6d7e8f901a2b3c4d5e6f708192a3b4c5d6e7")]
+    pub hash: String,
+    /// Unix seconds.
+    pub created_at: i64,
+}
+
+impl InUse {
+    pub(in crate::api) fn of(concept: &Concept) -> Option<Self> {
+        Some(Self {
+            number: concept.version_number?,
+            hash: concept.version.clone()?,
+            created_at: concept.version_created_at.unwrap_or(concept.created_at) / 1000,
+        })
+    }
+}
+
+/// A subject or a style that the model was taught, or is being taught.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Concept)]
+pub(in crate::api) struct ConceptObject {
+    #[schema(example = "concept_01990000000070008000000000000000")]
+    id: String,
+    #[schema(example = "concept")]
+    object: &'static str,
+    /// Written `<rex>` in prompts.
+    #[schema(example = "rex")]
+    name: String,
+    kind: KindName,
+    /// The noun of a subject; null for styles.
+    #[schema(example = "dog")]
+    class: Option<String>,
+    status: StatusName,
+    /// What prompts use; null until a training has succeeded.
+    version: Option<InUse>,
+    /// How many versions there are.
+    #[schema(example = 2)]
+    versions: u32,
+    /// How many reference pictures there are; 0 where it was imported.
+    #[schema(example = 5)]
+    images: usize,
+    #[schema(example = "The dog of the shop window")]
+    description: Option<String>,
+    #[schema(example = json!({"order": "4711"}))]
+    metadata: Metadata,
+    /// Unix seconds.
+    created_at: i64,
+    /// Unix seconds: when it was last changed, or got another version.
+    updated_at: i64,
+    /// The newest training; null where it was imported.
+    training: Option<TrainingObject>,
+    /// Only in a registration's answer: the name of another concept that was trained from the same pictures and settings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub duplicate_of: Option<String>,
+}
+
+impl From<&ConceptView> for ConceptObject {
+    fn from(view: &ConceptView) -> Self {
+        let concept = &view.concept;
+        Self {
+            id: concept.id.to_string(),
+            object: "concept",
+            name: concept.name.clone(),
+            kind: concept.kind.into(),
+            class: concept.class_noun.clone(),
+            status: view.status().into(),
+            version: InUse::of(concept),
+            versions: concept.versions,
+            images: concept.pictures.len(),
+            description: concept.description.clone(),
+            metadata: concept.metadata.clone(),
+            created_at: concept.created_at / 1000,
+            updated_at: concept.updated_at / 1000,
+            training: view.training.as_ref().map(Into::into),
+            duplicate_of: None,
+        }
+    }
+}
+
+/// A version of a concept. It stays until the concept is deleted.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ConceptVersion)]
+pub(in crate::api) struct VersionObject {
+    /// The number as a text: what the list's `after` takes.
+    #[schema(example = "1")]
+    id: String,
+    #[schema(example = "concept.version")]
+    object: &'static str,
+    /// From 1, never used again.
+    #[schema(example = 1)]
+    number: u32,
+    /// SHA-256 of the concept file.
+    #[schema(example = "9f2c1d5e7a3b48c60d1e2f3a4b5c6d7e8f901a2b3c4d5e6f708192a3b4c5d6e7")]
+    hash: String,
+    /// The training that made it; null: imported.
+    #[schema(example = "training_01990000000070008000000000000000")]
+    training_id: Option<String>,
+    /// Unix seconds.
+    created_at: i64,
+}
+
+impl From<&Version> for VersionObject {
+    fn from(version: &Version) -> Self {
+        Self {
+            id: version.number.to_string(),
+            object: "concept.version",
+            number: version.number,
+            hash: version.hash.clone(),
+            training_id: version.training.map(|id| id.to_string()),
+            created_at: version.created_at / 1000,
+        }
+    }
+}
+
+/// A registration. Every part but `images` and `captions` comes at most once.
+#[derive(ToSchema)]
+#[allow(dead_code)]
+pub(in crate::api) struct RegisterConcept {
+    /// 1 to 63 of a-z, 0-9 and -, the first not a hyphen; not `import`.
+    #[schema(example = "rex")]
+    name: String,
+    kind: KindName,
+    /// The noun of a subject; styles have none.
+    #[schema(example = "dog")]
+    class: Option<String>,
+    /// 1 to 10 pictures: PNG, JPEG or WebP.
+    #[schema(min_items = 1, max_items = 10)]
+    images: Vec<File>,
+    /// What else is to be seen in each picture, in the pictures' order.
+    #[schema(max_items = 10)]
+    captions: Option<Vec<String>>,
+    #[schema(minimum = 1, maximum = 20_000)]
+    steps: Option<u32>,
+    /// Layers of the model, from the first, that get context tokens.
+    #[schema(minimum = 1)]
+    layers: Option<u32>,
+    learning_rate: Option<f64>,
+    #[schema(minimum = 1, maximum = 16)]
+    text_tokens: Option<u32>,
+    #[schema(minimum = 0, maximum = 16)]
+    image_tokens: Option<u32>,
+    seed: Option<u64>,
+    /// At most 1000 characters.
+    description: Option<String>,
+    /// A JSON object of strings: at most 16 pairs, keys of 1 to 64 characters, values of at most 512.
+    #[schema(example = "{\"order\": \"4711\"}")]
+    metadata: Option<String>,
+    /// Told of the training's end.
+    #[schema(example = "https://example.com/hooks/coar")]
+    webhook_url: Option<String>,
+}
+
+/// What is to change. Absent: stays.
+#[derive(ToSchema)]
+#[allow(dead_code)]
+pub(in crate::api) struct ChangeConcept {
+    #[schema(example = "max")]
+    name: Option<String>,
+    /// Null: none any more.
+    description: Option<String>,
+    /// Takes the place of the present one. At most 16 pairs, keys of 1 to 64 characters, values of at most 512.
+    #[schema(example = json!({"order": "4711"}))]
+    metadata: Option<std::collections::BTreeMap<String, String>>,
+    /// Number of the version to use from now on: back, or forward again.
+    #[schema(example = 1, minimum = 1)]
+    version: Option<u32>,
+}
+
+/// Settings of another training. Absent: as in the concept's newest training.
+#[derive(ToSchema)]
+#[allow(dead_code)]
+pub(in crate::api) struct TrainConcept {
+    #[schema(minimum = 1, maximum = 20_000, example = 80)]
+    steps: Option<u32>,
+    #[schema(minimum = 1)]
+    layers: Option<u32>,
+    learning_rate: Option<f64>,
+    #[schema(minimum = 1, maximum = 16)]
+    text_tokens: Option<u32>,
+    #[schema(minimum = 0, maximum = 16)]
+    image_tokens: Option<u32>,
+    seed: Option<u64>,
+    /// In the pictures' order.
+    #[schema(max_items = 10)]
+    captions: Option<Vec<String>>,
+    /// Told of the training's end.
+    #[schema(example = "https://example.com/hooks/coar")]
+    webhook_url: Option<String>,
+}

@@ -1,0 +1,137 @@
+//! Pictures of a concept while it is trained. They are a courtesy: whatever goes wrong with one, the training goes on.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::Worker;
+use crate::engine::{ConceptUse, GenerateRequest, GenerationEvent};
+use crate::picture::{OutputFormat, RgbPicture, encode};
+use crate::registry::blobs::content_hash;
+use crate::registry::{Claimed, Training};
+
+/// The training's end waits for its last picture, but not for longer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// `count` steps, evenly spread, the last one at the end.
+pub(super) fn preview_steps(total_steps: u32, count: u32) -> Vec<u32> {
+    let at = |n: u32| (u64::from(total_steps) * u64::from(n) / u64::from(count.max(1))) as u32;
+    let mut steps: Vec<u32> = (1..=count).map(at).filter(|&step| step > 0).collect();
+    steps.dedup();
+    steps
+}
+
+/// Those of one training that are being drawn.
+#[derive(Debug, Default)]
+pub(super) struct Previews {
+    open: JoinSet<()>,
+    stop: CancellationToken,
+}
+
+impl Previews {
+    /// Begins to draw one.
+    pub(super) fn begin(&mut self, worker: &Worker, claimed: &Claimed, step: u32, file: Bytes) {
+        let (worker, training, stop) = (worker.clone(), claimed.training.clone(), self.stop.clone());
+        self.open.spawn(async move {
+            let drawn = tokio::select! {
+                drawn = worker.draw(&training, &file) => drawn,
+                // Dropping the drawing cancels it.
+                () = stop.cancelled() => return,
+            };
+            let stored = match drawn {
+                Ok(png) => worker
+                    .registry
+                    .add_preview(training.id, step, png)
+                    .await
+                    .map_err(|error| error.to_string()),
+                Err(problem) => Err(problem),
+            };
+            if let Err(problem) = stored {
+                tracing::warn!(training = %training.id, step, problem, "no picture of this step");
+            }
+        });
+    }
+
+    /// Waits for all of them, though not for long.
+    pub(super) async fn wait(&mut self) {
+        let all = async { while self.open.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(PATIENCE, all).await;
+    }
+
+    /// Lets all of them finish, unless the server stops.
+    pub(super) async fn finish(mut self, stop: &CancellationToken) {
+        tokio::select! {
+            () = async { while self.open.join_next().await.is_some() {} } => {}
+            () = stop.cancelled() => self.cancel().await,
+        }
+    }
+
+    /// Ends those that are being drawn; one that is being stored is stored.
+    pub(super) async fn cancel(mut self) {
+        self.stop.cancel();
+        while self.open.join_next().await.is_some() {}
+    }
+}
+
+impl Worker {
+    /// Draws the concept in its plainest prompt, always with the same seed, so that the steps compare.
+    async fn draw(&self, training: &Training, file: &[u8]) -> Result<Bytes, String> {
+        let info = self.engine.info();
+        let concept = info.read_concept(file).map_err(|error| error.to_string())?;
+        let spec = &training.spec;
+        let (width, height) = info.sizes[0];
+        let request = GenerateRequest {
+            tenant: training.tenant.to_string(),
+            prompt: spec.preview_prompt(),
+            concepts: vec![ConceptUse {
+                name: spec.name.clone(),
+                content_hash: content_hash(file),
+                kind: spec.kind,
+                tensors: Arc::new(concept.tensors),
+            }],
+            width,
+            height,
+            count: 1,
+            seed: spec.seed,
+            guidance_scale: info.default_guidance_scale,
+            temperature: info.default_temperature,
+            top_k: info.default_top_k,
+            identity_mask: true,
+            partial_images: 0,
+        };
+        let mut stream = self.engine.generate(request).map_err(|error| error.to_string())?;
+        while let Some(event) = stream.next().await {
+            match event {
+                GenerationEvent::Picture { picture, .. } => return png(picture).await,
+                GenerationEvent::Failed(error) => return Err(error.to_string()),
+                _ => {}
+            }
+        }
+        Err("the engine stops".to_owned())
+    }
+}
+
+async fn png(picture: RgbPicture) -> Result<Bytes, String> {
+    let encoded = tokio::task::spawn_blocking(move || encode(&picture, OutputFormat::Png, &[])).await;
+    match encoded {
+        Ok(Ok(bytes)) => Ok(bytes.into()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_evenly_spread_and_the_last_is_the_end() {
+        assert_eq!(preview_steps(60, 4), [15, 30, 45, 60]);
+        assert_eq!(preview_steps(2, 4), [1, 2]);
+        assert_eq!(preview_steps(20_000, 1), [20_000]);
+        assert!(preview_steps(60, 0).is_empty());
+    }
+}

@@ -1,0 +1,236 @@
+//! The queue: leases, attempts, checkpoints, and what deleting leaves.
+
+use super::*;
+use crate::concept::ConceptKind;
+use crate::registry::NewConcept;
+use crate::training::Preset;
+
+async fn registry() -> (tempfile::TempDir, Registry) {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::open(dir.path()).await.unwrap();
+    (dir, registry)
+}
+
+async fn add(registry: &Registry, name: &str) -> Training {
+    let picture = registry.blobs.put(name.as_bytes().to_vec().into()).await.unwrap();
+    let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, name, Some("cat"), 6);
+    let new = NewConcept {
+        class_noun: Some("cat".into()),
+        pictures: vec![picture],
+        ..NewConcept::new(name, spec.kind)
+    };
+    registry.add_concept(TenantId::DEFAULT, &new, &spec).await.unwrap().1
+}
+
+#[tokio::test]
+async fn a_name_is_taken_once_and_nothing_is_left_of_the_second() {
+    let (_dir, registry) = registry().await;
+    let first = add(&registry, "rex").await;
+    let second = NewConcept::new("rex", ConceptKind::Style);
+    let again = registry.add_concept(TenantId::DEFAULT, &second, &first.spec).await;
+    assert!(matches!(again, Err(RegistryError::NameTaken(name)) if name == "rex"));
+    assert_eq!(registry.concepts(TenantId::DEFAULT).await.unwrap().len(), 1);
+    assert_eq!(
+        registry.claim_training(1000).await.unwrap().unwrap().training.id,
+        first.id
+    );
+    assert!(registry.claim_training(1000).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn only_the_lease_holder_writes() {
+    let (_dir, registry) = registry().await;
+    add(&registry, "rex").await;
+    let slow = registry.claim_training(-1).await.unwrap().unwrap();
+    let next = registry.claim_training(60_000).await.unwrap().unwrap();
+    assert_eq!((slow.training.id, next.training.attempt), (next.training.id, 2));
+    assert!(matches!(
+        registry.report_progress(&slow, 1000, None).await,
+        Err(RegistryError::LeaseLost)
+    ));
+    assert!(matches!(
+        registry.succeed(&slow, "x", &serde_json::json!({})).await,
+        Err(RegistryError::LeaseLost)
+    ));
+    registry.succeed(&next, "y", &serde_json::json!({})).await.unwrap();
+    let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
+    assert_eq!(concept.version.as_deref(), Some("y"));
+}
+
+#[tokio::test]
+async fn checkpoints_replace_each_other_and_go_at_the_end() {
+    let (_dir, registry) = registry().await;
+    add(&registry, "rex").await;
+    let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
+    let mut blobs = vec![];
+    for step in 1..3 {
+        let blob = registry.blobs.put(vec![step].into()).await.unwrap();
+        registry.record_checkpoint(&claimed, step.into(), &blob).await.unwrap();
+        blobs.push(blob);
+    }
+    assert!(registry.blobs.get(&blobs[0]).await.is_err());
+    assert!(registry.blobs.get(&blobs[1]).await.is_ok());
+    // The process dies and another takes over.
+    assert_eq!(registry.release_all().await.unwrap(), 1);
+    let again = registry.claim_training(60_000).await.unwrap().unwrap();
+    assert_eq!(
+        (again.training.resumed_from_step, again.training.checkpoint.as_ref()),
+        (2, Some(&blobs[1]))
+    );
+    registry.succeed(&again, "v", &serde_json::json!({})).await.unwrap();
+    assert!(registry.blobs.get(&blobs[1]).await.is_err());
+}
+
+#[tokio::test]
+async fn failures_are_retried_a_few_times_and_permanent_ones_never() {
+    let (_dir, registry) = registry().await;
+    add(&registry, "rex").await;
+    let error = serde_json::json!({"code": "internal_error"});
+    for attempt in 1..=ATTEMPTS {
+        let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
+        registry.fail(&claimed, &error, true).await.unwrap();
+        let status = registry
+            .training(TenantId::DEFAULT, claimed.training.id)
+            .await
+            .unwrap()
+            .unwrap()
+            .status;
+        assert_eq!(status == TrainingStatus::Failed, attempt == ATTEMPTS);
+    }
+    let other = add(&registry, "other").await;
+    let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
+    registry.fail(&claimed, &error, false).await.unwrap();
+    assert_eq!(
+        registry
+            .training(TenantId::DEFAULT, other.id)
+            .await
+            .unwrap()
+            .unwrap()
+            .status,
+        TrainingStatus::Failed
+    );
+}
+
+#[tokio::test]
+async fn a_crash_before_the_row_leaves_nothing_for_long() {
+    let (_dir, registry) = registry().await;
+    add(&registry, "rex").await;
+    let orphan = registry.blobs.put(b"never registered".to_vec().into()).await.unwrap();
+    assert_eq!(registry.collect_garbage().await.unwrap(), 1);
+    assert!(registry.blobs.get(&orphan).await.is_err());
+    let kept = registry
+        .concept(TenantId::DEFAULT, "rex")
+        .await
+        .unwrap()
+        .unwrap()
+        .pictures;
+    assert!(registry.blobs.get(&kept[0]).await.is_ok());
+}
+
+#[tokio::test]
+async fn deleting_a_concept_removes_its_blobs_unless_another_uses_them() {
+    let (dir, registry) = registry().await;
+    let training = add(&registry, "rex").await;
+    let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
+    let shared = concept.pictures[0].clone();
+    let new = NewConcept {
+        pictures: vec![shared.clone()],
+        ..NewConcept::new("twin", ConceptKind::Style)
+    };
+    registry
+        .add_ready_concept(TenantId::DEFAULT, &new, "none")
+        .await
+        .unwrap();
+    assert!(registry.delete_concept(TenantId::DEFAULT, "rex").await.unwrap());
+    assert!(!registry.delete_concept(TenantId::DEFAULT, "rex").await.unwrap());
+    assert!(registry.blobs.get(&shared).await.is_ok());
+    assert!(
+        registry
+            .training(TenantId::DEFAULT, training.id)
+            .await
+            .unwrap()
+            .is_none()
+    );
+    registry.delete_concept(TenantId::DEFAULT, "twin").await.unwrap();
+    assert!(registry.blobs.get(&shared).await.is_err());
+    drop(dir);
+}
+
+#[tokio::test]
+async fn tenants_take_turns_and_what_was_interrupted_goes_on_first() {
+    let (_dir, registry) = registry().await;
+    let acme = registry
+        .add_tenant("acme", crate::registry::Quotas::default())
+        .await
+        .unwrap();
+    let mut ids = vec![];
+    for (tenant, name) in [
+        (TenantId::DEFAULT, "first"),
+        (TenantId::DEFAULT, "second"),
+        (TenantId::DEFAULT, "third"),
+        (acme.id, "other"),
+        (acme.id, "last"),
+    ] {
+        let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, name, Some("cat"), 6);
+        let new = NewConcept::new(name, ConceptKind::Subject);
+        ids.push(registry.add_concept(tenant, &new, &spec).await.unwrap().1.id);
+    }
+    let claim = || async { registry.claim_training(60_000).await.unwrap().unwrap() };
+    let number = |claimed: &Claimed| ids.iter().position(|&id| id == claimed.training.id).unwrap();
+    let first = claim().await;
+    let other = claim().await;
+    assert_eq!((number(&first), number(&other)), (0, 3));
+    // One of each runs: the older wait is served, the interrupted one before it.
+    registry.release(&first).await.unwrap();
+    let again = claim().await;
+    assert_eq!((number(&again), again.training.attempt), (0, 1));
+    registry.succeed(&other, "x", &serde_json::json!({})).await.unwrap();
+    assert_eq!(number(&claim().await), 4);
+}
+
+#[tokio::test]
+async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
+    let (_dir, registry) = registry().await;
+    let tenant = TenantId::DEFAULT;
+    let id = add(&registry, "rex").await.id;
+    let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
+    let blob = registry.blobs.put(vec![1].into()).await.unwrap();
+    registry.record_checkpoint(&claimed, 20, &blob).await.unwrap();
+    for step in [15, 30] {
+        registry.add_preview(id, step, vec![step as u8].into()).await.unwrap();
+    }
+    assert!(registry.retry_training(tenant, id).await.unwrap().unwrap().status == TrainingStatus::Running);
+    let error = serde_json::json!({"code": "training_failed"});
+    registry.fail(&claimed, &error, false).await.unwrap();
+    let seen = registry.training(tenant, id).await.unwrap().unwrap();
+    assert_eq!((seen.status, seen.previews), (TrainingStatus::Failed, vec![15, 30]));
+    // While another of the concept waits there is no second one.
+    let concept = registry.concept(tenant, "rex").await.unwrap().unwrap();
+    let new = NewTraining {
+        spec: &seen.spec,
+        input: "x",
+        webhook_url: Some("https://example.com"),
+    };
+    let other = registry.add_training(&concept, new).await.unwrap().unwrap();
+    for busy in [
+        registry.retry_training(tenant, id).await,
+        registry.add_training(&concept, new).await,
+    ] {
+        assert!(matches!(busy, Err(RegistryError::ConceptBusy(name)) if name == "rex"));
+    }
+    registry.cancel_training(tenant, other.id).await.unwrap();
+    let again = registry.retry_training(tenant, id).await.unwrap().unwrap();
+    assert_eq!(
+        (again.status, again.step, again.attempt),
+        (TrainingStatus::Queued, 20, 0)
+    );
+    assert_eq!((again.previews, again.error), (vec![15], None));
+    assert!(registry.preview(tenant, id, 15).await.unwrap().is_some());
+    assert!(registry.preview(tenant, id, 30).await.unwrap().is_none());
+    // Of a training that is not running nothing is kept.
+    registry.add_preview(id, 45, vec![45].into()).await.unwrap();
+    // Picture, checkpoint, one preview.
+    assert_eq!(registry.blobs.all().await.unwrap().len(), 3);
+    let resumed = registry.claim_training(60_000).await.unwrap().unwrap();
+    assert_eq!((resumed.training.id, resumed.training.resumed_from_step), (id, 20));
+}
