@@ -2,6 +2,7 @@
 
 mod command;
 mod concept_cache;
+mod cost;
 mod generations;
 mod handle;
 mod pictures;
@@ -13,6 +14,7 @@ mod trainings;
 pub use command::{
     ConceptUse, EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingProgress, TrainingRequest,
 };
+pub use cost::Cost;
 pub use generations::Load;
 pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStream};
 pub use plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
