@@ -6,10 +6,12 @@
 /// Bytes by their hash.
 pub mod blobs;
 mod concepts;
+mod generations;
 mod images;
 mod keys;
 mod tenants;
 mod trainings;
+mod webhooks;
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -18,10 +20,14 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePo
 
 pub use blobs::{BlobError, Blobs};
 pub use concepts::{Concept, NewConcept, input_fingerprint};
+pub use generations::{
+    GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, NewGeneration, Usage,
+};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
 pub use tenants::{Quotas, Tenant};
 pub use trainings::{ATTEMPTS, Claimed, Progress, Training, TrainingStatus};
+pub use webhooks::{Attempt, Delivery, NewDelivery};
 
 /// Why the registry could not answer.
 #[derive(Debug, thiserror::Error)]
