@@ -10,30 +10,16 @@ use tokio_util::task::TaskTracker;
 use crate::api::{self, AppState, router};
 use crate::config::Config;
 use crate::engine::EngineHandle;
-use crate::jobs::{Wake, work};
+use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, deliver, sweep, work};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Keys, Limits, Service};
+use crate::service::{Keys, Limits, Links, Meters, Service};
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// How often expired pictures are looked for.
-const EXPIRY_CHECK: Duration = Duration::from_secs(600);
-
-/// Removes generated pictures that are older than `age`, now and then.
-async fn expire_images(registry: Registry, age: Duration, stop: CancellationToken) {
-    loop {
-        match registry.expire_images(age).await {
-            Ok(0) => {}
-            Ok(count) => tracing::info!(pictures = count, "removed expired pictures"),
-            Err(error) => tracing::warn!(%error, "expired pictures could not be removed"),
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(EXPIRY_CHECK) => {}
-        }
-    }
-}
+/// Background generations take a quarter of the engine's queue, at most so many of its places: the rest is for whoever
+/// waits.
+const BACKGROUND_LIMIT: usize = 32;
 
 /// Serves until `stop`: the listener answers at once, requests are served when `load` has brought the engine.
 ///
@@ -58,6 +44,13 @@ pub async fn serve(
             "a previous server left trainings behind; they go on from their checkpoints"
         );
     }
+    let freed = registry.release_keys().await?;
+    if freed > 0 {
+        tracing::info!(
+            keys = freed,
+            "requests with an idempotency key ended with the previous server; they may be sent again"
+        );
+    }
     let keys = Keys::new(registry.clone());
     if keys.required().await? {
         tracing::info!("callers need a key");
@@ -77,6 +70,11 @@ pub async fn serve(
     }
     // Tests and scripts that ask for port 0 read the address from this line.
     println!("listening on http://{}", listener.local_addr()?);
+    // Web-hooks name pictures by it: nobody's Host header is at hand.
+    let own_address = match &config.public_url {
+        Some(url) => url.trim_end_matches('/').to_owned(),
+        None => format!("http://{}", listener.local_addr()?),
+    };
     let state = AppState::new(config.clone());
     let tracker = TaskTracker::new();
     let closing = CancellationToken::new();
@@ -87,15 +85,33 @@ pub async fn serve(
     };
     let engine = tokio::task::spawn_blocking(load).await??;
     let wake = Wake::default();
+    let links = Arc::new(Links::new(&registry.server_secret().await?, config.keep_images()));
+    let policy = AddressPolicy {
+        allow_private: config.webhook_allow_private.is_on(),
+    };
+    let webhooks = Webhooks::new(registry.clone(), api::describe(links.clone(), &own_address), policy);
+    let drawings = Drawings::new(
+        registry.clone(),
+        engine.clone(),
+        webhooks.clone(),
+        (config.engine.queue / 4).min(BACKGROUND_LIMIT),
+        config.provenance.is_on(),
+    );
+    drawings.recover().await?;
     let service = Service {
         keys,
         registry: registry.clone(),
         engine: engine.clone(),
         wake: wake.clone(),
         limits: Limits::of(&config).into(),
+        meters: Meters::default(),
+        drawings: drawings.clone(),
+        links,
     };
     state.ready(service);
-    tracker.spawn(expire_images(registry.clone(), config.keep_images(), stop.clone()));
+    tracker.spawn(sweep(registry.clone(), config.keep_images(), stop.clone()));
+    tracker.spawn(deliver(webhooks, stop.clone()));
+    tracker.spawn(drawings.work(stop.clone()));
     tracker.spawn(work(registry, engine.clone(), wake, stop.clone()));
     tracker.close();
     tracing::info!(model = engine.info().id, "ready");
@@ -105,6 +121,9 @@ pub async fn serve(
     closing.cancel();
     if tokio::time::timeout(GRACE, http).await.is_err() {
         tracing::warn!("some requests did not finish in time");
+    }
+    if tokio::time::timeout(GRACE, state.finish()).await.is_err() {
+        tracing::warn!("some requests whose callers are gone did not finish in time");
     }
     if !engine.drain(GRACE).await {
         tracing::error!("the device does not answer; trainings go on from their last checkpoint");

@@ -41,7 +41,9 @@ macro_rules! ids {
             fn from_str(text: &str) -> Result<Self, InvalidId> {
                 let invalid = InvalidId(concat!($prefix, "_"));
                 let uuid = text.strip_prefix(concat!($prefix, "_")).ok_or_else(|| invalid.clone())?;
-                Uuid::try_parse(uuid).map(Self).map_err(|_| invalid)
+                let id = Uuid::try_parse(uuid).map(Self).map_err(|_| invalid.clone())?;
+                // Other ways of writing the same UUID are none of ours.
+                if id.to_string() == text { Ok(id) } else { Err(invalid) }
             }
         }
     )+ };
@@ -79,5 +81,17 @@ mod tests {
         assert_eq!(id.to_string().parse(), Ok(id));
         assert!(id.to_string().parse::<TrainingId>().is_err());
         assert!("concept_xyz".parse::<ConceptId>().is_err());
+        assert!(
+            id.to_string()
+                .to_uppercase()
+                .replace("CONCEPT", "concept")
+                .parse::<ConceptId>()
+                .is_err()
+        );
+        assert!(
+            "concept_01990000-0000-7000-8000-000000000000"
+                .parse::<ConceptId>()
+                .is_err()
+        );
     }
 }

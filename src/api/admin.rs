@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -11,6 +11,7 @@ use utoipa_axum::routes;
 
 use super::auth::Admin;
 use super::extract::Fields;
+use super::idempotency::{IdempotencyHeader, Once};
 use super::openapi::{ErrorBody, List};
 use super::pagination::Paged;
 use super::{ApiError, AppState};
@@ -106,15 +107,17 @@ struct NewKeyObject {
 
 /// What a new key is to be. The handler reads it field by field; this is its description.
 #[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 struct CreateKey {
     /// Name of a tenant that exists.
-    #[schema(example = "acme")]
+    #[schema(example = "acme", pattern = "^[a-z0-9][a-z0-9-]{0,62}$")]
     tenant: String,
-    /// What it is for; at most 100 characters.
-    #[schema(example = "web shop")]
+    /// What it is for; at most 100 characters, none of them a control character.
+    #[schema(example = "web shop", max_length = 100, pattern = r"^[^\x00-\x1f\x7f-\x9f]*$")]
     name: Option<String>,
     /// Default: read, generate, train.
+    #[schema(min_items = 1)]
     scopes: Option<Vec<ScopeName>>,
     /// Days after which it ends, 1 to 3650; default: never.
     #[schema(minimum = 1, maximum = 3650)]
@@ -138,7 +141,7 @@ struct TenantObject {
     created_at: i64,
 }
 
-/// How much a tenant may have and do at once; null: the server's default.
+/// How much a tenant may have and do at once; null: the server's default; 0: any number.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Quotas)]
 struct QuotasObject {
@@ -171,10 +174,11 @@ impl From<&Tenant> for TenantObject {
 
 /// What a new tenant is to be.
 #[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 struct CreateTenant {
     /// 1 to 63 of a-z, 0-9 and -, the first not a hyphen.
-    #[schema(example = "acme")]
+    #[schema(example = "acme", pattern = "^[a-z0-9][a-z0-9-]{0,62}$")]
     name: String,
     #[schema(inline)]
     quotas: Option<ChangeQuotas>,
@@ -182,18 +186,28 @@ struct CreateTenant {
 
 /// What is to change.
 #[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 struct ChangeTenant {
-    quotas: ChangeQuotas,
+    #[schema(inline)]
+    quotas: Option<ChangeQuotas>,
 }
 
-/// Absent: stays. Null: the server's default.
+/// Absent: stays. Null: the server's default. 0: any number.
 #[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 struct ChangeQuotas {
+    /// Concepts.
+    #[schema(maximum = 4294967295u64, example = 1000)]
     concepts: Option<u32>,
+    /// Trainings that are queued or running.
+    #[schema(maximum = 4294967295u64, example = 10)]
     trainings: Option<u32>,
+    /// Generations that are queued or running.
+    #[schema(maximum = 4294967295u64, example = 16)]
     requests_in_flight: Option<u32>,
+    #[schema(maximum = 4294967295u64, example = 60)]
     pictures_per_minute: Option<u32>,
 }
 
@@ -295,7 +309,7 @@ async fn revoke_key(
 /// Make a tenant
 #[utoipa::path(
     post, path = "/v1/admin/tenants", tag = "Administration", operation_id = "createTenant",
-    request_body = CreateTenant,
+    params(IdempotencyHeader), request_body = CreateTenant,
     responses(
         (status = 201, description = "The tenant", body = TenantObject),
         (status = 409, description = "`name_taken`", body = ErrorBody),
@@ -303,15 +317,21 @@ async fn revoke_key(
 )]
 async fn create_tenant(
     State(state): State<AppState>,
-    Admin(_): Admin,
+    Admin(caller): Admin,
+    once: Once,
     mut fields: Fields,
-) -> Result<impl IntoResponse, ApiError> {
+) -> Result<Response, ApiError> {
+    let content = fields.content();
     let name = fields.text("name")?.ok_or_else(|| missing("name"))?;
     let quotas = quotas(&mut fields)?;
     fields.finish()?;
-    let tenant = state.service()?.add_tenant(&name, quotas).await?;
-    let location = [(header::LOCATION, format!("/v1/admin/tenants/{name}"))];
-    Ok((StatusCode::CREATED, location, Json(TenantObject::from(&tenant))))
+    let service = state.service()?.clone();
+    let work = async move {
+        let tenant = service.add_tenant(&name, quotas).await?;
+        let location = [(header::LOCATION, format!("/v1/admin/tenants/{name}"))];
+        Ok((StatusCode::CREATED, location, Json(TenantObject::from(&tenant))).into_response())
+    };
+    once.run(&state, &caller, &content, work).await
 }
 
 /// List tenants

@@ -16,6 +16,8 @@ use crate::service::{Caller, Scope};
 /// Paths that anybody may ask for. Their answers tell nothing of any tenant.
 pub(super) fn is_public(path: &str) -> bool {
     matches!(path, "/" | "/livez" | "/readyz" | "/openapi.json" | "/docs" | "/studio")
+        // Signed addresses.
+        || path.starts_with("/v1/images/image_")
         || path.starts_with("/docs/")
         || path.starts_with("/studio/")
 }

@@ -10,12 +10,14 @@ use serde_json::{Value, json};
 
 use super::auth::{Read, Train};
 use super::extract::{media_type, unread};
+use super::idempotency::{Once, content_of};
 use super::pagination::invalid_query;
 use super::trainings::training_json;
 use super::{ApiError, AppState, multipart};
 use crate::concept::file::FILE_LIMIT;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind};
+use crate::registry::blobs::content_hash;
 use crate::service::ConceptView;
 
 /// Bytes of a form beside its pictures.
@@ -54,7 +56,12 @@ pub(super) fn concept_json(view: &ConceptView) -> Value {
     })
 }
 
-async fn register(State(state): State<AppState>, Train(caller): Train, request: Request) -> Result<Response, ApiError> {
+async fn register(
+    State(state): State<AppState>,
+    Train(caller): Train,
+    once: Once,
+    request: Request,
+) -> Result<Response, ApiError> {
     if !media_type(request.headers()).eq_ignore_ascii_case("multipart/form-data") {
         let message = "The body must be a form, sent with `Content-Type: multipart/form-data`.";
         return Err(Error::new(ErrorKind::UnsupportedMediaType, "unsupported_media_type", message).into());
@@ -66,16 +73,20 @@ async fn register(State(state): State<AppState>, Train(caller): Train, request: 
             format!("The form cannot be read: {}.", error.body_text()),
         )
     })?;
-    let service = state.service()?;
+    let service = state.service()?.clone();
     let registration = multipart::registration(form, &service.limits).await?;
-    let view = service.register(&caller, registration).await?;
+    let content = content_of(&registration)?;
+    let work = async move {
+        let view = service.register(&caller, registration).await?;
+        Ok(created(StatusCode::ACCEPTED, &view))
+    };
+    once.run(&state, &caller, &content, work).await
+}
+
+/// The answer of a route that makes a concept.
+fn created(status: StatusCode, view: &ConceptView) -> Response {
     let location = format!("/v1/concepts/{}", view.concept.name);
-    Ok((
-        StatusCode::ACCEPTED,
-        [(header::LOCATION, location)],
-        Json(concept_json(&view)),
-    )
-        .into_response())
+    (status, [(header::LOCATION, location)], Json(concept_json(view))).into_response()
 }
 
 async fn list(State(state): State<AppState>, Read(caller): Read) -> Result<Json<Value>, ApiError> {
@@ -127,17 +138,18 @@ struct ImportQuery {
 async fn import(
     State(state): State<AppState>,
     Train(caller): Train,
+    once: Once,
     query: Result<Query<ImportQuery>, axum::extract::rejection::QueryRejection>,
     body: Result<Bytes, axum::extract::rejection::BytesRejection>,
 ) -> Result<Response, ApiError> {
     let Query(query) = query.map_err(|error| invalid_query(&error))?;
     let body = body.map_err(|error| unread(&error, FILE_LIMIT))?;
-    let view = state.service()?.import_concept(&caller, body, query.name).await?;
-    let location = format!("/v1/concepts/{}", view.concept.name);
-    Ok((
-        StatusCode::CREATED,
-        [(header::LOCATION, location)],
-        Json(concept_json(&view)),
-    )
-        .into_response())
+    let service = state.service()?.clone();
+    // The route that is compared has the name: it is in the query.
+    let content = content_hash(&body);
+    let work = async move {
+        let view = service.import_concept(&caller, body, query.name).await?;
+        Ok(created(StatusCode::CREATED, &view))
+    };
+    once.run(&state, &caller, &content, work).await
 }

@@ -48,25 +48,34 @@ tokio::task_local! {
     static REQUEST: String;
 }
 
+/// The id of the request at hand, while its answer is not begun.
+pub(super) fn request_id() -> Option<String> {
+    REQUEST.try_with(Clone::clone).ok()
+}
+
+/// An error as JSON.
+pub(super) fn error_body(error: Error, request_id: Option<String>) -> ErrorBody {
+    ErrorBody {
+        error: ErrorFacts {
+            kind: status(error.kind).1,
+            code: error.code,
+            message: error.message,
+            param: error.field.map(Into::into),
+            limit: error.limit,
+            request_id,
+        },
+    }
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let Self(error) = self;
-        let (status, kind) = status(error.kind);
-        let request_id = REQUEST.try_with(Clone::clone).ok();
-        let body = ErrorBody {
-            error: ErrorFacts {
-                kind,
-                code: error.code,
-                message: error.message,
-                param: error.field.map(Into::into),
-                limit: error.limit,
-                request_id,
-            },
-        };
-        let mut response = (status, axum::Json(body)).into_response();
+        let (status, wait) = (status(error.kind).0, error.retry_after);
+        let kind = error.kind;
+        let mut response = (status, axum::Json(error_body(error, request_id()))).into_response();
         let headers = response.headers_mut();
-        let wait = error.retry_after.map(|seconds| seconds.clamp(1, RETRY_AFTER_LIMIT));
-        match error.kind {
+        let wait = wait.map(|seconds| seconds.clamp(1, RETRY_AFTER_LIMIT));
+        match kind {
             ErrorKind::Overloaded | ErrorKind::Unavailable => {
                 drop(headers.insert(header::RETRY_AFTER, wait.unwrap_or(RETRY_AFTER).into()))
             }
@@ -86,6 +95,50 @@ impl IntoResponse for ApiError {
     }
 }
 
+/// Work that is begun for the request at hand but goes on beside it, under the same request id.
+pub(super) fn in_request<F: Future>(work: F) -> impl Future<Output = F::Output> {
+    let id = REQUEST.try_with(Clone::clone).unwrap_or_default();
+    REQUEST.scope(id, work)
+}
+
+/// Bytes of another's error message that are told.
+const FOREIGN_LIMIT: usize = 1024;
+
+/// Refusals of the framework's own (a path that is not UTF-8, an unreadable query) have their sentence as plain text;
+/// callers get all errors in one shape.
+async fn in_our_shape(response: Response) -> Response {
+    let status = response.status();
+    let is_json = response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().starts_with(b"application/json"));
+    if is_json || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let (parts, body) = response.into_parts();
+    let text = axum::body::to_bytes(body, FOREIGN_LIMIT).await.unwrap_or_default();
+    let (kind, code) = match status {
+        StatusCode::NOT_FOUND => (ErrorKind::NotFound, "not_found"),
+        StatusCode::PAYLOAD_TOO_LARGE => (ErrorKind::TooLarge, "body_too_large"),
+        StatusCode::UNSUPPORTED_MEDIA_TYPE => (ErrorKind::UnsupportedMediaType, "unsupported_media_type"),
+        StatusCode::METHOD_NOT_ALLOWED => (ErrorKind::MethodNotAllowed, "method_not_allowed"),
+        StatusCode::REQUEST_TIMEOUT => (ErrorKind::Timeout, "request_timeout"),
+        _ if status.is_client_error() => (ErrorKind::Invalid, "invalid_request"),
+        _ => return ApiError(Error::internal(String::from_utf8_lossy(&text))).into_response(),
+    };
+    let message = match text.is_empty() {
+        true => "The request cannot be read.".to_owned(),
+        false => String::from_utf8_lossy(&text).into_owned(),
+    };
+    let mut ours = ApiError(Error::new(kind, code, message)).into_response();
+    for (name, value) in &parts.headers {
+        if !matches!(*name, header::CONTENT_TYPE | header::CONTENT_LENGTH) {
+            ours.headers_mut().insert(name, value.clone());
+        }
+    }
+    ours
+}
+
 /// Takes over the caller's request id where it is plain, else makes one; answers carry it, errors name it.
 pub(super) async fn with_request_id(request: Request, next: Next) -> Response {
     let given = request.headers().get(&REQUEST_ID).and_then(|value| value.to_str().ok());
@@ -97,7 +150,8 @@ pub(super) async fn with_request_id(request: Request, next: Next) -> Response {
         .map_or_else(|| Uuid::now_v7().to_string(), str::to_owned);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let begun = std::time::Instant::now();
-    let mut response = REQUEST.scope(id.clone(), next.run(request)).await;
+    let answering = async { in_our_shape(next.run(request).await).await };
+    let mut response = REQUEST.scope(id.clone(), answering).await;
     tracing::info!(%method, path, status = response.status().as_u16(), ms = begun.elapsed().as_millis() as u64, request_id = id, "http");
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{ApiError, AppState};
 use crate::error::{Error, ErrorKind};
+use crate::registry::blobs::content_hash;
 
 /// A JSON object whose fields are taken one by one.
 pub(super) struct Fields(Map<String, Value>);
@@ -65,6 +66,12 @@ impl Fields {
                 "The body must be a JSON object.",
             )),
         }
+    }
+
+    /// Hash of all that was sent, whatever the order and the spaces: what an idempotency key is compared by.
+    pub(super) fn content(&self) -> String {
+        // A map of serde_json is sorted.
+        content_hash(Value::Object(self.0.clone()).to_string().as_bytes())
     }
 
     /// A field, absent where it is missing or null.

@@ -3,16 +3,22 @@
 mod admin;
 mod auth;
 mod concepts;
+mod describe;
+mod drawing;
 mod error;
 mod extract;
+mod generations;
 mod guard;
 mod health;
+mod idempotency;
 mod images;
 mod listen;
 mod models;
 mod multipart;
+mod openai;
 mod openapi;
 mod pagination;
+mod quota;
 mod trainings;
 
 use std::sync::Arc;
@@ -24,6 +30,7 @@ use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use tokio_util::task::TaskTracker;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::timeout::RequestBodyTimeoutLayer;
 use utoipa::OpenApi as _;
@@ -33,6 +40,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind};
 use crate::service::Service;
+pub use describe::describe;
 pub(crate) use error::ApiError;
 pub use listen::listen;
 
@@ -42,6 +50,8 @@ pub struct AppState {
     config: Arc<Config>,
     service: Arc<std::sync::OnceLock<Service>>,
     draining: Arc<AtomicBool>,
+    /// Work that goes on without its caller.
+    tasks: TaskTracker,
 }
 
 impl AppState {
@@ -51,6 +61,7 @@ impl AppState {
             config,
             service: Arc::default(),
             draining: Arc::default(),
+            tasks: TaskTracker::new(),
         }
     }
 
@@ -62,6 +73,17 @@ impl AppState {
     pub fn ready(&self, service: Service) {
         // A second call would be a mistake of the caller; the first service stays.
         let _ = self.service.set(service);
+    }
+
+    /// Where work is begun that goes on when its caller disconnects; the server's stop waits for it.
+    fn tasks(&self) -> &TaskTracker {
+        &self.tasks
+    }
+
+    /// Waits for the work that goes on without its caller.
+    pub async fn finish(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
     }
 
     /// From now on new requests are refused.
@@ -85,7 +107,10 @@ pub fn router(state: AppState) -> Router {
     let limits = state.config.limits;
     let described = OpenApiRouter::with_openapi(openapi::Api::openapi())
         .merge(health::routes())
-        .merge(admin::routes());
+        .merge(admin::routes())
+        .merge(generations::routes(&state))
+        .merge(openai::routes(&state))
+        .merge(images::routes());
     let (routes, document) = described.split_for_parts();
     let document = Arc::new(openapi::complete(document));
     routes
@@ -93,7 +118,6 @@ pub fn router(state: AppState) -> Router {
         .merge(SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json")))
         .merge(concepts::routes(&state.config))
         .merge(trainings::routes())
-        .merge(images::routes())
         .merge(models::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)

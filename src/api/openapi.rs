@@ -2,8 +2,9 @@
 
 use axum::Json;
 use serde::Serialize;
+use utoipa::openapi::path::{Operation, Parameter};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::openapi::{ContentBuilder, OpenApi as Document, Ref, RefOr, ResponseBuilder};
+use utoipa::openapi::{ContentBuilder, OpenApi as Document, Ref, RefOr, ResponseBuilder, Schema};
 use utoipa::{Modify, OpenApi, ToSchema};
 
 use crate::registry::Listed;
@@ -96,6 +97,24 @@ impl Modify for Common {
     }
 }
 
+/// Says of a list's `after` which identifiers it takes: those of the things listed, whose name the path ends with.
+fn describe_after(path: &str, operation: &mut Operation) {
+    let Some(thing) = path.rsplit('/').next().and_then(|last| last.strip_suffix('s')) else {
+        return;
+    };
+    for parameter in operation.parameters.iter_mut().flatten() {
+        if let RefOr::T(Parameter {
+            name,
+            schema: Some(RefOr::T(Schema::Object(schema))),
+            ..
+        }) = parameter
+            && name == "after"
+        {
+            schema.pattern = Some(format!("^{thing}_[0-9a-f]{{32}}$"));
+        }
+    }
+}
+
 /// Adds to every operation the answers that any may give.
 pub(super) fn complete(mut document: Document) -> Document {
     let error = |description: &str| {
@@ -109,7 +128,10 @@ pub(super) fn complete(mut document: Document) -> Document {
                 .build(),
         )
     };
-    for path in document.paths.paths.values_mut() {
+    for (name, path) in &mut document.paths.paths {
+        if let Some(list) = &mut path.get {
+            describe_after(name, list);
+        }
         let operations = [
             &mut path.get,
             &mut path.put,

@@ -38,8 +38,7 @@ impl Counter {
     }
 
     pub(super) fn count(&self, request: &GenerateRequest) -> Result<Cost, ModelError> {
-        let pieces =
-            parse_prompt(&request.prompt).map_err(|error| ModelError::invalid("prompt", error.to_string()))?;
+        let pieces = parse_prompt(&request.prompt).map_err(|error| ModelError::invalid("prompt", error.to_string()))?;
         let slot = |name: &str| {
             let concept = request.concepts.iter().find(|concept| concept.name == name);
             concept
@@ -50,7 +49,11 @@ impl Counter {
         let (width, height) = (request.width, request.height);
         let prompt = encode_prompt(&self.tokenizer, &self.vocabulary, width, height, &parts)?;
         let (rows, columns) = (height / self.pixels_per_code, width / self.pixels_per_code);
-        let context: usize = request.concepts.iter().map(|concept| concept.tensors.image_tokens).sum();
+        let context: usize = request
+            .concepts
+            .iter()
+            .map(|concept| concept.tensors.image_tokens)
+            .sum();
         // Image start and both sizes, and a row end after each row.
         let sequence = (prompt.ids.len() + 3 + context) as i64 + i64::from(rows * (columns + 1));
         if sequence > self.row {

@@ -125,18 +125,56 @@ mod tests {
     #[test]
     fn only_public_addresses_are_allowed() {
         for private in [
-            "0.0.0.0", "10.1.2.3", "100.64.0.1", "100.127.255.255", "127.0.0.1", "127.255.0.9", "169.254.169.254",
-            "172.16.0.1", "172.31.255.255", "192.0.0.8", "192.168.1.1", "198.19.0.1", "224.0.0.1", "240.0.0.1",
-            "255.255.255.255", "::", "::1", "::ffff:127.0.0.1", "::ffff:8.8.8.8", "::7f00:1", "64:ff9b::7f00:1",
-            "64:ff9b:1::1", "100::1", "fc00::1", "fd12::1", "fe80::1", "fec0::1", "ff02::1", "2001::1", "2001:db8::1",
-            "2002:7f00:1::", "3fff::1",
+            "0.0.0.0",
+            "10.1.2.3",
+            "100.64.0.1",
+            "100.127.255.255",
+            "127.0.0.1",
+            "127.255.0.9",
+            "169.254.169.254",
+            "172.16.0.1",
+            "172.31.255.255",
+            "192.0.0.8",
+            "192.168.1.1",
+            "198.19.0.1",
+            "224.0.0.1",
+            "240.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "::ffff:127.0.0.1",
+            "::ffff:8.8.8.8",
+            "::7f00:1",
+            "64:ff9b::7f00:1",
+            "64:ff9b:1::1",
+            "100::1",
+            "fc00::1",
+            "fd12::1",
+            "fe80::1",
+            "fec0::1",
+            "ff02::1",
+            "2001::1",
+            "2001:db8::1",
+            "2002:7f00:1::",
+            "3fff::1",
         ] {
             assert!(!STRICT.allows(private.parse().unwrap()), "{private}");
             assert!(OPEN.allows(private.parse().unwrap()), "{private}");
         }
         for public in [
-            "1.1.1.1", "8.8.8.8", "100.63.255.255", "100.128.0.0", "172.15.0.1", "172.32.0.1", "192.0.1.1",
-            "198.17.0.1", "198.20.0.1", "223.255.255.255", "2001:4860:4860::8888", "2606:4700::1111", "3ffe::1",
+            "1.1.1.1",
+            "8.8.8.8",
+            "100.63.255.255",
+            "100.128.0.0",
+            "172.15.0.1",
+            "172.32.0.1",
+            "192.0.1.1",
+            "198.17.0.1",
+            "198.20.0.1",
+            "223.255.255.255",
+            "2001:4860:4860::8888",
+            "2606:4700::1111",
+            "3ffe::1",
         ] {
             assert!(STRICT.allows(public.parse().unwrap()), "{public}");
         }
@@ -145,13 +183,29 @@ mod tests {
     #[test]
     fn addresses_are_checked_however_they_are_written() {
         for bad in [
-            "", "nonsense", "ftp://example.com/", "file:///etc/passwd", "https://", "https://user@example.com/",
-            "https://example.com:8443/", "http://127.0.0.1/", "http://2130706433/", "http://0x7f.1/", "http://0177.0.0.1/",
-            "http://[::1]/", "http://[::ffff:10.0.0.1]/", "http://[64:ff9b::a00:1]/", "http://169.254.169.254/latest",
+            "",
+            "nonsense",
+            "ftp://example.com/",
+            "file:///etc/passwd",
+            "https://",
+            "https://user@example.com/",
+            "https://example.com:8443/",
+            "http://127.0.0.1/",
+            "http://2130706433/",
+            "http://0x7f.1/",
+            "http://0177.0.0.1/",
+            "http://[::1]/",
+            "http://[::ffff:10.0.0.1]/",
+            "http://[64:ff9b::a00:1]/",
+            "http://169.254.169.254/latest",
         ] {
             assert!(STRICT.check(bad).is_err(), "{bad}");
         }
-        for good in ["https://example.com/hook?x=1", "http://example.com:80/", "https://8.8.8.8/"] {
+        for good in [
+            "https://example.com/hook?x=1",
+            "http://example.com:80/",
+            "https://8.8.8.8/",
+        ] {
             assert!(STRICT.check(good).is_ok(), "{good}");
         }
         assert!(OPEN.check("http://127.0.0.1:9000/").is_ok());
@@ -162,7 +216,10 @@ mod tests {
     async fn a_name_that_leads_inside_is_not_connected_to() {
         let name = || "localhost".parse::<Name>().unwrap();
         let refused = STRICT.resolve(name()).await.err().unwrap();
-        assert!(refused.to_string().contains("no address on the public internet"), "{refused}");
+        assert!(
+            refused.to_string().contains("no address on the public internet"),
+            "{refused}"
+        );
         assert!(OPEN.resolve(name()).await.unwrap().count() > 0);
     }
 }

@@ -20,7 +20,7 @@ use crate::ids::{GenerationId, ImageId};
 use crate::picture::{RgbPicture, encode};
 use crate::registry::{
     GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, NewGeneration, Registry,
-    RegistryError, StoredImage, Usage, now,
+    RegistryError, StoredImage, TokenUsage, now,
 };
 
 /// Events that wait for a slow listener. Progress and unfinished pictures are left out where it is behind; there is
@@ -86,8 +86,8 @@ impl Drop for Waiting {
     }
 }
 
-/// Something that is given back when a generation ends, such as its place among its tenant's requests in flight.
-pub type Held = Option<Box<dyn Any + Send>>;
+/// Something that is given back when a generation ends: its place among its tenant's requests in flight.
+pub type Held = Box<dyn Any + Send>;
 
 /// What drawing needs.
 #[derive(Debug, Clone)]
@@ -118,7 +118,7 @@ struct Drawing {
 
 /// How a drawing came to its end.
 enum Ending {
-    Succeeded(Usage),
+    Succeeded(TokenUsage),
     Failed(Error),
     Cancelled,
     /// The server stops, or the device failed and another attempt is left.
@@ -152,7 +152,13 @@ fn error_json(error: &Error) -> Value {
 
 impl Drawings {
     /// `background` generations that nobody waits for are at the engine at once.
-    pub fn new(registry: Registry, engine: EngineHandle, webhooks: Webhooks, background: usize, provenance: bool) -> Self {
+    pub fn new(
+        registry: Registry,
+        engine: EngineHandle,
+        webhooks: Webhooks,
+        background: usize,
+        provenance: bool,
+    ) -> Self {
         Self {
             registry,
             engine,
@@ -191,9 +197,7 @@ impl Drawings {
     /// When the database fails.
     pub async fn queue(&self, new: NewGeneration, held: Held) -> Result<Generation, RegistryError> {
         let generation = self.registry.add_generation(new).await?;
-        if held.is_some() {
-            self.held().insert(generation.id, held);
-        }
+        self.held().insert(generation.id, held);
         self.queued.now();
         Ok(generation)
     }
@@ -206,16 +210,25 @@ impl Drawings {
         &self,
         new: NewGeneration,
         request: GenerateRequest,
-        held: Held,
     ) -> Result<(Generation, mpsc::Receiver<DrawEvent>, Waiting), Error> {
         let stream = self.engine.generate(request.clone())?;
         let generation = self.registry.add_generation(new).await?;
-        if held.is_some() {
-            self.held().insert(generation.id, held);
-        }
         let (listener, events) = mpsc::channel(EVENTS);
         let live = self.start(generation.clone(), request, stream, (Some(listener), None));
         Ok((generation, events, Waiting { live, armed: true }))
+    }
+
+    /// Keeps something until a generation that was begun has ended.
+    pub fn hold(&self, id: GenerationId, held: Held) {
+        let live = self.live();
+        if live.contains_key(&id) {
+            self.held().insert(id, held);
+        }
+    }
+
+    /// Tells who wants to know of an end.
+    pub fn webhooks(&self) -> &Webhooks {
+        &self.webhooks
     }
 
     /// From now on nobody waits for it, and it survives a restart.
@@ -372,15 +385,18 @@ impl Drawings {
         let told = match &ending {
             Ending::Succeeded(_) => Ok(()),
             Ending::Failed(error) => Err(error.clone()),
-            Ending::Cancelled | Ending::Deleted => {
-                Err(Error::new(ErrorKind::Conflict, "cancelled", "The generation was cancelled."))
-            }
+            Ending::Cancelled | Ending::Deleted => Err(Error::new(
+                ErrorKind::Conflict,
+                "cancelled",
+                "The generation was cancelled.",
+            )),
             Ending::Again => Err(EngineError::Stopped.into()),
         };
         if let Err(error) = self.end(&mut drawing.generation, &drawing.images, ending).await {
             tracing::error!(generation = %id, %error, "a generation's end cannot be written down");
         }
         self.live().remove(&id);
+        self.held().remove(&id);
         drawing.tell(DrawEvent::Ended(told));
         self.ended.now();
         // One at work less: the next may begin.
@@ -424,10 +440,16 @@ impl Drawings {
                         Err(error) => return Ok(Ending::Failed(error)),
                     }
                 }
-                Some(GenerationEvent::Done { text_tokens, image_tokens }) => {
+                Some(GenerationEvent::Done {
+                    text_tokens,
+                    image_tokens,
+                }) => {
                     drawing.generation.done = drawing.generation.new.total;
                     drawing.images.sort_by_key(|image| image.index);
-                    return Ok(Ending::Succeeded(Usage { text_tokens, image_tokens }));
+                    return Ok(Ending::Succeeded(TokenUsage {
+                        text_tokens,
+                        image_tokens,
+                    }));
                 }
                 Some(GenerationEvent::Failed(error)) => return Ok(failed(drawing, error)),
                 None => return Ok(failed(drawing, EngineError::Stopped)),
@@ -435,16 +457,28 @@ impl Drawings {
         }
     }
 
+    /// A picture as its caller wants it, with what made it.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub async fn encode(&self, new: &NewGeneration, index: u32, picture: RgbPicture) -> Result<Bytes, Error> {
+        let mut text = vec![];
+        if self.provenance {
+            text.push((
+                "coar",
+                provenance(&self.engine.info().id, &new.settings, &new.concepts, index),
+            ));
+        }
+        let format = new.settings.format();
+        let encoded = tokio::task::spawn_blocking(move || encode(&picture, format, &text)).await;
+        Ok(encoded.map_err(Error::internal)?.map_err(Error::internal)?.into())
+    }
+
     /// Encodes a picture and stores it.
     async fn store(&self, drawing: &mut Drawing, index: u32, picture: RgbPicture) -> Result<(), Error> {
         let new = &drawing.generation.new;
-        let mut text = vec![];
-        if self.provenance {
-            text.push(("coar", provenance(&self.engine.info().id, &new.settings, &new.concepts, index)));
-        }
-        let (format, size) = (new.settings.format(), (picture.width, picture.height));
-        let encoded = tokio::task::spawn_blocking(move || encode(&picture, format, &text)).await;
-        let file = Bytes::from(encoded.map_err(Error::internal)?.map_err(Error::internal)?);
+        let size = (picture.width, picture.height);
+        let file = self.encode(new, index, picture).await?;
         let image = StoredImage {
             id: ImageId::new(),
             tenant: new.tenant,

@@ -1,4 +1,4 @@
-//! Removes what has had its time: drawn pictures, generations, web-hooks.
+//! Removes what has had its time: drawn pictures, generations, web-hooks, first answers of idempotency keys.
 
 use std::time::Duration;
 
@@ -20,6 +20,9 @@ pub async fn sweep(registry: Registry, age: Duration, stop: CancellationToken) {
                 tracing::info!(pictures, generations, deliveries, "removed what has expired");
             }
             Err(error) => tracing::warn!(%error, "what has expired could not be removed"),
+        }
+        if let Err(error) = registry.expire_keys().await {
+            tracing::warn!(%error, "expired idempotency keys could not be removed");
         }
         tokio::select! {
             () = stop.cancelled() => return,

@@ -16,7 +16,9 @@ use tokio_util::sync::CancellationToken;
 use super::Wake;
 use super::address::AddressPolicy;
 use crate::ids::TenantId;
-use crate::registry::{Attempt, Delivery, Generation, NewDelivery, Registry, RegistryError, StoredImage, Training, now};
+use crate::registry::{
+    Attempt, Delivery, Generation, NewDelivery, Registry, RegistryError, StoredImage, Training, now,
+};
 
 /// Waits after the first, second, … failed attempt: five attempts in all, the last within an hour of the first.
 const WAITS: [Duration; 4] = [
@@ -87,7 +89,9 @@ impl Webhooks {
         url: &str,
         data: &Value,
     ) -> Result<(), RegistryError> {
-        self.registry.add_delivery(&message(tenant, subject, event, url, data)).await?;
+        self.registry
+            .add_delivery(&message(tenant, subject, event, url, data))
+            .await?;
         self.stored();
         Ok(())
     }
@@ -225,8 +229,8 @@ async fn attempt(client: &Client, policy: AddressPolicy, delivery: &Delivery) ->
     // An address of numbers is not looked up, so the resolver does not see it.
     let url = policy.check(&delivery.url)?;
     let (id, timestamp) = (delivery.id.to_string(), now() / 1000);
-    let signature =
-        signature(&delivery.secret, &id, timestamp, &delivery.body).ok_or_else(|| "the secret is damaged".to_owned())?;
+    let signature = signature(&delivery.secret, &id, timestamp, &delivery.body)
+        .ok_or_else(|| "the secret is damaged".to_owned())?;
     let request = client
         .post(url)
         .header("content-type", "application/json")
@@ -269,7 +273,10 @@ mod tests {
             1_614_265_330,
             r#"{"test": 2432232314}"#,
         );
-        assert_eq!(signed.as_deref(), Some("v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="));
+        assert_eq!(
+            signed.as_deref(),
+            Some("v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=")
+        );
         assert_eq!(signature("secret", "msg", 1, ""), None);
     }
 

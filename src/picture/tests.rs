@@ -301,7 +301,12 @@ fn text_is_found_in_every_format_and_the_pixels_stay() {
     let text = [("coar", json.to_owned())];
     let png = encode(&picture, OutputFormat::Png, &text).unwrap();
     let reader = png::Decoder::new(Cursor::new(&png)).read_info().unwrap();
-    let found: Vec<_> = reader.info().utf8_text.iter().map(|t| (t.keyword.clone(), t.get_text().unwrap())).collect();
+    let found: Vec<_> = reader
+        .info()
+        .utf8_text
+        .iter()
+        .map(|t| (t.keyword.clone(), t.get_text().unwrap()))
+        .collect();
     assert_eq!(found, [("coar".to_owned(), json.to_owned())]);
     let jpeg = encode(&picture, OutputFormat::Jpeg(90), &text).unwrap();
     let webp = encode(&picture, OutputFormat::WebP, &text).unwrap();
@@ -311,8 +316,17 @@ fn text_is_found_in_every_format_and_the_pixels_stay() {
     ];
     for packet in packets {
         let packet = String::from_utf8(packet.expect("the decoder finds a packet")).unwrap();
-        let inside = packet.split("<c:coar>").nth(1).unwrap().split("</c:coar>").next().unwrap();
-        assert_eq!(inside.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"), json);
+        let inside = packet
+            .split("<c:coar>")
+            .nth(1)
+            .unwrap()
+            .split("</c:coar>")
+            .next()
+            .unwrap();
+        assert_eq!(
+            inside.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
+            json
+        );
     }
     assert_eq!(decode(&webp).unwrap(), picture);
     let plain = encode(&picture, OutputFormat::Jpeg(90), &[]).unwrap();

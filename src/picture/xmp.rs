@@ -35,7 +35,9 @@ pub(super) fn packet(text: &[(&str, String)]) -> Vec<u8> {
 pub(super) fn into_jpeg(file: &[u8], packet: &[u8]) -> Result<Vec<u8>, PictureError> {
     let length = JPEG_HEADER.len() + packet.len();
     if length > SEGMENT_LIMIT {
-        return Err(PictureError::Damaged(format!("{length} bytes of metadata are too many")));
+        return Err(PictureError::Damaged(format!(
+            "{length} bytes of metadata are too many"
+        )));
     }
     let at = match file {
         [0xff, 0xd8, 0xff, 0xe0, high, low, ..] => 4 + usize::from(u16::from_be_bytes([*high, *low])),
@@ -64,7 +66,9 @@ fn chunk(name: &[u8; 4], data: &[u8]) -> Vec<u8> {
 /// When the file is none, or not a simple one.
 pub(super) fn into_webp(file: &[u8], packet: &[u8], (width, height): (u32, u32)) -> Result<Vec<u8>, PictureError> {
     let pixels = match file {
-        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', pixels @ ..] if pixels.starts_with(b"VP8L") => pixels,
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', pixels @ ..] if pixels.starts_with(b"VP8L") => {
+            pixels
+        }
         _ => return Err(PictureError::Damaged("it is no simple lossless WebP file".to_owned())),
     };
     /// Flag of a file with XMP.

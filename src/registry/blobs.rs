@@ -34,6 +34,14 @@ pub fn content_hash(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
 
+/// Writes bytes as their hashes, for comparing what holds them.
+///
+/// # Errors
+/// As the serializer.
+pub fn hashes<S: serde::Serializer>(all: &[Bytes], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(all.iter().map(|bytes| content_hash(bytes)))
+}
+
 fn key(hash: &str) -> Key {
     Key::from(format!("{}/{}", hash.get(..2).unwrap_or("__"), hash))
 }

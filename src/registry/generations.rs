@@ -105,7 +105,7 @@ pub struct GenerationConcept {
 
 /// Tokens that a generation took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Usage {
+pub struct TokenUsage {
     /// Of the prompt.
     pub text_tokens: u64,
     /// Of all its pictures.
@@ -136,7 +136,7 @@ pub struct Generation {
     pub new: NewGeneration,
     /// Codes drawn; written down at the end.
     pub done: u32,
-    pub usage: Option<Usage>,
+    pub usage: Option<TokenUsage>,
     /// `{code, message, field}`
     pub error: Option<Value>,
     /// How often its drawing was begun.
@@ -303,10 +303,11 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn keep_generation(&self, id: GenerationId) -> Result<bool, RegistryError> {
-        let kept = sqlx::query("UPDATE generations SET background = 1 WHERE id = $1 AND status IN ('queued', 'running')")
-            .bind(id.to_string())
-            .execute(&self.pool)
-            .await?;
+        let kept =
+            sqlx::query("UPDATE generations SET background = 1 WHERE id = $1 AND status IN ('queued', 'running')")
+                .bind(id.to_string())
+                .execute(&self.pool)
+                .await?;
         Ok(kept.rows_affected() > 0)
     }
 
@@ -331,7 +332,11 @@ impl Registry {
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn end_generation(&self, ended: &Generation, delivery: Option<&NewDelivery>) -> Result<bool, RegistryError> {
+    pub async fn end_generation(
+        &self,
+        ended: &Generation,
+        delivery: Option<&NewDelivery>,
+    ) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
         let changed = sqlx::query(
             "UPDATE generations SET status = $1, done = $2, usage = $3, error = $4, finished_at = $5
@@ -381,9 +386,10 @@ impl Registry {
     /// # Errors
     /// When the database or the store fails.
     pub async fn left_generations(&self) -> Result<Vec<Generation>, RegistryError> {
-        let rows = sqlx::query("SELECT * FROM generations WHERE status = 'running' OR (status = 'queued' AND background = 0)")
-            .fetch_all(&self.pool)
-            .await?;
+        let rows =
+            sqlx::query("SELECT * FROM generations WHERE status = 'running' OR (status = 'queued' AND background = 0)")
+                .fetch_all(&self.pool)
+                .await?;
         let mut lost = Vec::new();
         for row in &rows {
             let left = generation(row)?;
@@ -511,7 +517,7 @@ mod tests {
         assert_eq!(registry.images(TenantId::DEFAULT, added.id).await.unwrap(), [image]);
         let ended = Generation {
             status: GenerationStatus::Succeeded,
-            usage: Some(Usage {
+            usage: Some(TokenUsage {
                 text_tokens: 3,
                 image_tokens: 144,
             }),
@@ -543,14 +549,26 @@ mod tests {
         registry.begin_generation(kept.id, now()).await.unwrap();
         picture(&registry, &kept).await;
         for attempt in 1..=GENERATION_ATTEMPTS {
-            let lost: Vec<_> = registry.left_generations().await.unwrap().iter().map(|g| g.id).collect();
+            let lost: Vec<_> = registry
+                .left_generations()
+                .await
+                .unwrap()
+                .iter()
+                .map(|g| g.id)
+                .collect();
             if attempt == GENERATION_ATTEMPTS {
                 assert_eq!(lost, [waited.id, kept.id]);
                 break;
             }
             assert_eq!(lost, [waited.id]);
             assert!(registry.blobs.all().await.unwrap().is_empty());
-            let next: Vec<_> = registry.next_generations(10).await.unwrap().iter().map(|g| g.id).collect();
+            let next: Vec<_> = registry
+                .next_generations(10)
+                .await
+                .unwrap()
+                .iter()
+                .map(|g| g.id)
+                .collect();
             assert_eq!(next, [kept.id, queued.id]);
             assert_eq!(registry.generations_before(queued.id).await.unwrap(), 2);
             registry.begin_generation(kept.id, now()).await.unwrap();
@@ -560,19 +578,34 @@ mod tests {
     #[tokio::test]
     async fn the_tenant_with_less_in_work_comes_first() {
         let (_dir, registry) = registry().await;
-        let other = registry.add_tenant("acme", super::super::Quotas::default()).await.unwrap();
+        let other = registry
+            .add_tenant("acme", super::super::Quotas::default())
+            .await
+            .unwrap();
         let mut ids = Vec::new();
         for tenant in [TenantId::DEFAULT, TenantId::DEFAULT, other.id] {
             let new = NewGeneration { tenant, ..new(true) };
             ids.push(registry.add_generation(new).await.unwrap().id);
         }
         registry.begin_generation(ids[0], now()).await.unwrap();
-        let next: Vec<_> = registry.next_generations(10).await.unwrap().iter().map(|g| g.id).collect();
+        let next: Vec<_> = registry
+            .next_generations(10)
+            .await
+            .unwrap()
+            .iter()
+            .map(|g| g.id)
+            .collect();
         assert_eq!(next, [ids[2], ids[1]]);
-        let page = Page { limit: 1, after: Some(ids[1]) };
+        let page = Page {
+            limit: 1,
+            after: Some(ids[1]),
+        };
         let queued = registry.generations(TenantId::DEFAULT, Some(GenerationStatus::Queued), page);
         assert!(queued.await.unwrap().rows.is_empty());
-        let listed = registry.generations(TenantId::DEFAULT, None, Page { limit: 1, after: None }).await.unwrap();
+        let listed = registry
+            .generations(TenantId::DEFAULT, None, Page { limit: 1, after: None })
+            .await
+            .unwrap();
         assert_eq!((listed.rows[0].id, listed.has_more), (ids[1], true));
     }
 }

@@ -35,7 +35,10 @@ fn image(row: &SqliteRow) -> Result<StoredImage, RegistryError> {
     Ok(StoredImage {
         id: identifier(row, "id")?,
         tenant: identifier(row, "tenant_id")?,
-        generation: generation.is_some().then(|| identifier(row, "generation_id")).transpose()?,
+        generation: generation
+            .is_some()
+            .then(|| identifier(row, "generation_id"))
+            .transpose()?,
         index: row.try_get("idx")?,
         seed: row.try_get::<Option<i64>, _>("seed")?.map(|seed| seed as u64),
         size: (side("width")?, side("height")?),

@@ -7,6 +7,7 @@
 pub mod blobs;
 mod concepts;
 mod generations;
+mod idempotency;
 mod images;
 mod keys;
 mod tenants;
@@ -21,11 +22,12 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePo
 pub use blobs::{BlobError, Blobs};
 pub use concepts::{Concept, NewConcept, input_fingerprint};
 pub use generations::{
-    GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, NewGeneration, Usage,
+    GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, NewGeneration, TokenUsage,
 };
+pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
-pub use tenants::{Quotas, Tenant};
+pub use tenants::{Quotas, Tenant, Usage};
 pub use trainings::{ATTEMPTS, Claimed, Progress, Training, TrainingStatus};
 pub use webhooks::{Attempt, Delivery, NewDelivery};
 

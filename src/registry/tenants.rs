@@ -8,7 +8,7 @@ use sqlx::sqlite::SqliteRow;
 use super::{Listed, Page, Registry, RegistryError, identifier, now};
 use crate::ids::TenantId;
 
-/// How much a tenant may have and do at once; `None`: the server's default.
+/// How much a tenant may have and do at once; `None`: the server's default; 0: any number.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Quotas {
     /// Concepts.
@@ -30,6 +30,14 @@ impl Quotas {
             pictures_per_minute: self.pictures_per_minute.or(default.pictures_per_minute),
         }
     }
+}
+
+/// What a tenant has of what is limited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub concepts: u32,
+    /// Queued and running ones.
+    pub trainings: u32,
 }
 
 /// A tenant.
@@ -167,6 +175,21 @@ impl Registry {
         .execute(&self.pool)
         .await?;
         self.tenant(name).await
+    }
+
+    /// What a tenant has.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn usage(&self, id: TenantId) -> Result<Usage, RegistryError> {
+        let (concepts, trainings) = sqlx::query_as(
+            "SELECT (SELECT count(*) FROM concepts WHERE tenant_id = $1),
+                    (SELECT count(*) FROM trainings WHERE tenant_id = $1 AND status IN ('queued', 'running'))",
+        )
+        .bind(id.to_string())
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(Usage { concepts, trainings })
     }
 
     /// Removes a tenant with everything that is its: keys, concepts, trainings, generations, pictures.

@@ -188,7 +188,11 @@ mod tests {
         assert_eq!((first.attempt, first.body.as_str()), (1, "{}"));
         assert!(first.secret.starts_with("whsec_"));
         // The lease is over at once: as after a crash, it is due again.
-        let second = registry.claim_deliveries(8, Duration::from_secs(60)).await.unwrap().remove(0);
+        let second = registry
+            .claim_deliveries(8, Duration::from_secs(60))
+            .await
+            .unwrap()
+            .remove(0);
         assert_eq!((second.id, second.attempt), (first.id, 2));
         assert!(registry.claim_deliveries(8, Duration::ZERO).await.unwrap().is_empty());
         let failed = Attempt {
@@ -198,7 +202,10 @@ mod tests {
         };
         registry.record_attempt(first.id, &failed).await.unwrap();
         assert!(registry.next_delivery().await.unwrap().is_some());
-        assert_eq!(registry.claim_deliveries(8, Duration::ZERO).await.unwrap()[0].attempt, 3);
+        assert_eq!(
+            registry.claim_deliveries(8, Duration::ZERO).await.unwrap()[0].attempt,
+            3
+        );
         let delivered = Attempt {
             status: Some(204),
             problem: None,

@@ -1,8 +1,9 @@
 //! Registering, listing, deleting, exporting and importing concepts; their trainings.
 
 use bytes::Bytes;
+use serde::Serialize;
 
-use super::{Caller, Service};
+use super::{Addition, Caller, Service};
 use crate::concept::{ConceptKind, is_slug};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TrainingId;
@@ -11,12 +12,13 @@ use crate::registry::{Concept, NewConcept, Training, TrainingStatus};
 use crate::training::TrainingSpec;
 
 /// What a caller wants to register, as parsed; values are checked here.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Registration {
     pub name: Option<String>,
     pub kind: Option<String>,
     pub class: Option<String>,
     /// Encoded pictures.
+    #[serde(serialize_with = "crate::registry::blobs::hashes")]
     pub images: Vec<Bytes>,
     pub captions: Vec<String>,
     pub steps: Option<u32>,
@@ -116,6 +118,11 @@ impl Service {
             )
             .limit(self.limits.pictures as u64));
         }
+        let addition = Addition {
+            concepts: 1,
+            trainings: 1,
+        };
+        let _turn = self.turn(caller, addition).await?;
         if self.registry.concept(caller.tenant, &name).await?.is_some() {
             return Err(crate::registry::RegistryError::NameTaken(name).into());
         }
@@ -230,6 +237,11 @@ impl Service {
             )
         })?;
         let name = check_name(Some(name.unwrap_or_else(|| file.header.name.clone())))?;
+        let addition = Addition {
+            concepts: 1,
+            trainings: 0,
+        };
+        let _turn = self.turn(caller, addition).await?;
         let version = self.registry.blobs.put(bytes).await?;
         let new = NewConcept {
             name,

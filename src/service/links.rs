@@ -17,7 +17,9 @@ pub struct Links {
 
 impl std::fmt::Debug for Links {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Links").field("lifetime", &self.lifetime).finish_non_exhaustive()
+        f.debug_struct("Links")
+            .field("lifetime", &self.lifetime)
+            .finish_non_exhaustive()
     }
 }
 
@@ -63,7 +65,10 @@ impl Links {
         let expires = self.expires(image).to_string();
         let signature = hex::encode(self.mac(image.id, &expires).finalize().into_bytes());
         let extension = image.format.extension();
-        format!("/v1/images/{}.{extension}?expires={expires}&signature={signature}", image.id)
+        format!(
+            "/v1/images/{}.{extension}?expires={expires}&signature={signature}",
+            image.id
+        )
     }
 
     /// The picture that an address names. Compares in constant time.
@@ -126,8 +131,14 @@ mod tests {
 
     fn check(links: &Links, path: &str) -> Result<ImageId, &'static str> {
         let (file, query) = path.strip_prefix("/v1/images/").unwrap().split_once('?').unwrap();
-        let (expires, signature) = query.strip_prefix("expires=").unwrap().split_once("&signature=").unwrap();
-        links.check(file, Signed { expires, signature }).map_err(|error| error.code)
+        let (expires, signature) = query
+            .strip_prefix("expires=")
+            .unwrap()
+            .split_once("&signature=")
+            .unwrap();
+        links
+            .check(file, Signed { expires, signature })
+            .map_err(|error| error.code)
     }
 
     #[test]
@@ -140,11 +151,18 @@ mod tests {
         assert_eq!(links.path(&one), path);
         let foreign = path.replace(&one.id.to_string(), &other.id.to_string());
         let longer = path.replace("expires=", "expires=1");
-        let forged = format!("{}{}", &path[..path.len() - 1], if path.ends_with('0') { '1' } else { '0' });
+        let forged = format!(
+            "{}{}",
+            &path[..path.len() - 1],
+            if path.ends_with('0') { '1' } else { '0' }
+        );
         for bad in [foreign, longer, forged, path[..path.len() - 2].to_owned()] {
             assert_eq!(check(&links, &bad), Err("image_not_found"), "{bad}");
         }
-        assert_eq!(check(&Links::new("other", Duration::from_secs(60)), &path), Err("image_not_found"));
+        assert_eq!(
+            check(&Links::new("other", Duration::from_secs(60)), &path),
+            Err("image_not_found")
+        );
         let old = image(now() - 61_000);
         assert_eq!(check(&links, &links.path(&old)), Err("address_expired"));
     }

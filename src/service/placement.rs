@@ -115,10 +115,19 @@ mod tests {
     #[test]
     fn other_words_are_not_its_noun() {
         let placed = |prompt| place(prompt, &[REX]);
-        assert_eq!(placed("a catalogue of cats"), "a photo of <rex> cat, a catalogue of cats");
-        assert_eq!(placed("in the <cat> garden"), "a photo of <rex> cat, in the <cat> garden");
+        assert_eq!(
+            placed("a catalogue of cats"),
+            "a photo of <rex> cat, a catalogue of cats"
+        );
+        assert_eq!(
+            placed("in the <cat> garden"),
+            "a photo of <rex> cat, in the <cat> garden"
+        );
         assert_eq!(placed("on the moon"), "a photo of <rex> cat, on the moon");
-        assert_eq!(placed("a <max> cat and a dog"), "a photo of <rex> cat, a <max> cat and a dog");
+        assert_eq!(
+            placed("a <max> cat and a dog"),
+            "a photo of <rex> cat, a <max> cat and a dog"
+        );
         assert_eq!(placed("a <max> cat and a cat"), "a <max> cat and a <rex> cat");
     }
 
@@ -138,6 +147,9 @@ mod tests {
     #[test]
     fn what_the_prompt_names_already_stays() {
         assert_eq!(place("a cat beside <rex>", &[REX, REX]), "a cat beside <rex>");
-        assert_eq!(place("a cat in <ink> style", &[INK, REX, REX]), "a <rex> cat in <ink> style");
+        assert_eq!(
+            place("a cat in <ink> style", &[INK, REX, REX]),
+            "a <rex> cat in <ink> style"
+        );
     }
 }

@@ -1,6 +1,12 @@
 //! What the server promises over HTTP, checked against the real server with the real pocket model.
 
 mod bad_input;
+mod generations;
 mod guard;
+mod idempotency;
+mod images;
+mod isolation;
 mod lifecycle;
+mod quotas;
 mod tenants;
+mod webhooks;

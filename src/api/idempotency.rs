@@ -1,0 +1,294 @@
+//! `Idempotency-Key`: a POST that is sent again makes nothing again, it gets the first answer.
+//!
+//! A handler takes [`Once`] and hands [`Once::run`] what was sent and the work:
+//!
+//! ```ignore
+//! async fn create(State(state): State<AppState>, Generate(caller): Generate, once: Once, fields: Fields)
+//! -> Result<Response, ApiError> {
+//!     let content = fields.content();          // before anything is taken out of the fields
+//!     let work = { let state = state.clone(); async move { /* admit, draw, answer */ } };
+//!     once.run(&state, &caller, &content, work).await
+//! }
+//! ```
+//!
+//! and its description names [`IdempotencyHeader`] among the `params(…)`. Routes that draw use it like that, event
+//! streams included: the events go on to the caller as they come and are kept for the next one. Forms are compared by
+//! what was read of them: [`content_of`].
+//!
+//! Answers of success are kept, in the database, for a day; a refusal frees the key, since nothing was made. The work of
+//! a request with a key goes on when its caller disconnects: whoever sends a key means to come back for the answer.
+
+use std::convert::Infallible;
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::Response;
+use bytes::Bytes;
+use futures::{FutureExt as _, StreamExt as _};
+use serde::Serialize;
+use tokio::sync::{mpsc, oneshot};
+use tracing::Instrument as _;
+use utoipa::IntoParams;
+
+use super::error::in_request;
+use super::{ApiError, AppState};
+use crate::error::{Error, ErrorKind};
+use crate::registry::blobs::content_hash;
+use crate::registry::{FirstOrAgain, KeyClaim, Registry, RegistryError, StoredAnswer};
+use crate::service::Caller;
+
+const KEY: HeaderName = HeaderName::from_static("idempotency-key");
+const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
+/// The header as callers write it, in errors.
+const PARAM: &str = "Idempotency-Key";
+/// Characters of a key.
+const KEY_LIMIT: usize = 255;
+/// First answers are kept for a day.
+const KEPT_MS: i64 = 24 * 60 * 60 * 1000;
+/// A request whose process died frees its key after so long at the latest.
+const LEASE_MS: i64 = 15_000;
+const RENEWAL: Duration = Duration::from_secs(4);
+/// Larger answers are given, but not kept.
+const ANSWER_LIMIT: usize = 64 << 20;
+/// Pieces of an event stream that wait for a slow caller.
+const PIECES: usize = 16;
+
+/// For a route's description.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[allow(dead_code)]
+pub(super) struct IdempotencyHeader {
+    /// 1 to 255 printable ASCII characters of the caller's choice. The same key with the same content gets the first
+    /// answer again, for 24 hours, with `idempotency-replayed: true`; with other content 422 `idempotency_key_reused`;
+    /// while the first still runs 409 `idempotency_in_progress`.
+    #[param(
+        rename = "Idempotency-Key",
+        min_length = 1,
+        max_length = 255,
+        pattern = "^[ -~]+$",
+        example = "order-4711"
+    )]
+    key: Option<String>,
+}
+
+/// The caller's key, if one was sent, and the route that it is for.
+#[derive(Debug)]
+pub(super) struct Once {
+    key: Option<String>,
+    route: String,
+}
+
+impl<S: Sync> FromRequestParts<S> for Once {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let mut sent = parts.headers.get_all(&KEY).iter();
+        let key = sent.next().map(plain).transpose()?;
+        if sent.next().is_some() {
+            return Err(Error::field("invalid_value", PARAM, "is sent more than once").into());
+        }
+        let route = format!("{} {}", parts.method, parts.uri);
+        Ok(Self { key, route })
+    }
+}
+
+fn plain(value: &HeaderValue) -> Result<String, Error> {
+    let text = value.to_str().unwrap_or("");
+    if (1..=KEY_LIMIT).contains(&text.len()) && text.bytes().all(|b| (b' '..=b'~').contains(&b)) {
+        return Ok(text.to_owned());
+    }
+    let problem = format!("must be 1 to {KEY_LIMIT} printable ASCII characters");
+    Err(Error::field("invalid_value", PARAM, problem).limit(KEY_LIMIT as u64))
+}
+
+/// The hash of something parsed, for comparison.
+///
+/// # Errors
+/// When it cannot be written as JSON, which would be a mistake of ours.
+pub(super) fn content_of(parsed: &impl Serialize) -> Result<String, Error> {
+    let text = serde_json::to_vec(parsed).map_err(Error::internal)?;
+    Ok(content_hash(&text))
+}
+
+impl Once {
+    /// Does the work, unless it was done before under the caller's key with the same content. Without a key, just does
+    /// it; dropping the future cancels it then.
+    ///
+    /// # Errors
+    /// `idempotency_key_reused`, `idempotency_in_progress`; as the work.
+    pub(super) async fn run<F>(
+        self,
+        state: &AppState,
+        caller: &Caller,
+        content: &str,
+        work: F,
+    ) -> Result<Response, ApiError>
+    where
+        F: Future<Output = Result<Response, ApiError>> + Send + 'static,
+    {
+        let Some(key) = self.key else { return work.await };
+        let fingerprint = content_hash(format!("{}\n{content}", self.route).as_bytes());
+        let registry = state.service()?.registry.clone();
+        let refusal = |kind, code, problem| Error::field(code, PARAM, problem).of_kind(kind);
+        match registry.claim_key(caller.tenant, &key, &fingerprint, LEASE_MS).await? {
+            FirstOrAgain::Again(stored) => Ok(again(stored)?),
+            FirstOrAgain::Reused => {
+                let problem = "came before with another request; choose another key";
+                Err(refusal(ErrorKind::Unprocessable, "idempotency_key_reused", problem).into())
+            }
+            FirstOrAgain::Running => {
+                let problem = "belongs to a request that still runs; try again soon";
+                let error = refusal(ErrorKind::Conflict, "idempotency_in_progress", problem);
+                Err(error.retry_after(Duration::from_secs(1)).into())
+            }
+            FirstOrAgain::First(claim) => {
+                let (answer, answered) = oneshot::channel();
+                let first = First {
+                    registry,
+                    claim,
+                    answer,
+                };
+                state.tasks().spawn(in_request(first.work(work)).in_current_span());
+                answered
+                    .await
+                    .unwrap_or_else(|_| Err(Error::internal("the work of a request with a key was dropped").into()))
+            }
+        }
+    }
+}
+
+/// A stored answer as an answer.
+fn again(stored: StoredAnswer) -> Result<Response, Error> {
+    let mut response = Response::new(Body::from(stored.body));
+    *response.status_mut() = StatusCode::from_u16(stored.status).map_err(Error::internal)?;
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (header::LOCATION, stored.location),
+        (header::CONTENT_TYPE, stored.content_type),
+    ] {
+        if let Some(value) = value {
+            headers.insert(name, value.parse().map_err(Error::internal)?);
+        }
+    }
+    headers.insert(REPLAYED, HeaderValue::from_static("true"));
+    Ok(response)
+}
+
+/// What is kept of an answer, without its body.
+fn head_of(response: &Response) -> StoredAnswer {
+    let text = |headers: &HeaderMap, name| headers.get(name)?.to_str().ok().map(str::to_owned);
+    StoredAnswer {
+        status: response.status().as_u16(),
+        location: text(response.headers(), header::LOCATION),
+        content_type: text(response.headers(), header::CONTENT_TYPE),
+        body: vec![],
+    }
+}
+
+/// A request that is the first with its key.
+struct First {
+    registry: Registry,
+    claim: KeyClaim,
+    answer: oneshot::Sender<Result<Response, ApiError>>,
+}
+
+impl First {
+    /// Works while keeping the lease.
+    async fn work(self, work: impl Future<Output = Result<Response, ApiError>> + Send) {
+        let Self {
+            registry,
+            claim,
+            answer,
+        } = self;
+        let working = async {
+            let outcome = AssertUnwindSafe(work).catch_unwind().await;
+            let outcome = outcome.unwrap_or_else(|_| Err(Error::internal("a handler panicked").into()));
+            // Below, a caller that is gone leaves its answer to the next one.
+            match outcome {
+                Ok(response) if response.status().is_success() => {
+                    let head = head_of(&response);
+                    let (parts, body) = response.into_parts();
+                    if is_stream(&head) {
+                        let (pieces, mut onward) = mpsc::channel(PIECES);
+                        let onward = futures::stream::poll_fn(move |context| onward.poll_recv(context));
+                        let _ = answer.send(Ok(Response::from_parts(parts, Body::from_stream(onward))));
+                        keep(&registry, &claim, head, pass_on(body, pieces).await).await;
+                    } else {
+                        let whole = axum::body::to_bytes(body, usize::MAX).await;
+                        let small = whole.as_ref().ok().filter(|body| body.len() <= ANSWER_LIMIT);
+                        keep(&registry, &claim, head, small.map(|body| body.to_vec())).await;
+                        let whole = whole.map(|body| Response::from_parts(parts, Body::from(body)));
+                        let _ = answer.send(whole.map_err(|error| Error::internal(error).into()));
+                    }
+                }
+                refused => {
+                    release(&registry, &claim).await;
+                    let _ = answer.send(refused);
+                }
+            }
+        };
+        tokio::select! {
+            () = working => {}
+            never = keep_lease(&registry, &claim) => match never {},
+        }
+    }
+}
+
+fn is_stream(head: &StoredAnswer) -> bool {
+    let content_type = head.content_type.as_deref();
+    content_type.is_some_and(|text| text.starts_with("text/event-stream"))
+}
+
+async fn keep_lease(registry: &Registry, claim: &KeyClaim) -> Infallible {
+    loop {
+        tokio::time::sleep(RENEWAL).await;
+        match registry.renew_key(claim, LEASE_MS).await {
+            Ok(()) => {}
+            // The answer is just being stored, or another has begun anew; what this one stores is without effect then.
+            Err(RegistryError::LeaseLost) => std::future::pending().await,
+            Err(error) => tracing::warn!(%error, "the lease of an idempotency key could not be renewed"),
+        }
+    }
+}
+
+/// Hands every piece to the caller, as long as there is one, and collects them; `None` where they broke off or are too
+/// many.
+async fn pass_on(body: Body, onward: mpsc::Sender<Result<Bytes, axum::Error>>) -> Option<Vec<u8>> {
+    let mut pieces = body.into_data_stream();
+    let mut all = Some(Vec::new());
+    while let Some(piece) = pieces.next().await {
+        all = match (&piece, all) {
+            (Ok(piece), Some(mut all)) if all.len() + piece.len() <= ANSWER_LIMIT => {
+                all.extend_from_slice(piece);
+                Some(all)
+            }
+            _ => None,
+        };
+        // A caller that is gone does not end the work.
+        let _ = onward.send(piece).await;
+    }
+    all
+}
+
+async fn keep(registry: &Registry, claim: &KeyClaim, head: StoredAnswer, body: Option<Vec<u8>>) {
+    let Some(body) = body else {
+        tracing::warn!("an answer broke off or is too large to be kept for its idempotency key");
+        return release(registry, claim).await;
+    };
+    if let Err(error) = registry
+        .store_answer(claim, &StoredAnswer { body, ..head }, KEPT_MS)
+        .await
+    {
+        tracing::error!(%error, "an answer could not be kept for its idempotency key");
+    }
+}
+
+async fn release(registry: &Registry, claim: &KeyClaim) {
+    if let Err(error) = registry.release_key(claim).await {
+        tracing::warn!(%error, "an idempotency key could not be freed; its lease runs out");
+    }
+}

@@ -1,0 +1,62 @@
+//! The `x-ratelimit-*` headers that SDKs read.
+//!
+//! A route that draws takes part in two steps. Its handler calls [`Service::admit`](crate::service::Service::admit) as
+//! soon as it knows the number of pictures, inside the work of [`Once::run`](super::idempotency::Once::run) where it has
+//! that, calls `drawing()` on the guard when the engine has taken the request, and keeps the guard as long as the
+//! generation is queued or running. Its route has `.layer(from_fn_with_state(state.clone(), quota::rate_headers))`.
+
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::middleware::Next;
+use axum::response::Response;
+
+use super::AppState;
+use crate::service::{Allowance, Caller, Standing};
+
+/// Names of limit, remaining and reset.
+type Names = [&'static str; 3];
+const REQUESTS: Names = [
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
+];
+const IMAGES: Names = [
+    "x-ratelimit-limit-images",
+    "x-ratelimit-remaining-images",
+    "x-ratelimit-reset-images",
+];
+
+fn insert(headers: &mut HeaderMap, names: Names, allowance: Option<Allowance>) {
+    let Some(allowance) = allowance else { return };
+    let values = [
+        allowance.limit.to_string(),
+        allowance.remaining.to_string(),
+        seconds(allowance.reset),
+    ];
+    for (name, value) in names.into_iter().zip(values) {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            headers.insert(HeaderName::from_static(name), value);
+        }
+    }
+}
+
+/// As OpenAI writes it: `12s`. Rounded up, so that nobody comes too early.
+fn seconds(wait: Duration) -> String {
+    format!("{}s", wait.as_secs_f64().ceil())
+}
+
+/// Says on every answer, refusals included, what the caller's tenant may still do. Quotas that it does not have are not
+/// mentioned.
+pub(super) async fn rate_headers(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let caller = request.extensions().get::<Caller>().copied();
+    let mut response = next.run(request).await;
+    if let (Some(caller), Ok(service)) = (caller, state.service()) {
+        // Without the headers the answer is still the answer.
+        let standing: Standing = service.standing(caller.tenant).await.unwrap_or_default();
+        insert(response.headers_mut(), REQUESTS, standing.requests);
+        insert(response.headers_mut(), IMAGES, standing.pictures);
+    }
+    response
+}

@@ -1,0 +1,349 @@
+//! How much each tenant may have and do at once. What it has is counted in the database, what it does in memory: one
+//! process serves a data folder.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use super::{Caller, Service};
+use crate::error::{Error, ErrorKind};
+use crate::ids::TenantId;
+use crate::registry::Quotas;
+
+/// The window of `pictures_per_minute`.
+const MINUTE: Duration = Duration::from_secs(60);
+/// When a request that found too many others in flight may try again.
+const NEXT_REQUEST: Duration = Duration::from_secs(1);
+/// When one that found too many trainings may.
+const NEXT_TRAINING: Duration = Duration::from_secs(30);
+/// And one that found too many concepts: somebody has to delete one.
+const NEXT_CONCEPT: Duration = Duration::from_secs(120);
+
+/// What every tenant does at the moment.
+#[derive(Debug, Clone, Default)]
+pub struct Meters(Arc<Mutex<HashMap<TenantId, Meter>>>);
+
+#[derive(Debug, Default)]
+struct Meter {
+    in_flight: u32,
+    /// Admissions of the last minute, oldest first: at most as many as the quota, each has a picture.
+    admitted: VecDeque<Admission>,
+    next: u64,
+    /// Held from counting what a tenant has until more of it is stored.
+    turn: Arc<tokio::sync::Mutex<()>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Admission {
+    id: u64,
+    at: Instant,
+    pictures: u32,
+}
+
+/// How much of a quota is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allowance {
+    pub limit: u32,
+    pub remaining: u32,
+    /// Until all of it is there again; of requests in flight nobody knows, so a second.
+    pub reset: Duration,
+}
+
+/// What a tenant may still do; `None`: any number.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Standing {
+    pub requests: Option<Allowance>,
+    pub pictures: Option<Allowance>,
+}
+
+/// A request that counts as in flight until this is dropped. Its pictures are given back then, unless they were drawn.
+#[derive(Debug)]
+pub struct Admitted {
+    meters: Meters,
+    tenant: TenantId,
+    /// `None`: no pictures were counted, or they are drawn.
+    pictures: Option<u64>,
+}
+
+impl Admitted {
+    /// The engine has the request: the pictures count, whatever becomes of them.
+    pub fn drawing(&mut self) {
+        self.pictures = None;
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        let mut meters = self.meters.lock();
+        if let Some(meter) = meters.get_mut(&self.tenant) {
+            meter.in_flight = meter.in_flight.saturating_sub(1);
+            meter.admitted.retain(|admission| Some(admission.id) != self.pictures);
+        }
+    }
+}
+
+/// A tenant's turn to add to what it has. To be held until that is stored.
+#[derive(Debug)]
+#[must_use]
+pub struct Turn {
+    _turn: tokio::sync::OwnedMutexGuard<()>,
+}
+
+/// What a use case adds to what a tenant has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Addition {
+    pub concepts: u32,
+    /// Queued ones.
+    pub trainings: u32,
+}
+
+fn exceeded(quota: &'static str, limit: u32, wait: Duration, what: &str) -> Error {
+    let message = format!("`{quota}`: {what}; the limit is {limit}.");
+    let error = Error {
+        field: Some(quota.into()),
+        ..Error::new(ErrorKind::Overloaded, "quota_exceeded", message)
+    };
+    error.limit(limit.into()).retry_after(wait)
+}
+
+impl Meter {
+    fn forget(&mut self, now: Instant) {
+        while self
+            .admitted
+            .front()
+            .is_some_and(|first| now.duration_since(first.at) >= MINUTE)
+        {
+            self.admitted.pop_front();
+        }
+    }
+
+    fn drawn(&self) -> u32 {
+        self.admitted.iter().map(|admission| admission.pictures).sum()
+    }
+
+    /// Until so many pictures are free again.
+    fn wait(&self, mut missing: u32, now: Instant) -> Duration {
+        for admission in &self.admitted {
+            missing = missing.saturating_sub(admission.pictures);
+            if missing == 0 {
+                return (admission.at + MINUTE).duration_since(now);
+            }
+        }
+        MINUTE
+    }
+
+    fn standing(&mut self, quotas: Quotas, now: Instant) -> Standing {
+        self.forget(now);
+        Standing {
+            requests: quotas.requests_in_flight.map(|limit| Allowance {
+                limit,
+                remaining: limit.saturating_sub(self.in_flight),
+                reset: if self.in_flight == 0 {
+                    Duration::ZERO
+                } else {
+                    NEXT_REQUEST
+                },
+            }),
+            pictures: quotas.pictures_per_minute.map(|limit| Allowance {
+                limit,
+                remaining: limit.saturating_sub(self.drawn()),
+                reset: self
+                    .admitted
+                    .back()
+                    .map_or(Duration::ZERO, |last| (last.at + MINUTE).duration_since(now)),
+            }),
+        }
+    }
+}
+
+impl Meters {
+    fn lock(&self) -> MutexGuard<'_, HashMap<TenantId, Meter>> {
+        // Nothing in it can be half-written.
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn admit(&self, tenant: TenantId, quotas: Quotas, pictures: u32, now: Instant) -> Result<Admitted, Error> {
+        let mut meters = self.lock();
+        let meter = meters.entry(tenant).or_default();
+        meter.forget(now);
+        if let Some(limit) = quotas.requests_in_flight
+            && meter.in_flight >= limit
+        {
+            let what = format!("{} requests are queued or running", meter.in_flight);
+            return Err(exceeded("requests_in_flight", limit, NEXT_REQUEST, &what));
+        }
+        let mut id = None;
+        if let Some(limit) = quotas.pictures_per_minute {
+            if pictures > limit {
+                // No wait helps: it is the request that is too large.
+                let problem = format!("is {pictures}; you may draw {limit} pictures a minute");
+                return Err(Error::field("quota_exceeded", "n", problem).limit(limit.into()));
+            }
+            let over = (meter.drawn() + pictures).saturating_sub(limit);
+            if over > 0 {
+                let what = format!("{} pictures were admitted in the last minute", meter.drawn());
+                return Err(exceeded("pictures_per_minute", limit, meter.wait(over, now), &what));
+            }
+            let admission = Admission {
+                id: meter.next,
+                at: now,
+                pictures,
+            };
+            meter.next += 1;
+            meter.admitted.push_back(admission);
+            id = Some(admission.id);
+        }
+        meter.in_flight += 1;
+        Ok(Admitted {
+            meters: self.clone(),
+            tenant,
+            pictures: id,
+        })
+    }
+
+    fn turn(&self, tenant: TenantId) -> Arc<tokio::sync::Mutex<()>> {
+        self.lock().entry(tenant).or_default().turn.clone()
+    }
+}
+
+impl Service {
+    /// The quotas that hold for a tenant; `None`: any number.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub async fn quotas(&self, tenant: TenantId) -> Result<Quotas, Error> {
+        let own = self.registry.tenant_by_id(tenant).await?.map(|tenant| tenant.quotas);
+        let quotas = own.unwrap_or_default().or(self.limits.quotas);
+        // As in the configuration: an administrator's 0 means any number.
+        let any = |quota: Option<u32>| quota.filter(|number| *number > 0);
+        Ok(Quotas {
+            concepts: any(quotas.concepts),
+            trainings: any(quotas.trainings),
+            requests_in_flight: any(quotas.requests_in_flight),
+            pictures_per_minute: any(quotas.pictures_per_minute),
+        })
+    }
+
+    /// Lets a generation in, with so many pictures, or says which quota is exceeded and until when. The guard goes where
+    /// the drawing goes: into the stream of events, or to the background.
+    ///
+    /// # Errors
+    /// `quota_exceeded`; when the registry fails.
+    pub async fn admit(&self, caller: &Caller, pictures: u32) -> Result<Admitted, Error> {
+        let quotas = self.quotas(caller.tenant).await?;
+        self.meters.admit(caller.tenant, quotas, pictures, Instant::now())
+    }
+
+    /// Counts a generation as in flight that was admitted before the server started anew.
+    pub fn readmit(&self, tenant: TenantId) -> Admitted {
+        self.meters.lock().entry(tenant).or_default().in_flight += 1;
+        Admitted {
+            meters: self.meters.clone(),
+            tenant,
+            pictures: None,
+        }
+    }
+
+    /// What a tenant may still do.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub async fn standing(&self, tenant: TenantId) -> Result<Standing, Error> {
+        let quotas = self.quotas(tenant).await?;
+        let mut meters = self.meters.lock();
+        Ok(meters.entry(tenant).or_default().standing(quotas, Instant::now()))
+    }
+
+    /// Waits for the tenant's turn and checks that the addition has room. The turn is held until it is stored, so that
+    /// two requests cannot both take the last place.
+    ///
+    /// # Errors
+    /// `quota_exceeded`; when the registry fails.
+    pub async fn turn(&self, caller: &Caller, addition: Addition) -> Result<Turn, Error> {
+        let turn = self.meters.turn(caller.tenant).lock_owned().await;
+        let quotas = self.quotas(caller.tenant).await?;
+        let usage = self.registry.usage(caller.tenant).await?;
+        if let Some(limit) = quotas.concepts
+            && addition.concepts > 0
+            && usage.concepts + addition.concepts > limit
+        {
+            let what = format!("there are {} concepts; delete one", usage.concepts);
+            return Err(exceeded("concepts", limit, NEXT_CONCEPT, &what));
+        }
+        if let Some(limit) = quotas.trainings
+            && addition.trainings > 0
+            && usage.trainings + addition.trainings > limit
+        {
+            let what = format!("{} trainings are queued or running", usage.trainings);
+            return Err(exceeded("trainings", limit, NEXT_TRAINING, &what));
+        }
+        Ok(Turn { _turn: turn })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TENANT: TenantId = TenantId::DEFAULT;
+    const QUOTAS: Quotas = Quotas {
+        concepts: None,
+        trainings: None,
+        requests_in_flight: Some(2),
+        pictures_per_minute: Some(5),
+    };
+
+    fn standing(meters: &Meters, now: Instant) -> (u32, u32, u64) {
+        let standing = meters.lock().entry(TENANT).or_default().standing(QUOTAS, now);
+        let (requests, pictures) = (standing.requests.unwrap(), standing.pictures.unwrap());
+        (requests.remaining, pictures.remaining, pictures.reset.as_secs())
+    }
+
+    #[test]
+    fn pictures_come_back_a_minute_after_they_were_admitted() {
+        let (meters, begin) = (Meters::default(), Instant::now());
+        let later = |seconds| begin + Duration::from_secs(seconds);
+        let mut first = meters.admit(TENANT, QUOTAS, 3, begin).unwrap();
+        first.drawing();
+        drop(first);
+        let mut second = meters.admit(TENANT, QUOTAS, 2, later(20)).unwrap();
+        second.drawing();
+        drop(second);
+        assert_eq!(standing(&meters, later(20)), (2, 0, 60));
+        let refused = meters.admit(TENANT, QUOTAS, 1, later(20)).unwrap_err();
+        assert_eq!(
+            (refused.code, refused.limit, refused.retry_after),
+            ("quota_exceeded", Some(5), Some(40))
+        );
+        let refused = meters.admit(TENANT, QUOTAS, 4, later(20)).unwrap_err();
+        assert_eq!(
+            (refused.field.as_deref(), refused.retry_after),
+            (Some("pictures_per_minute"), Some(60))
+        );
+        let never = meters.admit(TENANT, QUOTAS, 6, later(20)).unwrap_err();
+        assert_eq!((never.kind, never.field.as_deref()), (ErrorKind::Invalid, Some("n")));
+        assert_eq!(standing(&meters, later(60)), (2, 3, 20));
+        assert!(meters.admit(TENANT, QUOTAS, 3, later(60)).is_ok());
+    }
+
+    #[test]
+    fn what_was_not_drawn_is_given_back_and_other_tenants_are_not_counted() {
+        let (meters, now) = (Meters::default(), Instant::now());
+        let one = meters.admit(TENANT, QUOTAS, 5, now).unwrap();
+        let none = Quotas {
+            pictures_per_minute: None,
+            ..QUOTAS
+        };
+        let two = meters.admit(TENANT, none, 100, now).unwrap();
+        let refused = meters.admit(TENANT, none, 1, now).unwrap_err();
+        assert_eq!(
+            (refused.field.as_deref(), refused.limit),
+            (Some("requests_in_flight"), Some(2))
+        );
+        assert!(meters.admit(TenantId::new(), QUOTAS, 5, now).is_ok());
+        assert_eq!(standing(&meters, now), (0, 0, 60));
+        drop(one);
+        drop(two);
+        assert_eq!(standing(&meters, now), (2, 5, 0));
+    }
+}

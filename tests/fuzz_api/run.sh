@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Sends requests made from /openapi.json to a real server, all checks on: no 5xx, nothing that the document does not say.
+# Usage: tests/fuzz_api/run.sh [EXAMPLES] [SCHEMATHESIS ARGUMENT...]
+#   tests/fuzz_api/run.sh                                        what every change is checked with
+#   tests/fuzz_api/run.sh 100                                    2 000 cases and more
+#   tests/fuzz_api/run.sh 50 --include-path-regex admin          one part of the API
+# COAR names the binary (default: target/debug/coar), FUZZ_VENV where the fuzzer is installed, SEED the run.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+examples=${1:-10}
+[ $# -eq 0 ] || shift
+coar=${COAR:-target/debug/coar} venv=${FUZZ_VENV:-target/fuzz-venv}
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+"$venv/bin/pip" install --quiet --disable-pip-version-check -r tests/fuzz_api/requirements.txt
+work=$(mktemp -d)
+"$coar" keys create --tenant fuzz --scopes read,generate,train,admin --data "$work/data" >"$work/key" 2>"$work/log"
+"$coar" serve --listen 127.0.0.1:0 --device cpu --data "$work/data" >"$work/address" 2>>"$work/log" &
+server=$!
+finish() {
+    rc=$?
+    kill "$server" 2>>"$work/log" || true
+    wait "$server" || true
+    if [ "$rc" -ne 0 ]; then
+        echo "the server's log ends with:"
+        tail -n 20 "$work/log"
+    fi
+    rm -rf "$work"
+}
+trap finish EXIT
+for _ in $(seq 600); do
+    url=$(sed -n 's/^listening on //p' "$work/address")
+    if [ -n "$url" ] && "$venv/bin/python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1] + "/readyz")' "$url" 2>>"$work/log"; then
+        ready=1
+        break
+    fi
+    kill -0 "$server"
+    sleep 0.2
+done
+[ -n "${ready:-}" ]
+# Tenants and keys that the run makes are its own to change and delete, the key that it uses is not: without it, all the
+# rest would be 401.
+"$venv/bin/schemathesis" --config-file tests/fuzz_api/schemathesis.toml run "$url/openapi.json" \
+    --header "Authorization: Bearer $(cat "$work/key")" \
+    --checks all --max-examples "$examples" --seed "${SEED:-1}" --workers 2 --request-timeout 60 \
+    --suppress-health-check all "$@"
+# It is still there, and well.
+"$venv/bin/python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1] + "/readyz")' "$url"

@@ -1,0 +1,134 @@
+//! A POST with an `Idempotency-Key` that is sent again makes nothing again.
+
+use reqwest::{Method, RequestBuilder};
+use serde_json::Value;
+
+use crate::support::{TestApp, form_named, picture_part, pictures, rex};
+
+/// What came back: status, `idempotency-replayed`, `location`, body.
+#[derive(Debug, Clone, PartialEq)]
+struct Answer {
+    status: u16,
+    replayed: bool,
+    location: Option<String>,
+    body: String,
+}
+
+impl Answer {
+    fn code(&self) -> String {
+        let body: Value = serde_json::from_str(&self.body).unwrap();
+        body["error"]["code"].as_str().unwrap_or("").to_owned()
+    }
+
+    fn id(&self) -> String {
+        let body: Value = serde_json::from_str(&self.body).unwrap();
+        body["id"].as_str().unwrap_or("").to_owned()
+    }
+}
+
+async fn send(request: RequestBuilder, key: &str) -> Answer {
+    let response = request.header("Idempotency-Key", key).send().await.unwrap();
+    let text = |name: &str| Some(response.headers().get(name)?.to_str().ok()?.to_owned());
+    let (status, replayed) = (response.status().as_u16(), text("idempotency-replayed").is_some());
+    let location = text("location");
+    if status == 409 && text("retry-after").is_some() {
+        assert_eq!(text("x-should-retry"), None, "a retry helps");
+    }
+    Answer {
+        status,
+        replayed,
+        location,
+        body: response.text().await.unwrap(),
+    }
+}
+
+fn register(app: &TestApp, name: &'static str, steps: &'static str) -> RequestBuilder {
+    let form = form_named(rex(), name).text("steps", steps);
+    app.request(Method::POST, "/v1/concepts").multipart(form)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_answer_comes_again_also_after_kill_nine() {
+    let mut app = TestApp::start().await;
+    let first = send(register(&app, "rex", "2"), "order 1").await;
+    assert_eq!((first.status, first.replayed), (202, false), "{first:?}");
+    // Another boundary, the same content.
+    let again = send(register(&app, "rex", "2"), "order 1").await;
+    let replayed = Answer {
+        replayed: true,
+        ..first.clone()
+    };
+    assert_eq!(again, replayed);
+    assert_eq!(again.location.as_deref(), Some("/v1/concepts/rex"));
+    for other in [register(&app, "rex", "3"), register(&app, "max", "2")] {
+        let other = send(other, "order 1").await;
+        assert_eq!((other.status, other.code().as_str()), (422, "idempotency_key_reused"));
+    }
+    let one_picture_less = app.request(Method::POST, "/v1/concepts").multipart(
+        reqwest::multipart::Form::new()
+            .text("name", "rex")
+            .text("kind", "subject")
+            .text("class", rex().class.name())
+            .text("steps", "2")
+            .part("images", picture_part(pictures(rex(), 1).remove(0))),
+    );
+    assert_eq!(send(one_picture_less, "order 1").await.status, 422);
+    // Under another key it is another request, and the name is taken. A refusal is not kept: the key is free.
+    let taken = send(register(&app, "rex", "2"), "order 2").await;
+    assert_eq!((taken.status, taken.code().as_str()), (409, "name_taken"));
+    assert_eq!(send(register(&app, "max", "2"), "order 2").await.status, 202);
+    app.kill_nine_and_restart().await;
+    assert_eq!(send(register(&app, "rex", "2"), "order 1").await, replayed);
+    let long = "x".repeat(256);
+    for key in ["", long.as_str()] {
+        let refused = send(register(&app, "tom", "2"), key).await;
+        assert_eq!(
+            (refused.status, refused.code().as_str()),
+            (400, "invalid_value"),
+            "`{key}`"
+        );
+    }
+    // Keys are each tenant's own.
+    app.key = Some(app.create_key("acme", "read,train").await);
+    let other = send(register(&app, "rex", "2"), "order 1").await;
+    assert_eq!((other.status, other.replayed), (202, false), "{other:?}");
+    assert_ne!(other.id(), first.id());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_imported_file_is_imported_once() {
+    let app = TestApp::start().await;
+    let training = app.register_subject(rex(), 2).await;
+    assert_eq!(app.until_ended(&training).await["status"], "succeeded");
+    let weights = app.request(Method::GET, "/v1/concepts/rex/weights");
+    let file = weights.send().await.unwrap().bytes().await.unwrap();
+    let import = |name: &str| {
+        let path = format!("/v1/concepts/import?name={name}");
+        app.request(Method::POST, &path).body(file.clone())
+    };
+    let first = send(import("copy"), "k").await;
+    assert_eq!((first.status, first.replayed), (201, false), "{first:?}");
+    let again = send(import("copy"), "k").await;
+    assert_eq!((again.status, again.replayed, again.id()), (201, true, first.id()));
+    assert_eq!(send(import("other"), "k").await.status, 422);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_concurrent_duplicates_one_works() {
+    let app = TestApp::start().await;
+    let all = (0..8).map(|_| send(register(&app, "rex", "2"), "k"));
+    let answers = futures::future::join_all(all).await;
+    let first: Vec<_> = answers.iter().filter(|a| a.status == 202 && !a.replayed).collect();
+    assert_eq!(first.len(), 1, "{answers:?}");
+    for answer in answers.iter().filter(|answer| *answer != first[0]) {
+        match answer.status {
+            202 => assert_eq!((answer.replayed, answer.id()), (true, first[0].id())),
+            _ => assert_eq!(
+                (answer.status, answer.code().as_str()),
+                (409, "idempotency_in_progress")
+            ),
+        }
+    }
+    let (_, listed) = app.get("/v1/concepts").await;
+    assert_eq!(listed["data"].as_array().map(Vec::len), Some(1), "{listed}");
+}
