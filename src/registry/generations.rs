@@ -386,10 +386,11 @@ impl Registry {
     /// # Errors
     /// When the database or the store fails.
     pub async fn left_generations(&self) -> Result<Vec<Generation>, RegistryError> {
-        let rows =
-            sqlx::query("SELECT * FROM generations WHERE status = 'running' OR (status = 'queued' AND background = 0)")
-                .fetch_all(&self.pool)
-                .await?;
+        let rows = sqlx::query(
+            "SELECT * FROM generations WHERE status = 'running' OR (status = 'queued' AND background = 0) ORDER BY id",
+        )
+        .fetch_all(&self.pool)
+        .await?;
         let mut lost = Vec::new();
         for row in &rows {
             let left = generation(row)?;

@@ -63,6 +63,8 @@ impl TestApp {
 
     /// With more flags.
     pub async fn start_with(flags: &[&str]) -> Self {
+        // Refused where a test before has chosen one, which then stays.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let dir = tempfile::tempdir().unwrap();
         let flags: Vec<_> = flags.iter().map(ToString::to_string).collect();
         let (child, url) = launch(dir.path(), &flags);
