@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check golden libtorch pocket samples
+.PHONY: serve build test check ui fuzz golden libtorch pocket samples
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -25,6 +25,15 @@ test: libtorch
 check: libtorch
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+
+# The page in a real browser (chromium), screenshots in target/ui. Says so and passes where there is none.
+ui: libtorch
+	tests/ui/run.sh
+
+# Requests made from /openapi.json, against the real server. Installs the fuzzer into target/.
+fuzz: libtorch
+	cargo build
+	tests/fuzz_api/run.sh
 
 # Every case of a golden directory, each with its largest difference: COAR_GOLDEN=DIR make golden
 golden: libtorch

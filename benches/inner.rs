@@ -1,6 +1,10 @@
 //! The inner parts, one at a time, on the shipped pocket model: `cargo bench`.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use coar::concept::{ConceptFile, ConceptHeader, ConceptKind, ConceptTensors, DeviceConcept};
+use coar::engine::{ConceptCache, ConceptUse};
 use coar::model::LuminaMgpt;
 use coar::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest};
 use coar::model::lumina::CheckpointFiles;
@@ -46,24 +50,42 @@ fn decoding(c: &mut Criterion) {
         top_k: 20,
         streams: vec![(1, 0)],
     };
+    let fill = |rows: usize| {
+        let options = BatchOptions {
+            rows,
+            max_seq: request.tokens(),
+            fixed_shapes: false,
+        };
+        let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, options).unwrap();
+        for _ in 0..rows / 2 {
+            batch.add(&model.transformer, &request).unwrap();
+        }
+        batch
+    };
     for pictures in [1usize, 16] {
         c.bench_function(&format!("a whole picture, {pictures} at once"), |b| {
             b.iter_batched(
-                || {
-                    let options = BatchOptions {
-                        rows: 2 * pictures,
-                        max_seq: request.tokens(),
-                        fixed_shapes: false,
-                    };
-                    let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, options).unwrap();
-                    for _ in 0..pictures {
-                        batch.add(&model.transformer, &request).unwrap();
-                    }
-                    batch
-                },
+                || fill(2 * pictures),
                 |mut batch| while batch.step(&model.transformer).unwrap().is_empty() {},
                 BatchSize::PerIteration,
             );
+        });
+    }
+    for rows in [2usize, 8, 32] {
+        let mut batch = fill(rows);
+        c.bench_function(&format!("a decode step, {rows} rows"), |b| {
+            b.iter_custom(|steps| {
+                let mut spent = Duration::ZERO;
+                for _ in 0..steps {
+                    if batch.is_empty() {
+                        batch = fill(rows);
+                    }
+                    let begun = Instant::now();
+                    batch.step(&model.transformer).unwrap();
+                    spent += begun.elapsed();
+                }
+                spent
+            });
         });
     }
     let codes = vec![1i64; (rows * columns) as usize];
@@ -103,6 +125,17 @@ fn swapping(c: &mut Criterion) {
             let read = ConceptFile::from_bytes(&std::fs::read(&path).unwrap()).unwrap();
             DeviceConcept::upload(&read.tensors, Device::Cpu).unwrap()
         });
+    });
+    let used = ConceptUse {
+        name: "rex".to_owned(),
+        content_hash: "rex".to_owned(),
+        kind: ConceptKind::Subject,
+        tensors: Arc::new(file.tensors),
+    };
+    let mut cache = ConceptCache::new(256 << 20);
+    cache.get(&used, Device::Cpu).unwrap();
+    c.bench_function("a concept that is on the device", |b| {
+        b.iter(|| cache.get(&used, Device::Cpu).unwrap());
     });
 }
 

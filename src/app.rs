@@ -12,7 +12,8 @@ use crate::config::Config;
 use crate::engine::EngineHandle;
 use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, deliver, sweep, work};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Keys, Limits, Links, Meters, Service};
+use crate::service::{Keys, Limits, Links, Service, Tallies};
+use crate::telemetry::meters;
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
@@ -20,6 +21,32 @@ const GRACE: Duration = Duration::from_secs(20);
 /// Background generations take a quarter of the engine's queue, at most so many of its places: the rest is for whoever
 /// waits.
 const BACKGROUND_LIMIT: usize = 32;
+
+/// How often jobs are counted for the metrics: a scrape reads the last count and never the database.
+const JOB_COUNT: Duration = Duration::from_secs(2);
+
+/// Publishes how many jobs there are in each status.
+async fn count_jobs(registry: Registry, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(JOB_COUNT);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        match registry.training_counts().await {
+            Ok(counts) => {
+                for (status, count) in counts {
+                    meters()
+                        .jobs
+                        .with_label_values(&["training", status.as_str()])
+                        .set(count);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "jobs cannot be counted"),
+        }
+    }
+}
 
 /// Serves until `stop`: the listener answers at once, requests are served when `load` has brought the engine.
 ///
@@ -104,7 +131,7 @@ pub async fn serve(
         engine: engine.clone(),
         wake: wake.clone(),
         limits: Limits::of(&config).into(),
-        meters: Meters::default(),
+        tallies: Tallies::default(),
         drawings: drawings.clone(),
         links,
     };
@@ -112,6 +139,7 @@ pub async fn serve(
     tracker.spawn(sweep(registry.clone(), config.keep_images(), stop.clone()));
     tracker.spawn(deliver(webhooks, stop.clone()));
     tracker.spawn(drawings.work(stop.clone()));
+    tracker.spawn(count_jobs(registry.clone(), stop.clone()));
     tracker.spawn(work(registry, engine.clone(), wake, stop.clone()));
     tracker.close();
     tracing::info!(model = engine.info().id, "ready");

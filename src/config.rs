@@ -55,6 +55,33 @@ pub struct Config {
     pub model: ModelArgs,
 }
 
+/// A number of MiB, or what the program finds best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Memory {
+    Auto,
+    #[serde(untagged)]
+    Mebibytes(u32),
+}
+
+impl Memory {
+    /// Bytes, where the operator has said how many.
+    pub fn bytes(self) -> Option<u64> {
+        match self {
+            Self::Auto => None,
+            Self::Mebibytes(mebibytes) => Some(u64::from(mebibytes) << 20),
+        }
+    }
+}
+
+fn mebibytes(text: &str) -> Result<Memory, String> {
+    match text.parse() {
+        _ if text == "auto" => Ok(Memory::Auto),
+        Ok(mebibytes) => Ok(Memory::Mebibytes(mebibytes)),
+        Err(_) => Err("expected `auto` or a number of MiB".to_owned()),
+    }
+}
+
 /// `on` or `off`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -147,6 +174,11 @@ pub struct EngineArgs {
     /// Share of the device's time for trainings while pictures wait, 0 to 1. Without pictures they have all of it.
     #[arg(long, env = "COAR_TRAINING_SHARE", default_value_t = 0.5)]
     pub training_share: f64,
+    /// Memory in MiB for the graph of one training step, or `auto`: half of what is free when a training begins. A
+    /// training that needs more recomputes layers in its backward pass, which takes about a third longer and gives the
+    /// same concept.
+    #[arg(long, env = "COAR_TRAINING_MEMORY", default_value = "auto", value_name = "MIB", value_parser = mebibytes)]
+    pub training_memory: Memory,
     /// Memory for keys and values in MiB, taken once at the start: it bounds how many pictures are drawn at once.
     #[arg(long, env = "COAR_KV_MEMORY", default_value_t = 2048, value_name = "MIB")]
     pub kv_memory: u64,

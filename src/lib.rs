@@ -9,6 +9,8 @@ pub mod api;
 pub mod app;
 /// The command line: one file per command.
 pub mod cli;
+/// A client of the server's HTTP API, for the command line.
+pub mod client;
 /// What a concept is: its tensors, its file, its composition with others.
 pub mod concept;
 /// What the operator decides: flags, variables, file.
@@ -33,7 +35,7 @@ pub mod pocket;
 pub mod registry;
 /// The use cases, shared by HTTP and the command line.
 pub mod service;
-/// Tracing set-up.
+/// Log lines, spans, metrics.
 pub mod telemetry;
 /// Concept training: data, losses, a resumable trainer.
 pub mod training;

@@ -22,8 +22,14 @@ fn with_thread_settings() {
 
 fn main() -> std::process::ExitCode {
     with_thread_settings();
-    coar::telemetry::start();
-    match coar::cli::Cli::read().map_err(Into::into).and_then(coar::cli::Cli::run) {
+    coar::client::install_tls();
+    // Answers the shell and ends, where the shell asks for completions.
+    coar::cli::complete();
+    let outcome = coar::cli::Cli::read().map_err(Into::into).and_then(|cli| {
+        let _telemetry = coar::telemetry::start(cli.log_format);
+        cli.run()
+    });
+    match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");

@@ -1,15 +1,89 @@
-//! Tracing set-up.
+//! What the server tells of itself: log lines, spans, metrics.
+//!
+//! Spans stand at the doors of the rooms only: `http.request`, `service.generate`, `engine.queue`, `engine.prefill`,
+//! `engine.decode`, `vqgan.decode`, `job.run`, `train.slice`. A prompt or a key is never logged.
 
-use tracing_subscriber::EnvFilter;
+/// The metrics: one table of names and help texts, and their values.
+pub mod meters;
+#[cfg(feature = "otel")]
+mod otel;
 
-/// Starts logging to standard error; `COAR_LOG` (or `RUST_LOG`) chooses what.
-pub fn start() {
-    let filter = EnvFilter::try_from_env("COAR_LOG")
+use std::io::IsTerminal;
+
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry, fmt};
+
+pub use meters::meters;
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line, for machines.
+    Json,
+}
+
+/// Held until the process ends: what is not exported yet is exported when it goes.
+#[derive(Debug)]
+#[must_use = "spans are lost when it is dropped early"]
+pub struct Telemetry {
+    #[cfg(feature = "otel")]
+    export: Option<otel::Export>,
+}
+
+#[cfg(feature = "otel")]
+impl Drop for Telemetry {
+    fn drop(&mut self) {
+        if let Some(export) = self.export.take() {
+            export.finish();
+        }
+    }
+}
+
+fn filter() -> EnvFilter {
+    EnvFilter::try_from_env("COAR_LOG")
         .or_else(|_| EnvFilter::try_from_default_env())
-        .unwrap_or_else(|_| EnvFilter::new("info"));
-    // A second start (tests) is harmless: the first one stays.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .try_init();
+        .unwrap_or_else(|_| EnvFilter::new("info"))
+}
+
+fn lines(format: LogFormat) -> Box<dyn Layer<Registry> + Send + Sync> {
+    let layer = fmt::layer().with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => layer
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_filter(filter())
+            .boxed(),
+        LogFormat::Json => layer
+            .json()
+            .flatten_event(true)
+            .with_current_span(true)
+            .with_span_list(false)
+            .with_filter(filter())
+            .boxed(),
+    }
+}
+
+/// Starts logging to standard error; `COAR_LOG` (or `RUST_LOG`) chooses what. Built with the feature `otel`, and where
+/// `OTEL_EXPORTER_OTLP_ENDPOINT` names a collector, spans go there too.
+pub fn start(format: LogFormat) -> Telemetry {
+    // The clock of the uptime starts here.
+    let _ = meters();
+    let subscriber = tracing_subscriber::registry().with(lines(format));
+    #[cfg(feature = "otel")]
+    {
+        let export = otel::Export::start();
+        // A second start (tests) is harmless: the first one stays.
+        let _ = subscriber
+            .with(export.as_ref().map(|export| export.layer().with_filter(filter())))
+            .try_init();
+        Telemetry { export }
+    }
+    #[cfg(not(feature = "otel"))]
+    {
+        let _ = subscriber.try_init();
+        Telemetry {}
+    }
 }

@@ -2,10 +2,13 @@
 
 Guidance as the reference inference runs it (two forward passes per token, each with its own key/value cache), and with
 both branches as two rows of one batch. Prints one JSON object.
+
+With --check COAR instead: the logits of one prompt, computed by the program COAR and here, both in f32, must agree.
 """
 
 import argparse
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,7 +17,24 @@ from safetensors.torch import load_file
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
-GUIDANCE, TOP_K, FIRST_CODE, CODES, ROW_END, SIDE = 4.0, 2000, 128, 8192, 5, 32
+GUIDANCE, TOP_K, SIDE = 4.0, 2000, 32
+# Both implementations take the sums of f32 in another order.
+TOLERANCE = 1e-3
+
+
+class Ids:
+    """Ids by their names in the checkpoint's tokenizer."""
+
+    def __init__(self, folder: Path):
+        names = json.loads((folder / "text_tokenizer.json").read_text())["model"]["vocab"]
+        codes = sorted(id for name, id in names.items() if name.startswith("IMGIMG"))
+        self.first_code, self.codes = codes[0], len(codes)
+        assert codes == list(range(codes[0], codes[0] + len(codes))), "image codes are not one range of ids"
+        self.row_end = names["<reserved08799>"]
+        grids = names[f"<reserved{8800 + SIDE // 2:05}>"]
+        self.start = [names["<racm3:break>"], grids, grids]
+        # As long as a short prompt; what the other ids are does not matter to the clock.
+        self.prompt = [names["<s>"], *range(names["<reserved08799>"] + 1, names["<reserved08799>"] + 24), *self.start]
 
 
 def load(folder: Path, dtype: torch.dtype):
@@ -32,17 +52,12 @@ def load(folder: Path, dtype: torch.dtype):
     )
     model = ChameleonForConditionalGeneration(config).to(dtype).eval()
     weights = {}
-    for shard in sorted(folder.glob("*.safetensors")):
+    for shard in sorted(folder.glob("model*.safetensors")):
         weights.update(load_file(shard))
     for name in list(weights):
         if name.endswith(("q_norm.weight", "q_norm.bias", "k_norm.weight", "k_norm.bias")):
             weights[name] = weights[name].expand(config.num_attention_heads, -1).contiguous()
-    own = model.state_dict()
-    for name, value in weights.items():
-        weights[name] = value.to(dtype).reshape(-1).expand(own[name].numel()).reshape(own[name].shape) \
-            if value.numel() == 1 else value.to(dtype)
-        if weights[name].shape != own[name].shape:
-            weights[name] = weights[name][: own[name].shape[0]]
+    weights = {name: value.to(dtype) for name, value in weights.items()}
     absent, unknown = model.load_state_dict(weights, strict=False)
     absent = [name for name in absent if "vqmodel" not in name and "vocabulary_mapping" not in name]
     assert not absent and not unknown, (absent, unknown)
@@ -56,18 +71,18 @@ def forward(model, ids, cache, length):
     return out.logits[:, -1].float()
 
 
-def draw(scores):
-    scores = scores[:, FIRST_CODE:FIRST_CODE + CODES]
+def draw(scores, ids):
+    scores = scores[:, ids.first_code:ids.first_code + ids.codes]
     threshold = torch.topk(scores, TOP_K)[0][:, -1, None]
     scores = scores.masked_fill(scores < threshold, float("-inf"))
-    return torch.multinomial(torch.softmax(scores, -1), 1) + FIRST_CODE
+    return torch.multinomial(torch.softmax(scores, -1), 1) + ids.first_code
 
 
 @torch.inference_mode()
-def run(model, batched: bool, warm_up: int, steps: int) -> float:
+def run(model, ids: Ids, batched: bool, warm_up: int, steps: int) -> float:
     """Seconds per drawn or forced token."""
     # As many tokens in both branches where they are one batch; the shorter unconditional one otherwise.
-    prompt = torch.arange(80, 107)[None]
+    prompt = torch.tensor([ids.prompt])
     if batched:
         cache, length = DynamicCache(), prompt.shape[1]
         logits = forward(model, prompt.repeat(2, 1), cache, 0)
@@ -80,9 +95,9 @@ def run(model, batched: bool, warm_up: int, steps: int) -> float:
             begun = time.perf_counter()
         # A row end is forced, and fed like every other token.
         if step % (SIDE + 1) == SIDE:
-            token = torch.tensor([[ROW_END]])
+            token = torch.tensor([[ids.row_end]])
         else:
-            token = draw(logits[1:] + GUIDANCE * (logits[:1] - logits[1:]))
+            token = draw(logits[1:] + GUIDANCE * (logits[:1] - logits[1:]), ids)
         if batched:
             logits = forward(model, token.repeat(2, 1), cache, length)
         else:
@@ -92,18 +107,39 @@ def run(model, batched: bool, warm_up: int, steps: int) -> float:
     return (time.perf_counter() - begun) / steps
 
 
+@torch.inference_mode()
+def check(model, ids: Ids, coar: Path, folder: Path):
+    """Compares the logits after a prompt and some codes; returns the largest difference."""
+    sequence = ids.prompt + [ids.first_code + 37 * index % ids.codes for index in range(40)]
+    ours = json.loads(subprocess.run(
+        [coar, "bench", "logits", folder, "--dtype", "f32", "--ids", ",".join(map(str, sequence))],
+        check=True, capture_output=True, text=True).stdout)
+    # The library masks image codes out of its logits; the head itself does not.
+    theirs = model.lm_head(model.model(input_ids=torch.tensor([sequence])).last_hidden_state[:, -1]).float()[0]
+    differences = {}
+    for name in ("logits", "decode_step_logits"):
+        mine = torch.tensor(ours[name])
+        assert mine.shape == theirs.shape and torch.isfinite(mine).all(), (name, mine.shape, theirs.shape)
+        differences[name] = (mine - theirs).abs().max().item()
+    print(json.dumps({"largest_difference": differences, "largest_logit": theirs.abs().max().item()}))
+    assert max(differences.values()) <= TOLERANCE, f"the two do not compute the same: {differences}"
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=66)
+    parser.add_argument("--check", type=Path, metavar="COAR")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = load(args.folder, getattr(torch, args.dtype))
+    model, ids = load(args.folder, getattr(torch, args.dtype)), Ids(args.folder)
+    if args.check:
+        return check(model, ids, args.check, args.folder)
     print(json.dumps({
-        "two_passes_tokens_per_second": 1 / run(model, False, 8, args.steps),
-        "one_batch_tokens_per_second": 1 / run(model, True, 8, args.steps),
+        "two_passes_tokens_per_second": 1 / run(model, ids, False, 8, args.steps),
+        "one_batch_tokens_per_second": 1 / run(model, ids, True, 8, args.steps),
     }))
 
 

@@ -9,13 +9,17 @@ use axum::http::{HeaderMap, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
+use super::access::identify;
 use super::{ApiError, AppState};
 use crate::error::Error;
 use crate::service::{Caller, Scope};
 
 /// Paths that anybody may ask for. Their answers tell nothing of any tenant.
 pub(super) fn is_public(path: &str) -> bool {
-    matches!(path, "/" | "/livez" | "/readyz" | "/openapi.json" | "/docs" | "/studio")
+    matches!(
+        path,
+        "/" | "/livez" | "/readyz" | "/metrics" | "/openapi.json" | "/docs" | "/studio"
+    )
         // Signed addresses.
         || path.starts_with("/v1/images/image_")
         || path.starts_with("/docs/")
@@ -37,11 +41,23 @@ pub(super) async fn authenticate(State(state): State<AppState>, mut request: Req
             Err(error) => Err(error),
         };
         match caller {
-            Ok(caller) => drop(request.extensions_mut().insert(caller)),
+            Ok(caller) => {
+                let key = caller.key.map(|key| key.to_string());
+                identify(request.extensions(), &caller.tenant.to_string(), key.as_deref());
+                request.extensions_mut().insert(caller);
+            }
             Err(error) => return ApiError(error).into_response(),
         }
     }
     next.run(request).await
+}
+
+/// The caller behind a request whose route is public, where it says who it is.
+///
+/// # Errors
+/// When the key is wrong, or the server is loading.
+pub(super) async fn caller_of(state: &AppState, headers: &HeaderMap) -> Result<Caller, Error> {
+    state.service()?.keys.authenticate(bearer(headers)).await
 }
 
 fn allowed(parts: &Parts, scope: Scope) -> Result<Caller, ApiError> {

@@ -19,7 +19,7 @@ impl<E: Into<Error>> From<E> for ApiError {
     }
 }
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 /// Seconds after which an overloaded or starting server is worth another try.
 const RETRY_AFTER: u64 = 2;
@@ -148,11 +148,9 @@ pub(super) async fn with_request_id(request: Request, next: Next) -> Response {
     let id = given
         .filter(plain)
         .map_or_else(|| Uuid::now_v7().to_string(), str::to_owned);
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let begun = std::time::Instant::now();
+    tracing::Span::current().record("request_id", &id);
     let answering = async { in_our_shape(next.run(request).await).await };
     let mut response = REQUEST.scope(id.clone(), answering).await;
-    tracing::info!(%method, path, status = response.status().as_u16(), ms = begun.elapsed().as_millis() as u64, request_id = id, "http");
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }

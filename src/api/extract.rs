@@ -8,6 +8,9 @@ use super::{ApiError, AppState};
 use crate::error::{Error, ErrorKind};
 use crate::registry::blobs::content_hash;
 
+/// Up to here a 64-bit float is exact.
+const EXACT: f64 = 9_007_199_254_740_992.0;
+
 /// A JSON object whose fields are taken one by one.
 pub(super) struct Fields(Map<String, Value>);
 
@@ -89,7 +92,12 @@ impl Fields {
 
     pub(super) fn integer(&mut self, name: &'static str, high: u64) -> Result<Option<u64>, Error> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        match value.as_u64() {
+        // To JSON 2.0 is as good an integer as 2.
+        let integral = |number: &f64| number.fract() == 0.0 && (0.0..=EXACT).contains(number);
+        let number = value
+            .as_u64()
+            .or_else(|| value.as_f64().filter(integral).map(|number| number as u64));
+        match number {
             Some(number) if number <= high => Ok(Some(number)),
             _ => Err(wrong_type(name, &format!("an integer from 0 to {high}"), &value)),
         }

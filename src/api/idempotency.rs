@@ -65,13 +65,7 @@ pub(super) struct IdempotencyHeader {
     /// 1 to 255 printable ASCII characters of the caller's choice. The same key with the same content gets the first
     /// answer again, for 24 hours, with `idempotency-replayed: true`; with other content 422 `idempotency_key_reused`;
     /// while the first still runs 409 `idempotency_in_progress`.
-    #[param(
-        rename = "Idempotency-Key",
-        min_length = 1,
-        max_length = 255,
-        pattern = "^[ -~]+$",
-        example = "order-4711"
-    )]
+    #[param(rename = "Idempotency-Key", min_length = 1, max_length = 255, pattern = "^[ -~]+$")]
     key: Option<String>,
 }
 
@@ -290,5 +284,78 @@ async fn keep(registry: &Registry, claim: &KeyClaim, head: StoredAnswer, body: O
 async fn release(registry: &Registry, claim: &KeyClaim) {
     if let Err(error) = registry.release_key(claim).await {
         tracing::warn!(%error, "an idempotency key could not be freed; its lease runs out");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::response::IntoResponse as _;
+
+    use super::*;
+    use crate::ids::TenantId;
+
+    const TENANT: TenantId = TenantId::DEFAULT;
+
+    async fn begin() -> (tempfile::TempDir, Registry, KeyClaim) {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(dir.path()).await.unwrap();
+        let claim = match registry.claim_key(TENANT, "k", "a", LEASE_MS).await.unwrap() {
+            FirstOrAgain::First(claim) => claim,
+            other => panic!("{other:?}"),
+        };
+        (dir, registry, claim)
+    }
+
+    #[tokio::test]
+    async fn events_go_on_to_the_caller_and_are_kept_also_when_it_is_gone() {
+        for stays in [true, false] {
+            let (_dir, registry, claim) = begin().await;
+            let (answer, answered) = oneshot::channel();
+            let first = First {
+                registry: registry.clone(),
+                claim,
+                answer,
+            };
+            let pieces = (0..2 * PIECES).map(|i| Ok::<_, Infallible>(Bytes::from(format!("data: {i}\n\n"))));
+            let body = Body::from_stream(futures::stream::iter(pieces));
+            let work = async move { Ok(([(header::CONTENT_TYPE, "text/event-stream")], body).into_response()) };
+            let reading = async move {
+                let response = answered.await.unwrap().unwrap();
+                match stays {
+                    true => axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap(),
+                    false => Bytes::new(),
+                }
+            };
+            let ((), read) = tokio::join!(first.work(work), reading);
+            let FirstOrAgain::Again(kept) = registry.claim_key(TENANT, "k", "a", 1).await.unwrap() else {
+                panic!("the answer is kept");
+            };
+            assert!(kept.body.starts_with(b"data: 0\n\ndata: 1\n\n"));
+            assert!(kept.body.ends_with(format!("data: {}\n\n", 2 * PIECES - 1).as_bytes()));
+            assert_eq!(read.len(), if stays { kept.body.len() } else { 0 });
+        }
+    }
+
+    #[tokio::test]
+    async fn a_refusal_and_a_panic_free_the_key() {
+        for panics in [true, false] {
+            let (_dir, registry, claim) = begin().await;
+            let (answer, answered) = oneshot::channel();
+            let first = First {
+                registry: registry.clone(),
+                claim,
+                answer,
+            };
+            let work = async move {
+                assert!(!panics, "a mistake of ours");
+                Err(Error::new(ErrorKind::NotFound, "concept_not_found", "There is none.").into())
+            };
+            first.work(work).await;
+            let told = answered.await.unwrap().unwrap_err();
+            let code = if panics { "internal_error" } else { "concept_not_found" };
+            assert_eq!(told.0.code, code);
+            let next = registry.claim_key(TENANT, "k", "b", LEASE_MS).await.unwrap();
+            assert!(matches!(next, FirstOrAgain::First(_)), "{next:?}");
+        }
     }
 }

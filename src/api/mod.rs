@@ -1,5 +1,6 @@
 //! HTTP only: routes, extractors, errors as JSON. No logic beyond translation.
 
+mod access;
 mod admin;
 mod auth;
 mod concepts;
@@ -13,6 +14,7 @@ mod health;
 mod idempotency;
 mod images;
 mod listen;
+mod metrics;
 mod models;
 mod multipart;
 mod openai;
@@ -20,6 +22,7 @@ mod openapi;
 mod pagination;
 mod quota;
 mod trainings;
+mod ui;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,6 +43,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind};
 use crate::service::Service;
+use crate::telemetry::meters;
 pub use describe::describe;
 pub(crate) use error::ApiError;
 pub use listen::listen;
@@ -73,6 +77,7 @@ impl AppState {
     pub fn ready(&self, service: Service) {
         // A second call would be a mistake of the caller; the first service stays.
         let _ = self.service.set(service);
+        meters().ready.set(1);
     }
 
     /// Where work is begun that goes on when its caller disconnects; the server's stop waits for it.
@@ -89,6 +94,7 @@ impl AppState {
     /// From now on new requests are refused.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
+        meters().ready.set(0);
     }
 
     fn service(&self) -> Result<&Service, Error> {
@@ -119,6 +125,8 @@ pub fn router(state: AppState) -> Router {
         .merge(concepts::routes(&state.config))
         .merge(trainings::routes())
         .merge(models::routes())
+        .merge(metrics::routes())
+        .merge(ui::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(state.clone(), auth::authenticate))
@@ -131,6 +139,7 @@ pub fn router(state: AppState) -> Router {
         }))
         .layer(from_fn(guard::security_headers))
         .layer(from_fn(error::with_request_id))
+        .layer(from_fn(access::observed))
         .with_state(state)
 }
 

@@ -1,11 +1,16 @@
-//! `coar concept list|show|export|import|verify|delete`
+//! `coar concept …`, on a data folder or with --server on a server.
 
 use std::path::PathBuf;
 
 use clap::Subcommand;
+use clap_complete::engine::ArgValueCompleter;
 
+use super::completions::concept_names;
+use super::form::FormArgs;
 use super::local::{DataArgs, block_on, existing_registry, service};
 use super::model::ModelArgs;
+use super::remote;
+use crate::client::Client;
 use crate::concept::ConceptFile;
 use crate::ids::TenantId;
 use crate::registry::Registry;
@@ -13,24 +18,37 @@ use crate::service::Caller;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConceptCommand {
-    /// Every concept of the data folder.
+    /// Register a concept with a server and follow its training; `coar train` does it without one.
+    Add {
+        #[command(flatten)]
+        form: Box<FormArgs>,
+        /// Do not wait for the training; print its id.
+        #[arg(long)]
+        detach: bool,
+    },
+    /// Every concept of the data folder or the server.
     List {
         #[command(flatten)]
         data: DataArgs,
     },
     /// What one concept is: its header, its size, how it was trained. Takes a name, or a file.
     Show {
-        /// Name of a concept in the data folder, or path of a concept file.
+        /// Name of a concept, or without a server path of a concept file.
+        #[arg(add = ArgValueCompleter::new(concept_names))]
         concept: String,
         #[command(flatten)]
         data: DataArgs,
     },
     /// Write a concept's file, to keep it or to give it away.
     Export {
+        #[arg(add = ArgValueCompleter::new(concept_names))]
         name: String,
         /// Default: NAME.safetensors
-        #[arg(long, value_name = "FILE")]
+        #[arg(short, long, value_name = "FILE")]
         out: Option<PathBuf>,
+        /// A version other than the one in use; with a server only.
+        #[arg(id = "concept_version", long = "version", value_name = "NUMBER")]
+        version: Option<u64>,
         #[command(flatten)]
         data: DataArgs,
     },
@@ -52,9 +70,23 @@ pub(super) enum ConceptCommand {
     },
     /// Remove a concept with its pictures and tensors.
     Delete {
+        #[arg(add = ArgValueCompleter::new(concept_names))]
         name: String,
         #[command(flatten)]
         data: DataArgs,
+    },
+    /// The versions of a concept on a server, newest first.
+    Versions {
+        #[arg(add = ArgValueCompleter::new(concept_names))]
+        name: String,
+    },
+    /// Use another version of a concept on a server from now on.
+    Rollback {
+        #[arg(add = ArgValueCompleter::new(concept_names))]
+        name: String,
+        /// Its number, as `coar concept versions` has it.
+        #[arg(id = "concept_version", value_name = "VERSION")]
+        version: u64,
     },
 }
 
@@ -69,12 +101,17 @@ async fn read(registry: &Registry, name: &str) -> anyhow::Result<bytes::Bytes> {
 }
 
 impl ConceptCommand {
-    pub(super) fn run(self) -> anyhow::Result<()> {
+    pub(super) fn run(self, server: Option<&Client>) -> anyhow::Result<()> {
+        if let Some(client) = server {
+            return block_on(remote::concept::run(client, self));
+        }
         block_on(async {
             match self {
+                Self::Add { .. } | Self::Versions { .. } | Self::Rollback { .. } => remote::needed(None).map(drop),
+                Self::Export { version: Some(_), .. } => remote::needed(None).map(drop),
                 Self::List { data } => list(&data).await,
                 Self::Show { concept, data } => show(&concept, &data).await,
-                Self::Export { name, out, data } => {
+                Self::Export { name, out, data, .. } => {
                     let bytes = read(&existing_registry(&data.data).await?, &name).await?;
                     let out = out.unwrap_or_else(|| format!("{name}.safetensors").into());
                     std::fs::write(&out, &bytes)?;

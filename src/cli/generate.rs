@@ -7,10 +7,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::local::{DataArgs, block_on, service};
 use super::model::ModelArgs;
+use super::remote;
+use crate::client::{Client, Draw};
 use crate::engine::GenerationEvent;
 use crate::service::{Caller, GenerateInput};
 
-/// Draw pictures, without a server.
+/// Draw pictures, here or with --server there.
 ///
 /// A plain prompt:     coar generate "a photo of a red cat in the snow"
 /// With a subject:     coar generate "a photo of <rex> cat on the beach"
@@ -44,7 +46,7 @@ pub(super) struct GenerateArgs {
     #[arg(long)]
     no_identity_mask: bool,
     /// Folder for the pictures.
-    #[arg(long, default_value = ".", value_name = "DIR")]
+    #[arg(short, long, default_value = ".", value_name = "DIR")]
     out: PathBuf,
     #[command(flatten)]
     data: DataArgs,
@@ -53,8 +55,26 @@ pub(super) struct GenerateArgs {
 }
 
 impl GenerateArgs {
-    pub(super) fn run(self) -> anyhow::Result<()> {
-        block_on(self.generate())
+    pub(super) fn run(self, server: Option<&Client>) -> anyhow::Result<()> {
+        match server {
+            Some(client) => block_on(remote::generate::run(client, &self.draw(), &self.out)),
+            None => block_on(self.generate()),
+        }
+    }
+
+    /// For a server.
+    fn draw(&self) -> Draw {
+        Draw {
+            prompt: self.prompt.clone(),
+            n: self.count,
+            size: self.size.clone(),
+            seed: self.seed,
+            guidance_scale: self.guidance_scale,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            identity_mask: self.no_identity_mask.then_some(false),
+            output_format: None,
+        }
     }
 
     async fn generate(self) -> anyhow::Result<()> {

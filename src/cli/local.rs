@@ -11,7 +11,7 @@ use super::model::ModelArgs;
 use crate::engine::EngineOptions;
 use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, work};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Keys, Limits, Links, Meters, Service};
+use crate::service::{Keys, Limits, Links, Service, Tallies};
 
 /// Where concepts are kept.
 #[derive(Debug, Clone, Args)]
@@ -62,7 +62,7 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
         engine,
         wake: Wake::default(),
         limits: Limits::default().into(),
-        meters: Meters::default(),
+        tallies: Tallies::default(),
     })
 }
 

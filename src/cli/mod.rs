@@ -1,15 +1,18 @@
 //! The command line: one file per command.
 
 mod bench;
+mod completions;
 mod concept;
 mod config;
 mod eval;
+mod form;
 mod generate;
 mod inspect;
 mod keys;
 mod local;
 mod model;
 mod pocket;
+mod remote;
 mod serve;
 mod train;
 
@@ -20,10 +23,18 @@ use clap::{Command as Clap, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::{Faults, read_file};
 
+use crate::telemetry::LogFormat;
+pub use completions::complete;
+
 /// One frozen autoregressive image model, and everybody's concepts beside it.
 #[derive(Debug, Parser)]
 #[command(name = "coar", version, about, long_about = None)]
 pub struct Cli {
+    /// How log lines are written; COAR_LOG says which, such as `warn` or `info,coar::api=debug`.
+    #[arg(long, global = true, env = "COAR_LOG_FORMAT", value_enum, default_value_t)]
+    pub log_format: LogFormat,
+    #[command(flatten)]
+    remote: remote::RemoteArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -34,7 +45,7 @@ enum Command {
     Serve(Box<serve::ServeArgs>),
     Train(train::TrainArgs),
     Generate(generate::GenerateArgs),
-    /// List, show, export, import, verify or delete concepts.
+    /// Add, list, show, export, import, verify, roll back or delete concepts.
     #[command(subcommand)]
     Concept(concept::ConceptCommand),
     /// Check or show the settings of `coar serve`.
@@ -43,6 +54,12 @@ enum Command {
     /// Make, list and revoke API keys.
     #[command(subcommand)]
     Keys(keys::KeysCommand),
+    /// List, follow, cancel or retry the trainings of a server.
+    #[command(subcommand)]
+    Training(remote::training::TrainingCommand),
+    /// The models of a server: its base model and every concept that is ready.
+    Models,
+    Completions(completions::CompletionsArgs),
     Inspect(inspect::InspectArgs),
     /// Measure speed and memory; make checkpoints of random weights for it.
     #[command(subcommand)]
@@ -110,11 +127,15 @@ impl Cli {
     /// # Errors
     /// What the command could not do, and what to do about it.
     pub fn run(self) -> anyhow::Result<()> {
+        let server = self.remote.client()?;
         match self.command {
             Command::Serve(args) => args.run(),
-            Command::Train(args) => args.run(),
-            Command::Generate(args) => args.run(),
-            Command::Concept(command) => command.run(),
+            Command::Train(args) => args.run(server.as_ref()),
+            Command::Generate(args) => args.run(server.as_ref()),
+            Command::Concept(command) => command.run(server.as_ref()),
+            Command::Training(command) => command.run(server.as_ref()),
+            Command::Models => remote::models(server.as_ref()),
+            Command::Completions(args) => args.run(),
             Command::Config(command) => command.run(),
             Command::Keys(command) => command.run(),
             Command::Inspect(args) => args.run(),

@@ -20,6 +20,7 @@ impl EngineArgs {
             rows: self.rows,
             concept_bytes: self.concept_memory << 20,
             training_share: self.training_share,
+            training_bytes: self.training_memory.bytes(),
             deterministic: self.deterministic.is_on(),
             ..EngineOptions::default()
         }
@@ -36,30 +37,38 @@ fn default_cache() -> PathBuf {
         .join("coar")
 }
 
+/// The device that a `--device` names; `auto` takes the first CUDA device where libtorch has one.
+///
+/// # Errors
+/// When the text is not a device, or the device is absent.
+pub(in crate::cli) fn device(text: &str) -> anyhow::Result<Device> {
+    crate::engine::load_cuda();
+    let cuda = tch::Cuda::device_count();
+    match text {
+        "cpu" => Ok(Device::Cpu),
+        "auto" => Ok(if cuda > 0 { Device::Cuda(0) } else { Device::Cpu }),
+        other => {
+            let index: usize = other
+                .strip_prefix("cuda:")
+                .or((other == "cuda").then_some("0"))
+                .and_then(|index| index.parse().ok())
+                .ok_or_else(|| anyhow::anyhow!("--device is `{other}`; expected `auto`, `cpu` or `cuda:N`"))?;
+            anyhow::ensure!(
+                (index as i64) < cuda,
+                "--device is `{other}`; this machine has {cuda} CUDA devices that libtorch can use"
+            );
+            Ok(Device::Cuda(index))
+        }
+    }
+}
+
 impl ModelArgs {
     /// The device that the flag names; `auto` takes the first CUDA device where libtorch has one.
     ///
     /// # Errors
     /// When the flag is not a device, or the device is absent.
     pub fn device(&self) -> anyhow::Result<Device> {
-        crate::engine::load_cuda();
-        let cuda = tch::Cuda::device_count();
-        match self.device.as_str() {
-            "cpu" => Ok(Device::Cpu),
-            "auto" => Ok(if cuda > 0 { Device::Cuda(0) } else { Device::Cpu }),
-            other => {
-                let index: usize = other
-                    .strip_prefix("cuda:")
-                    .or((other == "cuda").then_some("0"))
-                    .and_then(|index| index.parse().ok())
-                    .ok_or_else(|| anyhow::anyhow!("--device is `{other}`; expected `auto`, `cpu` or `cuda:N`"))?;
-                anyhow::ensure!(
-                    (index as i64) < cuda,
-                    "--device is `{other}`; this machine has {cuda} CUDA devices that libtorch can use"
-                );
-                Ok(Device::Cuda(index))
-            }
-        }
+        device(&self.device)
     }
 
     /// The kind that the flag names, for `device`.

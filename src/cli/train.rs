@@ -1,17 +1,19 @@
 //! `coar train`
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::form::FormArgs;
 use super::local::{DataArgs, Workshop, block_on};
 use super::model::ModelArgs;
+use super::remote;
+use crate::client::Client;
 use crate::registry::TrainingStatus;
-use crate::service::{Caller, Registration};
+use crate::service::Caller;
 
-/// Train a concept from pictures, without a server.
+/// Train a concept from pictures, here or with --server there.
 ///
 /// A subject: coar train rex --class cat concepts/rex/*.png
 /// A style:   coar train blueprint --kind style concepts/blueprint/*.png
@@ -21,36 +23,8 @@ use crate::service::{Caller, Registration};
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct TrainArgs {
-    /// The concept's name: 1 to 63 of a-z, 0-9 and -.
-    name: String,
-    /// Reference pictures (JPEG, PNG, WebP): 3 to 6 of a subject, 1 of a style.
-    #[arg(required = true)]
-    images: Vec<PathBuf>,
-    /// `subject` or `style`.
-    #[arg(long, default_value = "subject")]
-    kind: String,
-    /// What a subject is, in one noun: cat, mug, car.
-    #[arg(long, value_name = "NOUN")]
-    class: Option<String>,
-    /// What else each picture shows ("on the beach"), in the order of the pictures; may be given fewer times.
-    #[arg(long = "caption", value_name = "TEXT")]
-    captions: Vec<String>,
-    /// Optimizer steps. Default: the model's preset.
-    #[arg(long)]
-    steps: Option<u32>,
-    /// N: decoder layers that the concept reaches, from the first.
-    #[arg(long)]
-    layers: Option<u32>,
-    #[arg(long)]
-    learning_rate: Option<f64>,
-    /// T: text context tokens per layer.
-    #[arg(long)]
-    text_tokens: Option<u32>,
-    /// K: image context tokens per layer; 0 leaves them out.
-    #[arg(long)]
-    image_tokens: Option<u32>,
-    #[arg(long)]
-    seed: Option<u64>,
+    #[command(flatten)]
+    form: FormArgs,
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
@@ -58,29 +32,24 @@ pub(super) struct TrainArgs {
 }
 
 impl TrainArgs {
-    pub(super) fn run(self) -> anyhow::Result<()> {
-        block_on(self.train())
+    pub(super) fn run(self, server: Option<&Client>) -> anyhow::Result<()> {
+        match server {
+            Some(client) => block_on(remote::concept::add(client, &self.form, true)),
+            None => block_on(self.train()),
+        }
     }
 
     async fn train(self) -> anyhow::Result<()> {
-        let images = self
-            .images
-            .iter()
-            .map(|file| {
-                std::fs::read(file)
-                    .map(Into::into)
-                    .map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))
-            })
-            .collect::<anyhow::Result<Vec<_>>>()?;
+        let images = self.form.read_images()?;
         let workshop = Workshop::open(&self.data, &self.model).await?;
         let outcome = self.watch(&workshop, images).await;
         workshop.close().await?;
         outcome
     }
 
-    async fn watch(&self, workshop: &Workshop, images: Vec<bytes::Bytes>) -> anyhow::Result<()> {
+    async fn watch(&self, workshop: &Workshop, images: Vec<(String, bytes::Bytes)>) -> anyhow::Result<()> {
         let service = &workshop.service;
-        let unfinished = match service.concept(&Caller::LOCAL, &self.name).await {
+        let unfinished = match service.concept(&Caller::LOCAL, &self.form.name).await {
             Ok(view) => view.training.filter(|training| !training.status.is_final()),
             Err(_) => None,
         };
@@ -88,29 +57,12 @@ impl TrainArgs {
             Some(training) => {
                 println!(
                     "{} goes on from step {} of {}",
-                    self.name, training.step, training.total_steps
+                    self.form.name, training.step, training.total_steps
                 );
                 training
             }
             None => {
-                let registered = service
-                    .register(
-                        &Caller::LOCAL,
-                        Registration {
-                            name: Some(self.name.clone()),
-                            kind: Some(self.kind.clone()),
-                            class: self.class.clone(),
-                            images,
-                            captions: self.captions.clone(),
-                            steps: self.steps,
-                            layers: self.layers,
-                            learning_rate: self.learning_rate,
-                            text_tokens: self.text_tokens,
-                            image_tokens: self.image_tokens,
-                            seed: self.seed,
-                        },
-                    )
-                    .await?;
+                let registered = service.register(&Caller::LOCAL, self.form.registration(images)).await?;
                 registered
                     .training
                     .ok_or_else(|| anyhow::anyhow!("the concept was stored without a training"))?
@@ -134,8 +86,8 @@ impl TrainArgs {
                     bar.finish();
                     println!(
                         "{name} is ready: write <{name}> in a prompt, for example\n  coar generate \"{}\"",
-                        self.example(),
-                        name = self.name
+                        self.form.example(),
+                        name = self.form.name
                     );
                     return Ok(());
                 }
@@ -149,13 +101,6 @@ impl TrainArgs {
                     anyhow::bail!("the training failed: {message}");
                 }
             }
-        }
-    }
-
-    fn example(&self) -> String {
-        match &self.class {
-            Some(class) => format!("a photo of <{}> {class} on the beach", self.name),
-            None => format!("a picture of a cat in <{}> style", self.name),
         }
     }
 }

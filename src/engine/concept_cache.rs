@@ -18,7 +18,7 @@ struct Entry {
 
 /// Least recently used first out; what somebody holds stays.
 #[derive(Debug)]
-pub(super) struct ConceptCache {
+pub struct ConceptCache {
     entries: HashMap<String, Entry>,
     bytes: usize,
     limit: usize,

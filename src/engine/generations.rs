@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use super::command::{EngineError, GenerateRequest, GenerationEvent};
 use super::concept_cache::ConceptCache;
 use super::handle::Ticket;
+use super::meters::Trace;
 use super::pictures::{Order, Orders, Recipient};
 use super::plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 use super::scheduler::{Admission, Cost, JobId, Scheduler};
@@ -18,6 +19,7 @@ use super::thread::guarded;
 use crate::concept::DeviceConcept;
 use crate::model::decoding::{DecodeBatch, Drawn, PictureId};
 use crate::model::{LuminaMgpt, ModelError};
+use crate::telemetry::meters;
 
 /// Places in an event channel that progress leaves free for pictures, checkpoints and ends.
 pub(super) const RESERVED_EVENTS: usize = 24;
@@ -34,6 +36,7 @@ struct Job {
     columns: i64,
     /// Held until every picture has rows.
     ticket: Option<Ticket>,
+    trace: Trace,
 }
 
 /// Requests waiting and being drawn.
@@ -144,6 +147,7 @@ impl Generations {
             left: AtomicU32::new(request.count),
             text_tokens: plan.text_tokens as u64,
             image_tokens: u64::from(request.count) * (rows * columns) as u64,
+            span: ticket.trace().request().clone(),
         });
         let job_state = Job {
             recipient,
@@ -154,6 +158,7 @@ impl Generations {
             finished: 0,
             codes_per_picture: (rows * columns) as u64,
             columns,
+            trace: ticket.trace(),
             ticket: Some(ticket),
         };
         self.jobs.insert(job, job_state);
@@ -168,11 +173,13 @@ impl Generations {
         if self.batch.is_empty() {
             return;
         }
-        let (begun, pictures) = (Instant::now(), self.batch.len());
+        let (begun, pictures, free) = (Instant::now(), self.batch.len(), self.batch.free_rows());
         match guarded(|| self.batch.step(&model.transformer)) {
             Ok(drawn) => {
                 // Two rows each, mostly; the unit only has to agree with the cost's.
-                self.speed.saw(2.0 * pictures as f64, begun.elapsed().as_secs_f64());
+                let seconds = begun.elapsed().as_secs_f64();
+                self.speed.saw(2.0 * pictures as f64, seconds);
+                meters().decode_step(seconds, pictures, free);
                 drawn.into_iter().for_each(|drawn| self.leave(drawn));
                 self.tell_progress();
             }
@@ -244,8 +251,14 @@ impl Generations {
             let _ = job.events.try_send(GenerationEvent::Started);
         }
         let (batch, concepts) = (&mut self.batch, &mut self.concepts);
-        match guarded(|| start(model, batch, concepts, job, admission)) {
-            Ok(ids) => job.active.extend(ids.into_iter().zip(admission.first..)),
+        let prefill = job.trace.prefill();
+        let started = guarded(|| start(model, batch, concepts, job, admission));
+        prefill.end();
+        match started {
+            Ok(ids) => {
+                job.trace.decode();
+                job.active.extend(ids.into_iter().zip(admission.first..));
+            }
             Err(error) => self.fail(admission.job, &error),
         }
     }

@@ -11,7 +11,9 @@ use crate::concept::{ConceptFile, ConceptFileError};
 use super::command::{EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingRequest};
 use super::cost::{Cost, Counter};
 use super::generations::Load;
+use super::meters::{GenerationClock, Trace};
 use super::thread::device;
+use crate::telemetry::meters;
 
 /// Readiness as the device thread last reported it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,16 +57,23 @@ impl ModelInfo {
 
 /// Events of one generation; dropping it cancels the generation.
 #[derive(Debug)]
-pub struct GenerationStream(pub(super) mpsc::Receiver<GenerationEvent>);
+pub struct GenerationStream {
+    events: mpsc::Receiver<GenerationEvent>,
+    clock: GenerationClock,
+}
 
 impl GenerationStream {
     /// The next event, `None` after the last.
     pub async fn next(&mut self) -> Option<GenerationEvent> {
-        self.0.recv().await
+        let event = self.events.recv().await;
+        self.clock.saw(event.as_ref());
+        event
     }
     /// As [`Self::next`], for a thread without a runtime.
     pub fn blocking_next(&mut self) -> Option<GenerationEvent> {
-        self.0.blocking_recv()
+        let event = self.events.blocking_recv();
+        self.clock.saw(event.as_ref());
+        event
     }
 }
 
@@ -93,6 +102,7 @@ pub(super) enum Command {
     Train {
         request: Box<TrainingRequest>,
         events: mpsc::Sender<TrainingEvent>,
+        span: tracing::Span,
     },
     /// Send a checkpoint of every running training, then end it; used before the process stops.
     Drain { done: tokio::sync::oneshot::Sender<()> },
@@ -161,9 +171,19 @@ impl Gauge {
 
 /// A place in the queue; dropping it gives the place back.
 #[derive(Debug)]
-pub(super) struct Ticket(Arc<Gauge>);
+pub(super) struct Ticket {
+    gauge: Arc<Gauge>,
+    trace: Trace,
+    /// Ends with the wait.
+    _queue: tracing::Span,
+}
 
 impl Ticket {
+    /// The request that waits, for its later spans.
+    pub(super) fn trace(&self) -> Trace {
+        self.trace.clone()
+    }
+
     fn take(gauge: &Arc<Gauge>) -> Result<Self, EngineError> {
         let taken = gauge
             .waiting_requests
@@ -171,7 +191,14 @@ impl Ticket {
                 (waiting < gauge.limit).then_some(waiting + 1)
             });
         match taken {
-            Ok(_) => Ok(Self(gauge.clone())),
+            Ok(_) => {
+                meters().waiting.inc();
+                Ok(Self {
+                    gauge: gauge.clone(),
+                    trace: Trace::current(),
+                    _queue: tracing::info_span!("engine.queue"),
+                })
+            }
             Err(_) => Err(EngineError::Overloaded {
                 limit: gauge.limit,
                 retry_after: gauge.wait(),
@@ -182,7 +209,8 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.0.waiting_requests.fetch_sub(1, Ordering::Relaxed);
+        meters().waiting.dec();
+        self.gauge.waiting_requests.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -262,7 +290,10 @@ impl EngineHandle {
             events,
             ticket,
         })?;
-        Ok(GenerationStream(stream))
+        Ok(GenerationStream {
+            events: stream,
+            clock: GenerationClock::start(),
+        })
     }
 
     /// Hands a training to the device thread. It runs in slices between the steps of generations.
@@ -274,6 +305,7 @@ impl EngineHandle {
         self.send(Command::Train {
             request: Box::new(request),
             events,
+            span: tracing::Span::current(),
         })?;
         Ok(TrainingStream(stream))
     }

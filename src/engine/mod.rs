@@ -5,6 +5,8 @@ mod concept_cache;
 mod cost;
 mod generations;
 mod handle;
+mod memory;
+mod meters;
 mod pictures;
 mod plan;
 mod scheduler;
@@ -14,9 +16,11 @@ mod trainings;
 pub use command::{
     ConceptUse, EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingProgress, TrainingRequest,
 };
+pub use concept_cache::ConceptCache;
 pub use cost::Cost;
 pub use generations::Load;
 pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStream};
+pub use memory::{free_bytes, used_bytes};
 pub use plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 pub use thread::{EngineOptions, start};
 

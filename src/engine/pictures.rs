@@ -15,6 +15,7 @@ use crate::model::cpu::without_pool;
 use crate::model::lumina::pictures;
 use crate::model::{ModelError, Vqgan};
 use crate::picture::RgbPicture;
+use crate::telemetry::meters;
 
 /// Where a request's pictures go.
 #[derive(Debug)]
@@ -27,6 +28,8 @@ pub(super) struct Recipient {
     /// The request's cost, which its end tells.
     pub text_tokens: u64,
     pub image_tokens: u64,
+    /// The request's span.
+    pub span: tracing::Span,
 }
 
 /// One picture to decode.
@@ -110,12 +113,15 @@ fn deliver(vqgan: &Vqgan, order: Order) {
     if recipient.events.is_closed() {
         return;
     }
-    let decoded = guarded(|| decode(vqgan, &codes, recipient.size));
+    let decoded = recipient
+        .span
+        .in_scope(|| guarded(|| decode(vqgan, &codes, recipient.size)));
     let send = |event| drop(recipient.events.try_send(event));
     match (decoded, partial) {
         (Ok(picture), Some(number)) => send(GenerationEvent::Partial { index, number, picture }),
         (Err(_), Some(_)) => {}
         (Ok(picture), None) => {
+            meters().pictures.inc();
             send(GenerationEvent::Picture { index, picture });
             if recipient.left.fetch_sub(1, Ordering::AcqRel) == 1 {
                 send(GenerationEvent::Done {
@@ -133,6 +139,8 @@ const GREY: u8 = 128;
 
 /// The picture of as many whole rows of codes as there are.
 fn decode(vqgan: &Vqgan, codes: &[i64], (width, height): (u32, u32)) -> Result<RgbPicture, ModelError> {
+    let _span = tracing::info_span!("vqgan.decode").entered();
+    let _timer = meters().picture_decode.start_timer();
     let unit = vqgan.config().pixels_per_code();
     let columns = i64::from(width / unit);
     let rows = codes.len() as i64 / columns.max(1);

@@ -11,12 +11,14 @@ use super::command::EngineError;
 use super::cost::Counter;
 use super::generations::Generations;
 use super::handle::{Command, EngineHandle, Gauge, Health, Joined, ModelInfo};
+use super::meters::Published;
 use super::pictures;
 use super::scheduler::{DeviceShare, Turn};
 use super::trainings::Trainings;
 use crate::model::decoding::{BatchOptions, DecodeBatch};
 use crate::model::kv_cache::KvCache;
 use crate::model::{LuminaMgpt, ModelError};
+use crate::telemetry::meters;
 
 /// How the device thread works.
 #[derive(Debug, Clone)]
@@ -33,6 +35,9 @@ pub struct EngineOptions {
     pub concept_bytes: usize,
     /// Share of the device's time for trainings while pictures wait, 0..=1. Without pictures they have all of it.
     pub training_share: f64,
+    /// Memory in bytes that the graph of one optimizer step may take; a training that needs more recomputes layers in its
+    /// backward pass. `None`: half of what is free when the training begins.
+    pub training_bytes: Option<u64>,
     /// A training's checkpoint is handed out at least this often.
     pub checkpoint_every: Duration,
     /// Threads for libtorch; 0 leaves its default.
@@ -51,6 +56,7 @@ impl Default for EngineOptions {
             prompt_tokens: 256,
             concept_bytes: 256 << 20,
             training_share: 0.5,
+            training_bytes: None,
             checkpoint_every: Duration::from_secs(5),
             threads: 0,
             deterministic: false,
@@ -119,6 +125,7 @@ struct Thread {
     trainings: Trainings,
     share: DeviceShare,
     gauge: Arc<Gauge>,
+    published: Published,
 }
 
 pub(super) fn device(error: &ModelError) -> EngineError {
@@ -184,6 +191,8 @@ impl Thread {
             max_seq,
             fixed_shapes: options.deterministic,
         };
+        meters().kv_rows.set(rows as i64);
+        meters().kv_bytes.set((row * rows as u64) as i64);
         let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, batch)?;
         let tokenizers = (0..pictures::threads(model.transformer.device()))
             .map(|_| model.share_vqgan())
@@ -192,12 +201,13 @@ impl Thread {
             .map_err(|error| ModelError::invalid("engine", format!("cannot start its picture thread: {error}")))?;
         Ok(Self {
             generations: Generations::new(batch, orders, options.concept_bytes),
-            trainings: Trainings::new(options.checkpoint_every),
+            trainings: Trainings::new(options.checkpoint_every, options.training_bytes),
             share: DeviceShare::new(options.training_share),
             model,
             pictures,
             inbox,
             gauge,
+            published: Published::default(),
         })
     }
 
@@ -234,7 +244,9 @@ impl Thread {
                         events,
                         ticket,
                     } => self.generations.take_in(&self.model, *request, events, ticket),
-                    Command::Train { request, events } => self.trainings.take_in(&self.model, *request, events),
+                    Command::Train { request, events, span } => {
+                        self.trainings.take_in(&self.model, *request, events, span);
+                    }
                     Command::Drain { done } => return self.drain(done),
                 }
                 command = self.inbox.try_recv().ok();
@@ -246,8 +258,11 @@ impl Thread {
                 Turn::Training => self.trainings.turn(&self.model),
                 Turn::Idle => {}
             }
-            self.share.spent(turn, begun.elapsed(), drawing && training);
-            self.gauge.tell(self.generations.load());
+            let spent = begun.elapsed();
+            self.share.spent(turn, spent, drawing && training);
+            let load = self.generations.load();
+            self.published.turn(turn, spent, &load, self.trainings.len());
+            self.gauge.tell(load);
         }
     }
 

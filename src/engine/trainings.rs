@@ -9,7 +9,8 @@ use super::command::{EngineError, TrainingEvent, TrainingProgress, TrainingReque
 use super::generations::RESERVED_EVENTS;
 use super::thread::guarded;
 use crate::model::LuminaMgpt;
-use crate::training::{Advance, Trainer};
+use crate::telemetry::meters;
+use crate::training::{Advance, Graph, Trainer};
 
 struct Training {
     trainer: Trainer,
@@ -17,21 +18,31 @@ struct Training {
     checkpointed: Instant,
     started: Instant,
     first_step: u32,
+    span: tracing::Span,
 }
 
 /// Open trainings.
 pub(super) struct Trainings {
     open: VecDeque<Training>,
     checkpoint_every: Duration,
+    /// For the graph of one step; trainings take turns, so one graph is alive at a time.
+    bytes: Option<u64>,
 }
 
 impl Trainings {
-    /// A training's checkpoint is handed out at least every `checkpoint_every`.
-    pub(super) fn new(checkpoint_every: Duration) -> Self {
+    /// A training's checkpoint is handed out at least every `checkpoint_every`; the graph of its step may take `bytes`,
+    /// or half of what is free when it begins.
+    pub(super) fn new(checkpoint_every: Duration, bytes: Option<u64>) -> Self {
         Self {
             open: VecDeque::new(),
             checkpoint_every,
+            bytes,
         }
+    }
+
+    /// How many are open.
+    pub(super) fn len(&self) -> usize {
+        self.open.len()
     }
 
     /// Whether none is open.
@@ -44,6 +55,7 @@ impl Trainings {
         model: &LuminaMgpt,
         request: TrainingRequest,
         events: mpsc::Sender<TrainingEvent>,
+        span: tracing::Span,
     ) {
         let TrainingRequest {
             spec,
@@ -55,7 +67,14 @@ impl Trainings {
             None => Trainer::new(model, spec, &pictures),
         });
         match opened {
-            Ok(trainer) => {
+            Ok(mut trainer) => {
+                let free = || super::memory::free_bytes(model.transformer.device()).map(|free| free / 2);
+                let estimate = trainer.estimate(model);
+                if let Some(budget) = self.bytes.or_else(free) {
+                    let graph = estimate.within(budget);
+                    tracing::info!(budget, kept = estimate.bytes(Graph::Kept), ?graph, "a training begins");
+                    trainer.set_graph(graph);
+                }
                 let now = Instant::now();
                 let first_step = trainer.step();
                 self.open.push_back(Training {
@@ -64,6 +83,7 @@ impl Trainings {
                     checkpointed: now,
                     started: now,
                     first_step,
+                    span,
                 });
             }
             Err(error) => drop(events.try_send(TrainingEvent::Failed(error))),
@@ -78,7 +98,12 @@ impl Trainings {
         if training.events.is_closed() {
             return;
         }
-        match guarded(|| training.trainer.advance(model)) {
+        let (slice, begun) = (
+            tracing::info_span!(parent: &training.span, "train.slice"),
+            Instant::now(),
+        );
+        let advanced = slice.in_scope(|| guarded(|| training.trainer.advance(model)));
+        match advanced {
             Ok(Advance::Finished) => {
                 let finished = guarded(|| training.trainer.concept_file(model.fingerprint()))
                     .and_then(|file| file.to_bytes().map_err(|error| EngineError::Device(error.to_string())));
@@ -93,6 +118,7 @@ impl Trainings {
             }
             Ok(advance) => {
                 if let Advance::Step(losses) = advance {
+                    meters().training_step(begun.elapsed().as_secs_f64(), losses.total);
                     training.tell(losses.total);
                 }
                 if training.checkpointed.elapsed() >= self.checkpoint_every {

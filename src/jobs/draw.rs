@@ -307,6 +307,7 @@ impl Drawings {
     }
 
     /// Begins the next queued generation. False when there is none.
+    #[tracing::instrument(name = "job.run", skip_all)]
     async fn next(&self, slot: OwnedSemaphorePermit) -> Result<bool, Error> {
         let at_work: Vec<GenerationId> = self.live().keys().copied().collect();
         let waiting = self.registry.next_generations(at_work.len() + 1).await?;

@@ -16,6 +16,7 @@ use crate::registry::{Claimed, Progress, Registry, RegistryError};
 /// How often progress is written down; also how soon a cancellation is noticed.
 const TICK: Duration = Duration::from_millis(500);
 
+#[tracing::instrument(name = "job.run", skip_all, fields(training = %claimed.training.id))]
 pub(super) async fn train_concept(
     registry: &Registry,
     engine: &EngineHandle,

@@ -53,26 +53,16 @@ pub fn next(vocabulary: &Vocabulary, ids: &[i64]) -> Next {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::tokenizer::{CONTROL_NAMES, code_name, grid_name};
     use std::collections::BTreeMap;
 
     #[test]
     fn a_whole_picture_follows_its_sizes_and_a_second_one_starts_anew() {
-        let names = [
-            "<s>",
-            "<pad>",
-            "<eoss>",
-            "<racm3:break>",
-            "<reserved08706>",
-            "<reserved08799>",
-            "<reserved08801>",
-            "<reserved08802>",
-            "IMGIMGAZ",
-            "IMGIMGBZ",
-        ];
-        let names: BTreeMap<String, i64> = names
-            .iter()
+        let names: BTreeMap<String, i64> = CONTROL_NAMES
+            .map(str::to_owned)
+            .into_iter()
+            .chain([grid_name(1), grid_name(2), code_name(0), code_name(1)])
             .zip(0..)
-            .map(|(name, id)| ((*name).to_owned(), id))
             .collect();
         let vocabulary = Vocabulary::from_names(&names).unwrap();
         let (start, end, row_end, one, two, code) = (3, 2, 5, 6, 7, 8);

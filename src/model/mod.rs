@@ -21,6 +21,8 @@ mod layers;
 pub mod lumina;
 /// Crop sizes, Pillow-exact resampling, colour conversion.
 pub mod preprocessing;
+/// A forward pass that keeps little for its backward pass.
+pub mod recompute;
 mod rope;
 /// From logits to drawn codes.
 pub mod sampling;

@@ -11,8 +11,24 @@ use super::ModelError;
 const IMAGE_CODE: &str = "IMGIMG";
 const PLACEHOLDER: &str = "<reserved08708>";
 const SEPARATOR: &str = "<reserved08706>";
+const ROW_END: &str = "<reserved08799>";
 /// The largest grid that has a name of its own: 64 grids are the longest side of the 1024 px checkpoint.
 const MOST_GRIDS: usize = 64;
+
+/// Names that every vocabulary has, beside sizes ([`grid_name`]) and image codes ([`code_name`]).
+pub const CONTROL_NAMES: [&str; 6] = ["<s>", "<pad>", "<eoss>", "<racm3:break>", SEPARATOR, ROW_END];
+
+/// The name of "n grids of two codes" along a side.
+pub fn grid_name(n: usize) -> String {
+    format!("<reserved{:05}>", 8800 + n)
+}
+
+/// The name of an image code: what [`Vocabulary`] reads back.
+pub fn code_name(code: i64) -> String {
+    let letter = |digit: u8| char::from(digit - b'0' + b'A');
+    let letters: String = code.to_string().bytes().map(letter).collect();
+    format!("{IMAGE_CODE}{letters}Z")
+}
 
 /// Ids by their role (`model/chameleon_vae_ori/vocab.py`, `data/item_processor.py`).
 #[derive(Debug, Clone)]
@@ -62,7 +78,7 @@ impl Vocabulary {
         };
         let (codes, code_of_id) = image_codes(names)?;
         let grids: Vec<i64> = (1..=MOST_GRIDS)
-            .map_while(|n| names.get(&format!("<reserved{:05}>", 8800 + n)).copied())
+            .map_while(|n| names.get(&grid_name(n)).copied())
             .collect();
         if grids.is_empty() {
             return Err(ModelError::invalid(
@@ -82,7 +98,7 @@ impl Vocabulary {
             separator: id(SEPARATOR)?,
             image_start: id("<racm3:break>")?,
             image_end: id("<eoss>")?,
-            row_end: id("<reserved08799>")?,
+            row_end: id(ROW_END)?,
             placeholder: names.get(PLACEHOLDER).copied().map_or_else(|| id("<pad>"), Ok)?,
             grids,
             codes,
@@ -409,16 +425,8 @@ mod tests {
     use super::*;
 
     fn names(codes: &[(&str, i64)], without: &str) -> BTreeMap<String, i64> {
-        let fixed = [
-            "<s>",
-            "<pad>",
-            "<eoss>",
-            "<racm3:break>",
-            "<reserved08706>",
-            "<reserved08799>",
-            "<reserved08801>",
-        ];
-        let specials = fixed.into_iter().zip(100..).filter(|(name, _)| *name != without);
+        let fixed = CONTROL_NAMES.into_iter().chain(["<reserved08801>"]);
+        let specials = fixed.zip(100..).filter(|(name, _)| *name != without);
         codes
             .iter()
             .copied()
@@ -437,6 +445,12 @@ mod tests {
     }
 
     #[test]
+    fn a_codes_name_spells_it() {
+        assert_eq!(code_name(8191), "IMGIMGIBJBZ");
+        assert_eq!(code_of_name(&code_name(70)), Some(70));
+    }
+
+    #[test]
     fn ambiguous_and_incomplete_codes_are_refused() {
         for codes in [
             &[("IMGIMGAZ", 4), ("IMGIMGAAZ", 5)][..],
@@ -450,15 +464,8 @@ mod tests {
 
     #[test]
     fn a_missing_special_name_is_named() {
-        for name in [
-            "<s>",
-            "<pad>",
-            "<eoss>",
-            "<racm3:break>",
-            "<reserved08706>",
-            "<reserved08799>",
-            "<reserved08801>",
-        ] {
+        assert_eq!(grid_name(1), "<reserved08801>");
+        for name in CONTROL_NAMES.into_iter().chain(["<reserved08801>"]) {
             let error = Vocabulary::from_names(&names(&[("IMGIMGAZ", 4)], name))
                 .unwrap_err()
                 .to_string();

@@ -1,10 +1,12 @@
 //! The decoder stack of Chameleon / Lumina-mGPT (`lumina_mgpt/model/chameleon/modeling_chameleon.py`).
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use super::attention::{Attention, Pairs, Shared, Step, StepTokens};
 use super::context::{ContextBatch, causal_mask, decode_mask};
-use super::cpu::{CpuDecoder, LayerTensors};
+use super::cpu::{self, CpuDecoder, LayerTensors};
 use super::kv_cache::{KvCache, whole_blocks};
 use super::layers::{Mlp, RmsNorm, linear};
 use super::rope::Rope;
@@ -303,6 +305,29 @@ impl Transformer {
         self.cpu.as_ref()
     }
 
+    /// The final normed hidden state `[1, hidden]` after one more token of row 0, by the way that pictures are drawn.
+    ///
+    /// # Errors
+    /// When the cache is full, or the device fails.
+    pub fn decode_one(&self, id: i64, position: i64, cache: &mut KvCache) -> Result<Tensor, ModelError> {
+        if let Some(cpu) = &self.cpu {
+            let tokens = cpu::StepTokens {
+                ids: &[id],
+                rows: &[0],
+                positions: &[position],
+                wanted: &[0],
+            };
+            return cpu.run(&tokens, cache, &mut cpu::Workspace::default());
+        }
+        let next = NextTokens {
+            ids: &Tensor::f_from_slice(&[id])?.f_to_device(self.device())?,
+            positions: &[position],
+            forced: &[],
+            length: 0,
+        };
+        self.decode(&next, cache)
+    }
+
     /// One decode step through libtorch: for each of the first `rows` rows of `cache` its next token, in order, and after
     /// these a second token for some of them (one that was forced, so that it costs no step of its own). Returns the
     /// final normed hidden state `[rows, hidden]` that each row's following token is predicted from.
@@ -419,7 +444,8 @@ impl Transformer {
         }
     }
 
-    fn whole_sequence<'a>(
+    /// What every layer shares when whole sequences are read.
+    pub(super) fn whole_sequence<'a>(
         &self,
         ids: &Tensor,
         context: Option<&ContextBatch>,
@@ -452,15 +478,37 @@ impl Transformer {
         mut shared: Shared,
         observe: &mut dyn FnMut(LayerPoint, &Tensor) -> Result<(), ModelError>,
     ) -> Result<Tensor, ModelError> {
-        let mut x = Tensor::f_embedding(&self.embedding, ids, -1, false, false)?;
-        for (index, layer) in self.layers.iter().enumerate() {
+        let all = 0..self.layers.len();
+        let x = self.run_layers(self.embed(ids)?, all, (context, &mut shared), observe)?;
+        self.finish(&x)
+    }
+
+    /// What the first layer receives, `[batch, seq, hidden]`, before anything is injected.
+    pub(super) fn embed(&self, ids: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(Tensor::f_embedding(&self.embedding, ids, -1, false, false)?)
+    }
+
+    /// The final norm of what the last layer returns.
+    pub(super) fn finish(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        self.norm.forward(x)
+    }
+
+    /// Takes `x` `[batch, seq, hidden]` through some of the layers, injecting at the input of each.
+    pub(super) fn run_layers(
+        &self,
+        mut x: Tensor,
+        layers: Range<usize>,
+        (context, shared): (Option<&ContextBatch>, &mut Shared),
+        observe: &mut dyn FnMut(LayerPoint, &Tensor) -> Result<(), ModelError>,
+    ) -> Result<Tensor, ModelError> {
+        for index in layers {
             if let Some(context) = context {
                 x = context.inject(index, x)?;
             }
             observe(LayerPoint::Input(index), &x)?;
-            x = layer.forward(x, index, &mut shared)?;
+            x = self.layers[index].forward(x, index, shared)?;
             observe(LayerPoint::Output(index), &x)?;
         }
-        self.norm.forward(&x)
+        Ok(x)
     }
 }

@@ -5,18 +5,10 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::world::words;
+use crate::model::tokenizer::{code_name, grid_name};
 
 /// Size names `<reserved08801>` ...: the longest side of the pocket's sizes has 12 grids.
 const GRIDS: usize = 16;
-
-fn image_code_name(code: i64) -> String {
-    let letters: String = code
-        .to_string()
-        .bytes()
-        .map(|digit| char::from(digit - b'0' + b'A'))
-        .collect();
-    format!("IMGIMG{letters}Z")
-}
 
 /// The symbol of each byte in byte-level BPE: printable bytes stand for themselves, the others are moved up.
 fn byte_symbols() -> Vec<char> {
@@ -36,17 +28,16 @@ fn byte_symbols() -> Vec<char> {
 }
 
 /// Names in the order of their ids, and the merges that make each word of the world, with the space before it, one token.
-fn names_and_merges() -> (Vec<String>, Vec<(String, String)>, Vec<String>) {
+fn names_and_merges(codes: i64, grids: usize) -> (Vec<String>, Vec<(String, String)>, Vec<String>) {
     let mut names: Vec<String> = ["<s>", "<pad>", "</s>", "<unk>"].map(str::to_owned).to_vec();
-    names.extend((0..super::IMAGE_CODES).map(image_code_name));
+    names.extend((0..codes).map(code_name));
     let mut special: Vec<String> = names[..4].to_vec();
-    let reserved = [8706, 8707, 8708, 8799]
-        .into_iter()
-        .chain((1..=GRIDS).map(|n| 8800 + n));
+    let reserved = [8706, 8707, 8708, 8799].map(|n| format!("<reserved{n:05}>"));
     let control: Vec<String> = ["<eoss>", "<racm3:break>"]
         .map(str::to_owned)
         .into_iter()
-        .chain(reserved.map(|n| format!("<reserved{n:05}>")))
+        .chain(reserved)
+        .chain((1..=grids).map(grid_name))
         .collect();
     special.extend(control.iter().cloned());
     names.extend(control);
@@ -79,12 +70,22 @@ fn names_and_merges() -> (Vec<String>, Vec<(String, String)>, Vec<String>) {
 
 /// Every name and its id.
 pub fn vocabulary_map() -> BTreeMap<String, i64> {
-    names_and_merges().0.into_iter().zip(0..).collect()
+    names_and_merges(super::IMAGE_CODES, GRIDS)
+        .0
+        .into_iter()
+        .zip(0..)
+        .collect()
 }
 
-/// The tokenizer file in the format of Hugging Face `tokenizers`, with the pre-tokenizer pipeline of the real one.
+/// The pocket model's tokenizer file.
 pub fn tokenizer_json() -> Value {
-    let (names, merges, special) = names_and_merges();
+    tokenizer_with(super::IMAGE_CODES, GRIDS)
+}
+
+/// A tokenizer file in the format of Hugging Face `tokenizers`, with the pre-tokenizer pipeline of the real one: that many
+/// image codes (from id 4 on, as in the real one) and size names, and the words of the pocket model's world.
+pub fn tokenizer_with(codes: i64, grids: usize) -> Value {
+    let (names, merges, special) = names_and_merges(codes, grids);
     let vocabulary: serde_json::Map<String, Value> = names
         .iter()
         .enumerate()

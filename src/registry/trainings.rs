@@ -21,6 +21,15 @@ pub enum TrainingStatus {
 }
 
 impl TrainingStatus {
+    /// In the order of a training's life.
+    pub const ALL: [Self; 5] = [
+        Self::Queued,
+        Self::Running,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+    ];
+
     /// The word.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -38,16 +47,10 @@ impl TrainingStatus {
     }
 
     fn parse(text: &str) -> Result<Self, RegistryError> {
-        [
-            Self::Queued,
-            Self::Running,
-            Self::Succeeded,
-            Self::Failed,
-            Self::Cancelled,
-        ]
-        .into_iter()
-        .find(|status| status.as_str() == text)
-        .ok_or_else(|| RegistryError::Row(format!("training status `{text}`")))
+        Self::ALL
+            .into_iter()
+            .find(|status| status.as_str() == text)
+            .ok_or_else(|| RegistryError::Row(format!("training status `{text}`")))
     }
 }
 
@@ -229,6 +232,21 @@ impl Registry {
             .fetch_one(&self.pool)
             .await?;
         Ok(count)
+    }
+
+    /// How many trainings there are in each status.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn training_counts(&self) -> Result<Vec<(TrainingStatus, i64)>, RegistryError> {
+        let rows: Vec<(String, i64)> = sqlx::query_as("SELECT status, count(*) FROM trainings GROUP BY status")
+            .fetch_all(&self.pool)
+            .await?;
+        let counts = |status: TrainingStatus| {
+            let row = rows.iter().find(|(word, _)| word == status.as_str());
+            (status, row.map_or(0, |(_, count)| *count))
+        };
+        Ok(TrainingStatus::ALL.map(counts).to_vec())
     }
 
     /// Gives back every running training of a process that is gone. Only the holder of the data folder's lock may ask.

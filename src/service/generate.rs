@@ -226,6 +226,7 @@ impl Service {
     ///
     /// # Errors
     /// When the engine is overloaded or stopping.
+    #[tracing::instrument(name = "service.generate", skip_all)]
     pub fn draw(&self, plan: &Plan) -> Result<GenerationStream, Error> {
         Ok(self.engine.generate(plan.request.clone())?)
     }

@@ -128,6 +128,7 @@ impl Service {
     ///
     /// # Errors
     /// `quota_exceeded`; `overloaded`: the engine's queue is full.
+    #[tracing::instrument(name = "service.generate", skip_all)]
     pub async fn begin_generation(&self, caller: &Caller, plan: Plan) -> Result<Begun, Error> {
         let mut admitted = self.admit(caller, plan.new.settings.n).await?;
         let (generation, events, waiting) = self.drawings.begin(plan.new, plan.request).await?;

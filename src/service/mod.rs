@@ -16,7 +16,7 @@ pub use generate::{GenerateInput, GeneratedImage, NamedConcept, Plan, drawn};
 pub use generations::{Begun, GenerationInput, GenerationView, check_metadata};
 pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};
-pub use quota::{Addition, Admitted, Allowance, Meters, Standing, Turn};
+pub use quota::{Addition, Admitted, Allowance, Standing, Tallies, Turn};
 pub use tenants::QuotaChange;
 
 use crate::config::Config;
@@ -71,7 +71,7 @@ pub struct Service {
     pub engine: EngineHandle,
     pub wake: Wake,
     pub limits: Arc<Limits>,
-    pub meters: Meters,
+    pub tallies: Tallies,
     pub drawings: Drawings,
     pub links: Arc<Links>,
 }

@@ -21,10 +21,10 @@ const NEXT_CONCEPT: Duration = Duration::from_secs(120);
 
 /// What every tenant does at the moment.
 #[derive(Debug, Clone, Default)]
-pub struct Meters(Arc<Mutex<HashMap<TenantId, Meter>>>);
+pub struct Tallies(Arc<Mutex<HashMap<TenantId, Tally>>>);
 
 #[derive(Debug, Default)]
-struct Meter {
+struct Tally {
     in_flight: u32,
     /// Admissions of the last minute, oldest first: at most as many as the quota, each has a picture.
     admitted: VecDeque<Admission>,
@@ -59,7 +59,7 @@ pub struct Standing {
 /// A request that counts as in flight until this is dropped. Its pictures are given back then, unless they were drawn.
 #[derive(Debug)]
 pub struct Admitted {
-    meters: Meters,
+    tallies: Tallies,
     tenant: TenantId,
     /// `None`: no pictures were counted, or they are drawn.
     pictures: Option<u64>,
@@ -74,10 +74,10 @@ impl Admitted {
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        let mut meters = self.meters.lock();
-        if let Some(meter) = meters.get_mut(&self.tenant) {
-            meter.in_flight = meter.in_flight.saturating_sub(1);
-            meter.admitted.retain(|admission| Some(admission.id) != self.pictures);
+        let mut tallies = self.tallies.lock();
+        if let Some(tally) = tallies.get_mut(&self.tenant) {
+            tally.in_flight = tally.in_flight.saturating_sub(1);
+            tally.admitted.retain(|admission| Some(admission.id) != self.pictures);
         }
     }
 }
@@ -106,7 +106,7 @@ fn exceeded(quota: &'static str, limit: u32, wait: Duration, what: &str) -> Erro
     error.limit(limit.into()).retry_after(wait)
 }
 
-impl Meter {
+impl Tally {
     fn forget(&mut self, now: Instant) {
         while self
             .admitted
@@ -156,20 +156,20 @@ impl Meter {
     }
 }
 
-impl Meters {
-    fn lock(&self) -> MutexGuard<'_, HashMap<TenantId, Meter>> {
+impl Tallies {
+    fn lock(&self) -> MutexGuard<'_, HashMap<TenantId, Tally>> {
         // Nothing in it can be half-written.
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn admit(&self, tenant: TenantId, quotas: Quotas, pictures: u32, now: Instant) -> Result<Admitted, Error> {
-        let mut meters = self.lock();
-        let meter = meters.entry(tenant).or_default();
-        meter.forget(now);
+        let mut tallies = self.lock();
+        let tally = tallies.entry(tenant).or_default();
+        tally.forget(now);
         if let Some(limit) = quotas.requests_in_flight
-            && meter.in_flight >= limit
+            && tally.in_flight >= limit
         {
-            let what = format!("{} requests are queued or running", meter.in_flight);
+            let what = format!("{} requests are queued or running", tally.in_flight);
             return Err(exceeded("requests_in_flight", limit, NEXT_REQUEST, &what));
         }
         let mut id = None;
@@ -179,23 +179,23 @@ impl Meters {
                 let problem = format!("is {pictures}; you may draw {limit} pictures a minute");
                 return Err(Error::field("quota_exceeded", "n", problem).limit(limit.into()));
             }
-            let over = (meter.drawn() + pictures).saturating_sub(limit);
+            let over = (tally.drawn() + pictures).saturating_sub(limit);
             if over > 0 {
-                let what = format!("{} pictures were admitted in the last minute", meter.drawn());
-                return Err(exceeded("pictures_per_minute", limit, meter.wait(over, now), &what));
+                let what = format!("{} pictures were admitted in the last minute", tally.drawn());
+                return Err(exceeded("pictures_per_minute", limit, tally.wait(over, now), &what));
             }
             let admission = Admission {
-                id: meter.next,
+                id: tally.next,
                 at: now,
                 pictures,
             };
-            meter.next += 1;
-            meter.admitted.push_back(admission);
+            tally.next += 1;
+            tally.admitted.push_back(admission);
             id = Some(admission.id);
         }
-        meter.in_flight += 1;
+        tally.in_flight += 1;
         Ok(Admitted {
-            meters: self.clone(),
+            tallies: self.clone(),
             tenant,
             pictures: id,
         })
@@ -231,14 +231,14 @@ impl Service {
     /// `quota_exceeded`; when the registry fails.
     pub async fn admit(&self, caller: &Caller, pictures: u32) -> Result<Admitted, Error> {
         let quotas = self.quotas(caller.tenant).await?;
-        self.meters.admit(caller.tenant, quotas, pictures, Instant::now())
+        self.tallies.admit(caller.tenant, quotas, pictures, Instant::now())
     }
 
     /// Counts a generation as in flight that was admitted before the server started anew.
     pub fn readmit(&self, tenant: TenantId) -> Admitted {
-        self.meters.lock().entry(tenant).or_default().in_flight += 1;
+        self.tallies.lock().entry(tenant).or_default().in_flight += 1;
         Admitted {
-            meters: self.meters.clone(),
+            tallies: self.tallies.clone(),
             tenant,
             pictures: None,
         }
@@ -250,8 +250,8 @@ impl Service {
     /// When the registry fails.
     pub async fn standing(&self, tenant: TenantId) -> Result<Standing, Error> {
         let quotas = self.quotas(tenant).await?;
-        let mut meters = self.meters.lock();
-        Ok(meters.entry(tenant).or_default().standing(quotas, Instant::now()))
+        let mut tallies = self.tallies.lock();
+        Ok(tallies.entry(tenant).or_default().standing(quotas, Instant::now()))
     }
 
     /// Waits for the tenant's turn and checks that the addition has room. The turn is held until it is stored, so that
@@ -260,7 +260,7 @@ impl Service {
     /// # Errors
     /// `quota_exceeded`; when the registry fails.
     pub async fn turn(&self, caller: &Caller, addition: Addition) -> Result<Turn, Error> {
-        let turn = self.meters.turn(caller.tenant).lock_owned().await;
+        let turn = self.tallies.turn(caller.tenant).lock_owned().await;
         let quotas = self.quotas(caller.tenant).await?;
         let usage = self.registry.usage(caller.tenant).await?;
         if let Some(limit) = quotas.concepts
@@ -293,57 +293,57 @@ mod tests {
         pictures_per_minute: Some(5),
     };
 
-    fn standing(meters: &Meters, now: Instant) -> (u32, u32, u64) {
-        let standing = meters.lock().entry(TENANT).or_default().standing(QUOTAS, now);
+    fn standing(tallies: &Tallies, now: Instant) -> (u32, u32, u64) {
+        let standing = tallies.lock().entry(TENANT).or_default().standing(QUOTAS, now);
         let (requests, pictures) = (standing.requests.unwrap(), standing.pictures.unwrap());
         (requests.remaining, pictures.remaining, pictures.reset.as_secs())
     }
 
     #[test]
     fn pictures_come_back_a_minute_after_they_were_admitted() {
-        let (meters, begin) = (Meters::default(), Instant::now());
+        let (tallies, begin) = (Tallies::default(), Instant::now());
         let later = |seconds| begin + Duration::from_secs(seconds);
-        let mut first = meters.admit(TENANT, QUOTAS, 3, begin).unwrap();
+        let mut first = tallies.admit(TENANT, QUOTAS, 3, begin).unwrap();
         first.drawing();
         drop(first);
-        let mut second = meters.admit(TENANT, QUOTAS, 2, later(20)).unwrap();
+        let mut second = tallies.admit(TENANT, QUOTAS, 2, later(20)).unwrap();
         second.drawing();
         drop(second);
-        assert_eq!(standing(&meters, later(20)), (2, 0, 60));
-        let refused = meters.admit(TENANT, QUOTAS, 1, later(20)).unwrap_err();
+        assert_eq!(standing(&tallies, later(20)), (2, 0, 60));
+        let refused = tallies.admit(TENANT, QUOTAS, 1, later(20)).unwrap_err();
         assert_eq!(
             (refused.code, refused.limit, refused.retry_after),
             ("quota_exceeded", Some(5), Some(40))
         );
-        let refused = meters.admit(TENANT, QUOTAS, 4, later(20)).unwrap_err();
+        let refused = tallies.admit(TENANT, QUOTAS, 4, later(20)).unwrap_err();
         assert_eq!(
             (refused.field.as_deref(), refused.retry_after),
             (Some("pictures_per_minute"), Some(60))
         );
-        let never = meters.admit(TENANT, QUOTAS, 6, later(20)).unwrap_err();
+        let never = tallies.admit(TENANT, QUOTAS, 6, later(20)).unwrap_err();
         assert_eq!((never.kind, never.field.as_deref()), (ErrorKind::Invalid, Some("n")));
-        assert_eq!(standing(&meters, later(60)), (2, 3, 20));
-        assert!(meters.admit(TENANT, QUOTAS, 3, later(60)).is_ok());
+        assert_eq!(standing(&tallies, later(60)), (2, 3, 20));
+        assert!(tallies.admit(TENANT, QUOTAS, 3, later(60)).is_ok());
     }
 
     #[test]
     fn what_was_not_drawn_is_given_back_and_other_tenants_are_not_counted() {
-        let (meters, now) = (Meters::default(), Instant::now());
-        let one = meters.admit(TENANT, QUOTAS, 5, now).unwrap();
+        let (tallies, now) = (Tallies::default(), Instant::now());
+        let one = tallies.admit(TENANT, QUOTAS, 5, now).unwrap();
         let none = Quotas {
             pictures_per_minute: None,
             ..QUOTAS
         };
-        let two = meters.admit(TENANT, none, 100, now).unwrap();
-        let refused = meters.admit(TENANT, none, 1, now).unwrap_err();
+        let two = tallies.admit(TENANT, none, 100, now).unwrap();
+        let refused = tallies.admit(TENANT, none, 1, now).unwrap_err();
         assert_eq!(
             (refused.field.as_deref(), refused.limit),
             (Some("requests_in_flight"), Some(2))
         );
-        assert!(meters.admit(TenantId::new(), QUOTAS, 5, now).is_ok());
-        assert_eq!(standing(&meters, now), (0, 0, 60));
+        assert!(tallies.admit(TenantId::new(), QUOTAS, 5, now).is_ok());
+        assert_eq!(standing(&tallies, now), (0, 0, 60));
         drop(one);
         drop(two);
-        assert_eq!(standing(&meters, now), (2, 5, 0));
+        assert_eq!(standing(&tallies, now), (2, 5, 0));
     }
 }

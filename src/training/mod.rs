@@ -2,13 +2,17 @@
 
 mod checkpoint;
 mod losses;
+mod memory;
 /// The rules that move trainable tensors.
 pub mod optimizer;
+mod passes;
 mod references;
 mod start;
 mod trainer;
 
 pub use crate::concept::spec::{self, Preset, SpecFault, TrainingSpec};
 pub use losses::next_token;
+pub use memory::{Estimate, StepSize};
+pub use passes::{Graph, Row, row_logits, token_logits};
 pub use references::{Reference, References};
-pub use trainer::{Advance, StepLosses, Trainer, reference_loss, token_logits};
+pub use trainer::{Advance, StepLosses, Trainer};

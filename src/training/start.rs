@@ -4,8 +4,8 @@
 use tch::{Kind, Tensor};
 
 use super::losses::next_token;
+use super::passes::token_logits;
 use super::references::{Reference, References};
-use super::trainer::token_logits;
 use crate::concept::ConceptKind;
 use crate::concept::spec::{Parametrisation, TrainingSpec};
 use crate::model::transformer::LayerPoint;

@@ -9,11 +9,13 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
 use super::losses::{divergence_from_frozen, next_token, self_regularisation};
+use super::memory::{Estimate, StepSize};
 use super::optimizer::{Optimizer, Parameter, Rule};
+use super::passes::{Graph, Passes, rows, token_logits};
 use super::references::{Reference, References};
 use super::start::{Anchors, StartSearch};
 use crate::concept::spec::{Parametrisation, TrainingSpec};
-use crate::concept::{ConceptFile, ConceptHeader, DeviceConcept, Placement, context_batch};
+use crate::concept::{ConceptFile, ConceptHeader, DeviceConcept};
 use crate::model::decoding::Decoding;
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
@@ -65,6 +67,7 @@ pub struct Trainer {
     prior: Vec<PriorPicture>,
     drawing: Option<Decoding>,
     losses: Vec<StepLosses>,
+    graph: Graph,
 }
 
 const WARM_UP: f64 = 10.0;
@@ -119,7 +122,25 @@ impl Trainer {
             prior: vec![],
             drawing: None,
             losses: vec![],
+            graph: Graph::Kept,
         })
+    }
+
+    /// What a step of this training takes in memory.
+    pub fn estimate(&self, model: &LuminaMgpt) -> Estimate {
+        let longest = |reference: &Reference| {
+            let prompt = reference.layout(model, i64::from(self.spec.image_tokens)).ids.len();
+            (prompt + reference.image.len(), reference.image.len())
+        };
+        let (seq, predicted) = self.references.centred().map(longest).max().unwrap_or((0, 0));
+        let transformer = &model.transformer;
+        let size = StepSize::of(&self.spec, self.wants_prior(), seq, predicted);
+        Estimate::new(transformer.config(), size, transformer.kind(), transformer.device())
+    }
+
+    /// How the backward pass gets what it needs, from the next step on. It changes memory and time, not the result.
+    pub fn set_graph(&mut self, graph: Graph) {
+        self.graph = graph;
     }
 
     /// What is being trained.
@@ -229,23 +250,28 @@ impl Trainer {
         let mut rng = ChaCha8Rng::seed_from_u64(self.spec.seed);
         rng.set_stream(u64::from(step) + 1);
         let batch = self.references.batch(&self.spec, &mut rng);
-        let ntp = reference_loss(model, &batch, &concept)?;
-        let mut total = ntp.shallow_clone();
+        let mut passes = Passes::new(model, self.graph);
+        let (logits, targets) = passes.logits(&rows(&batch, Some((&concept, true))))?;
+        let ntp = next_token(&logits, &targets)?;
+        let mut through = ntp.shallow_clone();
         let value = |tensor: &Tensor| -> Result<f32, ModelError> { Ok(tensor.f_double_value(&[])? as f32) };
         let mut prior = None;
         if self.wants_prior() {
             let mut order: Vec<usize> = (0..self.prior.len()).collect();
             order.shuffle(&mut rng);
             order.truncate((self.spec.batch_size as usize).div_ceil(2));
-            let term = self.prior_loss(model, &order, &concept)?;
+            let term = self.prior_loss(&mut passes, &order, &concept)?;
             prior = Some(value(&term)?);
-            total = total.f_add(&term.f_mul_scalar(self.spec.prior_weight)?)?;
+            through = through.f_add(&term.f_mul_scalar(self.spec.prior_weight)?)?;
         }
-        let mut regularisation = None;
+        let (mut regularisation, mut direct) = (None, None);
+        let mut total = through.shallow_clone();
         if self.spec.regularisation_weight > 0.0 && self.spec.image_tokens > 0 {
             let term = self_regularisation(&concept.image, &self.anchors.image)?;
             regularisation = Some(value(&term)?);
-            total = total.f_add(&term.f_mul_scalar(self.spec.regularisation_weight)?)?;
+            let term = term.f_mul_scalar(self.spec.regularisation_weight)?;
+            total = total.f_add(&term)?;
+            direct = Some(term);
         }
         let losses = StepLosses {
             step: step + 1,
@@ -260,7 +286,7 @@ impl Trainer {
                 format!("led to a loss of {} at step {}", losses.total, step + 1),
             ));
         }
-        total.f_backward()?;
+        passes.backward(&through, direct.as_ref())?;
         self.optimizer.step(self.learning_rate(step))?;
         self.losses.push(losses);
         Ok(Advance::Step(losses))
@@ -279,19 +305,19 @@ impl Trainer {
     /// `0.5 * NTP_class + 0.5 * KL(zs || prior)`: only the image context tokens are inserted.
     fn prior_loss(
         &mut self,
-        model: &LuminaMgpt,
+        passes: &mut Passes,
         which: &[usize],
         concept: &DeviceConcept,
     ) -> Result<Tensor, ModelError> {
         for &index in which {
             let picture = &mut self.prior[index];
             if picture.frozen.is_none() {
-                let logits = tch::no_grad(|| token_logits(model, &[&picture.reference], None))?.0;
+                let logits = tch::no_grad(|| token_logits(passes.model(), &[&picture.reference], None))?.0;
                 picture.frozen = Some(logits.f_log_softmax(-1, Kind::Float)?.detach());
             }
         }
         let picked: Vec<&Reference> = which.iter().map(|&index| &self.prior[index].reference).collect();
-        let (logits, targets) = token_logits(model, &picked, Some((concept, false)))?;
+        let (logits, targets) = passes.logits(&rows(&picked, Some((concept, false))))?;
         let frozen: Vec<&Tensor> = which
             .iter()
             .filter_map(|&index| self.prior[index].frozen.as_ref())
@@ -403,68 +429,6 @@ impl Trainer {
 
 /// Keeps the class pictures' random streams apart from every other use of the seed.
 const PRIOR_SEED: u64 = 0x7072_696f_7200_0000;
-
-/// Mean next-token loss over the references' image tokens with the concept in place.
-///
-/// # Errors
-/// When the device fails.
-pub fn reference_loss(model: &LuminaMgpt, batch: &[&Reference], concept: &DeviceConcept) -> Result<Tensor, ModelError> {
-    let (logits, targets) = token_logits(model, batch, Some((concept, true)))?;
-    next_token(&logits, &targets)
-}
-
-/// Logits `[tokens, vocab]` that predict every image token (codes, row ends, image end) of a batch, in order, and those
-/// tokens. With a concept, its image context tokens stand before the first code, and its text context tokens at the
-/// placeholder where `with_text` is set.
-///
-/// # Errors
-/// When the device fails.
-pub fn token_logits(
-    model: &LuminaMgpt,
-    batch: &[&Reference],
-    concept: Option<(&DeviceConcept, bool)>,
-) -> Result<(Tensor, Tensor), ModelError> {
-    let image_tokens = concept.map_or(0, |(concept, _)| concept.image_tokens());
-    let layouts: Vec<_> = batch.iter().map(|r| r.layout(model, image_tokens)).collect();
-    let seq = layouts
-        .iter()
-        .zip(batch)
-        .map(|(l, r)| l.ids.len() + r.image.len())
-        .max()
-        .unwrap_or(0);
-    let mut ids = Vec::with_capacity(batch.len() * seq);
-    let (mut at, mut targets, mut placements) = (Vec::new(), Vec::new(), Vec::new());
-    for (row, (layout, reference)) in layouts.iter().zip(batch).enumerate() {
-        let before = row * seq + layout.ids.len() - 1;
-        ids.extend_from_slice(&layout.ids);
-        ids.extend_from_slice(&reference.image);
-        ids.resize((row + 1) * seq, model.vocabulary.pad());
-        at.extend((before..before + reference.image.len()).map(|position| position as i64));
-        targets.extend_from_slice(&reference.image);
-        if let Some((concept, with_text)) = concept {
-            placements.push(Placement {
-                row: row as i64,
-                concept,
-                text_at: if with_text { layout.text_at.concat() } else { vec![] },
-                image_at: layout.image_at.first().copied(),
-            });
-        }
-    }
-    let device = model.transformer.device();
-    let ids = Tensor::f_from_slice(&ids)?
-        .f_view([batch.len() as i64, seq as i64])?
-        .f_to_device(device)?;
-    let context = context_batch(&placements, false, device)?;
-    let hidden = model.transformer.forward(&ids, Some(&context))?;
-    let size = hidden.size()[2];
-    let rows = hidden
-        .f_reshape([-1, size])?
-        .f_index_select(0, &Tensor::f_from_slice(&at)?.f_to_device(device)?)?;
-    Ok((
-        model.transformer.logits(&rows)?,
-        Tensor::f_from_slice(&targets)?.f_to_device(device)?,
-    ))
-}
 
 impl References {
     /// The references of one optimizer step.

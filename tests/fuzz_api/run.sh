@@ -2,7 +2,7 @@
 # Sends requests made from /openapi.json to a real server, all checks on: no 5xx, nothing that the document does not say.
 # Usage: tests/fuzz_api/run.sh [EXAMPLES] [SCHEMATHESIS ARGUMENT...]
 #   tests/fuzz_api/run.sh                                        what every change is checked with
-#   tests/fuzz_api/run.sh 100                                    2 000 cases and more
+#   tests/fuzz_api/run.sh 300                                    2 000 cases and more
 #   tests/fuzz_api/run.sh 50 --include-path-regex admin          one part of the API
 # COAR names the binary (default: target/debug/coar), FUZZ_VENV where the fuzzer is installed, SEED the run.
 set -euo pipefail
@@ -37,8 +37,6 @@ for _ in $(seq 600); do
     sleep 0.2
 done
 [ -n "${ready:-}" ]
-# Tenants and keys that the run makes are its own to change and delete, the key that it uses is not: without it, all the
-# rest would be 401.
 "$venv/bin/schemathesis" --config-file tests/fuzz_api/schemathesis.toml run "$url/openapi.json" \
     --header "Authorization: Bearer $(cat "$work/key")" \
     --checks all --max-examples "$examples" --seed "${SEED:-1}" --workers 2 --request-timeout 60 \

@@ -20,9 +20,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "cli",
         &[
             "app", "api", "service", "jobs", "registry", "engine", "eval", "pocket", "training", "concept", "model",
+            "client",
         ],
     ),
     ("config", &[]),
+    ("client", &[]),
     ("error", &[]),
     ("ids", &[]),
     ("telemetry", &[]),

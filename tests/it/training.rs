@@ -5,7 +5,7 @@ use coar::model::LuminaMgpt;
 use coar::model::lumina::CheckpointFiles;
 use coar::picture::{PictureLimits, RgbPicture, decode};
 use coar::pocket::checkpoint::unpack_shipped;
-use coar::training::{Advance, Preset, Trainer, TrainingSpec};
+use coar::training::{Advance, Graph, Preset, Trainer, TrainingSpec};
 use tch::{Device, Kind};
 
 use crate::support::{pictures, rex};
@@ -98,4 +98,27 @@ fn training_lowers_the_loss_and_moves_only_the_concept() {
     let mut trainer = Trainer::new(&model, absolute, &references()[..1]).unwrap();
     finish(&mut trainer, &model);
     assert_eq!(trainer.concept_file("m").unwrap().tensors.layers, 3);
+}
+
+#[test]
+fn recomputing_layers_changes_memory_and_nothing_else() {
+    let model = model();
+    let mut spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
+    // Text and image tokens, the prior term and the regularisation; the concept ends below the last layer.
+    (spec.steps, spec.prior_pictures, spec.image_tokens, spec.layers) = (3, 2, 1, 5);
+    (spec.prior_weight, spec.regularisation_weight) = (0.5, 0.1);
+    spec.start_words.clear();
+    let mut kept = Trainer::new(&model, spec.clone(), &references()).unwrap();
+    finish(&mut kept, &model);
+    let expected = kept.concept_file("m").unwrap();
+    // Segments that divide the six layers, that do not, and one that is all of them.
+    for segment in [1, 4, 6] {
+        let mut trainer = Trainer::new(&model, spec.clone(), &references()).unwrap();
+        trainer.set_graph(Graph::Recomputed { segment });
+        finish(&mut trainer, &model);
+        assert_eq!(trainer.losses(), kept.losses(), "segments of {segment}");
+        assert_eq!(trainer.concept_file("m").unwrap(), expected, "segments of {segment}");
+    }
+    let estimate = kept.estimate(&model);
+    assert!(estimate.bytes(estimate.recomputed()) < estimate.bytes(Graph::Kept));
 }

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde_json::json;
 
-use super::{peak_memory, print};
+use super::swap::{Admitted, stalls, swaps};
+use super::{peak_memory, print, quantile};
 use crate::cli::model::{EngineArgs, ModelArgs};
 use crate::concept::{ConceptKind, ConceptTensors};
 use crate::engine::{
     ConceptUse, EngineHandle, EngineOptions, GenerateRequest, GenerationEvent, ModelInfo, TrainingEvent,
     TrainingRequest,
 };
-use crate::pocket::world::{Scene, held_out_subjects, render};
 use crate::training::TrainingSpec;
 
 /// Draw many pictures at once through the engine, as the server does: throughput and latency with no concepts, the same
@@ -36,7 +36,7 @@ pub(in crate::cli) struct ServeBenchArgs {
 }
 
 /// Concepts of random numbers: what they draw does not matter to the clock.
-fn concept(info: &ModelInfo, index: usize) -> ConceptUse {
+pub(super) fn concept(info: &ModelInfo, index: usize) -> ConceptUse {
     let numbers = |count: usize| (0..count).map(|i| ((i * 31 + index * 7) % 17) as f32 * 0.01).collect();
     let layers = info.layers.min(9);
     ConceptUse {
@@ -131,26 +131,15 @@ async fn collect(tasks: &mut tokio::task::JoinSet<anyhow::Result<(f64, f64)>>, r
     Ok(())
 }
 
-fn quantile(values: &mut [f64], at: f64) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let last = values.len().saturating_sub(1);
-    values.get((at * last as f64).round() as usize).copied().unwrap_or(0.0)
-}
-
 /// A training that does not end by itself while the bench runs; returns the steps it took when dropped.
 fn start_training(engine: &EngineHandle, info: &ModelInfo) -> anyhow::Result<crate::engine::TrainingStream> {
-    let subject = &held_out_subjects()[0];
-    let mut rng = rand::rng();
     let (width, height) = info.sizes[0];
-    let pictures = [Scene::Grass, Scene::Room, Scene::Beach, Scene::White, Scene::City]
-        .map(|scene| render(&subject.spec(scene, &mut rng), width, height))
-        .to_vec();
-    let mut spec = TrainingSpec::preset(info.preset, ConceptKind::Subject, "bench", Some("cat"), info.layers);
-    spec.steps = 20_000;
-    spec.start_words.clear();
     let request = TrainingRequest {
-        spec,
-        pictures,
+        spec: TrainingSpec {
+            steps: 20_000,
+            ..super::train::spec(info)
+        },
+        pictures: super::train::pictures(width, height),
         checkpoint: None,
     };
     Ok(engine.train(request)?)
@@ -240,6 +229,13 @@ impl ServeBenchArgs {
                 "first_code_p50": quantile(&mut first, 0.5),
             }));
         }
+        let swap = swaps(&info, self.model.device()?, &concept(&info, 0)).await?;
+        let admitted = |which: Admitted| match which {
+            Admitted::Plain => request(&info, 1, None),
+            Admitted::Cached => request(&info, 1, Some(concept(&info, 1))),
+            Admitted::New(round) => request(&info, 1, Some(concept(&info, 1000 + round))),
+        };
+        let stall = stalls(&engine, request(&info, 0, None), admitted).await?;
         // Training alone, and then both.
         let mut training = start_training(&engine, &info)?;
         let wait = async {
@@ -276,6 +272,8 @@ impl ServeBenchArgs {
             "generation_kept_beside_training": self.requests as f64 / drawn.seconds / speeds[1],
             "training_kept_beside_generation": beside / alone,
             "training_steps_per_second_alone": alone,
+            "concept_swap": swap,
+            "code_gap_at_an_admission": stall,
             "concept_cache_hits": load.concept_hits,
             "concept_cache_misses": load.concept_misses,
             "peak_memory_mb": peak_memory().map(|bytes| bytes as f64 / 1e6),
@@ -295,6 +293,15 @@ impl ServeBenchArgs {
                 number("latency_p95"),
                 number("first_code_p50"),
             );
+        }
+        for part in ["concept_swap", "code_gap_at_an_admission"] {
+            for (name, value) in report[part].as_object().into_iter().flatten() {
+                let name = format!("{part} {name}").replace('_', " ");
+                match (value["median"].as_f64(), value["largest"].as_f64()) {
+                    (Some(median), Some(largest)) => println!("{name:<52} {median:>9.3} median {largest:>9.3} largest"),
+                    _ => println!("{name:<52} {:>9.3}", value.as_f64().unwrap_or(f64::NAN)),
+                }
+            }
         }
         let names = [
             "batched_to_one_by_one",

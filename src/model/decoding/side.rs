@@ -48,13 +48,15 @@ impl Codes {
 }
 
 #[derive(Debug)]
+// There is one for each batch, and one batch for each process.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum Side {
     Host {
         /// The codes drawn of each buffer's picture.
         codes: Vec<Vec<i64>>,
         /// The vocabulary's id of each code.
         ids: Vec<i64>,
-        space: Workspace,
+        space: Box<Workspace>,
         scratch: Vec<f32>,
     },
     Device {
@@ -70,7 +72,7 @@ impl Side {
             Some(_) => Self::Host {
                 codes: vec![vec![]; options.rows],
                 ids: head.ids()?,
-                space: Workspace::default(),
+                space: Box::default(),
                 scratch: vec![],
             },
             None => Self::Device {

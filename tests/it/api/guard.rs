@@ -1,13 +1,14 @@
 //! Headers of every answer, limits of every request, the description of the API, and the configuration.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::Value;
 
-use crate::support::TestApp;
+use crate::support::{PATIENCE, TestApp};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_answer_has_its_security_headers_and_other_origins_get_nothing() {
@@ -65,6 +66,18 @@ async fn named_origins_may_call_and_slow_or_large_requests_are_turned_away() {
     let mut slow = TcpStream::connect(address).unwrap();
     slow.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n").unwrap();
     slow.read_to_end(&mut Vec::new()).unwrap();
+    // A head that comes byte by byte: the limit is for all of it.
+    let mut slow = TcpStream::connect(address).unwrap();
+    slow.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    slow.write_all(b"GET /livez HTTP/1.1\r\nx-long: ").unwrap();
+    let begun = Instant::now();
+    // A read that runs into its own limit is the pause between two bytes; anything else is the end of the connection.
+    while matches!(slow.read(&mut [0; 64]), Err(error) if error.kind() == ErrorKind::WouldBlock) {
+        assert!(begun.elapsed() < PATIENCE, "the connection stays open");
+        if slow.write_all(b"x").is_err() {
+            break;
+        }
+    }
     // A body that does not come.
     let mut slow = TcpStream::connect(address).unwrap();
     let head = "POST /v1/images/generations HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\

@@ -1,12 +1,14 @@
 //! What the server promises over HTTP, checked against the real server with the real pocket model.
 
 mod bad_input;
+mod command_line;
 mod generations;
 mod guard;
 mod idempotency;
 mod images;
 mod isolation;
 mod lifecycle;
+mod observe;
 mod quotas;
 mod tenants;
 mod webhooks;

@@ -63,8 +63,7 @@ impl TestApp {
 
     /// With more flags.
     pub async fn start_with(flags: &[&str]) -> Self {
-        // Refused where a test before has chosen one, which then stays.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        coar::client::install_tls();
         let dir = tempfile::tempdir().unwrap();
         let flags: Vec<_> = flags.iter().map(ToString::to_string).collect();
         let (child, url) = launch(dir.path(), &flags);

@@ -1,0 +1,103 @@
+//! `coar completions SHELL`, and what the shell then asks for.
+
+use std::ffi::OsStr;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, ValueEnum};
+use clap_complete::CompleteEnv;
+use clap_complete::engine::CompletionCandidate;
+use clap_complete::env::Shells;
+
+use super::Cli;
+use super::local::{block_on, existing_registry};
+use crate::client::Client;
+
+/// The variable by which the shell asks.
+const ASKED: &str = "COAR_COMPLETE";
+/// Whoever presses Tab does not wait longer.
+const PATIENCE: Duration = Duration::from_millis(1500);
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Shell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+/// Print what makes a shell complete commands, flags, and the names of concepts.
+///
+/// bash: source <(coar completions bash)
+/// zsh:  source <(coar completions zsh)
+/// fish: coar completions fish | source
+///
+/// Put the line into the shell's start file. Names come from COAR_SERVER where it is set, else from the data folder.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct CompletionsArgs {
+    shell: Shell,
+}
+
+impl CompletionsArgs {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let name = match self.shell {
+            Shell::Bash => "bash",
+            Shell::Zsh => "zsh",
+            Shell::Fish => "fish",
+        };
+        let shells = Shells::builtins();
+        let shell = shells
+            .completer(name)
+            .ok_or_else(|| anyhow::anyhow!("no completions for {name}"))?;
+        let program = std::env::current_exe()?;
+        shell.write_registration(
+            ASKED,
+            "coar",
+            "coar",
+            &program.to_string_lossy(),
+            &mut std::io::stdout(),
+        )?;
+        Ok(())
+    }
+}
+
+/// Answers the shell and ends the process, where the shell asks; else nothing.
+pub fn complete() {
+    CompleteEnv::with_factory(Cli::command).var(ASKED).complete();
+}
+
+/// Names of concepts that begin as `current` does. Whatever fails: no names.
+pub(super) fn concept_names(current: &OsStr) -> Vec<CompletionCandidate> {
+    let begun = current.to_string_lossy();
+    let looked = block_on(async { tokio::time::timeout(PATIENCE, names()).await? });
+    looked
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|name| name.starts_with(&*begun))
+        .map(CompletionCandidate::new)
+        .collect()
+}
+
+async fn names() -> anyhow::Result<Vec<String>> {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    if let Some(server) = variable("COAR_SERVER") {
+        let concepts = Client::new(&server, variable("COAR_API_KEY"))?.concepts(&[]).await?;
+        let name = |concept: &serde_json::Value| concept["name"].as_str().map(str::to_owned);
+        return Ok(concepts.iter().filter_map(name).collect());
+    }
+    let data = variable("COAR_DATA").unwrap_or_else(|| "data".to_owned());
+    let concepts = existing_registry(data.as_ref())
+        .await?
+        .concepts(crate::ids::TenantId::DEFAULT)
+        .await?;
+    Ok(concepts.into_iter().map(|concept| concept.name).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_commands_are_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,101 @@
+//! What a concept is trained from: shared by `coar train` and `coar concept add`.
+
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use clap::Args;
+
+use crate::client::NewConcept;
+use crate::service::Registration;
+
+/// A concept's name, pictures and settings.
+#[derive(Debug, Args)]
+pub(super) struct FormArgs {
+    /// The concept's name: 1 to 63 of a-z, 0-9 and -.
+    pub name: String,
+    /// Reference pictures (JPEG, PNG, WebP): 3 to 6 of a subject, 1 of a style.
+    #[arg(required = true)]
+    pub images: Vec<PathBuf>,
+    /// `subject` or `style`.
+    #[arg(long, default_value = "subject")]
+    pub kind: String,
+    /// What a subject is, in one noun: cat, mug, car.
+    #[arg(long, value_name = "NOUN")]
+    pub class: Option<String>,
+    /// What else each picture shows ("on the beach"), in the order of the pictures; may be given fewer times.
+    #[arg(long = "caption", value_name = "TEXT")]
+    pub captions: Vec<String>,
+    /// Optimizer steps. Default: the model's preset.
+    #[arg(long)]
+    pub steps: Option<u32>,
+    /// N: decoder layers that the concept reaches, from the first.
+    #[arg(long)]
+    pub layers: Option<u32>,
+    #[arg(long)]
+    pub learning_rate: Option<f64>,
+    /// T: text context tokens per layer.
+    #[arg(long)]
+    pub text_tokens: Option<u32>,
+    /// K: image context tokens per layer; 0 leaves them out.
+    #[arg(long)]
+    pub image_tokens: Option<u32>,
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+impl FormArgs {
+    /// File names and bytes of the pictures.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub(super) fn read_images(&self) -> anyhow::Result<Vec<(String, Bytes)>> {
+        let read = |file: &PathBuf| {
+            let bytes = std::fs::read(file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
+            let name = file.file_name().unwrap_or(file.as_os_str());
+            Ok((name.to_string_lossy().into_owned(), bytes.into()))
+        };
+        self.images.iter().map(read).collect()
+    }
+
+    /// For this process's own service.
+    pub(super) fn registration(&self, images: Vec<(String, Bytes)>) -> Registration {
+        Registration {
+            name: Some(self.name.clone()),
+            kind: Some(self.kind.clone()),
+            class: self.class.clone(),
+            images: images.into_iter().map(|(_, bytes)| bytes).collect(),
+            captions: self.captions.clone(),
+            steps: self.steps,
+            layers: self.layers,
+            learning_rate: self.learning_rate,
+            text_tokens: self.text_tokens,
+            image_tokens: self.image_tokens,
+            seed: self.seed,
+        }
+    }
+
+    /// For a server's form.
+    pub(super) fn new_concept(&self, images: Vec<(String, Bytes)>) -> NewConcept {
+        let mut fields = vec![("name", self.name.clone()), ("kind", self.kind.clone())];
+        fields.extend(self.class.clone().map(|class| ("class", class)));
+        fields.extend(self.captions.iter().map(|caption| ("caption", caption.clone())));
+        let numbers = [
+            ("steps", self.steps.map(|n| n.to_string())),
+            ("layers", self.layers.map(|n| n.to_string())),
+            ("learning_rate", self.learning_rate.map(|n| n.to_string())),
+            ("text_tokens", self.text_tokens.map(|n| n.to_string())),
+            ("image_tokens", self.image_tokens.map(|n| n.to_string())),
+            ("seed", self.seed.map(|n| n.to_string())),
+        ];
+        fields.extend(numbers.into_iter().filter_map(|(name, value)| Some((name, value?))));
+        NewConcept { fields, images }
+    }
+
+    /// A prompt that uses the concept.
+    pub(super) fn example(&self) -> String {
+        match &self.class {
+            Some(class) => format!("a photo of <{}> {class} on the beach", self.name),
+            None => format!("a picture of a cat in <{}> style", self.name),
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! A client of the server's HTTP API, for the command line. It knows the API's words and nothing of the server's rooms.
+
+mod api;
+mod error;
+mod sse;
+
+use std::time::Duration;
+
+use reqwest::{Method, RequestBuilder, Response, header};
+use serde_json::Value;
+
+pub use api::{Draw, NewConcept};
+pub use error::ClientError;
+pub use sse::{Event, Events};
+
+/// A server that does not take the connection in this time is not there.
+const CONNECT: Duration = Duration::from_secs(10);
+/// A server that says nothing for this long is gone: event streams carry a comment at least every 15 seconds. Pictures that
+/// are waited for without a stream may take longer, so this is generous.
+const SILENCE: Duration = Duration::from_secs(300);
+
+/// Chooses the TLS implementation of this process; a second call is harmless.
+pub fn install_tls() {
+    // Refused where one is chosen already, which then stays.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// One server, and the key that its requests carry.
+#[derive(Debug, Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    /// Without a slash at its end.
+    base: String,
+    key: Option<String>,
+}
+
+impl Client {
+    /// A client of the server at `server`, an `http` or `https` address.
+    ///
+    /// # Errors
+    /// When the address cannot be used.
+    pub fn new(server: &str, key: Option<String>) -> Result<Self, ClientError> {
+        let address = |problem: String| ClientError::Address {
+            server: server.to_owned(),
+            problem,
+        };
+        let url = reqwest::Url::parse(server).map_err(|error| address(error.to_string()))?;
+        if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+            return Err(address("it must begin with http:// or https://".to_owned()));
+        }
+        install_tls();
+        let mut http = reqwest::Client::builder()
+            .user_agent(concat!("coar/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(CONNECT)
+            .read_timeout(SILENCE);
+        if url.scheme() == "http" {
+            // Without TLS no certificates are needed, and a machine without any is no reason to fail.
+            http = http.tls_certs_only([]);
+        }
+        Ok(Self {
+            http: http.build().map_err(|error| address(error.to_string()))?,
+            base: server.trim_end_matches('/').to_owned(),
+            key,
+        })
+    }
+
+    /// A request to a path of the API, with the key.
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.http.request(method, format!("{}{path}", self.base));
+        match &self.key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        }
+    }
+
+    /// Sends a request; any answer but a success is an error.
+    async fn send(&self, request: RequestBuilder) -> Result<Response, ClientError> {
+        let answer = request
+            .send()
+            .await
+            .map_err(|error| ClientError::unreachable(&self.base, &error))?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let retry_after = answer
+            .headers()
+            .get(header::RETRY_AFTER)
+            .and_then(|value| value.to_str().ok()?.parse().ok());
+        let body = answer.bytes().await.unwrap_or_default();
+        Err(ClientError::refused(status.as_u16(), &body, retry_after))
+    }
+
+    /// Sends a request and reads its JSON.
+    async fn json(&self, request: RequestBuilder) -> Result<Value, ClientError> {
+        let answer = self.send(request).await?;
+        let bytes = answer.bytes().await.map_err(|error| ClientError::broken(&error))?;
+        serde_json::from_slice(&bytes).map_err(|error| ClientError::Answer(error.to_string()))
+    }
+
+    /// Sends a request that is answered by an event stream.
+    async fn events(&self, request: RequestBuilder) -> Result<Events, ClientError> {
+        let answer = self.send(request.header(header::ACCEPT, "text/event-stream")).await?;
+        let kind = answer
+            .headers()
+            .get(header::CONTENT_TYPE)
+            .and_then(|kind| kind.to_str().ok());
+        match kind {
+            Some(kind) if kind.starts_with("text/event-stream") => Ok(Events::new(answer)),
+            other => Err(ClientError::Answer(format!(
+                "expected an event stream, not {}",
+                other.unwrap_or("a body without a type")
+            ))),
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! How much memory an optimizer step takes, and what to do where that is too much.
+
+use tch::{Device, Kind};
+
+use super::passes::Graph;
+use super::spec::TrainingSpec;
+use crate::model::ModelConfig;
+
+/// The passes of one optimizer step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepSize {
+    /// Sequences of both passes together: the references and, with the prior term, half as many class pictures.
+    pub rows: u64,
+    /// Tokens of each, prompt included.
+    pub seq: u64,
+    /// Tokens of each that are predicted.
+    pub predicted: u64,
+}
+
+impl StepSize {
+    /// Of a training whose pictures have `predicted` tokens each, behind prompts that make them `seq` long.
+    pub fn of(spec: &TrainingSpec, with_prior: bool, seq: usize, predicted: usize) -> Self {
+        let references = u64::from(spec.batch_size);
+        Self {
+            rows: references + if with_prior { references.div_ceil(2) } else { 0 },
+            seq: seq as u64,
+            predicted: predicted as u64,
+        }
+    }
+}
+
+/// What an optimizer step's graph takes, in bytes.
+///
+/// A layer keeps, for each token, in the weights' kind (b bytes): queries, keys and values, and queries and keys once more
+/// as they enter attention (7 x hidden with the copies that a product makes), and gate, up and their product's input
+/// (3 x inner). In f32: the two norms' inputs and the head norm's (4 x hidden). On the CPU attention's weights come on
+/// top: heads x seq in f32, and in the weights' kind where that is another; fused attention on an accelerator keeps none.
+/// The head takes, for each predicted token, four times the vocabulary in f32: logits, their log-softmax and the gradients
+/// of both. A pass that recomputes keeps one input per segment instead of the layers' graphs, and one segment's graph at
+/// a time. Measured steps take half as much again, for temporaries and what the allocator holds back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Estimate {
+    layers: u64,
+    /// One layer's graph.
+    layer: u64,
+    /// One layer's input.
+    input: u64,
+    head: u64,
+}
+
+impl Estimate {
+    /// For a step of that size on a model of that shape, computed in `kind` on `device`.
+    pub fn new(config: &ModelConfig, size: StepSize, kind: Kind, device: Device) -> Self {
+        let (hidden, inner) = (config.hidden_size as u64, config.intermediate_size as u64);
+        let (bytes, heads) = (kind.elt_size_in_bytes() as u64, config.num_attention_heads as u64);
+        let tokens = size.rows * size.seq;
+        let scores = match (device, kind) {
+            (Device::Cpu, Kind::Float) => 4 * heads * size.seq,
+            (Device::Cpu, _) => (4 + bytes) * heads * size.seq,
+            _ => 2 * hidden * bytes,
+        };
+        Self {
+            layers: config.num_hidden_layers as u64,
+            layer: tokens * ((7 * hidden + 3 * inner) * bytes + 4 * 4 * hidden + scores),
+            input: tokens * hidden * bytes,
+            head: 4 * 4 * size.rows * size.predicted * config.vocab_size as u64,
+        }
+    }
+
+    /// Bytes of a step.
+    pub fn bytes(&self, graph: Graph) -> u64 {
+        let sum = self.head
+            + match graph {
+                Graph::Kept => self.layers * self.layer,
+                Graph::Recomputed { segment } => {
+                    let segment = (segment as u64).clamp(1, self.layers);
+                    self.layers.div_ceil(segment) * self.input + segment * self.layer
+                }
+            };
+        sum + sum / 2
+    }
+
+    /// The segment length that takes least: about the square root of layers x input / graph.
+    pub fn recomputed(&self) -> Graph {
+        let best = (self.layers as f64 * self.input as f64 / self.layer.max(1) as f64).sqrt();
+        Graph::Recomputed {
+            segment: best.round().max(1.0) as usize,
+        }
+    }
+
+    /// Everything kept where that fits `budget` bytes; recomputed otherwise, whether or not that fits: what fails then
+    /// fails with the device's own words.
+    pub fn within(&self, budget: u64) -> Graph {
+        match self.bytes(Graph::Kept) <= budget {
+            true => Graph::Kept,
+            false => self.recomputed(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::concept::ConceptKind;
+    use crate::concept::spec::Preset;
+
+    #[test]
+    fn a_7b_step_is_kept_where_there_is_room_and_recomputed_where_not() {
+        let config: ModelConfig = serde_json::from_value(serde_json::json!({
+            "model_type": "chameleon", "vocab_size": 65536, "hidden_size": 4096, "intermediate_size": 11008,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        }))
+        .unwrap();
+        let spec = TrainingSpec::preset(Preset::Paper, ConceptKind::Subject, "rex", Some("dog"), 32);
+        let size = StepSize::of(&spec, true, 1100, 1057);
+        assert_eq!(size.rows, 2);
+        let estimate = Estimate::new(&config, size, Kind::BFloat16, Device::Cuda(0));
+        // 32 x 2200 tokens x ((28 672 + 33 024 + 8 192) x 2 bytes + 16 384 x 4): 14.5 GB; 2.2 GB of head; half as much again.
+        let kept = estimate.bytes(Graph::Kept);
+        assert!((24_000_000_000..26_000_000_000).contains(&kept), "{kept}");
+        assert_eq!(estimate.within(28 << 30), Graph::Kept);
+        assert_eq!(estimate.within(8 << 30), Graph::Recomputed { segment: 1 });
+        let recomputed = estimate.bytes(estimate.within(0));
+        assert!(recomputed < kept / 4, "{recomputed}");
+    }
+}

@@ -1,0 +1,180 @@
+//! Forward and backward passes over references: how they are laid out as one batch, and what is kept in between.
+
+use tch::Tensor;
+
+use super::references::Reference;
+use crate::concept::{DeviceConcept, Placement, context_batch};
+use crate::model::context::ContextBatch;
+use crate::model::recompute::Recomputed;
+use crate::model::{LuminaMgpt, ModelError};
+
+/// What the backward pass finds of the layers' intermediate values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Graph {
+    /// All of them.
+    Kept,
+    /// The inputs of segments of that many layers; everything else is computed once more. The gradients are the same.
+    Recomputed { segment: usize },
+}
+
+/// One row of a batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Row<'a> {
+    pub reference: &'a Reference,
+    /// Its image context tokens stand before the first code.
+    pub concept: Option<&'a DeviceConcept>,
+    /// Its text context tokens stand at the placeholder.
+    pub with_text: bool,
+}
+
+/// Rows as tensors.
+struct Batch {
+    /// `[rows, seq]`, right-padded.
+    ids: Tensor,
+    /// `[tokens]`: where each target is predicted, in `[rows * seq]`.
+    at: Tensor,
+    /// `[tokens]`
+    targets: Tensor,
+    context: ContextBatch,
+}
+
+impl Batch {
+    fn new(model: &LuminaMgpt, rows: &[Row]) -> Result<Self, ModelError> {
+        let image_tokens = |row: &Row| row.concept.map_or(0, DeviceConcept::image_tokens);
+        let layouts: Vec<_> = rows
+            .iter()
+            .map(|row| row.reference.layout(model, image_tokens(row)))
+            .collect();
+        let length = layouts
+            .iter()
+            .zip(rows)
+            .map(|(l, r)| l.ids.len() + r.reference.image.len());
+        let seq = length.max().unwrap_or(0);
+        let mut ids = Vec::with_capacity(rows.len() * seq);
+        let (mut at, mut targets, mut placements) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, (layout, row)) in layouts.iter().zip(rows).enumerate() {
+            let image = &row.reference.image;
+            let before = index * seq + layout.ids.len() - 1;
+            ids.extend_from_slice(&layout.ids);
+            ids.extend_from_slice(image);
+            ids.resize((index + 1) * seq, model.vocabulary.pad());
+            at.extend((before..before + image.len()).map(|position| position as i64));
+            targets.extend_from_slice(image);
+            if let Some(concept) = row.concept {
+                placements.push(Placement {
+                    row: index as i64,
+                    concept,
+                    text_at: if row.with_text { layout.text_at.concat() } else { vec![] },
+                    image_at: layout.image_at.first().copied(),
+                });
+            }
+        }
+        let device = model.transformer.device();
+        let upload = |numbers: &[i64]| Tensor::f_from_slice(numbers)?.f_to_device(device);
+        Ok(Self {
+            ids: upload(&ids)?.f_view([rows.len() as i64, seq as i64])?,
+            at: upload(&at)?,
+            targets: upload(&targets)?,
+            context: context_batch(&placements, false, device)?,
+        })
+    }
+
+    /// Logits `[tokens, vocab]` of hidden states `[rows, seq, hidden]`.
+    fn logits(&self, model: &LuminaMgpt, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        let size = hidden.size()[2];
+        let rows = hidden.f_reshape([-1, size])?.f_index_select(0, &self.at)?;
+        model.transformer.logits(&rows)
+    }
+}
+
+/// The forward passes of one step, whose losses are added up and carried back together.
+pub(super) struct Passes<'m> {
+    model: &'m LuminaMgpt,
+    graph: Graph,
+    open: Vec<Recomputed<'m>>,
+}
+
+impl<'m> Passes<'m> {
+    pub fn new(model: &'m LuminaMgpt, graph: Graph) -> Self {
+        Self {
+            model,
+            graph,
+            open: vec![],
+        }
+    }
+
+    pub fn model(&self) -> &'m LuminaMgpt {
+        self.model
+    }
+
+    /// Logits `[tokens, vocab]` that predict every image token of the rows, in order, and those tokens.
+    pub fn logits(&mut self, rows: &[Row]) -> Result<(Tensor, Tensor), ModelError> {
+        let batch = Batch::new(self.model, rows)?;
+        let transformer = &self.model.transformer;
+        let logits = match self.graph {
+            Graph::Kept => batch.logits(self.model, &transformer.forward(&batch.ids, Some(&batch.context))?)?,
+            Graph::Recomputed { segment } => {
+                let pass = transformer.forward_recomputed(&batch.ids, &batch.context, segment)?;
+                let logits = batch.logits(self.model, pass.hidden())?;
+                self.open.push(pass);
+                logits
+            }
+        };
+        Ok((logits, batch.targets))
+    }
+
+    /// Carries a loss back: `through` depends on the concept through the logits alone, `direct` on the concept itself.
+    pub fn backward(self, through: &Tensor, direct: Option<&Tensor>) -> Result<(), ModelError> {
+        let mut sum = match self.graph {
+            Graph::Kept => Some(through.shallow_clone()),
+            Graph::Recomputed { .. } => {
+                through.f_backward()?;
+                None
+            }
+        };
+        let carried = self.open.into_iter().map(Recomputed::backward);
+        for term in carried.chain(direct.map(|direct| Ok(direct.shallow_clone()))) {
+            let term = term?;
+            sum = Some(match sum {
+                Some(sum) => sum.f_add(&term)?,
+                None => term,
+            });
+        }
+        match sum {
+            Some(sum) => Ok(sum.f_backward()?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Logits `[tokens, vocab]` that predict every image token (codes, row ends, image end) of a batch, in order, and those
+/// tokens. With a concept, its image context tokens stand before the first code, and its text context tokens at the
+/// placeholder where `with_text` is set.
+///
+/// # Errors
+/// When the device fails.
+pub fn token_logits(
+    model: &LuminaMgpt,
+    batch: &[&Reference],
+    concept: Option<(&DeviceConcept, bool)>,
+) -> Result<(Tensor, Tensor), ModelError> {
+    row_logits(model, &rows(batch, concept))
+}
+
+/// As [`token_logits`]; every row says which concept it holds.
+///
+/// # Errors
+/// When the device fails.
+pub fn row_logits(model: &LuminaMgpt, rows: &[Row]) -> Result<(Tensor, Tensor), ModelError> {
+    Passes::new(model, Graph::Kept).logits(rows)
+}
+
+/// Rows of references that all hold the same concept, or none.
+pub(super) fn rows<'a>(batch: &[&'a Reference], concept: Option<(&'a DeviceConcept, bool)>) -> Vec<Row<'a>> {
+    let row = |reference: &&'a Reference| Row {
+        reference,
+        concept: concept.map(|(concept, _)| concept),
+        with_text: concept.is_some_and(|(_, with_text)| with_text),
+    };
+    batch.iter().map(row).collect()
+}

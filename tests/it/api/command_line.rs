@@ -1,0 +1,149 @@
+//! `coar --server URL …` against the real server.
+
+use std::process::{Command, Output};
+
+use coar::picture::{PictureLimits, decode};
+
+use crate::support::{TestApp, pictures, rex};
+
+/// Runs the program against a server; its status and what it has written.
+async fn coar(app: &TestApp, args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_coar"));
+    command
+        .args(["--server", &app.url])
+        .args(args)
+        .current_dir(app.dir.path())
+        .env_remove("COAR_SERVER")
+        .env_remove("COAR_API_KEY");
+    tokio::task::spawn_blocking(move || command.output().expect("the program starts"))
+        .await
+        .unwrap()
+}
+
+/// What it has printed, where it has succeeded.
+async fn printed(app: &TestApp, args: &[&str]) -> String {
+    let output = coar(app, args).await;
+    let (out, err) = (
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    );
+    assert!(output.status.success(), "{args:?}\n{out}\n{err}");
+    out
+}
+
+/// Its complaint, where it has failed with status 1.
+async fn complaint(app: &TestApp, args: &[&str]) -> String {
+    let output = coar(app, args).await;
+    assert_eq!(output.status.code(), Some(1), "{args:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_concept_is_added_watched_listed_moved_and_deleted() {
+    let app = TestApp::start().await;
+    let mut files = Vec::new();
+    for (index, bytes) in pictures(rex(), 3).into_iter().enumerate() {
+        let file = app.dir.path().join(format!("{index}.png"));
+        std::fs::write(&file, bytes).unwrap();
+        files.push(file.to_str().unwrap().to_owned());
+    }
+    let class = rex().class.name();
+    let mut add = vec!["concept", "add", "rex", "--class", class, "--steps", "4"];
+    add.extend(files.iter().map(String::as_str));
+    let out = printed(&app, &add).await;
+    assert!(out.contains("rex is ready: write <rex> in a prompt"), "{out}");
+    let taken = complaint(&app, &add).await;
+    assert!(taken.contains("param name") && taken.contains("code "), "{taken}");
+    let list = printed(&app, &["concept", "list"]).await;
+    let row: Vec<&str> = list.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row[..4], ["rex", "subject", class, "ready"], "{list}");
+    let shown = printed(&app, &["training", "show", "rex"]).await;
+    assert!(shown.lines().any(|line| line == "step         4/4"), "{shown}");
+    let watched = printed(&app, &["training", "watch", "rex"]).await;
+    assert!(watched.ends_with("has succeeded\n"), "{watched}");
+    let file = app.dir.path().join("kept.safetensors");
+    printed(&app, &["concept", "export", "rex", "-o", file.to_str().unwrap()]).await;
+    printed(&app, &["concept", "delete", "rex"]).await;
+    assert_eq!(app.get("/v1/concepts/rex").await.0, 404);
+    let back = printed(&app, &["concept", "import", file.to_str().unwrap(), "--name", "again"]).await;
+    assert!(back.contains("again is ready"), "{back}");
+    assert!(printed(&app, &["models"]).await.contains("coar"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_are_shown_in_the_servers_words() {
+    let app = TestApp::start().await;
+    let missing = complaint(&app, &["concept", "show", "nobody"]).await;
+    assert!(
+        missing.starts_with("error: There is no concept `nobody`. (code concept_not_found, request "),
+        "{missing}"
+    );
+    let ended = complaint(&app, &["training", "cancel", "training_unknown"]).await;
+    assert!(ended.contains("code training_not_found"), "{ended}");
+    let nowhere = Command::new(env!("CARGO_BIN_EXE_coar"))
+        .args(["--server", "http://127.0.0.1:9", "concept", "list"])
+        .output()
+        .unwrap();
+    assert_eq!(nowhere.status.code(), Some(1));
+    let said = String::from_utf8(nowhere.stderr).unwrap();
+    assert!(said.contains("http://127.0.0.1:9 does not answer"), "{said}");
+    let without = Command::new(env!("CARGO_BIN_EXE_coar"))
+        .args(["training", "list"])
+        .env_remove("COAR_SERVER")
+        .output()
+        .unwrap();
+    assert!(String::from_utf8_lossy(&without.stderr).contains("--server URL"));
+}
+
+/// Where the server has the native generations.
+#[tokio::test(flavor = "multi_thread")]
+async fn pictures_are_written_by_seed_and_index() {
+    let app = TestApp::start().await;
+    let out = app.dir.path().join("drawn");
+    let args = [
+        "generate",
+        "a red car",
+        "-n",
+        "2",
+        "--seed",
+        "7",
+        "-o",
+        out.to_str().unwrap(),
+    ];
+    if app.get("/v1/generations").await.0 == 404 {
+        let refused = complaint(&app, &args).await;
+        assert!(refused.contains("code route_not_found"), "{refused}");
+        return;
+    }
+    let said = printed(&app, &args).await;
+    assert!(said.ends_with("seed 7\n"), "{said}");
+    for index in 0..2 {
+        let bytes = std::fs::read(out.join(format!("coar-7-{index}.png"))).unwrap();
+        let picture = decode(&bytes, &PictureLimits::default()).unwrap();
+        assert_eq!((picture.width, picture.height), (96, 96));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shells_complete_the_names_of_concepts() {
+    let app = TestApp::start().await;
+    let training = app.register_subject(rex(), 2).await;
+    app.until_ended(&training).await;
+    let script = printed(&app, &["completions", "bash"]).await;
+    assert!(
+        script.contains("COAR_COMPLETE") && script.contains("complete "),
+        "{script}"
+    );
+    let asked = Command::new(env!("CARGO_BIN_EXE_coar"))
+        .args(["--", "coar", "concept", "show", "r"])
+        .env("COAR_SERVER", &app.url)
+        .env("COAR_COMPLETE", "bash")
+        .env("_CLAP_COMPLETE_INDEX", "3")
+        .env("_CLAP_COMPLETE_COMP_TYPE", "9")
+        .env("_CLAP_COMPLETE_SPACE", "true")
+        .env("_CLAP_IFS", "\n")
+        .output()
+        .unwrap();
+    let names = String::from_utf8(asked.stdout).unwrap();
+    assert_eq!(names.trim(), rex().name, "{}", String::from_utf8_lossy(&asked.stderr));
+}

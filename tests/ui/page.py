@@ -1,0 +1,133 @@
+"""What every step of the page's test needs: the server, a browser that notes faults, and the checks."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from axe_playwright_python.sync_playwright import Axe
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOTS = ROOT / "target" / "ui"
+# A training and some pictures on a loaded machine.
+PATIENCE_MS = int(os.environ.get("PATIENCE", 240_000))
+STILL = """Promise.allSettled(document.getAnimations()
+    .filter((animation) => animation.effect.getTiming().iterations !== Infinity).map((animation) => animation.finished)).then(() => null)"""
+SERIOUS = ("serious", "critical")
+
+
+@contextlib.contextmanager
+def running(server: str):
+    """The built server on a free port with a data folder of its own; gives its address when it is ready."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [server, "serve", "--listen", "127.0.0.1:0", "--device", "cpu", "--threads", "2"]
+        with open(SHOTS / "server.log", "w") as log:
+            process = subprocess.Popen([*command, "--data", folder], stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            for line in process.stdout:
+                if found := re.search(r"listening on (http://\S+)", line):
+                    break
+            else:
+                raise AssertionError("the server has not said where it listens; see target/ui/server.log")
+            # The page is there at once: it says itself that the model is still loading.
+            with urllib.request.urlopen(found[1], timeout=30) as answer:
+                assert answer.headers["Content-Type"].startswith("text/html"), answer.headers
+            until_ready(found[1])
+            yield found[1]
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def until_ready(url: str):
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+                return
+        except OSError:
+            assert time.monotonic() < deadline, "the server has not become ready"
+            time.sleep(0.1)
+
+
+class Faults:
+    """Everything that a visitor would find in the browser's console."""
+
+    def __init__(self, page):
+        self.found = []
+        self.expected = []
+        page.on("console", lambda message: message.type == "error" and self.add(f"console: {message.text}"))
+        page.on("pageerror", lambda error: self.add(f"script: {error}"))
+        page.on("requestfailed", self.failed)
+        page.on("response", lambda answer: answer.status >= 400 and self.add(f"{answer.status}: {answer.request.method} {answer.url}"))
+
+    def add(self, text):
+        if not any(re.search(pattern, text) for pattern in self.expected):
+            self.found.append(text)
+
+    def failed(self, request):
+        # What the page itself gives up: a stream after its last event, what a view was loading when one leaves it.
+        if request.failure != "net::ERR_ABORTED":
+            self.add(f"failed: {request.method} {request.url}: {request.failure}")
+
+    @contextlib.contextmanager
+    def expecting(self, *patterns):
+        """Inside, answers like these are meant: a refused form is a 4xx in the console."""
+        self.expected = [*patterns, r"Failed to load resource"]
+        yield
+        self.expected = []
+
+
+class Visit:
+    """One window: its width, its colours, its name in the screenshots."""
+
+    def __init__(self, browser, url, name, size, colours):
+        self.name, self.size = name, size
+        self.context = browser.new_context(
+            base_url=url, viewport={"width": size[0], "height": size[1]}, color_scheme=colours,
+            has_touch=size[0] < 700, reduced_motion="no-preference",
+        )
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(30_000)
+        self.faults = Faults(self.page)
+        self.count = 0
+
+    def pictures_are_there(self, selector):
+        """Waits until every picture has come; the page's policy refuses what `wait_for_function` does."""
+        # Those below the window are asked for when they come into sight.
+        script = """(selector) => {
+            const missing = [...document.querySelectorAll(selector)].find((image) => !image.complete || image.naturalWidth === 0);
+            (missing ?? document.body).scrollIntoView();
+            return missing === undefined;
+        }"""
+        deadline = time.monotonic() + 30
+        while not self.page.evaluate(script, selector):
+            assert time.monotonic() < deadline, f"some of `{selector}` have not come"
+            self.page.wait_for_timeout(50)
+
+    def shot(self, what):
+        """A screenshot, the rules of axe, and no sideways scrolling."""
+        page = self.page
+        self.count += 1
+        print(f"{self.name}: {what}", flush=True)
+        # Looked at, and measured, when it stands still.
+        page.evaluate(STILL)
+        page.screenshot(path=SHOTS / f"{self.name}-{self.count:02}-{what}.png", full_page=True)
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        if wide > 0:
+            self.faults.add(f"{what}: the page is {wide} px wider than the window")
+        for finding in Axe().run(page).response["violations"]:
+            if finding["impact"] in SERIOUS:
+                nodes = "; ".join(node["html"][:140] + " " + json.dumps(node["any"][:1])[:200] for node in finding["nodes"][:3])
+                self.faults.add(f"{what}: axe {finding['id']} ({finding['impact']}): {nodes}")
+
+
+def launch(playwright, chromium):
+    # The sandbox of chromium refuses to run as root.
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    return playwright.chromium.launch(executable_path=chromium, args=arguments)
