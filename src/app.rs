@@ -10,34 +10,17 @@ use tokio_util::task::TaskTracker;
 use crate::api::{self, AppState, router};
 use crate::config::Config;
 use crate::engine::EngineHandle;
-use crate::jobs::{Wake, Worker};
+use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, Worker, deliver, sweep};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Keys, Limits, Service, Tallies};
+use crate::service::{Keys, Limits, Links, Service, Tallies};
 use crate::telemetry::meters;
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// How often expired pictures are looked for.
-const EXPIRY_CHECK: Duration = Duration::from_secs(600);
-
-/// Removes generated pictures that are older than `age`, and first answers that were kept for a day, now and then.
-async fn expire(registry: Registry, age: Duration, stop: CancellationToken) {
-    loop {
-        match registry.expire_images(age).await {
-            Ok(0) => {}
-            Ok(count) => tracing::info!(pictures = count, "removed expired pictures"),
-            Err(error) => tracing::warn!(%error, "expired pictures could not be removed"),
-        }
-        if let Err(error) = registry.expire_keys().await {
-            tracing::warn!(%error, "expired idempotency keys could not be removed");
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(EXPIRY_CHECK) => {}
-        }
-    }
-}
+/// Background generations take a quarter of the engine's queue, at most so many of its places: the rest is for whoever
+/// waits.
+const BACKGROUND_LIMIT: usize = 32;
 
 /// How often jobs are counted for the metrics: a scrape reads the last count and never the database.
 const JOB_COUNT: Duration = Duration::from_secs(2);
@@ -114,6 +97,11 @@ pub async fn serve(
     }
     // Tests and scripts that ask for port 0 read the address from this line.
     println!("listening on http://{}", listener.local_addr()?);
+    // Web-hooks name pictures by it: nobody's Host header is at hand.
+    let own_address = match &config.public_url {
+        Some(url) => url.trim_end_matches('/').to_owned(),
+        None => format!("http://{}", listener.local_addr()?),
+    };
     let state = AppState::new(config.clone());
     let tracker = TaskTracker::new();
     let closing = CancellationToken::new();
@@ -124,6 +112,19 @@ pub async fn serve(
     };
     let engine = tokio::task::spawn_blocking(load).await??;
     let wake = Wake::default();
+    let links = Arc::new(Links::new(&registry.server_secret().await?, config.keep_images()));
+    let policy = AddressPolicy {
+        allow_private: config.webhook_allow_private.is_on(),
+    };
+    let webhooks = Webhooks::new(registry.clone(), api::describe(links.clone(), &own_address), policy);
+    let drawings = Drawings::new(
+        registry.clone(),
+        engine.clone(),
+        webhooks.clone(),
+        (config.engine.queue / 4).min(BACKGROUND_LIMIT),
+        config.provenance.is_on(),
+    );
+    drawings.recover().await?;
     let service = Service {
         keys,
         registry: registry.clone(),
@@ -131,9 +132,13 @@ pub async fn serve(
         wake: wake.clone(),
         limits: Limits::of(&config).into(),
         tallies: Tallies::default(),
+        drawings: drawings.clone(),
+        links,
     };
     state.ready(service);
-    tracker.spawn(expire(registry.clone(), config.keep_images(), stop.clone()));
+    tracker.spawn(sweep(registry.clone(), config.keep_images(), stop.clone()));
+    tracker.spawn(deliver(webhooks, wake.clone(), stop.clone()));
+    tracker.spawn(drawings.work(stop.clone()));
     tracker.spawn(count_jobs(registry.clone(), stop.clone()));
     let worker = Worker {
         registry,

@@ -2,6 +2,7 @@
 
 mod encode;
 mod header;
+mod xmp;
 
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,8 +21,9 @@ pub struct RgbPicture {
     pub rgb: Vec<u8>,
 }
 
-/// The file formats that are read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// The file formats that are read and written. As a word: `png`, `jpeg`, `webp`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum PictureFormat {
     Png,
     Jpeg,
@@ -36,6 +38,15 @@ impl PictureFormat {
             [0xff, 0xd8, 0xff, ..] => Some(Self::Jpeg),
             [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Some(Self::WebP),
             _ => None,
+        }
+    }
+
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Png => "png",
+            Self::Jpeg => "jpeg",
+            Self::WebP => "webp",
         }
     }
 

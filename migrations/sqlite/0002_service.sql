@@ -259,3 +259,7 @@ CREATE TABLE webhook_deliveries (
 
 CREATE INDEX webhook_deliveries_due ON webhook_deliveries (status, next_at);
 CREATE INDEX webhook_deliveries_list ON webhook_deliveries (tenant_id, id);
+CREATE INDEX webhook_deliveries_subject ON webhook_deliveries (subject);
+
+-- Ends that somebody wants to be told of.
+CREATE INDEX trainings_told ON trainings (finished_at) WHERE webhook_url IS NOT NULL;

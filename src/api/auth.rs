@@ -19,7 +19,10 @@ pub(super) fn is_public(path: &str) -> bool {
     matches!(
         path,
         "/" | "/livez" | "/readyz" | "/metrics" | "/openapi.json" | "/docs" | "/studio"
-    ) || path.starts_with("/docs/")
+    )
+        // Signed addresses.
+        || path.starts_with("/v1/images/image_")
+        || path.starts_with("/docs/")
         || path.starts_with("/studio/")
 }
 

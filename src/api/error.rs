@@ -48,25 +48,34 @@ tokio::task_local! {
     static REQUEST: String;
 }
 
+/// The id of the request at hand, while its answer is not begun.
+pub(super) fn request_id() -> Option<String> {
+    REQUEST.try_with(Clone::clone).ok()
+}
+
+/// An error as JSON.
+pub(super) fn error_body(error: Error, request_id: Option<String>) -> ErrorBody {
+    ErrorBody {
+        error: ErrorFacts {
+            kind: status(error.kind).1,
+            code: error.code,
+            message: error.message,
+            param: error.field.map(Into::into),
+            limit: error.limit,
+            request_id,
+        },
+    }
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let Self(error) = self;
-        let (status, kind) = status(error.kind);
-        let request_id = REQUEST.try_with(Clone::clone).ok();
-        let body = ErrorBody {
-            error: ErrorFacts {
-                kind,
-                code: error.code,
-                message: error.message,
-                param: error.field.map(Into::into),
-                limit: error.limit,
-                request_id,
-            },
-        };
-        let mut response = (status, axum::Json(body)).into_response();
+        let (status, wait) = (status(error.kind).0, error.retry_after);
+        let kind = error.kind;
+        let mut response = (status, axum::Json(error_body(error, request_id()))).into_response();
         let headers = response.headers_mut();
-        let wait = error.retry_after.map(|seconds| seconds.clamp(1, RETRY_AFTER_LIMIT));
-        match error.kind {
+        let wait = wait.map(|seconds| seconds.clamp(1, RETRY_AFTER_LIMIT));
+        match kind {
             ErrorKind::Overloaded | ErrorKind::Unavailable => {
                 drop(headers.insert(header::RETRY_AFTER, wait.unwrap_or(RETRY_AFTER).into()))
             }

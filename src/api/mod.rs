@@ -4,8 +4,11 @@ mod access;
 mod admin;
 mod auth;
 mod concepts;
+mod describe;
+mod drawing;
 mod error;
 mod extract;
+mod generations;
 mod guard;
 mod health;
 mod idempotency;
@@ -14,6 +17,7 @@ mod listen;
 mod metrics;
 mod models;
 mod multipart;
+mod openai;
 mod openapi;
 mod pagination;
 mod quota;
@@ -40,6 +44,7 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind};
 use crate::service::Service;
 use crate::telemetry::meters;
+pub use describe::describe;
 pub(crate) use error::ApiError;
 pub use listen::listen;
 
@@ -111,13 +116,15 @@ pub fn router(state: AppState) -> Router {
         .merge(admin::routes())
         .merge(concepts::routes(&state.config))
         .merge(trainings::routes())
-        .merge(models::routes());
+        .merge(models::routes())
+        .merge(generations::routes(&state))
+        .merge(openai::routes(&state))
+        .merge(images::routes());
     let (routes, document) = described.split_for_parts();
     let document = Arc::new(openapi::complete(document));
     routes
         .route("/openapi.json", get(move || openapi::serve(document)))
         .merge(SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json")))
-        .merge(images::routes(&state))
         .merge(metrics::routes())
         .merge(ui::routes())
         .fallback(not_found)

@@ -10,7 +10,6 @@ use super::model::ModelArgs;
 use super::remote;
 use crate::client::{Client, Draw};
 use crate::engine::GenerationEvent;
-use crate::picture::{OutputFormat, encode};
 use crate::service::{Caller, GenerateInput};
 
 /// Draw pictures, here or with --server there.
@@ -88,7 +87,7 @@ impl GenerateArgs {
             ),
         };
         let service = service(&self.data, &self.model).await?;
-        let request = service
+        let plan = service
             .plan(
                 &Caller::LOCAL,
                 GenerateInput {
@@ -100,12 +99,13 @@ impl GenerateArgs {
                     temperature: self.temperature,
                     top_k: self.top_k,
                     identity_mask: Some(!self.no_identity_mask),
+                    ..GenerateInput::default()
                 },
             )
             .await?;
         std::fs::create_dir_all(&self.out)?;
-        let seed = request.seed;
-        let mut stream = service.engine.generate(request)?;
+        let seed = plan.new.settings.seed;
+        let mut stream = service.draw(&plan)?;
         let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(
             "drawing {wide_bar} {pos}/{len}  eta {eta}",
         )?);
@@ -118,8 +118,7 @@ impl GenerateArgs {
                 }
                 GenerationEvent::Picture { index, picture } => {
                     let file = self.out.join(format!("coar-{seed}-{index}.png"));
-                    let text = [("coar", serde_json::json!({"seed": seed, "index": index}).to_string())];
-                    std::fs::write(&file, encode(&picture, OutputFormat::Png, &text)?)?;
+                    std::fs::write(&file, service.drawings.encode(&plan.new, index, picture).await?)?;
                     bar.suspend(|| println!("{}", file.display()));
                 }
                 GenerationEvent::Done { .. } => {

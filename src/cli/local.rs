@@ -1,15 +1,17 @@
 //! A data folder used without a server.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
 use super::model::ModelArgs;
 use crate::engine::EngineOptions;
-use crate::jobs::{Wake, Worker};
+use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, Worker};
 use crate::registry::{DataLock, Registry};
-use crate::service::{Keys, Limits, Service, Tallies};
+use crate::service::{Keys, Limits, Links, Service, Tallies};
 
 /// Where concepts are kept.
 #[derive(Debug, Clone, Args)]
@@ -37,12 +39,24 @@ pub(super) async fn existing_registry(dir: &Path) -> anyhow::Result<Registry> {
     Ok(Registry::open(dir).await?)
 }
 
+/// How long addresses of pictures last, of which the command line makes none.
+const KEEP: Duration = Duration::from_secs(3600);
+
 /// The service of a data folder in this process, without HTTP.
 pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Result<Service> {
     let registry = Registry::open(&data.data).await?;
     let model = model.clone();
     let engine = tokio::task::spawn_blocking(move || model.start_engine(EngineOptions::default())).await??;
+    let links = Arc::new(Links::new(&registry.server_secret().await?, KEEP));
+    // Nothing is kept and nobody told where there is no server.
+    let webhooks = Webhooks::new(
+        registry.clone(),
+        crate::api::describe(links.clone(), ""),
+        AddressPolicy { allow_private: false },
+    );
     Ok(Service {
+        drawings: Drawings::new(registry.clone(), engine.clone(), webhooks, 1, true),
+        links,
         keys: Keys::new(registry.clone()),
         registry,
         engine,

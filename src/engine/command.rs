@@ -29,8 +29,10 @@ pub struct GenerateRequest {
     pub width: u32,
     pub height: u32,
     pub count: u32,
-    /// Picture i is drawn from the stream of `(seed, i)`.
+    /// Picture i is drawn from the stream of `(seed, first_index + i)`.
     pub seed: u64,
+    /// Which picture of the seed the first one is: picture i of a larger request, alone.
+    pub first_index: u32,
     pub guidance_scale: f64,
     pub temperature: f64,
     pub top_k: u32,

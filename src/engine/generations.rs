@@ -390,7 +390,7 @@ fn start(
         top_k: i64::from(request.top_k),
         identity_mask: request.identity_mask,
         streams: (admission.first..admission.first + admission.count)
-            .map(|index| (request.seed, u64::from(index)))
+            .map(|index| (request.seed, u64::from(request.first_index) + u64::from(index)))
             .collect(),
     };
     let concepts: Vec<&DeviceConcept> = concepts.iter().map(Rc::as_ref).collect();

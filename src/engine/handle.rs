@@ -9,8 +9,10 @@ use tokio::sync::{mpsc, watch};
 use crate::concept::{ConceptFile, ConceptFileError};
 
 use super::command::{EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingRequest};
+use super::cost::{Cost, Counter};
 use super::generations::Load;
 use super::meters::{GenerationClock, Trace};
+use super::thread::device;
 use crate::telemetry::meters;
 
 /// Readiness as the device thread last reported it.
@@ -218,6 +220,7 @@ pub struct EngineHandle {
     pub(super) commands: mpsc::Sender<Command>,
     pub(super) health: watch::Receiver<Health>,
     pub(super) info: Arc<ModelInfo>,
+    pub(super) counter: Arc<Counter>,
     pub(super) gauge: Arc<Gauge>,
     /// After `commands`, so that the thread sees its door closed before it is waited for.
     pub(super) _thread: Arc<Joined>,
@@ -264,6 +267,14 @@ impl EngineHandle {
     /// What the device thread had to do when it last came by; never asks the device.
     pub fn load(&self) -> Load {
         self.gauge.load()
+    }
+
+    /// What a request will cost; counted here, the device is not asked.
+    ///
+    /// # Errors
+    /// `Invalid` when the prompt cannot be tokenised or is too long for a row of the batch.
+    pub fn cost(&self, request: &GenerateRequest) -> Result<Cost, EngineError> {
+        self.counter.count(request).map_err(|error| device(&error))
     }
 
     /// Hands a generation to the device thread. Bounded and without waiting.

@@ -2,6 +2,7 @@
 
 mod command;
 mod concept_cache;
+mod cost;
 mod generations;
 mod handle;
 mod memory;
@@ -16,6 +17,7 @@ pub use command::{
     ConceptUse, EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingProgress, TrainingRequest,
 };
 pub use concept_cache::ConceptCache;
+pub use cost::Cost;
 pub use generations::Load;
 pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStream};
 pub use memory::{free_bytes, used_bytes};

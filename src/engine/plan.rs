@@ -84,6 +84,18 @@ impl PlannedSequence {
     }
 }
 
+/// A prompt's pieces as the tokenizer takes them; `slot` knows a concept's T.
+pub(super) fn prompt_parts<'a>(
+    pieces: &[PromptPiece<'a>],
+    slot: impl Fn(&str) -> Result<usize, ModelError>,
+) -> Result<Vec<PromptPart<'a>>, ModelError> {
+    let part = |piece: &PromptPiece<'a>| match *piece {
+        PromptPiece::Text(text) => Ok(PromptPart::Text(text)),
+        PromptPiece::Concept(name) => slot(name).map(PromptPart::Slot),
+    };
+    pieces.iter().map(part).collect()
+}
+
 /// Lays out a prompt with concepts.
 ///
 /// # Errors
@@ -106,17 +118,14 @@ pub fn plan_sequence(
         .map(find)
         .collect::<Result<Vec<_>, _>>()?;
     order.sort_by_key(|&index| concepts[index].kind);
-    let (mut parts, mut of_slot) = (Vec::new(), Vec::new());
-    for piece in &pieces {
-        match piece {
-            PromptPiece::Text(text) => parts.push(PromptPart::Text(text)),
-            PromptPiece::Concept(name) => {
-                let index = find(name)?;
-                parts.push(PromptPart::Slot(concepts[index].text_tokens));
-                of_slot.push(index);
-            }
-        }
-    }
+    let parts = prompt_parts(&pieces, |name| Ok(concepts[find(name)?].text_tokens))?;
+    let of_slot = pieces
+        .iter()
+        .filter_map(|piece| match piece {
+            PromptPiece::Text(_) => None,
+            PromptPiece::Concept(name) => Some(find(name)),
+        })
+        .collect::<Result<Vec<_>, _>>()?;
     let encoded = model.encode_prompt(width, height, &parts)?;
     let slots_of = |index: usize| {
         of_slot

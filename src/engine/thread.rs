@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::command::EngineError;
+use super::cost::Counter;
 use super::generations::Generations;
 use super::handle::{Command, EngineHandle, Gauge, Health, Joined, ModelInfo};
 use super::meters::Published;
@@ -84,14 +85,15 @@ pub fn start(
             }
             let _no_grad = tch::no_grad_guard();
             let thread = load().and_then(|(model, info)| {
+                let counter = Counter::new(&model, longest_row(&model, options.prompt_tokens));
                 let thread = Thread::new(model, &options, inbox, own_gauge)?;
-                Ok((thread, info))
+                Ok((thread, (info, counter)))
             });
             match thread {
-                Ok((thread, info)) => {
+                Ok((thread, loaded)) => {
                     health_sender.send_replace(Health::Ready);
                     // The starter may have given up; the closed channel ends the loop below.
-                    let _ = loaded_sender.send(Ok(info));
+                    let _ = loaded_sender.send(Ok(loaded));
                     thread.run();
                     health_sender.send_replace(Health::Stopped("the engine has stopped".to_owned()));
                 }
@@ -102,13 +104,14 @@ pub fn start(
             }
         });
     let thread = spawned.map_err(|error| ModelError::invalid("engine", format!("cannot start its thread: {error}")))?;
-    let info = loaded
+    let (info, counter) = loaded
         .recv()
         .map_err(|_| ModelError::invalid("engine", "ended while it was loading"))??;
     Ok(EngineHandle {
         commands,
         health,
         info: Arc::new(info),
+        counter: Arc::new(counter),
         gauge,
         _thread: Arc::new(Joined(Some(thread))),
     })
@@ -128,7 +131,7 @@ struct Thread {
     published: Published,
 }
 
-fn device(error: &ModelError) -> EngineError {
+pub(super) fn device(error: &ModelError) -> EngineError {
     match error {
         ModelError::Invalid { field, problem } => EngineError::Invalid {
             field,

@@ -1,9 +1,13 @@
-//! The workers that train queued concepts: each claims a training, feeds it to the engine, and writes down what comes
-//! back. They hold no tensors; the engine is reached through its door alone.
+//! Work that outlives a request: trainings, generations, web-hooks, and the removal of what has expired. It holds no
+//! tensors; the engine is reached through its door alone.
 
+mod address;
+mod draw;
 mod previews;
 mod progress;
+mod sweeper;
 mod train_concept;
+mod webhook;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +17,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engine::EngineHandle;
 use crate::registry::Registry;
+pub use address::AddressPolicy;
+pub use draw::{DrawEvent, Drawings, Held, Waiting, concept_use, engine_request, provenance};
+pub use sweeper::sweep;
+pub use webhook::{Describe, Webhooks, deliver};
 
 /// How long a claimed training stays claimed without a sign of life.
 pub(crate) const LEASE_MS: i64 = 30_000;
@@ -27,6 +35,11 @@ impl Wake {
     /// Something was queued or cancelled.
     pub fn now(&self) {
         self.0.notify_waiters();
+    }
+
+    /// Resolves at the next wake-up; interest is registered when this is called.
+    pub fn woken(&self) -> impl Future<Output = ()> + use<> {
+        self.0.clone().notified_owned()
     }
 }
 

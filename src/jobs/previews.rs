@@ -96,6 +96,7 @@ impl Worker {
             height,
             count: 1,
             seed: spec.seed,
+            first_index: 0,
             guidance_scale: info.default_guidance_scale,
             temperature: info.default_temperature,
             top_k: info.default_top_k,

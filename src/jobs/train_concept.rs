@@ -36,6 +36,8 @@ impl Worker {
         tracing::info!(training = %id, attempt = claimed.training.attempt, from_step = claimed.training.resumed_from_step, "training");
         let mut previews = Previews::default();
         let ended = self.run(&claimed, &mut previews).await;
+        // Whoever tells of ends looks now.
+        self.wake.now();
         match ended {
             Ok(()) => return previews.finish(&self.stop).await,
             Err(RegistryError::LeaseLost) => {

@@ -1,6 +1,7 @@
 //! A whole checkpoint: transformer, image tokenizer, text side and picture preparation.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
@@ -71,7 +72,8 @@ pub struct LuminaMgpt {
     pub transformer: Transformer,
     pub vqgan: Vqgan,
     pub vocabulary: Vocabulary,
-    pub tokenizer: TextTokenizer,
+    /// Shared with whoever counts tokens outside the device thread.
+    pub tokenizer: Arc<TextTokenizer>,
     pub crop: CropPlan,
     /// The image tokenizer's parameters, to load it once more without a copy.
     vqgan_tensors: Shared,
@@ -152,7 +154,7 @@ impl LuminaMgpt {
             vqgan_tensors,
             crop: CropPlan::new(target_size, unit),
             vocabulary,
-            tokenizer,
+            tokenizer: tokenizer.into(),
             target_size,
         })
     }

@@ -3,6 +3,7 @@
 use image::codecs::{jpeg::JpegEncoder, webp::WebPEncoder};
 use image::{ExtendedColorType, ImageEncoder};
 
+use super::xmp::{into_jpeg, into_webp, packet};
 use super::{PictureError, PictureFormat, RgbPicture};
 
 /// Formats that pictures are answered in.
@@ -25,8 +26,8 @@ impl From<OutputFormat> for PictureFormat {
     }
 }
 
-/// Encodes a picture. `text` becomes a PNG's international text chunks, keys of 1 to 79 Latin-1 characters; the other
-/// formats carry none.
+/// Encodes a picture. `text` becomes a PNG's international text chunks, keys of 1 to 79 Latin-1 characters; in the other
+/// formats an XMP packet with a property for each, whose keys must be XML names.
 ///
 /// # Errors
 /// When the pixels do not form the picture, the format cannot hold its sides, or a key is malformed.
@@ -51,7 +52,12 @@ pub fn encode(picture: &RgbPicture, format: OutputFormat, text: &[(&str, String)
             .write_image(rgb, width, height, kind)
             .map_err(|error| PictureError::Damaged(error.to_string()))?,
     }
-    Ok(file)
+    match format {
+        _ if text.is_empty() => Ok(file),
+        OutputFormat::Png => Ok(file),
+        OutputFormat::Jpeg(_) => into_jpeg(&file, &packet(text)),
+        OutputFormat::WebP => into_webp(&file, &packet(text), (width, height)),
+    }
 }
 
 fn encode_png(picture: &RgbPicture, text: &[(&str, String)], file: &mut Vec<u8>) -> Result<(), png::EncodingError> {

@@ -286,3 +286,49 @@ fn inconsistent_pixels_are_not_encoded() {
         assert_eq!(encode(&wrong, format, &[]).unwrap_err().code(), "picture_damaged");
     }
 }
+
+/// Metadata as decoders that know nothing of ours find it.
+#[test]
+fn text_is_found_in_every_format_and_the_pixels_stay() {
+    use image::ImageDecoder as _;
+
+    let picture = RgbPicture {
+        width: 17,
+        height: 9,
+        rgb: (0..17 * 9 * 3).map(|i| (i * 7 % 256) as u8).collect(),
+    };
+    let json = r#"{"seed":7,"note":"a < b & c > \"d\" 猫"}"#;
+    let text = [("coar", json.to_owned())];
+    let png = encode(&picture, OutputFormat::Png, &text).unwrap();
+    let reader = png::Decoder::new(Cursor::new(&png)).read_info().unwrap();
+    let found: Vec<_> = reader
+        .info()
+        .utf8_text
+        .iter()
+        .map(|t| (t.keyword.clone(), t.get_text().unwrap()))
+        .collect();
+    assert_eq!(found, [("coar".to_owned(), json.to_owned())]);
+    let jpeg = encode(&picture, OutputFormat::Jpeg(90), &text).unwrap();
+    let webp = encode(&picture, OutputFormat::WebP, &text).unwrap();
+    let packets = [
+        JpegDecoder::new(Cursor::new(&jpeg)).unwrap().xmp_metadata().unwrap(),
+        WebPDecoder::new(Cursor::new(&webp)).unwrap().xmp_metadata().unwrap(),
+    ];
+    for packet in packets {
+        let packet = String::from_utf8(packet.expect("the decoder finds a packet")).unwrap();
+        let inside = packet
+            .split("<c:coar>")
+            .nth(1)
+            .unwrap()
+            .split("</c:coar>")
+            .next()
+            .unwrap();
+        assert_eq!(
+            inside.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
+            json
+        );
+    }
+    assert_eq!(decode(&webp).unwrap(), picture);
+    let plain = encode(&picture, OutputFormat::Jpeg(90), &[]).unwrap();
+    assert_eq!(decode(&jpeg).unwrap(), decode(&plain).unwrap());
+}

@@ -1,29 +1,80 @@
-//! Generated pictures that are answered by URL.
+//! Drawn pictures that are kept, each of a generation.
 
-use super::{Registry, RegistryError, now};
-use crate::ids::{ImageId, TenantId};
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::{Registry, RegistryError, identifier, now};
+use crate::ids::{GenerationId, ImageId, TenantId};
+use crate::picture::PictureFormat;
 
 /// A stored picture.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredImage {
+    pub id: ImageId,
+    pub tenant: TenantId,
+    /// `None`: drawn before generations were kept.
+    pub generation: Option<GenerationId>,
+    /// Which picture of its seed.
+    pub index: u32,
+    pub seed: Option<u64>,
+    /// Width and height in pixels; 0 where it was drawn before they were noted.
+    pub size: (u32, u32),
+    /// SHA-256 of the file.
     pub blob: String,
-    pub content_type: String,
+    pub format: PictureFormat,
+    pub created_at: i64,
+    /// `None`: as long as the server keeps pictures.
+    pub expires_at: Option<i64>,
+}
+
+fn image(row: &SqliteRow) -> Result<StoredImage, RegistryError> {
+    let media: String = row.try_get("content_type")?;
+    let formats = [PictureFormat::Png, PictureFormat::Jpeg, PictureFormat::WebP];
+    let generation: Option<String> = row.try_get("generation_id")?;
+    let side = |column: &str| row.try_get::<Option<u32>, _>(column).map(Option::unwrap_or_default);
+    Ok(StoredImage {
+        id: identifier(row, "id")?,
+        tenant: identifier(row, "tenant_id")?,
+        generation: generation
+            .is_some()
+            .then(|| identifier(row, "generation_id"))
+            .transpose()?,
+        index: row.try_get("idx")?,
+        seed: row.try_get::<Option<i64>, _>("seed")?.map(|seed| seed as u64),
+        size: (side("width")?, side("height")?),
+        blob: row.try_get("blob")?,
+        format: formats
+            .into_iter()
+            .find(|format| format.media_type() == media)
+            .ok_or_else(|| RegistryError::Row(format!("content_type `{media}`")))?,
+        created_at: row.try_get("created_at")?,
+        expires_at: row.try_get("expires_at")?,
+    })
 }
 
 impl Registry {
     /// Remembers a picture whose blob is stored.
     ///
     /// # Errors
-    /// When the database fails.
-    pub async fn add_image(&self, tenant: TenantId, id: ImageId, image: &StoredImage) -> Result<(), RegistryError> {
-        sqlx::query("INSERT INTO images (id, tenant_id, blob, content_type, created_at) VALUES ($1, $2, $3, $4, $5)")
-            .bind(id.to_string())
-            .bind(tenant.to_string())
-            .bind(&image.blob)
-            .bind(&image.content_type)
-            .bind(now())
-            .execute(&self.pool)
-            .await?;
+    /// When the database fails, or its generation is gone.
+    pub async fn add_image(&self, image: &StoredImage) -> Result<(), RegistryError> {
+        sqlx::query(
+            "INSERT INTO images (id, tenant_id, generation_id, idx, seed, width, height, blob, content_type, created_at,
+             expires_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+        )
+        .bind(image.id.to_string())
+        .bind(image.tenant.to_string())
+        .bind(image.generation.map(|id| id.to_string()))
+        .bind(image.index)
+        .bind(image.seed.map(|seed| seed as i64))
+        .bind(image.size.0)
+        .bind(image.size.1)
+        .bind(&image.blob)
+        .bind(image.format.media_type())
+        .bind(image.created_at)
+        .bind(image.expires_at)
+        .execute(&self.pool)
+        .await?;
         Ok(())
     }
 
@@ -47,18 +98,29 @@ impl Registry {
         Ok(blobs.len())
     }
 
-    /// A tenant's picture by its identifier.
+    /// A picture of whatever tenant: for callers that were shown a signed address of it, and nobody else.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn image(&self, tenant: TenantId, id: ImageId) -> Result<Option<StoredImage>, RegistryError> {
-        let row: Option<(String, String)> =
-            sqlx::query_as("SELECT blob, content_type FROM images WHERE tenant_id = $1 AND id = $2")
-                .bind(tenant.to_string())
-                .bind(id.to_string())
-                .fetch_optional(&self.pool)
-                .await?;
-        Ok(row.map(|(blob, content_type)| StoredImage { blob, content_type }))
+    pub async fn signed_image(&self, id: ImageId) -> Result<Option<StoredImage>, RegistryError> {
+        let row = sqlx::query("SELECT * FROM images WHERE id = $1")
+            .bind(id.to_string())
+            .fetch_optional(&self.pool)
+            .await?;
+        row.as_ref().map(image).transpose()
+    }
+
+    /// Pictures of a tenant's generation, in order.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn images(&self, tenant: TenantId, generation: GenerationId) -> Result<Vec<StoredImage>, RegistryError> {
+        let rows = sqlx::query("SELECT * FROM images WHERE tenant_id = $1 AND generation_id = $2 ORDER BY idx")
+            .bind(tenant.to_string())
+            .bind(generation.to_string())
+            .fetch_all(&self.pool)
+            .await?;
+        rows.iter().map(image).collect()
     }
 }
 
@@ -72,24 +134,27 @@ mod tests {
     async fn expired_pictures_are_forgotten_and_their_bytes_removed() {
         let dir = tempfile::tempdir().unwrap();
         let registry = Registry::open(dir.path()).await.unwrap();
-        let (old, new) = (ImageId::new(), ImageId::new());
         let mut stored = Vec::new();
-        for (id, bytes) in [(old, &b"old"[..]), (new, b"new")] {
+        for (bytes, created_at) in [(&b"old"[..], now() - 7_200_000), (b"new", now())] {
             let image = StoredImage {
+                id: ImageId::new(),
+                tenant: TenantId::DEFAULT,
+                generation: None,
+                index: 3,
+                seed: Some((1 << 53) - 1),
+                size: (96, 64),
                 blob: registry.blobs.put(bytes.into()).await.unwrap(),
-                content_type: "image/png".to_owned(),
+                format: PictureFormat::WebP,
+                created_at,
+                expires_at: None,
             };
-            registry.add_image(TenantId::DEFAULT, id, &image).await.unwrap();
-            stored.push(image.blob);
+            registry.add_image(&image).await.unwrap();
+            stored.push(image);
         }
-        sqlx::query("UPDATE images SET created_at = created_at - 7200000 WHERE id = $1")
-            .bind(old.to_string())
-            .execute(&registry.pool)
-            .await
-            .unwrap();
+        let (old, new) = (&stored[0], &stored[1]);
         assert_eq!(registry.expire_images(Duration::from_secs(3600)).await.unwrap(), 1);
-        assert_eq!(registry.image(TenantId::DEFAULT, old).await.unwrap(), None);
-        assert!(registry.image(TenantId::DEFAULT, new).await.unwrap().is_some());
-        assert_eq!(registry.blobs.all().await.unwrap(), vec![stored[1].clone()]);
+        assert_eq!(registry.signed_image(old.id).await.unwrap(), None);
+        assert_eq!(registry.signed_image(new.id).await.unwrap().as_ref(), Some(new));
+        assert_eq!(registry.blobs.all().await.unwrap(), vec![new.blob.clone()]);
     }
 }

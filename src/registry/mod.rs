@@ -6,12 +6,14 @@
 /// Bytes by their hash.
 pub mod blobs;
 mod concepts;
+mod generations;
 mod idempotency;
 mod images;
 mod keys;
 mod tenants;
 mod trainings;
 mod versions;
+mod webhooks;
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -20,12 +22,16 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePo
 
 pub use blobs::{BlobError, Blobs};
 pub use concepts::{Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadata, NewConcept, input_fingerprint};
+pub use generations::{
+    GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, NewGeneration, TokenUsage,
+};
 pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
 pub use tenants::{Quotas, Tenant, Usage};
 pub use trainings::{ATTEMPTS, Claimed, NewTraining, Progress, Training, TrainingFilter, TrainingStatus};
 pub use versions::Version;
+pub use webhooks::{Attempt, Delivery, NewDelivery};
 
 /// Why the registry could not answer.
 #[derive(Debug, thiserror::Error)]

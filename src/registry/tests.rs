@@ -88,7 +88,8 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
     assert_eq!(registry.release_all().await.unwrap(), 1);
     let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
     assert_eq!((claimed.training.id, claimed.training.resumed_from_step), (running, 20));
-    assert_eq!(registry.image(tenant, image).await.unwrap().unwrap().blob, hashes[3]);
+    let kept = registry.signed_image(image).await.unwrap().unwrap();
+    assert_eq!((kept.tenant, &kept.blob), (tenant, &hashes[3]));
     assert!(
         registry
             .tenant("default")

@@ -257,6 +257,23 @@ fn fenced(changed: u64) -> Result<(), RegistryError> {
 }
 
 impl Registry {
+    /// Trainings that have ended within the last `age` and whose receiver has not been told of that end.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn untold_trainings(&self, age: std::time::Duration) -> Result<Vec<Training>, RegistryError> {
+        let since = now() - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+        let rows = sqlx::query(select!(
+            "WHERE t.webhook_url IS NOT NULL AND t.finished_at >= $1 AND t.status IN ('succeeded', 'failed', 'cancelled')
+             AND NOT EXISTS (SELECT 1 FROM webhook_deliveries d WHERE d.subject = t.id AND d.event = 'training.' || t.status
+                             AND d.created_at >= t.finished_at) ORDER BY t.finished_at LIMIT 100"
+        ))
+        .bind(since)
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(training).collect()
+    }
+
     /// A tenant's training by its identifier.
     ///
     /// # Errors

@@ -1,63 +1,120 @@
-//! Drawing pictures: concepts resolved, limits checked, the engine asked.
+//! What a caller wants drawn becomes what the engine draws: concepts resolved and placed, limits checked, costs counted.
 
-use std::sync::Arc;
+use serde_json::{Map, Value};
 
 use super::concepts::{no_concept, not_ready};
+use super::placement::{Placeable, place};
 use super::{Caller, ConceptView, Service};
 use crate::concept::{concept_names, parse_prompt};
-use crate::engine::{ConceptUse, GenerateRequest, GenerationEvent};
+use crate::engine::{Cost, GenerateRequest, GenerationEvent, GenerationStream};
 use crate::error::{Error, ErrorKind};
-use crate::picture::RgbPicture;
+use crate::jobs::{concept_use, engine_request};
+use crate::picture::{PictureFormat, RgbPicture};
+use crate::registry::{Concept, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage};
+
+/// A concept that is named beside the prompt, and the parameter that names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedConcept {
+    pub name: String,
+    pub field: &'static str,
+}
 
 /// What a caller wants drawn; absent values take the model's defaults.
 #[derive(Debug, Clone, Default)]
 pub struct GenerateInput {
     pub prompt: String,
+    /// Where the prompt does not name them, they are placed in it: see `placement`.
+    pub concepts: Vec<NamedConcept>,
     pub count: Option<u32>,
     pub size: Option<(u32, u32)>,
     pub seed: Option<u64>,
+    pub first_index: Option<u32>,
     pub guidance_scale: Option<f64>,
     pub temperature: Option<f64>,
     pub top_k: Option<u32>,
     pub identity_mask: Option<bool>,
+    /// PNG by default.
+    pub output_format: Option<PictureFormat>,
+    /// 0 to 100; of JPEG files the quality.
+    pub output_compression: Option<u8>,
+    pub partial_images: Option<u32>,
 }
 
-/// A concept and the version of it that was used.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UsedConcept {
-    pub name: String,
-    pub version: String,
+/// A request that can be drawn.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// As it would be stored; the prompt has every concept in it.
+    pub new: NewGeneration,
+    pub request: GenerateRequest,
+    pub cost: Cost,
 }
 
-/// One drawn picture.
+/// A finished picture.
 #[derive(Debug, Clone)]
 pub struct GeneratedImage {
+    /// Which picture of its seed.
     pub index: u32,
     pub picture: RgbPicture,
 }
 
-/// What was drawn, and with what.
-#[derive(Debug, Clone)]
-pub struct Generated {
-    pub request: GenerateRequest,
-    pub images: Vec<GeneratedImage>,
-    pub concepts: Vec<UsedConcept>,
-    pub text_tokens: u64,
-    pub image_tokens: u64,
-}
-
 /// Seeds beyond this are not exact in every JSON reader.
 pub const SEED_LIMIT: u64 = (1 << 53) - 1;
+/// Pictures of one seed.
+pub const INDEX_LIMIT: u32 = 1_000_000;
 const GUIDANCE_LIMIT: f64 = 20.0;
 const TEMPERATURE_LIMIT: f64 = 5.0;
+/// Where a caller says nothing of it.
+const JPEG_QUALITY: u8 = 90;
+
+fn within(field: &'static str, value: f64, low: f64, high: f64) -> Result<f64, Error> {
+    if value.is_finite() && (low..=high).contains(&value) {
+        return Ok(value);
+    }
+    Err(Error::field(
+        "invalid_value",
+        field,
+        format!("is {value}; expected {low} to {high}"),
+    ))
+}
+
+fn at_most<T: Copy + PartialOrd + std::fmt::Display + Into<u64>>(
+    field: &'static str,
+    value: T,
+    (low, high): (T, T),
+) -> Result<T, Error> {
+    if value >= low && value <= high {
+        return Ok(value);
+    }
+    let error = Error::field("invalid_value", field, format!("is {value}; expected {low} to {high}"));
+    Err(error.limit(high.into()))
+}
+
+/// JPEG quality; the other formats lose nothing, and say so.
+fn quality(format: PictureFormat, compression: Option<u8>) -> Result<u8, Error> {
+    match (format, compression) {
+        (_, Some(above)) if above > 100 => {
+            let problem = format!("is {above}; expected 0 to 100");
+            Err(Error::field("invalid_value", "output_compression", problem).limit(100))
+        }
+        (PictureFormat::Jpeg, given) => Ok(given.unwrap_or(JPEG_QUALITY).max(1)),
+        (_, None | Some(100)) => Ok(100),
+        (format, Some(below)) => Err(Error::field(
+            "unsupported_value",
+            "output_compression",
+            format!(
+                "is {below}, but {format} files are written without loss; leave it out or send 100, or ask for jpeg"
+            ),
+        )),
+    }
+}
 
 impl Service {
     /// Checks and completes a request.
     ///
     /// # Errors
     /// The first value that cannot be used; a concept that is unknown or not trained.
-    pub async fn plan(&self, caller: &Caller, input: GenerateInput) -> Result<GenerateRequest, Error> {
-        let info = self.engine.info();
+    pub async fn plan(&self, caller: &Caller, input: GenerateInput) -> Result<Plan, Error> {
+        let settings = self.settings(&input)?;
         let characters = input.prompt.chars().count();
         if characters > self.limits.prompt {
             return Err(Error::field(
@@ -67,17 +124,41 @@ impl Service {
             )
             .limit(self.limits.prompt as u64));
         }
-        let pieces =
-            parse_prompt(&input.prompt).map_err(|error| Error::field("invalid_value", "prompt", error.to_string()))?;
-        let count = input.count.unwrap_or(1);
-        if !(1..=self.limits.count).contains(&count) {
-            return Err(Error::field(
-                "invalid_value",
-                "n",
-                format!("is {count}; expected 1 to {}", self.limits.count),
-            )
-            .limit(self.limits.count.into()));
+        let (prompt, found) = self.placed(caller, &input).await?;
+        let (mut concepts, mut uses) = (Vec::new(), Vec::new());
+        for concept in found {
+            let (Some(hash), Some(version)) = (concept.version.clone(), concept.version_number) else {
+                let training = self.registry.latest_training(caller.tenant, concept.id).await?;
+                return Err(not_ready(&ConceptView { concept, training }));
+            };
+            let used = GenerationConcept {
+                name: concept.name,
+                kind: concept.kind,
+                version,
+                hash,
+            };
+            let file = self.registry.blobs.get(&used.hash).await?;
+            uses.push(concept_use(&self.engine, &used, &file)?);
+            concepts.push(used);
         }
+        let mut new = NewGeneration {
+            tenant: caller.tenant,
+            background: false,
+            prompt,
+            settings,
+            concepts,
+            metadata: Value::Object(Map::new()),
+            webhook_url: None,
+            total: 0,
+        };
+        let request = engine_request(&new, uses);
+        let cost = self.engine.cost(&request)?;
+        new.total = u32::try_from(cost.image).unwrap_or(u32::MAX);
+        Ok(Plan { new, request, cost })
+    }
+
+    fn settings(&self, input: &GenerateInput) -> Result<GenerationSettings, Error> {
+        let info = self.engine.info();
         let (width, height) = input.size.unwrap_or(info.sizes[0]);
         if !info.sizes.contains(&(width, height)) {
             let known: Vec<String> = info.sizes.iter().map(|(w, h)| format!("{w}x{h}")).collect();
@@ -87,125 +168,122 @@ impl Service {
                 format!("is {width}x{height}; this model draws {}", known.join(", ")),
             ));
         }
-        let range = |field: &'static str, value: f64, low: f64, high: f64| match value.is_finite()
-            && (low..=high).contains(&value)
-        {
-            true => Ok(value),
-            false => Err(Error::field(
-                "invalid_value",
-                field,
-                format!("is {value}; expected {low} to {high}"),
-            )),
-        };
-        let guidance_scale = range(
-            "guidance_scale",
-            input.guidance_scale.unwrap_or(info.default_guidance_scale),
-            1.0,
-            GUIDANCE_LIMIT,
-        )?;
-        let temperature = range(
-            "temperature",
-            input.temperature.unwrap_or(info.default_temperature),
-            0.0,
-            TEMPERATURE_LIMIT,
-        )?;
-        let seed = input.seed.unwrap_or_else(|| rand::random::<u64>() & SEED_LIMIT);
-        if seed > SEED_LIMIT {
-            return Err(Error::field(
-                "invalid_value",
-                "seed",
-                format!("is {seed}; expected 0 to {SEED_LIMIT}"),
-            )
-            .limit(SEED_LIMIT));
-        }
-        let mut concepts = Vec::new();
-        for name in concept_names(&pieces) {
-            concepts.push(self.use_concept(caller, name).await?);
-        }
-        Ok(GenerateRequest {
-            tenant: caller.tenant.to_string(),
-            prompt: input.prompt,
-            concepts,
+        let output_format = input.output_format.unwrap_or(PictureFormat::Png);
+        let temperature = input.temperature.unwrap_or(info.default_temperature);
+        let guidance = input.guidance_scale.unwrap_or(info.default_guidance_scale);
+        Ok(GenerationSettings {
+            n: at_most("n", input.count.unwrap_or(1), (1, self.limits.count))?,
             width,
             height,
-            count,
-            seed,
-            guidance_scale,
-            temperature,
+            seed: match input.seed {
+                Some(seed) => at_most("seed", seed, (0, SEED_LIMIT))?,
+                None => rand::random::<u64>() & SEED_LIMIT,
+            },
+            first_index: at_most("first_index", input.first_index.unwrap_or(0), (0, INDEX_LIMIT))?,
+            guidance_scale: within("guidance_scale", guidance, 1.0, GUIDANCE_LIMIT)?,
+            temperature: within("temperature", temperature, 0.0, TEMPERATURE_LIMIT)?,
             top_k: input.top_k.unwrap_or(info.default_top_k),
             identity_mask: input.identity_mask.unwrap_or(true),
-            partial_images: 0,
+            output_format,
+            output_compression: quality(output_format, input.output_compression)?,
+            partial_images: at_most("partial_images", input.partial_images.unwrap_or(0), (0, 3))?,
         })
     }
 
-    /// Draws the pictures and waits for them. Dropping the future cancels the drawing.
+    /// The prompt with every concept in it, and the concepts.
+    async fn placed(&self, caller: &Caller, input: &GenerateInput) -> Result<(String, Vec<Concept>), Error> {
+        let unusable = |error: crate::concept::PromptError| Error::field("invalid_value", "prompt", error.to_string());
+        let written = parse_prompt(&input.prompt).map_err(unusable)?;
+        let mut found: Vec<Concept> = Vec::new();
+        let beside = input.concepts.iter().map(|named| (named.name.as_str(), named.field));
+        for (name, field) in concept_names(&written)
+            .into_iter()
+            .map(|name| (name, "prompt"))
+            .chain(beside)
+        {
+            if found.iter().any(|concept| concept.name == name) {
+                continue;
+            }
+            let missing = || Error {
+                field: Some(field.into()),
+                ..no_concept(name)
+            };
+            found.push(self.registry.concept(caller.tenant, name).await?.ok_or_else(missing)?);
+        }
+        let placeable: Vec<Placeable> = found
+            .iter()
+            .map(|concept| Placeable {
+                name: &concept.name,
+                kind: concept.kind,
+                class: concept.class_noun.as_deref(),
+            })
+            .collect();
+        let prompt = place(&input.prompt, &placeable);
+        Ok((prompt, found))
+    }
+
+    /// Draws without storing anything. Dropping the stream cancels the drawing.
     ///
     /// # Errors
-    /// As [`Self::plan`]; when the engine is overloaded, stopping, or fails.
+    /// When the engine is overloaded or stopping.
     #[tracing::instrument(name = "service.generate", skip_all)]
-    pub async fn generate(&self, caller: &Caller, input: GenerateInput) -> Result<Generated, Error> {
-        let request = self.plan(caller, input).await?;
-        let mut stream = self.engine.generate(request.clone())?;
-        let used = |concept: &ConceptUse| UsedConcept {
-            name: concept.name.clone(),
-            version: concept.content_hash.clone(),
-        };
-        let concepts = request.concepts.iter().map(used).collect();
-        let mut images = Vec::new();
-        loop {
-            match stream.next().await {
-                Some(GenerationEvent::Picture { index, picture }) => images.push(GeneratedImage { index, picture }),
-                Some(GenerationEvent::Done {
+    pub fn draw(&self, plan: &Plan) -> Result<GenerationStream, Error> {
+        Ok(self.engine.generate(plan.request.clone())?)
+    }
+}
+
+/// Waits for all pictures of a stream; dropping the future cancels the drawing. Pictures in order.
+///
+/// # Errors
+/// When the engine stops or fails.
+pub async fn drawn(mut stream: GenerationStream, first_index: u32) -> Result<(Vec<GeneratedImage>, TokenUsage), Error> {
+    let mut images = Vec::new();
+    loop {
+        match stream.next().await {
+            Some(GenerationEvent::Picture { index, picture }) => images.push(GeneratedImage {
+                index: first_index + index,
+                picture,
+            }),
+            Some(GenerationEvent::Done {
+                text_tokens,
+                image_tokens,
+            }) => {
+                // They arrive as they are finished.
+                images.sort_by_key(|image| image.index);
+                let usage = TokenUsage {
                     text_tokens,
                     image_tokens,
-                }) => {
-                    // They arrive as they are finished; callers number them by place.
-                    images.sort_by_key(|image: &GeneratedImage| image.index);
-                    return Ok(Generated {
-                        request,
-                        images,
-                        concepts,
-                        text_tokens,
-                        image_tokens,
-                    });
-                }
-                Some(GenerationEvent::Failed(error)) => return Err(error.into()),
-                Some(GenerationEvent::Started | GenerationEvent::Progress { .. } | GenerationEvent::Partial { .. }) => {
-                }
-                None => {
-                    return Err(Error::new(
-                        ErrorKind::Unavailable,
-                        "stopping",
-                        "The server is stopping.",
-                    ));
-                }
+                };
+                return Ok((images, usage));
+            }
+            Some(GenerationEvent::Failed(error)) => return Err(error.into()),
+            Some(GenerationEvent::Started | GenerationEvent::Progress { .. } | GenerationEvent::Partial { .. }) => {}
+            None => {
+                return Err(Error::new(
+                    ErrorKind::Unavailable,
+                    "stopping",
+                    "The server is stopping.",
+                ));
             }
         }
     }
+}
 
-    async fn use_concept(&self, caller: &Caller, name: &str) -> Result<ConceptUse, Error> {
-        let missing = || crate::error::Error {
-            field: Some("prompt".into()),
-            ..no_concept(name)
-        };
-        let concept = self.registry.concept(caller.tenant, name).await?.ok_or_else(missing)?;
-        let Some(version) = concept.version.clone() else {
-            let training = self.registry.latest_training(caller.tenant, concept.id).await?;
-            return Err(not_ready(&ConceptView { concept, training }));
-        };
-        let bytes = self.registry.blobs.get(&version).await?;
-        let file = self.engine.info().read_concept(&bytes).map_err(|error| {
-            Error::new(
-                ErrorKind::Conflict,
-                "concept_unusable",
-                format!("The concept `{name}` cannot be used: {error}."),
-            )
-        })?;
-        Ok(ConceptUse {
-            name: name.to_owned(),
-            content_hash: version,
-            kind: concept.kind,
-            tensors: Arc::new(file.tensors),
-        })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compression_is_quality_of_jpeg_and_refused_elsewhere() {
+        let code = |outcome: Result<u8, Error>| outcome.map_err(|error| error.code);
+        assert_eq!(code(quality(PictureFormat::Jpeg, None)), Ok(JPEG_QUALITY));
+        assert_eq!(code(quality(PictureFormat::Jpeg, Some(0))), Ok(1));
+        assert_eq!(code(quality(PictureFormat::Jpeg, Some(100))), Ok(100));
+        assert_eq!(code(quality(PictureFormat::Jpeg, Some(101))), Err("invalid_value"));
+        for lossless in [PictureFormat::Png, PictureFormat::WebP] {
+            assert_eq!(code(quality(lossless, None)), Ok(100));
+            assert_eq!(code(quality(lossless, Some(100))), Ok(100));
+            assert_eq!(code(quality(lossless, Some(99))), Err("unsupported_value"));
+        }
     }
 }

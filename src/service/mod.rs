@@ -3,7 +3,10 @@
 mod concepts;
 mod facts;
 mod generate;
+mod generations;
 mod keys;
+mod links;
+mod placement;
 mod quota;
 mod tenants;
 mod trainings;
@@ -12,8 +15,10 @@ use std::sync::Arc;
 
 pub use concepts::{Change, ConceptView, Registered, Registration};
 pub use facts::read_metadata;
-pub use generate::{GenerateInput, Generated, GeneratedImage, UsedConcept};
+pub use generate::{GenerateInput, GeneratedImage, NamedConcept, Plan, drawn};
+pub use generations::{Begun, GenerationInput, GenerationView, check_metadata};
 pub use keys::{CreatedKey, KeyRequest, Keys};
+pub use links::{Links, Signed};
 pub use quota::{Addition, Admitted, Allowance, Standing, Tallies, Turn};
 pub use tenants::QuotaChange;
 pub use trainings::{TrainingQuery, TrainingSettings};
@@ -22,7 +27,7 @@ use crate::config::Config;
 use crate::engine::{EngineError, EngineHandle};
 use crate::error::{Error, ErrorKind};
 use crate::ids::{KeyId, TenantId};
-use crate::jobs::Wake;
+use crate::jobs::{Drawings, Wake};
 use crate::picture::PictureLimits;
 use crate::registry::{Quotas, Registry, RegistryError};
 pub use crate::registry::{Scope, Scopes};
@@ -71,6 +76,8 @@ pub struct Service {
     pub wake: Wake,
     pub limits: Arc<Limits>,
     pub tallies: Tallies,
+    pub drawings: Drawings,
+    pub links: Arc<Links>,
 }
 
 /// What callers may ask for.
@@ -85,6 +92,8 @@ pub struct Limits {
     pub prompt: usize,
     /// Trainings of all tenants that may wait.
     pub queued_trainings: i64,
+    /// Generations of all tenants that may wait.
+    pub queued_generations: i64,
     /// Bytes of a JSON body.
     pub json: usize,
     /// What a tenant has of which an administrator has not said otherwise.
@@ -121,6 +130,7 @@ impl Default for Limits {
             count: 10,
             prompt: 4000,
             queued_trainings: 100,
+            queued_generations: 1000,
             json: 1 << 20,
             quotas: Quotas::default(),
         }

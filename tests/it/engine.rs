@@ -78,6 +78,7 @@ fn request(info: &ModelInfo, index: usize) -> GenerateRequest {
         height: size.1,
         count: 1 + (index % 2) as u32,
         seed: 100 + index as u64,
+        first_index: 0,
         guidance_scale: [2.0, 1.0, 3.5][index % 3],
         temperature: if index == 5 { 0.0 } else { 1.0 },
         top_k: [20, 0, 7][index % 3],

@@ -65,6 +65,7 @@ fn request(info: &ModelInfo, index: usize, used: Option<ConceptUse>) -> Generate
         height,
         count: 1,
         seed: index as u64,
+        first_index: 0,
         guidance_scale: info.default_guidance_scale,
         temperature: 1.0,
         top_k: info.default_top_k,

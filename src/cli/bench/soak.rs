@@ -93,6 +93,7 @@ fn request(info: &ModelInfo, seed: u64, index: usize, concepts: usize) -> (Gener
         height,
         count: rng.random_range(1..=3),
         seed: rng.random(),
+        first_index: 0,
         guidance_scale: guidance[rng.random_range(0..guidance.len())],
         temperature: rng.random_range(0.5..1.5),
         top_k: info.default_top_k,

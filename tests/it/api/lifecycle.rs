@@ -47,7 +47,7 @@ async fn a_subject_and_a_style_are_trained_and_drawn_together() {
     assert_eq!(first["data"].as_array().unwrap().len(), 2);
     assert_ne!(first["data"][0]["b64_json"], first["data"][1]["b64_json"]);
     let (_, concept) = app.get("/v1/concepts/rex").await;
-    assert_eq!(first["concepts"][0]["version"], concept["version"]["hash"]);
+    assert_eq!(first["concepts"][0]["hash"], concept["version"]["hash"]);
     let bytes = base64::engine::general_purpose::STANDARD
         .decode(first["data"][0]["b64_json"].as_str().unwrap())
         .unwrap();

@@ -3,11 +3,14 @@
 mod bad_input;
 mod command_line;
 mod concepts;
+mod generations;
 mod guard;
 mod idempotency;
+mod images;
 mod isolation;
 mod lifecycle;
 mod observe;
 mod quotas;
 mod tenants;
 mod trainings;
+mod webhooks;

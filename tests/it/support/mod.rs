@@ -248,3 +248,39 @@ pub fn form_named(subject: &HeldOutSubject, name: &'static str) -> Form {
         .into_iter()
         .fold(form, |form, bytes| form.part("images", picture_part(bytes)))
 }
+
+/// Server-sent events of an answer, as they come.
+pub struct Events {
+    answer: reqwest::Response,
+    text: String,
+}
+
+impl Events {
+    pub async fn open(request: reqwest::RequestBuilder) -> Self {
+        let answer = request.send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        assert_eq!(answer.headers()["content-type"], "text/event-stream");
+        Self {
+            answer,
+            text: String::new(),
+        }
+    }
+
+    /// The next event's name and data; `None` at the end of the stream. Comments are left out.
+    pub async fn next(&mut self) -> Option<(String, Value)> {
+        loop {
+            if let Some(end) = self.text.find("\n\n") {
+                let event: String = self.text.drain(..end + 2).collect();
+                let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name));
+                if let (Some(name), Some(data)) = (field("event: "), field("data: ")) {
+                    return Some((name.to_owned(), serde_json::from_str(data).unwrap()));
+                }
+                continue;
+            }
+            let piece = tokio::time::timeout(PATIENCE, self.answer.chunk());
+            let piece = piece.await.expect("the stream goes on").unwrap()?;
+            self.text
+                .push_str(std::str::from_utf8(&piece).expect("our JSON is cut anywhere but is ASCII here"));
+        }
+    }
+}

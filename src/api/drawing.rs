@@ -1,0 +1,192 @@
+//! What `/v1/images` and `/v1/generations` have in common: parameters, objects, and events.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::http::{HeaderMap, header};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use futures::Stream;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::AppState;
+use super::extract::Fields;
+use crate::error::Error;
+use crate::picture::{OutputFormat, PictureFormat, RgbPicture, encode};
+use crate::registry::{GenerationConcept, TokenUsage};
+use crate::service::{GenerateInput, NamedConcept};
+
+/// Streams say at least this often that they live.
+const HEARTBEAT: Duration = Duration::from_secs(10);
+
+/// A concept that was used.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = UsedConcept)]
+pub(super) struct UsedConceptObject {
+    #[schema(example = "rex")]
+    pub name: String,
+    /// The version's number.
+    #[schema(example = 1)]
+    pub version: u32,
+    /// SHA-256 of the concept file.
+    #[schema(example = "2f7c1b1f0d6a4c0a9e9e6d5c4b3a291817161514131211100f0e0d0c0b0a0908")]
+    pub hash: String,
+}
+
+impl From<&GenerationConcept> for UsedConceptObject {
+    fn from(concept: &GenerationConcept) -> Self {
+        Self {
+            name: concept.name.clone(),
+            version: concept.version,
+            hash: concept.hash.clone(),
+        }
+    }
+}
+
+/// What it cost, in tokens.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Usage)]
+pub(super) struct UsageObject {
+    #[schema(example = 168)]
+    pub total_tokens: u64,
+    /// Of the prompt.
+    #[schema(example = 24)]
+    pub input_tokens: u64,
+    /// Of the pictures.
+    #[schema(example = 144)]
+    pub output_tokens: u64,
+    pub input_tokens_details: InputTokens,
+}
+
+/// What the input tokens are of.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct InputTokens {
+    #[schema(example = 24)]
+    pub text_tokens: u64,
+    /// Always 0: pictures are no input.
+    #[schema(example = 0)]
+    pub image_tokens: u64,
+}
+
+impl From<TokenUsage> for UsageObject {
+    fn from(usage: TokenUsage) -> Self {
+        Self {
+            total_tokens: usage.text_tokens + usage.image_tokens,
+            input_tokens: usage.text_tokens,
+            output_tokens: usage.image_tokens,
+            input_tokens_details: InputTokens {
+                text_tokens: usage.text_tokens,
+                image_tokens: 0,
+            },
+        }
+    }
+}
+
+fn size(text: &str) -> Result<Option<(u32, u32)>, Error> {
+    if text == "auto" {
+        return Ok(None);
+    }
+    let sides = text
+        .split_once('x')
+        .and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+    sides.map(Some).ok_or_else(|| {
+        Error::field(
+            "invalid_size",
+            "size",
+            format!("is `{text}`; expected `auto` or WIDTHxHEIGHT in pixels"),
+        )
+    })
+}
+
+/// A word out of a list of them.
+pub(super) fn word<T: Copy>(
+    fields: &mut Fields,
+    name: &'static str,
+    known: &[(&'static str, T)],
+) -> Result<Option<T>, Error> {
+    let Some(text) = fields.text(name)? else {
+        return Ok(None);
+    };
+    let found = known.iter().find(|(word, _)| *word == text);
+    found.map(|(_, value)| Some(*value)).ok_or_else(|| {
+        let words: Vec<String> = known.iter().map(|(word, _)| format!("`{word}`")).collect();
+        Error::field(
+            "invalid_value",
+            name,
+            format!("is `{text}`; expected {}", words.join(" or ")),
+        )
+    })
+}
+
+/// The parameters that both routes have.
+pub(super) fn input(fields: &mut Fields) -> Result<GenerateInput, Error> {
+    let small = u64::from(u32::MAX);
+    let formats =
+        [PictureFormat::Png, PictureFormat::Jpeg, PictureFormat::WebP].map(|format| (format.as_str(), format));
+    let named = |name| NamedConcept {
+        name,
+        field: "concepts",
+    };
+    Ok(GenerateInput {
+        prompt: fields
+            .text("prompt")?
+            .ok_or_else(|| Error::field("missing_parameter", "prompt", "is missing"))?,
+        concepts: fields
+            .texts("concepts")?
+            .unwrap_or_default()
+            .into_iter()
+            .map(named)
+            .collect(),
+        count: fields.integer("n", small)?.map(|n| n as u32),
+        size: fields.text("size")?.map(|text| size(&text)).transpose()?.flatten(),
+        seed: fields.integer("seed", u64::MAX)?,
+        first_index: fields.integer("first_index", small)?.map(|index| index as u32),
+        guidance_scale: fields.number("guidance_scale")?,
+        temperature: fields.number("temperature")?,
+        top_k: fields.integer("top_k", small)?.map(|k| k as u32),
+        identity_mask: fields.boolean("identity_mask")?,
+        output_format: word(fields, "output_format", &formats)?,
+        output_compression: fields.integer("output_compression", 100)?.map(|value| value as u8),
+        partial_images: fields.integer("partial_images", 3)?.map(|count| count as u32),
+    })
+}
+
+/// What the addresses of pictures begin with: what the operator says, or else how this caller reached the server.
+pub(super) fn base(state: &AppState, headers: &HeaderMap) -> String {
+    let host = || headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    match (&state.config().public_url, host()) {
+        (Some(url), _) => url.trim_end_matches('/').to_owned(),
+        (None, Some(host)) => format!("http://{host}"),
+        (None, None) => String::new(),
+    }
+}
+
+/// An unfinished picture in base64, without metadata.
+pub(super) async fn partial(picture: RgbPicture, format: OutputFormat) -> Result<String, Error> {
+    let encoded = tokio::task::spawn_blocking(move || encode(&picture, format, &[])).await;
+    Ok(STANDARD.encode(encoded.map_err(Error::internal)?.map_err(Error::internal)?))
+}
+
+/// An event with JSON in it.
+pub(super) fn event(name: &str, data: &impl Serialize) -> Event {
+    let event = Event::default().event(name);
+    // Our objects have no maps with keys that are no strings, which is what could fail.
+    serde_json::to_string(data).map_or_else(|_| Event::default(), |text| event.data(text))
+}
+
+/// A stream of events, with comments in between where there are none for a while.
+pub(super) fn stream(events: impl Stream<Item = Event> + Send + 'static) -> Response {
+    use futures::StreamExt as _;
+
+    let events = events.map(Ok::<_, Infallible>);
+    let keep_alive = KeepAlive::new().interval(HEARTBEAT).text("working");
+    let mut response = Sse::new(events).keep_alive(keep_alive).into_response();
+    // Proxies that collect answers would hold the events back.
+    response
+        .headers_mut()
+        .insert("x-accel-buffering", axum::http::HeaderValue::from_static("no"));
+    response
+}

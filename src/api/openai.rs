@@ -1,0 +1,426 @@
+//! `/v1/images/generations`: OpenAI's request and response shape, with a little more in both.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::middleware::from_fn_with_state;
+use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use futures::stream;
+use serde::Serialize;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::auth::Generate;
+use super::drawing::{self, UsageObject, UsedConceptObject, event, partial, word};
+use super::error::{error_body, request_id};
+use super::extract::Fields;
+use super::idempotency::{IdempotencyHeader, Once};
+use super::openapi::ErrorBody;
+use super::{ApiError, AppState};
+use crate::concept::is_slug;
+use crate::engine::{GenerationEvent, GenerationStream};
+use crate::error::{Error, ErrorKind};
+use crate::jobs::DrawEvent;
+use crate::picture::RgbPicture;
+use crate::registry::{TokenUsage, now};
+use crate::service::{Admitted, Caller, GenerateInput, NamedConcept, Plan, Service, drawn};
+
+pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(generate))
+        .layer(from_fn_with_state(state.clone(), super::quota::rate_headers))
+}
+
+/// What is to be drawn. The handler reads it field by field; this is its description.
+#[derive(ToSchema)]
+#[allow(dead_code)]
+#[schema(example = json!({"model": "coar", "prompt": "a photo of <rex> cat on the beach", "n": 2, "seed": 7}))]
+struct CreateImages {
+    /// At most 4000 characters; `<name>` is a concept.
+    #[schema(example = "a photo of <rex> cat on the beach", max_length = 4000)]
+    prompt: String,
+    /// `coar`, the base model's own id, `coar:<concept>`, or `coar:<subject>+<style>`. Concepts that the prompt does not
+    /// name are placed in it: a subject goes before the first occurrence of its class noun, or into "a photo of <name>
+    /// class, " at the beginning; a style becomes " in <name> style" at the end.
+    #[schema(example = "coar:rex+ink")]
+    model: Option<String>,
+    /// As with `model`: concepts to place where the prompt does not name them.
+    concepts: Option<Vec<String>>,
+    #[schema(minimum = 1, maximum = 10, default = 1)]
+    n: Option<u32>,
+    /// `auto` or WIDTHxHEIGHT, one of the model's sizes (`GET /v1/models`).
+    #[schema(example = "auto")]
+    size: Option<String>,
+    /// `url` (default): stored as a generation. `b64_json`: not stored.
+    #[schema(example = "b64_json")]
+    response_format: Option<String>,
+    /// `png` (default), `jpeg` or `webp`. WebP is lossless.
+    #[schema(example = "png")]
+    output_format: Option<String>,
+    /// Quality of JPEG, default 90. With the lossless formats only 100.
+    #[schema(minimum = 0, maximum = 100)]
+    output_compression: Option<u32>,
+    /// Server-sent events with unfinished pictures: `image_generation.partial_image`, `image_generation.completed`,
+    /// `error`. Not stored; disconnecting cancels.
+    stream: Option<bool>,
+    /// Unfinished pictures in a stream, of each picture.
+    #[schema(minimum = 0, maximum = 3)]
+    partial_images: Option<u32>,
+    /// Picture i is drawn from the stream of (seed, first_index + i). Random by default; the answer names it.
+    #[schema(minimum = 0, maximum = 9007199254740991_u64)]
+    seed: Option<u64>,
+    /// With `n` 1 draws one picture of a larger request alone.
+    #[schema(minimum = 0, maximum = 1000000, default = 0)]
+    first_index: Option<u32>,
+    /// How strongly the prompt counts; 1 is off.
+    #[schema(minimum = 1, maximum = 20)]
+    guidance_scale: Option<f64>,
+    /// 0 takes the most likely code every time.
+    #[schema(minimum = 0, maximum = 5)]
+    temperature: Option<f64>,
+    /// Codes to choose from at each step; 0: all.
+    top_k: Option<u32>,
+    /// Blocks attention between different concepts.
+    #[schema(default = true)]
+    identity_mask: Option<bool>,
+    /// `auto`, `standard`, `low`, `medium`, `high` or `hd`; changes nothing.
+    quality: Option<String>,
+    /// `auto` or `opaque`; changes nothing.
+    background: Option<String>,
+    /// `auto` or `low`; changes nothing.
+    moderation: Option<String>,
+    /// `vivid` or `natural`; changes nothing.
+    style: Option<String>,
+    /// Changes nothing.
+    user: Option<String>,
+}
+
+/// Pictures.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Images)]
+struct ImagesObject {
+    /// Unix seconds.
+    created: i64,
+    data: Vec<ImageData>,
+    #[schema(example = "96x96")]
+    size: String,
+    #[schema(example = "png")]
+    output_format: &'static str,
+    #[schema(example = "auto")]
+    quality: &'static str,
+    #[schema(example = "opaque")]
+    background: &'static str,
+    usage: UsageObject,
+    concepts: Vec<UsedConceptObject>,
+    /// The base model.
+    #[schema(example = "coar-pocket")]
+    model: String,
+}
+
+/// One picture.
+#[derive(Debug, Serialize, ToSchema)]
+struct ImageData {
+    /// Needs no key; expires with the picture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    url: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    b64_json: Option<String>,
+    #[schema(example = 7)]
+    seed: u64,
+    /// Which picture of the seed: `{"seed": seed, "first_index": index, "n": 1}` draws it alone.
+    #[schema(example = 0)]
+    index: u32,
+}
+
+/// The data of an event in a stream.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ImageEvent)]
+struct EventObject {
+    /// `image_generation.partial_image` or `image_generation.completed`.
+    #[serde(rename = "type")]
+    #[schema(example = "image_generation.completed")]
+    kind: &'static str,
+    b64_json: String,
+    /// From 0; of unfinished pictures.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    partial_image_index: Option<u32>,
+    /// Unix seconds.
+    created_at: i64,
+    #[schema(example = "96x96")]
+    size: String,
+    #[schema(example = "auto")]
+    quality: &'static str,
+    #[schema(example = "opaque")]
+    background: &'static str,
+    #[schema(example = "png")]
+    output_format: &'static str,
+    /// Of this picture; of finished ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<UsageObject>,
+    seed: u64,
+    index: u32,
+}
+
+const PARTIAL: &str = "image_generation.partial_image";
+const COMPLETED: &str = "image_generation.completed";
+
+/// How the pictures are answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    Url,
+    Base64,
+    Stream,
+}
+
+/// The concepts that a model's name names.
+fn model_concepts(service: &Service, model: &str) -> Result<Vec<NamedConcept>, Error> {
+    let id = &service.engine.info().id;
+    if model == id || model == "coar" {
+        return Ok(vec![]);
+    }
+    let names = model.strip_prefix("coar:").map(|names| names.split('+'));
+    match names {
+        Some(names) if names.clone().all(is_slug) => Ok(names
+            .map(|name| NamedConcept {
+                name: name.to_owned(),
+                field: "model",
+            })
+            .collect()),
+        _ => Err(Error::field(
+            "model_not_found",
+            "model",
+            format!("is `{model}`; this server has `coar`, which is `{id}`, and `coar:<concept>`"),
+        )
+        .of_kind(ErrorKind::NotFound)),
+    }
+}
+
+fn read(service: &Service, mut fields: Fields) -> Result<(GenerateInput, Answer), Error> {
+    let model = fields.text("model")?;
+    let stream = fields.boolean("stream")?.unwrap_or(false);
+    let formats = [("url", Answer::Url), ("b64_json", Answer::Base64)];
+    let format = word(&mut fields, "response_format", &formats)?;
+    let mut input = drawing::input(&mut fields)?;
+    fields.no_op("quality", &["auto", "standard", "high", "medium", "low", "hd"])?;
+    fields.no_op("background", &["auto", "opaque"])?;
+    fields.no_op("moderation", &["auto", "low"])?;
+    fields.no_op("style", &["vivid", "natural"])?;
+    fields.text("user")?;
+    fields.finish()?;
+    if input.partial_images.is_some_and(|count| count > 0) && !stream {
+        let problem = "is above 0, and there is nothing to send them with; ask for `stream` too";
+        return Err(Error::field("unsupported_value", "partial_images", problem));
+    }
+    if let Some(model) = model {
+        input.concepts.extend(model_concepts(service, &model)?);
+    }
+    let answer = match stream {
+        true => Answer::Stream,
+        false => format.unwrap_or(Answer::Url),
+    };
+    Ok((input, answer))
+}
+
+/// Draw pictures
+///
+/// OpenAI's request and answer. What it does not know (`seed`, `first_index`, `concepts`, `guidance_scale`,
+/// `temperature`, `top_k`, `identity_mask`) may be left out; unknown parameters are refused.
+#[utoipa::path(
+    post, path = "/v1/images/generations", tag = "Images", operation_id = "createImages",
+    params(IdempotencyHeader),
+    request_body = CreateImages,
+    responses(
+        (status = 200, description = "The pictures; with `stream` events", content(
+            (ImagesObject = "application/json"), (EventObject = "text/event-stream"),
+        )),
+        (status = 400, description = "A parameter cannot be used: `param` names it", body = ErrorBody),
+        (status = 404, description = "`model_not_found`, `concept_not_found`", body = ErrorBody),
+        (status = 409, description = "`concept_not_ready`", body = ErrorBody),
+        (status = 429, description = "`overloaded`, `quota_exceeded`", body = ErrorBody),
+    ),
+)]
+async fn generate(
+    State(state): State<AppState>,
+    Generate(caller): Generate,
+    headers: HeaderMap,
+    once: Once,
+    fields: Fields,
+) -> Result<Response, ApiError> {
+    let content = fields.content();
+    let base = drawing::base(&state, &headers);
+    let work = {
+        let state = state.clone();
+        async move {
+            let service = state.service()?;
+            let (input, answer) = read(service, fields)?;
+            let plan = service.plan(&caller, input).await?;
+            match answer {
+                Answer::Url => by_url(service, &caller, plan, &base).await,
+                Answer::Base64 => as_base64(service, &caller, plan).await,
+                Answer::Stream => streamed(service, &caller, plan).await,
+            }
+        }
+    };
+    once.run(&state, &caller, &content, work).await
+}
+
+fn answered(service: &Service, plan: &Plan, data: Vec<ImageData>, usage: TokenUsage) -> Response {
+    let settings = &plan.new.settings;
+    Json(ImagesObject {
+        created: now() / 1000,
+        data,
+        size: format!("{}x{}", settings.width, settings.height),
+        output_format: settings.output_format.as_str(),
+        quality: "auto",
+        background: "opaque",
+        usage: usage.into(),
+        concepts: plan.new.concepts.iter().map(Into::into).collect(),
+        model: service.engine.info().id.clone(),
+    })
+    .into_response()
+}
+
+async fn by_url(service: &Service, caller: &Caller, plan: Plan, base: &str) -> Result<Response, ApiError> {
+    let mut begun = service.begin_generation(caller, plan.clone()).await?;
+    let mut images = Vec::new();
+    loop {
+        match begun.events.recv().await {
+            Some(DrawEvent::Image { image, .. }) => images.push(image),
+            Some(DrawEvent::Ended(ended)) => break ended?,
+            Some(_) => {}
+            None => return Err(Error::internal("a drawing ended without a last event").into()),
+        }
+    }
+    images.sort_by_key(|image| image.index);
+    let data = images
+        .iter()
+        .map(|image| ImageData {
+            url: Some(format!("{base}{}", service.links.path(image))),
+            b64_json: None,
+            seed: plan.new.settings.seed,
+            index: image.index,
+        })
+        .collect();
+    let usage = TokenUsage {
+        text_tokens: plan.cost.text,
+        image_tokens: plan.cost.image,
+    };
+    Ok(answered(service, &plan, data, usage))
+}
+
+async fn as_base64(service: &Service, caller: &Caller, plan: Plan) -> Result<Response, ApiError> {
+    let mut admitted = service.admit(caller, plan.new.settings.n).await?;
+    let stream = service.draw(&plan)?;
+    admitted.drawing();
+    let (images, usage) = drawn(stream, plan.new.settings.first_index).await?;
+    let mut data = Vec::new();
+    for image in images {
+        let file = service.drawings.encode(&plan.new, image.index, image.picture).await?;
+        data.push(ImageData {
+            url: None,
+            b64_json: Some(STANDARD.encode(&file)),
+            seed: plan.new.settings.seed,
+            index: image.index,
+        });
+    }
+    Ok(answered(service, &plan, data, usage))
+}
+
+/// A stream at work; dropping it cancels the drawing.
+struct Streaming {
+    service: Service,
+    plan: Plan,
+    events: Option<GenerationStream>,
+    request_id: Option<String>,
+    _admitted: Admitted,
+}
+
+async fn streamed(service: &Service, caller: &Caller, plan: Plan) -> Result<Response, ApiError> {
+    let mut admitted = service.admit(caller, plan.new.settings.n).await?;
+    let events = service.draw(&plan)?;
+    admitted.drawing();
+    let streaming = Streaming {
+        service: service.clone(),
+        plan,
+        events: Some(events),
+        request_id: request_id(),
+        _admitted: admitted,
+    };
+    let events = stream::unfold(streaming, |mut streaming| async move {
+        let event = streaming.next().await?;
+        Some((event, streaming))
+    });
+    Ok(drawing::stream(events))
+}
+
+impl Streaming {
+    /// The next event for the caller.
+    async fn next(&mut self) -> Option<axum::response::sse::Event> {
+        loop {
+            let outcome = match self.events.as_mut()?.next().await {
+                Some(GenerationEvent::Partial { index, number, picture }) => self.partial(index, number, picture).await,
+                Some(GenerationEvent::Picture { index, picture }) => self.completed(index, picture).await,
+                Some(GenerationEvent::Done { .. }) => return None,
+                Some(GenerationEvent::Failed(error)) => Err(error.into()),
+                Some(GenerationEvent::Started | GenerationEvent::Progress { .. }) => continue,
+                None => Err(Error::new(
+                    ErrorKind::Unavailable,
+                    "stopping",
+                    "The server is stopping.",
+                )),
+            };
+            return Some(outcome.unwrap_or_else(|error| {
+                // Nothing comes after an error.
+                self.events = None;
+                event("error", &error_body(error, self.request_id.clone()))
+            }));
+        }
+    }
+
+    fn object(&self, kind: &'static str, index: u32, b64_json: String) -> EventObject {
+        let settings = &self.plan.new.settings;
+        EventObject {
+            kind,
+            b64_json,
+            partial_image_index: None,
+            created_at: now() / 1000,
+            size: format!("{}x{}", settings.width, settings.height),
+            quality: "auto",
+            background: "opaque",
+            output_format: settings.output_format.as_str(),
+            usage: None,
+            seed: settings.seed,
+            index: settings.first_index + index,
+        }
+    }
+
+    async fn partial(&self, index: u32, number: u32, picture: RgbPicture) -> Result<axum::response::sse::Event, Error> {
+        let file = partial(picture, self.plan.new.settings.format()).await?;
+        let object = EventObject {
+            partial_image_index: Some(number),
+            ..self.object(PARTIAL, index, file)
+        };
+        Ok(event(PARTIAL, &object))
+    }
+
+    async fn completed(&self, index: u32, picture: RgbPicture) -> Result<axum::response::sse::Event, Error> {
+        let (new, cost) = (&self.plan.new, self.plan.cost);
+        let file = self
+            .service
+            .drawings
+            .encode(new, new.settings.first_index + index, picture)
+            .await?;
+        let usage = TokenUsage {
+            text_tokens: cost.text,
+            image_tokens: cost.image / u64::from(new.settings.n),
+        };
+        let object = EventObject {
+            usage: Some(usage.into()),
+            ..self.object(COMPLETED, index, STANDARD.encode(&file))
+        };
+        Ok(event(COMPLETED, &object))
+    }
+}

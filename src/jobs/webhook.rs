@@ -1,0 +1,306 @@
+//! Web-hooks (standardwebhooks.com): what ended is told to the address that the request named. Each is a row until it is
+//! delivered or given up, so that a restart loses none; receivers may get one twice, with the same id.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use hmac::{Hmac, Mac};
+use reqwest::{Client, Response};
+use serde_json::{Value, json};
+use sha2::Sha256;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::Wake;
+use super::address::AddressPolicy;
+use crate::ids::TenantId;
+use crate::registry::{
+    Attempt, Delivery, Generation, NewDelivery, Registry, RegistryError, StoredImage, Training, now,
+};
+
+/// Waits after the first, second, … failed attempt: five attempts in all, the last within an hour of the first.
+const WAITS: [Duration; 4] = [
+    Duration::from_secs(5),
+    Duration::from_secs(60),
+    Duration::from_secs(10 * 60),
+    Duration::from_secs(45 * 60),
+];
+/// From connecting to the last byte that is read.
+const TIME: Duration = Duration::from_secs(5);
+/// A delivery of which a crash has hidden the outcome is due again after this.
+const LEASE: Duration = Duration::from_secs(30);
+/// Bytes of an answer that are read.
+const ANSWER_LIMIT: usize = 64 << 10;
+/// Deliveries at once.
+const AT_ONCE: usize = 8;
+/// Without a wake-up the rows are looked at this often.
+const POLL: Duration = Duration::from_secs(30);
+/// Ends of trainings are told at most this late, after a time without a server.
+const UNTOLD: Duration = Duration::from_secs(24 * 3600);
+
+/// How objects look to receivers: as the API answers them. `api` implements it.
+pub trait Describe: Send + Sync + std::fmt::Debug {
+    /// A generation that has ended.
+    fn generation(&self, generation: &Generation, images: &[StoredImage]) -> Value;
+    /// A training that has ended.
+    fn training(&self, training: &Training) -> Value;
+}
+
+/// Takes what is to be told.
+#[derive(Debug, Clone)]
+pub struct Webhooks {
+    registry: Registry,
+    describe: Arc<dyn Describe>,
+    policy: AddressPolicy,
+    wake: Wake,
+}
+
+impl Webhooks {
+    /// Stores deliveries in `registry`; [`deliver`] sends them.
+    pub fn new(registry: Registry, describe: Arc<dyn Describe>, policy: AddressPolicy) -> Self {
+        Self {
+            registry,
+            describe,
+            policy,
+            wake: Wake::default(),
+        }
+    }
+
+    /// Which addresses callers may name.
+    pub fn policy(&self) -> AddressPolicy {
+        self.policy
+    }
+
+    /// Objects as receivers see them.
+    pub fn describe(&self) -> &dyn Describe {
+        self.describe.as_ref()
+    }
+
+    /// Stores what tells of every training's end that has not been told. The end itself says so, whoever wrote it and
+    /// whatever happened to the process afterwards.
+    ///
+    /// # Errors
+    /// When the database fails.
+    async fn tell_of_trainings(&self) -> Result<(), RegistryError> {
+        for ended in self.registry.untold_trainings(UNTOLD).await? {
+            let Some(url) = &ended.webhook_url else { continue };
+            let event = format!("training.{}", ended.status.as_str());
+            let data = self.describe.training(&ended);
+            let told = message(ended.tenant, &ended.id.to_string(), &event, url, &data);
+            self.registry.add_delivery(&told).await?;
+        }
+        Ok(())
+    }
+
+    /// What tells of a generation's end, to be stored in the transaction that writes the end; `None` where nobody wants
+    /// to be told. [`Self::stored`] is to be called after it.
+    pub(super) fn of_generation(&self, ended: &Generation, images: &[StoredImage]) -> Option<NewDelivery> {
+        let url = ended.new.webhook_url.as_deref()?;
+        let event = format!("generation.{}", ended.status.as_str());
+        let data = self.describe.generation(ended, images);
+        Some(message(ended.new.tenant, &ended.id.to_string(), &event, url, &data))
+    }
+
+    /// Deliveries have been stored.
+    pub(super) fn stored(&self) {
+        self.wake.now();
+    }
+}
+
+fn message(tenant: TenantId, subject: &str, event: &str, url: &str, data: &Value) -> NewDelivery {
+    NewDelivery {
+        tenant,
+        subject: subject.to_owned(),
+        event: event.to_owned(),
+        url: url.to_owned(),
+        body: json!({"type": event, "timestamp": iso_8601(now() / 1000), "data": data}).to_string(),
+    }
+}
+
+/// A time in the form that the specification asks for, from Unix seconds.
+fn iso_8601(seconds: i64) -> String {
+    let (days, of_day) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
+    // Years that begin in March have their leap day at the end (Hinnant, "chrono-compatible low-level date algorithms").
+    let shifted = days + 719_468;
+    let (era, of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
+    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let (month, early) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    let year = year + era * 400 + early;
+    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// `v1,` and the base64 of HMAC-SHA256 over id, time and body. `None` where the secret is none.
+fn signature(secret: &str, id: &str, timestamp: i64, body: &str) -> Option<String> {
+    let key = STANDARD.decode(secret.strip_prefix("whsec_")?).ok()?;
+    let mut mac = Hmac::<Sha256>::new_from_slice(&key).ok()?;
+    mac.update(format!("{id}.{timestamp}.{body}").as_bytes());
+    Some(format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes())))
+}
+
+fn client(policy: AddressPolicy) -> reqwest::Result<Client> {
+    // Refused where one is chosen already, which then stays.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let builder = || {
+        Client::builder()
+            .user_agent(concat!("coar/", env!("CARGO_PKG_VERSION")))
+            .redirect(reqwest::redirect::Policy::none())
+            // A proxy would connect where this process may not.
+            .no_proxy()
+            .dns_resolver(policy)
+            .timeout(TIME)
+    };
+    builder().build().or_else(|error| {
+        tracing::warn!(%error, "web-hooks to https addresses will fail: there are no certificates here");
+        builder().tls_certs_only([]).build()
+    })
+}
+
+/// Sends what is stored until `stop`; `trainings` wakes it when one may have ended.
+pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToken) {
+    let client = match client(webhooks.policy) {
+        Ok(client) => client,
+        Err(error) => return tracing::error!(%error, "web-hooks cannot be sent"),
+    };
+    let registry = &webhooks.registry;
+    let mut sending = JoinSet::new();
+    loop {
+        // Interest is registered before looking, so that no wake-up in between is lost.
+        let (woken, ended) = (webhooks.wake.0.notified(), trainings.0.notified());
+        if let Err(error) = webhooks.tell_of_trainings().await {
+            tracing::error!(%error, "ends of trainings cannot be told");
+        }
+        match registry.claim_deliveries(AT_ONCE - sending.len(), LEASE).await {
+            Ok(due) => {
+                for delivery in due {
+                    sending.spawn(send(client.clone(), webhooks.clone(), delivery));
+                }
+            }
+            Err(error) => tracing::error!(%error, "web-hooks cannot be read"),
+        }
+        let wait = match registry.next_delivery().await {
+            Ok(Some(at)) if sending.len() < AT_ONCE => {
+                let left = u64::try_from(at - now()).unwrap_or(0);
+                Duration::from_millis(left).clamp(Duration::from_millis(10), POLL)
+            }
+            _ => POLL,
+        };
+        tokio::select! {
+            () = woken => {}
+            () = ended => {}
+            () = tokio::time::sleep(wait) => {}
+            Some(_) = sending.join_next() => {}
+            () = stop.cancelled() => break,
+        }
+    }
+    // What does not end in time is due again when the next process starts.
+    while sending.join_next().await.is_some() {}
+}
+
+async fn send(client: Client, webhooks: Webhooks, delivery: Delivery) {
+    let (status, problem) = match attempt(&client, webhooks.policy, &delivery).await {
+        Ok(status) if (200..300).contains(&status) => (Some(status), None),
+        Ok(status) => (Some(status), Some(format!("it answered {status}"))),
+        Err(problem) => (None, Some(problem)),
+    };
+    // Gone: the receiver wants no more.
+    let wait = WAITS.get(delivery.attempt as usize - 1).filter(|_| status != Some(410));
+    let outcome = Attempt {
+        status,
+        again_at: problem.as_ref().and(wait).map(|wait| now() + wait.as_millis() as i64),
+        problem,
+    };
+    match &outcome.problem {
+        None => tracing::debug!(delivery = %delivery.id, "web-hook delivered"),
+        Some(problem) => {
+            tracing::info!(delivery = %delivery.id, attempt = delivery.attempt, again = outcome.again_at.is_some(), problem, "web-hook failed");
+        }
+    }
+    if let Err(error) = webhooks.registry.record_attempt(delivery.id, &outcome).await {
+        tracing::error!(%error, "a web-hook's outcome cannot be written down");
+    }
+}
+
+/// One attempt: the answer's status, or why there was none.
+async fn attempt(client: &Client, policy: AddressPolicy, delivery: &Delivery) -> Result<u16, String> {
+    // An address of numbers is not looked up, so the resolver does not see it.
+    let url = policy.check(&delivery.url)?;
+    let (id, timestamp) = (delivery.id.to_string(), now() / 1000);
+    let signature = signature(&delivery.secret, &id, timestamp, &delivery.body)
+        .ok_or_else(|| "the secret is damaged".to_owned())?;
+    let request = client
+        .post(url)
+        .header("content-type", "application/json")
+        .header("webhook-id", &id)
+        .header("webhook-timestamp", timestamp)
+        .header("webhook-signature", signature)
+        .body(delivery.body.clone());
+    let answer = request.send().await.map_err(|error| described(&error))?;
+    let status = answer.status().as_u16();
+    read(answer).await;
+    Ok(status)
+}
+
+/// Reads an answer as far as it is reasonable, so that the connection ends in order. What it says does not matter.
+async fn read(mut answer: Response) {
+    let mut left = ANSWER_LIMIT;
+    while let Ok(Some(piece)) = answer.chunk().await {
+        match left.checked_sub(piece.len()) {
+            Some(rest) => left = rest,
+            None => return,
+        }
+    }
+}
+
+/// An error with its causes; reqwest's own sentence leaves them out.
+fn described(error: &reqwest::Error) -> String {
+    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |cause| cause.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_signature_is_the_specifications_example() {
+        let signed = signature(
+            "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+            "msg_p5jXN8AQM9LWM0D4loKWxJek",
+            1_614_265_330,
+            r#"{"test": 2432232314}"#,
+        );
+        assert_eq!(
+            signed.as_deref(),
+            Some("v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=")
+        );
+        assert_eq!(signature("secret", "msg", 1, ""), None);
+    }
+
+    #[test]
+    fn times_are_written_as_dates() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (951_868_800, "2000-03-01T00:00:00Z"),
+            (1_614_265_330, "2021-02-25T15:02:10Z"),
+            (4_107_542_399, "2100-02-28T23:59:59Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(iso_8601(seconds), text);
+        }
+    }
+
+    #[test]
+    fn five_attempts_fit_into_an_hour() {
+        let total: Duration = WAITS.iter().sum::<Duration>() + TIME * 5;
+        assert!(total <= Duration::from_secs(3600));
+        assert_eq!(WAITS.len() + 1, 5);
+    }
+}

@@ -1,0 +1,218 @@
+//! Web-hooks to be delivered. They are rows, so that what happened is told even after a restart.
+
+use std::time::Duration;
+
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+
+use super::{Registry, RegistryError, identifier, now};
+use crate::ids::{DeliveryId, TenantId};
+
+/// Something to tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewDelivery {
+    pub tenant: TenantId,
+    /// What it is about: a training's or a generation's id.
+    pub subject: String,
+    /// `generation.succeeded`, `training.failed`, …
+    pub event: String,
+    pub url: String,
+    /// The JSON that is sent, byte for byte.
+    pub body: String,
+}
+
+/// A delivery that is due.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delivery {
+    /// Also the `webhook-id`: the same in every attempt.
+    pub id: DeliveryId,
+    pub url: String,
+    pub body: String,
+    /// `whsec_…` of its tenant.
+    pub secret: String,
+    /// Attempts with the one that now begins.
+    pub attempt: u32,
+}
+
+/// How an attempt went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attempt {
+    /// The answer's status, where there was one.
+    pub status: Option<u16>,
+    /// What was wrong; `None`: delivered.
+    pub problem: Option<String>,
+    /// When to try again, in milliseconds since 1970; `None`: not any more.
+    pub again_at: Option<i64>,
+}
+
+fn delivery(row: &SqliteRow) -> Result<Delivery, RegistryError> {
+    Ok(Delivery {
+        id: identifier(row, "id")?,
+        url: row.try_get("url")?,
+        body: row.try_get("body")?,
+        secret: row.try_get("webhook_secret")?,
+        attempt: row.try_get("attempt")?,
+    })
+}
+
+pub(super) async fn insert_delivery(
+    transaction: &mut sqlx::Transaction<'static, sqlx::Sqlite>,
+    new: &NewDelivery,
+) -> Result<(), RegistryError> {
+    let at = now();
+    sqlx::query(
+        "INSERT INTO webhook_deliveries (id, tenant_id, subject, event, url, body, status, next_at, created_at)
+         VALUES ($1, $2, $3, $4, $5, $6, 'pending', $7, $7)",
+    )
+    .bind(DeliveryId::new().to_string())
+    .bind(new.tenant.to_string())
+    .bind(&new.subject)
+    .bind(&new.event)
+    .bind(&new.url)
+    .bind(&new.body)
+    .bind(at)
+    .execute(&mut **transaction)
+    .await?;
+    Ok(())
+}
+
+impl Registry {
+    /// Stores something to tell.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn add_delivery(&self, new: &NewDelivery) -> Result<(), RegistryError> {
+        let mut transaction = self.write().await?;
+        insert_delivery(&mut transaction, new).await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    /// Takes deliveries that are due and counts an attempt of each. They are due again after `lease`, should this
+    /// process not say before how it went.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn claim_deliveries(&self, limit: usize, lease: Duration) -> Result<Vec<Delivery>, RegistryError> {
+        let at = now();
+        let mut transaction = self.write().await?;
+        let rows = sqlx::query(
+            "SELECT d.id, d.url, d.body, d.attempt + 1 AS attempt, t.webhook_secret FROM webhook_deliveries d
+             JOIN tenants t ON t.id = d.tenant_id
+             WHERE d.status = 'pending' AND d.next_at <= $1 ORDER BY d.next_at, d.id LIMIT $2",
+        )
+        .bind(at)
+        .bind(limit as i64)
+        .fetch_all(&mut *transaction)
+        .await?;
+        let due = rows.iter().map(delivery).collect::<Result<Vec<_>, _>>()?;
+        for delivery in &due {
+            sqlx::query("UPDATE webhook_deliveries SET attempt = $1, next_at = $2 WHERE id = $3")
+                .bind(delivery.attempt)
+                .bind(at + lease.as_millis() as i64)
+                .bind(delivery.id.to_string())
+                .execute(&mut *transaction)
+                .await?;
+        }
+        transaction.commit().await?;
+        Ok(due)
+    }
+
+    /// Writes down how an attempt went.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn record_attempt(&self, id: DeliveryId, attempt: &Attempt) -> Result<(), RegistryError> {
+        let status = match (&attempt.problem, attempt.again_at) {
+            (None, _) => "delivered",
+            (Some(_), Some(_)) => "pending",
+            (Some(_), None) => "failed",
+        };
+        sqlx::query(
+            "UPDATE webhook_deliveries SET status = $1, next_at = coalesce($2, next_at), last_status = $3, last_error = $4,
+             finished_at = iif($1 = 'pending', NULL, $5) WHERE id = $6",
+        )
+        .bind(status)
+        .bind(attempt.again_at)
+        .bind(attempt.status)
+        .bind(&attempt.problem)
+        .bind(now())
+        .bind(id.to_string())
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// When the next delivery is due, in milliseconds since 1970.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn next_delivery(&self) -> Result<Option<i64>, RegistryError> {
+        let (at,) = sqlx::query_as("SELECT min(next_at) FROM webhook_deliveries WHERE status = 'pending'")
+            .fetch_one(&self.pool)
+            .await?;
+        Ok(at)
+    }
+
+    /// Forgets deliveries that ended longer than `age` ago; returns how many.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn expire_deliveries(&self, age: Duration) -> Result<u64, RegistryError> {
+        let before = now().saturating_sub(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
+        let expired = sqlx::query("DELETE FROM webhook_deliveries WHERE finished_at < $1")
+            .bind(before)
+            .execute(&self.pool)
+            .await?;
+        Ok(expired.rows_affected())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_delivery_keeps_its_id_over_all_attempts() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(dir.path()).await.unwrap();
+        let new = NewDelivery {
+            tenant: TenantId::DEFAULT,
+            subject: "generation_1".to_owned(),
+            event: "generation.succeeded".to_owned(),
+            url: "https://example.com/".to_owned(),
+            body: "{}".to_owned(),
+        };
+        registry.add_delivery(&new).await.unwrap();
+        let first = registry.claim_deliveries(8, Duration::ZERO).await.unwrap().remove(0);
+        assert_eq!((first.attempt, first.body.as_str()), (1, "{}"));
+        assert!(first.secret.starts_with("whsec_"));
+        // The lease is over at once: as after a crash, it is due again.
+        let second = registry
+            .claim_deliveries(8, Duration::from_secs(60))
+            .await
+            .unwrap()
+            .remove(0);
+        assert_eq!((second.id, second.attempt), (first.id, 2));
+        assert!(registry.claim_deliveries(8, Duration::ZERO).await.unwrap().is_empty());
+        let failed = Attempt {
+            status: Some(500),
+            problem: Some("it answered 500".to_owned()),
+            again_at: Some(now() - 1),
+        };
+        registry.record_attempt(first.id, &failed).await.unwrap();
+        assert!(registry.next_delivery().await.unwrap().is_some());
+        assert_eq!(
+            registry.claim_deliveries(8, Duration::ZERO).await.unwrap()[0].attempt,
+            3
+        );
+        let delivered = Attempt {
+            status: Some(204),
+            problem: None,
+            again_at: None,
+        };
+        registry.record_attempt(first.id, &delivered).await.unwrap();
+        assert_eq!(registry.next_delivery().await.unwrap(), None);
+        assert_eq!(registry.expire_deliveries(Duration::from_secs(60)).await.unwrap(), 0);
+    }
+}

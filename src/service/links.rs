@@ -1,0 +1,169 @@
+//! Addresses of pictures that need no key: whoever has one may fetch the picture until the address expires.
+
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
+
+use crate::error::{Error, ErrorKind};
+use crate::ids::ImageId;
+use crate::registry::{StoredImage, now};
+
+/// Signs addresses, and checks them.
+#[derive(Clone)]
+pub struct Links {
+    secret: Vec<u8>,
+    /// How long pictures, and so their addresses, last, in milliseconds.
+    lifetime: i64,
+}
+
+impl std::fmt::Debug for Links {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Links")
+            .field("lifetime", &self.lifetime)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a caller sent with a picture's address.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Signed<'a> {
+    /// Unix seconds, as text.
+    pub expires: &'a str,
+    pub signature: &'a str,
+}
+
+fn absent(image: &str) -> Error {
+    let message = format!("There is no picture `{image}`, or its address is not complete.");
+    Error::new(ErrorKind::NotFound, "image_not_found", message)
+}
+
+impl Links {
+    /// With the server's secret; addresses last as long as pictures are kept.
+    pub fn new(secret: &str, lifetime: std::time::Duration) -> Self {
+        Self {
+            secret: secret.as_bytes().to_vec(),
+            lifetime: i64::try_from(lifetime.as_millis()).unwrap_or(i64::MAX),
+        }
+    }
+
+    fn mac(&self, id: ImageId, expires: &str) -> Hmac<Sha256> {
+        let mut mac = Hmac::<Sha256>::new_from_slice(&self.secret).expect("HMAC takes keys of any length");
+        // No part holds a line feed, so that no two pairs are the same text.
+        mac.update(format!("image\n{id}\n{expires}").as_bytes());
+        mac
+    }
+
+    /// When a picture and its address expire, in Unix seconds.
+    pub fn expires(&self, image: &StoredImage) -> i64 {
+        let at = image
+            .expires_at
+            .unwrap_or_else(|| image.created_at.saturating_add(self.lifetime));
+        at / 1000
+    }
+
+    /// The address below the server's own: the same every time, so that it can be cached.
+    pub fn path(&self, image: &StoredImage) -> String {
+        let expires = self.expires(image).to_string();
+        let signature = hex::encode(self.mac(image.id, &expires).finalize().into_bytes());
+        let extension = image.format.extension();
+        format!(
+            "/v1/images/{}.{extension}?expires={expires}&signature={signature}",
+            image.id
+        )
+    }
+
+    /// The picture that an address names. Compares in constant time.
+    ///
+    /// # Errors
+    /// `image_not_found` for whatever this server has not signed; `address_expired`.
+    pub fn check(&self, file: &str, signed: Signed<'_>) -> Result<ImageId, Error> {
+        let id: ImageId = file.split('.').next().unwrap_or("").parse().map_err(|_| absent(file))?;
+        let signature = hex::decode(signed.signature).map_err(|_| absent(file))?;
+        self.mac(id, signed.expires)
+            .verify_slice(&signature)
+            .map_err(|_| absent(file))?;
+        let expires: i64 = signed.expires.parse().map_err(|_| absent(file))?;
+        if expires <= now() / 1000 {
+            let message = "The address of this picture has expired; ask for its generation again to get a new one.";
+            return Err(Error::new(ErrorKind::Forbidden, "address_expired", message));
+        }
+        Ok(id)
+    }
+}
+
+impl super::Service {
+    /// The picture at a signed address, with its bytes.
+    ///
+    /// # Errors
+    /// As [`Links::check`]; when the picture is gone.
+    pub async fn picture(&self, file: &str, signed: Signed<'_>) -> Result<(StoredImage, bytes::Bytes), Error> {
+        let id = self.links.check(file, signed)?;
+        let image = self.registry.signed_image(id).await?.ok_or_else(|| absent(file))?;
+        if file != format!("{id}.{}", image.format.extension()) {
+            return Err(absent(file));
+        }
+        let bytes = self.registry.blobs.get(&image.blob).await?;
+        Ok((image, bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::ids::TenantId;
+    use crate::picture::PictureFormat;
+
+    fn image(created_at: i64) -> StoredImage {
+        StoredImage {
+            id: ImageId::new(),
+            tenant: TenantId::DEFAULT,
+            generation: None,
+            index: 0,
+            seed: Some(1),
+            size: (1, 1),
+            blob: String::new(),
+            format: PictureFormat::Jpeg,
+            created_at,
+            expires_at: None,
+        }
+    }
+
+    fn check(links: &Links, path: &str) -> Result<ImageId, &'static str> {
+        let (file, query) = path.strip_prefix("/v1/images/").unwrap().split_once('?').unwrap();
+        let (expires, signature) = query
+            .strip_prefix("expires=")
+            .unwrap()
+            .split_once("&signature=")
+            .unwrap();
+        links
+            .check(file, Signed { expires, signature })
+            .map_err(|error| error.code)
+    }
+
+    #[test]
+    fn an_address_opens_its_own_picture_until_it_expires() {
+        let links = Links::new("secret", Duration::from_secs(60));
+        let (one, other) = (image(now()), image(now()));
+        let path = links.path(&one);
+        assert!(path.contains(".jpg?"));
+        assert_eq!(check(&links, &path), Ok(one.id));
+        assert_eq!(links.path(&one), path);
+        let foreign = path.replace(&one.id.to_string(), &other.id.to_string());
+        let longer = path.replace("expires=", "expires=1");
+        let forged = format!(
+            "{}{}",
+            &path[..path.len() - 1],
+            if path.ends_with('0') { '1' } else { '0' }
+        );
+        for bad in [foreign, longer, forged, path[..path.len() - 2].to_owned()] {
+            assert_eq!(check(&links, &bad), Err("image_not_found"), "{bad}");
+        }
+        assert_eq!(
+            check(&Links::new("other", Duration::from_secs(60)), &path),
+            Err("image_not_found")
+        );
+        let old = image(now() - 61_000);
+        assert_eq!(check(&links, &links.path(&old)), Err("address_expired"));
+    }
+}

@@ -1,0 +1,136 @@
+//! Web-hooks, received by a server of the test's own.
+
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use hmac::{Hmac, Mac};
+use serde_json::{Value, json};
+use sha2::Sha256;
+
+use crate::support::{TestApp, answer};
+
+/// What came, and what is answered to the next ones.
+#[derive(Debug, Default)]
+struct Inbox {
+    came: Mutex<Vec<(HeaderMap, String)>>,
+    answers: Mutex<Vec<StatusCode>>,
+}
+
+async fn take(State(inbox): State<Arc<Inbox>>, headers: HeaderMap, body: String) -> Response {
+    inbox.came.lock().unwrap().push((headers, body));
+    let next = inbox.answers.lock().unwrap().pop().unwrap_or(StatusCode::NO_CONTENT);
+    // Whoever follows it comes again, which the test would notice.
+    (next, [(header::LOCATION, "/elsewhere")]).into_response()
+}
+
+async fn receiver(answers: &[StatusCode]) -> (String, Arc<Inbox>) {
+    let inbox = Arc::new(Inbox::default());
+    inbox.answers.lock().unwrap().extend(answers.iter().rev());
+    let router = Router::new()
+        .route("/hook", post(take))
+        .fallback(take)
+        .with_state(inbox.clone());
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+    (url, inbox)
+}
+
+fn verify(secret: &str, headers: &HeaderMap, body: &str) {
+    let text = |name: &str| headers[name].to_str().unwrap().to_owned();
+    let (id, timestamp) = (text("webhook-id"), text("webhook-timestamp"));
+    let key = STANDARD.decode(secret.strip_prefix("whsec_").unwrap()).unwrap();
+    let mut mac = Hmac::<Sha256>::new_from_slice(&key).unwrap();
+    mac.update(format!("{id}.{timestamp}.{body}").as_bytes());
+    let wanted = format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes()));
+    assert_eq!(text("webhook-signature"), wanted);
+    assert!(timestamp.parse::<i64>().unwrap() > 1_700_000_000);
+}
+
+async fn came(app: &TestApp, inbox: &Inbox, count: usize) -> Vec<(HeaderMap, String)> {
+    app.until("the web-hook", || async {
+        let came = inbox.came.lock().unwrap().clone();
+        (came.len() >= count).then_some(came)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ends_are_told_signed_and_again_until_they_are_taken() {
+    let mut app = TestApp::start_with(&["--webhook-allow-private"]).await;
+    let (_, tenant) = app.get("/v1/admin/tenants/default").await;
+    let secret = tenant["webhook_secret"].as_str().unwrap().to_owned();
+    // The first answer is a redirect, which is not followed but counts as a failure.
+    let (url, inbox) = receiver(&[StatusCode::FOUND]).await;
+    let request = json!({"prompt": "a red car", "webhook_url": url, "metadata": {"order": "7"}});
+    let send = app
+        .request(reqwest::Method::POST, "/v1/generations")
+        .header("prefer", "respond-async");
+    let (status, queued) = answer(send.json(&request)).await;
+    assert_eq!(status, 202, "{queued}");
+    came(&app, &inbox, 1).await;
+    // What is due survives the process.
+    app.kill_nine_and_restart().await;
+    let came = came(&app, &inbox, 2).await;
+    for (headers, body) in &came {
+        verify(&secret, headers, body);
+        assert_eq!(headers["content-type"], "application/json");
+    }
+    assert_eq!(came[0].0["webhook-id"], came[1].0["webhook-id"]);
+    assert_eq!(came[0].1, came[1].1);
+    let told: Value = serde_json::from_str(&came[0].1).unwrap();
+    assert_eq!(told["type"], "generation.succeeded");
+    assert!(told["timestamp"].as_str().unwrap().ends_with('Z'));
+    let data = &told["data"];
+    assert_eq!((&data["id"], &data["status"]), (&queued["id"], &json!("succeeded")));
+    assert_eq!(data["metadata"], json!({"order": "7"}));
+    let url = data["images"][0]["url"].as_str().unwrap();
+    let path = &url[url.find("/v1/images/").unwrap()..];
+    assert_eq!(
+        app.client
+            .get(format!("{}{path}", app.url))
+            .send()
+            .await
+            .unwrap()
+            .status(),
+        200
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancelling_is_told_too_and_inside_addresses_are_refused() {
+    let app = TestApp::start_with(&["--webhook-allow-private", "--rows", "2"]).await;
+    let (url, inbox) = receiver(&[]).await;
+    let request = json!({"prompt": "a red car", "n": 10, "webhook_url": url});
+    let send = app
+        .request(reqwest::Method::POST, "/v1/generations")
+        .header("prefer", "respond-async");
+    let (_, queued) = answer(send.json(&request)).await;
+    let id = queued["id"].as_str().unwrap();
+    assert_eq!(
+        app.post(&format!("/v1/generations/{id}/cancel"), json!({})).await.0,
+        200
+    );
+    let told = came(&app, &inbox, 1).await;
+    let told: Value = serde_json::from_str(&told[0].1).unwrap();
+    assert_eq!(
+        (&told["type"], &told["data"]["id"]),
+        (&json!("generation.cancelled"), &json!(id))
+    );
+    drop(app);
+
+    let app = TestApp::start().await;
+    let request = json!({"prompt": "a red car", "webhook_url": url});
+    let (status, body) = app.post("/v1/generations", request).await;
+    assert_eq!((status, &body["error"]["param"]), (400, &json!("webhook_url")));
+    // A name is looked up when it is connected to: it passes here, and nothing comes of it.
+    let request = json!({"prompt": "a red car", "webhook_url": "http://localhost/"});
+    assert_eq!(app.post("/v1/generations", request).await.0, 200);
+    assert_eq!(inbox.came.lock().unwrap().len(), 1);
+}
