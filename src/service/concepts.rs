@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde::Serialize;
 
-use super::facts::{check_description, check_webhook_url, read_metadata};
+use super::facts::{check_description, read_metadata};
 use super::trainings::TrainingSettings;
 use super::{Addition, Caller, Service};
 use crate::concept::{ConceptKind, is_slug};
@@ -217,7 +217,7 @@ impl Service {
                 .map(read_metadata)
                 .transpose()?
                 .unwrap_or_default(),
-            webhook_url: check_webhook_url(registration.webhook_url)?,
+            webhook_url: self.webhook_url(registration.webhook_url)?,
             ..NewConcept::new(name, kind)
         };
         Ok((new, spec))

@@ -58,7 +58,7 @@ pub fn read_metadata(value: Value) -> Result<Metadata, Error> {
 ///
 /// # Errors
 /// When it is no `http(s)://host…`, or has a user in it.
-pub(super) fn check_webhook_url(url: Option<String>) -> Result<Option<String>, Error> {
+pub(super) fn webhook_form(url: Option<String>) -> Result<Option<String>, Error> {
     let Some(url) = url else { return Ok(None) };
     let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
     let host = rest.and_then(|rest| rest.split(['/', '?', '#']).next()).unwrap_or("");
@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn web_hooks_go_to_plain_addresses() {
-        let check = |url: &str| check_webhook_url(Some(url.to_owned())).is_ok();
+        let check = |url: &str| webhook_form(Some(url.to_owned())).is_ok();
         assert!(check("https://example.com") && check("http://example.com:8080/x?y=1"));
         for bad in [
             "",

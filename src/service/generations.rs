@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::facts::webhook_form;
 use super::{Caller, GenerateInput, Plan, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::GenerationId;
@@ -79,15 +80,15 @@ fn no_generation(id: &str) -> Error {
 }
 
 impl Service {
-    /// Checks where a web-hook is to go.
+    /// An address that a web-hook may go to.
     ///
     /// # Errors
-    /// What is wrong with the address.
-    pub fn check_webhook_url(&self, url: &str) -> Result<(), Error> {
-        let checked = self.drawings.webhooks().policy().check(url);
-        checked
-            .map(|_| ())
-            .map_err(|problem| Error::field("invalid_value", "webhook_url", problem))
+    /// What is wrong with the address: its form, or that it leads where this server must not go.
+    pub(super) fn webhook_url(&self, url: Option<String>) -> Result<Option<String>, Error> {
+        let Some(url) = webhook_form(url)? else { return Ok(None) };
+        let checked = self.drawings.webhooks().policy().check(&url);
+        checked.map_err(|problem| Error::field("invalid_value", "webhook_url", problem))?;
+        Ok(Some(url))
     }
 
     /// Checks and completes a generation; nothing is stored.
@@ -95,14 +96,12 @@ impl Service {
     /// # Errors
     /// The first value that cannot be used.
     pub async fn plan_generation(&self, caller: &Caller, input: GenerationInput) -> Result<Plan, Error> {
-        if let Some(url) = &input.webhook_url {
-            self.check_webhook_url(url)?;
-        }
+        let webhook_url = self.webhook_url(input.webhook_url)?;
         let metadata = input.metadata.unwrap_or_default();
         check_metadata(&metadata)?;
         let mut plan = self.plan(caller, input.draw).await?;
         plan.new.metadata = Value::Object(metadata);
-        plan.new.webhook_url = input.webhook_url;
+        plan.new.webhook_url = webhook_url;
         Ok(plan)
     }
 

@@ -3,7 +3,6 @@
 use bytes::Bytes;
 
 use super::concepts::no_concept;
-use super::facts::check_webhook_url;
 use super::{Addition, Caller, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TrainingId;
@@ -108,7 +107,7 @@ impl Service {
             let problem = format!("has {} texts; the limit is {limit}", spec.captions.len());
             return Err(Error::field("invalid_value", "captions", problem).limit(limit as u64));
         }
-        let webhook_url = check_webhook_url(webhook_url)?;
+        let webhook_url = self.webhook_url(webhook_url)?;
         let _turn = self.turn(caller, ONE).await?;
         self.check_queue().await?;
         let new = NewTraining {

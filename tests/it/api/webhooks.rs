@@ -13,7 +13,7 @@ use hmac::{Hmac, Mac};
 use serde_json::{Value, json};
 use sha2::Sha256;
 
-use crate::support::{TestApp, answer};
+use crate::support::{TestApp, answer, rex, subject_form};
 
 /// What came, and what is answered to the next ones.
 #[derive(Debug, Default)]
@@ -132,5 +132,28 @@ async fn cancelling_is_told_too_and_inside_addresses_are_refused() {
     // A name is looked up when it is connected to: it passes here, and nothing comes of it.
     let request = json!({"prompt": "a red car", "webhook_url": "http://localhost/"});
     assert_eq!(app.post("/v1/generations", request).await.0, 200);
+    assert_eq!(inbox.came.lock().unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_training_is_told_once_even_after_a_crash() {
+    let mut app = TestApp::start_with(&["--webhook-allow-private", "--training-previews", "0"]).await;
+    let (url, inbox) = receiver(&[]).await;
+    let form = subject_form(rex()).text("steps", "3").text("webhook_url", url);
+    let (status, concept) = app.register(form).await;
+    assert_eq!(status, 202, "{concept}");
+    let training = concept["training"]["id"].as_str().unwrap();
+    let ended = app.until_ended(training).await;
+    assert_eq!(ended["status"], "succeeded", "{ended}");
+    let told = came(&app, &inbox, 1).await;
+    let told: Value = serde_json::from_str(&told[0].1).unwrap();
+    assert_eq!(told["type"], "training.succeeded");
+    assert_eq!(
+        (&told["data"]["id"], &told["data"]["status"]),
+        (&json!(training), &json!("succeeded"))
+    );
+    // A new process looks for ends that nobody was told of: there is none.
+    app.kill_nine_and_restart().await;
+    assert_eq!(app.post("/v1/generations", json!({"prompt": "a red car"})).await.0, 200);
     assert_eq!(inbox.came.lock().unwrap().len(), 1);
 }
