@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check ui fuzz golden libtorch pocket samples
+.PHONY: serve build test check ui sdk fuzz golden libtorch pocket samples
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -29,6 +29,10 @@ check: libtorch
 # The page in a real browser (chromium), screenshots in target/ui. Says so and passes where there is none.
 ui: libtorch
 	tests/ui/run.sh
+
+# The official OpenAI package against the real server. Installs it into target/.
+sdk: libtorch
+	tests/sdk/run.sh
 
 # Requests made from /openapi.json, against the real server. Installs the fuzzer into target/.
 fuzz: libtorch

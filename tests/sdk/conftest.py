@@ -39,7 +39,7 @@ class Server:
 
     @staticmethod
     def program() -> str:
-        return str((ROOT / os.environ.get("COAR_BIN", "target/release/coar")).resolve())
+        return str((ROOT / os.environ.get("COAR_BIN", "target/debug/coar")).resolve())
 
     def start(self) -> "Server":
         command = [self.program(), "serve", "--listen", "127.0.0.1:0", "--device", "cpu", "--data", str(self.data)]

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The official OpenAI package against the real server. Usage: tests/sdk/run.sh [PYTEST ARGUMENTS]
-# COAR_BIN chooses the program (default: a release build is made), SDK_VENV where the packages go.
+# COAR_BIN chooses the program (default: target/debug/coar, which is built), SDK_VENV where the packages go.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${SDK_VENV:-target/sdk-venv}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check -r tests/sdk/requirements.txt
 if [ -z "${COAR_BIN:-}" ]; then
-    cargo build --release --bin coar
-    COAR_BIN=target/release/coar
+    cargo build --bin coar
+    COAR_BIN=target/debug/coar
 fi
 export COAR_BIN
 exec "$venv/bin/python" -m pytest -p no:cacheprovider tests/sdk "$@"
