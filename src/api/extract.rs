@@ -27,18 +27,11 @@ impl FromRequest<AppState> for Fields {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
-        if !media_type(request.headers()).eq_ignore_ascii_case("application/json") {
-            let message = "The body must be JSON, sent with `Content-Type: application/json`.";
-            return Err(Error::new(ErrorKind::UnsupportedMediaType, "unsupported_media_type", message).into());
-        }
-        let limit = state.config().limits.json_limit << 10;
-        let bytes = axum::body::to_bytes(request.into_body(), limit).await;
-        let bytes = bytes.map_err(|error| unread(&error, limit))?;
-        Ok(Self::parse(&bytes)?)
+        Ok(Self::parse(&Self::bytes(request, state).await?)?)
     }
 }
 
-/// As [`Fields`], of a body that may be left out.
+/// As [`Fields`], of a body that may be left out or null.
 pub(super) struct MaybeFields(pub Fields);
 
 impl FromRequest<AppState> for MaybeFields {
@@ -50,7 +43,13 @@ impl FromRequest<AppState> for MaybeFields {
         let empty = matches!(length, None | Some(b"0")) && !headers.contains_key(header::TRANSFER_ENCODING);
         match empty {
             true => Ok(Self(Fields(Map::new()))),
-            false => Fields::from_request(request, state).await.map(Self),
+            false => {
+                let bytes = Fields::bytes(request, state).await?;
+                match bytes.trim_ascii() {
+                    b"null" => Ok(Self(Fields(Map::new()))),
+                    _ => Ok(Self(Fields::parse(&bytes)?)),
+                }
+            }
         }
     }
 }
@@ -70,6 +69,21 @@ pub(super) fn unread(error: &(dyn std::error::Error + 'static), limit: usize) ->
 }
 
 impl Fields {
+    /// The body of a request that says it is JSON.
+    async fn bytes(request: Request, state: &AppState) -> Result<axum::body::Bytes, Error> {
+        if !media_type(request.headers()).eq_ignore_ascii_case("application/json") {
+            let message = "The body must be JSON, sent with `Content-Type: application/json`.";
+            return Err(Error::new(
+                ErrorKind::UnsupportedMediaType,
+                "unsupported_media_type",
+                message,
+            ));
+        }
+        let limit = state.config().limits.json_limit << 10;
+        let bytes = axum::body::to_bytes(request.into_body(), limit).await;
+        bytes.map_err(|error| unread(&error, limit))
+    }
+
     fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let value: Value = serde_json::from_slice(bytes).map_err(|error| {
             Error::new(

@@ -19,7 +19,7 @@ use super::auth::{Generate, Read};
 use super::drawing::{self, UsageObject, UsedConceptObject, event, partial};
 use super::extract::Fields;
 use super::idempotency::{IdempotencyHeader, Once};
-use super::openapi::{ErrorBody, List};
+use super::openapi::{ErrorBody, List, ServerEvent, metadata_schema};
 use super::pagination::{PageQuery, invalid_query};
 use super::{ApiError, AppState};
 use crate::error::Error;
@@ -81,7 +81,7 @@ struct CreateGeneration {
     #[schema(example = "https://example.com/hooks/coar")]
     webhook_url: Option<String>,
     /// At most 16 pairs; keys of 64, values of 512 characters.
-    #[schema(value_type = Option<std::collections::BTreeMap<String, String>>)]
+    #[schema(schema_with = metadata_schema)]
     metadata: Option<Value>,
 }
 
@@ -350,7 +350,7 @@ struct PreferHeader {
     responses(
         (status = 200, description = "It has ended; or events; or with `validate_only` what it would be", content(
             (GenerationObject = "application/json"), (PlanObject = "application/vnd.coar.plan+json"),
-            (String = "text/event-stream"),
+            (ServerEvent = "text/event-stream"),
         )),
         (status = 202, description = "It goes on; `Location` is where to ask", body = GenerationObject),
         (status = 400, description = "A parameter cannot be used: `param` names it", body = ErrorBody),
@@ -519,7 +519,7 @@ impl Streaming {
 #[into_params(parameter_in = Query)]
 struct ListQuery {
     /// `queued`, `running`, `succeeded`, `failed` or `cancelled`.
-    #[param(example = "succeeded")]
+    #[param(value_type = Option<super::trainings::object::StatusName>, example = "succeeded")]
     status: Option<String>,
 }
 

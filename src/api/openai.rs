@@ -18,7 +18,7 @@ use super::drawing::{self, UsageObject, UsedConceptObject, event, partial, word}
 use super::error::{error_body, request_id};
 use super::extract::Fields;
 use super::idempotency::{IdempotencyHeader, Once};
-use super::openapi::ErrorBody;
+use super::openapi::{ErrorBody, ServerEvent};
 use super::{ApiError, AppState};
 use crate::concept::is_slug;
 use crate::engine::{GenerationEvent, GenerationStream};
@@ -138,7 +138,7 @@ struct ImageData {
 /// The data of an event in a stream.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = ImageEvent)]
-struct EventObject {
+pub(super) struct EventObject {
     /// `image_generation.partial_image` or `image_generation.completed`.
     #[serde(rename = "type")]
     #[schema(example = "image_generation.completed")]
@@ -227,14 +227,15 @@ fn read(service: &Service, mut fields: Fields) -> Result<(GenerateInput, Answer)
 /// Draw pictures
 ///
 /// OpenAI's request and answer. What it does not know (`seed`, `first_index`, `concepts`, `guidance_scale`,
-/// `temperature`, `top_k`, `identity_mask`) may be left out; unknown parameters are refused.
+/// `temperature`, `top_k`, `identity_mask`) may be left out; unknown parameters are refused. The data of an event of a stream
+/// is an `ImageEvent`.
 #[utoipa::path(
     post, path = "/v1/images/generations", tag = "Images", operation_id = "createImages",
     params(IdempotencyHeader),
     request_body = CreateImages,
     responses(
         (status = 200, description = "The pictures; with `stream` events", content(
-            (ImagesObject = "application/json"), (EventObject = "text/event-stream"),
+            (ImagesObject = "application/json"), (ServerEvent = "text/event-stream"),
         )),
         (status = 400, description = "A parameter cannot be used: `param` names it", body = ErrorBody),
         (status = 404, description = "`model_not_found`, `concept_not_found`", body = ErrorBody),

@@ -3,6 +3,7 @@
 use axum::Json;
 use serde::Serialize;
 use utoipa::openapi::path::{Operation, Parameter};
+use utoipa::openapi::schema::{ObjectBuilder, SchemaType, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, OpenApi as Document, Ref, RefOr, ResponseBuilder, Schema};
 use utoipa::{Modify, OpenApi, ToSchema};
@@ -29,6 +30,36 @@ impl<T: ToSchema> List<T> {
             has_more: listed.has_more,
         }
     }
+}
+
+/// One event of a stream of server-sent events; comments keep the connection open between them.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ServerEvent {
+    /// What has happened.
+    #[schema(example = "progress")]
+    pub event: String,
+    /// A JSON object as text.
+    #[schema(example = "{\"step\": 12, \"total_steps\": 60}")]
+    pub data: String,
+}
+
+/// A caller's own notes on a thing: at most 16 pairs, keys of 1 to 64 characters, values of at most 512.
+pub(super) fn metadata_schema() -> Schema {
+    let text = |fewest, most| {
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .min_length(Some(fewest))
+            .max_length(Some(most))
+            .build()
+    };
+    let object = ObjectBuilder::new()
+        .schema_type(SchemaType::from_iter([Type::Object, Type::Null]))
+        .property_names(Some(Schema::Object(text(1, 64))))
+        .additional_properties(Some(Schema::Object(text(0, 512))))
+        .max_properties(Some(16))
+        .examples([serde_json::json!({"order": "4711"})])
+        .build();
+    Schema::Object(object)
 }
 
 /// Every error.
@@ -68,7 +99,7 @@ pub(super) struct ErrorFacts {
         description = "One frozen autoregressive image model, and everybody's concepts beside it.",
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
-    components(schemas(ErrorBody)),
+    components(schemas(ErrorBody, super::openai::EventObject)),
     security(("key" = [])),
     tags(
         (name = "Concepts", description = "Subjects and styles that the model is taught"),

@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 use super::auth::{Read, Train};
 use super::concepts::{object::File, png, word};
 use super::idempotency::{IdempotencyHeader, Once};
-use super::openapi::{ErrorBody, List};
+use super::openapi::{ErrorBody, List, ServerEvent};
 use super::pagination::{PageQuery, Paged, invalid_query};
 use super::{ApiError, AppState};
 use crate::ids::TrainingId;
@@ -158,7 +158,7 @@ async fn retry(
         ("Last-Event-ID" = Option<String>, Header, description = "Accepted, and not needed"),
     ),
     responses(
-        (status = 200, description = "Events", body = String, content_type = "text/event-stream",
+        (status = 200, description = "Events", body = ServerEvent, content_type = "text/event-stream",
          example = "event: progress\nid: 24\ndata: {\"status\":\"running\",\"step\":24,\"total_steps\":60,\"loss\":3.87,\
                     \"steps_per_second\":2.1,\"eta_seconds\":18}\n\n"),
         (status = 404, description = "`training_not_found`", body = ErrorBody),

@@ -179,15 +179,13 @@ impl Thread {
         let row = KvCache::row_bytes(model.transformer.config(), max_seq, model.transformer.kind());
         let rows = usize::try_from(options.kv_bytes / row.max(1)).unwrap_or(usize::MAX);
         if rows < 2 {
-            return Err(ModelError::invalid(
-                "kv_bytes",
-                format!(
-                    "is {}; a guided picture needs two rows of {row} bytes",
-                    options.kv_bytes
-                ),
-            ));
+            tracing::warn!(
+                memory_mib = options.kv_bytes >> 20,
+                needed_mib = (2 * row) >> 20,
+                "--kv-memory is less than one guided picture needs, and so that much is taken"
+            );
         }
-        let rows = rows.min(options.rows.max(2));
+        let rows = rows.min(options.rows).max(2);
         tracing::info!(rows, max_seq, bytes = row * rows as u64, "key/value cache");
         let batch = BatchOptions {
             rows,

@@ -4,6 +4,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::super::trainings::object::TrainingObject;
+use crate::api::openapi::metadata_schema;
 use crate::concept::ConceptKind;
 use crate::registry::{Concept, ConceptStatus, Metadata, Version};
 use crate::service::ConceptView;
@@ -185,32 +186,35 @@ pub(in crate::api) struct RegisterConcept {
     name: String,
     kind: KindName,
     /// The noun of a subject; styles have none.
-    #[schema(example = "dog")]
+    #[schema(example = "dog", nullable = false)]
     class: Option<String>,
     /// 1 to 10 pictures: PNG, JPEG or WebP.
     #[schema(min_items = 1, max_items = 10)]
     images: Vec<File>,
     /// What else is to be seen in each picture, in the pictures' order.
-    #[schema(max_items = 10)]
+    #[schema(max_items = 10, nullable = false)]
     captions: Option<Vec<String>>,
-    #[schema(minimum = 1, maximum = 20_000)]
+    #[schema(minimum = 1, maximum = 20_000, nullable = false)]
     steps: Option<u32>,
     /// Layers of the model, from the first, that get context tokens.
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, nullable = false)]
     layers: Option<u32>,
+    #[schema(nullable = false)]
     learning_rate: Option<f64>,
-    #[schema(minimum = 1, maximum = 16)]
+    #[schema(minimum = 1, maximum = 16, nullable = false)]
     text_tokens: Option<u32>,
-    #[schema(minimum = 0, maximum = 16)]
+    #[schema(minimum = 0, maximum = 16, nullable = false)]
     image_tokens: Option<u32>,
+    #[schema(nullable = false)]
     seed: Option<u64>,
     /// At most 1000 characters.
+    #[schema(nullable = false)]
     description: Option<String>,
     /// A JSON object of strings: at most 16 pairs, keys of 1 to 64 characters, values of at most 512.
-    #[schema(example = "{\"order\": \"4711\"}")]
+    #[schema(example = "{\"order\": \"4711\"}", nullable = false)]
     metadata: Option<String>,
     /// Told of the training's end.
-    #[schema(example = "https://example.com/hooks/coar")]
+    #[schema(example = "https://example.com/hooks/coar", nullable = false)]
     webhook_url: Option<String>,
 }
 
@@ -223,7 +227,7 @@ pub(in crate::api) struct ChangeConcept {
     /// Null: none any more.
     description: Option<String>,
     /// Takes the place of the present one. At most 16 pairs, keys of 1 to 64 characters, values of at most 512.
-    #[schema(example = json!({"order": "4711"}))]
+    #[schema(schema_with = metadata_schema)]
     metadata: Option<std::collections::BTreeMap<String, String>>,
     /// Number of the version to use from now on: back, or forward again.
     #[schema(example = 1, minimum = 1)]

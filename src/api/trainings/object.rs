@@ -131,7 +131,7 @@ pub(in crate::api) struct TrainingObject {
     started_at: Option<i64>,
     /// Unix seconds.
     finished_at: Option<i64>,
-    /// Every setting, as `docs/concept-format.md` describes them.
+    /// Every setting, as `docs/reference/concept-format.md` describes them.
     #[schema(value_type = Object)]
     hyper_parameters: TrainingSpec,
 }
