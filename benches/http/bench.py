@@ -1,0 +1,406 @@
+"""What HTTP costs beside the engine, measured on a real server with a temporary data folder. See run.sh.
+
+Clients run on the same cores as the server and are counted in what they see. Times are in milliseconds, memory in MB
+(2**20 bytes).
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PATIENCE = 60
+DRAWING = {"prompt": "a photo of a cat", "seed": 1}
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict
+    body: bytes
+    ms: float
+
+    def json(self):
+        return json.loads(self.body)
+
+
+def head_of(text):
+    first, *lines = text.decode("latin-1").split("\r\n")
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return int(first.split(" ", 2)[1]), {name.lower(): value.strip() for name, value in pairs}
+
+
+def encoded(method, path, body=None, kind="application/json", extra=""):
+    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\n{extra}\r\n"
+    return head.encode() + data
+
+
+class Connection:
+    """One kept connection."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def open(cls, port):
+        return cls(*await asyncio.open_connection("127.0.0.1", port))
+
+    async def ask(self, request):
+        begun = time.perf_counter()
+        self.writer.write(request)
+        status, headers = head_of(await self.reader.readuntil(b"\r\n\r\n"))
+        body = await self.reader.readexactly(int(headers.get("content-length", 0)))
+        return Answer(status, headers, body, 1000 * (time.perf_counter() - begun))
+
+    def close(self):
+        self.writer.close()
+
+
+def ask(port, method, path, body=None, **more):
+    async def one():
+        connection = await Connection.open(port)
+        answer = await connection.ask(encoded(method, path, body, **more))
+        connection.close()
+        return answer
+
+    return asyncio.run(one())
+
+
+def expect(answer, *statuses):
+    if answer.status not in statuses:
+        sys.exit(f"answered {answer.status}, not {statuses}: {answer.body[:500]!r}")
+    return answer
+
+
+def quantile(values, part):
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def summary(values):
+    return {
+        "count": len(values),
+        "mean_ms": round(statistics.fmean(values), 2),
+        "p50_ms": round(quantile(values, 0.5), 2),
+        "p99_ms": round(quantile(values, 0.99), 2),
+        "max_ms": round(max(values), 2),
+    }
+
+
+class Server:
+    """A server that is ready, on a free port; ends with the block."""
+
+    def __init__(self, coar, *flags):
+        self.dir = tempfile.TemporaryDirectory()
+        self.log = open(Path(self.dir.name) / "log", "wb")
+        command = [coar, "serve", "--listen", "127.0.0.1:0", "--device", "cpu", "--data", f"{self.dir.name}/data", *flags]
+        # Clients of these measurements come too often for the quotas of one tenant.
+        command += ["--quota-requests-in-flight", "0", "--quota-trainings", "0"]
+        self.child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+
+    def __enter__(self):
+        line = self.child.stdout.readline()
+        found = re.match(r"listening on http://[^:]+:(\d+)", line)
+        if not found:
+            sys.exit(f"no address in {line!r}: " + (Path(self.dir.name) / "log").read_text()[-2000:])
+        self.port = int(found[1])
+        self.until("ready", lambda: ask(self.port, "GET", "/readyz").status == 200)
+        return self
+
+    def __exit__(self, *_):
+        self.child.kill()
+        self.child.wait()
+        self.log.close()
+        self.dir.cleanup()
+
+    def until(self, what, look):
+        begun = time.monotonic()
+        while not look():
+            if time.monotonic() - begun > PATIENCE or self.child.poll() is not None:
+                sys.exit(f"{what} did not happen")
+            time.sleep(0.05)
+
+    def train(self, name, steps=2000):
+        """Registers a concept; its training's id."""
+        fields = {"name": name, "kind": "subject", "class": "cat", "steps": str(steps)}
+        edge, parts = b"pictures-of-a-concept", []
+        for field, value in fields.items():
+            parts.append(f'content-disposition: form-data; name="{field}"\r\n\r\n{value}'.encode())
+        for file in sorted(Path("concepts/rex").glob("*.png")):
+            disposition = f'content-disposition: form-data; name="images"; filename="{file.name}"\r\ncontent-type: image/png'
+            parts.append(disposition.encode() + b"\r\n\r\n" + file.read_bytes())
+        body = b"".join(b"--" + edge + b"\r\n" + part + b"\r\n" for part in parts) + b"--" + edge + b"--\r\n"
+        kind = f"multipart/form-data; boundary={edge.decode()}"
+        return expect(ask(self.port, "POST", "/v1/concepts", body, kind=kind), 202).json()["training"]["id"]
+
+    def status(self, training):
+        return expect(ask(self.port, "GET", f"/v1/trainings/{training}"), 200).json()["status"]
+
+    def metrics(self):
+        text = expect(ask(self.port, "GET", "/metrics"), 200).body.decode()
+        values = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in values}
+
+    def resident_mb(self):
+        status = Path(f"/proc/{self.child.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+    def descriptors(self):
+        return len(os.listdir(f"/proc/{self.child.pid}/fd"))
+
+    def cpu_seconds(self):
+        """Of its threads that do not compute: HTTP and the database."""
+        used = 0
+        for task in Path(f"/proc/{self.child.pid}/task").iterdir():
+            try:
+                name, rest = re.match(r"\d+ \((.*)\) (.*)", (task / "stat").read_text()).groups()
+            except FileNotFoundError:
+                continue
+            if name.startswith(("tokio", "sqlx")):
+                fields = rest.split()
+                used += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return used
+
+
+async def closed_loop(port, request, clients, seconds, pause=0.0):
+    """Clients that ask again `pause` seconds after each answer; the latencies that they saw."""
+    seen = []
+
+    async def client(number):
+        connection = await Connection.open(port)
+        # Not all in the same moment.
+        await asyncio.sleep(pause * number / clients)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            seen.append(expect(await connection.ask(request), 200).ms)
+            await asyncio.sleep(pause)
+        connection.close()
+
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return seen
+
+
+def draw_for_ever(port, clients):
+    asyncio.run(closed_loop(port, encoded("POST", "/v1/generations", DRAWING), clients, 1e9))
+
+
+def livez(coar, seconds):
+    """`/livez`, asked every 10 ms over a new connection, beside 16 generations and a training."""
+    request = b"GET /livez HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+
+    def probe(port):
+        begun = time.perf_counter()
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+            connection.sendall(request)
+            text = b""
+            while part := connection.recv(4096):
+                text += part
+        if not text.startswith(b"HTTP/1.1 200 "):
+            sys.exit(f"/livez: {text!r}")
+        return 1000 * (time.perf_counter() - begun)
+
+    def probes(port):
+        seen, end = [], time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            seen.append(probe(port))
+            time.sleep(0.01)
+        return seen
+
+    with Server(coar) as server:
+        idle = probes(server.port)
+        training = server.train("rex")
+        server.until("training", lambda: server.status(training) == "running")
+        others = multiprocessing.Process(target=draw_for_ever, args=(server.port, 16))
+        others.start()
+        server.until("16 generations", lambda: server.metrics()["coar_batch_pictures"] >= 8)
+        before = server.metrics()
+        busy = probes(server.port)
+        after = server.metrics()
+        still = server.status(training)
+        others.terminate()
+        others.join()
+    if still != "running":
+        sys.exit(f"the training was {still} before the measurement's end")
+    more = {name: after[f"coar_{name}"] - before[f"coar_{name}"] for name in ("pictures_total", "training_steps_total")}
+    return {"idle": summary(idle), "busy": summary(busy), "meanwhile": more}
+
+
+def overhead(coar, seconds):
+    """32 clients that draw small pictures, and 32 that only ask for the check of a request."""
+    found = {}
+    with Server(coar) as server:
+        generation = encoded("POST", "/v1/generations", DRAWING)
+        picture = encoded("POST", "/v1/images/generations", {**DRAWING, "response_format": "b64_json"})
+        asyncio.run(closed_loop(server.port, generation, 32, 2))
+        for name, request, route in [
+            ("kept", generation, "/v1/generations"),
+            ("b64_json", picture, "/v1/images/generations"),
+        ]:
+            before = server.metrics()
+            seen = asyncio.run(closed_loop(server.port, request, 32, seconds))
+            # The counters of the last answers are written beside them.
+            time.sleep(0.2)
+            after = server.metrics()
+
+            def mean(metric):
+                total, count = (after[f"{metric.format(part)}"] - before.get(f"{metric.format(part)}", 0) for part in ("sum", "count"))
+                if count != len(seen):
+                    sys.exit(f"{metric}: {count} and not {len(seen)}")
+                return 1000 * total / count
+
+            # From its arrival at the engine to its last picture, waiting for rows included; files, rows of the database and
+            # the answer are not.
+            engine = mean('coar_generation_seconds_{}{{outcome="succeeded"}}')
+            http = mean(f'coar_http_request_seconds_{{}}{{{{method="POST",route="{route}",status="2xx"}}}}')
+            found[name] = summary(seen) | {
+                "engine_mean_ms": round(engine, 2),
+                "server_mean_ms": round(http, 2),
+                "overhead_mean_ms": round(statistics.fmean(seen) - engine, 2),
+            }
+        check = encoded("POST", "/v1/generations?validate_only=true", DRAWING)
+        found["check_only_each_100_ms"] = summary(asyncio.run(closed_loop(server.port, check, 32, seconds, 0.1)))
+        found["check_only_closed_loop"] = summary(asyncio.run(closed_loop(server.port, check, 32, seconds)))
+        found["check_only_closed_loop"]["per_second"] = round(found["check_only_closed_loop"]["count"] / seconds)
+    return found
+
+
+def streams(coar, seconds, number):
+    """Listeners to the events of a training that waits behind another one."""
+    with Server(coar, "--connections", str(number + 100), "--training-slots", "1") as server:
+        running, waiting = server.train("first"), server.train("second")
+        server.until("training", lambda: server.status(running) == "running")
+        # Whatever the first requests and steps bring stays.
+        asyncio.run(closed_loop(server.port, encoded("GET", f"/v1/trainings/{waiting}"), 32, 2))
+        time.sleep(2)
+
+        def watch():
+            resident, used, steps = [], server.cpu_seconds(), server.metrics()["coar_training_steps_total"]
+            begun = time.perf_counter()
+            while time.perf_counter() - begun < seconds:
+                time.sleep(0.25)
+                resident.append(server.resident_mb())
+            took = time.perf_counter() - begun
+            return {
+                "resident_mb": round(statistics.median(resident), 1),
+                "descriptors": server.descriptors(),
+                "http_and_database_cores": round((server.cpu_seconds() - used) / took, 3),
+                "training_steps_per_second": round((server.metrics()["coar_training_steps_total"] - steps) / took, 2),
+            }
+
+        before, listeners = watch(), []
+        request = encoded("GET", f"/v1/trainings/{waiting}/events", extra="accept: text/event-stream\r\n")
+        begun = time.perf_counter()
+        for _ in range(number):
+            listener = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+            listener.sendall(request)
+            listeners.append(listener)
+        for listener in listeners:
+            text = b""
+            while b"event: progress" not in text:
+                part = listener.recv(4096)
+                if not part:
+                    sys.exit(f"a stream ended: {text!r}")
+                text += part
+        opened = time.perf_counter() - begun
+        during = watch()
+        if server.status(waiting) != "queued":
+            sys.exit("the training did not wait")
+        for listener in listeners:
+            listener.close()
+        server.until("the streams' end", lambda: server.descriptors() < number)
+    return {
+        "streams": number,
+        "opened_s": round(opened, 2),
+        "before": before,
+        "during": during,
+        "more_mb": round(during["resident_mb"] - before["resident_mb"], 1),
+    }
+
+
+def refusals(coar, number):
+    """All of `number` requests in one moment, 8 of which may wait."""
+
+    async def flood(port):
+        connections = [await Connection.open(port) for _ in range(number)]
+        request = encoded("POST", "/v1/generations", DRAWING)
+        answers = await asyncio.gather(*(connection.ask(request) for connection in connections))
+        for connection in connections:
+            connection.close()
+        return answers
+
+    with Server(coar, "--queue", "8") as server:
+        expect(ask(server.port, "POST", "/v1/generations", DRAWING), 200)
+        answers = asyncio.run(flood(server.port))
+    statuses = [answer.status for answer in answers]
+    refused = [answer for answer in answers if answer.status == 429]
+    waits = [int(answer.headers["retry-after"]) for answer in refused]
+    return {
+        "requests": number,
+        "statuses": {str(status): statuses.count(status) for status in sorted(set(statuses))},
+        "refused": summary([answer.ms for answer in refused]),
+        "codes": sorted({answer.json()["error"]["code"] for answer in refused}),
+        "retry_after_s": [min(waits), max(waits)],
+    }
+
+
+def table(found):
+    """The figures, each with its goal."""
+    rows = []
+    if part := found.get("livez"):
+        for name in ("idle", "busy"):
+            rows.append((f"/livez, {name}: p50, p99 ms", f"{part[name]['p50_ms']}, {part[name]['p99_ms']}", "p99 < 50"))
+    if part := found.get("overhead"):
+        for name in ("kept", "b64_json"):
+            rows.append((f"32 clients draw, {name}: seen less the engine's, mean ms", part[name]["overhead_mean_ms"], "<= 5"))
+        for name in ("check_only_each_100_ms", "check_only_closed_loop"):
+            rows.append((f"32 clients, {name}: p50, p99 ms", f"{part[name]['p50_ms']}, {part[name]['p99_ms']}", "p50 <= 5"))
+    if part := found.get("streams"):
+        rows.append((f"{part['streams']} idle event streams: more resident MB", part["more_mb"], "<= 50"))
+        rows.append(("their cores of HTTP and database", part["during"]["http_and_database_cores"], ""))
+    if part := found.get("refusals"):
+        rows.append((f"{part['requests']} requests at once: statuses", part["statuses"], ""))
+        rows.append(("429: p50, p99 ms", f"{part['refused']['p50_ms']}, {part['refused']['p99_ms']}", "< 100"))
+        rows.append(("Retry-After s", "{} to {}".format(*part["retry_after_s"]), "1 to 120"))
+    return "\n".join(["| | measured | wanted |", "|---|---|---|"] + [f"| {what} | {value} | {goal} |" for what, value, goal in rows])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--coar", default="target/release/coar")
+    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
+    parser.add_argument("--streams", type=int, default=1000)
+    parser.add_argument("--requests", type=int, default=200, help="at once, for refusals")
+    parser.add_argument("--out", help="file for the JSON; default: standard output")
+    parser.add_argument("parts", nargs="*", help="livez overhead streams refusals; default: all")
+    args = parser.parse_args()
+    measurements = {
+        "livez": lambda: livez(args.coar, args.seconds),
+        "overhead": lambda: overhead(args.coar, args.seconds),
+        "streams": lambda: streams(args.coar, args.seconds, args.streams),
+        "refusals": lambda: refusals(args.coar, args.requests),
+    }
+    unknown = set(args.parts) - set(measurements)
+    if unknown:
+        parser.error(f"no such part: {', '.join(unknown)}")
+    found = {name: measure() for name, measure in measurements.items() if name in (args.parts or measurements)}
+    text = json.dumps(found, indent=2)
+    if args.out:
+        Path(args.out).write_text(text + "\n")
+    else:
+        print(text)
+    print(table(found), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
