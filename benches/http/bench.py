@@ -174,7 +174,7 @@ class Server:
 
 
 async def closed_loop(port, request, clients, seconds, pause=0.0, spread=0.0):
-    """Clients that ask again `pause` seconds after each answer; the latencies that they saw. They begin within `spread`."""
+    """The latencies seen by clients that begin within `spread` seconds and ask again `pause` seconds after each answer."""
     seen = []
 
     async def client(number):
@@ -380,7 +380,8 @@ def table(found):
             times(f"/livez, {name}", part[name], "p99 < 50")
     if part := found.get("overhead"):
         for name in (name for name in part if not name.startswith("check")):
-            rows.append((f"clients draw, {name}: seen less the engine's, mean ms", part[name]["overhead_mean_ms"], "<= 5"))
+            what = f"clients draw, {name}: seen less the engine's, mean ms"
+            rows.append((what, part[name]["overhead_mean_ms"], "<= 5"))
         times("32 clients, validate_only, each 10 a second", part["check_each_100_ms"], "p50 <= 5")
         times(f"32 clients, validate_only, {part['check']['per_second']} a second", part["check"], "p50 <= 5")
     if part := found.get("streams"):
