@@ -220,7 +220,7 @@ def livez(coar, seconds):
     with Server(coar) as server:
         idle = probes(server.port)
         training = server.train("rex")
-        server.until("training", lambda: server.status(training) == "running")
+        server.until("training", lambda: server.metrics()["coar_training_steps_total"] >= 1)
         others = multiprocessing.Process(target=draw_for_ever, args=(server.port, 16))
         others.start()
         server.until("16 generations", lambda: server.metrics()["coar_batch_pictures"] >= 8)
@@ -295,7 +295,8 @@ def streams(coar, seconds, number):
     with Server(coar, "--connections", str(number + 100), "--training-slots", "1") as server:
         running, waiting = server.train("first"), server.train("second")
         server.until("training", lambda: server.status(running) == "running")
-        # Whatever the first requests and steps bring stays.
+        # Whatever the first requests and steps bring stays: a training's graph is far larger than the streams.
+        server.until("steps", lambda: server.metrics()["coar_training_steps_total"] >= 5)
         asyncio.run(closed_loop(server.port, encoded("GET", f"/v1/trainings/{waiting}"), 32, 2))
         time.sleep(2)
 
