@@ -370,6 +370,22 @@ def refusals(coar, number):
     }
 
 
+def busy_cores(measure):
+    """What `measure` gives, and how many cores other processes used meanwhile."""
+
+    def busy():
+        user, nice, system, _idle, _wait, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+        return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+    def own():
+        return sum(os.times()[:4])
+
+    begun, all_before, own_before = time.perf_counter(), busy(), own()
+    found = measure()
+    others = (busy() - all_before) - (own() - own_before)
+    return found | {"cores_of_others": round(others / (time.perf_counter() - begun), 2)}
+
+
 def table(found):
     """The figures, each with its goal."""
     rows = []
@@ -393,6 +409,9 @@ def table(found):
         rows.append((f"{part['requests']} requests at once: statuses", part["statuses"], ""))
         times("429", part["refused"], "p99 < 100")
         rows.append(("Retry-After s", "{} to {}".format(*part["retry_after_s"]), "1 to 120"))
+    for name, part in found.items():
+        if (others := part["cores_of_others"]) > 0.1:
+            rows.append((f"other processes, cores, during {name}", others, "0"))
     lines = [f"| {what} | {value} | {goal} |" for what, value, goal in rows]
     return "\n".join(["| | measured | wanted |", "|---|---|---|", *lines])
 
@@ -415,7 +434,8 @@ def main():
     unknown = set(args.parts) - set(measurements)
     if unknown:
         parser.error(f"no such part: {', '.join(unknown)}")
-    found = {name: measure() for name, measure in measurements.items() if name in (args.parts or measurements)}
+    wanted = args.parts or measurements
+    found = {name: busy_cores(measure) for name, measure in measurements.items() if name in wanted}
     text = json.dumps(found, indent=2)
     if args.out:
         Path(args.out).write_text(text + "\n")
