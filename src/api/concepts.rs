@@ -219,6 +219,7 @@ struct VersionsQuery {
     limit: Option<u32>,
     /// The last number of the part before.
     #[param(minimum = 0)]
+    #[param(value_type = Option<u64>, maximum = 4_294_967_295_u32)]
     after: Option<u32>,
 }
 

@@ -40,7 +40,8 @@ pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
 }
 
 /// What is to be drawn. The handler reads it field by field; this is its description.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 #[schema(example = json!({"prompt": "a photo of <rex> cat on the beach", "n": 2, "seed": 7, "partial_images": 2}))]
 struct CreateGeneration {
@@ -199,6 +200,16 @@ struct PlanObject {
     usage: UsageObject,
 }
 
+/// A generation, or with `validate_only` what it would be.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+#[schema(as = GenerationOrPlan)]
+#[allow(dead_code)]
+enum AnswerObject {
+    Generation(Box<GenerationObject>),
+    Plan(PlanObject),
+}
+
 fn settings_object(settings: &GenerationSettings) -> SettingsObject {
     SettingsObject {
         n: settings.n,
@@ -349,8 +360,7 @@ struct PreferHeader {
     request_body = CreateGeneration,
     responses(
         (status = 200, description = "It has ended; or events; or with `validate_only` what it would be", content(
-            (GenerationObject = "application/json"), (PlanObject = "application/vnd.coar.plan+json"),
-            (ServerEvent = "text/event-stream"),
+            (AnswerObject = "application/json"), (ServerEvent = "text/event-stream"),
         )),
         (status = 202, description = "It goes on; `Location` is where to ask", body = GenerationObject),
         (status = 400, description = "A parameter cannot be used: `param` names it", body = ErrorBody),

@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use futures::stream;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -35,7 +35,8 @@ pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
 }
 
 /// What is to be drawn. The handler reads it field by field; this is its description.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 #[schema(example = json!({"model": "coar", "prompt": "a photo of <rex> cat on the beach", "n": 2, "seed": 7}))]
 struct CreateImages {

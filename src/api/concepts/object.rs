@@ -199,7 +199,7 @@ pub(in crate::api) struct RegisterConcept {
     /// Layers of the model, from the first, that get context tokens.
     #[schema(minimum = 1, nullable = false)]
     layers: Option<u32>,
-    #[schema(nullable = false)]
+    #[schema(exclusive_minimum = 0.0, maximum = 1.0, nullable = false)]
     learning_rate: Option<f64>,
     #[schema(minimum = 1, maximum = 16, nullable = false)]
     text_tokens: Option<u32>,
@@ -219,7 +219,8 @@ pub(in crate::api) struct RegisterConcept {
 }
 
 /// What is to change. Absent: stays.
-#[derive(ToSchema)]
+#[derive(serde::Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 pub(in crate::api) struct ChangeConcept {
     #[schema(example = "max")]
@@ -235,13 +236,15 @@ pub(in crate::api) struct ChangeConcept {
 }
 
 /// Settings of another training. Absent: as in the concept's newest training.
-#[derive(ToSchema)]
+#[derive(serde::Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 pub(in crate::api) struct TrainConcept {
     #[schema(minimum = 1, maximum = 20_000, example = 80)]
     steps: Option<u32>,
     #[schema(minimum = 1)]
     layers: Option<u32>,
+    #[schema(exclusive_minimum = 0.0, maximum = 1.0)]
     learning_rate: Option<f64>,
     #[schema(minimum = 1, maximum = 16)]
     text_tokens: Option<u32>,
