@@ -182,7 +182,7 @@ impl From<&Version> for VersionObject {
 #[allow(dead_code)]
 pub(in crate::api) struct RegisterConcept {
     /// 1 to 63 of a-z, 0-9 and -, the first not a hyphen; not `import`.
-    #[schema(example = "rex")]
+    #[schema(example = "rex", pattern = "^[a-z0-9][a-z0-9-]{0,62}$")]
     name: String,
     kind: KindName,
     /// The noun of a subject; styles have none.
@@ -207,8 +207,7 @@ pub(in crate::api) struct RegisterConcept {
     image_tokens: Option<u32>,
     #[schema(nullable = false)]
     seed: Option<u64>,
-    /// At most 1000 characters.
-    #[schema(nullable = false)]
+    #[schema(max_length = 1000, nullable = false)]
     description: Option<String>,
     /// A JSON object of strings: at most 16 pairs, keys of 1 to 64 characters, values of at most 512.
     #[schema(example = "{\"order\": \"4711\"}", nullable = false)]
@@ -223,9 +222,10 @@ pub(in crate::api) struct RegisterConcept {
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 pub(in crate::api) struct ChangeConcept {
-    #[schema(example = "max")]
+    #[schema(example = "max", pattern = "^[a-z0-9][a-z0-9-]{0,62}$")]
     name: Option<String>,
     /// Null: none any more.
+    #[schema(max_length = 1000)]
     description: Option<String>,
     /// Takes the place of the present one. At most 16 pairs, keys of 1 to 64 characters, values of at most 512.
     #[schema(schema_with = metadata_schema)]
