@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::{LayerTensors, StepTokens};
 use crate::model::kv_cache::KvCache;
 use crate::model::{ModelConfig, ModelError};
 
@@ -9,29 +10,9 @@ pub(in crate::model) fn linear(_: &Tensor, _: &Tensor) -> Result<Option<Tensor>,
     Ok(None)
 }
 
-/// The parameters of one decoder layer.
-pub(in crate::model) struct LayerTensors<'a> {
-    pub project: &'a Tensor,
-    pub output: &'a Tensor,
-    pub gate_up: &'a Tensor,
-    pub down: &'a Tensor,
-    pub input_norm: &'a Tensor,
-    pub post_attention_norm: &'a Tensor,
-    pub head_norm: (&'a Tensor, &'a Tensor),
-}
-
 /// Never made here.
 #[derive(Debug)]
 pub(in crate::model) enum CpuDecoder {}
-
-/// The tokens of one step.
-#[derive(Debug)]
-pub(in crate::model) struct StepTokens<'a> {
-    pub ids: &'a [i64],
-    pub rows: &'a [i64],
-    pub positions: &'a [i64],
-    pub wanted: &'a [i64],
-}
 
 /// Nothing is needed.
 #[derive(Debug, Default)]

@@ -21,13 +21,43 @@ pub(super) use pool::for_each;
 #[cfg(target_arch = "x86_64")]
 pub(super) use product::linear;
 #[cfg(target_arch = "x86_64")]
-pub(super) use step::{CpuDecoder, LayerTensors, StepTokens, Workspace};
+pub(super) use step::{CpuDecoder, Workspace};
 
 /// Stand-ins for machines whose instructions nothing here is written for: libtorch does everything there.
 #[cfg(not(target_arch = "x86_64"))]
 mod elsewhere;
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) use elsewhere::{CpuDecoder, LayerTensors, StepTokens, Workspace, linear};
+pub(super) use elsewhere::{CpuDecoder, Workspace, linear};
+
+use tch::Tensor;
+
+/// The parameters of one decoder layer.
+pub(super) struct LayerTensors<'a> {
+    /// `[(heads + 2 * kv_heads) * head_dim, hidden]`: query, key and value projections.
+    pub project: &'a Tensor,
+    /// `[hidden, heads * head_dim]`
+    pub output: &'a Tensor,
+    /// `[2 * inner, hidden]`: gate, then up.
+    pub gate_up: &'a Tensor,
+    /// `[hidden, inner]`
+    pub down: &'a Tensor,
+    /// `[hidden]`
+    pub input_norm: &'a Tensor,
+    pub post_attention_norm: &'a Tensor,
+    /// Weight and bias of the norms of query and key heads, `heads + kv_heads` times `head_dim` numbers each.
+    pub head_norm: (&'a Tensor, &'a Tensor),
+}
+
+/// The tokens of one step.
+#[derive(Debug)]
+pub(super) struct StepTokens<'a> {
+    pub ids: &'a [i64],
+    /// Row of the cache and position of each.
+    pub rows: &'a [i64],
+    pub positions: &'a [i64],
+    /// Tokens whose final hidden states are wanted.
+    pub wanted: &'a [i64],
+}
 
 /// Whether this CPU multiplies bf16 numbers itself. Where it does, steps on bf16 weights are faster than on f32 ones;
 /// elsewhere they are slower.

@@ -10,25 +10,9 @@ use super::attention::Keys;
 use super::numbers::{Stored, WIDE};
 use super::pool::{Member, team, threads};
 use super::product::{BLOCK, Operands, Sink, Store};
+use super::{LayerTensors, StepTokens};
 use crate::model::kv_cache::KvCache;
 use crate::model::{ModelConfig, ModelError};
-
-/// The parameters of one decoder layer.
-pub(in crate::model) struct LayerTensors<'a> {
-    /// `[(heads + 2 * kv_heads) * head_dim, hidden]`: query, key and value projections.
-    pub project: &'a Tensor,
-    /// `[hidden, heads * head_dim]`
-    pub output: &'a Tensor,
-    /// `[2 * inner, hidden]`: gate, then up.
-    pub gate_up: &'a Tensor,
-    /// `[hidden, inner]`
-    pub down: &'a Tensor,
-    /// `[hidden]`
-    pub input_norm: &'a Tensor,
-    pub post_attention_norm: &'a Tensor,
-    /// Weight and bias of the norms of query and key heads, `heads + kv_heads` times `head_dim` numbers each.
-    pub head_norm: (&'a Tensor, &'a Tensor),
-}
 
 #[derive(Debug)]
 struct Layer {
@@ -62,17 +46,6 @@ pub(in crate::model) struct CpuDecoder {
     /// `[positions, head_dim]`, see `Rope`.
     cos: Tensor,
     sin: Tensor,
-}
-
-/// The tokens of one step.
-#[derive(Debug)]
-pub(in crate::model) struct StepTokens<'a> {
-    pub ids: &'a [i64],
-    /// Row of the cache and position of each.
-    pub rows: &'a [i64],
-    pub positions: &'a [i64],
-    /// Tokens whose final hidden states are wanted.
-    pub wanted: &'a [i64],
 }
 
 /// What a step needs beside weights and cache; it grows to the largest step and stays.
