@@ -1,6 +1,10 @@
 //! Wires the rooms together, starts and stops them in order.
 
+mod parts;
+mod worker;
+
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -8,53 +12,27 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::{self, AppState, router};
-use crate::config::Config;
+use crate::cluster::{Executor, Fleet, worker_token};
+use crate::config::{Config, Role};
 use crate::engine::EngineHandle;
-use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, Worker, deliver, sweep};
-use crate::registry::{DataLock, Registry};
+use crate::jobs::Wakes;
 use crate::service::{Keys, Limits, Links, Service, Tallies};
-use crate::telemetry::meters;
+use parts::{Device, Opened};
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
+/// Trainings get this long to hand out a last checkpoint: one slice, and its way to the store.
+const HAND_BACK: Duration = Duration::from_secs(10);
 
-/// Background generations take a quarter of the engine's queue, at most so many of its places: the rest is for whoever
-/// waits.
-const BACKGROUND_LIMIT: usize = 32;
-
-/// How often jobs are counted for the metrics: a scrape reads the last count and never the database.
-const JOB_COUNT: Duration = Duration::from_secs(2);
-
-/// Publishes how many jobs there are in each status.
-async fn count_jobs(registry: Registry, stop: CancellationToken) {
-    let mut tick = tokio::time::interval(JOB_COUNT);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
-        match registry.training_counts().await {
-            Ok(counts) => {
-                for (status, count) in counts {
-                    meters()
-                        .jobs
-                        .with_label_values(&["training", status.as_str()])
-                        .set(count);
-                }
-            }
-            Err(error) => tracing::debug!(%error, "jobs cannot be counted"),
-        }
-    }
-}
-
-/// Serves until `stop`: the listener answers at once, requests are served when `load` has brought the engine.
+/// Serves until `stop`: the listener answers at once, requests are served when `load` has brought the engine, or workers
+/// are there that draw.
 ///
-/// Stop, in order: new requests are refused, running ones finish, trainings hand out a last checkpoint and give their
-/// lease back, the engine ends.
+/// Stop, in order: new requests are refused, trainings hand out a last checkpoint and give their lease back, running
+/// requests finish, the engine ends.
 ///
 /// # Errors
-/// When the data folder is in use or unusable, the model cannot be loaded, or the listener fails.
+/// When the data folder is in use or unusable, the database cannot be reached, the model cannot be loaded, or the listener
+/// fails.
 pub async fn serve(
     config: Config,
     listener: TcpListener,
@@ -62,39 +40,39 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let config = Arc::new(config);
-    let lock = DataLock::take(&config.data)?;
-    let registry = Registry::open(&config.data).await?;
-    let released = registry.release_all().await?;
-    if released > 0 {
-        tracing::info!(
-            trainings = released,
-            "a previous server left trainings behind; they go on from their checkpoints"
-        );
+    let opened = parts::open(&config).await?;
+    match config.role {
+        Role::Worker => worker::serve(config, opened, listener, load, stop).await,
+        Role::All | Role::Api => serve_api(config, opened, listener, load, stop).await,
     }
-    let freed = registry.release_keys().await?;
-    if freed > 0 {
-        tracing::info!(
-            keys = freed,
-            "requests with an idempotency key ended with the previous server; they may be sent again"
-        );
-    }
-    let keys = Keys::new(registry.clone());
+}
+
+/// Without keys only loopback is listened to.
+async fn check_keys(keys: &Keys, listener: &TcpListener) -> anyhow::Result<()> {
     if keys.required().await? {
         tracing::info!("callers need a key");
-    } else {
-        let address = listener.local_addr()?;
-        anyhow::ensure!(
-            address.ip().is_loopback(),
-            "there are no keys, so that everybody who reaches {address} could do everything: make one with \
-             `coar keys create --tenant NAME --data {}`, or listen on 127.0.0.1",
-            config.data.display()
-        );
-        tracing::warn!("there are no keys: whoever reaches {address} is tenant `default` and may do everything");
+        return Ok(());
     }
-    let orphans = registry.collect_garbage().await?;
-    if orphans > 0 {
-        tracing::info!(blobs = orphans, "removed what an interrupted registration left");
-    }
+    let address = listener.local_addr()?;
+    anyhow::ensure!(
+        address.ip().is_loopback(),
+        "there are no keys, so that everybody who reaches {address} could do everything: make one with \
+         `coar keys create --tenant NAME` and this server's --data or --database, or listen on 127.0.0.1"
+    );
+    tracing::warn!("there are no keys: whoever reaches {address} is tenant `default` and may do everything");
+    Ok(())
+}
+
+async fn serve_api(
+    config: Arc<Config>,
+    opened: Opened,
+    listener: TcpListener,
+    load: impl FnOnce() -> anyhow::Result<EngineHandle> + Send + 'static,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let Opened { registry, lock } = opened;
+    let keys = Keys::new(registry.clone());
+    check_keys(&keys, &listener).await?;
     // Tests and scripts that ask for port 0 read the address from this line.
     println!("listening on http://{}", listener.local_addr()?);
     // Web-hooks name pictures by it: nobody's Host header is at hand.
@@ -103,75 +81,76 @@ pub async fn serve(
         None => format!("http://{}", listener.local_addr()?),
     };
     let state = AppState::new(config.clone());
-    let tracker = TaskTracker::new();
-    let closing = CancellationToken::new();
+    let (tracker, closing) = (TaskTracker::new(), CancellationToken::new());
     let http = {
         let (router, closing) = (router(state.clone()), closing.clone());
         let limits = config.limits;
         tokio::spawn(async move { api::listen(listener, router, &limits, closing).await })
     };
-    let engine = tokio::task::spawn_blocking(load).await??;
-    let wake = Wake::default();
-    let links = Arc::new(Links::new(&registry.server_secret().await?, config.keep_images()));
-    let policy = AddressPolicy {
-        allow_private: config.webhook_allow_private.is_on(),
+    let secret = registry.server_secret().await?;
+    let (executor, engine) = match config.role {
+        Role::Api => {
+            let fleet = tokio::select! {
+                fleet = Fleet::find(registry.clone(), worker_token(&secret)) => fleet?,
+                () = stop.cancelled() => {
+                    closing.cancel();
+                    return Ok(());
+                }
+            };
+            tracker.spawn(fleet.clone().follow(stop.clone()));
+            (Executor::Remote(fleet), None)
+        }
+        _ => {
+            let engine = tokio::task::spawn_blocking(load).await??;
+            (Executor::local(engine.clone(), registry.clone()), Some(engine))
+        }
     };
-    let webhooks = Webhooks::new(registry.clone(), api::describe(links.clone(), &own_address), policy);
-    let drawings = Drawings::new(
-        registry.clone(),
-        engine.clone(),
-        webhooks.clone(),
-        (config.engine.queue / 4).min(BACKGROUND_LIMIT),
-        config.provenance.is_on(),
-    );
+    let wakes = Wakes::shared(&registry, &stop, &tracker);
+    let links = Arc::new(Links::new(&secret, config.keep_images()));
+    let webhooks = parts::webhooks(&config, &registry, &links, &own_address);
+    let drawings = parts::drawings(&config, &registry, &executor, &webhooks, &wakes);
     drawings.recover().await?;
     let service = Service {
         keys,
         registry: registry.clone(),
-        engine: engine.clone(),
-        wake: wake.clone(),
+        executor: executor.clone(),
+        wake: wakes.trainings.clone(),
         limits: Limits::of(&config).into(),
         tallies: Tallies::default(),
         drawings: drawings.clone(),
         links,
     };
+    let member = parts::member(&config, None, engine.as_ref());
+    let ended = CancellationToken::new();
+    parts::announce(&registry, &member, &ended, &tracker).await?;
     state.ready(service);
-    tracker.spawn(sweep(registry.clone(), config.keep_images(), stop.clone()));
-    tracker.spawn(deliver(webhooks, wake.clone(), stop.clone()));
-    tracker.spawn(drawings.work(stop.clone()));
-    tracker.spawn(count_jobs(registry.clone(), stop.clone()));
-    let worker = Worker {
-        registry,
-        engine: engine.clone(),
-        wake,
-        stop: stop.clone(),
-        previews: config.engine.training_previews,
-    };
-    for _ in 0..config.engine.training_slots {
-        tracker.spawn(worker.clone().work());
+    parts::upkeep(&config, &registry, &tracker, &stop);
+    tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
+    parts::draw(drawings, engine.is_some(), &registry, &tracker, &stop);
+    if let Some(engine) = &engine {
+        parts::train(&config, &registry, engine, &wakes, (&tracker, &stop));
     }
-    // The last handle of the engine has to be the one that is waited for.
-    drop(worker);
     tracker.close();
-    tracing::info!(model = engine.info().id, "ready");
+    tracing::info!(model = executor.info().id, role = config.role.as_str(), "ready");
+    drop(executor);
     stop.cancelled().await;
     tracing::info!("stopping");
     state.drain();
+    member.draining.store(true, Ordering::Relaxed);
     closing.cancel();
+    if let Some(engine) = &engine
+        && !engine.end_trainings(HAND_BACK).await
+    {
+        tracing::error!("the device does not answer; trainings go on from their last checkpoint");
+    }
     if tokio::time::timeout(GRACE, http).await.is_err() {
         tracing::warn!("some requests did not finish in time");
     }
     if tokio::time::timeout(GRACE, state.finish()).await.is_err() {
         tracing::warn!("some requests whose callers are gone did not finish in time");
     }
-    if !engine.drain(GRACE).await {
-        tracing::error!("the device does not answer; trainings go on from their last checkpoint");
-    }
-    if tokio::time::timeout(GRACE, tracker.wait()).await.is_err() {
-        tracing::error!("background work does not end; its leases run out by themselves");
-    }
-    // Waits for the device thread, which must not hold up the runtime's own.
-    tokio::task::spawn_blocking(move || drop(engine)).await?;
+    let device = Device { engine, member, ended };
+    device.end(&registry, &tracker).await?;
     drop(lock);
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! What the operator decides. Every field is a `--flag`, a `COAR_*` variable and a key of the TOML file that `--config`
 //! names, all of one name: `--training-share`, `COAR_TRAINING_SHARE`, `training_share`. A flag wins over a variable, a
-//! variable over the file, the file over the default. No field is a secret: keys and signing secrets are in the database.
+//! variable over the file, the file over the default. The one secret is the password in the database's address, which is
+//! never shown: keys and signing secrets are in the database.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -19,9 +20,19 @@ pub struct Config {
     /// Address to listen on. Anything but loopback needs API keys: `coar keys create`.
     #[arg(long, env = "COAR_LISTEN", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
-    /// Folder of the database, pictures and concepts.
-    #[arg(long, env = "COAR_DATA", default_value = "data", value_name = "DIR")]
-    pub data: PathBuf,
+    /// `all`: everything in one process. `api`: answers HTTP and lets workers draw; needs --database and no device.
+    /// `worker`: draws and trains for all processes of one database, listens for them alone.
+    #[arg(long, env = "COAR_ROLE", default_value = "all")]
+    pub role: Role,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub storage: StorageArgs,
+    /// Address on which a worker listens for API processes. They show a secret that is in the database.
+    #[arg(long, env = "COAR_WORKER_LISTEN", default_value = "0.0.0.0:8081", value_name = "ADDRESS")]
+    pub worker_listen: SocketAddr,
+    /// How API processes reach this worker: http://10.0.0.7:8081. Default: this machine's name and --worker-listen's port.
+    #[arg(long, env = "COAR_ADVERTISE", value_name = "URL")]
+    pub advertise: Option<String>,
     /// How callers reach the server, where a proxy stands before it: https://pictures.example.com. Begins the addresses
     /// of pictures. Without it, the Host header of each request does.
     #[arg(long, env = "COAR_PUBLIC_URL", value_name = "URL")]
@@ -53,6 +64,66 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub model: ModelArgs,
+}
+
+/// What a process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    All,
+    Api,
+    Worker,
+}
+
+impl Role {
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Api => "api",
+            Self::Worker => "worker",
+        }
+    }
+}
+
+/// Where everything that must survive is kept.
+#[derive(Debug, Clone, Args, Serialize)]
+pub struct StorageArgs {
+    /// Folder of the database, pictures and concepts.
+    #[arg(long, env = "COAR_DATA", default_value = "data", value_name = "DIR")]
+    pub data: PathBuf,
+    /// postgres://user:password@host/database, for many processes. Default: SQLite in --data, for one.
+    #[arg(long, env = "COAR_DATABASE", value_name = "URL", hide_env_values = true)]
+    #[serde(serialize_with = "without_password")]
+    pub database: Option<String>,
+    /// s3://bucket/prefix for pictures and concept files, with the usual AWS_* variables for keys, region and endpoint.
+    /// Default: files in --data.
+    #[arg(long, env = "COAR_BLOBS", value_name = "URL")]
+    pub blobs: Option<String>,
+}
+
+/// An address as it may be shown.
+fn without_password<S: serde::Serializer>(url: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
+    match url {
+        None => serializer.serialize_none(),
+        Some(url) => serializer.serialize_some(&shown(url)),
+    }
+}
+
+/// The same address with stars for the password; of what is no address only that it is there.
+fn shown(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else {
+        return "***".to_owned();
+    };
+    // Parameters may hold a password too.
+    let rest = rest.split('?').next().unwrap_or("");
+    match rest.rsplit_once('@') {
+        None => format!("{scheme}://{rest}"),
+        Some((user, host)) => {
+            let user = user.split(':').next().unwrap_or("");
+            format!("{scheme}://{user}:***@{host}")
+        }
+    }
 }
 
 /// A number of MiB, or what the program finds best.
@@ -263,6 +334,24 @@ impl Config {
             "auto, f32, bf16 or f16",
             &dtype,
         );
+        if let Some(url) = &self.storage.database {
+            let good = url.starts_with("postgres://") || url.starts_with("postgresql://");
+            check("database", good, "postgres://user:password@host/database", &shown(url));
+        }
+        if let Some(url) = &self.storage.blobs {
+            let bucket = url.strip_prefix("s3://").is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'));
+            check("blobs", bucket, "s3://bucket/prefix", url);
+        }
+        let alone = self.role != Role::All && self.storage.database.is_none();
+        check(
+            "role",
+            !alone,
+            "`all`, or a --database that both roles share",
+            &self.role.as_str(),
+        );
+        if let Some(url) = &self.advertise {
+            check("advertise", is_origin(url, true), "http(s)://host:port", url);
+        }
         if let Some(url) = &self.public_url {
             let good = is_origin(url, true);
             check(
@@ -402,6 +491,22 @@ mod tests {
         let Faults(faults) = bad.validate().unwrap_err();
         let keys: Vec<_> = faults.iter().filter_map(|fault| fault.split(' ').next()).collect();
         assert_eq!(keys, ["training_share", "rows", "public_url", "cors_origin"]);
+    }
+
+    #[test]
+    fn passwords_are_not_shown() {
+        let config = parse(&["--database=postgres://coar:geheim@db.example:5432/coar?sslpassword=geheim"]);
+        let text = config.to_toml();
+        assert!(text.contains("postgres://coar:***@db.example:5432/coar"), "{text}");
+        assert!(!text.contains("geheim"));
+        assert_eq!(shown("geheim"), "***");
+        assert_eq!(shown("postgres://u:pass:word@x@h/d"), "postgres://u:***@h/d");
+        let Faults(faults) = parse(&["--database=mysql://u:geheim@h/d", "--role=worker"]).validate().unwrap_err();
+        assert!(!faults.concat().contains("geheim"));
+        assert!(faults[0].starts_with("database is mysql://u:***@h/d"));
+        let Faults(faults) = parse(&["--role=api", "--blobs=ftp://x"]).validate().unwrap_err();
+        let keys: Vec<_> = faults.iter().filter_map(|fault| fault.split(' ').next()).collect();
+        assert_eq!(keys, ["blobs", "role"]);
     }
 
     #[test]

@@ -64,6 +64,8 @@ ids! {
     KeyId = "key",
     /// One web-hook to be delivered, over all attempts.
     DeliveryId = "delivery",
+    /// A running program: an API process, a worker, or both in one.
+    ProcessId = "process",
 }
 
 impl TenantId {

@@ -11,6 +11,8 @@ pub mod app;
 pub mod cli;
 /// A client of the server's HTTP API, for the command line.
 pub mod client;
+/// Where generations are drawn: here, or by workers over the network.
+pub mod cluster;
 /// What a concept is: its tensors, its file, its composition with others.
 pub mod concept;
 /// What the operator decides: flags, variables, file.

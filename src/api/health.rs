@@ -42,7 +42,7 @@ async fn live() -> Json<HealthStatus> {
     ),
 )]
 async fn ready(State(state): State<AppState>) -> Result<Json<HealthStatus>, ApiError> {
-    match state.service()?.engine.health() {
+    match state.service()?.executor.health() {
         Health::Ready => Ok(Json(HealthStatus { status: "ready" })),
         Health::Loading => {
             Err(Error::new(ErrorKind::Unavailable, "loading", "The server is loading the model.").into())

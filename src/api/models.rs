@@ -114,7 +114,7 @@ struct ModelList {
 )]
 async fn list(State(state): State<AppState>, Read(caller): Read) -> Result<Json<ModelList>, ApiError> {
     let service = state.service()?;
-    let info = service.engine.info();
+    let info = service.executor.info();
     let mut data = vec![ModelObject::base(info, &info.id)];
     if info.id != ALIAS {
         data.push(ModelObject::base(info, ALIAS));
@@ -149,7 +149,7 @@ async fn show(
     Path(id): Path<String>,
 ) -> Result<Json<ModelObject>, ApiError> {
     let service = state.service()?;
-    let info = service.engine.info();
+    let info = service.executor.info();
     if id == info.id || id == ALIAS {
         return Ok(Json(ModelObject::base(info, &id)));
     }

@@ -21,7 +21,8 @@ use super::idempotency::{IdempotencyHeader, Once};
 use super::openapi::{ErrorBody, ServerEvent};
 use super::{ApiError, AppState};
 use crate::concept::is_slug;
-use crate::engine::{GenerationEvent, GenerationStream};
+use crate::cluster::EventStream;
+use crate::engine::{GenerationEvent};
 use crate::error::{Error, ErrorKind};
 use crate::jobs::DrawEvent;
 use crate::picture::RgbPicture;
@@ -178,7 +179,7 @@ enum Answer {
 
 /// The concepts that a model's name names.
 fn model_concepts(service: &Service, model: &str) -> Result<Vec<NamedConcept>, Error> {
-    let id = &service.engine.info().id;
+    let id = &service.executor.info().id;
     if model == id || model == "coar" {
         return Ok(vec![]);
     }
@@ -280,7 +281,7 @@ fn answered(service: &Service, plan: &Plan, data: Vec<ImageData>, usage: TokenUs
         background: "opaque",
         usage: usage.into(),
         concepts: plan.new.concepts.iter().map(Into::into).collect(),
-        model: service.engine.info().id.clone(),
+        model: service.executor.info().id.clone(),
     })
     .into_response()
 }
@@ -315,7 +316,7 @@ async fn by_url(service: &Service, caller: &Caller, plan: Plan, base: &str) -> R
 
 async fn as_base64(service: &Service, caller: &Caller, plan: Plan) -> Result<Response, ApiError> {
     let mut admitted = service.admit(caller, plan.new.settings.n).await?;
-    let stream = service.draw(&plan)?;
+    let stream = service.draw(&plan).await?;
     admitted.drawing();
     let (images, usage) = drawn(stream, plan.new.settings.first_index).await?;
     let mut data = Vec::new();
@@ -335,14 +336,14 @@ async fn as_base64(service: &Service, caller: &Caller, plan: Plan) -> Result<Res
 struct Streaming {
     service: Service,
     plan: Plan,
-    events: Option<GenerationStream>,
+    events: Option<EventStream>,
     request_id: Option<String>,
     _admitted: Admitted,
 }
 
 async fn streamed(service: &Service, caller: &Caller, plan: Plan) -> Result<Response, ApiError> {
     let mut admitted = service.admit(caller, plan.new.settings.n).await?;
-    let events = service.draw(&plan)?;
+    let events = service.draw(&plan).await?;
     admitted.drawing();
     let streaming = Streaming {
         service: service.clone(),

@@ -9,7 +9,7 @@ use clap_complete::engine::CompletionCandidate;
 use clap_complete::env::Shells;
 
 use super::Cli;
-use super::local::{block_on, existing_registry};
+use super::local::{DataArgs, block_on, existing_registry};
 use crate::client::Client;
 
 /// The variable by which the shell asks.
@@ -84,8 +84,12 @@ async fn names() -> anyhow::Result<Vec<String>> {
         let name = |concept: &serde_json::Value| concept["name"].as_str().map(str::to_owned);
         return Ok(concepts.iter().filter_map(name).collect());
     }
-    let data = variable("COAR_DATA").unwrap_or_else(|| "data".to_owned());
-    let concepts = existing_registry(data.as_ref())
+    let data = DataArgs {
+        data: variable("COAR_DATA").unwrap_or_else(|| "data".to_owned()).into(),
+        database: variable("COAR_DATABASE"),
+        blobs: variable("COAR_BLOBS"),
+    };
+    let concepts = existing_registry(&data)
         .await?
         .concepts(crate::ids::TenantId::DEFAULT)
         .await?;

@@ -112,7 +112,7 @@ impl ConceptCommand {
                 Self::List { data } => list(&data).await,
                 Self::Show { concept, data } => show(&concept, &data).await,
                 Self::Export { name, out, data, .. } => {
-                    let bytes = read(&existing_registry(&data.data).await?, &name).await?;
+                    let bytes = read(&existing_registry(&data).await?, &name).await?;
                     let out = out.unwrap_or_else(|| format!("{name}.safetensors").into());
                     std::fs::write(&out, &bytes)?;
                     println!("{} ({} bytes)", out.display(), bytes.len());
@@ -125,8 +125,8 @@ impl ConceptCommand {
                     model,
                 } => {
                     let bytes = std::fs::read(&file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
-                    let view = service(&data, &model)
-                        .await?
+                    let (service, _engine) = service(&data, &model).await?;
+                    let view = service
                         .import_concept(&Caller::LOCAL, bytes.into(), name)
                         .await?;
                     println!("{name} is ready: write <{name}> in a prompt", name = view.concept.name);
@@ -134,7 +134,7 @@ impl ConceptCommand {
                 }
                 Self::Verify { data } => verify(&data).await,
                 Self::Delete { name, data } => {
-                    let deleted = existing_registry(&data.data)
+                    let deleted = existing_registry(&data)
                         .await?
                         .delete_concept(TenantId::DEFAULT, &name)
                         .await?;
@@ -151,7 +151,7 @@ impl ConceptCommand {
 }
 
 async fn list(data: &DataArgs) -> anyhow::Result<()> {
-    let registry = existing_registry(&data.data).await?;
+    let registry = existing_registry(data).await?;
     println!("{:<20} {:<8} {:<12} {:<10} VERSION", "NAME", "KIND", "CLASS", "STATUS");
     for concept in registry.concepts(TenantId::DEFAULT).await? {
         let status = match (
@@ -177,7 +177,7 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
     let file = PathBuf::from(concept);
     let bytes = match file.is_file() {
         true => std::fs::read(&file)?.into(),
-        false => read(&existing_registry(&data.data).await?, concept).await?,
+        false => read(&existing_registry(&data).await?, concept).await?,
     };
     let parsed = ConceptFile::from_bytes(&bytes)?;
     let (header, tensors) = (&parsed.header, &parsed.tensors);
@@ -202,7 +202,7 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
 }
 
 async fn verify(data: &DataArgs) -> anyhow::Result<()> {
-    let registry = existing_registry(&data.data).await?;
+    let registry = existing_registry(data).await?;
     let mut faults = 0;
     for concept in registry.concepts(TenantId::DEFAULT).await? {
         let Some(version) = &concept.version else { continue };

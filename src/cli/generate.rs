@@ -86,7 +86,7 @@ impl GenerateArgs {
                     .ok_or_else(|| anyhow::anyhow!("--size is `{text}`; expected WIDTHxHEIGHT, such as 96x96"))?,
             ),
         };
-        let service = service(&self.data, &self.model).await?;
+        let (service, _engine) = service(&self.data, &self.model).await?;
         let plan = service
             .plan(
                 &Caller::LOCAL,
@@ -105,7 +105,7 @@ impl GenerateArgs {
             .await?;
         std::fs::create_dir_all(&self.out)?;
         let seed = plan.new.settings.seed;
-        let mut stream = service.draw(&plan)?;
+        let mut stream = service.draw(&plan).await?;
         let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(
             "drawing {wide_bar} {pos}/{len}  eta {eta}",
         )?);

@@ -2,7 +2,7 @@
 
 use clap::Subcommand;
 
-use super::local::{DataArgs, block_on};
+use super::local::{DataArgs, block_on, storage};
 use crate::ids::KeyId;
 use crate::registry::{Page, Registry, now};
 use crate::service::{KeyRequest, Keys, Scopes};
@@ -83,7 +83,7 @@ impl KeysCommand {
 }
 
 async fn open(data: &DataArgs) -> anyhow::Result<Keys> {
-    Ok(Keys::new(Registry::open(&data.data).await?))
+    Ok(Keys::new(Registry::connect(&storage(data)).await?))
 }
 
 async fn list(keys: &Keys) -> anyhow::Result<()> {

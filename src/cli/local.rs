@@ -1,24 +1,27 @@
 //! A data folder used without a server.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::Args;
 use tokio_util::sync::CancellationToken;
 
 use super::model::ModelArgs;
-use crate::engine::EngineOptions;
+use crate::cluster::Executor;
+use crate::engine::{EngineHandle, EngineOptions};
 use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, Worker};
-use crate::registry::{DataLock, Registry};
+use crate::registry::{DataLock, Registry, Storage};
 use crate::service::{Keys, Limits, Links, Service, Tallies};
 
-/// Where concepts are kept.
-#[derive(Debug, Clone, Args)]
-pub(super) struct DataArgs {
-    /// Folder of the database, pictures and concepts; the same that `coar serve` uses.
-    #[arg(long, env = "COAR_DATA", default_value = "data", value_name = "DIR")]
-    pub data: PathBuf,
+/// Where concepts are kept: the same that `coar serve` uses.
+pub(super) type DataArgs = crate::config::StorageArgs;
+
+/// As the registry takes it.
+pub(super) fn storage(data: &DataArgs) -> Storage {
+    Storage {
+        data: data.data.clone(),
+        database: data.database.clone(),
+        blobs: data.blobs.clone(),
+    }
 }
 
 /// Runs async work on a runtime of its own.
@@ -29,22 +32,22 @@ pub(super) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyh
         .block_on(work)
 }
 
-/// Opens a folder that must be there already.
-pub(super) async fn existing_registry(dir: &Path) -> anyhow::Result<Registry> {
+/// Opens what must be there already.
+pub(super) async fn existing_registry(data: &DataArgs) -> anyhow::Result<Registry> {
     anyhow::ensure!(
-        dir.join("coar.sqlite").exists(),
+        data.database.is_some() || data.data.join("coar.sqlite").exists(),
         "there are no concepts in {}: train one with `coar train`, or name another folder with --data",
-        dir.display()
+        data.data.display()
     );
-    Ok(Registry::open(dir).await?)
+    Ok(Registry::connect(&storage(data)).await?)
 }
 
 /// How long addresses of pictures last, of which the command line makes none.
 const KEEP: Duration = Duration::from_secs(3600);
 
 /// The service of a data folder in this process, without HTTP.
-pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Result<Service> {
-    let registry = Registry::open(&data.data).await?;
+pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Result<(Service, EngineHandle)> {
+    let registry = Registry::connect(&storage(data)).await?;
     let model = model.clone();
     let engine = tokio::task::spawn_blocking(move || model.start_engine(EngineOptions::default())).await??;
     let links = Arc::new(Links::new(&registry.server_secret().await?, KEEP));
@@ -54,21 +57,24 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
         crate::api::describe(links.clone(), ""),
         AddressPolicy { allow_private: false },
     );
-    Ok(Service {
-        drawings: Drawings::new(registry.clone(), engine.clone(), webhooks, 1, true),
+    let executor = Executor::local(engine.clone(), registry.clone());
+    let service = Service {
+        drawings: Drawings::new(registry.clone(), executor.clone(), webhooks, 1, true),
         links,
         keys: Keys::new(registry.clone()),
         registry,
-        engine,
+        executor,
         wake: Wake::default(),
         limits: Limits::default().into(),
         tallies: Tallies::default(),
-    })
+    };
+    Ok((service, engine))
 }
 
 /// A service with a worker that trains what is queued, while this is held.
 pub(super) struct Workshop {
     pub service: Service,
+    engine: EngineHandle,
     stop: CancellationToken,
     worker: tokio::task::JoinHandle<()>,
     _lock: DataLock,
@@ -76,15 +82,19 @@ pub(super) struct Workshop {
 
 impl Workshop {
     pub(super) async fn open(data: &DataArgs, model: &ModelArgs) -> anyhow::Result<Self> {
+        anyhow::ensure!(
+            data.database.is_none(),
+            "concepts of many processes are trained by their workers; register it with a server, or leave out --database"
+        );
         let lock = DataLock::take(&data.data).map_err(|error| {
             anyhow::anyhow!("{error}; register the concept with that server, or use another --data")
         })?;
-        let service = service(data, model).await?;
+        let (service, engine) = service(data, model).await?;
         service.registry.release_all().await?;
         let stop = CancellationToken::new();
         let worker = Worker {
             registry: service.registry.clone(),
-            engine: service.engine.clone(),
+            engine: engine.clone(),
             wake: service.wake.clone(),
             stop: stop.clone(),
             previews: 0,
@@ -92,6 +102,7 @@ impl Workshop {
         let worker = tokio::spawn(worker.work());
         Ok(Self {
             service,
+            engine,
             stop,
             worker,
             _lock: lock,
@@ -101,7 +112,7 @@ impl Workshop {
     /// Ends the worker; a running training keeps its last checkpoint.
     pub(super) async fn close(self) -> anyhow::Result<()> {
         self.stop.cancel();
-        self.service.engine.drain(std::time::Duration::from_secs(20)).await;
+        self.engine.drain(std::time::Duration::from_secs(20)).await;
         Ok(self.worker.await?)
     }
 }

@@ -3,7 +3,7 @@
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::config::{Config, Role};
 
 /// Serve the HTTP API.
 #[derive(Debug, Args)]
@@ -21,11 +21,12 @@ impl ServeArgs {
         }
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         runtime.block_on(async move {
-            let listener = tokio::net::TcpListener::bind(config.listen).await.map_err(|error| {
-                anyhow::anyhow!(
-                    "cannot listen on {}: {error}; choose another address with --listen",
-                    config.listen
-                )
+            let (address, flag) = match config.role {
+                Role::Worker => (config.worker_listen, "--worker-listen"),
+                Role::All | Role::Api => (config.listen, "--listen"),
+            };
+            let listener = tokio::net::TcpListener::bind(address).await.map_err(|error| {
+                anyhow::anyhow!("cannot listen on {address}: {error}; choose another address with {flag}")
             })?;
             let stop = CancellationToken::new();
             tokio::spawn(signalled(stop.clone()));

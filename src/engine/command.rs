@@ -129,6 +129,9 @@ pub enum EngineError {
     /// The engine is stopping or has stopped.
     #[error("the engine is stopping")]
     Stopped,
+    /// The workers that drew it were lost, one after the other, and no other is there.
+    #[error("the workers that drew it were lost")]
+    Lost,
     /// libtorch or the device failed.
     #[error("the device failed: {0}")]
     Device(String),

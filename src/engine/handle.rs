@@ -26,7 +26,7 @@ pub enum Health {
 }
 
 /// What the loaded base model is; fixed once the engine is ready.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct ModelInfo {
     /// The model's name in `/v1/models`.
     pub id: String,
@@ -104,7 +104,9 @@ pub(super) enum Command {
         events: mpsc::Sender<TrainingEvent>,
         span: tracing::Span,
     },
-    /// Send a checkpoint of every running training, then end it; used before the process stops.
+    /// Send a checkpoint of every running training, then end it; generations go on.
+    EndTrainings { done: tokio::sync::oneshot::Sender<()> },
+    /// The same, and end generations too; used before the process stops.
     Drain { done: tokio::sync::oneshot::Sender<()> },
 }
 
@@ -316,6 +318,18 @@ impl EngineHandle {
         let (done, finished) = tokio::sync::oneshot::channel();
         let asked = async {
             if self.commands.send(Command::Drain { done }).await.is_ok() {
+                let _ = finished.await;
+            }
+        };
+        tokio::time::timeout(within, asked).await.is_ok()
+    }
+
+    /// Asks every running training for a last checkpoint and takes no more trainings; generations go on. Returns when that
+    /// has happened, at the latest after `within`. False when it came to that.
+    pub async fn end_trainings(&self, within: Duration) -> bool {
+        let (done, finished) = tokio::sync::oneshot::channel();
+        let asked = async {
+            if self.commands.send(Command::EndTrainings { done }).await.is_ok() {
                 let _ = finished.await;
             }
         };

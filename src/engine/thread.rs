@@ -248,6 +248,10 @@ impl Thread {
                     Command::Train { request, events, span } => {
                         self.trainings.take_in(&self.model, *request, events, span);
                     }
+                    Command::EndTrainings { done } => {
+                        self.trainings.close();
+                        let _ = done.send(());
+                    }
                     Command::Drain { done } => return self.drain(done),
                 }
                 command = self.inbox.try_recv().ok();
@@ -275,7 +279,7 @@ impl Thread {
 
     /// Hands out a last checkpoint of every training and ends.
     fn drain(&mut self, done: oneshot::Sender<()>) {
-        self.trainings.stop();
+        self.trainings.close();
         self.generations.stop();
         // Whoever asked may be gone.
         let _ = done.send(());

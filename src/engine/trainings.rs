@@ -29,6 +29,8 @@ pub(super) struct Trainings {
     checkpoint_every: Duration,
     /// For the graph of one step; trainings take turns, so one graph is alive at a time.
     bytes: Option<u64>,
+    /// No more are taken in.
+    closed: bool,
 }
 
 impl Trainings {
@@ -39,6 +41,7 @@ impl Trainings {
             open: VecDeque::new(),
             checkpoint_every,
             bytes,
+            closed: false,
         }
     }
 
@@ -59,6 +62,9 @@ impl Trainings {
         events: mpsc::Sender<TrainingEvent>,
         span: tracing::Span,
     ) {
+        if self.closed {
+            return;
+        }
         let TrainingRequest {
             spec,
             pictures,
@@ -135,8 +141,9 @@ impl Trainings {
         }
     }
 
-    /// Hands out a last checkpoint of each.
-    pub(super) fn stop(&mut self) {
+    /// Hands out a last checkpoint of each; from now on every training that comes ends at once, unbegun.
+    pub(super) fn close(&mut self) {
+        self.closed = true;
         for mut training in self.open.drain(..) {
             training.hand_out_checkpoint();
         }

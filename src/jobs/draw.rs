@@ -13,8 +13,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Wake, Webhooks};
-use crate::engine::{ConceptUse, EngineError, EngineHandle, GenerateRequest, GenerationEvent, GenerationStream};
+use super::{LEASE_LOST, Wake, Wakes, Webhooks};
+use crate::cluster::{EventStream, Executor, Prepared};
+use crate::engine::{EngineError, GenerationEvent};
 use crate::error::{Error, ErrorKind};
 use crate::ids::{GenerationId, ImageId};
 use crate::picture::{RgbPicture, encode};
@@ -29,6 +30,11 @@ const EVENTS: usize = 64;
 const RESERVED: usize = 12;
 /// When the engine's queue was full, it is tried again after this.
 const RETRY: Duration = Duration::from_millis(500);
+/// A registry that does not answer is asked again for this long: for somebody who waits, and for nobody.
+const PATIENCE: Duration = Duration::from_secs(15);
+const LONG_PATIENCE: Duration = Duration::from_secs(600);
+/// How often generations that processes share are looked after.
+const WATCH: Duration = Duration::from_secs(1);
 /// Without a wake-up the queue is looked at this often.
 const POLL: Duration = Duration::from_secs(5);
 
@@ -93,7 +99,7 @@ pub type Held = Box<dyn Any + Send>;
 #[derive(Debug, Clone)]
 pub struct Drawings {
     registry: Registry,
-    engine: EngineHandle,
+    executor: Executor,
     webhooks: Webhooks,
     /// Whether files say what made them.
     provenance: bool,
@@ -108,8 +114,7 @@ pub struct Drawings {
 /// A generation with an open line to the engine.
 struct Drawing {
     generation: Generation,
-    request: GenerateRequest,
-    stream: GenerationStream,
+    stream: EventStream,
     live: Arc<Live>,
     listener: Option<mpsc::Sender<DrawEvent>>,
     images: Vec<StoredImage>,
@@ -154,14 +159,14 @@ impl Drawings {
     /// `background` generations that nobody waits for are at the engine at once.
     pub fn new(
         registry: Registry,
-        engine: EngineHandle,
+        executor: Executor,
         webhooks: Webhooks,
         background: usize,
         provenance: bool,
     ) -> Self {
         Self {
             registry,
-            engine,
+            executor,
             webhooks,
             provenance,
             live: Arc::default(),
@@ -171,6 +176,13 @@ impl Drawings {
             slots: Arc::new(Semaphore::new(background.max(1))),
             tasks: TaskTracker::new(),
         }
+    }
+
+    /// The same, heard by other processes too.
+    pub fn with_wakes(mut self, wakes: &Wakes) -> Self {
+        self.queued = wakes.generations.clone();
+        self.ended = wakes.ended.clone();
+        self
     }
 
     fn live(&self) -> MutexGuard<'_, HashMap<GenerationId, Arc<Live>>> {
@@ -209,12 +221,12 @@ impl Drawings {
     pub async fn begin(
         &self,
         new: NewGeneration,
-        request: GenerateRequest,
+        prepared: &Prepared,
     ) -> Result<(Generation, mpsc::Receiver<DrawEvent>, Waiting), Error> {
-        let stream = self.engine.generate(request.clone())?;
+        let stream = self.executor.start(prepared).await?;
         let generation = self.registry.add_generation(new).await?;
         let (listener, events) = mpsc::channel(EVENTS);
-        let live = self.start(generation.clone(), request, stream, (Some(listener), None));
+        let live = self.start(generation.clone(), stream, (Some(listener), None));
         Ok((generation, events, Waiting { live, armed: true }))
     }
 
@@ -248,6 +260,8 @@ impl Drawings {
     pub async fn cancel(&self, mut generation: Generation) -> Result<bool, RegistryError> {
         let images = self.registry.images(generation.new.tenant, generation.id).await?;
         generation.done = self.progress(generation.id).unwrap_or(generation.done);
+        // Whoever draws it: the caller's word counts.
+        generation.owner = None;
         let cancelled = self.end(&mut generation, &images, Ending::Cancelled).await?;
         self.stop(generation.id);
         Ok(cancelled)
@@ -267,6 +281,7 @@ impl Drawings {
     /// When the database fails.
     pub async fn recover(&self) -> Result<(), RegistryError> {
         for mut lost in self.registry.left_generations().await? {
+            tracing::info!(generation = %lost.id, "its process is gone");
             let message = match lost.new.background {
                 true => format!("The server ended {GENERATION_ATTEMPTS} times while this was drawn."),
                 false => "The server was restarted while somebody waited for this.".to_owned(),
@@ -278,11 +293,49 @@ impl Drawings {
         Ok(())
     }
 
+    /// Looks after generations that several processes share, until `stop`: lets go of those that are another's or have
+    /// been ended elsewhere, tells how far its own are, and takes care of those whose process is gone.
+    pub async fn watch_over(self, stop: CancellationToken) {
+        let mut tick = tokio::time::interval(WATCH);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let woken = self.queued.woken();
+            tokio::select! {
+                _ = tick.tick() => {
+                    if let Err(error) = self.recover().await {
+                        tracing::warn!(%error, "generations of lost processes cannot be looked for");
+                    }
+                }
+                () = woken => {}
+                () = stop.cancelled() => return,
+            }
+            if let Err(error) = self.let_go().await {
+                tracing::warn!(%error, "generations that others have ended cannot be looked for");
+            }
+        }
+    }
+
+    /// Takes off the engine what is this process's no longer, and writes down how far the rest is.
+    async fn let_go(&self) -> Result<(), RegistryError> {
+        let drawn: Vec<(GenerationId, u32)> = self
+            .live()
+            .iter()
+            .map(|(id, live)| (*id, live.done.load(Ordering::Relaxed)))
+            .collect();
+        if drawn.is_empty() {
+            return Ok(());
+        }
+        for id in self.registry.report_drawn(&drawn).await? {
+            self.stop(id);
+        }
+        Ok(())
+    }
+
     /// Draws what is queued until `stop`; returns when everything at work has ended.
     pub async fn work(self, stop: CancellationToken) {
         while !stop.is_cancelled() {
             // Interest is registered before looking, so that no wake-up in between is lost.
-            let woken = self.queued.0.notified();
+            let woken = self.queued.woken();
             let slot = tokio::select! {
                 slot = self.slots.clone().acquire_owned() => slot,
                 () = stop.cancelled() => break,
@@ -306,56 +359,44 @@ impl Drawings {
         self.tasks.wait().await;
     }
 
+    /// Draws nothing of the queue; returns after `stop` when everything at work has ended.
+    pub async fn finish(self, stop: CancellationToken) {
+        stop.cancelled().await;
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
     /// Begins the next queued generation. False when there is none.
     #[tracing::instrument(name = "job.run", skip_all)]
     async fn next(&self, slot: OwnedSemaphorePermit) -> Result<bool, Error> {
-        let at_work: Vec<GenerationId> = self.live().keys().copied().collect();
-        let waiting = self.registry.next_generations(at_work.len() + 1).await?;
-        let Some(mut generation) = waiting.into_iter().find(|next| !at_work.contains(&next.id)) else {
+        let Some(mut generation) = self.registry.claim_generation().await? else {
             return Ok(false);
         };
-        let request = match self.request(&generation).await {
-            Ok(request) => request,
-            Err(error) if error.kind == ErrorKind::Internal => return Err(error),
+        let started = async {
+            let prepared = self.executor.prepare(&generation.new).await?;
+            self.executor.start(&prepared).await
+        };
+        match started.await {
+            Ok(stream) => drop(self.start(generation, stream, (None, Some(slot)))),
+            // The store, the queue or the process: what was asked for is not to blame.
+            Err(error) if matches!(error.kind, ErrorKind::Internal | ErrorKind::Overloaded | ErrorKind::Unavailable) => {
+                self.registry.return_generation(generation.id, RETRY.as_millis() as i64).await?;
+                if error.kind == ErrorKind::Internal {
+                    return Err(error);
+                }
+                tokio::time::sleep(RETRY).await;
+            }
             Err(error) => {
                 self.end(&mut generation, &[], Ending::Failed(error)).await?;
-                return Ok(true);
-            }
-        };
-        match self.engine.generate(request.clone()) {
-            Ok(stream) => drop(self.start(generation, request, stream, (None, Some(slot)))),
-            Err(EngineError::Overloaded { .. }) => tokio::time::sleep(RETRY).await,
-            Err(EngineError::Stopped) => return Ok(false),
-            Err(error) => {
-                self.end(&mut generation, &[], Ending::Failed(error.into())).await?;
             }
         }
         Ok(true)
     }
 
-    /// A row as the engine takes it, with the versions of its concepts that it was accepted with.
-    async fn request(&self, generation: &Generation) -> Result<GenerateRequest, Error> {
-        let new = &generation.new;
-        let mut concepts = Vec::new();
-        for concept in &new.concepts {
-            let gone = || {
-                let message = format!("The concept `{}` was deleted before this was drawn.", concept.name);
-                Error::new(ErrorKind::NotFound, "concept_not_found", message)
-            };
-            let bytes = match self.registry.blobs.get(&concept.hash).await {
-                Err(crate::registry::BlobError::Missing(_)) => return Err(gone()),
-                other => other?,
-            };
-            concepts.push(concept_use(&self.engine, concept, &bytes)?);
-        }
-        Ok(engine_request(new, concepts))
-    }
-
     fn start(
         &self,
         generation: Generation,
-        request: GenerateRequest,
-        stream: GenerationStream,
+        stream: EventStream,
         (listener, slot): (Option<mpsc::Sender<DrawEvent>>, Option<OwnedSemaphorePermit>),
     ) -> Arc<Live> {
         let live = Arc::new(Live {
@@ -366,7 +407,6 @@ impl Drawings {
         self.live().insert(generation.id, live.clone());
         let drawing = Drawing {
             generation,
-            request,
             stream,
             live: live.clone(),
             listener,
@@ -381,6 +421,10 @@ impl Drawings {
         let id = drawing.generation.id;
         let ending = match self.follow(&mut drawing).await {
             Ok(ending) => ending,
+            Err(error) if error.may_pass() && drawing.live.background.load(Ordering::Relaxed) => {
+                tracing::error!(generation = %id, %error, "it is drawn again later");
+                Ending::Again
+            }
             Err(error) => Ending::Failed(Error::internal(error)),
         };
         let told = match &ending {
@@ -415,7 +459,8 @@ impl Drawings {
             match event {
                 Some(GenerationEvent::Started) => {
                     let at = now();
-                    if !self.registry.begin_generation(drawing.generation.id, at).await? {
+                    let id = drawing.generation.id;
+                    if !patiently!(patience(&live), self.registry.begin_generation(id, at).await)? {
                         return Ok(Ending::Deleted);
                     }
                     drawing.generation.attempt += 1;
@@ -429,15 +474,16 @@ impl Drawings {
                     drawing.tell(DrawEvent::Progress { done, total });
                 }
                 Some(GenerationEvent::Partial { index, number, picture }) => {
-                    let index = drawing.request.first_index + index;
+                    let index = drawing.generation.new.settings.first_index + index;
                     drawing.tell(DrawEvent::Partial { index, number, picture });
                 }
                 Some(GenerationEvent::Picture { index, picture }) => {
-                    let index = drawing.request.first_index + index;
+                    let index = drawing.generation.new.settings.first_index + index;
                     match self.store(drawing, index, picture).await {
                         Ok(()) => {}
-                        // The row was deleted meanwhile.
+                        // The row was deleted meanwhile, or it is another process's by now.
                         Err(_) if live.cancel.is_cancelled() => return Ok(Ending::Deleted),
+                        Err(error) if error.code == LEASE_LOST => return Ok(Ending::Deleted),
                         Err(error) => return Ok(Ending::Failed(error)),
                     }
                 }
@@ -467,7 +513,7 @@ impl Drawings {
         if self.provenance {
             text.push((
                 "coar",
-                provenance(&self.engine.info().id, &new.settings, &new.concepts, index),
+                provenance(&self.executor.info().id, &new.settings, &new.concepts, index),
             ));
         }
         let format = new.settings.format();
@@ -480,6 +526,8 @@ impl Drawings {
         let new = &drawing.generation.new;
         let size = (picture.width, picture.height);
         let file = self.encode(new, index, picture).await?;
+        let patience = patience(&drawing.live);
+        let stored = patiently!(patience, self.registry.store(vec![file.clone()]).await)?;
         let image = StoredImage {
             id: ImageId::new(),
             tenant: new.tenant,
@@ -487,13 +535,16 @@ impl Drawings {
             index,
             seed: Some(new.settings.seed),
             size,
-            blob: self.registry.blobs.put(file.clone()).await?,
+            blob: stored.first().to_owned(),
             format: new.settings.output_format,
             created_at: now(),
             expires_at: None,
         };
-        if let Err(error) = self.registry.add_image(&image).await {
-            self.registry.remove_unreferenced(&[image.blob]).await?;
+        let attempt = drawing.generation.attempt;
+        let added = patiently!(patience, self.registry.add_image(&image, attempt).await);
+        let hashes = stored.release();
+        if let Err(error) = added {
+            self.registry.remove_unreferenced(&hashes).await?;
             return Err(error.into());
         }
         drawing.images.push(image.clone());
@@ -512,7 +563,7 @@ impl Drawings {
         match ending {
             Ending::Deleted => return Ok(false),
             Ending::Again => {
-                self.registry.requeue_generation(id).await?;
+                patiently!(LONG_PATIENCE, self.registry.requeue_generation(generation).await)?;
                 return Ok(false);
             }
             Ending::Succeeded(usage) => {
@@ -527,7 +578,11 @@ impl Drawings {
         }
         generation.finished_at = Some(now());
         let delivery = self.webhooks.of_generation(generation, images);
-        let ended = self.registry.end_generation(generation, delivery.as_ref()).await?;
+        // A row that says for ever that it is being drawn would be worse than any wait.
+        let ended = patiently!(
+            LONG_PATIENCE,
+            self.registry.end_generation(generation, delivery.as_ref()).await
+        )?;
         if ended && delivery.is_some() {
             self.webhooks.stored();
         }
@@ -549,53 +604,23 @@ impl Drawing {
     }
 }
 
+fn patience(live: &Live) -> Duration {
+    match live.background.load(Ordering::Relaxed) {
+        true => LONG_PATIENCE,
+        false => PATIENCE,
+    }
+}
+
 /// What the engine's refusal means for a generation.
 fn failed(drawing: &Drawing, error: EngineError) -> Ending {
     let background = drawing.live.background.load(Ordering::Relaxed);
     let again = match error {
         EngineError::Stopped => true,
-        EngineError::Device(_) => drawing.generation.attempt < GENERATION_ATTEMPTS,
+        EngineError::Device(_) | EngineError::Lost => drawing.generation.attempt < GENERATION_ATTEMPTS,
         EngineError::Invalid { .. } | EngineError::Overloaded { .. } => false,
     };
     match background && again {
         true => Ending::Again,
         false => Ending::Failed(error.into()),
-    }
-}
-
-/// A concept's file as the engine takes it.
-///
-/// # Errors
-/// `concept_unusable`: it was trained on another model.
-pub fn concept_use(engine: &EngineHandle, concept: &GenerationConcept, file: &[u8]) -> Result<ConceptUse, Error> {
-    let file = engine.info().read_concept(file).map_err(|error| {
-        let message = format!("The concept `{}` cannot be used: {error}.", concept.name);
-        Error::new(ErrorKind::Conflict, "concept_unusable", message)
-    })?;
-    Ok(ConceptUse {
-        name: concept.name.clone(),
-        content_hash: concept.hash.clone(),
-        kind: concept.kind,
-        tensors: Arc::new(file.tensors),
-    })
-}
-
-/// A generation as the engine takes it.
-pub fn engine_request(new: &NewGeneration, concepts: Vec<ConceptUse>) -> GenerateRequest {
-    let settings = &new.settings;
-    GenerateRequest {
-        tenant: new.tenant.to_string(),
-        prompt: new.prompt.clone(),
-        concepts,
-        width: settings.width,
-        height: settings.height,
-        count: settings.n,
-        seed: settings.seed,
-        first_index: settings.first_index,
-        guidance_scale: settings.guidance_scale,
-        temperature: settings.temperature,
-        top_k: settings.top_k,
-        identity_mask: settings.identity_mask,
-        partial_images: settings.partial_images,
     }
 }

@@ -1,6 +1,23 @@
 //! Work that outlives a request: trainings, generations, web-hooks, and the removal of what has expired. It holds no
 //! tensors; the engine is reached through its door alone.
 
+/// Does something with the registry until it succeeds, fails for good, or has failed for so long. A macro: futures that
+/// borrow from closures cannot be sent between threads yet.
+macro_rules! patiently {
+    ($within:expr, $attempt:expr) => {{
+        let since = tokio::time::Instant::now();
+        loop {
+            match $attempt {
+                Err(error) if error.may_pass() && since.elapsed() < $within => {
+                    tracing::warn!(%error, "the registry does not answer as it should; it is tried again");
+                    tokio::time::sleep($crate::jobs::AGAIN).await;
+                }
+                outcome => break outcome,
+            }
+        }
+    }};
+}
+
 mod address;
 mod draw;
 mod previews;
@@ -13,33 +30,135 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::engine::EngineHandle;
-use crate::registry::Registry;
+use crate::registry::{Backend, Registry, RegistryError};
 pub use address::AddressPolicy;
-pub use draw::{DrawEvent, Drawings, Held, Waiting, concept_use, engine_request, provenance};
+pub use draw::{DrawEvent, Drawings, Held, Waiting, provenance};
 pub use sweeper::sweep;
 pub use webhook::{Describe, Webhooks, deliver};
 
+/// The code of an error that says that another process has taken something over.
+pub(crate) const LEASE_LOST: &str = "lease_lost";
 /// How long a claimed training stays claimed without a sign of life.
 pub(crate) const LEASE_MS: i64 = 30_000;
 /// Without a wake-up the queue is looked at this often.
 const POLL: Duration = Duration::from_secs(2);
 
-/// Wakes the workers when something was queued.
+/// Wakes whoever waits for something: in this process, and in the others of the same database.
 #[derive(Debug, Clone, Default)]
-pub struct Wake(Arc<Notify>);
+pub struct Wake {
+    here: Arc<Notify>,
+    /// `None`: there are no others.
+    others: Option<(&'static str, UnboundedSender<&'static str>)>,
+}
 
 impl Wake {
-    /// Something was queued or cancelled.
+    /// Something was queued, cancelled, or has ended.
     pub fn now(&self) {
-        self.0.notify_waiters();
+        self.here();
+        if let Some((what, others)) = &self.others {
+            // Closed when the process ends.
+            let _ = others.send(what);
+        }
+    }
+
+    /// Wakes this process alone.
+    fn here(&self) {
+        self.here.notify_waiters();
     }
 
     /// Resolves at the next wake-up; interest is registered when this is called.
     pub fn woken(&self) -> impl Future<Output = ()> + use<> {
-        self.0.clone().notified_owned()
+        self.here.clone().notified_owned()
+    }
+}
+
+/// What processes of one database tell each other.
+#[derive(Debug, Clone, Default)]
+pub struct Wakes {
+    /// Trainings were queued or cancelled, or have ended.
+    pub trainings: Wake,
+    /// Generations were queued or cancelled.
+    pub generations: Wake,
+    /// Generations have ended.
+    pub ended: Wake,
+}
+
+impl Wakes {
+    /// Of a registry that several processes share; without others the same as the default.
+    pub fn shared(registry: &Registry, stop: &CancellationToken, tracker: &TaskTracker) -> Self {
+        if registry.backend() == Backend::Sqlite {
+            return Self::default();
+        }
+        let (others, queue) = unbounded_channel();
+        let wake = |what| Wake {
+            here: Arc::default(),
+            others: Some((what, others.clone())),
+        };
+        let wakes = Self {
+            trainings: wake(TRAININGS),
+            generations: wake(GENERATIONS),
+            ended: wake(ENDED),
+        };
+        tracker.spawn(tell(registry.clone(), queue, stop.clone()));
+        tracker.spawn(listen(registry.clone(), wakes.clone(), stop.clone()));
+        wakes
+    }
+}
+
+const TRAININGS: &str = "trainings";
+const GENERATIONS: &str = "generations";
+const ENDED: &str = "ended";
+/// When the database does not answer, it is tried again after this.
+const AGAIN: Duration = Duration::from_secs(1);
+
+async fn tell(registry: Registry, mut queue: UnboundedReceiver<&'static str>, stop: CancellationToken) {
+    let mut waiting = Vec::new();
+    loop {
+        tokio::select! {
+            count = queue.recv_many(&mut waiting, 256) => if count == 0 { return },
+            () = stop.cancelled() => return,
+        }
+        waiting.sort_unstable();
+        waiting.dedup();
+        for what in waiting.drain(..) {
+            if let Err(error) = registry.signal(what).await {
+                tracing::debug!(%error, what, "other processes cannot be told; they look by themselves");
+            }
+        }
+    }
+}
+
+async fn listen(registry: Registry, wakes: Wakes, stop: CancellationToken) {
+    let hear = async {
+        loop {
+            let outcome: Result<(), RegistryError> = async {
+                let Some(mut signals) = registry.signals().await? else {
+                    return Ok(());
+                };
+                loop {
+                    match signals.next().await?.as_str() {
+                        TRAININGS => wakes.trainings.here(),
+                        GENERATIONS => wakes.generations.here(),
+                        ENDED => wakes.ended.here(),
+                        other => tracing::debug!(other, "an unknown signal"),
+                    }
+                }
+            }
+            .await;
+            if let Err(error) = outcome {
+                tracing::warn!(%error, "signals of other processes cannot be heard; this one looks by itself");
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    };
+    tokio::select! {
+        () = hear => {}
+        () = stop.cancelled() => {}
     }
 }
 
@@ -59,7 +178,7 @@ impl Worker {
     pub async fn work(self) {
         while !self.stop.is_cancelled() {
             // Interest is registered before looking, so that no wake-up in between is lost.
-            let woken = self.wake.0.notified();
+            let woken = self.wake.woken();
             match self.registry.claim_training(LEASE_MS).await {
                 Ok(Some(claimed)) => {
                     self.train_concept(claimed).await;

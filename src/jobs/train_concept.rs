@@ -20,6 +20,9 @@ const TICK: Duration = Duration::from_millis(500);
 /// The loss curve is written down every so many ticks.
 const CURVE_TICKS: u32 = 4;
 
+/// A registry that does not answer is asked again for this long: meanwhile the training goes on.
+const PATIENCE: Duration = Duration::from_secs(600);
+
 /// How an attempt has ended.
 enum End {
     /// With a concept file and a report.
@@ -60,12 +63,12 @@ impl Worker {
             Ok(request) => request,
             Err(problem) => {
                 let body = json!({"code": "unreadable_input", "message": problem, "field": "images"});
-                return registry.fail(claimed, &body, false).await;
+                return patiently!(PATIENCE, registry.fail(claimed, &body, false).await);
             }
         };
         request.previews = preview_steps(total_steps, self.previews);
         let Some(stream) = self.begin(claimed, request).await? else {
-            return registry.release(claimed).await;
+            return patiently!(PATIENCE, registry.release(claimed).await);
         };
         let losses = registry.losses(claimed.training.tenant, claimed.training.id).await?;
         let mut meter = Meter::resume(losses, claimed.training.resumed_from_step, total_steps);
@@ -74,18 +77,18 @@ impl Worker {
                 let whole = report.as_object_mut().and_then(|report| report.remove("losses"));
                 let whole: Option<Vec<StepLosses>> = whole.and_then(|losses| serde_json::from_value(losses).ok());
                 let curve = whole.map_or_else(|| meter.losses().to_vec(), |losses| thin(&losses, total_steps));
-                registry.record_losses(claimed, &curve).await?;
+                patiently!(PATIENCE, registry.record_losses(claimed, &curve).await)?;
                 previews.wait().await;
                 self.finish(claimed, file, &report).await
             }
             End::Failed(error) => {
-                registry.record_losses(claimed, meter.losses()).await?;
+                patiently!(PATIENCE, registry.record_losses(claimed, meter.losses()).await)?;
                 let (body, retry) = describe(&error);
-                registry.fail(claimed, &body, retry).await
+                patiently!(PATIENCE, registry.fail(claimed, &body, retry).await)
             }
             End::Stopped => {
-                registry.record_losses(claimed, meter.losses()).await?;
-                registry.release(claimed).await?;
+                patiently!(PATIENCE, registry.record_losses(claimed, meter.losses()).await)?;
+                patiently!(PATIENCE, registry.release(claimed).await)?;
                 self.stop.cancelled().await;
                 Ok(())
             }
@@ -104,7 +107,7 @@ impl Worker {
                 Err(EngineError::Overloaded { .. }) => tokio::time::sleep(TICK).await,
                 Err(_) => return Ok(None),
             }
-            self.registry.report_progress(claimed, LEASE_MS, None).await?;
+            patiently!(PATIENCE, self.registry.report_progress(claimed, LEASE_MS, None).await)?;
         }
     }
 
@@ -127,8 +130,7 @@ impl Worker {
                     Some(TrainingEvent::Progress(progress)) => latest = Some(meter.step(Instant::now(), &progress)),
                     Some(TrainingEvent::Preview { step, file }) => previews.begin(self, claimed, step, file),
                     Some(TrainingEvent::Checkpoint { step, bytes }) => {
-                        let blob = registry.blobs.put(bytes).await?;
-                        registry.record_checkpoint(claimed, step, &blob).await?;
+                        patiently!(PATIENCE, registry.record_checkpoint(claimed, step, bytes.clone()).await)?;
                     }
                     Some(TrainingEvent::Done { file, report }) => return Ok(End::Done(file, report)),
                     Some(TrainingEvent::Failed(error)) => return Ok(End::Failed(error)),
@@ -136,15 +138,19 @@ impl Worker {
                 },
                 _ = tick.tick() => {
                     if written.elapsed() >= TICK {
-                        registry.report_progress(claimed, LEASE_MS, latest.take()).await?;
+                        let told = latest.take();
+                        patiently!(PATIENCE, registry.report_progress(claimed, LEASE_MS, told).await)?;
                         written = Instant::now();
                         ticks += 1;
                         if ticks.is_multiple_of(CURVE_TICKS) {
-                            registry.record_losses(claimed, meter.losses()).await?;
+                            patiently!(PATIENCE, registry.record_losses(claimed, meter.losses()).await)?;
                         }
                     }
                 }
-                () = self.wake.0.notified() => registry.report_progress(claimed, LEASE_MS, latest.take()).await?,
+                () = self.wake.woken() => {
+                    let told = latest.take();
+                    patiently!(PATIENCE, registry.report_progress(claimed, LEASE_MS, told).await)?;
+                }
             }
         }
     }
@@ -156,10 +162,9 @@ impl Worker {
             ConceptFile::from_bytes(&file).and_then(|f| f.check_model(&info.fingerprint, info.layers, info.hidden));
         if let Err(error) = checked {
             let body = json!({"code": "training_failed", "message": format!("The trained concept cannot be used: {error}."), "field": null});
-            return self.registry.fail(claimed, &body, false).await;
+            return patiently!(PATIENCE, self.registry.fail(claimed, &body, false).await);
         }
-        let version = self.registry.blobs.put(file).await?;
-        self.registry.succeed(claimed, &version, report).await
+        patiently!(PATIENCE, self.registry.succeed(claimed, file.clone(), report).await)
     }
 }
 
@@ -168,7 +173,7 @@ async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingR
     let training = &claimed.training;
     let mut pictures: Vec<RgbPicture> = Vec::new();
     for (index, blob) in registry.pictures(training.concept_id).await?.iter().enumerate() {
-        let bytes = registry.blobs.get(blob).await?;
+        let bytes = patiently!(PATIENCE, registry.blobs.get(blob).await.map_err(RegistryError::from))?;
         // Stored pictures are our own PNGs; only their pixel count is still open.
         let decoded = tokio::task::spawn_blocking(move || decode(&bytes, &stored_limits())).await;
         match decoded {
@@ -178,8 +183,9 @@ async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingR
         }
     }
     let checkpoint = match &training.checkpoint {
-        Some(blob) => match registry.blobs.get(blob).await {
+        Some(blob) => match patiently!(PATIENCE, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
             Ok(bytes) => Some(bytes),
+            Err(error) if error.may_pass() => return Err(error),
             Err(error) => {
                 tracing::warn!(training = %training.id, %error, "the checkpoint is lost; the training starts anew");
                 None

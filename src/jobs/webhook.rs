@@ -171,7 +171,7 @@ pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToke
     let mut sending = JoinSet::new();
     loop {
         // Interest is registered before looking, so that no wake-up in between is lost.
-        let (woken, ended) = (webhooks.wake.0.notified(), trainings.0.notified());
+        let (woken, ended) = (webhooks.wake.woken(), trainings.woken());
         if let Err(error) = webhooks.tell_of_trainings().await {
             tracing::error!(%error, "ends of trainings cannot be told");
         }

@@ -2,14 +2,18 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
+use object_store::aws::AmazonS3Builder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
-use object_store::{ObjectStore, ObjectStoreExt};
+use object_store::{ClientOptions, ObjectStore, ObjectStoreExt, RetryConfig};
 use sha2::{Digest, Sha256};
-use tokio::sync::{OwnedRwLockReadGuard, RwLock, RwLockWriteGuard};
+
+/// A store that does not answer is asked again for this long.
+const RETRIES: Duration = Duration::from_secs(30);
 
 /// Why bytes could not be stored or read.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +22,8 @@ pub enum BlobError {
     Missing(String),
     #[error("blob {0} is damaged: its content has another hash")]
     Damaged(String),
+    #[error("`{0}` is no address of a blob store: {1}")]
+    Address(String, String),
     #[error(transparent)]
     Store(#[from] object_store::Error),
     #[error("{0}: {1}")]
@@ -28,8 +34,8 @@ pub enum BlobError {
 #[derive(Debug, Clone)]
 pub struct Blobs {
     store: Arc<dyn ObjectStore>,
-    /// Read: somebody stores bytes and then a row that refers to them. Written: unreferenced bytes are removed.
-    gate: Arc<RwLock<()>>,
+    /// Before every key.
+    prefix: Key,
 }
 
 /// Hex SHA-256.
@@ -45,10 +51,6 @@ pub fn hashes<S: serde::Serializer>(all: &[Bytes], serializer: S) -> Result<S::O
     serializer.collect_seq(all.iter().map(|bytes| content_hash(bytes)))
 }
 
-fn key(hash: &str) -> Key {
-    Key::from(format!("{}/{}", hash.get(..2).unwrap_or("__"), hash))
-}
-
 impl Blobs {
     /// A store in a local folder, which is created.
     ///
@@ -61,18 +63,44 @@ impl Blobs {
             .with_fsync(true);
         Ok(Self {
             store: Arc::new(store),
-            gate: Arc::default(),
+            prefix: Key::default(),
         })
     }
 
-    /// While the answer is held no unreferenced bytes are removed: for whoever stores bytes that may be stored already,
-    /// and then the row that refers to them. Let go of it before asking for a removal.
-    pub async fn storing(&self) -> OwnedRwLockReadGuard<()> {
-        self.gate.clone().read_owned().await
+    /// A store behind an address: `s3://bucket/prefix`, with the usual `AWS_*` variables for keys, region and endpoint.
+    ///
+    /// # Errors
+    /// When the address or the variables cannot be used.
+    pub fn connect(url: &str) -> Result<Self, BlobError> {
+        let unusable = |problem: &str| BlobError::Address(url.to_owned(), problem.to_owned());
+        let rest = url
+            .strip_prefix("s3://")
+            .ok_or_else(|| unusable("expected s3://bucket/prefix"))?;
+        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        if bucket.is_empty() {
+            return Err(unusable("names no bucket"));
+        }
+        let retry = RetryConfig {
+            max_retries: 8,
+            retry_timeout: RETRIES,
+            ..RetryConfig::default()
+        };
+        let client = ClientOptions::new()
+            .with_connect_timeout(Duration::from_secs(3))
+            .with_timeout(Duration::from_secs(20));
+        let store = AmazonS3Builder::from_env()
+            .with_bucket_name(bucket)
+            .with_client_options(client)
+            .with_retry(retry)
+            .build()?;
+        Ok(Self {
+            store: Arc::new(store),
+            prefix: Key::from(prefix),
+        })
     }
 
-    pub(super) async fn removing(&self) -> RwLockWriteGuard<'_, ()> {
-        self.gate.write().await
+    fn key(&self, hash: &str) -> Key {
+        self.prefix.clone().join(hash.get(..2).unwrap_or("__")).join(hash)
     }
 
     /// Stores bytes and returns their hash; storing the same bytes again changes nothing.
@@ -81,7 +109,7 @@ impl Blobs {
     /// When the store fails.
     pub async fn put(&self, bytes: Bytes) -> Result<String, BlobError> {
         let hash = content_hash(&bytes);
-        self.store.put(&key(&hash), bytes.into()).await?;
+        self.store.put(&self.key(&hash), bytes.into()).await?;
         Ok(hash)
     }
 
@@ -90,7 +118,7 @@ impl Blobs {
     /// # Errors
     /// When they are absent or damaged.
     pub async fn get(&self, hash: &str) -> Result<Bytes, BlobError> {
-        let bytes = match self.store.get(&key(hash)).await {
+        let bytes = match self.store.get(&self.key(hash)).await {
             Ok(found) => found.bytes().await?,
             Err(object_store::Error::NotFound { .. }) => return Err(BlobError::Missing(hash.to_owned())),
             Err(error) => return Err(error.into()),
@@ -107,7 +135,7 @@ impl Blobs {
     /// # Errors
     /// When the store fails.
     pub async fn all(&self) -> Result<Vec<String>, BlobError> {
-        let found: Vec<_> = self.store.list(None).try_collect().await?;
+        let found: Vec<_> = self.store.list(Some(&self.prefix)).try_collect().await?;
         Ok(found
             .iter()
             .filter_map(|object| object.location.filename().map(str::to_owned))
@@ -119,7 +147,7 @@ impl Blobs {
     /// # Errors
     /// When the store fails.
     pub async fn remove(&self, hash: &str) -> Result<(), BlobError> {
-        match self.store.delete(&key(hash)).await {
+        match self.store.delete(&self.key(hash)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
 use super::blobs::content_hash;
 use super::trainings::{NewTraining, Training, insert_training};
-use super::{Listed, Page, Registry, RegistryError, identifier, now};
+use super::db::{Transaction, identifier, list, number, optional_number};
+use super::{Listed, Page, Registry, RegistryError, now};
 use crate::concept::ConceptKind;
 use crate::ids::{ConceptId, TenantId};
 use crate::training::TrainingSpec;
@@ -51,6 +52,8 @@ pub struct NewConcept {
     pub metadata: Metadata,
     /// Told of the first training's end.
     pub webhook_url: Option<String>,
+    /// Of the first training.
+    pub priority: i32,
 }
 
 impl NewConcept {
@@ -64,6 +67,7 @@ impl NewConcept {
             description: None,
             metadata: Metadata::new(),
             webhook_url: None,
+            priority: 0,
         }
     }
 }
@@ -125,7 +129,7 @@ macro_rules! select {
     ($rest:literal) => {
         concat!(
             "SELECT c.*,
-             (SELECT json_group_array(p.blob ORDER BY p.position) FROM concept_pictures p WHERE p.concept_id = c.id)
+             (SELECT string_agg(p.blob, ',' ORDER BY p.position) FROM concept_pictures p WHERE p.concept_id = c.id)
              AS pictures,
              (SELECT count(*) FROM concept_versions v WHERE v.concept_id = c.id) AS versions,
              (SELECT v.created_at FROM concept_versions v WHERE v.concept_id = c.id AND v.number = c.version_number)
@@ -135,7 +139,7 @@ macro_rules! select {
     };
 }
 
-fn concept(row: &SqliteRow) -> Result<Concept, RegistryError> {
+fn concept(row: &AnyRow) -> Result<Concept, RegistryError> {
     let text = |column: &str| row.try_get::<String, _>(column).map_err(RegistryError::from);
     Ok(Concept {
         id: identifier(row, "id")?,
@@ -146,12 +150,12 @@ fn concept(row: &SqliteRow) -> Result<Concept, RegistryError> {
         description: row.try_get("description")?,
         metadata: serde_json::from_str(&text("metadata")?).map_err(|error| RegistryError::Row(error.to_string()))?,
         version: row.try_get("version")?,
-        version_number: row.try_get("version_number")?,
+        version_number: optional_number(row, "version_number")?,
         version_created_at: row.try_get("version_created_at")?,
-        versions: row.try_get("versions")?,
+        versions: number(row, "versions")?,
         created_at: row.try_get("created_at")?,
         updated_at: row.try_get("updated_at")?,
-        pictures: serde_json::from_str(&text("pictures")?).map_err(|error| RegistryError::Row(error.to_string()))?,
+        pictures: list(row, "pictures")?,
     })
 }
 
@@ -173,6 +177,7 @@ impl Registry {
             spec,
             input: &input,
             webhook_url: new.webhook_url.as_deref(),
+            priority: new.priority,
         };
         let training = insert_training(&mut transaction, &concept, first).await?;
         transaction.commit().await?;
@@ -219,9 +224,9 @@ impl Registry {
     ) -> Result<Listed<Concept>, RegistryError> {
         let rows = sqlx::query(select!(
             "WHERE c.tenant_id = $1 AND c.id < $2 AND ($3 IS NULL OR c.kind = $3)
-             AND ($4 IS NULL OR $4 = iif(c.version IS NOT NULL, 'ready', coalesce((
-                 SELECT iif(t.status IN ('failed', 'cancelled'), t.status, 'training') FROM trainings t
-                 WHERE t.concept_id = c.id ORDER BY t.id DESC LIMIT 1), 'training')))
+             AND ($4 IS NULL OR $4 = CASE WHEN c.version IS NOT NULL THEN 'ready' ELSE coalesce((
+                 SELECT CASE WHEN t.status IN ('failed', 'cancelled') THEN t.status ELSE 'training' END FROM trainings t
+                 WHERE t.concept_id = c.id ORDER BY t.id DESC LIMIT 1), 'training') END)
              ORDER BY c.id DESC LIMIT $5"
         ))
         .bind(tenant.to_string())
@@ -257,6 +262,7 @@ impl Registry {
         change: &ConceptChange,
     ) -> Result<Option<Concept>, RegistryError> {
         let mut transaction = self.write().await?;
+        self.hold_concept(&mut transaction, id).await?;
         let row = sqlx::query(select!("WHERE c.id = $1"))
             .bind(id.to_string())
             .fetch_optional(&mut *transaction)
@@ -268,7 +274,7 @@ impl Registry {
             let found: Option<(String,)> =
                 sqlx::query_as("SELECT hash FROM concept_versions WHERE concept_id = $1 AND number = $2")
                     .bind(id.to_string())
-                    .bind(wanted)
+                    .bind(i64::from(wanted))
                     .fetch_optional(&mut *transaction)
                     .await?;
             let (found,) = found.ok_or(RegistryError::NoVersion(wanted))?;
@@ -284,7 +290,7 @@ impl Registry {
         .bind(change.description.as_ref().unwrap_or(&before.description))
         .bind(metadata.map_err(|error| RegistryError::Row(error.to_string()))?)
         .bind(hash)
-        .bind(number)
+        .bind(number.map(i64::from))
         .bind(now())
         .bind(id.to_string())
         .execute(&mut *transaction)
@@ -333,15 +339,15 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn is_trained_from(&self, id: ConceptId, input: &str) -> Result<bool, RegistryError> {
-        let (found,) = sqlx::query_as(
-            "SELECT EXISTS (SELECT 1 FROM trainings WHERE concept_id = $1 AND input_fingerprint = $2
-             AND status IN ('queued', 'running', 'succeeded'))",
+        let found = sqlx::query(
+            "SELECT id FROM trainings WHERE concept_id = $1 AND input_fingerprint = $2
+             AND status IN ('queued', 'running', 'succeeded') LIMIT 1",
         )
         .bind(id.to_string())
         .bind(input)
-        .fetch_one(&self.pool)
+        .fetch_optional(&self.pool)
         .await?;
-        Ok(found)
+        Ok(found.is_some())
     }
 
     /// Blobs of a concept's reference pictures, in order.
@@ -364,13 +370,17 @@ impl Registry {
     /// When the database or the blob store fails.
     pub async fn delete_concept(&self, tenant: TenantId, name: &str) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
+        // A worker that publishes a version of it right now comes before, or finds nothing.
+        if let Some(found) = self.concept(tenant, name).await? {
+            self.hold_concept(&mut transaction, found.id).await?;
+        }
         let blobs: Vec<(Option<String>,)> = sqlx::query_as(
             "WITH wanted AS (SELECT id FROM concepts WHERE tenant_id = $1 AND (name = $2 OR id = $2))
-             SELECT blob FROM concept_pictures WHERE concept_id IN wanted
-             UNION SELECT hash FROM concept_versions WHERE concept_id IN wanted
-             UNION SELECT checkpoint FROM trainings WHERE concept_id IN wanted
+             SELECT blob FROM concept_pictures WHERE concept_id IN (SELECT id FROM wanted)
+             UNION SELECT hash FROM concept_versions WHERE concept_id IN (SELECT id FROM wanted)
+             UNION SELECT checkpoint FROM trainings WHERE concept_id IN (SELECT id FROM wanted)
              UNION SELECT p.blob FROM training_previews p JOIN trainings t ON t.id = p.training_id
-                   WHERE t.concept_id IN wanted",
+                   WHERE t.concept_id IN (SELECT id FROM wanted)",
         )
         .bind(tenant.to_string())
         .bind(name)
@@ -410,7 +420,7 @@ pub fn input_fingerprint(pictures: &[String], spec: &TrainingSpec) -> Result<Str
 }
 
 async fn insert_concept(
-    transaction: &mut sqlx::Transaction<'static, sqlx::Sqlite>,
+    transaction: &mut Transaction,
     tenant: TenantId,
     new: &NewConcept,
     version: Option<&str>,
@@ -426,7 +436,7 @@ async fn insert_concept(
     .bind(new.kind.as_str())
     .bind(&new.class_noun)
     .bind(version)
-    .bind(version.map(|_| 1))
+    .bind(version.map(|_| 1_i64))
     .bind(created_at)
     .bind(&new.description)
     .bind(serde_json::to_string(&new.metadata).map_err(|error| RegistryError::Row(error.to_string()))?)

@@ -1,63 +1,22 @@
 //! Generations: what was asked for, how far it is, what came of it.
 //!
-//! The queue of those that nobody waits for is in here too: rows with `background` that are `queued`. One process holds
-//! the data folder, so that what it draws at the moment needs no lease: after a crash the next process finds it.
+//! The queue of those that nobody waits for is in here too: rows with `background` that are `queued`. What a process has
+//! taken bears its name until it has ended; what a lost process has left is found by its name. `owner` and `attempt`
+//! together are the fence: whoever was taken for lost and comes back writes nothing.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
 use super::webhooks::{NewDelivery, insert_delivery};
-use super::{Listed, Page, Registry, RegistryError, identifier, now};
+use super::db::{identifier, locking, number};
+use super::{GenerationStatus, Listed, Page, Registry, RegistryError, now};
 use crate::concept::ConceptKind;
-use crate::ids::{GenerationId, TenantId};
+use crate::ids::{GenerationId, ProcessId, TenantId};
 use crate::picture::{OutputFormat, PictureFormat};
-
-/// The words of the fine-tuning APIs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum GenerationStatus {
-    Queued,
-    Running,
-    Succeeded,
-    Failed,
-    Cancelled,
-}
-
-impl GenerationStatus {
-    /// In the order of a generation's life.
-    pub const ALL: [Self; 5] = [
-        Self::Queued,
-        Self::Running,
-        Self::Succeeded,
-        Self::Failed,
-        Self::Cancelled,
-    ];
-
-    /// The word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Queued => "queued",
-            Self::Running => "running",
-            Self::Succeeded => "succeeded",
-            Self::Failed => "failed",
-            Self::Cancelled => "cancelled",
-        }
-    }
-
-    /// Whether nothing more will happen.
-    pub fn is_final(self) -> bool {
-        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
-    }
-
-    /// The status of a word.
-    pub fn of_word(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|status| status.as_str() == word)
-    }
-}
 
 /// Every setting, resolved: the same again draw the same pictures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -126,6 +85,8 @@ pub struct NewGeneration {
     pub webhook_url: Option<String>,
     /// Codes to draw.
     pub total: u32,
+    /// Among those of its tenant the higher one is drawn first.
+    pub priority: i32,
 }
 
 /// A stored generation.
@@ -141,13 +102,15 @@ pub struct Generation {
     pub error: Option<Value>,
     /// How often its drawing was begun.
     pub attempt: u32,
+    /// The process that draws it, or is about to.
+    pub owner: Option<ProcessId>,
     pub created_at: i64,
     pub started_at: Option<i64>,
     pub finished_at: Option<i64>,
 }
 
 /// Generations are begun this often before they fail for good.
-pub const GENERATION_ATTEMPTS: u32 = 3;
+pub const GENERATION_ATTEMPTS: u32 = 5;
 
 fn json<T: serde::de::DeserializeOwned>(column: &str, text: &str) -> Result<T, RegistryError> {
     serde_json::from_str(text).map_err(|error| RegistryError::Row(format!("{column}: {error}")))
@@ -157,7 +120,7 @@ fn text(value: &impl Serialize) -> Result<String, RegistryError> {
     serde_json::to_string(value).map_err(|error| RegistryError::Row(error.to_string()))
 }
 
-fn generation(row: &SqliteRow) -> Result<Generation, RegistryError> {
+fn generation(row: &AnyRow) -> Result<Generation, RegistryError> {
     let column = |name: &str| row.try_get::<String, _>(name).map_err(RegistryError::from);
     let optional = |name: &str| row.try_get::<Option<String>, _>(name).map_err(RegistryError::from);
     let status = column("status")?;
@@ -167,18 +130,20 @@ fn generation(row: &SqliteRow) -> Result<Generation, RegistryError> {
             .ok_or_else(|| RegistryError::Row(format!("generation status `{status}`")))?,
         new: NewGeneration {
             tenant: identifier(row, "tenant_id")?,
-            background: row.try_get("background")?,
+            background: number::<i64>(row, "background")? != 0,
             prompt: column("prompt")?,
             settings: json("request", &column("request")?)?,
             concepts: json("concepts", &column("concepts")?)?,
             metadata: json("metadata", &column("metadata")?)?,
             webhook_url: optional("webhook_url")?,
-            total: row.try_get("total")?,
+            total: number(row, "total")?,
+            priority: number(row, "priority")?,
         },
-        done: row.try_get("done")?,
+        done: number(row, "done")?,
         usage: optional("usage")?.map(|usage| json("usage", &usage)).transpose()?,
         error: optional("error")?.map(|error| json("error", &error)).transpose()?,
-        attempt: row.try_get("attempt")?,
+        attempt: number(row, "attempt")?,
+        owner: optional("owner")?.map(|_| identifier(row, "owner")).transpose()?,
         created_at: row.try_get("created_at")?,
         started_at: row.try_get("started_at")?,
         finished_at: row.try_get("finished_at")?,
@@ -192,20 +157,23 @@ impl Registry {
     /// When the database fails.
     pub async fn add_generation(&self, new: NewGeneration) -> Result<Generation, RegistryError> {
         let (id, created_at) = (GenerationId::new(), now());
+        let owner = (!new.background).then_some(self.process);
         sqlx::query(
             "INSERT INTO generations (id, tenant_id, status, background, prompt, request, concepts, metadata, webhook_url,
-             total, created_at) VALUES ($1, $2, 'queued', $3, $4, $5, $6, $7, $8, $9, $10)",
+             total, created_at, owner, priority) VALUES ($1, $2, 'queued', $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
         )
         .bind(id.to_string())
         .bind(new.tenant.to_string())
-        .bind(new.background)
+        .bind(i64::from(new.background))
         .bind(&new.prompt)
         .bind(text(&new.settings)?)
         .bind(text(&new.concepts)?)
         .bind(text(&new.metadata)?)
         .bind(&new.webhook_url)
-        .bind(new.total)
+        .bind(i64::from(new.total))
         .bind(created_at)
+        .bind(owner.map(|id| id.to_string()))
+        .bind(i64::from(new.priority))
         .execute(&self.pool)
         .await?;
         Ok(Generation {
@@ -216,6 +184,7 @@ impl Registry {
             usage: None,
             error: None,
             attempt: 0,
+            owner,
             created_at,
             started_at: None,
             finished_at: None,
@@ -263,11 +232,11 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn generations_before(&self, id: GenerationId) -> Result<u32, RegistryError> {
-        let (count,) = sqlx::query_as("SELECT count(*) FROM generations WHERE status = 'queued' AND id < $1")
+        let (count,): (i64,) = sqlx::query_as("SELECT count(*) FROM generations WHERE status = 'queued' AND id < $1")
             .bind(id.to_string())
             .fetch_one(&self.pool)
             .await?;
-        Ok(count)
+        Ok(u32::try_from(count).unwrap_or(u32::MAX))
     }
 
     /// How many generations of all tenants are queued.
@@ -281,21 +250,79 @@ impl Registry {
         Ok(count)
     }
 
-    /// Queued generations that nobody waits for, in the order in which they are to be drawn: tenants of which less is
-    /// being drawn first, then the older ones.
+    /// Takes a queued generation that nobody waits for: of the tenant of which the least is being drawn, and among equals of
+    /// the one that has waited the longest, the one with the highest priority, then the oldest.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn next_generations(&self, limit: usize) -> Result<Vec<Generation>, RegistryError> {
-        let rows = sqlx::query(
-            "WITH busy AS (SELECT tenant_id, count(*) AS n FROM generations WHERE status = 'running' GROUP BY tenant_id)
-             SELECT g.* FROM generations g LEFT JOIN busy ON busy.tenant_id = g.tenant_id
-             WHERE g.status = 'queued' AND g.background = 1 ORDER BY coalesce(busy.n, 0), g.id LIMIT $1",
+    pub async fn claim_generation(&self) -> Result<Option<Generation>, RegistryError> {
+        let at = self.lease_time().await?;
+        let mut transaction = self.write().await?;
+        let statement = locking!(
+            self.backend,
+            "WITH busy AS (SELECT tenant_id, count(*) AS n FROM generations
+                           WHERE status IN ('queued', 'running') AND owner IS NOT NULL GROUP BY tenant_id),
+                  oldest AS (SELECT tenant_id, min(id) AS id FROM generations
+                             WHERE status = 'queued' AND owner IS NULL AND not_before <= $1 GROUP BY tenant_id)
+             SELECT g.* FROM generations g JOIN oldest ON oldest.tenant_id = g.tenant_id
+             LEFT JOIN busy ON busy.tenant_id = g.tenant_id
+             WHERE g.status = 'queued' AND g.background = 1 AND g.owner IS NULL AND g.not_before <= $1
+             ORDER BY coalesce(busy.n, 0), oldest.id, g.priority DESC, g.id LIMIT 1",
+            " FOR UPDATE OF g SKIP LOCKED"
+        );
+        let row = sqlx::query(statement)
+            .bind(at)
+            .fetch_optional(&mut *transaction)
+            .await?;
+        let Some(row) = row else { return Ok(None) };
+        let mut taken = generation(&row)?;
+        taken.owner = Some(self.process);
+        sqlx::query("UPDATE generations SET owner = $1 WHERE id = $2")
+            .bind(self.process.to_string())
+            .bind(taken.id.to_string())
+            .execute(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
+        Ok(Some(taken))
+    }
+
+    /// Gives a generation back that was taken and not begun; to be taken again after `wait_ms`.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn return_generation(&self, id: GenerationId, wait_ms: i64) -> Result<(), RegistryError> {
+        sqlx::query(
+            "UPDATE generations SET owner = NULL, not_before = $1 WHERE id = $2 AND owner = $3 AND status = 'queued'",
         )
-        .bind(limit as i64)
-        .fetch_all(&self.pool)
+        .bind(self.lease_time().await? + wait_ms)
+        .bind(id.to_string())
+        .bind(self.process.to_string())
+        .execute(&self.pool)
         .await?;
-        rows.iter().map(generation).collect()
+        Ok(())
+    }
+
+    /// Writes down how many codes are drawn of the generations that this process draws. Those that are its no longer are
+    /// returned: ended by others, deleted, or taken for lost.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn report_drawn(&self, drawn: &[(GenerationId, u32)]) -> Result<Vec<GenerationId>, RegistryError> {
+        let mut gone = Vec::new();
+        for (id, done) in drawn {
+            let changed = sqlx::query(
+                "UPDATE generations SET done = $1 WHERE id = $2 AND owner = $3 AND status IN ('queued', 'running')",
+            )
+            .bind(i64::from(*done))
+            .bind(id.to_string())
+            .bind(self.process.to_string())
+            .execute(&self.pool)
+            .await?;
+            if changed.rows_affected() == 0 {
+                gone.push(*id);
+            }
+        }
+        Ok(gone)
     }
 
     /// From now on nobody waits for it; false when it has ended.
@@ -311,24 +338,25 @@ impl Registry {
         Ok(kept.rows_affected() > 0)
     }
 
-    /// Its drawing has begun; false when it has ended already.
+    /// Its drawing has begun; false when it has ended already, or is another process's.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn begin_generation(&self, id: GenerationId, at: i64) -> Result<bool, RegistryError> {
         let begun = sqlx::query(
             "UPDATE generations SET status = 'running', attempt = attempt + 1, started_at = $1
-             WHERE id = $2 AND status = 'queued'",
+             WHERE id = $2 AND status = 'queued' AND owner = $3",
         )
         .bind(at)
         .bind(id.to_string())
+        .bind(self.process.to_string())
         .execute(&self.pool)
         .await?;
         Ok(begun.rows_affected() > 0)
     }
 
-    /// Writes down how a generation ended, with the web-hook that tells of it; all or nothing. False when it had ended
-    /// before, or is gone: then nothing is written.
+    /// Writes down how a generation ended, with the web-hook that tells of it; all or nothing. Where `ended` has an owner,
+    /// only that one's attempt may end it. False when it had ended before, is gone or another's: then nothing is written.
     ///
     /// # Errors
     /// When the database fails.
@@ -340,14 +368,16 @@ impl Registry {
         let mut transaction = self.write().await?;
         let changed = sqlx::query(
             "UPDATE generations SET status = $1, done = $2, usage = $3, error = $4, finished_at = $5
-             WHERE id = $6 AND status IN ('queued', 'running')",
+             WHERE id = $6 AND status IN ('queued', 'running') AND ($7 IS NULL OR (owner = $7 AND attempt = $8))",
         )
         .bind(ended.status.as_str())
-        .bind(ended.done)
+        .bind(i64::from(ended.done))
         .bind(ended.usage.as_ref().map(text).transpose()?)
         .bind(ended.error.as_ref().map(text).transpose()?)
         .bind(ended.finished_at)
         .bind(ended.id.to_string())
+        .bind(ended.owner.map(|id| id.to_string()))
+        .bind(i64::from(ended.attempt))
         .execute(&mut *transaction)
         .await?;
         if changed.rows_affected() == 0 {
@@ -360,42 +390,54 @@ impl Registry {
         Ok(true)
     }
 
-    /// Queues a running generation again, as if it had not been begun; its pictures so far go.
+    /// Queues a running generation again, as if it had not been begun; its pictures so far go. Without effect where it is
+    /// no longer its owner's attempt.
     ///
     /// # Errors
     /// When the database or the store fails.
-    pub async fn requeue_generation(&self, id: GenerationId) -> Result<(), RegistryError> {
+    pub async fn requeue_generation(&self, left: &Generation) -> Result<(), RegistryError> {
         let mut transaction = self.write().await?;
+        let changed = sqlx::query(
+            "UPDATE generations SET status = 'queued', started_at = NULL, owner = NULL
+             WHERE id = $1 AND status IN ('queued', 'running') AND attempt = $2 AND ($3 IS NULL OR owner = $3)",
+        )
+        .bind(left.id.to_string())
+        .bind(i64::from(left.attempt))
+        .bind(left.owner.map(|id| id.to_string()))
+        .execute(&mut *transaction)
+        .await?;
+        if changed.rows_affected() == 0 {
+            return Ok(());
+        }
         let blobs: Vec<(String,)> = sqlx::query_as("DELETE FROM images WHERE generation_id = $1 RETURNING blob")
-            .bind(id.to_string())
+            .bind(left.id.to_string())
             .fetch_all(&mut *transaction)
-            .await?;
-        sqlx::query("UPDATE generations SET status = 'queued', started_at = NULL WHERE id = $1 AND status = 'running'")
-            .bind(id.to_string())
-            .execute(&mut *transaction)
             .await?;
         transaction.commit().await?;
         let blobs: Vec<String> = blobs.into_iter().map(|(blob,)| blob).collect();
         self.remove_unreferenced(&blobs).await
     }
 
-    /// Generations that a process has left behind which is gone: those that nobody waits for are queued again, unless
-    /// they were begun too often; the others are returned, to be ended. Only the holder of the data folder's lock may
-    /// ask, before it serves anybody.
+    /// Generations of processes that are gone: those that nobody waits for are queued again, unless they were begun too
+    /// often; the others are returned, to be ended.
     ///
     /// # Errors
     /// When the database or the store fails.
     pub async fn left_generations(&self) -> Result<Vec<Generation>, RegistryError> {
+        // Rows without an owner that run are of a version that knew none.
         let rows = sqlx::query(
-            "SELECT * FROM generations WHERE status = 'running' OR (status = 'queued' AND background = 0) ORDER BY id",
+            "SELECT * FROM generations WHERE status IN ('queued', 'running')
+             AND (owner IS NOT NULL OR status = 'running' OR background = 0)
+             AND coalesce(owner, '') NOT IN (SELECT id FROM processes WHERE seen_at >= $1) ORDER BY id",
         )
+        .bind(self.lost_before().await?)
         .fetch_all(&self.pool)
         .await?;
         let mut lost = Vec::new();
         for row in &rows {
             let left = generation(row)?;
             if left.new.background && left.attempt < GENERATION_ATTEMPTS {
-                self.requeue_generation(left.id).await?;
+                self.requeue_generation(&left).await?;
             } else {
                 lost.push(left);
             }
@@ -480,16 +522,17 @@ mod tests {
             metadata: json!({"order": "7"}),
             webhook_url: None,
             total: 144,
+            priority: 0,
         }
     }
 
     async fn registry() -> (tempfile::TempDir, Registry) {
-        let dir = tempfile::tempdir().unwrap();
-        let registry = Registry::open(dir.path()).await.unwrap();
-        (dir, registry)
+        crate::registry::tests::test_registry().await
     }
 
-    async fn picture(registry: &Registry, generation: &Generation) -> StoredImage {
+    async fn picture(registry: &Registry, generation: &Generation) -> Result<StoredImage, RegistryError> {
+        let bytes = format!("{} {}", generation.id, generation.attempt);
+        let stored = registry.store(vec![bytes.into()]).await?;
         let image = StoredImage {
             id: ImageId::new(),
             tenant: generation.new.tenant,
@@ -497,24 +540,30 @@ mod tests {
             index: 2,
             seed: Some(1),
             size: (96, 96),
-            blob: registry.blobs.put(generation.id.to_string().into()).await.unwrap(),
+            blob: stored.first().to_owned(),
             format: PictureFormat::Jpeg,
             created_at: now(),
             expires_at: None,
         };
-        registry.add_image(&image).await.unwrap();
-        image
+        let added = registry.add_image(&image, generation.attempt).await;
+        let hashes = stored.release();
+        if added.is_err() {
+            registry.remove_unreferenced(&hashes).await?;
+        }
+        added.map(|()| image)
     }
 
     #[tokio::test]
     async fn a_generation_reads_back_and_ends_once() {
         let (_dir, registry) = registry().await;
-        let added = registry.add_generation(new(false)).await.unwrap();
+        let mut added = registry.add_generation(new(false)).await.unwrap();
+        assert_eq!(added.owner, Some(registry.process()));
         let read = || async { registry.generation(TenantId::DEFAULT, added.id).await.unwrap() };
         assert_eq!(read().await.as_ref(), Some(&added));
         assert_eq!(registry.generation(TenantId::new(), added.id).await.unwrap(), None);
         assert!(registry.begin_generation(added.id, 5).await.unwrap());
-        let image = picture(&registry, &added).await;
+        added.attempt = 1;
+        let image = picture(&registry, &added).await.unwrap();
         assert_eq!(registry.images(TenantId::DEFAULT, added.id).await.unwrap(), [image]);
         let ended = Generation {
             status: GenerationStatus::Succeeded,
@@ -523,90 +572,151 @@ mod tests {
                 image_tokens: 144,
             }),
             done: 144,
-            attempt: 1,
             started_at: Some(5),
             finished_at: Some(9),
             ..added.clone()
         };
         assert!(registry.end_generation(&ended, None).await.unwrap());
-        assert_eq!(read().await, Some(ended.clone()));
+        assert_eq!(registry.generation(TenantId::DEFAULT, added.id).await.unwrap(), Some(ended.clone()));
         let late = Generation {
             status: GenerationStatus::Cancelled,
+            owner: None,
             ..ended.clone()
         };
         assert!(!registry.end_generation(&late, None).await.unwrap());
-        assert_eq!(read().await, Some(ended));
+        assert_eq!(registry.generation(TenantId::DEFAULT, added.id).await.unwrap(), Some(ended));
+        assert!(picture(&registry, &added).await.is_err());
         assert!(!registry.delete_generation(TenantId::new(), added.id).await.unwrap());
         assert!(registry.delete_generation(TenantId::DEFAULT, added.id).await.unwrap());
         assert!(registry.blobs.all().await.unwrap().is_empty());
     }
 
     #[tokio::test]
-    async fn after_a_crash_background_work_is_queued_again_and_the_rest_is_lost() {
-        let (_dir, registry) = registry().await;
+    async fn what_a_lost_process_has_left_is_queued_again_or_ended() {
+        let (_dir, storage) = crate::registry::tests::test_storage().await;
+        let mut registry = Registry::connect(&storage).await.unwrap();
         let waited = registry.add_generation(new(false)).await.unwrap();
         let kept = registry.add_generation(new(true)).await.unwrap();
         let queued = registry.add_generation(new(true)).await.unwrap();
-        registry.begin_generation(kept.id, now()).await.unwrap();
-        picture(&registry, &kept).await;
         for attempt in 1..=GENERATION_ATTEMPTS {
-            let lost: Vec<_> = registry
-                .left_generations()
-                .await
-                .unwrap()
-                .iter()
-                .map(|g| g.id)
-                .collect();
+            let mut taken = registry.claim_generation().await.unwrap().unwrap();
+            assert_eq!((taken.id, taken.attempt, taken.owner), (kept.id, attempt - 1, Some(registry.process())));
+            assert!(registry.begin_generation(taken.id, now()).await.unwrap());
+            taken.attempt = attempt;
+            picture(&registry, &taken).await.unwrap();
+            // The process is gone without a word; another one looks.
+            registry = Registry::connect(&storage).await.unwrap();
+            let lost = registry.left_generations().await.unwrap();
+            let ids: Vec<_> = lost.iter().map(|g| g.id).collect();
             if attempt == GENERATION_ATTEMPTS {
-                assert_eq!(lost, [waited.id, kept.id]);
+                assert_eq!(ids, [waited.id, kept.id]);
                 break;
             }
-            assert_eq!(lost, [waited.id]);
+            assert_eq!(ids, [waited.id]);
             assert!(registry.blobs.all().await.unwrap().is_empty());
-            let next: Vec<_> = registry
-                .next_generations(10)
-                .await
-                .unwrap()
-                .iter()
-                .map(|g| g.id)
-                .collect();
-            assert_eq!(next, [kept.id, queued.id]);
             assert_eq!(registry.generations_before(queued.id).await.unwrap(), 2);
-            registry.begin_generation(kept.id, now()).await.unwrap();
         }
     }
 
     #[tokio::test]
-    async fn the_tenant_with_less_in_work_comes_first() {
+    async fn a_process_that_was_taken_for_lost_writes_nothing() {
+        let (_dir, storage) = crate::registry::tests::test_storage().await;
+        let slow = Registry::connect(&storage).await.unwrap();
+        let swift = Registry::connect(&storage).await.unwrap();
+        swift.announce(&Default::default()).await.unwrap();
+        let added = slow.add_generation(new(true)).await.unwrap();
+        let mut first = slow.claim_generation().await.unwrap().unwrap();
+        assert!(swift.claim_generation().await.unwrap().is_none());
+        slow.begin_generation(first.id, now()).await.unwrap();
+        first.attempt = 1;
+        // It has not said for long that it lives.
+        assert!(swift.left_generations().await.unwrap().is_empty());
+        let mut second = swift.claim_generation().await.unwrap().unwrap();
+        assert_eq!((second.id, second.attempt), (added.id, 1));
+        swift.begin_generation(second.id, now()).await.unwrap();
+        second.attempt = 2;
+        // Now it wakes up.
+        assert!(matches!(picture(&slow, &first).await, Err(RegistryError::LeaseLost)));
+        let ended = |taken: &Generation| Generation {
+            status: GenerationStatus::Succeeded,
+            ..taken.clone()
+        };
+        assert!(!slow.end_generation(&ended(&first), None).await.unwrap());
+        slow.requeue_generation(&first).await.unwrap();
+        assert_eq!(slow.report_drawn(&[(first.id, 7)]).await.unwrap(), [first.id]);
+        assert!(swift.report_drawn(&[(first.id, 9)]).await.unwrap().is_empty());
+        picture(&swift, &second).await.unwrap();
+        assert!(swift.end_generation(&ended(&second), None).await.unwrap());
+        assert_eq!(swift.images(TenantId::DEFAULT, added.id).await.unwrap().len(), 1);
+        assert_eq!(slow.blobs.all().await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn one_of_many_takes_each_and_nothing_is_taken_twice() {
+        let (_dir, storage) = crate::registry::tests::test_storage().await;
+        let first = Registry::connect(&storage).await.unwrap();
+        let mut ids = std::collections::HashSet::new();
+        for _ in 0..24 {
+            ids.insert(first.add_generation(new(true)).await.unwrap().id);
+        }
+        let mut takers = tokio::task::JoinSet::new();
+        for _ in 0..6 {
+            let storage = storage.clone();
+            takers.spawn(async move {
+                let registry = Registry::connect(&storage).await.unwrap();
+                let mut taken = Vec::new();
+                while let Some(next) = registry.claim_generation().await.unwrap() {
+                    taken.push(next.id);
+                }
+                taken
+            });
+        }
+        let taken: Vec<_> = takers.join_all().await.concat();
+        assert_eq!(taken.len(), ids.len());
+        assert_eq!(taken.into_iter().collect::<std::collections::HashSet<_>>(), ids);
+    }
+
+    #[tokio::test]
+    async fn the_tenant_with_less_in_work_comes_first_and_within_it_the_more_urgent() {
         let (_dir, registry) = registry().await;
         let other = registry
             .add_tenant("acme", super::super::Quotas::default())
             .await
             .unwrap();
         let mut ids = Vec::new();
-        for tenant in [TenantId::DEFAULT, TenantId::DEFAULT, other.id] {
-            let new = NewGeneration { tenant, ..new(true) };
+        for (tenant, priority) in [
+            (TenantId::DEFAULT, 0),
+            (TenantId::DEFAULT, 0),
+            (other.id, 0),
+            (other.id, 5),
+            (TenantId::DEFAULT, 9),
+        ] {
+            let new = NewGeneration {
+                tenant,
+                priority,
+                ..new(true)
+            };
             ids.push(registry.add_generation(new).await.unwrap().id);
         }
-        registry.begin_generation(ids[0], now()).await.unwrap();
-        let next: Vec<_> = registry
-            .next_generations(10)
-            .await
-            .unwrap()
-            .iter()
-            .map(|g| g.id)
-            .collect();
-        assert_eq!(next, [ids[2], ids[1]]);
+        let mut order = Vec::new();
+        while let Some(next) = registry.claim_generation().await.unwrap() {
+            order.push(ids.iter().position(|id| *id == next.id).unwrap());
+        }
+        assert_eq!(order, [4, 3, 0, 2, 1]);
+        registry.return_generation(ids[1], 60_000).await.unwrap();
+        assert!(registry.claim_generation().await.unwrap().is_none());
+        registry.return_generation(ids[2], 0).await.unwrap();
+        assert_eq!(registry.claim_generation().await.unwrap().unwrap().id, ids[2]);
         let page = Page {
             limit: 1,
             after: Some(ids[1]),
         };
         let queued = registry.generations(TenantId::DEFAULT, Some(GenerationStatus::Queued), page);
-        assert!(queued.await.unwrap().rows.is_empty());
+        assert_eq!(queued.await.unwrap().rows[0].id, ids[0]);
         let listed = registry
             .generations(TenantId::DEFAULT, None, Page { limit: 1, after: None })
             .await
             .unwrap();
-        assert_eq!((listed.rows[0].id, listed.has_more), (ids[1], true));
+        assert_eq!((listed.rows[0].id, listed.has_more), (ids[4], true));
     }
 }

@@ -3,7 +3,7 @@
 //! A row without a status is a request that runs: until `expires_at`, its lease, nobody else begins it, and `created_at`
 //! is the fence: a later attempt has a later one, so that a worker that lost its lease writes nothing.
 
-use super::{Registry, RegistryError, now};
+use super::{Registry, RegistryError};
 use crate::ids::TenantId;
 
 /// What was answered, to be answered again.
@@ -56,7 +56,10 @@ impl Registry {
             i64,
             i64,
         );
+        let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
+        // There may be no row yet that could be held.
+        self.hold_name(&mut transaction, "idempotency key", &format!("{tenant} {key}")).await?;
         let found: Option<Row> = sqlx::query_as(
             "SELECT fingerprint, status, location, content_type, body, created_at, expires_at FROM idempotency_keys
              WHERE tenant_id = $1 AND key = $2",
@@ -65,7 +68,6 @@ impl Registry {
         .bind(key)
         .fetch_optional(&mut *transaction)
         .await?;
-        let at = now();
         let mut began = at;
         if let Some((before, status, location, content_type, body, created_at, expires_at)) = found {
             if at < expires_at {
@@ -83,8 +85,9 @@ impl Registry {
             began = at.max(created_at + 1);
         }
         sqlx::query(
-            "INSERT OR REPLACE INTO idempotency_keys (tenant_id, key, fingerprint, created_at, expires_at)
-             VALUES ($1, $2, $3, $4, $5)",
+            "INSERT INTO idempotency_keys (tenant_id, key, fingerprint, created_at, expires_at) VALUES ($1, $2, $3, $4, $5)
+             ON CONFLICT (tenant_id, key) DO UPDATE SET fingerprint = excluded.fingerprint, status = NULL, location = NULL,
+             content_type = NULL, body = NULL, created_at = excluded.created_at, expires_at = excluded.expires_at",
         )
         .bind(tenant.to_string())
         .bind(key)
@@ -110,7 +113,7 @@ impl Registry {
             "UPDATE idempotency_keys SET expires_at = $1
              WHERE tenant_id = $2 AND key = $3 AND created_at = $4 AND status IS NULL",
         )
-        .bind(now() + lease_ms)
+        .bind(self.lease_time().await? + lease_ms)
         .bind(claim.tenant.to_string())
         .bind(&claim.key)
         .bind(claim.began)
@@ -140,7 +143,7 @@ impl Registry {
         .bind(&answer.location)
         .bind(&answer.content_type)
         .bind(&answer.body)
-        .bind(now() + keep_ms)
+        .bind(self.lease_time().await? + keep_ms)
         .bind(claim.tenant.to_string())
         .bind(&claim.key)
         .bind(claim.began)
@@ -183,7 +186,7 @@ impl Registry {
     /// When the database fails.
     pub async fn expire_keys(&self) -> Result<u64, RegistryError> {
         let removed = sqlx::query("DELETE FROM idempotency_keys WHERE expires_at < $1 AND status IS NOT NULL")
-            .bind(now())
+            .bind(self.lease_time().await?)
             .execute(&self.pool)
             .await?;
         Ok(removed.rows_affected())
@@ -212,8 +215,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_first_answer_is_kept_and_whoever_lost_the_lease_writes_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let registry = Registry::open(dir.path()).await.unwrap();
+        let (_dir, registry) = crate::registry::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         let claim = |fingerprint: &'static str, lease| registry.claim_key(tenant, "k", fingerprint, lease);
         // The first attempt's lease has run out as soon as it began.
@@ -240,8 +242,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_dead_process_locks_no_key_and_old_answers_are_forgotten() {
-        let dir = tempfile::tempdir().unwrap();
-        let registry = Registry::open(dir.path()).await.unwrap();
+        let (_dir, registry) = crate::registry::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         first(registry.claim_key(tenant, "dead", "a", 60_000).await.unwrap());
         let done = first(registry.claim_key(tenant, "done", "a", 60_000).await.unwrap());

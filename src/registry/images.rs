@@ -1,9 +1,10 @@
 //! Drawn pictures that are kept, each of a generation.
 
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
-use super::{Registry, RegistryError, identifier, now};
+use super::db::{identifier, locking, number, optional_number};
+use super::{Registry, RegistryError, now};
 use crate::ids::{GenerationId, ImageId, TenantId};
 use crate::picture::PictureFormat;
 
@@ -27,11 +28,11 @@ pub struct StoredImage {
     pub expires_at: Option<i64>,
 }
 
-fn image(row: &SqliteRow) -> Result<StoredImage, RegistryError> {
+fn image(row: &AnyRow) -> Result<StoredImage, RegistryError> {
     let media: String = row.try_get("content_type")?;
     let formats = [PictureFormat::Png, PictureFormat::Jpeg, PictureFormat::WebP];
     let generation: Option<String> = row.try_get("generation_id")?;
-    let side = |column: &str| row.try_get::<Option<u32>, _>(column).map(Option::unwrap_or_default);
+    let side = |column: &str| optional_number(row, column).map(Option::unwrap_or_default);
     Ok(StoredImage {
         id: identifier(row, "id")?,
         tenant: identifier(row, "tenant_id")?,
@@ -39,7 +40,7 @@ fn image(row: &SqliteRow) -> Result<StoredImage, RegistryError> {
             .is_some()
             .then(|| identifier(row, "generation_id"))
             .transpose()?,
-        index: row.try_get("idx")?,
+        index: number(row, "idx")?,
         seed: row.try_get::<Option<i64>, _>("seed")?.map(|seed| seed as u64),
         size: (side("width")?, side("height")?),
         blob: row.try_get("blob")?,
@@ -53,29 +54,38 @@ fn image(row: &SqliteRow) -> Result<StoredImage, RegistryError> {
 }
 
 impl Registry {
-    /// Remembers a picture whose blob is stored.
+    /// Remembers a picture whose blob is stored, of the generation's attempt that this process draws.
     ///
     /// # Errors
-    /// When the database fails, or its generation is gone.
-    pub async fn add_image(&self, image: &StoredImage) -> Result<(), RegistryError> {
-        sqlx::query(
+    /// `LeaseLost` when it is another's by now, has ended, or is gone; when the database fails.
+    pub async fn add_image(&self, image: &StoredImage, attempt: u32) -> Result<(), RegistryError> {
+        let statement = locking!(
+            self.backend,
             "INSERT INTO images (id, tenant_id, generation_id, idx, seed, width, height, blob, content_type, created_at,
-             expires_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
-        )
-        .bind(image.id.to_string())
-        .bind(image.tenant.to_string())
-        .bind(image.generation.map(|id| id.to_string()))
-        .bind(image.index)
-        .bind(image.seed.map(|seed| seed as i64))
-        .bind(image.size.0)
-        .bind(image.size.1)
-        .bind(&image.blob)
-        .bind(image.format.media_type())
-        .bind(image.created_at)
-        .bind(image.expires_at)
-        .execute(&self.pool)
-        .await?;
-        Ok(())
+             expires_at) SELECT $1, g.tenant_id, g.id, $2, $3, $4, $5, $6, $7, $8, $9 FROM generations g
+             WHERE g.id = $10 AND g.tenant_id = $11 AND g.owner = $12 AND g.attempt = $13 AND g.status = 'running'",
+            " FOR SHARE OF g"
+        );
+        let added = sqlx::query(statement)
+            .bind(image.id.to_string())
+            .bind(i64::from(image.index))
+            .bind(image.seed.map(|seed| seed as i64))
+            .bind(i64::from(image.size.0))
+            .bind(i64::from(image.size.1))
+            .bind(&image.blob)
+            .bind(image.format.media_type())
+            .bind(image.created_at)
+            .bind(image.expires_at)
+            .bind(image.generation.map(|id| id.to_string()))
+            .bind(image.tenant.to_string())
+            .bind(self.process.to_string())
+            .bind(i64::from(attempt))
+            .execute(&self.pool)
+            .await?;
+        match added.rows_affected() {
+            0 => Err(RegistryError::LeaseLost),
+            _ => Ok(()),
+        }
     }
 
     /// Forgets pictures past their own time, or without one older than `age`, of all tenants, and removes their bytes;
@@ -129,17 +139,43 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::registry::{GenerationSettings, NewGeneration};
 
     #[tokio::test]
     async fn expired_pictures_are_forgotten_and_their_bytes_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let registry = Registry::open(dir.path()).await.unwrap();
+        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let new = NewGeneration {
+            tenant: TenantId::DEFAULT,
+            background: false,
+            prompt: String::new(),
+            settings: GenerationSettings {
+                n: 2,
+                width: 96,
+                height: 64,
+                seed: (1 << 53) - 1,
+                first_index: 0,
+                guidance_scale: 1.0,
+                temperature: 1.0,
+                top_k: 0,
+                identity_mask: true,
+                output_format: PictureFormat::WebP,
+                output_compression: 100,
+                partial_images: 0,
+            },
+            concepts: vec![],
+            metadata: serde_json::json!({}),
+            webhook_url: None,
+            total: 0,
+            priority: 0,
+        };
+        let generation = registry.add_generation(new).await.unwrap();
+        registry.begin_generation(generation.id, now()).await.unwrap();
         let mut stored = Vec::new();
         for (bytes, created_at) in [(&b"old"[..], now() - 7_200_000), (b"new", now())] {
             let image = StoredImage {
                 id: ImageId::new(),
                 tenant: TenantId::DEFAULT,
-                generation: None,
+                generation: Some(generation.id),
                 index: 3,
                 seed: Some((1 << 53) - 1),
                 size: (96, 64),
@@ -148,7 +184,7 @@ mod tests {
                 created_at,
                 expires_at: None,
             };
-            registry.add_image(&image).await.unwrap();
+            registry.add_image(&image, 1).await.unwrap();
             stored.push(image);
         }
         let (old, new) = (&stored[0], &stored[1]);

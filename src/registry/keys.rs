@@ -4,9 +4,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
-use super::{Listed, Page, Registry, RegistryError, identifier, now};
+use super::db::identifier;
+use super::{Listed, Page, Registry, RegistryError, now};
 use crate::ids::{KeyId, TenantId};
 
 /// A kind of request that a key may be allowed.
@@ -134,7 +135,7 @@ pub struct NewKey {
 /// `last_used_at` is as exact as this, in milliseconds.
 const USE_RESOLUTION: i64 = 60_000;
 
-fn key(row: &SqliteRow) -> Result<ApiKey, RegistryError> {
+fn key(row: &AnyRow) -> Result<ApiKey, RegistryError> {
     let scopes: String = row.try_get("scopes")?;
     Ok(ApiKey {
         id: identifier(row, "id")?,
@@ -181,10 +182,10 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn has_keys(&self) -> Result<bool, RegistryError> {
-        let (any,) = sqlx::query_as("SELECT EXISTS (SELECT 1 FROM api_keys)")
-            .fetch_one(&self.pool)
+        let found = sqlx::query("SELECT id FROM api_keys LIMIT 1")
+            .fetch_optional(&self.pool)
             .await?;
-        Ok(any)
+        Ok(found.is_some())
     }
 
     /// The key with that public part.

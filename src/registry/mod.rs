@@ -1,35 +1,48 @@
 //! Everything that must survive: a database for facts, a content-addressed store for bytes.
 //!
-//! No tensors and no engine in this room. Writing transactions begin IMMEDIATE: a reader that turns writer would not
-//! wait for the busy timeout.
+//! No tensors and no engine in this room. The database is SQLite in one process's folder, or PostgreSQL for many; every
+//! statement runs on both. On SQLite, writing transactions begin IMMEDIATE: a reader that turns writer would not wait for
+//! the busy timeout. On PostgreSQL whoever decides by what it reads holds the rows that it read.
 
 /// Bytes by their hash.
 pub mod blobs;
 mod concepts;
+mod db;
 mod generations;
 mod idempotency;
 mod images;
 mod keys;
+mod processes;
+mod signals;
+mod status;
+mod storage;
 mod tenants;
 mod trainings;
 mod versions;
 mod webhooks;
 
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::AnyPool;
 
 pub use blobs::{BlobError, Blobs};
 pub use concepts::{Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadata, NewConcept, input_fingerprint};
+pub use db::Backend;
+use db::{Clock, Transaction};
 pub use generations::{
-    GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, NewGeneration, TokenUsage,
+    GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage,
 };
 pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
-pub use tenants::{Quotas, Tenant, Usage};
-pub use trainings::{ATTEMPTS, Claimed, NewTraining, Progress, Training, TrainingFilter, TrainingStatus};
+pub use processes::{Announcement, LOST_AFTER_MS, Process};
+pub use signals::Signals;
+pub use status::{GenerationStatus, JobStatus, TrainingStatus};
+use storage::Gate;
+pub use storage::{NameLock, Storage, Stored};
+pub use tenants::{MinuteFull, Quotas, Tenant, Usage};
+pub use trainings::{ATTEMPTS, Claimed, NewTraining, Progress, TAKEOVERS, Training, TrainingFilter};
 pub use versions::Version;
 pub use webhooks::{Attempt, Delivery, NewDelivery};
 
@@ -59,21 +72,52 @@ pub enum RegistryError {
     Migration(#[from] sqlx::migrate::MigrateError),
     #[error("blob store: {0}")]
     Blob(#[from] BlobError),
+    /// A later version has changed the database so that this one cannot use it.
+    #[error("the database has been changed by a newer coar (schema {0}); use that version")]
+    Newer(String),
     #[error("a row of the database cannot be read: {0}")]
     Row(String),
     #[error("{0}: {1}")]
     File(String, std::io::Error),
 }
 
-/// Database and blob store of one data folder.
-#[derive(Debug, Clone)]
-pub struct Registry {
-    pool: SqlitePool,
-    pub blobs: Blobs,
+impl RegistryError {
+    /// Whether the same may succeed later: the database or the store cannot be reached, is full, or is busy.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Database(sqlx::Error::Database(error)) => {
+                let code = error.code().unwrap_or_default();
+                // SQLite: busy, I/O, full. PostgreSQL: connection, rollback, resources, operator, system.
+                let passing = ["08", "40", "53", "55", "57", "58"];
+                matches!(code.as_ref(), "5" | "10" | "13" | "261" | "517") || passing.iter().any(|class| code.len() == 5 && code.starts_with(class))
+            }
+            Self::Database(error) => matches!(
+                error,
+                sqlx::Error::Io(_)
+                    | sqlx::Error::Tls(_)
+                    | sqlx::Error::PoolTimedOut
+                    | sqlx::Error::PoolClosed
+                    | sqlx::Error::WorkerCrashed
+                    | sqlx::Error::Protocol(_)
+            ),
+            Self::Blob(BlobError::Store(_)) | Self::File(..) => true,
+            _ => false,
+        }
+    }
 }
 
-/// How long a statement waits for another writer.
-const BUSY: Duration = Duration::from_secs(20);
+/// Database and blob store.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    pool: AnyPool,
+    backend: Backend,
+    gate: Gate,
+    clock: Clock,
+    process: crate::ids::ProcessId,
+    /// PostgreSQL's address.
+    database: Option<std::sync::Arc<str>>,
+    pub blobs: Blobs,
+}
 
 /// A part of a list, newest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,13 +154,6 @@ impl<I: std::fmt::Display> Page<I> {
     }
 }
 
-/// A typed identifier out of a row.
-fn identifier<I: std::str::FromStr>(row: &sqlx::sqlite::SqliteRow, column: &str) -> Result<I, RegistryError> {
-    let text: String = sqlx::Row::try_get(row, column)?;
-    text.parse()
-        .map_err(|_| RegistryError::Row(format!("{column} `{text}`")))
-}
-
 /// Milliseconds since 1970, UTC.
 pub fn now() -> i64 {
     SystemTime::now()
@@ -125,33 +162,6 @@ pub fn now() -> i64 {
 }
 
 impl Registry {
-    /// Opens the data folder, creating what is missing, and brings its database to this version's schema.
-    ///
-    /// # Errors
-    /// When the folder cannot be written or its database is of a newer version.
-    pub async fn open(dir: &Path) -> Result<Self, RegistryError> {
-        std::fs::create_dir_all(dir).map_err(|error| RegistryError::File(dir.display().to_string(), error))?;
-        let options = SqliteConnectOptions::new()
-            .filename(dir.join("coar.sqlite"))
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            // What was acknowledged survives a power cut too.
-            .synchronous(SqliteSynchronous::Full)
-            .foreign_keys(true)
-            .busy_timeout(BUSY);
-        let pool = SqlitePoolOptions::new()
-            .max_connections(8)
-            .connect_with(options)
-            .await?;
-        sqlx::migrate!("migrations/sqlite").run(&pool).await?;
-        let registry = Self {
-            pool,
-            blobs: Blobs::open(&dir.join("blobs"))?,
-        };
-        registry.complete_tenants().await?;
-        Ok(registry)
-    }
-
     /// A value that the database keeps; the first one stays.
     ///
     /// # Errors
@@ -178,58 +188,11 @@ impl Registry {
             .await
     }
 
-    async fn write(&self) -> Result<sqlx::Transaction<'static, sqlx::Sqlite>, RegistryError> {
-        Ok(self.pool.begin_with("BEGIN IMMEDIATE").await?)
-    }
-
-    /// Removes what a crash between storing bytes and writing their row has left. Only the holder of the data folder's
-    /// lock may ask, before it serves anybody.
-    ///
-    /// # Errors
-    /// When the database or the store fails.
-    pub async fn collect_garbage(&self) -> Result<usize, RegistryError> {
-        let rows: Vec<(Option<String>,)> = sqlx::query_as(
-            "SELECT blob FROM concept_pictures UNION SELECT hash FROM concept_versions UNION SELECT checkpoint FROM trainings
-             UNION SELECT blob FROM training_previews UNION SELECT blob FROM images",
-        )
-        .fetch_all(&self.pool)
-        .await?;
-        let wanted: std::collections::HashSet<String> = rows.into_iter().filter_map(|(blob,)| blob).collect();
-        let mut removed = 0;
-        for hash in self.blobs.all().await? {
-            if !wanted.contains(&hash) {
-                self.blobs.remove(&hash).await?;
-                removed += 1;
-            }
-        }
-        Ok(removed)
-    }
-
-    /// Removes blobs that no row refers to any more.
-    ///
-    /// # Errors
-    /// When the database or the store fails.
-    pub async fn remove_unreferenced(&self, hashes: &[String]) -> Result<(), RegistryError> {
-        if hashes.is_empty() {
-            return Ok(());
-        }
-        let _nobody_stores = self.blobs.removing().await;
-        for hash in hashes {
-            let (count,): (i64,) = sqlx::query_as(
-                "SELECT EXISTS (SELECT 1 FROM concept_pictures WHERE blob = $1)
-                 + EXISTS (SELECT 1 FROM concept_versions WHERE hash = $1)
-                 + EXISTS (SELECT 1 FROM trainings WHERE checkpoint = $1)
-                 + EXISTS (SELECT 1 FROM training_previews WHERE blob = $1)
-                 + EXISTS (SELECT 1 FROM images WHERE blob = $1)",
-            )
-            .bind(hash)
-            .fetch_one(&self.pool)
-            .await?;
-            if count == 0 {
-                self.blobs.remove(hash).await?;
-            }
-        }
-        Ok(())
+    async fn write(&self) -> Result<Transaction, RegistryError> {
+        Ok(match self.backend {
+            Backend::Sqlite => self.pool.begin_with("BEGIN IMMEDIATE").await?,
+            Backend::Postgres => self.pool.begin().await?,
+        })
     }
 }
 

@@ -1,11 +1,14 @@
 //! Tenants: whose concepts, trainings and pictures they are.
 
+use std::time::Duration;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
-use super::{Listed, Page, Registry, RegistryError, identifier, now};
+use super::db::{identifier, locking, optional_number};
+use super::{Listed, Page, Registry, RegistryError, now};
 use crate::ids::TenantId;
 
 /// How much a tenant may have and do at once; `None`: the server's default; 0: any number.
@@ -40,6 +43,14 @@ pub struct Usage {
     pub trainings: u32,
 }
 
+/// A tenant's pictures of the last minute leave no room for more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MinuteFull {
+    pub drawn: u32,
+    /// Until some of them are a minute old.
+    pub wait: Duration,
+}
+
 /// A tenant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tenant {
@@ -51,16 +62,16 @@ pub struct Tenant {
     pub created_at: i64,
 }
 
-fn tenant(row: &SqliteRow) -> Result<Tenant, RegistryError> {
+fn tenant(row: &AnyRow) -> Result<Tenant, RegistryError> {
     Ok(Tenant {
         id: identifier(row, "id")?,
         name: row.try_get("name")?,
         webhook_secret: row.try_get("webhook_secret")?,
         quotas: Quotas {
-            concepts: row.try_get("concepts")?,
-            trainings: row.try_get("trainings")?,
-            requests_in_flight: row.try_get("requests_in_flight")?,
-            pictures_per_minute: row.try_get("pictures_per_minute")?,
+            concepts: optional_number(row, "concepts")?,
+            trainings: optional_number(row, "trainings")?,
+            requests_in_flight: optional_number(row, "requests_in_flight")?,
+            pictures_per_minute: optional_number(row, "pictures_per_minute")?,
         },
         created_at: row.try_get("created_at")?,
     })
@@ -106,10 +117,10 @@ impl Registry {
         .bind(new.id.to_string())
         .bind(&new.name)
         .bind(&new.webhook_secret)
-        .bind(quotas.concepts)
-        .bind(quotas.trainings)
-        .bind(quotas.requests_in_flight)
-        .bind(quotas.pictures_per_minute)
+        .bind(quotas.concepts.map(i64::from))
+        .bind(quotas.trainings.map(i64::from))
+        .bind(quotas.requests_in_flight.map(i64::from))
+        .bind(quotas.pictures_per_minute.map(i64::from))
         .bind(new.created_at)
         .execute(&self.pool)
         .await;
@@ -167,10 +178,10 @@ impl Registry {
             "UPDATE tenants SET concepts = $1, trainings = $2, requests_in_flight = $3, pictures_per_minute = $4
              WHERE name = $5",
         )
-        .bind(quotas.concepts)
-        .bind(quotas.trainings)
-        .bind(quotas.requests_in_flight)
-        .bind(quotas.pictures_per_minute)
+        .bind(quotas.concepts.map(i64::from))
+        .bind(quotas.trainings.map(i64::from))
+        .bind(quotas.requests_in_flight.map(i64::from))
+        .bind(quotas.pictures_per_minute.map(i64::from))
         .bind(name)
         .execute(&self.pool)
         .await?;
@@ -182,14 +193,18 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn usage(&self, id: TenantId) -> Result<Usage, RegistryError> {
-        let (concepts, trainings) = sqlx::query_as(
+        let (concepts, trainings): (i64, i64) = sqlx::query_as(
             "SELECT (SELECT count(*) FROM concepts WHERE tenant_id = $1),
                     (SELECT count(*) FROM trainings WHERE tenant_id = $1 AND status IN ('queued', 'running'))",
         )
         .bind(id.to_string())
         .fetch_one(&self.pool)
         .await?;
-        Ok(Usage { concepts, trainings })
+        let number = |count: i64| u32::try_from(count).unwrap_or(u32::MAX);
+        Ok(Usage {
+            concepts: number(concepts),
+            trainings: number(trainings),
+        })
     }
 
     /// Removes a tenant with everything that is its: keys, concepts, trainings, generations, pictures.
@@ -198,10 +213,19 @@ impl Registry {
     /// When the database or the blob store fails.
     pub async fn delete_tenant(&self, id: TenantId) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
+        // Whatever is added to the tenant from here on fails, or waits for the end.
+        sqlx::query(locking!(
+            self.backend,
+            "SELECT id FROM tenants WHERE id = $1",
+            " FOR UPDATE"
+        ))
+        .bind(id.to_string())
+        .fetch_optional(&mut *transaction)
+        .await?;
         let blobs: Vec<(Option<String>,)> = sqlx::query_as(
             "WITH own AS (SELECT id FROM concepts WHERE tenant_id = $1)
-             SELECT blob FROM concept_pictures WHERE concept_id IN own
-             UNION SELECT hash FROM concept_versions WHERE concept_id IN own
+             SELECT blob FROM concept_pictures WHERE concept_id IN (SELECT id FROM own)
+             UNION SELECT hash FROM concept_versions WHERE concept_id IN (SELECT id FROM own)
              UNION SELECT checkpoint FROM trainings WHERE tenant_id = $1
              UNION SELECT p.blob FROM training_previews p JOIN trainings t ON t.id = p.training_id WHERE t.tenant_id = $1
              UNION SELECT blob FROM images WHERE tenant_id = $1",
@@ -217,5 +241,90 @@ impl Registry {
         let blobs: Vec<String> = blobs.into_iter().filter_map(|(blob,)| blob).collect();
         self.remove_unreferenced(&blobs).await?;
         Ok(deleted.rows_affected() > 0)
+    }
+
+    /// Admits a generation among those of all processes: its pictures are counted in the present second, unless that would
+    /// exceed what the tenant may draw in a minute. The second is the answer; how much there is already, the refusal.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn admit(
+        &self,
+        id: TenantId,
+        pictures: u32,
+        per_minute: Option<u32>,
+    ) -> Result<Result<i64, MinuteFull>, RegistryError> {
+        let second = self.lease_time().await? / 1000;
+        let mut transaction = self.write().await?;
+        self.hold_name(&mut transaction, "tally", &id.to_string()).await?;
+        let (drawn, oldest): (i64, i64) = sqlx::query_as(
+            "SELECT CAST(coalesce(sum(pictures), 0) AS BIGINT), coalesce(min(second), $3) FROM picture_tallies
+             WHERE tenant_id = $1 AND second > $2",
+        )
+        .bind(id.to_string())
+        .bind(second - 60)
+        .bind(second)
+        .fetch_one(&mut *transaction)
+        .await?;
+        if let Some(limit) = per_minute
+            && drawn + i64::from(pictures) > i64::from(limit)
+        {
+            return Ok(Err(MinuteFull {
+                drawn: u32::try_from(drawn).unwrap_or(u32::MAX),
+                wait: Duration::from_secs(u64::try_from(oldest + 60 - second).unwrap_or(1).max(1)),
+            }));
+        }
+        sqlx::query("DELETE FROM picture_tallies WHERE tenant_id = $1 AND second <= $2")
+            .bind(id.to_string())
+            .bind(second - 60)
+            .execute(&mut *transaction)
+            .await?;
+        sqlx::query(
+            "INSERT INTO picture_tallies (tenant_id, second, pictures) VALUES ($1, $2, $3)
+             ON CONFLICT (tenant_id, second) DO UPDATE SET pictures = picture_tallies.pictures + excluded.pictures",
+        )
+        .bind(id.to_string())
+        .bind(second)
+        .bind(i64::from(pictures))
+        .execute(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(Ok(second))
+    }
+
+    /// Takes back what [`Self::admit`] counted in that second.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn take_back(&self, id: TenantId, second: i64, pictures: u32) -> Result<(), RegistryError> {
+        sqlx::query("UPDATE picture_tallies SET pictures = pictures - $1 WHERE tenant_id = $2 AND second = $3")
+            .bind(i64::from(pictures))
+            .bind(id.to_string())
+            .bind(second)
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+
+    /// What a tenant does at the moment in all processes: generations that are queued or running and not begun by this
+    /// process for somebody who waits, and pictures of the last minute.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn activity(&self, id: TenantId) -> Result<(u32, u32), RegistryError> {
+        let second = self.lease_time().await? / 1000;
+        let (generations, pictures): (i64, i64) = sqlx::query_as(
+            "SELECT (SELECT count(*) FROM generations WHERE tenant_id = $1 AND status IN ('queued', 'running')
+                     AND (background = 1 OR owner <> $2)),
+                    (SELECT CAST(coalesce(sum(pictures), 0) AS BIGINT) FROM picture_tallies
+                     WHERE tenant_id = $1 AND second > $3)",
+        )
+        .bind(id.to_string())
+        .bind(self.process.to_string())
+        .bind(second - 60)
+        .fetch_one(&self.pool)
+        .await?;
+        let number = |count: i64| u32::try_from(count).unwrap_or(u32::MAX);
+        Ok((number(generations), number(pictures)))
     }
 }

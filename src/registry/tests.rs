@@ -1,6 +1,37 @@
 //! Databases of older versions, and what tenants do not share.
+//!
+//! Every test of this room that asks for [`test_registry`] runs on SQLite and files; `scripts/with-postgres.sh` runs them
+//! on PostgreSQL and S3 too, by two variables.
 
 use super::*;
+
+/// A registry of its own: on SQLite and files; on PostgreSQL where COAR_TEST_DATABASE has the address of a server on which
+/// databases can be made, and on S3 where COAR_TEST_BLOBS names a bucket.
+pub(crate) async fn test_registry() -> (tempfile::TempDir, Registry) {
+    let (dir, storage) = test_storage().await;
+    (dir, Registry::connect(&storage).await.unwrap())
+}
+
+/// The same, for several that share it.
+pub(crate) async fn test_storage() -> (tempfile::TempDir, Storage) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut storage = Storage::folder(dir.path());
+    let name = format!("coar_test_{}", uuid::Uuid::new_v4().simple());
+    if let Ok(server) = std::env::var("COAR_TEST_DATABASE") {
+        sqlx::any::install_default_drivers();
+        let (address, _) = server.rsplit_once('/').unwrap();
+        let pool = AnyPool::connect(&server).await.unwrap();
+        sqlx::query(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}")))
+            .execute(&pool)
+            .await
+            .unwrap();
+        storage.database = Some(format!("{address}/{name}"));
+    }
+    if let Ok(bucket) = std::env::var("COAR_TEST_BLOBS") {
+        storage.blobs = Some(format!("{bucket}/{name}"));
+    }
+    (dir, storage)
+}
 use crate::concept::ConceptKind;
 use crate::ids::{ConceptId, ImageId, TenantId, TrainingId};
 use crate::training::{Preset, TrainingSpec};
@@ -17,11 +48,7 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
         hashes.push(blobs.put(bytes.into()).await.unwrap());
     }
     {
-        let options = SqliteConnectOptions::new()
-            .filename(dir.path().join("coar.sqlite"))
-            .create_if_missing(true)
-            .foreign_keys(true);
-        let pool = SqlitePool::connect_with(options).await.unwrap();
+        let pool = db::open_sqlite(&dir.path().join("coar.sqlite")).await.unwrap();
         let mut first = sqlx::migrate!("migrations/sqlite");
         first.migrations = first.iter().take(1).cloned().collect::<Vec<_>>().into();
         first.run(&pool).await.unwrap();
@@ -110,8 +137,7 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
 
 #[tokio::test]
 async fn tenants_have_names_of_their_own_and_go_with_all_they_have() {
-    let dir = tempfile::tempdir().unwrap();
-    let registry = Registry::open(dir.path()).await.unwrap();
+    let (_dir, registry) = test_registry().await;
     let acme = registry.add_tenant("acme", Quotas::default()).await.unwrap();
     assert!(matches!(
         registry.add_tenant("acme", Quotas::default()).await,

@@ -2,9 +2,9 @@
 
 use bytes::Bytes;
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
-use super::blobs::content_hash;
+use super::db::number;
 use super::{Listed, Page, Registry, RegistryError, now};
 use crate::ids::{ConceptId, TenantId, TrainingId};
 
@@ -20,11 +20,11 @@ pub struct Version {
     pub created_at: i64,
 }
 
-fn version(row: &SqliteRow) -> Result<Version, RegistryError> {
+fn version(row: &AnyRow) -> Result<Version, RegistryError> {
     let training: Option<String> = row.try_get("training_id")?;
     let training = training.map(|id| id.parse().map_err(|_| RegistryError::Row(format!("training `{id}`"))));
     Ok(Version {
-        number: row.try_get("number")?,
+        number: number(row, "number")?,
         hash: row.try_get("hash")?,
         training: training.transpose()?,
         created_at: row.try_get("created_at")?,
@@ -42,7 +42,7 @@ impl Registry {
              WHERE concept_id = $1 AND ($2 IS NULL OR number < $2) ORDER BY number DESC LIMIT $3",
         )
         .bind(concept.to_string())
-        .bind(page.after)
+        .bind(page.after.map(i64::from))
         .bind(page.fetched())
         .fetch_all(&self.pool)
         .await?;
@@ -58,7 +58,7 @@ impl Registry {
             "SELECT number, hash, training_id, created_at FROM concept_versions WHERE concept_id = $1 AND number = $2",
         )
         .bind(concept.to_string())
-        .bind(number)
+        .bind(i64::from(number))
         .fetch_optional(&self.pool)
         .await?;
         row.as_ref().map(version).transpose()
@@ -69,12 +69,31 @@ impl Registry {
     /// # Errors
     /// When the database or the blob store fails.
     pub async fn add_preview(&self, training: TrainingId, step: u32, png: Bytes) -> Result<(), RegistryError> {
-        let blob = content_hash(&png);
+        let stored = self.store(vec![png]).await?;
+        let added = self.replace_preview(training, step, stored.first()).await;
+        let hashes = stored.release();
+        match added {
+            Ok(Some(before)) => self.remove_unreferenced(&before).await,
+            Ok(None) => self.remove_unreferenced(&hashes).await,
+            Err(error) => {
+                self.remove_unreferenced(&hashes).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// The blobs that are not needed any more; `None`: nothing was kept.
+    async fn replace_preview(
+        &self,
+        training: TrainingId,
+        step: u32,
+        blob: &str,
+    ) -> Result<Option<Vec<String>>, RegistryError> {
         let mut transaction = self.write().await?;
         let before: Option<(String,)> =
             sqlx::query_as("SELECT blob FROM training_previews WHERE training_id = $1 AND step = $2")
                 .bind(training.to_string())
-                .bind(step)
+                .bind(i64::from(step))
                 .fetch_optional(&mut *transaction)
                 .await?;
         let added = sqlx::query(
@@ -83,21 +102,16 @@ impl Registry {
              ON CONFLICT (training_id, step) DO UPDATE SET blob = excluded.blob, created_at = excluded.created_at",
         )
         .bind(training.to_string())
-        .bind(step)
-        .bind(&blob)
+        .bind(i64::from(step))
+        .bind(blob)
         .bind(now())
         .execute(&mut *transaction)
         .await?;
         if added.rows_affected() == 0 {
-            return Ok(());
+            return Ok(None);
         }
-        // Within the transaction: whoever deletes the training comes before, and nothing is stored, or after.
-        let storing = self.blobs.storing().await;
-        self.blobs.put(png).await?;
         transaction.commit().await?;
-        drop(storing);
-        let before: Vec<String> = before.into_iter().map(|(blob,)| blob).collect();
-        self.remove_unreferenced(&before).await
+        Ok(Some(before.into_iter().map(|(before,)| before).filter(|before| before != blob).collect()))
     }
 
     /// The blob of the picture that a tenant's training drew after that step.
@@ -116,7 +130,7 @@ impl Registry {
         )
         .bind(tenant.to_string())
         .bind(training.to_string())
-        .bind(step)
+        .bind(i64::from(step))
         .fetch_optional(&self.pool)
         .await?;
         Ok(row.map(|(blob,)| blob))

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use sqlx::Row;
-use sqlx::sqlite::SqliteRow;
+use sqlx::any::AnyRow;
 
-use super::{Registry, RegistryError, identifier, now};
+use super::db::{Transaction, identifier, locking, number};
+use super::{Registry, RegistryError, now};
 use crate::ids::{DeliveryId, TenantId};
 
 /// Something to tell.
@@ -45,18 +46,18 @@ pub struct Attempt {
     pub again_at: Option<i64>,
 }
 
-fn delivery(row: &SqliteRow) -> Result<Delivery, RegistryError> {
+fn delivery(row: &AnyRow) -> Result<Delivery, RegistryError> {
     Ok(Delivery {
         id: identifier(row, "id")?,
         url: row.try_get("url")?,
         body: row.try_get("body")?,
         secret: row.try_get("webhook_secret")?,
-        attempt: row.try_get("attempt")?,
+        attempt: number(row, "attempt")?,
     })
 }
 
 pub(super) async fn insert_delivery(
-    transaction: &mut sqlx::Transaction<'static, sqlx::Sqlite>,
+    transaction: &mut Transaction,
     new: &NewDelivery,
 ) -> Result<(), RegistryError> {
     let at = now();
@@ -94,13 +95,15 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn claim_deliveries(&self, limit: usize, lease: Duration) -> Result<Vec<Delivery>, RegistryError> {
-        let at = now();
+        let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
-        let rows = sqlx::query(
+        let rows = sqlx::query(locking!(
+            self.backend,
             "SELECT d.id, d.url, d.body, d.attempt + 1 AS attempt, t.webhook_secret FROM webhook_deliveries d
              JOIN tenants t ON t.id = d.tenant_id
              WHERE d.status = 'pending' AND d.next_at <= $1 ORDER BY d.next_at, d.id LIMIT $2",
-        )
+            " FOR UPDATE OF d SKIP LOCKED"
+        ))
         .bind(at)
         .bind(limit as i64)
         .fetch_all(&mut *transaction)
@@ -108,7 +111,7 @@ impl Registry {
         let due = rows.iter().map(delivery).collect::<Result<Vec<_>, _>>()?;
         for delivery in &due {
             sqlx::query("UPDATE webhook_deliveries SET attempt = $1, next_at = $2 WHERE id = $3")
-                .bind(delivery.attempt)
+                .bind(i64::from(delivery.attempt))
                 .bind(at + lease.as_millis() as i64)
                 .bind(delivery.id.to_string())
                 .execute(&mut *transaction)
@@ -130,11 +133,11 @@ impl Registry {
         };
         sqlx::query(
             "UPDATE webhook_deliveries SET status = $1, next_at = coalesce($2, next_at), last_status = $3, last_error = $4,
-             finished_at = iif($1 = 'pending', NULL, $5) WHERE id = $6",
+             finished_at = CASE WHEN $1 = 'pending' THEN NULL ELSE $5 END WHERE id = $6",
         )
         .bind(status)
         .bind(attempt.again_at)
-        .bind(attempt.status)
+        .bind(attempt.status.map(i64::from))
         .bind(&attempt.problem)
         .bind(now())
         .bind(id.to_string())
@@ -174,8 +177,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_delivery_keeps_its_id_over_all_attempts() {
-        let dir = tempfile::tempdir().unwrap();
-        let registry = Registry::open(dir.path()).await.unwrap();
+        let (_dir, registry) = crate::registry::tests::test_registry().await;
         let new = NewDelivery {
             tenant: TenantId::DEFAULT,
             subject: "generation_1".to_owned(),

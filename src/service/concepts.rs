@@ -162,12 +162,9 @@ impl Service {
         if let Some(taken) = taken {
             return Err(self.name_taken(&taken, &input).await);
         }
-        let storing = self.registry.blobs.storing().await;
-        for png in cleaned {
-            self.registry.blobs.put(png.into()).await?;
-        }
+        let stored = self.registry.store(cleaned.into_iter().map(Into::into).collect()).await?;
         let added = self.registry.add_concept(caller.tenant, &new, &spec).await;
-        drop(storing);
+        drop(stored);
         match added {
             Ok((concept, training)) => {
                 self.wake.now();
@@ -196,7 +193,7 @@ impl Service {
             .parse()
             .map_err(|problem: String| Error::field("invalid_value", "kind", problem))?;
         let class = registration.class.map(|class| class.trim().to_owned());
-        let info = self.engine.info();
+        let info = self.executor.info();
         let mut spec = TrainingSpec::preset(info.preset, kind, &name, class.as_deref(), info.layers);
         let settings = TrainingSettings {
             captions: Some(registration.captions),
@@ -373,7 +370,7 @@ impl Service {
         bytes: Bytes,
         name: Option<String>,
     ) -> Result<ConceptView, Error> {
-        let file = self.engine.info().read_concept(&bytes).map_err(|error| {
+        let file = self.executor.info().read_concept(&bytes).map_err(|error| {
             Error::new(
                 ErrorKind::Invalid,
                 "invalid_concept_file",
@@ -390,12 +387,11 @@ impl Service {
             class_noun: file.header.class_noun,
             ..NewConcept::new(name, file.header.kind)
         };
-        let storing = self.registry.blobs.storing().await;
-        let version = self.registry.blobs.put(bytes).await?;
-        let added = self.registry.add_ready_concept(caller.tenant, &new, &version).await;
-        drop(storing);
+        let stored = self.registry.store(vec![bytes]).await?;
+        let added = self.registry.add_ready_concept(caller.tenant, &new, stored.first()).await;
+        let hashes = stored.release();
         if added.is_err() {
-            self.registry.remove_unreferenced(&[version]).await?;
+            self.registry.remove_unreferenced(&hashes).await?;
         }
         let concept = added?;
         Ok(ConceptView {

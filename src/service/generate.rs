@@ -6,9 +6,9 @@ use super::concepts::{no_concept, not_ready};
 use super::placement::{Placeable, place};
 use super::{Caller, ConceptView, Service};
 use crate::concept::{concept_names, parse_prompt};
-use crate::engine::{Cost, GenerateRequest, GenerationEvent, GenerationStream};
+use crate::cluster::{EventStream, Prepared};
+use crate::engine::{Cost, GenerationEvent};
 use crate::error::{Error, ErrorKind};
-use crate::jobs::{concept_use, engine_request};
 use crate::picture::{PictureFormat, RgbPicture};
 use crate::registry::{Concept, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage};
 
@@ -45,7 +45,7 @@ pub struct GenerateInput {
 pub struct Plan {
     /// As it would be stored; the prompt has every concept in it.
     pub new: NewGeneration,
-    pub request: GenerateRequest,
+    pub prepared: Prepared,
     pub cost: Cost,
 }
 
@@ -125,21 +125,18 @@ impl Service {
             .limit(self.limits.prompt as u64));
         }
         let (prompt, found) = self.placed(caller, &input).await?;
-        let (mut concepts, mut uses) = (Vec::new(), Vec::new());
+        let mut concepts = Vec::new();
         for concept in found {
             let (Some(hash), Some(version)) = (concept.version.clone(), concept.version_number) else {
                 let training = self.registry.latest_training(caller.tenant, concept.id).await?;
                 return Err(not_ready(&ConceptView { concept, training }));
             };
-            let used = GenerationConcept {
+            concepts.push(GenerationConcept {
                 name: concept.name,
                 kind: concept.kind,
                 version,
                 hash,
-            };
-            let file = self.registry.blobs.get(&used.hash).await?;
-            uses.push(concept_use(&self.engine, &used, &file)?);
-            concepts.push(used);
+            });
         }
         let mut new = NewGeneration {
             tenant: caller.tenant,
@@ -150,15 +147,16 @@ impl Service {
             metadata: Value::Object(Map::new()),
             webhook_url: None,
             total: 0,
+            priority: 0,
         };
-        let request = engine_request(&new, uses);
-        let cost = self.engine.cost(&request)?;
+        let prepared = self.executor.prepare(&new).await?;
+        let cost = prepared.cost;
         new.total = u32::try_from(cost.image).unwrap_or(u32::MAX);
-        Ok(Plan { new, request, cost })
+        Ok(Plan { new, prepared, cost })
     }
 
     fn settings(&self, input: &GenerateInput) -> Result<GenerationSettings, Error> {
-        let info = self.engine.info();
+        let info = self.executor.info();
         let (width, height) = input.size.unwrap_or(info.sizes[0]);
         if !info.sizes.contains(&(width, height)) {
             let known: Vec<String> = info.sizes.iter().map(|(w, h)| format!("{w}x{h}")).collect();
@@ -227,8 +225,8 @@ impl Service {
     /// # Errors
     /// When the engine is overloaded or stopping.
     #[tracing::instrument(name = "service.generate", skip_all)]
-    pub fn draw(&self, plan: &Plan) -> Result<GenerationStream, Error> {
-        Ok(self.engine.generate(plan.request.clone())?)
+    pub async fn draw(&self, plan: &Plan) -> Result<EventStream, Error> {
+        self.executor.start(&plan.prepared).await
     }
 }
 
@@ -236,7 +234,7 @@ impl Service {
 ///
 /// # Errors
 /// When the engine stops or fails.
-pub async fn drawn(mut stream: GenerationStream, first_index: u32) -> Result<(Vec<GeneratedImage>, TokenUsage), Error> {
+pub async fn drawn(mut stream: EventStream, first_index: u32) -> Result<(Vec<GeneratedImage>, TokenUsage), Error> {
     let mut images = Vec::new();
     loop {
         match stream.next().await {

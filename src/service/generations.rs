@@ -10,8 +10,8 @@ use super::facts::webhook_form;
 use super::{Caller, GenerateInput, Plan, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::GenerationId;
-use crate::jobs::{DrawEvent, Waiting};
-use crate::registry::{Generation, GenerationStatus, Listed, Page, StoredImage};
+use crate::jobs::{DrawEvent, Held, Waiting};
+use crate::registry::{Backend, Generation, GenerationStatus, Listed, Page, StoredImage};
 
 /// A generation as it stands.
 #[derive(Debug, Clone, PartialEq)]
@@ -119,7 +119,12 @@ impl Service {
         let mut new = plan.new;
         new.background = true;
         admitted.drawing();
-        let generation = self.drawings.queue(new, Box::new(admitted)).await?;
+        // Of a shared database another process may draw it: it counts by its row.
+        let held: Held = match self.registry.backend() {
+            Backend::Sqlite => Box::new(admitted),
+            Backend::Postgres => Box::new(()),
+        };
+        let generation = self.drawings.queue(new, held).await?;
         self.view(generation).await
     }
 
@@ -130,7 +135,7 @@ impl Service {
     #[tracing::instrument(name = "service.generate", skip_all)]
     pub async fn begin_generation(&self, caller: &Caller, plan: Plan) -> Result<Begun, Error> {
         let mut admitted = self.admit(caller, plan.new.settings.n).await?;
-        let (generation, events, waiting) = self.drawings.begin(plan.new, plan.request).await?;
+        let (generation, events, waiting) = self.drawings.begin(plan.new, &plan.prepared).await?;
         admitted.drawing();
         self.drawings.hold(generation.id, Box::new(admitted));
         let view = self.view(generation).await?;

@@ -24,7 +24,8 @@ pub use tenants::QuotaChange;
 pub use trainings::{TrainingQuery, TrainingSettings};
 
 use crate::config::Config;
-use crate::engine::{EngineError, EngineHandle};
+use crate::cluster::Executor;
+use crate::engine::EngineError;
 use crate::error::{Error, ErrorKind};
 use crate::ids::{KeyId, TenantId};
 use crate::jobs::{Drawings, Wake};
@@ -67,12 +68,14 @@ impl Caller {
     }
 }
 
+use crate::jobs::LEASE_LOST;
+
 /// Everything that a use case needs.
 #[derive(Debug, Clone)]
 pub struct Service {
     pub registry: Registry,
     pub keys: Keys,
-    pub engine: EngineHandle,
+    pub executor: Executor,
     pub wake: Wake,
     pub limits: Arc<Limits>,
     pub tallies: Tallies,
@@ -161,6 +164,11 @@ impl From<RegistryError> for Error {
                 Self::field("name_taken", "name", format!("is `{name}`, which another tenant has"))
                     .of_kind(ErrorKind::Conflict)
             }
+            RegistryError::LeaseLost => Self::new(
+                ErrorKind::Conflict,
+                LEASE_LOST,
+                "Another process has taken this over.",
+            ),
             other => Self::internal(other),
         }
     }
@@ -184,6 +192,12 @@ impl From<EngineError> for Error {
             .limit(limit as u64)
             .retry_after(retry_after),
             EngineError::Stopped => Self::new(ErrorKind::Unavailable, "stopping", "The server is stopping."),
+            EngineError::Lost => Self::new(
+                ErrorKind::Unavailable,
+                "worker_lost",
+                "The workers that drew this were lost, and no other can be reached; try again soon.",
+            )
+            .retry_after(std::time::Duration::from_secs(5)),
             EngineError::Device(cause) => Self::internal(cause),
         }
     }

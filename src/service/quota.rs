@@ -1,5 +1,5 @@
-//! How much each tenant may have and do at once. What it has is counted in the database, what it does in memory: one
-//! process serves a data folder.
+//! How much each tenant may have and do at once. What it has is counted in the database; what it does in memory, and where
+//! several processes share a database, there too.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::{Caller, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TenantId;
-use crate::registry::Quotas;
+use crate::registry::{Backend, NameLock, Quotas, Registry};
 
 /// The window of `pictures_per_minute`.
 const MINUTE: Duration = Duration::from_secs(60);
@@ -63,12 +63,15 @@ pub struct Admitted {
     tenant: TenantId,
     /// `None`: no pictures were counted, or they are drawn.
     pictures: Option<u64>,
+    /// The same, of processes that share a database: where they were counted, and how many.
+    shared: Option<(Registry, i64, u32)>,
 }
 
 impl Admitted {
     /// The engine has the request: the pictures count, whatever becomes of them.
     pub fn drawing(&mut self) {
         self.pictures = None;
+        self.shared = None;
     }
 }
 
@@ -79,6 +82,14 @@ impl Drop for Admitted {
             tally.in_flight = tally.in_flight.saturating_sub(1);
             tally.admitted.retain(|admission| Some(admission.id) != self.pictures);
         }
+        drop(tallies);
+        if let Some((registry, second, pictures)) = self.shared.take() {
+            let tenant = self.tenant;
+            // Without a runtime the process ends; the count is a minute's.
+            if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+                runtime.spawn(async move { registry.take_back(tenant, second, pictures).await });
+            }
+        }
     }
 }
 
@@ -87,6 +98,8 @@ impl Drop for Admitted {
 #[must_use]
 pub struct Turn {
     _turn: tokio::sync::OwnedMutexGuard<()>,
+    /// Among all processes.
+    _lock: NameLock,
 }
 
 /// What a use case adds to what a tenant has.
@@ -104,6 +117,11 @@ fn exceeded(quota: &'static str, limit: u32, wait: Duration, what: &str) -> Erro
         ..Error::new(ErrorKind::Overloaded, "quota_exceeded", message)
     };
     error.limit(limit.into()).retry_after(wait)
+}
+
+fn too_many(pictures: u32, limit: u32) -> Error {
+    let problem = format!("is {pictures}; you may draw {limit} pictures a minute");
+    Error::field("quota_exceeded", "n", problem).limit(limit.into())
 }
 
 impl Tally {
@@ -176,8 +194,7 @@ impl Tallies {
         if let Some(limit) = quotas.pictures_per_minute {
             if pictures > limit {
                 // No wait helps: it is the request that is too large.
-                let problem = format!("is {pictures}; you may draw {limit} pictures a minute");
-                return Err(Error::field("quota_exceeded", "n", problem).limit(limit.into()));
+                return Err(too_many(pictures, limit));
             }
             let over = (tally.drawn() + pictures).saturating_sub(limit);
             if over > 0 {
@@ -198,6 +215,7 @@ impl Tallies {
             tallies: self.clone(),
             tenant,
             pictures: id,
+            shared: None,
         })
     }
 
@@ -231,7 +249,39 @@ impl Service {
     /// `quota_exceeded`; when the registry fails.
     pub async fn admit(&self, caller: &Caller, pictures: u32) -> Result<Admitted, Error> {
         let quotas = self.quotas(caller.tenant).await?;
+        if self.registry.backend() == Backend::Postgres {
+            return self.admit_shared(caller.tenant, quotas, pictures).await;
+        }
         self.tallies.admit(caller.tenant, quotas, pictures, Instant::now())
+    }
+
+    /// The same among all processes of a database. Requests in flight that are stored count everywhere, those that are
+    /// answered without being stored at the process that answers them.
+    async fn admit_shared(&self, tenant: TenantId, mut quotas: Quotas, pictures: u32) -> Result<Admitted, Error> {
+        let per_minute = quotas.pictures_per_minute.take();
+        if let Some(limit) = quotas.requests_in_flight {
+            let (elsewhere, _) = self.registry.activity(tenant).await?;
+            if elsewhere >= limit {
+                let what = format!("{elsewhere} requests are queued or running");
+                return Err(exceeded("requests_in_flight", limit, NEXT_REQUEST, &what));
+            }
+            quotas.requests_in_flight = Some(limit - elsewhere);
+        }
+        let mut admitted = self.tallies.admit(tenant, quotas, pictures, Instant::now())?;
+        let Some(limit) = per_minute else { return Ok(admitted) };
+        if pictures > limit {
+            return Err(too_many(pictures, limit));
+        }
+        match self.registry.admit(tenant, pictures, per_minute).await? {
+            Ok(second) => {
+                admitted.shared = Some((self.registry.clone(), second, pictures));
+                Ok(admitted)
+            }
+            Err(full) => {
+                let what = format!("{} pictures were admitted in the last minute", full.drawn);
+                Err(exceeded("pictures_per_minute", limit, full.wait, &what))
+            }
+        }
     }
 
     /// Counts a generation as in flight that was admitted before the server started anew.
@@ -241,6 +291,7 @@ impl Service {
             tallies: self.tallies.clone(),
             tenant,
             pictures: None,
+            shared: None,
         }
     }
 
@@ -250,8 +301,23 @@ impl Service {
     /// When the registry fails.
     pub async fn standing(&self, tenant: TenantId) -> Result<Standing, Error> {
         let quotas = self.quotas(tenant).await?;
+        let shared = match self.registry.backend() {
+            Backend::Postgres => Some(self.registry.activity(tenant).await?),
+            Backend::Sqlite => None,
+        };
         let mut tallies = self.tallies.lock();
-        Ok(tallies.entry(tenant).or_default().standing(quotas, Instant::now()))
+        let mut standing = tallies.entry(tenant).or_default().standing(quotas, Instant::now());
+        drop(tallies);
+        if let Some((requests, pictures)) = shared {
+            if let Some(allowance) = &mut standing.requests {
+                allowance.remaining = allowance.remaining.saturating_sub(requests);
+            }
+            if let Some(allowance) = &mut standing.pictures {
+                allowance.remaining = allowance.limit.saturating_sub(pictures);
+                allowance.reset = if pictures == 0 { Duration::ZERO } else { MINUTE };
+            }
+        }
+        Ok(standing)
     }
 
     /// Waits for the tenant's turn and checks that the addition has room. The turn is held until it is stored, so that
@@ -261,6 +327,7 @@ impl Service {
     /// `quota_exceeded`; when the registry fails.
     pub async fn turn(&self, caller: &Caller, addition: Addition) -> Result<Turn, Error> {
         let turn = self.tallies.turn(caller.tenant).lock_owned().await;
+        let lock = self.registry.lock_name("tenant", &caller.tenant.to_string()).await?;
         let quotas = self.quotas(caller.tenant).await?;
         let usage = self.registry.usage(caller.tenant).await?;
         if let Some(limit) = quotas.concepts
@@ -277,7 +344,10 @@ impl Service {
             let what = format!("{} trainings are queued or running", usage.trainings);
             return Err(exceeded("trainings", limit, NEXT_TRAINING, &what));
         }
-        Ok(Turn { _turn: turn })
+        Ok(Turn {
+            _turn: turn,
+            _lock: lock,
+        })
     }
 }
 

@@ -94,7 +94,7 @@ impl Service {
             );
             return Err(Error::new(ErrorKind::Conflict, "no_reference_pictures", message));
         }
-        let info = self.engine.info();
+        let info = self.executor.info();
         let latest = self.registry.latest_training(caller.tenant, concept.id).await?;
         let class = concept.class_noun.as_deref();
         let preset = || TrainingSpec::preset(info.preset, concept.kind, &concept.name, class, info.layers);
@@ -114,6 +114,7 @@ impl Service {
             spec: &spec,
             input: &input_fingerprint(&concept.pictures, &spec)?,
             webhook_url: webhook_url.as_deref(),
+            priority: 0,
         };
         let queued = self.registry.add_training(&concept, new).await?;
         self.wake.now();

@@ -3,12 +3,11 @@
 use super::*;
 use crate::concept::ConceptKind;
 use crate::registry::NewConcept;
+use crate::registry::blobs::content_hash;
 use crate::training::Preset;
 
 async fn registry() -> (tempfile::TempDir, Registry) {
-    let dir = tempfile::tempdir().unwrap();
-    let registry = Registry::open(dir.path()).await.unwrap();
-    (dir, registry)
+    crate::registry::tests::test_registry().await
 }
 
 async fn add(registry: &Registry, name: &str) -> Training {
@@ -49,12 +48,14 @@ async fn only_the_lease_holder_writes() {
         Err(RegistryError::LeaseLost)
     ));
     assert!(matches!(
-        registry.succeed(&slow, "x", &serde_json::json!({})).await,
+        registry.succeed(&slow, "x".into(), &serde_json::json!({})).await,
         Err(RegistryError::LeaseLost)
     ));
-    registry.succeed(&next, "y", &serde_json::json!({})).await.unwrap();
+    registry.succeed(&next, "y".into(), &serde_json::json!({})).await.unwrap();
     let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
-    assert_eq!(concept.version.as_deref(), Some("y"));
+    assert_eq!(concept.version, Some(content_hash(b"y")));
+    // Nothing is left of what the slow one wanted to publish.
+    assert!(registry.blobs.get(&content_hash(b"x")).await.is_err());
 }
 
 #[tokio::test]
@@ -64,9 +65,8 @@ async fn checkpoints_replace_each_other_and_go_at_the_end() {
     let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
     let mut blobs = vec![];
     for step in 1..3 {
-        let blob = registry.blobs.put(vec![step].into()).await.unwrap();
-        registry.record_checkpoint(&claimed, step.into(), &blob).await.unwrap();
-        blobs.push(blob);
+        registry.record_checkpoint(&claimed, step.into(), vec![step].into()).await.unwrap();
+        blobs.push(content_hash(&[step]));
     }
     assert!(registry.blobs.get(&blobs[0]).await.is_err());
     assert!(registry.blobs.get(&blobs[1]).await.is_ok());
@@ -77,7 +77,7 @@ async fn checkpoints_replace_each_other_and_go_at_the_end() {
         (again.training.resumed_from_step, again.training.checkpoint.as_ref()),
         (2, Some(&blobs[1]))
     );
-    registry.succeed(&again, "v", &serde_json::json!({})).await.unwrap();
+    registry.succeed(&again, "v".into(), &serde_json::json!({})).await.unwrap();
     assert!(registry.blobs.get(&blobs[1]).await.is_err());
 }
 
@@ -87,6 +87,9 @@ async fn failures_are_retried_a_few_times_and_permanent_ones_never() {
     add(&registry, "rex").await;
     let error = serde_json::json!({"code": "internal_error"});
     for attempt in 1..=ATTEMPTS {
+        // Not at once: whatever failed gets time to recover.
+        assert!(attempt == 1 || registry.claim_training(60_000).await.unwrap().is_none());
+        sqlx::query("UPDATE trainings SET not_before = 0").execute(&registry.pool).await.unwrap();
         let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
         registry.fail(&claimed, &error, true).await.unwrap();
         let status = registry
@@ -184,7 +187,7 @@ async fn tenants_take_turns_and_what_was_interrupted_goes_on_first() {
     registry.release(&first).await.unwrap();
     let again = claim().await;
     assert_eq!((number(&again), again.training.attempt), (0, 1));
-    registry.succeed(&other, "x", &serde_json::json!({})).await.unwrap();
+    registry.succeed(&other, "x".into(), &serde_json::json!({})).await.unwrap();
     assert_eq!(number(&claim().await), 4);
 }
 
@@ -194,8 +197,7 @@ async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
     let tenant = TenantId::DEFAULT;
     let id = add(&registry, "rex").await.id;
     let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
-    let blob = registry.blobs.put(vec![1].into()).await.unwrap();
-    registry.record_checkpoint(&claimed, 20, &blob).await.unwrap();
+    registry.record_checkpoint(&claimed, 20, vec![1].into()).await.unwrap();
     for step in [15, 30] {
         registry.add_preview(id, step, vec![step as u8].into()).await.unwrap();
     }
@@ -210,6 +212,7 @@ async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
         spec: &seen.spec,
         input: "x",
         webhook_url: Some("https://example.com"),
+        priority: 0,
     };
     let other = registry.add_training(&concept, new).await.unwrap().unwrap();
     for busy in [
@@ -233,4 +236,63 @@ async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
     assert_eq!(registry.blobs.all().await.unwrap().len(), 3);
     let resumed = registry.claim_training(60_000).await.unwrap().unwrap();
     assert_eq!((resumed.training.id, resumed.training.resumed_from_step), (id, 20));
+}
+
+#[tokio::test]
+async fn a_training_that_takes_its_workers_with_it_fails_in_the_end() {
+    let (_dir, registry) = registry().await;
+    let id = add(&registry, "rex").await.id;
+    let lost = || async { registry.claim_training(-1).await.unwrap() };
+    for _ in 0..TAKEOVERS {
+        lost().await.unwrap();
+    }
+    // With a checkpoint in between it has moved on.
+    let moved = lost().await.unwrap();
+    registry.record_checkpoint(&moved, 20, vec![1].into()).await.unwrap();
+    for _ in 0..TAKEOVERS {
+        lost().await.unwrap();
+    }
+    assert!(lost().await.is_none());
+    let ended = registry.training(TenantId::DEFAULT, id).await.unwrap().unwrap();
+    assert_eq!((ended.status, &ended.error.unwrap()["code"]), (TrainingStatus::Failed, &"interrupted".into()));
+    // Whoever knows better may try again.
+    registry.retry_training(TenantId::DEFAULT, id).await.unwrap();
+    assert_eq!(registry.claim_training(60_000).await.unwrap().unwrap().training.id, id);
+}
+
+#[tokio::test]
+async fn one_of_many_takes_each_training() {
+    let (_dir, storage) = crate::registry::tests::test_storage().await;
+    let first = Registry::connect(&storage).await.unwrap();
+    for number in 0..12 {
+        add(&first, &format!("c{number}")).await;
+    }
+    let mut takers = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let storage = storage.clone();
+        takers.spawn(async move {
+            let registry = Registry::connect(&storage).await.unwrap();
+            let mut taken = Vec::new();
+            while let Some(next) = registry.claim_training(60_000).await.unwrap() {
+                taken.push(next.training.id);
+            }
+            taken
+        });
+    }
+    let taken: Vec<_> = takers.join_all().await.concat();
+    assert_eq!(taken.len(), 12);
+    assert_eq!(taken.iter().collect::<std::collections::HashSet<_>>().len(), 12);
+}
+
+#[tokio::test]
+async fn the_more_urgent_of_a_tenant_comes_first() {
+    let (_dir, registry) = registry().await;
+    add(&registry, "rex").await;
+    let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Style, "ink", None, 6);
+    let urgent = NewConcept {
+        priority: 3,
+        ..NewConcept::new("ink", ConceptKind::Style)
+    };
+    let urgent = registry.add_concept(TenantId::DEFAULT, &urgent, &spec).await.unwrap().1;
+    assert_eq!(registry.claim_training(60_000).await.unwrap().unwrap().training.id, urgent.id);
 }

@@ -1,0 +1,211 @@
+//! What the roles have in common.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::GRACE;
+use crate::api;
+use crate::cluster::{Executor, Hot, Member};
+use crate::config::Config;
+use crate::engine::EngineHandle;
+use crate::jobs::{AddressPolicy, Drawings, Wakes, Webhooks, Worker, sweep};
+use crate::registry::{Backend, DataLock, Registry, Storage};
+use crate::service::Links;
+use crate::telemetry::meters;
+
+/// Background generations take a quarter of the engine's queue, at most so many of its places: the rest is for whoever
+/// waits.
+const BACKGROUND_LIMIT: usize = 32;
+/// How often jobs are counted for the metrics: a scrape reads the last count and never the database.
+const JOB_COUNT: Duration = Duration::from_secs(2);
+
+/// Database and blobs, and where they are this process's alone the lock that says so.
+pub(super) struct Opened {
+    pub registry: Registry,
+    pub lock: Option<DataLock>,
+}
+
+/// Opens what is kept. Where it is this process's alone, what the last one has left is taken care of.
+pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
+    let storage = Storage {
+        data: config.storage.data.clone(),
+        database: config.storage.database.clone(),
+        blobs: config.storage.blobs.clone(),
+    };
+    if storage.is_shared() {
+        let registry = Registry::connect(&storage).await?;
+        tracing::info!(process = %registry.process(), "this process shares its database");
+        return Ok(Opened { registry, lock: None });
+    }
+    let lock = DataLock::take(&storage.data)?;
+    let registry = Registry::connect(&storage).await?;
+    registry.forget_processes().await?;
+    let released = registry.release_all().await?;
+    if released > 0 {
+        tracing::info!(
+            trainings = released,
+            "a previous server left trainings behind; they go on from their checkpoints"
+        );
+    }
+    let freed = registry.release_keys().await?;
+    if freed > 0 {
+        tracing::info!(
+            keys = freed,
+            "requests with an idempotency key ended with the previous server; they may be sent again"
+        );
+    }
+    let orphans = registry.collect_garbage().await?;
+    if orphans > 0 {
+        tracing::info!(blobs = orphans, "removed what an interrupted registration left");
+    }
+    Ok(Opened {
+        registry,
+        lock: Some(lock),
+    })
+}
+
+pub(super) fn webhooks(config: &Config, registry: &Registry, links: &Arc<Links>, own_address: &str) -> Webhooks {
+    let policy = AddressPolicy {
+        allow_private: config.webhook_allow_private.is_on(),
+    };
+    Webhooks::new(registry.clone(), api::describe(links.clone(), own_address), policy)
+}
+
+pub(super) fn drawings(
+    config: &Config,
+    registry: &Registry,
+    executor: &Executor,
+    webhooks: &Webhooks,
+    wakes: &Wakes,
+) -> Drawings {
+    let background = (config.engine.queue / 4).min(BACKGROUND_LIMIT);
+    let provenance = config.provenance.is_on();
+    Drawings::new(registry.clone(), executor.clone(), webhooks.clone(), background, provenance).with_wakes(wakes)
+}
+
+/// What this process tells the others of itself.
+pub(super) fn member(config: &Config, address: Option<String>, engine: Option<&EngineHandle>) -> Member {
+    Member {
+        role: config.role.as_str(),
+        address,
+        engine: engine.cloned(),
+        hot: Hot::default(),
+        draining: Arc::new(AtomicBool::new(false)),
+    }
+}
+
+/// Says that this process lives: once, and where there may be others until `ended`.
+pub(super) async fn announce(
+    registry: &Registry,
+    member: &Member,
+    ended: &CancellationToken,
+    tracker: &TaskTracker,
+) -> anyhow::Result<()> {
+    member.announce(registry).await?;
+    if registry.backend() == Backend::Postgres {
+        tracker.spawn(member.clone().beat(registry.clone(), ended.clone()));
+    }
+    Ok(())
+}
+
+/// Removal of what has expired, and counting.
+pub(super) fn upkeep(config: &Config, registry: &Registry, tracker: &TaskTracker, stop: &CancellationToken) {
+    tracker.spawn(sweep(registry.clone(), config.keep_images(), stop.clone()));
+    tracker.spawn(count_jobs(registry.clone(), stop.clone()));
+}
+
+/// Generations: those of the queue where this process draws, and all of its own where others may take them.
+pub(super) fn draw(
+    drawings: Drawings,
+    here: bool,
+    registry: &Registry,
+    tracker: &TaskTracker,
+    stop: &CancellationToken,
+) {
+    if registry.backend() == Backend::Postgres {
+        tracker.spawn(drawings.clone().watch_over(stop.clone()));
+    }
+    if here {
+        tracker.spawn(drawings.work(stop.clone()));
+    } else {
+        tracker.spawn(drawings.finish(stop.clone()));
+    }
+}
+
+/// Trainings, as many at once as the operator wants.
+pub(super) fn train(
+    config: &Config,
+    registry: &Registry,
+    engine: &EngineHandle,
+    wakes: &Wakes,
+    (tracker, stop): (&TaskTracker, &CancellationToken),
+) {
+    let worker = Worker {
+        registry: registry.clone(),
+        engine: engine.clone(),
+        wake: wakes.trainings.clone(),
+        stop: stop.clone(),
+        previews: config.engine.training_previews,
+    };
+    for _ in 0..config.engine.training_slots {
+        tracker.spawn(worker.clone().work());
+    }
+}
+
+/// Publishes how many jobs there are in each status.
+async fn count_jobs(registry: Registry, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(JOB_COUNT);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        match registry.training_counts().await {
+            Ok(counts) => {
+                for (status, count) in counts {
+                    meters()
+                        .jobs
+                        .with_label_values(&["training", status.as_str()])
+                        .set(count);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "jobs cannot be counted"),
+        }
+    }
+}
+
+/// What a process ends with.
+pub(super) struct Device {
+    pub engine: Option<EngineHandle>,
+    pub member: Member,
+    /// From then on it does not say any more that it lives.
+    pub ended: CancellationToken,
+}
+
+impl Device {
+    /// Ends the engine and the background work, and tells the others.
+    pub(super) async fn end(self, registry: &Registry, tracker: &TaskTracker) -> anyhow::Result<()> {
+        let Self { engine, member, ended } = self;
+        drop(member);
+        if let Some(engine) = &engine
+            && !engine.drain(GRACE).await
+        {
+            tracing::error!("the device does not answer; trainings go on from their last checkpoint");
+        }
+        ended.cancel();
+        if tokio::time::timeout(GRACE, tracker.wait()).await.is_err() {
+            tracing::error!("background work does not end; its leases run out by themselves");
+        }
+        if let Err(error) = registry.leave().await {
+            tracing::warn!(%error, "the others will notice by themselves that this process is gone");
+        }
+        // Waits for the device thread, which must not hold up the runtime's own.
+        tokio::task::spawn_blocking(move || drop(engine)).await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,111 @@
+//! The worker's role: no API, but a device; it draws for API processes, and takes generations and trainings from the queue.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::parts::{self, Device, Opened};
+use super::{GRACE, HAND_BACK};
+use crate::cluster::{Executor, WorkerState, worker_router, worker_token};
+use crate::config::Config;
+use crate::engine::EngineHandle;
+use crate::jobs::Wakes;
+use crate::service::Links;
+
+/// Where the others reach this machine, where nobody has said it.
+fn own_address(listens: SocketAddr) -> String {
+    if !listens.ip().is_unspecified() {
+        return format!("http://{listens}");
+    }
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = match name.trim() {
+        "" => "127.0.0.1",
+        name => name,
+    };
+    format!("http://{name}:{}", listens.port())
+}
+
+pub(super) async fn serve(
+    config: Arc<Config>,
+    opened: Opened,
+    listener: TcpListener,
+    load: impl FnOnce() -> anyhow::Result<EngineHandle> + Send + 'static,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let Opened { registry, lock } = opened;
+    let listens = listener.local_addr()?;
+    let address = config.advertise.clone().unwrap_or_else(|| own_address(listens));
+    // Tests and scripts that ask for port 0 read the address from this line.
+    println!("worker listening on http://{listens}");
+    let secret = registry.server_secret().await?;
+    let state = WorkerState::new(&worker_token(&secret));
+    let (tracker, closing) = (TaskTracker::new(), CancellationToken::new());
+    let http = {
+        let (router, closing) = (worker_router(state.clone()), closing.clone());
+        tokio::spawn(async move {
+            axum::serve(listener, router)
+                .with_graceful_shutdown(closing.cancelled_owned())
+                .await
+        })
+    };
+    let engine = tokio::task::spawn_blocking(load).await??;
+    let executor = Executor::local(engine.clone(), registry.clone());
+    let wakes = Wakes::shared(&registry, &stop, &tracker);
+    let links = Arc::new(Links::new(&secret, config.keep_images()));
+    // Web-hooks of what this worker draws name pictures by the API's address, which only the operator knows.
+    let public = config.public_url.as_deref().unwrap_or("").trim_end_matches('/');
+    if public.is_empty() {
+        tracing::warn!("without --public-url web-hooks name pictures by their paths alone");
+    }
+    let webhooks = parts::webhooks(&config, &registry, &links, public);
+    let drawings = parts::drawings(&config, &registry, &executor, &webhooks, &wakes);
+    let member = parts::member(&config, Some(address.clone()), Some(&engine));
+    state.ready(executor, &member);
+    let ended = CancellationToken::new();
+    parts::announce(&registry, &member, &ended, &tracker).await?;
+    parts::upkeep(&config, &registry, &tracker, &stop);
+    tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
+    parts::draw(drawings, true, &registry, &tracker, &stop);
+    parts::train(&config, &registry, &engine, &wakes, (&tracker, &stop));
+    tracker.close();
+    tracing::info!(model = engine.info().id, address, "ready");
+    stop.cancelled().await;
+    tracing::info!("stopping");
+    member.draining.store(true, Ordering::Relaxed);
+    if let Err(error) = member.announce(&registry).await {
+        tracing::warn!(%error, "the others cannot be told that this worker stops");
+    }
+    if !engine.end_trainings(HAND_BACK).await {
+        tracing::error!("the device does not answer; trainings go on from their last checkpoint");
+    }
+    closing.cancel();
+    if tokio::time::timeout(GRACE, http).await.is_err() {
+        tracing::warn!("some pictures were not finished in time; other workers draw them");
+    }
+    // The router holds a handle of the engine.
+    drop(state);
+    let device = Device {
+        engine: Some(engine),
+        member,
+        ended,
+    };
+    device.end(&registry, &tracker).await?;
+    drop(lock);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_is_reached_where_it_listens() {
+        assert_eq!(own_address("10.0.0.7:9".parse().unwrap()), "http://10.0.0.7:9");
+        let anywhere = own_address("0.0.0.0:9".parse().unwrap());
+        assert!(anywhere.starts_with("http://") && anywhere.ends_with(":9") && !anywhere.contains("0.0.0.0"));
+    }
+}

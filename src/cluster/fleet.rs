@@ -1,0 +1,462 @@
+//! Workers, as an API process sees them: who is there, who should draw what, and what happens when one is lost.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use reqwest::{Client, Response};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::member::{LoadReport, short};
+use super::wire::{Decoder, Order, Quote, Refusal, Said};
+use crate::engine::{Cost, EngineError, GenerationEvent, ModelInfo};
+use crate::error::{Error, ErrorKind};
+use crate::ids::ProcessId;
+use crate::registry::{Process, Registry};
+
+/// How often the list of workers is read.
+const REFRESH: Duration = Duration::from_millis(500);
+/// A worker says at least every two seconds that it lives; one that is silent for this long is lost.
+const SILENCE: Duration = Duration::from_secs(8);
+/// How long a worker may take to accept.
+const ACCEPT: Duration = Duration::from_secs(5);
+/// How long a generation that has lost its worker waits for another.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Workers that one generation may lose.
+const LOSSES: usize = 4;
+/// Events on their way to a slow listener.
+const EVENTS: usize = 64;
+
+/// The workers of one base model.
+#[derive(Debug, Clone)]
+pub struct Fleet(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    info: ModelInfo,
+    registry: Registry,
+    client: Client,
+    token: String,
+    workers: RwLock<Vec<Worker>>,
+}
+
+#[derive(Debug, Clone)]
+struct Worker {
+    id: ProcessId,
+    address: String,
+    draining: bool,
+    report: LoadReport,
+    /// Tokens that this process has sent there and that are not drawn yet.
+    sent: Arc<AtomicU64>,
+}
+
+/// Tokens that are at a worker, until dropped.
+#[derive(Debug)]
+struct Load {
+    sent: Arc<AtomicU64>,
+    tokens: u64,
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.sent.fetch_sub(self.tokens, Ordering::Relaxed);
+    }
+}
+
+/// Events of a generation that workers draw; dropping it cancels the generation.
+#[derive(Debug)]
+pub struct RemoteStream {
+    events: mpsc::Receiver<GenerationEvent>,
+    _cancel: tokio_util::sync::DropGuard,
+}
+
+impl RemoteStream {
+    pub(super) async fn next(&mut self) -> Option<GenerationEvent> {
+        self.events.recv().await
+    }
+}
+
+fn model_of(process: &Process) -> Option<ModelInfo> {
+    serde_json::from_str(process.model.as_deref()?).ok()
+}
+
+fn no_worker() -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        "no_worker",
+        "No worker can be reached that draws; try again soon.",
+    )
+    .retry_after(Duration::from_secs(2))
+}
+
+/// Which of several workers draws next: the one with the least to do; but one that has more of the concepts on its device
+/// wins where it has room at once, or no more to do than the best: so nobody waits longer for the sake of a warm cache.
+fn choose<'a>(workers: impl Iterator<Item = &'a Worker>, hashes: &[String], rows: usize) -> Option<&'a Worker> {
+    let workers: Vec<&Worker> = workers.collect();
+    let to_do = |worker: &Worker| worker.sent.load(Ordering::Relaxed).max(worker.report.waiting_tokens);
+    let least = workers.iter().map(|worker| to_do(worker)).min()?;
+    let hot = |worker: &Worker| {
+        let known: HashSet<&str> = worker.report.hot.iter().map(String::as_str).collect();
+        hashes.iter().filter(|hash| known.contains(short(hash))).count()
+    };
+    workers
+        .into_iter()
+        .filter(|worker| {
+            to_do(worker) == least || (worker.report.free_rows >= rows && worker.report.waiting_tokens == 0)
+        })
+        .min_by_key(|worker| (usize::MAX - hot(worker), to_do(worker)))
+}
+
+impl Fleet {
+    /// Waits for the first worker: its model is the fleet's.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be built.
+    pub async fn find(registry: Registry, token: String) -> anyhow::Result<Self> {
+        let client = Client::builder()
+            .connect_timeout(Duration::from_secs(2))
+            .tcp_nodelay(true)
+            .no_proxy()
+            .pool_idle_timeout(Duration::from_secs(30))
+            .build()?;
+        let mut told = false;
+        loop {
+            match registry.processes().await {
+                Ok(processes) => {
+                    let found = processes
+                        .iter()
+                        .find(|process| process.address.is_some() && !process.draining);
+                    if let Some(info) = found.and_then(model_of) {
+                        let fleet = Self(Arc::new(Shared {
+                            info,
+                            registry,
+                            client,
+                            token,
+                            workers: RwLock::default(),
+                        }));
+                        fleet.update(&processes);
+                        return Ok(fleet);
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "the list of workers cannot be read"),
+            }
+            if !std::mem::replace(&mut told, true) {
+                tracing::info!("waiting for a worker");
+            }
+            tokio::time::sleep(REFRESH).await;
+        }
+    }
+
+    /// The model that the workers have loaded.
+    pub fn info(&self) -> &ModelInfo {
+        &self.0.info
+    }
+
+    /// Reads the list of workers now and then, until `stop`.
+    pub async fn follow(self, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(REFRESH) => {}
+            }
+            self.refresh().await;
+        }
+    }
+
+    async fn refresh(&self) {
+        match self.0.registry.processes().await {
+            Ok(processes) => self.update(&processes),
+            // Those that were there may be there still.
+            Err(error) => tracing::warn!(%error, "the list of workers cannot be read"),
+        }
+    }
+
+    fn update(&self, processes: &[Process]) {
+        let mut workers = self.0.workers.write().unwrap_or_else(PoisonError::into_inner);
+        let sent: HashMap<ProcessId, Arc<AtomicU64>> =
+            workers.iter().map(|worker| (worker.id, worker.sent.clone())).collect();
+        *workers = processes
+            .iter()
+            .filter_map(|process| {
+                let model = model_of(process)?;
+                if model.fingerprint != self.0.info.fingerprint {
+                    tracing::debug!(worker = %process.id, model = model.id, "a worker has another model");
+                    return None;
+                }
+                Some(Worker {
+                    id: process.id,
+                    address: process.address.clone()?,
+                    draining: process.draining,
+                    report: serde_json::from_str(&process.load).unwrap_or_default(),
+                    sent: sent.get(&process.id).cloned().unwrap_or_default(),
+                })
+            })
+            .collect();
+    }
+
+    fn pick(&self, order: &Order, tried: &HashSet<ProcessId>) -> Option<Worker> {
+        let workers = self.0.workers.read().unwrap_or_else(PoisonError::into_inner);
+        let hashes: Vec<String> = order.concepts.iter().map(|concept| concept.hash.clone()).collect();
+        let each = if order.settings.guidance_scale == 1.0 { 1 } else { 2 };
+        let able = workers
+            .iter()
+            .filter(|worker| !worker.draining && !tried.contains(&worker.id));
+        choose(able, &hashes, each * order.settings.n as usize).cloned()
+    }
+
+    async fn post(&self, worker: &Worker, path: &str, order: &Order) -> Result<Response, String> {
+        let url = format!("{}{path}", worker.address.trim_end_matches('/'));
+        let sent = self.0.client.post(url).bearer_auth(&self.0.token).json(order).send();
+        match tokio::time::timeout(ACCEPT, sent).await {
+            Ok(answer) => answer.map_err(|error| error.to_string()),
+            Err(_) => Err(format!("it has not answered for {} s", ACCEPT.as_secs())),
+        }
+    }
+
+    /// Asks workers in turn until one accepts.
+    async fn ask(
+        &self,
+        path: &str,
+        order: &Order,
+        tried: &mut HashSet<ProcessId>,
+    ) -> Result<(Worker, Response), Error> {
+        let mut last = None;
+        while let Some(worker) = self.pick(order, tried) {
+            match self.post(&worker, path, order).await {
+                Ok(answer) if answer.status().is_success() => return Ok((worker, answer)),
+                Ok(answer) => {
+                    let error = match answer.json::<Refusal>().await {
+                        Ok(refusal) => Error::from(refusal),
+                        Err(error) => Error::internal(error),
+                    };
+                    // Another worker would say the same.
+                    if !matches!(error.kind, ErrorKind::Overloaded | ErrorKind::Unavailable) {
+                        return Err(error);
+                    }
+                    last = Some(error);
+                }
+                Err(problem) => tracing::warn!(worker = %worker.id, problem, "a worker cannot be reached"),
+            }
+            tried.insert(worker.id);
+        }
+        Err(last.unwrap_or_else(no_worker))
+    }
+
+    /// What a generation costs.
+    pub(super) async fn cost(&self, order: &Order) -> Result<Cost, Error> {
+        let (_, answer) = self.ask(super::worker::COST, order, &mut HashSet::new()).await?;
+        let quote: Quote = answer.json().await.map_err(Error::internal)?;
+        Ok(Cost {
+            text: quote.text,
+            image: quote.image,
+        })
+    }
+
+    /// Lets a worker draw.
+    pub(super) async fn start(&self, order: Arc<Order>) -> Result<RemoteStream, Error> {
+        let mut tried = HashSet::new();
+        let (worker, answer) = self.ask(super::worker::GENERATE, &order, &mut tried).await?;
+        let (events, stream) = mpsc::channel(EVENTS);
+        let cancel = CancellationToken::new();
+        let following = Following {
+            fleet: self.clone(),
+            order,
+            events,
+            seen: Seen::default(),
+        };
+        let stopped = cancel.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = following.run(worker, answer) => {}
+                () = stopped.cancelled() => {}
+            }
+        });
+        Ok(RemoteStream {
+            events: stream,
+            _cancel: cancel.drop_guard(),
+        })
+    }
+}
+
+/// What a listener has been told: another worker begins anew, and nothing is told twice.
+#[derive(Debug, Default)]
+struct Seen {
+    started: bool,
+    done: u32,
+    partials: HashSet<(u32, u32)>,
+    pictures: HashSet<u32>,
+}
+
+impl Seen {
+    fn is_new(&mut self, event: &GenerationEvent) -> bool {
+        match event {
+            GenerationEvent::Started => !std::mem::replace(&mut self.started, true),
+            GenerationEvent::Progress { done, .. } => {
+                let further = *done > self.done;
+                self.done = self.done.max(*done);
+                further
+            }
+            GenerationEvent::Partial { index, number, .. } => {
+                !self.pictures.contains(index) && self.partials.insert((*index, *number))
+            }
+            GenerationEvent::Picture { index, .. } => self.pictures.insert(*index),
+            GenerationEvent::Done { .. } | GenerationEvent::Failed(_) => true,
+        }
+    }
+}
+
+/// Whether a stream has come to its end, or its worker is lost.
+enum Outcome {
+    Ended,
+    Lost(String),
+}
+
+struct Following {
+    fleet: Fleet,
+    order: Arc<Order>,
+    events: mpsc::Sender<GenerationEvent>,
+    seen: Seen,
+}
+
+impl Following {
+    /// Passes events on; where a worker is lost, another draws the same pictures.
+    async fn run(mut self, mut worker: Worker, mut answer: Response) {
+        for _ in 0..LOSSES {
+            let problem = match self.follow(&worker, answer).await {
+                Outcome::Ended => return,
+                Outcome::Lost(problem) => problem,
+            };
+            tracing::warn!(worker = %worker.id, problem, "a worker was lost while it drew; another draws it again");
+            match self.another(worker.id).await {
+                Some(next) => (worker, answer) = next,
+                None => break,
+            }
+        }
+        let _ = self.events.send(GenerationEvent::Failed(EngineError::Lost)).await;
+    }
+
+    async fn another(&self, lost: ProcessId) -> Option<(Worker, Response)> {
+        let until = tokio::time::Instant::now() + PATIENCE;
+        while tokio::time::Instant::now() < until {
+            let mut tried = HashSet::from([lost]);
+            if let Ok(next) = self.fleet.ask(super::worker::GENERATE, &self.order, &mut tried).await {
+                return Some(next);
+            }
+            tokio::time::sleep(REFRESH).await;
+            self.fleet.refresh().await;
+        }
+        None
+    }
+
+    async fn follow(&mut self, worker: &Worker, mut answer: Response) -> Outcome {
+        let pictures = u64::from(self.order.settings.n);
+        let size = u64::from(self.order.settings.width) * u64::from(self.order.settings.height);
+        // Relative to each other is enough: a code is 16 x 16 pixels.
+        let tokens = pictures * size / 256;
+        worker.sent.fetch_add(tokens, Ordering::Relaxed);
+        let _load = Load {
+            sent: worker.sent.clone(),
+            tokens,
+        };
+        let mut decoder = Decoder::default();
+        loop {
+            let piece = match tokio::time::timeout(SILENCE, answer.chunk()).await {
+                Ok(Ok(Some(piece))) => piece,
+                Ok(Ok(None)) => return Outcome::Lost("its answer ended in the middle".to_owned()),
+                Ok(Err(error)) => return Outcome::Lost(error.to_string()),
+                Err(_) => return Outcome::Lost(format!("it said nothing for {} s", SILENCE.as_secs())),
+            };
+            decoder.add(&piece);
+            loop {
+                let event = match decoder.next() {
+                    Ok(None) => break,
+                    Ok(Some(Said::Alive)) => continue,
+                    Ok(Some(Said::Event(GenerationEvent::Failed(EngineError::Stopped)))) => {
+                        return Outcome::Lost("it stops".to_owned());
+                    }
+                    Ok(Some(Said::Event(event))) => event,
+                    Err(problem) => return Outcome::Lost(problem),
+                };
+                if !self.seen.is_new(&event) {
+                    continue;
+                }
+                let last = matches!(event, GenerationEvent::Done { .. } | GenerationEvent::Failed(_));
+                if self.events.send(event).await.is_err() || last {
+                    return Outcome::Ended;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn worker(waiting: u64, free_rows: usize, hot: &[&str]) -> Worker {
+        Worker {
+            id: ProcessId::new(),
+            address: String::new(),
+            draining: false,
+            report: LoadReport {
+                waiting_tokens: waiting,
+                free_rows,
+                hot: hot.iter().map(|hash| (*hash).to_owned()).collect(),
+                ..LoadReport::default()
+            },
+            sent: Arc::default(),
+        }
+    }
+
+    fn chosen(workers: &[Worker], hashes: &[&str]) -> usize {
+        let hashes: Vec<String> = hashes.iter().map(|hash| (*hash).to_owned()).collect();
+        let id = choose(workers.iter(), &hashes, 2).unwrap().id;
+        workers.iter().position(|worker| worker.id == id).unwrap()
+    }
+
+    #[test]
+    fn a_warm_worker_is_chosen_where_it_makes_nobody_wait() {
+        let (a, b) = ("aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb");
+        // Both have room: the warm one.
+        assert_eq!(chosen(&[worker(0, 8, &[]), worker(0, 8, &[b, a])], &[a]), 1);
+        // The warm one is full: the cold one.
+        assert_eq!(chosen(&[worker(0, 8, &[]), worker(500, 0, &[a])], &[a]), 0);
+        // Both are full alike: the warm one.
+        assert_eq!(chosen(&[worker(500, 0, &[]), worker(500, 0, &[a])], &[a]), 1);
+        // Nobody is warm: the one with less to do, what was just sent there included.
+        let busy = [worker(0, 8, &[]), worker(0, 8, &[])];
+        busy[0].sent.fetch_add(144, Ordering::Relaxed);
+        assert_eq!(chosen(&busy, &[a]), 1);
+        assert!(choose([].iter(), &[], 2).is_none());
+    }
+
+    #[test]
+    fn what_another_worker_draws_again_is_told_once() {
+        let mut seen = Seen::default();
+        let progress = |done| GenerationEvent::Progress { done, total: 9 };
+        assert!(seen.is_new(&GenerationEvent::Started));
+        assert!(!seen.is_new(&GenerationEvent::Started));
+        assert!(seen.is_new(&progress(5)));
+        assert!(!seen.is_new(&progress(3)));
+        assert!(seen.is_new(&progress(6)));
+        let picture = || crate::picture::RgbPicture {
+            width: 0,
+            height: 0,
+            rgb: vec![],
+        };
+        let drawn = |index| GenerationEvent::Picture {
+            index,
+            picture: picture(),
+        };
+        assert!(seen.is_new(&drawn(1)));
+        assert!(!seen.is_new(&drawn(1)));
+        let partial = GenerationEvent::Partial {
+            index: 1,
+            number: 0,
+            picture: picture(),
+        };
+        assert!(!seen.is_new(&partial));
+    }
+}

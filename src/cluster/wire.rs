@@ -1,0 +1,369 @@
+//! What API processes and workers say to each other: an order, and frames of events. Both sides are this program, maybe
+//! of neighbouring versions: unknown fields are ignored, new ones have defaults.
+
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::engine::{EngineError, GenerationEvent};
+use crate::error::{Error, ErrorKind};
+use crate::picture::RgbPicture;
+use crate::registry::{GenerationConcept, GenerationSettings, NewGeneration};
+
+/// What is to be drawn.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Order {
+    pub tenant: String,
+    pub prompt: String,
+    pub settings: GenerationSettings,
+    pub concepts: Vec<GenerationConcept>,
+}
+
+impl Order {
+    pub(super) fn of(new: &NewGeneration) -> Self {
+        Self {
+            tenant: new.tenant.to_string(),
+            prompt: new.prompt.clone(),
+            settings: new.settings.clone(),
+            concepts: new.concepts.clone(),
+        }
+    }
+
+    /// As a generation, of which nothing is stored.
+    ///
+    /// # Errors
+    /// When the tenant is none.
+    pub(super) fn into_generation(self) -> Result<NewGeneration, Error> {
+        let tenant = self.tenant.parse();
+        let wrong = |error: crate::ids::InvalidId| Error::field("invalid_value", "tenant", error.to_string());
+        Ok(NewGeneration {
+            tenant: tenant.map_err(wrong)?,
+            background: false,
+            prompt: self.prompt,
+            settings: self.settings,
+            concepts: self.concepts,
+            metadata: Value::Null,
+            webhook_url: None,
+            total: 0,
+            priority: 0,
+        })
+    }
+}
+
+/// What an order costs, in tokens.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct Quote {
+    pub text: u64,
+    pub image: u64,
+}
+
+/// A refusal, whole: the API process answers it as if it were its own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Refusal {
+    kind: String,
+    code: String,
+    message: String,
+    field: Option<String>,
+    limit: Option<u64>,
+    retry_after: Option<u64>,
+}
+
+const KINDS: [(&str, ErrorKind); 5] = [
+    ("invalid", ErrorKind::Invalid),
+    ("not_found", ErrorKind::NotFound),
+    ("conflict", ErrorKind::Conflict),
+    ("overloaded", ErrorKind::Overloaded),
+    ("unavailable", ErrorKind::Unavailable),
+];
+
+/// Codes are words of this program; a worker of another version may know a few more.
+fn known_code(code: &str) -> &'static str {
+    static KNOWN: Mutex<Option<HashSet<&'static str>>> = Mutex::new(None);
+    const MOST: usize = 256;
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = known.get_or_insert_default();
+    match known.get(code) {
+        Some(code) => code,
+        None if known.len() < MOST => {
+            let code: &'static str = Box::leak(code.to_owned().into_boxed_str());
+            known.insert(code);
+            code
+        }
+        None => "worker_error",
+    }
+}
+
+impl From<&Error> for Refusal {
+    fn from(error: &Error) -> Self {
+        let kind = KINDS.iter().find(|(_, kind)| *kind == error.kind);
+        Self {
+            kind: kind.map_or("internal", |(word, _)| word).to_owned(),
+            code: error.code.to_owned(),
+            message: error.message.clone(),
+            field: error.field.as_ref().map(ToString::to_string),
+            limit: error.limit,
+            retry_after: error.retry_after,
+        }
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        let kind = KINDS.iter().find(|(word, _)| *word == refusal.kind);
+        Self {
+            kind: kind.map_or(ErrorKind::Internal, |(_, kind)| *kind),
+            code: known_code(&refusal.code),
+            message: refusal.message,
+            field: refusal.field.map(Into::into),
+            limit: refusal.limit,
+            retry_after: refusal.retry_after,
+        }
+    }
+}
+
+/// An event without the bytes of its picture.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+enum Head {
+    /// Nothing new; the worker lives.
+    Alive,
+    Started,
+    Progress { done: u32, total: u32 },
+    Partial { index: u32, number: u32, width: u32, height: u32 },
+    Picture { index: u32, width: u32, height: u32 },
+    Done { text_tokens: u64, image_tokens: u64 },
+    /// The worker stops: another may draw it.
+    Stopped,
+    Failed { message: String },
+}
+
+/// A frame is refused beyond this: no picture is that large.
+const FRAME_LIMIT: usize = 64 << 20;
+const LENGTHS: usize = 8;
+
+fn frame(head: &Head, body: &[u8]) -> Bytes {
+    // A `Head` of numbers and texts is always JSON.
+    let head = serde_json::to_vec(head).unwrap_or_default();
+    let mut frame = BytesMut::with_capacity(LENGTHS + head.len() + body.len());
+    frame.put_u32(head.len() as u32);
+    frame.put_u32(body.len() as u32);
+    frame.put_slice(&head);
+    frame.put_slice(body);
+    frame.freeze()
+}
+
+/// The frame that only says that the worker lives.
+pub(super) fn alive() -> Bytes {
+    frame(&Head::Alive, &[])
+}
+
+/// An event as a frame.
+pub(super) fn encode(event: &GenerationEvent) -> Bytes {
+    let side = |picture: &RgbPicture| (picture.width, picture.height);
+    match event {
+        GenerationEvent::Started => frame(&Head::Started, &[]),
+        GenerationEvent::Progress { done, total } => frame(
+            &Head::Progress {
+                done: *done,
+                total: *total,
+            },
+            &[],
+        ),
+        GenerationEvent::Partial { index, number, picture } => {
+            let (width, height) = side(picture);
+            let head = Head::Partial {
+                index: *index,
+                number: *number,
+                width,
+                height,
+            };
+            frame(&head, &picture.rgb)
+        }
+        GenerationEvent::Picture { index, picture } => {
+            let (width, height) = side(picture);
+            let head = Head::Picture {
+                index: *index,
+                width,
+                height,
+            };
+            frame(&head, &picture.rgb)
+        }
+        GenerationEvent::Done {
+            text_tokens,
+            image_tokens,
+        } => frame(
+            &Head::Done {
+                text_tokens: *text_tokens,
+                image_tokens: *image_tokens,
+            },
+            &[],
+        ),
+        GenerationEvent::Failed(EngineError::Stopped) => frame(&Head::Stopped, &[]),
+        GenerationEvent::Failed(EngineError::Device(message)) => frame(
+            &Head::Failed {
+                message: message.clone(),
+            },
+            &[],
+        ),
+        GenerationEvent::Failed(other) => frame(
+            &Head::Failed {
+                message: other.to_string(),
+            },
+            &[],
+        ),
+    }
+}
+
+/// Bytes as they arrive, and the events in them.
+#[derive(Debug, Default)]
+pub(super) struct Decoder(BytesMut);
+
+/// What a frame says.
+#[derive(Debug)]
+pub(super) enum Said {
+    Alive,
+    Event(GenerationEvent),
+}
+
+impl Decoder {
+    pub(super) fn add(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+    }
+
+    /// The next whole frame, if it is there.
+    ///
+    /// # Errors
+    /// When the bytes are no frames.
+    pub(super) fn next(&mut self) -> Result<Option<Said>, String> {
+        let Some(mut lengths) = self.0.get(..LENGTHS) else {
+            return Ok(None);
+        };
+        let (head, body) = (lengths.get_u32() as usize, lengths.get_u32() as usize);
+        let whole = head.saturating_add(body);
+        if whole > FRAME_LIMIT {
+            return Err(format!("a frame of {whole} bytes"));
+        }
+        if self.0.len() < LENGTHS + whole {
+            return Ok(None);
+        }
+        self.0.advance(LENGTHS);
+        let (head, body) = (self.0.split_to(head), self.0.split_to(body));
+        let head: Head = serde_json::from_slice(&head).map_err(|error| error.to_string())?;
+        event(head, &body).map(Some)
+    }
+}
+
+fn picture(width: u32, height: u32, pixels: &[u8]) -> Result<RgbPicture, String> {
+    if u64::from(width) * u64::from(height) * 3 != pixels.len() as u64 {
+        return Err(format!("a picture of {width}x{height} in {} bytes", pixels.len()));
+    }
+    Ok(RgbPicture {
+        width,
+        height,
+        rgb: pixels.to_vec(),
+    })
+}
+
+fn event(head: Head, body: &[u8]) -> Result<Said, String> {
+    Ok(Said::Event(match head {
+        Head::Alive => return Ok(Said::Alive),
+        Head::Started => GenerationEvent::Started,
+        Head::Progress { done, total } => GenerationEvent::Progress { done, total },
+        Head::Partial {
+            index,
+            number,
+            width,
+            height,
+        } => GenerationEvent::Partial {
+            index,
+            number,
+            picture: picture(width, height, body)?,
+        },
+        Head::Picture { index, width, height } => GenerationEvent::Picture {
+            index,
+            picture: picture(width, height, body)?,
+        },
+        Head::Done {
+            text_tokens,
+            image_tokens,
+        } => GenerationEvent::Done {
+            text_tokens,
+            image_tokens,
+        },
+        Head::Stopped => GenerationEvent::Failed(EngineError::Stopped),
+        Head::Failed { message } => GenerationEvent::Failed(EngineError::Device(message)),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_arrive_as_they_were_sent_however_the_bytes_are_cut() {
+        let picture = RgbPicture {
+            width: 2,
+            height: 1,
+            rgb: vec![1, 2, 3, 4, 5, 6],
+        };
+        let mut bytes = Vec::new();
+        bytes.extend_from_slice(&encode(&GenerationEvent::Started));
+        bytes.extend_from_slice(&alive());
+        bytes.extend_from_slice(&encode(&GenerationEvent::Picture {
+            index: 1,
+            picture: picture.clone(),
+        }));
+        bytes.extend_from_slice(&encode(&GenerationEvent::Failed(EngineError::Stopped)));
+        for size in [1, 7, bytes.len()] {
+            let (mut decoder, mut said) = (Decoder::default(), Vec::new());
+            for piece in bytes.chunks(size) {
+                decoder.add(piece);
+                while let Some(one) = decoder.next().unwrap() {
+                    said.push(one);
+                }
+            }
+            assert!(matches!(said[0], Said::Event(GenerationEvent::Started)));
+            assert!(matches!(said[1], Said::Alive));
+            assert!(
+                matches!(&said[2], Said::Event(GenerationEvent::Picture { index: 1, picture: seen }) if *seen == picture)
+            );
+            assert!(matches!(
+                said[3],
+                Said::Event(GenerationEvent::Failed(EngineError::Stopped))
+            ));
+            assert_eq!(said.len(), 4);
+        }
+    }
+
+    #[test]
+    fn what_is_no_frame_is_refused() {
+        let mut decoder = Decoder::default();
+        decoder.add(&[255; 16]);
+        assert!(decoder.next().is_err());
+        let mut decoder = Decoder::default();
+        decoder.add(&frame(
+            &Head::Picture {
+                index: 0,
+                width: 9,
+                height: 9,
+            },
+            &[0; 3],
+        ));
+        assert!(decoder.next().is_err());
+    }
+
+    #[test]
+    fn a_refusal_arrives_whole() {
+        let error = Error::field("prompt_too_long", "prompt", "is long").limit(7);
+        let sent = serde_json::to_string(&Refusal::from(&error)).unwrap();
+        let seen = Error::from(serde_json::from_str::<Refusal>(&sent).unwrap());
+        assert_eq!(
+            (seen.kind, seen.code, seen.limit),
+            (ErrorKind::Invalid, "prompt_too_long", Some(7))
+        );
+        assert_eq!(seen.message, error.message);
+    }
+}

@@ -1,0 +1,201 @@
+//! A worker's own listener: API processes let it draw. They prove themselves by a secret of the database that both use.
+
+use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use bytes::Bytes;
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
+use subtle::ConstantTimeEq;
+use tokio::sync::mpsc;
+
+use super::wire::{Order, Quote, Refusal, alive, encode};
+use super::{Executor, Hot, Member};
+use crate::engine::{GenerationEvent, Health};
+use crate::error::{Error, ErrorKind};
+use crate::telemetry::meters;
+use crate::telemetry::meters::CONTENT_TYPE;
+
+pub(super) const COST: &str = "/internal/v1/cost";
+pub(super) const GENERATE: &str = "/internal/v1/generations";
+
+/// A worker says at least this often that it lives.
+const ALIVE: Duration = Duration::from_secs(2);
+/// Frames on their way to an API process.
+const FRAMES: usize = 64;
+
+/// What the worker's routes share.
+#[derive(Debug, Clone)]
+pub struct WorkerState {
+    token: Arc<str>,
+    /// Empty until the model is loaded.
+    ready: Arc<OnceLock<Ready>>,
+}
+
+#[derive(Debug)]
+struct Ready {
+    executor: Executor,
+    hot: Hot,
+    draining: Arc<AtomicBool>,
+}
+
+impl WorkerState {
+    /// Without a model yet.
+    pub fn new(token: &str) -> Self {
+        Self {
+            token: token.into(),
+            ready: Arc::default(),
+        }
+    }
+
+    /// From now on it draws.
+    pub fn ready(&self, executor: Executor, member: &Member) {
+        // A second call would be a mistake of the caller; the first executor stays.
+        let _ = self.ready.set(Ready {
+            executor,
+            hot: member.hot.clone(),
+            draining: member.draining.clone(),
+        });
+    }
+
+    fn drawing(&self) -> Result<&Ready, Error> {
+        let unavailable = |code, message| Error::new(ErrorKind::Unavailable, code, message);
+        match self.ready.get() {
+            None => Err(unavailable("loading", "The worker is loading the model.")),
+            Some(ready) if ready.draining.load(Ordering::Relaxed) => {
+                Err(unavailable("stopping", "The worker is stopping."))
+            }
+            Some(ready) => Ok(ready),
+        }
+    }
+}
+
+/// The secret by which API processes and workers of one database know each other, from the database's own.
+pub fn worker_token(server_secret: &str) -> String {
+    // HMAC takes keys of every length.
+    let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(server_secret.as_bytes()) else {
+        return String::new();
+    };
+    mac.update(b"coar worker");
+    hex::encode(mac.finalize().into_bytes())
+}
+
+/// The worker's routes.
+pub fn worker_router(state: WorkerState) -> Router {
+    Router::new()
+        .route(COST, post(cost))
+        .route(GENERATE, post(generate))
+        .layer(from_fn_with_state(state.clone(), known))
+        .route("/livez", get(async || Json(serde_json::json!({"status": "live"}))))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(async || ([(header::CONTENT_TYPE, CONTENT_TYPE)], meters().render())))
+        .with_state(state)
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")
+}
+
+async fn known(State(state): State<WorkerState>, request: Request, next: Next) -> Response {
+    let given = bearer(request.headers()).unwrap_or("");
+    if !state.token.is_empty() && bool::from(given.as_bytes().ct_eq(state.token.as_bytes())) {
+        return next.run(request).await;
+    }
+    refuse(&Error::new(
+        ErrorKind::Unauthorized,
+        "invalid_api_key",
+        "Only API processes of the same database may ask.",
+    ))
+}
+
+fn refuse(error: &Error) -> Response {
+    let status = match error.kind {
+        ErrorKind::Unauthorized => StatusCode::UNAUTHORIZED,
+        ErrorKind::Overloaded => StatusCode::TOO_MANY_REQUESTS,
+        ErrorKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        _ => StatusCode::BAD_REQUEST,
+    };
+    (status, Json(Refusal::from(error))).into_response()
+}
+
+async fn ready(State(state): State<WorkerState>) -> Response {
+    match state.drawing().map(|ready| ready.executor.health()) {
+        Ok(Health::Ready) => Json(serde_json::json!({"status": "ready"})).into_response(),
+        Ok(other) => (StatusCode::SERVICE_UNAVAILABLE, format!("{other:?}")).into_response(),
+        Err(error) => refuse(&error),
+    }
+}
+
+async fn cost(State(state): State<WorkerState>, Json(order): Json<Order>) -> Response {
+    let prepared = async { state.drawing()?.executor.prepare(&order.into_generation()?).await };
+    match prepared.await {
+        Ok(prepared) => Json(Quote {
+            text: prepared.cost.text,
+            image: prepared.cost.image,
+        })
+        .into_response(),
+        Err(error) => refuse(&error),
+    }
+}
+
+/// Draws, and sends the events as frames. Dropping the connection cancels the drawing.
+async fn generate(State(state): State<WorkerState>, Json(order): Json<Order>) -> Response {
+    let started = async {
+        let ready = state.drawing()?;
+        for concept in &order.concepts {
+            ready.hot.used(&concept.hash);
+        }
+        let prepared = ready.executor.prepare(&order.into_generation()?).await?;
+        ready.executor.start(&prepared).await
+    };
+    let mut stream = match started.await {
+        Ok(stream) => stream,
+        Err(error) => return refuse(&error),
+    };
+    let (frames, body) = mpsc::channel::<Bytes>(FRAMES);
+    tokio::spawn(async move {
+        loop {
+            let (frame, last) = tokio::select! {
+                event = stream.next() => match event {
+                    Some(event) => {
+                        let last = matches!(event, GenerationEvent::Done { .. } | GenerationEvent::Failed(_));
+                        (encode(&event), last)
+                    }
+                    None => (encode(&GenerationEvent::Failed(crate::engine::EngineError::Stopped)), true),
+                },
+                () = tokio::time::sleep(ALIVE) => (alive(), false),
+                () = frames.closed() => return,
+            };
+            if frames.send(frame).await.is_err() || last {
+                return;
+            }
+        }
+    });
+    let body = futures::stream::unfold(body, async |mut body| {
+        let frame = body.recv().await?;
+        Some((Ok::<_, std::convert::Infallible>(frame), body))
+    });
+    Body::from_stream(body).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_differ_with_the_secret_and_do_not_tell_it() {
+        let token = worker_token("secret");
+        assert_eq!(token.len(), 64);
+        assert_ne!(token, worker_token("Secret"));
+        assert!(!token.contains("secret"));
+    }
+}

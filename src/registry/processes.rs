@@ -1,0 +1,135 @@
+//! The processes that share the database. Each says now and then that it lives; one that has not said so for a while is
+//! lost, and what it had taken is free.
+
+use sqlx::Row;
+use sqlx::any::AnyRow;
+
+use super::db::{identifier, number};
+use super::{Registry, RegistryError};
+use crate::ids::ProcessId;
+
+/// A process that has not been seen for this long is lost.
+pub const LOST_AFTER_MS: i64 = 6_000;
+
+/// What a process tells of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Announcement {
+    /// `all`, `api` or `worker`.
+    pub role: &'static str,
+    /// Where API processes reach it.
+    pub address: Option<String>,
+    /// JSON: the base model that it has loaded.
+    pub model: Option<String>,
+    /// JSON: what it has to do.
+    pub load: String,
+    /// It takes no new work.
+    pub draining: bool,
+}
+
+/// A process as the others see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    pub id: ProcessId,
+    pub role: String,
+    pub version: String,
+    pub address: Option<String>,
+    pub model: Option<String>,
+    pub load: String,
+    pub draining: bool,
+    pub started_at: i64,
+    pub seen_at: i64,
+}
+
+fn process(row: &AnyRow) -> Result<Process, RegistryError> {
+    Ok(Process {
+        id: identifier(row, "id")?,
+        role: row.try_get("role")?,
+        version: row.try_get("version")?,
+        address: row.try_get("address")?,
+        model: row.try_get("model")?,
+        load: row.try_get("load")?,
+        draining: number::<i64>(row, "draining")? != 0,
+        started_at: row.try_get("started_at")?,
+        seen_at: row.try_get("seen_at")?,
+    })
+}
+
+impl Registry {
+    /// Says that this process lives, and how it is.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn announce(&self, how: &Announcement) -> Result<(), RegistryError> {
+        sqlx::query(
+            "INSERT INTO processes (id, role, version, address, model, load, draining, started_at, seen_at)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8)
+             ON CONFLICT (id) DO UPDATE SET address = excluded.address, model = excluded.model, load = excluded.load,
+             draining = excluded.draining, seen_at = excluded.seen_at",
+        )
+        .bind(self.process.to_string())
+        .bind(how.role)
+        .bind(env!("CARGO_PKG_VERSION"))
+        .bind(&how.address)
+        .bind(&how.model)
+        .bind(&how.load)
+        .bind(i64::from(how.draining))
+        .bind(self.lease_time().await?)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Processes that live, oldest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn processes(&self) -> Result<Vec<Process>, RegistryError> {
+        let rows = sqlx::query("SELECT * FROM processes WHERE seen_at >= $1 ORDER BY id")
+            .bind(self.lost_before().await?)
+            .fetch_all(&self.pool)
+            .await?;
+        rows.iter().map(process).collect()
+    }
+
+    /// A process last seen before that time is lost.
+    pub(super) async fn lost_before(&self) -> Result<i64, RegistryError> {
+        Ok(self.lease_time().await? - LOST_AFTER_MS)
+    }
+
+    /// This process ends, in order: whatever it still had is free at once.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn leave(&self) -> Result<(), RegistryError> {
+        sqlx::query("DELETE FROM processes WHERE id = $1")
+            .bind(self.process.to_string())
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+
+    /// Forgets every other process. Only the holder of the data folder's lock may ask: there are none.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn forget_processes(&self) -> Result<(), RegistryError> {
+        sqlx::query("DELETE FROM processes WHERE id <> $1")
+            .bind(self.process.to_string())
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+
+    /// Forgets processes that were lost long ago; returns how many.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn expire_processes(&self, age: std::time::Duration) -> Result<u64, RegistryError> {
+        let before = self.lease_time().await? - i64::try_from(age.as_millis()).unwrap_or(i64::MAX / 2);
+        let gone = sqlx::query("DELETE FROM processes WHERE seen_at < $1")
+            .bind(before)
+            .execute(&self.pool)
+            .await?;
+        Ok(gone.rows_affected())
+    }
+}

@@ -1,0 +1,362 @@
+//! The queue of trainings: whoever holds a training's lease may write to it, nobody else.
+
+use sqlx::Row;
+use uuid::Uuid;
+
+use super::super::db::{Transaction, locking};
+use super::super::{Registry, RegistryError, TrainingStatus, now};
+use super::{ATTEMPTS, Claimed, Progress, TAKEOVERS, training};
+use crate::ids::{ConceptId, TrainingId};
+use crate::training::StepLosses;
+
+/// How long a training waits after its first failed attempt; each further one makes it four times as long.
+const BACK_OFF_MS: i64 = 2_000;
+
+/// A fenced write changed no row: the lease is somebody else's.
+fn fenced(changed: u64) -> Result<(), RegistryError> {
+    if changed == 1 {
+        Ok(())
+    } else {
+        Err(RegistryError::LeaseLost)
+    }
+}
+
+impl Registry {
+    /// Keeps other processes from changing a concept, its versions and trainings until the transaction ends. False where
+    /// it is gone.
+    pub(in super::super) async fn hold_concept(
+        &self,
+        transaction: &mut Transaction,
+        id: ConceptId,
+    ) -> Result<bool, RegistryError> {
+        let statement = locking!(self.backend, "SELECT id FROM concepts WHERE id = $1", " FOR UPDATE");
+        let found = sqlx::query(statement)
+            .bind(id.to_string())
+            .fetch_optional(&mut **transaction)
+            .await?;
+        Ok(found.is_some())
+    }
+
+    /// The blob of a training's checkpoint, if it has one; the row is held until the transaction ends.
+    pub(super) async fn checkpoint_of(
+        &self,
+        transaction: &mut Transaction,
+        id: TrainingId,
+    ) -> Result<Vec<String>, RegistryError> {
+        let statement = locking!(
+            self.backend,
+            "SELECT checkpoint FROM trainings WHERE id = $1",
+            " FOR UPDATE"
+        );
+        let row: Option<(Option<String>,)> = sqlx::query_as(statement)
+            .bind(id.to_string())
+            .fetch_optional(&mut **transaction)
+            .await?;
+        Ok(row.and_then(|(blob,)| blob).into_iter().collect())
+    }
+
+    /// Trainings that wait for a worker, of all tenants.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn waiting_trainings(&self) -> Result<i64, RegistryError> {
+        let (count,) = sqlx::query_as("SELECT count(*) FROM trainings WHERE status = 'queued'")
+            .fetch_one(&self.pool)
+            .await?;
+        Ok(count)
+    }
+
+    /// How many trainings there are in each status.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn training_counts(&self) -> Result<Vec<(TrainingStatus, i64)>, RegistryError> {
+        let rows: Vec<(String, i64)> = sqlx::query_as("SELECT status, count(*) FROM trainings GROUP BY status")
+            .fetch_all(&self.pool)
+            .await?;
+        let counts = |status: TrainingStatus| {
+            let row = rows.iter().find(|(word, _)| word == status.as_str());
+            (status, row.map_or(0, |(_, count)| *count))
+        };
+        Ok(TrainingStatus::ALL.map(counts).to_vec())
+    }
+
+    /// Gives back every running training of a process that is gone. Only the holder of the data folder's lock may ask.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn release_all(&self) -> Result<u64, RegistryError> {
+        let released = sqlx::query(
+            "UPDATE trainings SET status = 'queued', lease_token = NULL, lease_until = NULL, takeovers = takeovers + 1
+             WHERE status = 'running'",
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(released.rows_affected())
+    }
+
+    /// Takes a training that nobody works on; a lease that ran out counts as nobody. Of the tenant with the fewest running,
+    /// and among equals the one whose turn was the longest ago, the one with the highest priority, then the oldest; what
+    /// was interrupted goes on first. One that has lost too many leases fails instead: see [`TAKEOVERS`].
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn claim_training(&self, lease_ms: i64) -> Result<Option<Claimed>, RegistryError> {
+        loop {
+            let (lease, at) = (Uuid::new_v4().to_string(), self.lease_time().await?);
+            let mut transaction = self.write().await?;
+            let statement = locking!(
+                self.backend,
+                "SELECT t.id, CASE WHEN t.status = 'running' THEN 1 ELSE 0 END AS lost, t.takeovers FROM trainings t
+                 WHERE (t.status = 'queued' AND t.not_before <= $1) OR (t.status = 'running' AND t.lease_until < $1)
+                 ORDER BY (SELECT count(*) FROM trainings r
+                           WHERE r.tenant_id = t.tenant_id AND r.status = 'running' AND r.lease_until >= $1),
+                          t.started_at IS NULL,
+                          (SELECT coalesce(max(r.started_at), 0) FROM trainings r WHERE r.tenant_id = t.tenant_id),
+                          t.priority DESC, t.created_at, t.id LIMIT 1",
+                " FOR UPDATE OF t SKIP LOCKED"
+            );
+            let found = sqlx::query(statement)
+                .bind(at)
+                .fetch_optional(&mut *transaction)
+                .await?;
+            let Some(found) = found else { return Ok(None) };
+            let id: String = found.try_get("id")?;
+            let takeovers = found.try_get::<i64, _>("takeovers")? + found.try_get::<i64, _>("lost")?;
+            if takeovers > i64::from(TAKEOVERS) {
+                let error = serde_json::json!({
+                    "code": "interrupted",
+                    "message": format!("The worker ended {TAKEOVERS} times in a row while this was trained."),
+                    "field": null,
+                });
+                sqlx::query(
+                    "UPDATE trainings SET status = 'failed', error = $1, finished_at = $2, takeovers = $3,
+                     lease_token = NULL, lease_until = NULL WHERE id = $4",
+                )
+                .bind(error.to_string())
+                .bind(now())
+                .bind(takeovers)
+                .bind(&id)
+                .execute(&mut *transaction)
+                .await?;
+                transaction.commit().await?;
+                continue;
+            }
+            sqlx::query(
+                "UPDATE trainings SET status = 'running', lease_token = $1, lease_until = $2, attempt = attempt + 1,
+                 resumed_from_step = coalesce(checkpoint_step, 0), step = coalesce(checkpoint_step, 0),
+                 steps_per_second = NULL, started_at = coalesce(started_at, $3), takeovers = $4, worker = $5
+                 WHERE id = $6",
+            )
+            .bind(&lease)
+            .bind(at + lease_ms)
+            .bind(at)
+            .bind(takeovers)
+            .bind(self.process.to_string())
+            .bind(&id)
+            .execute(&mut *transaction)
+            .await?;
+            let row = sqlx::query(select!("WHERE t.id = $1"))
+                .bind(&id)
+                .fetch_one(&mut *transaction)
+                .await?;
+            let training = training(&row)?;
+            transaction.commit().await?;
+            return Ok(Some(Claimed { training, lease }));
+        }
+    }
+
+    /// Keeps the lease and tells how far the training is.
+    ///
+    /// # Errors
+    /// `LeaseLost` when the training was cancelled, deleted or taken over.
+    pub async fn report_progress(
+        &self,
+        claimed: &Claimed,
+        lease_ms: i64,
+        progress: Option<Progress>,
+    ) -> Result<(), RegistryError> {
+        let changed = sqlx::query(
+            "UPDATE trainings SET lease_until = $1, step = coalesce($2, step), loss = coalesce($3, loss),
+             steps_per_second = coalesce($4, steps_per_second)
+             WHERE id = $5 AND lease_token = $6 AND status = 'running'",
+        )
+        .bind(self.lease_time().await? + lease_ms)
+        .bind(progress.map(|p| i64::from(p.step)))
+        .bind(progress.map(|p| p.loss))
+        .bind(progress.and_then(|p| p.steps_per_second))
+        .bind(claimed.training.id.to_string())
+        .bind(&claimed.lease)
+        .execute(&self.pool)
+        .await?;
+        fenced(changed.rows_affected())
+    }
+
+    /// Writes the loss curve down.
+    ///
+    /// # Errors
+    /// `LeaseLost` when the training is no longer this worker's.
+    pub async fn record_losses(&self, claimed: &Claimed, losses: &[StepLosses]) -> Result<(), RegistryError> {
+        let text = serde_json::to_string(losses).map_err(|error| RegistryError::Row(error.to_string()))?;
+        let changed =
+            sqlx::query("UPDATE trainings SET losses = $1 WHERE id = $2 AND lease_token = $3 AND status = 'running'")
+                .bind(text)
+                .bind(claimed.training.id.to_string())
+                .bind(&claimed.lease)
+                .execute(&self.pool)
+                .await?;
+        fenced(changed.rows_affected())
+    }
+
+    /// Stores a checkpoint; the one before it is removed.
+    ///
+    /// # Errors
+    /// `LeaseLost` when the training is no longer this worker's; the new blob is gone then.
+    pub async fn record_checkpoint(
+        &self,
+        claimed: &Claimed,
+        step: u32,
+        checkpoint: bytes::Bytes,
+    ) -> Result<(), RegistryError> {
+        let stored = self.store(vec![checkpoint]).await?;
+        let recorded = self.replace_checkpoint(claimed, step, stored.first()).await;
+        let hashes = stored.release();
+        if recorded.is_err() {
+            self.remove_unreferenced(&hashes).await?;
+        }
+        self.remove_unreferenced(&recorded?).await
+    }
+
+    /// The blobs that are not needed any more.
+    async fn replace_checkpoint(&self, claimed: &Claimed, step: u32, blob: &str) -> Result<Vec<String>, RegistryError> {
+        let mut transaction = self.write().await?;
+        let before = self.checkpoint_of(&mut transaction, claimed.training.id).await?;
+        let changed = sqlx::query(
+            "UPDATE trainings SET checkpoint = $1, checkpoint_step = $2, takeovers = 0
+             WHERE id = $3 AND lease_token = $4 AND status = 'running'",
+        )
+        .bind(blob)
+        .bind(i64::from(step))
+        .bind(claimed.training.id.to_string())
+        .bind(&claimed.lease)
+        .execute(&mut *transaction)
+        .await?;
+        fenced(changed.rows_affected())?;
+        transaction.commit().await?;
+        Ok(before.into_iter().filter(|hash| hash != blob).collect())
+    }
+
+    /// Makes a concept file the concept's next version, puts it to use, and ends the training, all or nothing.
+    ///
+    /// # Errors
+    /// `LeaseLost` when the training is no longer this worker's; the file is gone then.
+    pub async fn succeed(
+        &self,
+        claimed: &Claimed,
+        file: bytes::Bytes,
+        report: &serde_json::Value,
+    ) -> Result<(), RegistryError> {
+        let stored = self.store(vec![file]).await?;
+        let published = self.publish(claimed, stored.first(), report).await;
+        let hashes = stored.release();
+        if published.is_err() {
+            self.remove_unreferenced(&hashes).await?;
+        }
+        self.remove_unreferenced(&published?).await
+    }
+
+    /// The blobs that are not needed any more.
+    async fn publish(
+        &self,
+        claimed: &Claimed,
+        version: &str,
+        report: &serde_json::Value,
+    ) -> Result<Vec<String>, RegistryError> {
+        let at = now();
+        let mut transaction = self.write().await?;
+        if !self.hold_concept(&mut transaction, claimed.training.concept_id).await? {
+            return Err(RegistryError::LeaseLost);
+        }
+        let before = self.checkpoint_of(&mut transaction, claimed.training.id).await?;
+        let (number,): (i64,) =
+            sqlx::query_as("SELECT coalesce(max(number), 0) + 1 FROM concept_versions WHERE concept_id = $1")
+                .bind(claimed.training.concept_id.to_string())
+                .fetch_one(&mut *transaction)
+                .await?;
+        let changed = sqlx::query(
+            "UPDATE trainings SET status = 'succeeded', step = total_steps, report = $1, finished_at = $2, version = $3,
+             checkpoint = NULL, checkpoint_step = NULL, lease_token = NULL, lease_until = NULL, error = NULL
+             WHERE id = $4 AND lease_token = $5 AND status = 'running'",
+        )
+        .bind(report.to_string())
+        .bind(at)
+        .bind(number)
+        .bind(claimed.training.id.to_string())
+        .bind(&claimed.lease)
+        .execute(&mut *transaction)
+        .await?;
+        fenced(changed.rows_affected())?;
+        sqlx::query(
+            "INSERT INTO concept_versions (concept_id, number, hash, training_id, input_fingerprint, created_at)
+             VALUES ($1, $2, $3, $4, $5, $6)",
+        )
+        .bind(claimed.training.concept_id.to_string())
+        .bind(number)
+        .bind(version)
+        .bind(claimed.training.id.to_string())
+        .bind(&claimed.training.input_fingerprint)
+        .bind(at)
+        .execute(&mut *transaction)
+        .await?;
+        sqlx::query("UPDATE concepts SET version = $1, version_number = $2, updated_at = $3 WHERE id = $4")
+            .bind(version)
+            .bind(number)
+            .bind(at)
+            .bind(claimed.training.concept_id.to_string())
+            .execute(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
+        Ok(before)
+    }
+
+    /// Ends the training with an error, or gives it back for a later attempt where another may help.
+    ///
+    /// # Errors
+    /// `LeaseLost` when the training is no longer this worker's.
+    pub async fn fail(&self, claimed: &Claimed, error: &serde_json::Value, retry: bool) -> Result<(), RegistryError> {
+        let wait = BACK_OFF_MS << (2 * claimed.training.attempt.saturating_sub(1)).min(10);
+        // One attempt less than it may be begun: then the next is the last.
+        let mendable = if retry { i64::from(ATTEMPTS) - 1 } else { 0 };
+        let changed = sqlx::query(
+            "UPDATE trainings SET failures = failures + 1, error = $1, not_before = $2, lease_token = NULL,
+             lease_until = NULL, status = CASE WHEN failures < $3 THEN 'queued' ELSE 'failed' END,
+             finished_at = CASE WHEN failures < $3 THEN NULL ELSE $4 END
+             WHERE id = $5 AND lease_token = $6 AND status = 'running'",
+        )
+        .bind(error.to_string())
+        .bind(self.lease_time().await? + wait)
+        .bind(mendable)
+        .bind(now())
+        .bind(claimed.training.id.to_string())
+        .bind(&claimed.lease)
+        .execute(&self.pool)
+        .await?;
+        fenced(changed.rows_affected())
+    }
+
+    /// Gives a training back, unfinished and without blame: its worker stops.
+    ///
+    /// # Errors
+    /// `LeaseLost` when the training is no longer this worker's.
+    pub async fn release(&self, claimed: &Claimed) -> Result<(), RegistryError> {
+        let changed = sqlx::query(
+            "UPDATE trainings SET status = 'queued', attempt = attempt - 1, lease_token = NULL, lease_until = NULL
+             WHERE id = $1 AND lease_token = $2 AND status = 'running'",
+        )
+        .bind(claimed.training.id.to_string())
+        .bind(&claimed.lease)
+        .execute(&self.pool)
+        .await?;
+        fenced(changed.rows_affected())
+    }
+}
