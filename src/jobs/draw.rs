@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
 
+use super::ends::{Ends, Interest};
 use super::{Wake, Webhooks};
 use crate::engine::{ConceptUse, EngineError, EngineHandle, GenerateRequest, GenerationEvent, GenerationStream};
 use crate::error::{Error, ErrorKind};
@@ -100,7 +102,7 @@ pub struct Drawings {
     live: Arc<Mutex<HashMap<GenerationId, Arc<Live>>>>,
     held: Arc<Mutex<HashMap<GenerationId, Held>>>,
     queued: Wake,
-    ended: Wake,
+    ends: Ends,
     slots: Arc<Semaphore>,
     tasks: TaskTracker,
 }
@@ -167,7 +169,7 @@ impl Drawings {
             live: Arc::default(),
             held: Arc::default(),
             queued: Wake::default(),
-            ended: Wake::default(),
+            ends: Ends::default(),
             slots: Arc::new(Semaphore::new(background.max(1))),
             tasks: TaskTracker::new(),
         }
@@ -186,9 +188,9 @@ impl Drawings {
         self.live().get(&id).map(|live| live.done.load(Ordering::Relaxed))
     }
 
-    /// Wakes everybody who waits for some generation's end.
-    pub fn ended(&self) -> &Wake {
-        &self.ended
+    /// For whoever waits for a generation's end without having begun it.
+    pub fn interest(&self, id: GenerationId) -> Interest {
+        self.ends.interest(id)
     }
 
     /// Puts a generation into the queue.
@@ -216,6 +218,11 @@ impl Drawings {
         let (listener, events) = mpsc::channel(EVENTS);
         let live = self.start(generation.clone(), request, stream, (Some(listener), None));
         Ok((generation, events, Waiting { live, armed: true }))
+    }
+
+    /// Keeps something until a generation has ended that an earlier process has queued. Before [`Self::work`].
+    pub fn hold_queued(&self, id: GenerationId, held: Held) {
+        self.held().insert(id, held);
     }
 
     /// Keeps something until a generation that was begun has ended.
@@ -307,13 +314,18 @@ impl Drawings {
     }
 
     /// Begins the next queued generation. False when there is none.
-    #[tracing::instrument(name = "job.run", skip_all)]
     async fn next(&self, slot: OwnedSemaphorePermit) -> Result<bool, Error> {
         let at_work: Vec<GenerationId> = self.live().keys().copied().collect();
         let waiting = self.registry.next_generations(at_work.len() + 1).await?;
-        let Some(mut generation) = waiting.into_iter().find(|next| !at_work.contains(&next.id)) else {
+        let Some(generation) = waiting.into_iter().find(|next| !at_work.contains(&next.id)) else {
             return Ok(false);
         };
+        let span = tracing::info_span!("job.run", generation = %generation.id);
+        self.hand_over(generation, slot).instrument(span).await
+    }
+
+    /// Hands a queued generation to the engine. False when that stops.
+    async fn hand_over(&self, mut generation: Generation, slot: OwnedSemaphorePermit) -> Result<bool, Error> {
         let request = match self.request(&generation).await {
             Ok(request) => request,
             Err(error) if error.kind == ErrorKind::Internal => return Err(error),
@@ -373,7 +385,8 @@ impl Drawings {
             images: vec![],
             _slot: slot,
         };
-        self.tasks.spawn(self.clone().run(drawing));
+        // Its span ends when it has ended.
+        self.tasks.spawn(self.clone().run(drawing).in_current_span());
         live
     }
 
@@ -399,7 +412,7 @@ impl Drawings {
         self.live().remove(&id);
         self.held().remove(&id);
         drawing.tell(DrawEvent::Ended(told));
-        self.ended.now();
+        self.ends.tell(id);
         // One at work less: the next may begin.
         self.queued.now();
     }
@@ -532,7 +545,7 @@ impl Drawings {
             self.webhooks.stored();
         }
         self.held().remove(&id);
-        self.ended.now();
+        self.ends.tell(id);
         Ok(ended)
     }
 }

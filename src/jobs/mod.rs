@@ -3,6 +3,7 @@
 
 mod address;
 mod draw;
+mod ends;
 mod previews;
 mod progress;
 mod sweeper;
@@ -19,6 +20,7 @@ use crate::engine::EngineHandle;
 use crate::registry::Registry;
 pub use address::AddressPolicy;
 pub use draw::{DrawEvent, Drawings, Held, Waiting, concept_use, engine_request, provenance};
+pub use ends::Interest;
 pub use sweeper::sweep;
 pub use webhook::{Describe, Webhooks, deliver};
 
