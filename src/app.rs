@@ -16,6 +16,7 @@ use crate::cluster::{Executor, Fleet, worker_token};
 use crate::config::{Config, Role};
 use crate::engine::EngineHandle;
 use crate::jobs::Wakes;
+use crate::registry::Backend;
 use crate::service::{Keys, Limits, Links, Service, Tallies};
 use parts::{Device, Opened};
 
@@ -123,6 +124,9 @@ async fn serve_api(
     let member = parts::member(&config, None, engine.as_ref());
     let ended = CancellationToken::new();
     parts::announce(&registry, &member, &ended, &tracker).await?;
+    if registry.backend() == Backend::Sqlite {
+        service.readmit_queued().await?;
+    }
     state.ready(service);
     parts::upkeep(&config, &registry, &tracker, &stop);
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));

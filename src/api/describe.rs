@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::generations::generation_object;
+use super::generations::object::generation_object;
 use super::trainings::object::TrainingObject;
 use crate::jobs::Describe;
 use crate::registry::{Generation, StoredImage, Training};

@@ -1,26 +1,18 @@
-//! What `/v1/images` and `/v1/generations` have in common: parameters, objects, and events.
-
-use std::convert::Infallible;
-use std::time::Duration;
+//! What `/v1/images` and `/v1/generations` have in common: parameters, objects, and refusals.
 
 use axum::http::{HeaderMap, header};
-use axum::response::sse::{Event, KeepAlive, Sse};
-use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use futures::Stream;
 use serde::Serialize;
-use utoipa::ToSchema;
+use utoipa::{IntoResponses, ToSchema};
 
 use super::AppState;
 use super::extract::Fields;
+use super::openapi::ErrorBody;
 use crate::error::Error;
 use crate::picture::{OutputFormat, PictureFormat, RgbPicture, encode};
 use crate::registry::{GenerationConcept, TokenUsage};
 use crate::service::{GenerateInput, NamedConcept};
-
-/// Streams say at least this often that they live.
-const HEARTBEAT: Duration = Duration::from_secs(10);
 
 /// A concept that was used.
 #[derive(Debug, Serialize, ToSchema)]
@@ -83,6 +75,24 @@ impl From<TokenUsage> for UsageObject {
             },
         }
     }
+}
+
+/// What both routes refuse.
+#[derive(IntoResponses)]
+#[allow(dead_code)]
+pub(super) enum DrawRefusals {
+    /// A parameter cannot be used: `param` names it
+    #[response(status = 400)]
+    Invalid(ErrorBody),
+    /// `concept_not_found`; in OpenAI's shape also `model_not_found`
+    #[response(status = 404)]
+    NotFound(ErrorBody),
+    /// `concept_not_ready`
+    #[response(status = 409)]
+    NotReady(ErrorBody),
+    /// `overloaded`, `quota_exceeded`
+    #[response(status = 429)]
+    TooMany(ErrorBody),
 }
 
 fn size(text: &str) -> Result<Option<(u32, u32)>, Error> {
@@ -168,25 +178,4 @@ pub(super) fn base(state: &AppState, headers: &HeaderMap) -> String {
 pub(super) async fn partial(picture: RgbPicture, format: OutputFormat) -> Result<String, Error> {
     let encoded = tokio::task::spawn_blocking(move || encode(&picture, format, &[])).await;
     Ok(STANDARD.encode(encoded.map_err(Error::internal)?.map_err(Error::internal)?))
-}
-
-/// An event with JSON in it.
-pub(super) fn event(name: &str, data: &impl Serialize) -> Event {
-    let event = Event::default().event(name);
-    // Our objects have no maps with keys that are no strings, which is what could fail.
-    serde_json::to_string(data).map_or_else(|_| Event::default(), |text| event.data(text))
-}
-
-/// A stream of events, with comments in between where there are none for a while.
-pub(super) fn stream(events: impl Stream<Item = Event> + Send + 'static) -> Response {
-    use futures::StreamExt as _;
-
-    let events = events.map(Ok::<_, Infallible>);
-    let keep_alive = KeepAlive::new().interval(HEARTBEAT).text("working");
-    let mut response = Sse::new(events).keep_alive(keep_alive).into_response();
-    // Proxies that collect answers would hold the events back.
-    response
-        .headers_mut()
-        .insert("x-accel-buffering", axum::http::HeaderValue::from_static("no"));
-    response
 }

@@ -85,11 +85,9 @@ impl IntoResponse for ApiError {
             ErrorKind::Conflict if wait.is_some() => {
                 drop(wait.map(|wait| headers.insert(header::RETRY_AFTER, wait.into())))
             }
-            // Clients that retry these by default would only wait for nothing.
-            ErrorKind::Conflict | ErrorKind::Timeout => {
-                drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false")))
-            }
-            _ => {}
+            ErrorKind::Internal => {}
+            // The same request would be refused again; clients that retry 408 and 409 by default would wait for nothing.
+            _ => drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"))),
         }
         response
     }

@@ -54,11 +54,17 @@ impl FromRequest<AppState> for MaybeFields {
     }
 }
 
+/// The error of a body that paused for too long, if that was it.
+pub(super) fn too_slow(error: &(dyn std::error::Error + 'static)) -> Option<Error> {
+    let mut causes = std::iter::successors(Some(error), |cause| cause.source());
+    let slow = causes.any(|cause| cause.is::<tower_http::timeout::TimeoutError>());
+    slow.then(|| Error::new(ErrorKind::Timeout, "body_timeout", "The body did not come in time."))
+}
+
 /// Why a body could not be read: too slow, or larger than `limit` bytes.
 pub(super) fn unread(error: &(dyn std::error::Error + 'static), limit: usize) -> Error {
-    let mut causes = std::iter::successors(Some(error), |cause| cause.source());
-    if causes.any(|cause| cause.is::<tower_http::timeout::TimeoutError>()) {
-        return Error::new(ErrorKind::Timeout, "body_timeout", "The body did not come in time.");
+    if let Some(slow) = too_slow(error) {
+        return slow;
     }
     Error::new(
         ErrorKind::TooLarge,

@@ -6,7 +6,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use super::{ApiError, AppState};
 use crate::error::{Error, ErrorKind};
@@ -66,19 +66,20 @@ pub(super) fn cors(origins: &[String]) -> CorsLayer {
         true => AllowOrigin::any(),
         false => AllowOrigin::list(origins.iter().filter_map(|origin| origin.parse().ok())),
     };
-    let exposed = ["x-request-id", "location", "retry-after", "idempotency-replayed"];
+    let exposed = [
+        "x-request-id",
+        "location",
+        "retry-after",
+        "x-should-retry",
+        "idempotency-replayed",
+    ];
+    let exposed = exposed.into_iter().chain(super::quota::NAMES);
     layer
         .allow_origin(origin)
         .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
-        .allow_headers([
-            header::AUTHORIZATION,
-            header::CONTENT_TYPE,
-            header::ACCEPT,
-            HeaderName::from_static("idempotency-key"),
-            HeaderName::from_static("last-event-id"),
-            HeaderName::from_static("prefer"),
-            HeaderName::from_static("x-request-id"),
-        ])
-        .expose_headers(exposed.map(HeaderName::from_static))
+        // Whatever is asked for: SDKs send headers of their own (`x-stainless-…`), and who may call is decided by origin
+        // and key.
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers(exposed.map(HeaderName::from_static).collect::<Vec<_>>())
         .max_age(Duration::from_secs(600))
 }

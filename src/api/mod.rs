@@ -21,6 +21,7 @@ mod openai;
 mod openapi;
 mod pagination;
 mod quota;
+mod sse;
 mod trainings;
 mod ui;
 
@@ -56,6 +57,7 @@ pub struct AppState {
     draining: Arc<AtomicBool>,
     /// Work that goes on without its caller.
     tasks: TaskTracker,
+    followed: trainings::Followed,
 }
 
 impl AppState {
@@ -66,6 +68,7 @@ impl AppState {
             service: Arc::default(),
             draining: Arc::default(),
             tasks: TaskTracker::new(),
+            followed: trainings::Followed::default(),
         }
     }
 
@@ -83,6 +86,11 @@ impl AppState {
     /// Where work is begun that goes on when its caller disconnects; the server's stop waits for it.
     fn tasks(&self) -> &TaskTracker {
         &self.tasks
+    }
+
+    /// The trainings that somebody follows.
+    fn followed(&self) -> &trainings::Followed {
+        &self.followed
     }
 
     /// Waits for the work that goes on without its caller.

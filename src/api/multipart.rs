@@ -4,6 +4,7 @@ use axum::extract::Multipart;
 use axum::extract::multipart::{Field, MultipartError};
 use bytes::{Bytes, BytesMut};
 
+use super::extract::too_slow;
 use crate::error::{Error, ErrorKind};
 use crate::service::{Limits, Registration};
 
@@ -13,6 +14,9 @@ const TEXT_LIMIT: usize = 4096;
 const METADATA_LIMIT: usize = 64 << 10;
 
 fn broken(error: &MultipartError) -> Error {
+    if let Some(slow) = too_slow(error) {
+        return slow;
+    }
     match error.status().as_u16() {
         413 => Error::new(
             ErrorKind::TooLarge,
@@ -27,20 +31,20 @@ fn broken(error: &MultipartError) -> Error {
     }
 }
 
-/// The part's bytes, at most `limit`.
-async fn bytes(mut part: Field<'_>, name: &str, limit: usize, code: &'static str) -> Result<Bytes, Error> {
+/// The part's bytes; `None` where they are more than `limit`.
+async fn bytes(mut part: Field<'_>, limit: usize) -> Result<Option<Bytes>, Error> {
     let mut all = BytesMut::new();
     while let Some(chunk) = part.chunk().await.map_err(|error| broken(&error))? {
         if all.len() + chunk.len() > limit {
-            return Err(
-                Error::field(code, name.to_owned(), format!("has more than {limit} bytes, the limit"))
-                    .of_kind(ErrorKind::TooLarge)
-                    .limit(limit as u64),
-            );
+            return Ok(None);
         }
         all.extend_from_slice(&chunk);
     }
-    Ok(all.freeze())
+    Ok(Some(all.freeze()))
+}
+
+fn too_large(code: &'static str, name: String, limit: usize) -> Error {
+    Error::field(code, name, format!("has more than {limit} bytes, the limit")).limit(limit as u64)
 }
 
 fn number<T: std::str::FromStr>(name: &'static str, text: &str) -> Result<T, Error> {
@@ -78,13 +82,17 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
                 )
                 .limit(limits.pictures as u64));
             }
-            registration
-                .images
-                .push(bytes(part, "images", limits.picture.bytes, "picture_too_large").await?);
+            let limit = limits.picture.bytes;
+            let image = bytes(part, limit).await?.ok_or_else(|| {
+                too_large("picture_too_large", "images".to_owned(), limit).of_kind(ErrorKind::TooLarge)
+            })?;
+            registration.images.push(image);
             continue;
         }
         let limit = if name == "metadata" { METADATA_LIMIT } else { TEXT_LIMIT };
-        let raw = bytes(part, &name, limit, "value_too_large").await?;
+        let raw = bytes(part, limit)
+            .await?
+            .ok_or_else(|| too_large("value_too_large", name.clone(), limit))?;
         let text = String::from_utf8(raw.to_vec())
             .map_err(|_| Error::field("invalid_value", name.clone(), "is not UTF-8 text"))?;
         let r = &mut registration;

@@ -1,25 +1,28 @@
 //! `/v1/images/generations`: OpenAI's request and response shape, with a little more in both.
 
 use axum::Json;
+use axum::body::Body;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::middleware::from_fn_with_state;
+use axum::response::sse::Event;
 use axum::response::{IntoResponse, Response};
+use axum::routing::post;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use futures::stream;
+use futures::{StreamExt as _, stream};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::Generate;
-use super::drawing::{self, UsageObject, UsedConceptObject, event, partial, word};
+use super::drawing::{self, DrawRefusals, UsageObject, UsedConceptObject, partial, word};
 use super::error::{error_body, request_id};
 use super::extract::Fields;
 use super::idempotency::{IdempotencyHeader, Once};
-use super::openapi::{ErrorBody, ServerEvent};
-use super::{ApiError, AppState};
+use super::openapi::ServerEvent;
+use super::{ApiError, AppState, sse};
 use crate::concept::is_slug;
 use crate::cluster::EventStream;
 use crate::engine::{GenerationEvent};
@@ -33,6 +36,37 @@ pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(generate))
         .layer(from_fn_with_state(state.clone(), super::quota::rate_headers))
+        // Not described: the document says what can be done here.
+        .route("/v1/images/edits", post(edits))
+        .route("/v1/images/variations", post(variations))
+}
+
+/// Bytes of a picture that nobody will look at, which are still read: a client in the middle of sending would take an
+/// early end of the connection for a failure of the network, and try again.
+const UNREAD_LIMIT: usize = 64 << 20;
+
+async fn unsupported(body: Body, instead: &str) -> ApiError {
+    let mut left = UNREAD_LIMIT;
+    let mut pieces = body.into_data_stream();
+    while let Some(Ok(piece)) = pieces.next().await
+        && let Some(less) = left.checked_sub(piece.len())
+    {
+        left = less;
+    }
+    ApiError(Error::new(ErrorKind::Invalid, "unsupported_endpoint", instead))
+}
+
+async fn edits(Generate(_): Generate, body: Body) -> ApiError {
+    let instead = "The model draws from text and concepts, it does not edit pictures. Register what the picture shows as a \
+                   concept with `POST /v1/concepts` and name it in the prompt of `POST /v1/images/generations`.";
+    unsupported(body, instead).await
+}
+
+async fn variations(Generate(_): Generate, body: Body) -> ApiError {
+    let instead = "The model draws from text and concepts, it does not vary pictures. Register what the picture shows as a \
+                   concept with `POST /v1/concepts`, name it in the prompt of `POST /v1/images/generations`, and ask for \
+                   several with `n`.";
+    unsupported(body, instead).await
 }
 
 /// What is to be drawn. The handler reads it field by field; this is its description.
@@ -59,10 +93,10 @@ struct CreateImages {
     /// `url` (default): stored as a generation. `b64_json`: not stored.
     #[schema(example = "b64_json")]
     response_format: Option<String>,
-    /// `png` (default), `jpeg` or `webp`. WebP is lossless.
+    /// `png` (default), `jpeg` or `webp`.
     #[schema(example = "png")]
     output_format: Option<String>,
-    /// Quality of JPEG, default 90. With the lossless formats only 100.
+    /// Quality of JPEG, default 90, and of WebP, default 100: without loss. With PNG only 100.
     #[schema(minimum = 0, maximum = 100)]
     output_compression: Option<u32>,
     /// Server-sent events with unfinished pictures: `image_generation.partial_image`, `image_generation.completed`,
@@ -239,10 +273,7 @@ fn read(service: &Service, mut fields: Fields) -> Result<(GenerateInput, Answer)
         (status = 200, description = "The pictures; with `stream` events", content(
             (ImagesObject = "application/json"), (ServerEvent = "text/event-stream"),
         )),
-        (status = 400, description = "A parameter cannot be used: `param` names it", body = ErrorBody),
-        (status = 404, description = "`model_not_found`, `concept_not_found`", body = ErrorBody),
-        (status = 409, description = "`concept_not_ready`", body = ErrorBody),
-        (status = 429, description = "`overloaded`, `quota_exceeded`", body = ErrorBody),
+        DrawRefusals,
     ),
 )]
 async fn generate(
@@ -356,12 +387,12 @@ async fn streamed(service: &Service, caller: &Caller, plan: Plan) -> Result<Resp
         let event = streaming.next().await?;
         Some((event, streaming))
     });
-    Ok(drawing::stream(events))
+    Ok(sse::stream(events))
 }
 
 impl Streaming {
     /// The next event for the caller.
-    async fn next(&mut self) -> Option<axum::response::sse::Event> {
+    async fn next(&mut self) -> Option<Event> {
         loop {
             let outcome = match self.events.as_mut()?.next().await {
                 Some(GenerationEvent::Partial { index, number, picture }) => self.partial(index, number, picture).await,
@@ -378,7 +409,7 @@ impl Streaming {
             return Some(outcome.unwrap_or_else(|error| {
                 // Nothing comes after an error.
                 self.events = None;
-                event("error", &error_body(error, self.request_id.clone()))
+                sse::event("error", &error_body(error, self.request_id.clone()))
             }));
         }
     }
@@ -400,16 +431,16 @@ impl Streaming {
         }
     }
 
-    async fn partial(&self, index: u32, number: u32, picture: RgbPicture) -> Result<axum::response::sse::Event, Error> {
+    async fn partial(&self, index: u32, number: u32, picture: RgbPicture) -> Result<Event, Error> {
         let file = partial(picture, self.plan.new.settings.format()).await?;
         let object = EventObject {
             partial_image_index: Some(number),
             ..self.object(PARTIAL, index, file)
         };
-        Ok(event(PARTIAL, &object))
+        Ok(sse::event(PARTIAL, &object))
     }
 
-    async fn completed(&self, index: u32, picture: RgbPicture) -> Result<axum::response::sse::Event, Error> {
+    async fn completed(&self, index: u32, picture: RgbPicture) -> Result<Event, Error> {
         let (new, cost) = (&self.plan.new, self.plan.cost);
         let file = self
             .service
@@ -424,6 +455,6 @@ impl Streaming {
             usage: Some(usage.into()),
             ..self.object(COMPLETED, index, STANDARD.encode(&file))
         };
-        Ok(event(COMPLETED, &object))
+        Ok(sse::event(COMPLETED, &object))
     }
 }

@@ -28,6 +28,9 @@ const IMAGES: Names = [
     "x-ratelimit-reset-images",
 ];
 
+/// All of them.
+pub(super) const NAMES: [&str; 6] = [REQUESTS[0], REQUESTS[1], REQUESTS[2], IMAGES[0], IMAGES[1], IMAGES[2]];
+
 fn insert(headers: &mut HeaderMap, names: Names, allowance: Option<Allowance>) {
     let Some(allowance) = allowance else { return };
     let values = [

@@ -3,8 +3,7 @@
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
-use axum::http::{HeaderName, StatusCode, header};
-use axum::response::sse::{KeepAlive, Sse};
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -16,13 +15,16 @@ use super::concepts::{object::File, png, word};
 use super::idempotency::{IdempotencyHeader, Once};
 use super::openapi::{ErrorBody, List, ServerEvent};
 use super::pagination::{PageQuery, Paged, invalid_query};
-use super::{ApiError, AppState};
+use super::{ApiError, AppState, sse};
 use crate::ids::TrainingId;
 use crate::service::TrainingQuery;
 use object::{TrainingObject, TrainingWithLosses};
 
 mod events;
 pub(super) mod object;
+mod watch;
+
+pub(super) use watch::Followed;
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -150,7 +152,8 @@ async fn retry(
 /// Server-sent events: the present state first, then what changes. `progress` has `status`, `step`, `total_steps`,
 /// `loss`, `steps_per_second` and `eta_seconds`; `preview` has `step` and `url`; `ended` has the training and is the last.
 /// A comment comes at least every 15 seconds. `Last-Event-ID` needs no heed: whoever connects again gets the present
-/// state. When the server stops or the training is deleted the stream ends without `ended`.
+/// state. Every preview that is stored when the training's end is seen comes before `ended`; one that is drawn more slowly than
+/// that is only in the training's `previews`. When the server stops or the training is deleted the stream ends without `ended`.
 #[utoipa::path(
     get, path = "/v1/trainings/{id}/events", tag = "Trainings", operation_id = "followTraining",
     params(
@@ -170,11 +173,7 @@ async fn follow(
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
     let training = state.service()?.training(&caller, &id).await?;
-    let stream = events::follow(state, caller, &training);
-    let sse = Sse::new(stream).keep_alive(KeepAlive::new().interval(events::HEARTBEAT));
-    // A proxy that collects answers before it passes them on would hold the events back.
-    let unbuffered = [(HeaderName::from_static("x-accel-buffering"), "no")];
-    Ok((unbuffered, sse).into_response())
+    Ok(sse::stream(events::follow(&state, caller, training)))
 }
 
 /// Show a training's picture

@@ -165,14 +165,15 @@ async fn count_jobs(registry: Registry, stop: CancellationToken) {
             () = stop.cancelled() => return,
             _ = tick.tick() => {}
         }
-        match registry.training_counts().await {
-            Ok(counts) => {
-                for (status, count) in counts {
-                    meters()
-                        .jobs
-                        .with_label_values(&["training", status.as_str()])
-                        .set(count);
-                }
+        let tell = |kind, status, count| meters().jobs.with_label_values(&[kind, status]).set(count);
+        match tokio::try_join!(registry.training_counts(), registry.generation_counts()) {
+            Ok((trainings, generations)) => {
+                trainings
+                    .iter()
+                    .for_each(|(status, count)| tell("training", status.as_str(), *count));
+                generations
+                    .iter()
+                    .for_each(|(status, count)| tell("generation", status.as_str(), *count));
             }
             Err(error) => tracing::debug!(%error, "jobs cannot be counted"),
         }

@@ -50,9 +50,9 @@ fn segment(name: &str) -> String {
         false => format!("%{byte:02X}"),
     };
     match name {
-        // These two would be resolved as folders.
-        "." => "%2E".to_owned(),
-        ".." => "%2E%2E".to_owned(),
+        // These two would be resolved as folders, also when their dots are escaped; escaped twice they are names that nothing
+        // has.
+        "." | ".." => name.replace('.', "%252E"),
         _ => name.bytes().map(escaped).collect(),
     }
 }
@@ -178,7 +178,7 @@ impl Client {
         self.json(self.request(Method::POST, &path)).await
     }
 
-    /// Draws pictures: `queued`, `progress`, `image`, and one of `completed` and `failed`. Dropping the stream cancels.
+    /// Draws pictures: `queued`, `progress`, `image`, and one of `completed`, `failed` and `cancelled`. Dropping the stream cancels.
     pub async fn draw(&self, draw: &Draw) -> Result<Events, ClientError> {
         self.events(self.request(Method::POST, "/v1/generations").json(draw))
             .await
@@ -204,7 +204,16 @@ mod tests {
     fn names_stay_in_their_segment() {
         assert_eq!(segment("rex-2"), "rex-2");
         assert_eq!(segment("../keys?x#y"), "..%2Fkeys%3Fx%23y");
-        assert_eq!((segment(".."), segment("ü")), ("%2E%2E".into(), "%C3%BC".into()));
+        assert_eq!(segment("ü"), "%C3%BC");
+        for name in [".", "..", "a/..", "%2e%2e"] {
+            let url = reqwest::Url::parse(&format!("http://h/v1/concepts/{}/x", segment(name))).unwrap();
+            let parts: Vec<&str> = url.path_segments().unwrap().collect();
+            assert_eq!(
+                (parts.len(), &parts[..2], parts[3]),
+                (4, &["v1", "concepts"][..], "x"),
+                "{name}: {url}"
+            );
+        }
     }
 
     #[test]

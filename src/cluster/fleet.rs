@@ -115,6 +115,8 @@ impl Fleet {
     /// # Errors
     /// When the HTTP client cannot be built.
     pub async fn find(registry: Registry, token: String) -> anyhow::Result<Self> {
+        // Refused where one is chosen already, which then stays.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder()
             .connect_timeout(Duration::from_secs(2))
             .tcp_nodelay(true)

@@ -3,21 +3,50 @@
 
 use std::time::{Duration, Instant};
 
+use tch::Device;
 use tracing::Span;
 
 use super::command::GenerationEvent;
 use super::generations::Load;
+use super::memory::used_bytes;
 use super::scheduler::Turn;
 use crate::telemetry::meters;
 
 /// What the device thread has told so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Published {
+    device: Device,
+    /// When the device's memory was last looked up.
+    looked: Option<Instant>,
     concept_hits: u64,
     concept_misses: u64,
 }
 
+/// How often the driver is asked for the device's memory, at most: it takes longer than a counter.
+const LOOK: Duration = Duration::from_secs(2);
+
 impl Published {
+    pub(super) fn new(device: Device) -> Self {
+        let mut published = Self {
+            device,
+            looked: None,
+            concept_hits: 0,
+            concept_misses: 0,
+        };
+        published.memory();
+        published
+    }
+
+    fn memory(&mut self) {
+        if self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
+            return;
+        }
+        self.looked = Some(Instant::now());
+        if let Some(bytes) = used_bytes(self.device) {
+            meters().device_memory.set(bytes as i64);
+        }
+    }
+
     /// A turn is over: `load` is what is left to do, `open` the trainings on the device.
     pub(super) fn turn(&mut self, turn: Turn, spent: Duration, load: &Load, open: usize) {
         let meters = meters();
@@ -34,6 +63,7 @@ impl Published {
         meters.concept_misses.inc_by(load.concept_misses - self.concept_misses);
         meters.concept_bytes.set(load.concept_bytes as i64);
         meters.trainings_open.set(open as i64);
+        self.memory();
         (self.concept_hits, self.concept_misses) = (load.concept_hits, load.concept_misses);
     }
 }

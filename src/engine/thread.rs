@@ -200,6 +200,7 @@ impl Thread {
             .collect::<Result<_, _>>()?;
         let (orders, pictures) = pictures::start(tokenizers)
             .map_err(|error| ModelError::invalid("engine", format!("cannot start its picture thread: {error}")))?;
+        let published = Published::new(model.transformer.device());
         Ok(Self {
             generations: Generations::new(batch, orders, options.concept_bytes),
             trainings: Trainings::new(options.checkpoint_every, options.training_bytes),
@@ -208,7 +209,7 @@ impl Thread {
             pictures,
             inbox,
             gauge,
-            published: Published::default(),
+            published,
         })
     }
 

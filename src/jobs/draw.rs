@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
 
+use super::ends::{Ends, Interest};
 use super::{LEASE_LOST, Wake, Wakes, Webhooks};
 use crate::cluster::{EventStream, Executor, Prepared};
 use crate::engine::{EngineError, GenerationEvent};
@@ -106,7 +108,7 @@ pub struct Drawings {
     live: Arc<Mutex<HashMap<GenerationId, Arc<Live>>>>,
     held: Arc<Mutex<HashMap<GenerationId, Held>>>,
     queued: Wake,
-    ended: Wake,
+    ends: Ends,
     slots: Arc<Semaphore>,
     tasks: TaskTracker,
 }
@@ -172,7 +174,7 @@ impl Drawings {
             live: Arc::default(),
             held: Arc::default(),
             queued: Wake::default(),
-            ended: Wake::default(),
+            ends: Ends::default(),
             slots: Arc::new(Semaphore::new(background.max(1))),
             tasks: TaskTracker::new(),
         }
@@ -181,7 +183,7 @@ impl Drawings {
     /// The same, heard by other processes too.
     pub fn with_wakes(mut self, wakes: &Wakes) -> Self {
         self.queued = wakes.generations.clone();
-        self.ended = wakes.ended.clone();
+        self.ends = wakes.ends.clone();
         self
     }
 
@@ -198,9 +200,9 @@ impl Drawings {
         self.live().get(&id).map(|live| live.done.load(Ordering::Relaxed))
     }
 
-    /// Wakes everybody who waits for some generation's end.
-    pub fn ended(&self) -> &Wake {
-        &self.ended
+    /// For whoever waits for a generation's end without having begun it.
+    pub fn interest(&self, id: GenerationId) -> Interest {
+        self.ends.interest(id)
     }
 
     /// Puts a generation into the queue.
@@ -228,6 +230,11 @@ impl Drawings {
         let (listener, events) = mpsc::channel(EVENTS);
         let live = self.start(generation.clone(), stream, (Some(listener), None));
         Ok((generation, events, Waiting { live, armed: true }))
+    }
+
+    /// Keeps something until a generation has ended that an earlier process has queued. Before [`Self::work`].
+    pub fn hold_queued(&self, id: GenerationId, held: Held) {
+        self.held().insert(id, held);
     }
 
     /// Keeps something until a generation that was begun has ended.
@@ -367,11 +374,16 @@ impl Drawings {
     }
 
     /// Begins the next queued generation. False when there is none.
-    #[tracing::instrument(name = "job.run", skip_all)]
     async fn next(&self, slot: OwnedSemaphorePermit) -> Result<bool, Error> {
-        let Some(mut generation) = self.registry.claim_generation().await? else {
+        let Some(generation) = self.registry.claim_generation().await? else {
             return Ok(false);
         };
+        let span = tracing::info_span!("job.run", generation = %generation.id);
+        self.hand_over(generation, slot).instrument(span).await
+    }
+
+    /// Hands a generation of the queue to the engine. False when there is no point in looking for another.
+    async fn hand_over(&self, mut generation: Generation, slot: OwnedSemaphorePermit) -> Result<bool, Error> {
         let started = async {
             let prepared = self.executor.prepare(&generation.new).await?;
             self.executor.start(&prepared).await
@@ -380,7 +392,9 @@ impl Drawings {
             Ok(stream) => drop(self.start(generation, stream, (None, Some(slot)))),
             // The store, the queue or the process: what was asked for is not to blame.
             Err(error) if matches!(error.kind, ErrorKind::Internal | ErrorKind::Overloaded | ErrorKind::Unavailable) => {
-                self.registry.return_generation(generation.id, RETRY.as_millis() as i64).await?;
+                self.registry
+                    .return_generation(generation.id, RETRY.as_millis() as i64)
+                    .await?;
                 if error.kind == ErrorKind::Internal {
                     return Err(error);
                 }
@@ -413,7 +427,8 @@ impl Drawings {
             images: vec![],
             _slot: slot,
         };
-        self.tasks.spawn(self.clone().run(drawing));
+        // Its span ends when it has ended.
+        self.tasks.spawn(self.clone().run(drawing).in_current_span());
         live
     }
 
@@ -443,7 +458,7 @@ impl Drawings {
         self.live().remove(&id);
         self.held().remove(&id);
         drawing.tell(DrawEvent::Ended(told));
-        self.ended.now();
+        self.ends.tell(id);
         // One at work less: the next may begin.
         self.queued.now();
     }
@@ -587,7 +602,7 @@ impl Drawings {
             self.webhooks.stored();
         }
         self.held().remove(&id);
-        self.ended.now();
+        self.ends.tell(id);
         Ok(ended)
     }
 }

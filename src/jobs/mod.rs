@@ -20,6 +20,7 @@ macro_rules! patiently {
 
 mod address;
 mod draw;
+mod ends;
 mod previews;
 mod progress;
 mod sweeper;
@@ -38,6 +39,7 @@ use crate::engine::EngineHandle;
 use crate::registry::{Backend, Registry, RegistryError};
 pub use address::AddressPolicy;
 pub use draw::{DrawEvent, Drawings, Held, Waiting, provenance};
+pub use ends::{Ends, Interest};
 pub use sweeper::sweep;
 pub use webhook::{Describe, Webhooks, deliver};
 
@@ -53,7 +55,7 @@ const POLL: Duration = Duration::from_secs(2);
 pub struct Wake {
     here: Arc<Notify>,
     /// `None`: there are no others.
-    others: Option<(&'static str, UnboundedSender<&'static str>)>,
+    others: Option<(&'static str, UnboundedSender<String>)>,
 }
 
 impl Wake {
@@ -62,7 +64,7 @@ impl Wake {
         self.here();
         if let Some((what, others)) = &self.others {
             // Closed when the process ends.
-            let _ = others.send(what);
+            let _ = others.send((*what).to_owned());
         }
     }
 
@@ -85,7 +87,7 @@ pub struct Wakes {
     /// Generations were queued or cancelled.
     pub generations: Wake,
     /// Generations have ended.
-    pub ended: Wake,
+    pub ends: Ends,
 }
 
 impl Wakes {
@@ -102,7 +104,7 @@ impl Wakes {
         let wakes = Self {
             trainings: wake(TRAININGS),
             generations: wake(GENERATIONS),
-            ended: wake(ENDED),
+            ends: Ends::shared(others.clone()),
         };
         tracker.spawn(tell(registry.clone(), queue, stop.clone()));
         tracker.spawn(listen(registry.clone(), wakes.clone(), stop.clone()));
@@ -112,11 +114,10 @@ impl Wakes {
 
 const TRAININGS: &str = "trainings";
 const GENERATIONS: &str = "generations";
-const ENDED: &str = "ended";
 /// When the database does not answer, it is tried again after this.
 const AGAIN: Duration = Duration::from_secs(1);
 
-async fn tell(registry: Registry, mut queue: UnboundedReceiver<&'static str>, stop: CancellationToken) {
+async fn tell(registry: Registry, mut queue: UnboundedReceiver<String>, stop: CancellationToken) {
     let mut waiting = Vec::new();
     loop {
         tokio::select! {
@@ -126,7 +127,7 @@ async fn tell(registry: Registry, mut queue: UnboundedReceiver<&'static str>, st
         waiting.sort_unstable();
         waiting.dedup();
         for what in waiting.drain(..) {
-            if let Err(error) = registry.signal(what).await {
+            if let Err(error) = registry.signal(&what).await {
                 tracing::debug!(%error, what, "other processes cannot be told; they look by themselves");
             }
         }
@@ -144,8 +145,10 @@ async fn listen(registry: Registry, wakes: Wakes, stop: CancellationToken) {
                     match signals.next().await?.as_str() {
                         TRAININGS => wakes.trainings.here(),
                         GENERATIONS => wakes.generations.here(),
-                        ENDED => wakes.ended.here(),
-                        other => tracing::debug!(other, "an unknown signal"),
+                        other => match other.parse() {
+                            Ok(generation) => wakes.ends.here(generation),
+                            Err(_) => tracing::debug!(other, "an unknown signal"),
+                        },
                     }
                 }
             }

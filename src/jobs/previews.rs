@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use super::Worker;
 use crate::engine::{ConceptUse, GenerateRequest, GenerationEvent};
@@ -35,7 +36,7 @@ impl Previews {
     /// Begins to draw one.
     pub(super) fn begin(&mut self, worker: &Worker, claimed: &Claimed, step: u32, file: Bytes) {
         let (worker, training, stop) = (worker.clone(), claimed.training.clone(), self.stop.clone());
-        self.open.spawn(async move {
+        let drawing = async move {
             let drawn = tokio::select! {
                 drawn = worker.draw(&training, &file) => drawn,
                 // Dropping the drawing cancels it.
@@ -52,7 +53,8 @@ impl Previews {
             if let Err(problem) = stored {
                 tracing::warn!(training = %training.id, step, problem, "no picture of this step");
             }
-        });
+        };
+        self.open.spawn(drawing.in_current_span());
     }
 
     /// Waits for all of them, though not for long.

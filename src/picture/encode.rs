@@ -1,5 +1,7 @@
 //! Writing pictures.
 
+use std::ffi::c_int;
+
 use image::codecs::{jpeg::JpegEncoder, webp::WebPEncoder};
 use image::{ExtendedColorType, ImageEncoder};
 
@@ -14,6 +16,8 @@ pub enum OutputFormat {
     Jpeg(u8),
     /// Lossless.
     WebP,
+    /// Quality 0..=100.
+    LossyWebP(u8),
 }
 
 impl From<OutputFormat> for PictureFormat {
@@ -21,7 +25,7 @@ impl From<OutputFormat> for PictureFormat {
         match format {
             OutputFormat::Png => Self::Png,
             OutputFormat::Jpeg(_) => Self::Jpeg,
-            OutputFormat::WebP => Self::WebP,
+            OutputFormat::WebP | OutputFormat::LossyWebP(_) => Self::WebP,
         }
     }
 }
@@ -51,12 +55,39 @@ pub fn encode(picture: &RgbPicture, format: OutputFormat, text: &[(&str, String)
         OutputFormat::WebP => WebPEncoder::new_lossless(&mut file)
             .write_image(rgb, width, height, kind)
             .map_err(|error| PictureError::Damaged(error.to_string()))?,
+        OutputFormat::LossyWebP(quality) => file = encode_lossy_webp(picture, quality)?,
     }
     match format {
         _ if text.is_empty() => Ok(file),
         OutputFormat::Png => Ok(file),
         OutputFormat::Jpeg(_) => into_jpeg(&file, &packet(text)),
-        OutputFormat::WebP => into_webp(&file, &packet(text), (width, height)),
+        OutputFormat::WebP | OutputFormat::LossyWebP(_) => into_webp(&file, &packet(text), (width, height)),
+    }
+}
+
+/// By libwebp: the encoder that decodes foreign pictures here has no lossy mode.
+fn encode_lossy_webp(picture: &RgbPicture, quality: u8) -> Result<Vec<u8>, PictureError> {
+    let refused = || {
+        PictureError::Damaged(format!(
+            "{}x{} is no size of a WebP file",
+            picture.width, picture.height
+        ))
+    };
+    let side = |side: u32| c_int::try_from(side).map_err(|_| refused());
+    let (width, height) = (side(picture.width)?, side(picture.height)?);
+    let stride = width.checked_mul(3).ok_or_else(refused)?;
+    let mut bytes = std::ptr::null_mut();
+    // SAFETY: the caller has checked that `rgb` is `height` rows of `stride` bytes; the call writes `bytes` where its
+    // answer is above 0, and what it points to, so many bytes of libwebp's, is copied before it is freed, once.
+    unsafe {
+        let rgb = picture.rgb.as_ptr();
+        let size = libwebp_sys::WebPEncodeRGB(rgb, width, height, stride, quality.min(100).into(), &raw mut bytes);
+        if size == 0 || bytes.is_null() {
+            return Err(refused());
+        }
+        let file = std::slice::from_raw_parts(bytes, size).to_vec();
+        libwebp_sys::WebPFree(bytes.cast());
+        Ok(file)
     }
 }
 

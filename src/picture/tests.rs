@@ -49,6 +49,41 @@ fn png_of(colour: png::ColorType, depth: png::BitDepth, (width, height): (u32, u
     file
 }
 
+/// A picture in which no two pixels are alike: what is lost of it shows.
+fn gradient(side: u32) -> RgbPicture {
+    let rgb = (0..side * side)
+        .flat_map(|at| [(at % side * 4) as u8, (at / side * 4) as u8, (at * 7 % 256) as u8])
+        .collect();
+    RgbPicture {
+        width: side,
+        height: side,
+        rgb,
+    }
+}
+
+#[test]
+fn less_quality_is_a_smaller_webp_file_with_more_lost() {
+    let picture = gradient(64);
+    let files = [0, 50, 99].map(|quality| encode(&picture, OutputFormat::LossyWebP(quality), &[]).unwrap());
+    assert!(files[0].len() < files[1].len() && files[1].len() < files[2].len());
+    let lost = files.map(|file| {
+        let read = decode(&file).unwrap();
+        assert_eq!((read.width, read.height), (64, 64));
+        let apart = |(a, b): (&u8, &u8)| u64::from(a.abs_diff(*b));
+        read.rgb.iter().zip(&picture.rgb).map(apart).sum::<u64>()
+    });
+    assert!(lost[0] > lost[1] && lost[1] > lost[2] && lost[2] > 0, "{lost:?}");
+    let wide = RgbPicture {
+        width: 16_384,
+        height: 1,
+        rgb: vec![0; 3 * 16_384],
+    };
+    assert!(
+        encode(&wide, OutputFormat::LossyWebP(50), &[]).is_err(),
+        "wider than WebP files can be"
+    );
+}
+
 #[test]
 fn lossless_formats_keep_every_pixel() {
     let picture = halves(33, 21);
@@ -310,9 +345,11 @@ fn text_is_found_in_every_format_and_the_pixels_stay() {
     assert_eq!(found, [("coar".to_owned(), json.to_owned())]);
     let jpeg = encode(&picture, OutputFormat::Jpeg(90), &text).unwrap();
     let webp = encode(&picture, OutputFormat::WebP, &text).unwrap();
+    let lossy = encode(&picture, OutputFormat::LossyWebP(90), &text).unwrap();
     let packets = [
         JpegDecoder::new(Cursor::new(&jpeg)).unwrap().xmp_metadata().unwrap(),
         WebPDecoder::new(Cursor::new(&webp)).unwrap().xmp_metadata().unwrap(),
+        WebPDecoder::new(Cursor::new(&lossy)).unwrap().xmp_metadata().unwrap(),
     ];
     for packet in packets {
         let packet = String::from_utf8(packet.expect("the decoder finds a packet")).unwrap();
@@ -329,6 +366,8 @@ fn text_is_found_in_every_format_and_the_pixels_stay() {
         );
     }
     assert_eq!(decode(&webp).unwrap(), picture);
-    let plain = encode(&picture, OutputFormat::Jpeg(90), &[]).unwrap();
-    assert_eq!(decode(&jpeg).unwrap(), decode(&plain).unwrap());
+    for (format, file) in [(OutputFormat::Jpeg(90), jpeg), (OutputFormat::LossyWebP(90), lossy)] {
+        let plain = encode(&picture, format, &[]).unwrap();
+        assert_eq!(decode(&file).unwrap(), decode(&plain).unwrap());
+    }
 }

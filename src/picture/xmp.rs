@@ -66,10 +66,12 @@ fn chunk(name: &[u8; 4], data: &[u8]) -> Vec<u8> {
 /// When the file is none, or not a simple one.
 pub(super) fn into_webp(file: &[u8], packet: &[u8], (width, height): (u32, u32)) -> Result<Vec<u8>, PictureError> {
     let pixels = match file {
-        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', pixels @ ..] if pixels.starts_with(b"VP8L") => {
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', pixels @ ..]
+            if pixels.starts_with(b"VP8L") || pixels.starts_with(b"VP8 ") =>
+        {
             pixels
         }
-        _ => return Err(PictureError::Damaged("it is no simple lossless WebP file".to_owned())),
+        _ => return Err(PictureError::Damaged("it is no simple WebP file".to_owned())),
     };
     /// Flag of a file with XMP.
     const HAS_XMP: u32 = 4;

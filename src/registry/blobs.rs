@@ -80,6 +80,8 @@ impl Blobs {
         if bucket.is_empty() {
             return Err(unusable("names no bucket"));
         }
+        // Refused where one is chosen already, which then stays.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let retry = RetryConfig {
             max_retries: 8,
             retry_timeout: RETRIES,

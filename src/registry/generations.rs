@@ -34,7 +34,7 @@ pub struct GenerationSettings {
     pub top_k: u32,
     pub identity_mask: bool,
     pub output_format: PictureFormat,
-    /// JPEG quality, 1 to 100.
+    /// Quality of JPEG, 1 to 100, and of WebP, 0 to 99; 100 where nothing is lost.
     pub output_compression: u8,
     /// Unfinished pictures that a listener gets of each.
     pub partial_images: u32,
@@ -46,6 +46,7 @@ impl GenerationSettings {
         match self.output_format {
             PictureFormat::Png => OutputFormat::Png,
             PictureFormat::Jpeg => OutputFormat::Jpeg(self.output_compression),
+            PictureFormat::WebP if self.output_compression < 100 => OutputFormat::LossyWebP(self.output_compression),
             PictureFormat::WebP => OutputFormat::WebP,
         }
     }
@@ -248,6 +249,34 @@ impl Registry {
             .fetch_one(&self.pool)
             .await?;
         Ok(count)
+    }
+
+    /// Every queued generation that nobody waits for, and whose it is.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn queued_generations(&self) -> Result<Vec<(GenerationId, TenantId)>, RegistryError> {
+        let rows: Vec<(String, String)> =
+            sqlx::query_as("SELECT id, tenant_id FROM generations WHERE status = 'queued' AND background = 1")
+                .fetch_all(&self.pool)
+                .await?;
+        let parsed = |(id, tenant): (String, String)| Some((id.parse().ok()?, tenant.parse().ok()?));
+        Ok(rows.into_iter().filter_map(parsed).collect())
+    }
+
+    /// How many generations there are in each status.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn generation_counts(&self) -> Result<Vec<(GenerationStatus, i64)>, RegistryError> {
+        let rows: Vec<(String, i64)> = sqlx::query_as("SELECT status, count(*) FROM generations GROUP BY status")
+            .fetch_all(&self.pool)
+            .await?;
+        let counts = |status: GenerationStatus| {
+            let row = rows.iter().find(|(word, _)| word == status.as_str());
+            (status, row.map_or(0, |(_, count)| *count))
+        };
+        Ok(GenerationStatus::ALL.map(counts).to_vec())
     }
 
     /// Takes a queued generation that nobody waits for: of the tenant of which the least is being drawn, and among equals of

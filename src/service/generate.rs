@@ -89,7 +89,7 @@ fn at_most<T: Copy + PartialOrd + std::fmt::Display + Into<u64>>(
     Err(error.limit(high.into()))
 }
 
-/// JPEG quality; the other formats lose nothing, and say so.
+/// Quality of JPEG, and of WebP below 100; the rest loses nothing, and PNG says so.
 fn quality(format: PictureFormat, compression: Option<u8>) -> Result<u8, Error> {
     match (format, compression) {
         (_, Some(above)) if above > 100 => {
@@ -98,11 +98,12 @@ fn quality(format: PictureFormat, compression: Option<u8>) -> Result<u8, Error> 
         }
         (PictureFormat::Jpeg, given) => Ok(given.unwrap_or(JPEG_QUALITY).max(1)),
         (_, None | Some(100)) => Ok(100),
-        (format, Some(below)) => Err(Error::field(
+        (PictureFormat::WebP, Some(below)) => Ok(below),
+        (format @ PictureFormat::Png, Some(below)) => Err(Error::field(
             "unsupported_value",
             "output_compression",
             format!(
-                "is {below}, but {format} files are written without loss; leave it out or send 100, or ask for jpeg"
+                "is {below}, but {format} files are written without loss; leave it out or send 100, or ask for jpeg or webp"
             ),
         )),
     }
@@ -272,16 +273,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn compression_is_quality_of_jpeg_and_refused_elsewhere() {
+    fn compression_is_quality_where_there_is_one() {
         let code = |outcome: Result<u8, Error>| outcome.map_err(|error| error.code);
         assert_eq!(code(quality(PictureFormat::Jpeg, None)), Ok(JPEG_QUALITY));
         assert_eq!(code(quality(PictureFormat::Jpeg, Some(0))), Ok(1));
         assert_eq!(code(quality(PictureFormat::Jpeg, Some(100))), Ok(100));
         assert_eq!(code(quality(PictureFormat::Jpeg, Some(101))), Err("invalid_value"));
-        for lossless in [PictureFormat::Png, PictureFormat::WebP] {
-            assert_eq!(code(quality(lossless, None)), Ok(100));
-            assert_eq!(code(quality(lossless, Some(100))), Ok(100));
-            assert_eq!(code(quality(lossless, Some(99))), Err("unsupported_value"));
+        for format in [PictureFormat::Png, PictureFormat::WebP] {
+            assert_eq!(code(quality(format, None)), Ok(100));
+            assert_eq!(code(quality(format, Some(100))), Ok(100));
         }
+        assert_eq!(code(quality(PictureFormat::WebP, Some(0))), Ok(0));
+        assert_eq!(code(quality(PictureFormat::Png, Some(99))), Err("unsupported_value"));
     }
 }

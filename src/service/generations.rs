@@ -2,16 +2,19 @@
 
 use std::time::Duration;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::facts::webhook_form;
+use super::facts::{read_metadata, webhook_form};
 use super::{Caller, GenerateInput, Plan, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::GenerationId;
 use crate::jobs::{DrawEvent, Held, Waiting};
 use crate::registry::{Backend, Generation, GenerationStatus, Listed, Page, StoredImage};
+
+/// A generation that another process may end is looked at this often.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// A generation as it stands.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,7 +29,8 @@ pub struct GenerationView {
 #[derive(Debug, Clone, Default)]
 pub struct GenerationInput {
     pub draw: GenerateInput,
-    pub metadata: Option<Map<String, Value>>,
+    /// A JSON object of strings.
+    pub metadata: Option<Value>,
     pub webhook_url: Option<String>,
 }
 
@@ -37,41 +41,6 @@ pub struct Begun {
     pub events: mpsc::Receiver<DrawEvent>,
     /// Dropping it cancels the generation, unless that has ended.
     pub waiting: Waiting,
-}
-
-const PAIRS: usize = 16;
-const KEY_LIMIT: usize = 64;
-const VALUE_LIMIT: usize = 512;
-
-/// Checks what a caller notes down of an object: 16 pairs of strings.
-///
-/// # Errors
-/// Which limit it exceeds.
-pub fn check_metadata(metadata: &Map<String, Value>) -> Result<(), Error> {
-    let wrong =
-        |problem: String, limit: usize| Err(Error::field("invalid_value", "metadata", problem).limit(limit as u64));
-    if metadata.len() > PAIRS {
-        return wrong(format!("has {} pairs; the limit is {PAIRS}", metadata.len()), PAIRS);
-    }
-    for (key, value) in metadata {
-        let Value::String(value) = value else {
-            let problem = format!("must hold strings; `{key}` is something else");
-            return Err(Error::field("invalid_value", "metadata", problem));
-        };
-        if key.is_empty() || key.chars().count() > KEY_LIMIT {
-            return wrong(
-                format!("has a key of no or more than {KEY_LIMIT} characters"),
-                KEY_LIMIT,
-            );
-        }
-        if value.chars().count() > VALUE_LIMIT {
-            return wrong(
-                format!("has under `{key}` more than {VALUE_LIMIT} characters"),
-                VALUE_LIMIT,
-            );
-        }
-    }
-    Ok(())
 }
 
 fn no_generation(id: &str) -> Error {
@@ -97,12 +66,25 @@ impl Service {
     /// The first value that cannot be used.
     pub async fn plan_generation(&self, caller: &Caller, input: GenerationInput) -> Result<Plan, Error> {
         let webhook_url = self.webhook_url(input.webhook_url)?;
-        let metadata = input.metadata.unwrap_or_default();
-        check_metadata(&metadata)?;
+        let metadata = input.metadata.map(read_metadata).transpose()?.unwrap_or_default();
         let mut plan = self.plan(caller, input.draw).await?;
-        plan.new.metadata = Value::Object(metadata);
+        plan.new.metadata = metadata
+            .into_iter()
+            .map(|(key, value)| (key, Value::from(value)))
+            .collect();
         plan.new.webhook_url = webhook_url;
         Ok(plan)
+    }
+
+    /// Counts what an earlier process has queued as in flight. Before the queue is worked on.
+    ///
+    /// # Errors
+    /// When the registry fails.
+    pub async fn readmit_queued(&self) -> Result<(), Error> {
+        for (id, tenant) in self.registry.queued_generations().await? {
+            self.drawings.hold_queued(id, Box::new(self.readmit(tenant)));
+        }
+        Ok(())
     }
 
     /// Queues a generation that nobody waits for.
@@ -146,28 +128,46 @@ impl Service {
     ///
     /// # Errors
     /// When it is gone or the registry fails.
-    pub async fn wait_begun(&self, caller: &Caller, begun: Begun, within: Duration) -> Result<GenerationView, Error> {
+    pub async fn wait_begun(
+        &self,
+        caller: &Caller,
+        mut begun: Begun,
+        within: Duration,
+    ) -> Result<GenerationView, Error> {
         let id = begun.view.generation.id;
-        let view = self.wait(caller, id, within).await?;
+        let ended = async { while !matches!(begun.events.recv().await, None | Some(DrawEvent::Ended(_))) {} };
+        // Either way the row says how it stands.
+        let _ = tokio::time::timeout(within, ended).await;
+        let view = self.view(self.row(caller, id).await?).await?;
         if !view.generation.status.is_final() {
             self.drawings.keep(id, begun.waiting).await?;
         }
         Ok(view)
     }
 
+    async fn row(&self, caller: &Caller, id: GenerationId) -> Result<Generation, Error> {
+        let found = self.registry.generation(caller.tenant, id).await?;
+        found.ok_or_else(|| no_generation(&id.to_string()))
+    }
+
     async fn wait(&self, caller: &Caller, id: GenerationId, within: Duration) -> Result<GenerationView, Error> {
         let until = Instant::now() + within;
+        let interest = self.drawings.interest(id);
         loop {
             // Interest is registered before looking, so that no end in between is missed.
-            let woken = self.drawings.ended().woken();
-            let found = self.registry.generation(caller.tenant, id).await?;
-            let generation = found.ok_or_else(|| no_generation(&id.to_string()))?;
+            let woken = interest.woken();
+            let generation = self.row(caller, id).await?;
             if generation.status.is_final() || Instant::now() >= until {
                 return self.view(generation).await;
             }
+            // Another process may end it, and a signal of that may be lost.
+            let look = match self.registry.backend() {
+                Backend::Sqlite => until,
+                Backend::Postgres => until.min(Instant::now() + LOOK),
+            };
             tokio::select! {
                 () = woken => {}
-                () = tokio::time::sleep_until(until) => {}
+                () = tokio::time::sleep_until(look) => {}
             }
         }
     }
@@ -251,24 +251,5 @@ impl Service {
             true => Ok(()),
             false => Err(no_generation(id)),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn metadata_has_limits() {
-        let check = |value: Value| check_metadata(value.as_object().unwrap()).map_err(|error| error.limit);
-        assert_eq!(check(json!({"order": "7", "ü": "x".repeat(512)})), Ok(()));
-        assert_eq!(check(json!({"a": 7})), Err(None));
-        assert_eq!(check(json!({"": "x"})), Err(Some(64)));
-        assert_eq!(check(json!({ "k".repeat(65): "x" })), Err(Some(64)));
-        assert_eq!(check(json!({"k": "x".repeat(513)})), Err(Some(512)));
-        let many: Map<String, Value> = (0..17).map(|i| (i.to_string(), json!(""))).collect();
-        assert_eq!(check(Value::Object(many)), Err(Some(16)));
     }
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 pub use concepts::{Change, ConceptView, Registered, Registration};
 pub use facts::read_metadata;
 pub use generate::{GenerateInput, GeneratedImage, NamedConcept, Plan, drawn};
-pub use generations::{Begun, GenerationInput, GenerationView, check_metadata};
+pub use generations::{Begun, GenerationInput, GenerationView};
 pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};
 pub use quota::{Addition, Admitted, Allowance, Standing, Tallies, Turn};

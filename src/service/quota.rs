@@ -285,7 +285,7 @@ impl Service {
     }
 
     /// Counts a generation as in flight that was admitted before the server started anew.
-    pub fn readmit(&self, tenant: TenantId) -> Admitted {
+    pub(super) fn readmit(&self, tenant: TenantId) -> Admitted {
         self.tallies.lock().entry(tenant).or_default().in_flight += 1;
         Admitted {
             tallies: self.tallies.clone(),

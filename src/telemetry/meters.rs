@@ -185,6 +185,10 @@ table! {
         metric("coar_device_generation_seconds_total", "Time that the device thread has spent on generations.");
     training_busy: Counter =
         metric("coar_device_training_seconds_total", "Time that the device thread has spent on trainings.");
+    device_memory: IntGauge = metric(
+        "coar_device_memory_used_bytes",
+        "Memory in use on the CUDA device by everybody, looked up between units of work; 0 on a CPU.",
+    );
     resident: IntGauge = metric("coar_resident_memory_bytes", "The process's resident set.");
     ready: IntGauge = metric("coar_ready", "1 when requests are served, 0 while loading and stopping.");
     uptime: Gauge = metric("coar_uptime_seconds", "Time since the process started.");

@@ -189,6 +189,20 @@ def test_a_retry_after_a_lost_answer_does_the_work_once(server):
     assert caught.value.code == "idempotency_key_reused"
 
 
+def test_edits_and_variations_say_what_to_use_instead(server):
+    transport, client = counted(server)
+    picture = base64.b64decode(draw(client, seed=1).data[0].b64_json)
+    asked = transport.count
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.edit(image=("cat.png", picture, "image/png"), prompt="the same with a hat")
+    assert caught.value.code == "unsupported_endpoint"
+    assert "/v1/images/generations" in caught.value.message
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.create_variation(image=("cat.png", picture, "image/png"))
+    assert caught.value.code == "unsupported_endpoint"
+    assert transport.count == asked + 2
+
+
 def test_a_full_queue_is_a_rate_limit_with_a_time(tmp_path):
     server = Server(tmp_path / "small", "--rows", "2", "--queue", "1").start()
     try:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -53,6 +54,23 @@ def until_ready(url: str):
         except OSError:
             assert time.monotonic() < deadline, "the server has not become ready"
             time.sleep(0.1)
+
+
+def close(url: str) -> str:
+    """Makes the server's first key, waits until it asks for one, and gives the key."""
+    body = json.dumps({"tenant": "default"}).encode()
+    request = urllib.request.Request(f"{url}/v1/admin/keys", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        secret = json.load(answer)["secret"]
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=30):
+                assert time.monotonic() < deadline, "the server still lets everybody in"
+                time.sleep(0.1)
+        except urllib.error.HTTPError as refused:
+            assert refused.code == 401, refused
+            return secret
 
 
 class Faults:

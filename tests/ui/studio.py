@@ -1,12 +1,13 @@
 """The whole flow of the page, as a visitor does it: register, watch, draw, compare, draw again, delete."""
 
 import argparse
+import base64
 import contextlib
 import re
 
 from playwright.sync_api import expect, sync_playwright
 
-from page import PATIENCE_MS, ROOT, SHOTS, Visit, launch, running
+from page import PATIENCE_MS, ROOT, SHOTS, Visit, close, launch, running
 
 DESKTOP, PHONE, NARROW = (1280, 900), (390, 844), (320, 640)
 expect.set_options(timeout=30_000)
@@ -27,6 +28,35 @@ def settings(page):
     return page.locator("#create-form")
 
 
+def drop(page, files):
+    """Files dragged over the form and dropped there; the page has to take over what the browser would do with them."""
+    given = [{"name": file.name, "type": kind, "bytes": base64.b64encode(file.read_bytes()).decode()} for file, kind in files]
+    dragged = page.evaluate_handle(
+        """(files) => {
+            const dragged = new DataTransfer();
+            for (const { name, type, bytes } of files) {
+                dragged.items.add(new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name, { type }));
+            }
+            return dragged;
+        }""",
+        given,
+    )
+    zone = page.locator("#drop")
+    over = re.compile(r"\bover\b")
+    zone.dispatch_event("dragenter", {"dataTransfer": dragged})
+    expect(zone).to_have_class(over)
+    zone.dispatch_event("dragleave", {"dataTransfer": dragged})
+    expect(zone).not_to_have_class(over)
+    for event in ["dragover", "drop"]:
+        taken = zone.evaluate(
+            """(zone, [type, dataTransfer]) =>
+                !zone.dispatchEvent(new DragEvent(type, { dataTransfer, bubbles: true, cancelable: true }))""",
+            [event, dragged],
+        )
+        assert taken, f"{event} is left to the browser"
+    expect(zone).not_to_have_class(over)
+
+
 def register(visit, name):
     """Pictures, a caption, one picture too many; the API's refusal beside the field; then the real thing."""
     page = visit.page
@@ -36,7 +66,12 @@ def register(visit, name):
     go(page, "Concepts")
     page.get_by_role("link", name="New concept").click()
     expect(page.get_by_role("heading", level=1)).to_be_focused()
-    page.locator("#pictures").set_input_files([*pictures("rex"), pictures("finn")[0]])
+    drop(page, [(pictures("rex")[0], "image/png"), (ROOT / "README.md", "text/markdown")])
+    expect(page.get_by_role("list", name="Chosen pictures").get_by_role("listitem")).to_have_count(1)
+    expect(page.locator("#images-error")).to_contain_text("Only PNG, JPEG and WebP")
+    visit.shot("dropped")
+    page.locator("#pictures").set_input_files([*pictures("rex")[1:], pictures("finn")[0]])
+    expect(page.locator("#images-error")).to_be_empty()
     chosen = page.get_by_role("list", name="Chosen pictures").get_by_role("listitem")
     expect(chosen).to_have_count(len(pictures("rex")) + 1)
     chosen.last.get_by_role("button").click()
@@ -279,6 +314,39 @@ def look_around(visit, name):
     visit.shot("key")
 
 
+def ask_for_a_key(visit, url):
+    """A server with keys: the page asks, does not take a wrong one, goes on with the right one, and forgets it."""
+    page = visit.page
+    secret = close(url)
+    dialog = page.get_by_role("dialog", name="API key")
+    with visit.faults.expecting(r"401: GET "):
+        page.goto("/#/concepts")
+        expect(dialog).to_contain_text("This server asks for a key")
+        expect(dialog.get_by_label("Key", exact=True)).to_be_focused()
+        visit.shot("asked")
+        dialog.get_by_label("Key", exact=True).fill("coar_wrong")
+        dialog.get_by_role("button", name="Use this key").click()
+        expect(dialog).to_contain_text("does not know this key")
+        expect(dialog.get_by_label("Key", exact=True)).to_be_empty()
+        dialog.get_by_label("Key", exact=True).fill(secret)
+        dialog.get_by_label("Key", exact=True).press("Enter")
+        expect(dialog).to_be_hidden()
+        expect(page.locator("#concept-list > li").first).to_be_visible()
+    button = page.get_by_role("button", name="API key")
+    expect(button).to_have_text("API key: set")
+    page.reload()
+    expect(page.locator("#concept-list > li").first).to_be_visible()
+    expect(dialog).to_be_hidden()
+    with visit.faults.expecting(r"401: GET "):
+        button.click()
+        dialog.get_by_role("button", name="Forget it").click()
+        # Nothing is shown of what the key had opened, and the page asks again.
+        expect(dialog).to_contain_text("This server asks for a key")
+        dialog.get_by_role("button", name="Cancel").click()
+        expect(dialog).to_be_hidden()
+        expect(button).to_have_text("API key")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chromium", required=True)
@@ -307,6 +375,8 @@ def main():
             look_around(visit("narrow-light", NARROW, "light"), "rex")
             rename_and_delete(desktop, "rex")
             rename_and_delete(phone, "rolf")
+            if options.url is None:
+                ask_for_a_key(visit("key-light", DESKTOP, "light"), url)
         finally:
             # Also when a step failed: what the console says is often why.
             faults = [f"{one.name}: {fault}" for one in visits for fault in one.faults.found]

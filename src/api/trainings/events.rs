@@ -1,22 +1,17 @@
 //! A training's events as they happen.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::convert::Infallible;
-use std::time::Duration;
 
 use axum::response::sse::Event;
 use futures::Stream;
 use serde::Serialize;
+use tokio::sync::watch::Receiver;
 
 use super::super::AppState;
 use super::object::{PreviewObject, ProgressObject, StatusName, TrainingObject};
+use super::watch::Seen;
 use crate::registry::Training;
 use crate::service::Caller;
-
-/// Progress is written down about that often, and as often looked for.
-const LOOK: Duration = Duration::from_millis(500);
-/// Silence is broken by a comment after so long.
-pub(super) const HEARTBEAT: Duration = Duration::from_secs(10);
 
 #[derive(PartialEq, Serialize)]
 struct Progress {
@@ -26,10 +21,10 @@ struct Progress {
 }
 
 /// What one reader has been told of a training.
+#[derive(Default)]
 struct Reader {
-    state: AppState,
-    caller: Caller,
-    id: String,
+    /// `None`: it has ended.
+    seen: Option<Receiver<Seen>>,
     waiting: VecDeque<Event>,
     progress: Option<Progress>,
     previews: BTreeSet<u32>,
@@ -44,7 +39,7 @@ fn event(name: &str, id: u32, data: &impl Serialize) -> Event {
 
 impl Reader {
     /// Queues what is new since the last look.
-    fn see(&mut self, training: &Training) {
+    fn see(&mut self, Seen { training, last }: &Seen) {
         let progress = Progress {
             status: training.status.into(),
             progress: training.into(),
@@ -59,44 +54,50 @@ impl Reader {
                 self.waiting.push_back(event("preview", training.step, &preview));
             }
         }
-        if training.status.is_final() {
+        if *last {
             let ended = TrainingObject::from(training);
             self.waiting.push_back(event("ended", training.step, &ended));
             self.ended = true;
         }
     }
 
-    async fn next(mut self) -> Option<(Result<Event, Infallible>, Self)> {
+    async fn next(mut self) -> Option<(Event, Self)> {
         loop {
             if let Some(event) = self.waiting.pop_front() {
-                return Some((Ok(event), self));
+                return Some((event, self));
             }
             if self.ended {
                 return None;
             }
-            tokio::time::sleep(LOOK).await;
             // A stopping server and a deleted training end the stream; whoever connects again learns which.
-            let training = self.state.service().ok()?.training(&self.caller, &self.id).await.ok()?;
-            self.see(&training);
+            self.seen.as_mut()?.changed().await.ok()?;
+            self.look();
+        }
+    }
+
+    fn look(&mut self) {
+        let seen = self.seen.as_mut().map(|seen| seen.borrow_and_update().clone());
+        if let Some(seen) = seen {
+            self.see(&seen);
         }
     }
 }
 
 /// The present state first, then what changes, until the training ends.
-pub(super) fn follow(
-    state: AppState,
-    caller: Caller,
-    training: &Training,
-) -> impl Stream<Item = Result<Event, Infallible>> + use<> {
-    let mut reader = Reader {
-        state,
-        caller,
-        id: training.id.to_string(),
-        waiting: VecDeque::new(),
-        progress: None,
-        previews: BTreeSet::new(),
-        ended: false,
-    };
-    reader.see(training);
+pub(super) fn follow(state: &AppState, caller: Caller, training: Training) -> impl Stream<Item = Event> + use<> {
+    let id = training.id.to_string();
+    let first = Seen::first(training);
+    let mut reader = Reader::default();
+    if first.last {
+        reader.see(&first);
+    } else {
+        let looking = state.clone();
+        let look = move || {
+            let (state, id) = (looking.clone(), id.clone());
+            async move { state.service().ok()?.training(&caller, &id).await.ok() }
+        };
+        reader.seen = Some(state.followed().join(first, state.tasks(), look));
+        reader.look();
+    }
     futures::stream::unfold(reader, Reader::next)
 }

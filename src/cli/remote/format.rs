@@ -144,7 +144,7 @@ pub(super) fn trainings(list: &[Value]) -> String {
     let row = |training: &Value| {
         vec![
             text(&training["id"]),
-            text(&training["concept_id"]),
+            text(&training["concept"]),
             text(&training["status"]),
             progress(&training["progress"]),
             loss(&training["progress"]),
@@ -168,7 +168,7 @@ pub(super) fn training(training: &Value) -> String {
     let eta = now["eta_seconds"].as_f64();
     let mut lines = vec![
         ("id", text(&training["id"])),
-        ("concept", text(&training["concept_id"])),
+        ("concept", text(&training["concept"])),
         ("status", text(&training["status"])),
         ("step", progress(now)),
         ("loss", loss(now)),

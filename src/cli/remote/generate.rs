@@ -61,7 +61,7 @@ fn step(event: &Event) -> Result<Step, ClientError> {
         "completed" => Step::Completed {
             seed: unwrapped(&event.json()?)["request"]["seed"].as_u64(),
         },
-        "failed" => {
+        "failed" | "cancelled" => {
             let data = event.json()?;
             return Err(ClientError::of_generation(unwrapped(&data)));
         }
@@ -173,6 +173,13 @@ mod tests {
         assert_eq!(
             read("failed", failed).unwrap_err().to_string(),
             "The server failed. (code internal_error)"
+        );
+        let cancelled = json!({"generation": {"status": "cancelled", "error": null}});
+        assert!(
+            read("cancelled", cancelled)
+                .unwrap_err()
+                .to_string()
+                .contains("cancelled")
         );
         assert!(read("image", json!({"index": 0, "seed": 1})).is_err());
         assert!(read("progress", json!({"done": 1})).is_err());

@@ -48,8 +48,6 @@ impl Codes {
 }
 
 #[derive(Debug)]
-// There is one for each batch, and one batch for each process.
-#[allow(clippy::large_enum_variant)]
 pub(super) enum Side {
     Host {
         /// The codes drawn of each buffer's picture.

@@ -78,9 +78,9 @@ async fn parameters_of_openai_are_accepted_where_they_change_nothing() {
             "unsupported_value",
         ),
         (
-            json!({"prompt": "a", "output_format": "webp", "output_compression": 50}),
+            json!({"prompt": "a", "output_format": "webp", "output_compression": 101}),
             "output_compression",
-            "unsupported_value",
+            "invalid_value",
         ),
         (
             json!({"prompt": "a", "output_format": "gif"}),
@@ -180,9 +180,16 @@ async fn concepts_are_placed_and_pictures_say_what_made_them() {
     let best =
         bytes(&draw(json!({"prompt": "a cat", "output_format": "jpeg", "output_compression": 100})).await["data"][0]);
     assert!(jpeg.len() < best.len());
+    let lossy =
+        bytes(&draw(json!({"prompt": "a cat", "output_format": "webp", "output_compression": 30})).await["data"][0]);
+    assert!(lossy.len() < webp.len());
     let cursor = std::io::Cursor::new;
     let packets = [
         image::codecs::webp::WebPDecoder::new(cursor(&webp))
+            .unwrap()
+            .xmp_metadata()
+            .unwrap(),
+        image::codecs::webp::WebPDecoder::new(cursor(&lossy))
             .unwrap()
             .xmp_metadata()
             .unwrap(),
@@ -203,7 +210,7 @@ async fn concepts_are_placed_and_pictures_say_what_made_them() {
         let said: Value = serde_json::from_str(inside).unwrap();
         assert_eq!((&said["seed"], &said["concepts"]), (&json!(3), &json!([])));
     }
-    for file in [&webp, &jpeg] {
+    for file in [&webp, &lossy, &jpeg] {
         let picture = decode(file, &PictureLimits::default()).unwrap();
         assert_eq!((picture.width, picture.height), (96, 96));
     }
@@ -373,4 +380,28 @@ async fn the_public_url_begins_the_addresses() {
         url.starts_with("https://pictures.example.com/coar/v1/images/image_"),
         "{url}"
     );
+}
+
+/// OpenAI's other endpoints say what to do instead, after the whole picture has been sent.
+#[tokio::test(flavor = "multi_thread")]
+async fn edits_and_variations_say_what_to_use_instead() {
+    let app = TestApp::start().await;
+    for route in ["/v1/images/edits", "/v1/images/variations"] {
+        let picture = reqwest::multipart::Part::bytes(vec![7; 5 << 20]).file_name("picture.png");
+        let form = reqwest::multipart::Form::new()
+            .text("prompt", "a hat")
+            .part("image", picture);
+        let response = app.request(Method::POST, route).multipart(form).send().await.unwrap();
+        assert_eq!(response.status(), 400, "{route}");
+        assert_eq!(response.headers()["x-should-retry"], "false");
+        let body: Value = response.json().await.unwrap();
+        assert_eq!(body["error"]["code"], "unsupported_endpoint");
+        assert_eq!(body["error"]["type"], "invalid_request_error");
+        assert!(
+            body["error"]["message"]
+                .as_str()
+                .unwrap()
+                .contains("/v1/images/generations")
+        );
+    }
 }

@@ -4,6 +4,7 @@
 //! this file does not know fails it.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -42,7 +43,8 @@ impl Things {
             generation: id("generation"),
             image: id("image"),
             key: id("key"),
-            tenant: "nobody".into(),
+            // As long as the other's name: lengths are compared too.
+            tenant: "nothing".into(),
         }
     }
 
@@ -106,7 +108,10 @@ fn described(document: &Value, with: bool) -> Vec<(String, String)> {
         .collect()
 }
 
-async fn ask(app: &TestApp, method: &str, path: &str, body: Option<&Value>) -> (u16, String) {
+/// Status, headers but the date, and body.
+type Answer = (u16, Vec<(String, String)>, String);
+
+async fn ask(app: &TestApp, method: &str, path: &str, body: Option<&Value>) -> Answer {
     let request = app.request(Method::from_bytes(method.as_bytes()).unwrap(), path);
     let request = match (method, body) {
         (_, Some(body)) => request.json(body),
@@ -114,7 +119,53 @@ async fn ask(app: &TestApp, method: &str, path: &str, body: Option<&Value>) -> (
         _ => request,
     };
     let response = request.header("x-request-id", "same").send().await.unwrap();
-    (response.status().as_u16(), response.text().await.unwrap())
+    let text = |value: &reqwest::header::HeaderValue| value.to_str().unwrap().to_owned();
+    let headers = response.headers().iter().filter(|(name, _)| *name != "date");
+    let mut headers: Vec<_> = headers.map(|(name, value)| (name.to_string(), text(value))).collect();
+    headers.sort();
+    (response.status().as_u16(), headers, response.text().await.unwrap())
+}
+
+/// The time of an answer, by the median: what the machine does meanwhile meets both kinds, which take turns.
+async fn medians(app: &TestApp, paths: [&str; 2]) -> [Duration; 2] {
+    let mut times = [vec![], vec![]];
+    for _ in 0..300 {
+        for (path, times) in paths.iter().zip(&mut times) {
+            let begun = Instant::now();
+            let (status, ..) = ask(app, "GET", path, None).await;
+            times.push(begun.elapsed());
+            assert_eq!(status, 404, "{path}");
+        }
+    }
+    times.map(|mut times| {
+        times.sort();
+        times[times.len() / 2]
+    })
+}
+
+/// Another tenant's things are not looked at: their answer takes no longer, or shorter, than that of nothing.
+async fn times_tell_nothing(app: &TestApp, own: &Things, unknown: &Things) {
+    for (foreign, absent) in [
+        (
+            format!("/v1/concepts/{}", own.concept),
+            format!("/v1/concepts/{}", unknown.concept),
+        ),
+        (
+            format!("/v1/trainings/{}", own.training),
+            format!("/v1/trainings/{}", unknown.training),
+        ),
+        (
+            format!("/v1/generations/{}", own.generation),
+            format!("/v1/generations/{}", unknown.generation),
+        ),
+    ] {
+        let [one, other] = medians(app, [&foreign, &absent]).await;
+        let bound = one.min(other) / 2 + Duration::from_micros(200);
+        assert!(
+            one.abs_diff(other) < bound,
+            "{foreign}: {one:?}, where nothing is {other:?}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -158,13 +209,18 @@ async fn every_route_hides_what_is_another_tenants() {
     );
     for (method, template) in &tried {
         for (foreign, absent) in own.paths(template).iter().zip(unknown.paths(template)) {
-            let (status, body) = ask(&app, method, foreign, None).await;
+            let (status, headers, body) = ask(&app, method, foreign, None).await;
             assert!([403, 404].contains(&status), "{method} {foreign}: {status} {body}");
             let nothing = ask(&app, method, &absent, None).await;
-            let shown = (status, own.hide(&body));
-            assert_eq!(shown, (nothing.0, unknown.hide(&nothing.1)), "{method} {foreign}");
+            let shown = (status, headers, own.hide(&body));
+            assert_eq!(
+                shown,
+                (nothing.0, nothing.1, unknown.hide(&nothing.2)),
+                "{method} {foreign}"
+            );
         }
     }
+    times_tell_nothing(&app, &own, &unknown).await;
     lists_show_nothing(&app, &document, &own).await;
     bodies_reach_nothing(&app, &own, &unknown).await;
     // All of it is still there.
@@ -196,7 +252,7 @@ async fn lists_show_nothing(app: &TestApp, document: &Value, own: &Things) {
         .collect();
     lists.extend(LISTS.iter().map(ToString::to_string));
     for path in lists {
-        let (status, body) = ask(app, "GET", &path, None).await;
+        let (status, _, body) = ask(app, "GET", &path, None).await;
         let admin = path.starts_with("/v1/admin/");
         assert_eq!(status, if admin { 403 } else { 200 }, "{path}: {body}");
         for name in [&own.concept_id, &own.training, &own.generation, &own.image, &own.key] {
@@ -219,8 +275,8 @@ async fn bodies_reach_nothing(app: &TestApp, own: &Things, unknown: &Things) {
             let absent = ask(app, "POST", path, Some(&with(&unknown.concept))).await;
             assert!((400..500).contains(&foreign.0), "{path} {body}: {foreign:?}");
             assert_eq!(
-                (foreign.0, own.hide(&foreign.1)),
-                (absent.0, unknown.hide(&absent.1)),
+                (foreign.0, foreign.1, own.hide(&foreign.2)),
+                (absent.0, absent.1, unknown.hide(&absent.2)),
                 "{path} {body}"
             );
         }

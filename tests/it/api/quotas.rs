@@ -117,6 +117,33 @@ async fn requests_in_flight_are_counted_until_they_end() {
     assert_eq!(status, 200, "{body}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_earlier_process_has_queued_counts() {
+    let mut app = TestApp::start_with(&["--quota-requests-in-flight=2"]).await;
+    let mut paths = Vec::new();
+    for _ in 0..2 {
+        let request = app
+            .request(reqwest::Method::POST, "/v1/generations")
+            .header("prefer", "respond-async");
+        let (status, queued) = answer(request.json(&json!({"prompt": "a cat", "n": 10}))).await;
+        assert_eq!(status, 202, "{queued}");
+        paths.push(format!("/v1/generations/{}", queued["id"].as_str().unwrap()));
+    }
+    app.kill_nine_and_restart().await;
+    let (status, headers, body) = draw(&app, json!({"prompt": "a cat"})).await;
+    assert_eq!(
+        (status, refusal(&body)),
+        (429, ("quota_exceeded", "requests_in_flight", 2))
+    );
+    assert_eq!(number(&headers, "x-ratelimit-remaining-requests"), 0);
+    for path in &paths {
+        assert_eq!(app.post(&format!("{path}/cancel"), json!({})).await.0, 200);
+    }
+    let (status, headers, body) = draw(&app, json!({"prompt": "a cat"})).await;
+    assert_eq!(status, 200, "{body}");
+    assert_eq!(number(&headers, "x-ratelimit-remaining-requests"), 2);
+}
+
 /// A registration under that name, with a training that takes long.
 fn named(name: &'static str) -> reqwest::multipart::Form {
     form_named(rex(), name).text("steps", "5000")

@@ -1,0 +1,261 @@
+//! Generations as JSON: what is asked, and what is answered.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use super::super::drawing::{UsageObject, UsedConceptObject};
+use super::super::openapi::metadata_schema;
+use crate::registry::{Generation, GenerationSettings, StoredImage};
+use crate::service::{GenerationView, Links, Plan, Service};
+
+/// What is to be drawn. The handler reads it field by field; this is its description.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code)]
+#[schema(example = json!({"prompt": "a photo of <rex> cat on the beach", "n": 2, "seed": 7, "partial_images": 2}))]
+pub(super) struct CreateGeneration {
+    /// At most 4000 characters; `<name>` is a concept.
+    #[schema(example = "a photo of <rex> cat on the beach", max_length = 4000)]
+    prompt: String,
+    /// Concepts to place where the prompt does not name them: a subject before the first occurrence of its class noun, or
+    /// in "a photo of <name> class, " at the beginning; a style as " in <name> style" at the end.
+    concepts: Option<Vec<String>>,
+    #[schema(minimum = 1, maximum = 10, default = 1)]
+    n: Option<u32>,
+    /// `auto` or WIDTHxHEIGHT, one of the model's sizes.
+    #[schema(example = "auto")]
+    size: Option<String>,
+    /// Picture i is drawn from the stream of (seed, first_index + i). Random by default.
+    #[schema(minimum = 0, maximum = 9007199254740991_u64)]
+    seed: Option<u64>,
+    #[schema(minimum = 0, maximum = 1000000, default = 0)]
+    first_index: Option<u32>,
+    #[schema(minimum = 1, maximum = 20)]
+    guidance_scale: Option<f64>,
+    #[schema(minimum = 0, maximum = 5)]
+    temperature: Option<f64>,
+    /// 0: all.
+    top_k: Option<u32>,
+    #[schema(default = true)]
+    identity_mask: Option<bool>,
+    /// `png` (default), `jpeg` or `webp`.
+    #[schema(example = "png")]
+    output_format: Option<String>,
+    /// Quality of JPEG, default 90, and of WebP, default 100: without loss. With PNG only 100.
+    #[schema(minimum = 0, maximum = 100)]
+    output_compression: Option<u32>,
+    /// Unfinished pictures in a stream of events, of each picture.
+    #[schema(minimum = 0, maximum = 3, default = 0)]
+    partial_images: Option<u32>,
+    /// Told of the end: POST, signed (Standard Webhooks). Port 80 or 443 of a public address.
+    #[schema(example = "https://example.com/hooks/coar")]
+    webhook_url: Option<String>,
+    /// At most 16 pairs; keys of 64, values of 512 characters.
+    #[schema(schema_with = metadata_schema)]
+    metadata: Option<Value>,
+}
+
+/// A generation.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Generation)]
+pub(in crate::api) struct GenerationObject {
+    #[schema(example = "generation_01990000000070008000000000000000")]
+    id: String,
+    #[schema(example = "generation")]
+    object: &'static str,
+    /// `queued`, `running`, `succeeded`, `failed` or `cancelled`.
+    #[schema(example = "succeeded")]
+    status: &'static str,
+    /// How many are before it, while it is queued.
+    queue_position: Option<u32>,
+    progress: ProgressObject,
+    /// As it is drawn, with every concept in it.
+    #[schema(example = "a photo of <rex> cat on the beach")]
+    prompt: String,
+    request: SettingsObject,
+    concepts: Vec<UsedConceptObject>,
+    images: Vec<StoredImageObject>,
+    usage: Option<UsageObject>,
+    /// Why it failed.
+    #[schema(value_type = Option<FailureObject>)]
+    error: Option<Value>,
+    #[schema(value_type = std::collections::BTreeMap<String, String>)]
+    metadata: Value,
+    /// Unix seconds, as all times.
+    created_at: i64,
+    started_at: Option<i64>,
+    finished_at: Option<i64>,
+}
+
+/// How far it is, in image tokens.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ProgressObject {
+    #[schema(example = 288)]
+    pub done: u32,
+    #[schema(example = 288)]
+    pub total: u32,
+}
+
+/// Every setting, resolved: sent again with the prompt they draw the same pictures.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = GenerationSettings)]
+struct SettingsObject {
+    #[schema(example = 2)]
+    n: u32,
+    #[schema(example = "96x96")]
+    size: String,
+    #[schema(example = 7)]
+    seed: u64,
+    #[schema(example = 0)]
+    first_index: u32,
+    #[schema(example = 3.0)]
+    guidance_scale: f64,
+    #[schema(example = 1.0)]
+    temperature: f64,
+    #[schema(example = 100)]
+    top_k: u32,
+    identity_mask: bool,
+    #[schema(example = "png")]
+    output_format: &'static str,
+    #[schema(example = 100)]
+    output_compression: u8,
+    #[schema(example = 0)]
+    partial_images: u32,
+}
+
+/// A kept picture.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = GeneratedImage)]
+pub(in crate::api) struct StoredImageObject {
+    #[schema(example = "image_01990000000070008000000000000000")]
+    id: String,
+    /// Which picture of the seed.
+    #[schema(example = 0)]
+    index: u32,
+    #[schema(example = 7)]
+    seed: u64,
+    /// Needs no key; expires with the picture.
+    url: String,
+    #[schema(example = 96)]
+    width: u32,
+    #[schema(example = 96)]
+    height: u32,
+    /// SHA-256 of the file.
+    content_hash: String,
+}
+
+/// Why a generation failed.
+#[derive(ToSchema)]
+#[allow(dead_code)]
+#[schema(as = GenerationFailure)]
+struct FailureObject {
+    #[schema(example = "interrupted")]
+    code: String,
+    message: String,
+    field: Option<String>,
+}
+
+/// A checked request that was not drawn.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = GenerationPlan)]
+pub(super) struct PlanObject {
+    /// Always true; what is not valid is an error.
+    valid: bool,
+    /// As it would be drawn, with every concept in it.
+    prompt: String,
+    request: SettingsObject,
+    concepts: Vec<UsedConceptObject>,
+    /// What it would cost.
+    usage: UsageObject,
+}
+
+/// A generation, or with `validate_only` what it would be.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+#[schema(as = GenerationOrPlan)]
+#[allow(dead_code)]
+pub(super) enum AnswerObject {
+    Generation(Box<GenerationObject>),
+    Plan(PlanObject),
+}
+
+fn settings_object(settings: &GenerationSettings) -> SettingsObject {
+    SettingsObject {
+        n: settings.n,
+        size: format!("{}x{}", settings.width, settings.height),
+        seed: settings.seed,
+        first_index: settings.first_index,
+        guidance_scale: settings.guidance_scale,
+        temperature: settings.temperature,
+        top_k: settings.top_k,
+        identity_mask: settings.identity_mask,
+        output_format: settings.output_format.as_str(),
+        output_compression: settings.output_compression,
+        partial_images: settings.partial_images,
+    }
+}
+
+/// A picture as JSON; `base` begins its address.
+pub(super) fn image_object(image: &StoredImage, links: &Links, base: &str) -> StoredImageObject {
+    StoredImageObject {
+        id: image.id.to_string(),
+        index: image.index,
+        seed: image.seed.unwrap_or_default(),
+        url: format!("{base}{}", links.path(image)),
+        width: image.size.0,
+        height: image.size.1,
+        content_hash: image.blob.clone(),
+    }
+}
+
+/// A generation as JSON; `base` begins the addresses of its pictures.
+pub(in crate::api) fn generation_object(
+    generation: &Generation,
+    images: &[StoredImage],
+    queue_position: Option<u32>,
+    (links, base): (&Links, &str),
+) -> GenerationObject {
+    let (new, seconds) = (&generation.new, |ms: i64| ms / 1000);
+    GenerationObject {
+        id: generation.id.to_string(),
+        object: "generation",
+        status: generation.status.as_str(),
+        queue_position,
+        progress: ProgressObject {
+            done: generation.done,
+            total: new.total,
+        },
+        prompt: new.prompt.clone(),
+        request: settings_object(&new.settings),
+        concepts: new.concepts.iter().map(Into::into).collect(),
+        images: images.iter().map(|image| image_object(image, links, base)).collect(),
+        usage: generation.usage.map(Into::into),
+        error: generation.error.clone(),
+        metadata: new.metadata.clone(),
+        created_at: seconds(generation.created_at),
+        started_at: generation.started_at.map(seconds),
+        finished_at: generation.finished_at.map(seconds),
+    }
+}
+
+/// As [`generation_object`], of a use case's answer.
+pub(super) fn object(service: &Service, view: &GenerationView, base: &str) -> GenerationObject {
+    let links = (service.links.as_ref(), base);
+    generation_object(&view.generation, &view.images, view.queue_position, links)
+}
+
+/// A plan as JSON.
+pub(super) fn plan_object(plan: &Plan) -> PlanObject {
+    PlanObject {
+        valid: true,
+        prompt: plan.new.prompt.clone(),
+        request: settings_object(&plan.new.settings),
+        concepts: plan.new.concepts.iter().map(Into::into).collect(),
+        usage: crate::registry::TokenUsage {
+            text_tokens: plan.cost.text,
+            image_tokens: plan.cost.image,
+        }
+        .into(),
+    }
+}

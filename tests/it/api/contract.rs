@@ -1,0 +1,130 @@
+//! The bodies that `/openapi.json` describes are those that the handlers read, field by field.
+
+use reqwest::Method;
+use reqwest::multipart::Form;
+use serde_json::{Map, Value, json};
+
+use crate::support::{TestApp, answer, picture_part, pictures, rex};
+
+/// Something that no field takes: the error names the field that has it.
+fn wrong() -> Value {
+    json!([[]])
+}
+
+const UNKNOWN: &str = "surprise";
+
+/// A schema behind its reference, and the one of two that is not null.
+fn resolved<'a>(document: &'a Value, schema: &'a Value) -> &'a Value {
+    if let Some(reference) = schema["$ref"].as_str() {
+        let found = document.pointer(reference.trim_start_matches('#'));
+        return resolved(document, found.expect("the reference leads somewhere"));
+    }
+    let choices = schema["oneOf"].as_array().or(schema["anyOf"].as_array());
+    match choices.and_then(|choices| choices.iter().find(|choice| choice["type"] != "null")) {
+        Some(choice) => resolved(document, choice),
+        None => schema,
+    }
+}
+
+/// The properties that have to be there, with a value that is taken.
+fn required(document: &Value, schema: &Value) -> Map<String, Value> {
+    let names = schema["required"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let value = |name: &Value| {
+        let name = name.as_str().unwrap();
+        let example = &resolved(document, &schema["properties"][name])["example"];
+        assert!(!example.is_null(), "`{name}` has no example");
+        (name.to_owned(), example.clone())
+    };
+    names.iter().map(value).collect()
+}
+
+/// Status, code and parameter of a refusal.
+fn refusal(refused: &(u16, Value)) -> (u16, &str, &str) {
+    let text = |field: &str| refused.1["error"][field].as_str().unwrap_or("");
+    (refused.0, text("code"), text("param"))
+}
+
+async fn json_body(app: &TestApp, document: &Value, (method, path): (&Method, &str), schema: &Value) {
+    assert_eq!(schema["additionalProperties"], json!(false), "{method} {path}");
+    let least = required(document, schema);
+    let send = |mut body: Map<String, Value>, name: &str, value: Value| {
+        body.insert(name.to_owned(), value);
+        answer(app.request(method.clone(), path).json(&body))
+    };
+    for (name, property) in schema["properties"].as_object().expect("it has properties") {
+        let refused = send(least.clone(), name, wrong()).await;
+        assert_eq!(
+            refusal(&refused),
+            (400, "invalid_value", name.as_str()),
+            "{method} {path}: {refused:?}"
+        );
+        let inner = resolved(document, property)["properties"].as_object();
+        for part in inner.into_iter().flat_map(Map::keys) {
+            let refused = send(least.clone(), name, json!({part: wrong()})).await;
+            assert_eq!(
+                refusal(&refused),
+                (400, "invalid_value", part.as_str()),
+                "{method} {path}: {refused:?}"
+            );
+            let refused = send(least.clone(), name, json!({UNKNOWN: 1})).await;
+            assert_eq!(
+                refusal(&refused),
+                (400, "unknown_parameter", UNKNOWN),
+                "{method} {path}: {refused:?}"
+            );
+        }
+    }
+    let refused = send(least, UNKNOWN, json!(1)).await;
+    assert_eq!(
+        refusal(&refused),
+        (400, "unknown_parameter", UNKNOWN),
+        "{method} {path}: {refused:?}"
+    );
+}
+
+async fn form_body(app: &TestApp, path: &str, schema: &Value) {
+    for name in schema["properties"].as_object().expect("it has properties").keys() {
+        let form = match name.as_str() {
+            "images" => Form::new().part("images", picture_part(pictures(rex(), 1).remove(0))),
+            _ => Form::new().text(name.clone(), "x"),
+        };
+        let form = form.text(UNKNOWN, "x");
+        let refused = answer(app.request(Method::POST, path).multipart(form)).await;
+        // Parts are read in their order: either this one is refused for what it is, or the one after it.
+        let (status, code, param) = refusal(&refused);
+        let known = (code, param) == ("unknown_parameter", UNKNOWN) || (code, param) == ("invalid_value", name);
+        assert!(status == 400 && known, "{path} `{name}`: {refused:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_described_field_is_read_and_an_unknown_one_refused() {
+    let app = TestApp::start().await;
+    let (_, document) = app.get("/openapi.json").await;
+    let (mut bodies, mut forms) = (0, 0);
+    for (template, operations) in document["paths"].as_object().unwrap() {
+        // Bodies are read before anything is looked up.
+        let path: Vec<&str> = template
+            .split('/')
+            .map(|part| if part.starts_with('{') { "nothing" } else { part })
+            .collect();
+        let path = path.join("/");
+        for (method, operation) in operations.as_object().unwrap() {
+            let content = &operation["requestBody"]["content"];
+            let method = Method::from_bytes(method.to_uppercase().as_bytes()).unwrap();
+            let schema = |kind: &str| Some(resolved(&document, content.get(kind)?.get("schema")?));
+            if let Some(schema) = schema("application/json") {
+                json_body(&app, &document, (&method, &path), schema).await;
+                bodies += 1;
+            }
+            if let Some(schema) = schema("multipart/form-data") {
+                form_body(&app, &path, schema).await;
+                forms += 1;
+            }
+        }
+    }
+    assert!(bodies >= 7 && forms >= 1, "{bodies} bodies, {forms} forms");
+    // Nothing of it was made.
+    let (_, concepts) = app.get("/v1/concepts").await;
+    assert_eq!(concepts["data"], json!([]));
+}
