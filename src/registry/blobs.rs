@@ -51,6 +51,15 @@ pub fn hashes<S: serde::Serializer>(all: &[Bytes], serializer: S) -> Result<S::O
     serializer.collect_seq(all.iter().map(|bytes| content_hash(bytes)))
 }
 
+/// Whether S3 may be asked without TLS: the operator has named such an address, or says so.
+fn plain_http() -> bool {
+    let is = |name: &str, wanted: fn(&str) -> bool| std::env::var(name).is_ok_and(|value| wanted(&value));
+    ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]
+        .iter()
+        .any(|name| is(name, |url| url.starts_with("http://")))
+        || is("AWS_ALLOW_HTTP", |value| value.eq_ignore_ascii_case("true") || value == "1")
+}
+
 impl Blobs {
     /// A store in a local folder, which is created.
     ///
@@ -89,7 +98,8 @@ impl Blobs {
         };
         let client = ClientOptions::new()
             .with_connect_timeout(Duration::from_secs(3))
-            .with_timeout(Duration::from_secs(20));
+            .with_timeout(Duration::from_secs(20))
+            .with_allow_http(plain_http());
         let store = AmazonS3Builder::from_env()
             .with_bucket_name(bucket)
             .with_client_options(client)
