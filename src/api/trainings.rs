@@ -152,8 +152,9 @@ async fn retry(
 /// Server-sent events: the present state first, then what changes. `progress` has `status`, `step`, `total_steps`,
 /// `loss`, `steps_per_second` and `eta_seconds`; `preview` has `step` and `url`; `ended` has the training and is the last.
 /// A comment comes at least every 15 seconds. `Last-Event-ID` needs no heed: whoever connects again gets the present
-/// state. Every preview that is stored when the training's end is seen comes before `ended`; one that is drawn more slowly than
-/// that is only in the training's `previews`. When the server stops or the training is deleted the stream ends without `ended`.
+/// state. Every preview that is stored when the training's end is seen comes before `ended`; one that is drawn more
+/// slowly is only in the training's `previews`. When the server stops or the training is deleted the stream ends without
+/// `ended`.
 #[utoipa::path(
     get, path = "/v1/trainings/{id}/events", tag = "Trainings", operation_id = "followTraining",
     params(

@@ -290,13 +290,13 @@ impl Service {
     /// # Errors
     /// When there is no such concept or version, a value cannot be used, or the name is taken.
     pub async fn change_concept(&self, caller: &Caller, name: &str, change: Change) -> Result<ConceptView, Error> {
-        let concept = self.find_concept(caller, name).await?;
         let change = ConceptChange {
             name: change.name.map(|name| check_name(Some(name))).transpose()?,
             description: change.description.map(check_description).transpose()?,
             metadata: change.metadata.map(read_metadata).transpose()?,
             version: change.version,
         };
+        let concept = self.find_concept(caller, name).await?;
         let changed = self.registry.change_concept(concept.id, &change).await?;
         let concept = changed.ok_or_else(|| no_concept(name))?;
         let training = self.registry.latest_training(caller.tenant, concept.id).await?;
