@@ -20,11 +20,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "cli",
         &[
             "app", "api", "service", "jobs", "registry", "engine", "eval", "pocket", "training", "concept", "model",
-            "client",
+            "client", "fleet",
         ],
     ),
     ("config", &[]),
     ("client", &[]),
+    ("fleet", &[]),
     ("error", &[]),
     ("ids", &[]),
     ("telemetry", &[]),
