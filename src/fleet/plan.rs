@@ -102,10 +102,10 @@ pub fn plan(times: &Times, workload: &Workload, fleet: &Fleet, goal: &Goal, seed
     };
     let needed = workload.pictures_per_second * picture_seconds(times)
         + workload.trainings_per_hour / 3600.0 * training_seconds(times);
-    let at_least = (needed.ceil() as usize).clamp(1, MOST);
+    let at_least = (needed.ceil() as usize).clamp(fleet.training_workers + 1, MOST);
     let (mut too_few, mut step, mut enough) = (at_least - 1, 1, None);
     let mut last = at_least;
-    while enough.is_none() && last <= MOST && last <= 8 * at_least + 64 {
+    while enough.is_none() && last <= MOST && last <= 3 * at_least + 20 {
         let report = with(last)?;
         match reached(goal, &report) {
             true => enough = Some((last, report)),
@@ -117,7 +117,7 @@ pub fn plan(times: &Times, workload: &Workload, fleet: &Fleet, goal: &Goal, seed
         }
     }
     let Some((mut workers, mut report)) = enough else {
-        let report = with(too_few)?;
+        let report = with(too_few.max(at_least))?;
         return Ok(Planned {
             workers: None,
             at_least,

@@ -11,9 +11,9 @@ use super::worker::Worker;
 pub enum Policy {
     /// Any worker that lives.
     Random,
-    /// The one with the fewest pictures at work and waiting.
+    /// The one with the fewest pictures at work and waiting; beside a training they count for more.
     LeastLoaded,
-    /// One that has the concept on its device, if it would begin at once; else the least loaded.
+    /// One that has the concept on its device, if it would begin at once and beside no training; else the least loaded.
     ConceptHot,
 }
 
@@ -38,12 +38,16 @@ impl Policy {
 
 /// One of those that live, each as likely; full ones refuse.
 fn random(workers: &[Worker], draws: &mut Draws) -> Option<usize> {
-    let alive = workers.iter().filter(|worker| worker.up).count();
+    let alive = workers.iter().filter(|worker| worker.up && worker.draws).count();
     if alive == 0 {
         return None;
     }
     let nth = draws.below(alive);
-    let (index, worker) = workers.iter().enumerate().filter(|(_, worker)| worker.up).nth(nth)?;
+    let (index, worker) = workers
+        .iter()
+        .enumerate()
+        .filter(|(_, worker)| worker.up && worker.draws)
+        .nth(nth)?;
     worker.has_room().then_some(index)
 }
 
@@ -52,6 +56,6 @@ fn least(workers: &[Worker], admitted: impl Fn(&Worker) -> bool) -> Option<usize
         .iter()
         .enumerate()
         .filter(|(_, worker)| admitted(worker))
-        .min_by_key(|(_, worker)| worker.load())
+        .min_by(|(_, a), (_, b)| a.slowness().total_cmp(&b.slowness()))
         .map(|(index, _)| index)
 }

@@ -57,6 +57,9 @@ pub fn simulate(times: &Times, workload: &Workload, fleet: &Fleet, seed: u64) ->
     if !(1..=100_000).contains(&fleet.workers) {
         return Err(FleetError::new("workers", "must be from 1 to 100000"));
     }
+    if fleet.training_workers >= fleet.workers {
+        return Err(FleetError::new("training_workers", "must be fewer than workers"));
+    }
     let mut simulation = Simulation::new(times, workload, fleet, seed);
     simulation.run();
     let Simulation {
@@ -75,12 +78,19 @@ pub fn simulate(times: &Times, workload: &Workload, fleet: &Fleet, seed: u64) ->
 impl<'a> Simulation<'a> {
     fn new(times: &'a Times, workload: &'a Workload, fleet: &'a Fleet, seed: u64) -> Self {
         let window = (workload.warm_up, workload.seconds);
+        let mut workers = vec![Worker::new(times, window); fleet.workers];
+        if fleet.training_workers > 0 {
+            for (index, worker) in workers.iter_mut().enumerate() {
+                worker.trains = index < fleet.training_workers;
+                worker.draws = !worker.trains;
+            }
+        }
         Self {
             times,
             workload,
             fleet,
             line: TimeLine::default(),
-            workers: vec![Worker::new(times, window); fleet.workers],
+            workers,
             requests: vec![],
             trainings: Trainings::default(),
             clock: Clock::new(workload, seed),
@@ -115,6 +125,9 @@ impl<'a> Simulation<'a> {
                 self.seen.trainings_waiting_at_end = self.trainings.waiting();
             }
             if closed && (self.seen.in_system() == 0 || now > DRAIN * end) {
+                break;
+            }
+            if !self.workload.is_steady() && self.seen.asked > 0 && self.seen.in_system() == 0 {
                 break;
             }
             let counted = (now.min(end) - f64::max(before, self.workload.warm_up)).max(0.0);
@@ -348,7 +361,11 @@ impl<'a> Simulation<'a> {
     fn route_again(&mut self, now: f64, request: usize) {
         let concept = self.requests[request].concept;
         let chosen = self.fleet.policy.choose(&self.workers, concept, &mut self.routing);
-        let living = self.workers.iter().enumerate().filter(|(_, worker)| worker.up);
+        let living = self
+            .workers
+            .iter()
+            .enumerate()
+            .filter(|(_, worker)| worker.up && worker.draws);
         let shortest = || living.min_by_key(|(_, worker)| worker.load()).map(|(index, _)| index);
         match chosen.or_else(shortest) {
             Some(worker) => self.send(now, request, worker),

@@ -220,6 +220,30 @@ fn trainings_get_their_share_while_pictures_wait() {
 }
 
 #[test]
+fn workers_for_trainings_alone_leave_the_others_alone() {
+    let times = Times::read("7b-h100").unwrap();
+    let workload = Workload {
+        trainings_per_hour: 30.0,
+        ..load(2.0, 20_000.0)
+    };
+    let mut fleet = workers(4, Policy::LeastLoaded);
+    let mixed = simulate(&times, &workload, &fleet, 12).unwrap();
+    fleet.training_workers = 2;
+    let apart = simulate(&times, &workload, &fleet, 12).unwrap();
+    // Two devices draw two pictures a second as if there were no training.
+    let alone = simulate(&times, &load(2.0, 20_000.0), &workers(2, Policy::LeastLoaded), 12).unwrap();
+    assert_eq!(apart.latency, alone.latency);
+    assert!(
+        apart.latency.p95 < mixed.latency.p95,
+        "{:?} {:?}",
+        apart.latency,
+        mixed.latency
+    );
+    // Every training takes 157 s: 30 an hour keep 1.3 of four devices busy.
+    near(apart.training, 30.0 / 3600.0 * 156.84 / 4.0, 0.1);
+}
+
+#[test]
 fn hot_workers_are_found_if_it_costs_nobody_a_turn() {
     let mut times = Times::read("7b-h100").unwrap();
     times.concepts.memory_mib = 8.0;

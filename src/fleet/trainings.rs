@@ -50,7 +50,7 @@ impl Trainings {
         let (index, worker) = workers
             .iter_mut()
             .enumerate()
-            .filter(|(_, worker)| worker.up && worker.trainings() < slots)
+            .filter(|(_, worker)| worker.up && worker.trains && worker.trainings() < slots)
             .min_by_key(|(_, worker)| (worker.trainings(), worker.load()))?;
         let training = self.waiting.pop_front()?;
         let known = &mut self.all[training];

@@ -130,6 +130,9 @@ pub(super) struct Begun {
 #[derive(Debug, Clone)]
 pub(super) struct Worker {
     pub up: bool,
+    /// Whether it takes pictures, and whether it takes trainings.
+    pub draws: bool,
+    pub trains: bool,
     pub cache: Cache,
     pub meter: Meter,
     /// Requests that are on their way here.
@@ -148,12 +151,15 @@ pub(super) struct Worker {
     turns: u64,
     places: usize,
     queue_places: usize,
+    training_share: f64,
 }
 
 impl Worker {
     pub fn new(times: &Times, window: (f64, f64)) -> Self {
         Self {
             up: true,
+            draws: true,
+            trains: true,
             cache: Cache::new(times.concept_places()),
             meter: Meter {
                 window,
@@ -171,6 +177,7 @@ impl Worker {
             turns: 0,
             places: times.places(),
             queue_places: times.engine.queue,
+            training_share: times.engine.training_share,
         }
     }
 
@@ -179,14 +186,24 @@ impl Worker {
         self.rows.len() + self.queue.len() + self.incoming
     }
 
+    /// What it announces: how long one more would take here, in the time that it would take alone on an idle worker, if
+    /// rows cost nothing but each other's time.
+    pub fn slowness(&self) -> f64 {
+        let kept = match self.trainings.is_empty() {
+            true => 1.0,
+            false => (1.0 - self.training_share).max(0.01),
+        };
+        (self.load() + 1) as f64 / kept
+    }
+
     /// Whether one more would find rows free and nobody before it.
     pub fn begins_at_once(&self) -> bool {
-        self.up && self.load() < self.places
+        self.up && self.draws && self.load() < self.places
     }
 
     /// Whether one more is not refused.
     pub fn has_room(&self) -> bool {
-        self.up && self.load() < self.places + self.queue_places
+        self.up && self.draws && self.load() < self.places + self.queue_places
     }
 
     pub fn trainings(&self) -> usize {

@@ -60,6 +60,8 @@ pub struct Failures {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Fleet {
     pub workers: usize,
+    /// So many of them take trainings and no pictures, the others pictures and no trainings; 0: all take both.
+    pub training_workers: usize,
     pub policy: Policy,
     /// Milliseconds that the way from API to worker and back adds.
     pub hop_ms: f64,
@@ -87,6 +89,7 @@ impl Default for Fleet {
     fn default() -> Self {
         Self {
             workers: 1,
+            training_workers: 0,
             policy: Policy::LeastLoaded,
             hop_ms: 0.0,
             failures: None,

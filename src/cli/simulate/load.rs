@@ -62,9 +62,9 @@ impl LoadArgs {
 enum PolicyChoice {
     /// Any worker.
     Random,
-    /// The one with the fewest pictures.
+    /// The one with the fewest pictures; beside a training they count for more.
     LeastLoaded,
-    /// One that has the concept on its device if the picture begins at once there; else the least loaded.
+    /// One that has the concept on its device if the picture begins at once there, beside no training; else the least loaded.
     ConceptHot,
 }
 
@@ -73,6 +73,9 @@ enum PolicyChoice {
 pub(super) struct FleetArgs {
     #[arg(long, value_enum, default_value = "concept-hot")]
     policy: PolicyChoice,
+    /// So many of the workers take trainings and no pictures, the others pictures and no trainings; 0: all take both.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    training_workers: usize,
     /// Milliseconds that the way from API to worker adds.
     #[arg(long, default_value_t = 20.0)]
     hop_ms: f64,
@@ -90,6 +93,7 @@ impl FleetArgs {
         let last = self.lease_seconds.last().copied().unwrap_or(first);
         Fleet {
             workers,
+            training_workers: self.training_workers,
             policy: match self.policy {
                 PolicyChoice::Random => Policy::Random,
                 PolicyChoice::LeastLoaded => Policy::LeastLoaded,
