@@ -128,6 +128,7 @@ fn nothing_is_lost_whatever_dies() {
         ..Workload::default()
     };
     let fleet = Fleet {
+        training_workers: 0,
         workers: 3,
         policy: Policy::ConceptHot,
         hop_ms: 20.0,
