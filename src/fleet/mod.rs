@@ -14,6 +14,7 @@ mod plan;
 mod report;
 mod roofline;
 mod routing;
+mod share;
 mod simulation;
 #[cfg(test)]
 mod tests;
