@@ -28,7 +28,12 @@ pub struct Config {
     #[serde(flatten)]
     pub storage: StorageArgs,
     /// Address on which a worker listens for API processes. They show a secret that is in the database.
-    #[arg(long, env = "COAR_WORKER_LISTEN", default_value = "0.0.0.0:8081", value_name = "ADDRESS")]
+    #[arg(
+        long,
+        env = "COAR_WORKER_LISTEN",
+        default_value = "0.0.0.0:8081",
+        value_name = "ADDRESS"
+    )]
     pub worker_listen: SocketAddr,
     /// How API processes reach this worker: http://10.0.0.7:8081. Default: this machine's name and --worker-listen's port.
     #[arg(long, env = "COAR_ADVERTISE", value_name = "URL")]
@@ -339,7 +344,9 @@ impl Config {
             check("database", good, "postgres://user:password@host/database", &shown(url));
         }
         if let Some(url) = &self.storage.blobs {
-            let bucket = url.strip_prefix("s3://").is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'));
+            let bucket = url
+                .strip_prefix("s3://")
+                .is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'));
             check("blobs", bucket, "s3://bucket/prefix", url);
         }
         let alone = self.role != Role::All && self.storage.database.is_none();
@@ -501,7 +508,9 @@ mod tests {
         assert!(!text.contains("geheim"));
         assert_eq!(shown("geheim"), "***");
         assert_eq!(shown("postgres://u:pass:word@x@h/d"), "postgres://u:***@h/d");
-        let Faults(faults) = parse(&["--database=mysql://u:geheim@h/d", "--role=worker"]).validate().unwrap_err();
+        let Faults(faults) = parse(&["--database=mysql://u:geheim@h/d", "--role=worker"])
+            .validate()
+            .unwrap_err();
         assert!(!faults.concat().contains("geheim"));
         assert!(faults[0].starts_with("database is mysql://u:***@h/d"));
         let Faults(faults) = parse(&["--role=api", "--blobs=ftp://x"]).validate().unwrap_err();

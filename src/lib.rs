@@ -23,6 +23,8 @@ pub mod engine;
 pub mod error;
 /// Measures: fidelity, prompt following, the judge.
 pub mod eval;
+/// A fleet of workers on paper: a simulator fed with measured step times, and closed forms.
+pub mod fleet;
 /// Typed identifiers.
 pub mod ids;
 /// The persistent job queue and its worker.

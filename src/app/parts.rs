@@ -84,7 +84,14 @@ pub(super) fn drawings(
 ) -> Drawings {
     let background = (config.engine.queue / 4).min(BACKGROUND_LIMIT);
     let provenance = config.provenance.is_on();
-    Drawings::new(registry.clone(), executor.clone(), webhooks.clone(), background, provenance).with_wakes(wakes)
+    Drawings::new(
+        registry.clone(),
+        executor.clone(),
+        webhooks.clone(),
+        background,
+        provenance,
+    )
+    .with_wakes(wakes)
 }
 
 /// What this process tells the others of itself.

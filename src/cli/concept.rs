@@ -126,9 +126,7 @@ impl ConceptCommand {
                 } => {
                     let bytes = std::fs::read(&file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
                     let (service, _engine) = service(&data, &model).await?;
-                    let view = service
-                        .import_concept(&Caller::LOCAL, bytes.into(), name)
-                        .await?;
+                    let view = service.import_concept(&Caller::LOCAL, bytes.into(), name).await?;
                     println!("{name} is ready: write <{name}> in a prompt", name = view.concept.name);
                     Ok(())
                 }

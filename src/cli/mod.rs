@@ -14,6 +14,7 @@ mod model;
 mod pocket;
 mod remote;
 mod serve;
+mod simulate;
 mod train;
 
 use std::ffi::OsString;
@@ -64,6 +65,9 @@ enum Command {
     /// Measure speed and memory; make checkpoints of random weights for it.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// How many workers for which load, on paper: simulate a fleet from measured or estimated step times.
+    #[command(subcommand)]
+    Simulate(simulate::SimulateCommand),
     /// Measure fidelity and prompt following.
     #[command(subcommand)]
     Eval(eval::EvalCommand),
@@ -140,6 +144,7 @@ impl Cli {
             Command::Keys(command) => command.run(),
             Command::Inspect(args) => args.run(),
             Command::Bench(command) => command.run(),
+            Command::Simulate(command) => command.run(),
             Command::Eval(command) => command.run(),
             Command::Pocket(command) => command.run(),
         }

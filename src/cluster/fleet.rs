@@ -82,6 +82,12 @@ fn model_of(process: &Process) -> Option<ModelInfo> {
     serde_json::from_str(process.model.as_deref()?).ok()
 }
 
+/// What an order gives a worker to do. Relative to others is enough: a code is 16 x 16 pixels.
+fn tokens(order: &Order) -> u64 {
+    let settings = &order.settings;
+    u64::from(settings.n) * u64::from(settings.width) * u64::from(settings.height) / 256
+}
+
 fn no_worker() -> Error {
     Error::new(
         ErrorKind::Unavailable,
@@ -92,8 +98,13 @@ fn no_worker() -> Error {
 }
 
 /// Which of several workers draws next: the one with the least to do; but one that has more of the concepts on its device
-/// wins where it has room at once, or no more to do than the best: so nobody waits longer for the sake of a warm cache.
-fn choose<'a>(workers: impl Iterator<Item = &'a Worker>, hashes: &[String], rows: usize) -> Option<&'a Worker> {
+/// wins where it has room at once and at most one such request more to do than the best. So nobody waits longer for the
+/// sake of a warm cache; a fuller batch would cost everybody in it more than a swap (docs/scaling.md).
+fn choose<'a>(
+    workers: impl Iterator<Item = &'a Worker>,
+    hashes: &[String],
+    (rows, tokens): (usize, u64),
+) -> Option<&'a Worker> {
     let workers: Vec<&Worker> = workers.collect();
     let to_do = |worker: &Worker| worker.sent.load(Ordering::Relaxed).max(worker.report.waiting_tokens);
     let least = workers.iter().map(|worker| to_do(worker)).min()?;
@@ -104,7 +115,8 @@ fn choose<'a>(workers: impl Iterator<Item = &'a Worker>, hashes: &[String], rows
     workers
         .into_iter()
         .filter(|worker| {
-            to_do(worker) == least || (worker.report.free_rows >= rows && worker.report.waiting_tokens == 0)
+            let room = worker.report.free_rows >= rows && worker.report.waiting_tokens == 0;
+            to_do(worker) == least || (room && to_do(worker) <= least + tokens)
         })
         .min_by_key(|worker| (usize::MAX - hot(worker), to_do(worker)))
 }
@@ -205,7 +217,7 @@ impl Fleet {
         let able = workers
             .iter()
             .filter(|worker| !worker.draining && !tried.contains(&worker.id));
-        choose(able, &hashes, each * order.settings.n as usize).cloned()
+        choose(able, &hashes, (each * order.settings.n as usize, tokens(order))).cloned()
     }
 
     async fn post(&self, worker: &Worker, path: &str, order: &Order) -> Result<Response, String> {
@@ -353,10 +365,7 @@ impl Following {
     }
 
     async fn follow(&mut self, worker: &Worker, mut answer: Response) -> Outcome {
-        let pictures = u64::from(self.order.settings.n);
-        let size = u64::from(self.order.settings.width) * u64::from(self.order.settings.height);
-        // Relative to each other is enough: a code is 16 x 16 pixels.
-        let tokens = pictures * size / 256;
+        let tokens = tokens(&self.order);
         worker.sent.fetch_add(tokens, Ordering::Relaxed);
         let _load = Load {
             sent: worker.sent.clone(),
@@ -414,7 +423,7 @@ mod tests {
 
     fn chosen(workers: &[Worker], hashes: &[&str]) -> usize {
         let hashes: Vec<String> = hashes.iter().map(|hash| (*hash).to_owned()).collect();
-        let id = choose(workers.iter(), &hashes, 2).unwrap().id;
+        let id = choose(workers.iter(), &hashes, (2, 144)).unwrap().id;
         workers.iter().position(|worker| worker.id == id).unwrap()
     }
 
@@ -431,7 +440,13 @@ mod tests {
         let busy = [worker(0, 8, &[]), worker(0, 8, &[])];
         busy[0].sent.fetch_add(144, Ordering::Relaxed);
         assert_eq!(chosen(&busy, &[a]), 1);
-        assert!(choose([].iter(), &[], 2).is_none());
+        // One request more is worth a warm cache, two are not.
+        let warm = [worker(0, 8, &[]), worker(0, 8, &[a])];
+        warm[1].sent.fetch_add(144, Ordering::Relaxed);
+        assert_eq!(chosen(&warm, &[a]), 1);
+        warm[1].sent.fetch_add(144, Ordering::Relaxed);
+        assert_eq!(chosen(&warm, &[a]), 0);
+        assert!(choose([].iter(), &[], (2, 144)).is_none());
     }
 
     #[test]

@@ -131,7 +131,10 @@ mod tests {
         hot.used(&hash(5));
         let list = hot.list();
         assert_eq!(list.len(), HOT);
-        assert_eq!((list[0].as_str(), list[HOT - 1].as_str()), (short(&hash(2)), short(&hash(5))));
+        assert_eq!(
+            (list[0].as_str(), list[HOT - 1].as_str()),
+            (short(&hash(2)), short(&hash(5)))
+        );
     }
 
     #[test]

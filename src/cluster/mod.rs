@@ -9,7 +9,9 @@ mod worker;
 use std::sync::Arc;
 
 use crate::concept::ConceptFileError;
-use crate::engine::{ConceptUse, Cost, EngineHandle, GenerateRequest, GenerationEvent, GenerationStream, Health, ModelInfo};
+use crate::engine::{
+    ConceptUse, Cost, EngineHandle, GenerateRequest, GenerationEvent, GenerationStream, Health, ModelInfo,
+};
 use crate::error::{Error, ErrorKind};
 use crate::registry::{BlobError, GenerationConcept, NewGeneration, Registry};
 pub use fleet::{Fleet, RemoteStream};

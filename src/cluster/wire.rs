@@ -131,13 +131,30 @@ enum Head {
     /// Nothing new; the worker lives.
     Alive,
     Started,
-    Progress { done: u32, total: u32 },
-    Partial { index: u32, number: u32, width: u32, height: u32 },
-    Picture { index: u32, width: u32, height: u32 },
-    Done { text_tokens: u64, image_tokens: u64 },
+    Progress {
+        done: u32,
+        total: u32,
+    },
+    Partial {
+        index: u32,
+        number: u32,
+        width: u32,
+        height: u32,
+    },
+    Picture {
+        index: u32,
+        width: u32,
+        height: u32,
+    },
+    Done {
+        text_tokens: u64,
+        image_tokens: u64,
+    },
     /// The worker stops: another may draw it.
     Stopped,
-    Failed { message: String },
+    Failed {
+        message: String,
+    },
 }
 
 /// A frame is refused beyond this: no picture is that large.

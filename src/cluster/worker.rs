@@ -1,7 +1,7 @@
 //! A worker's own listener: API processes let it draw. They prove themselves by a secret of the database that both use.
 
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -96,12 +96,19 @@ pub fn worker_router(state: WorkerState) -> Router {
         .layer(from_fn_with_state(state.clone(), known))
         .route("/livez", get(async || Json(serde_json::json!({"status": "live"}))))
         .route("/readyz", get(ready))
-        .route("/metrics", get(async || ([(header::CONTENT_TYPE, CONTENT_TYPE)], meters().render())))
+        .route(
+            "/metrics",
+            get(async || ([(header::CONTENT_TYPE, CONTENT_TYPE)], meters().render())),
+        )
         .with_state(state)
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {
-    headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")
+    headers
+        .get(header::AUTHORIZATION)?
+        .to_str()
+        .ok()?
+        .strip_prefix("Bearer ")
 }
 
 async fn known(State(state): State<WorkerState>, request: Request, next: Next) -> Response {

@@ -391,7 +391,12 @@ impl Drawings {
         match started.await {
             Ok(stream) => drop(self.start(generation, stream, (None, Some(slot)))),
             // The store, the queue or the process: what was asked for is not to blame.
-            Err(error) if matches!(error.kind, ErrorKind::Internal | ErrorKind::Overloaded | ErrorKind::Unavailable) => {
+            Err(error)
+                if matches!(
+                    error.kind,
+                    ErrorKind::Internal | ErrorKind::Overloaded | ErrorKind::Unavailable
+                ) =>
+            {
                 self.registry
                     .return_generation(generation.id, RETRY.as_millis() as i64)
                     .await?;

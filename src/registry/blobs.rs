@@ -57,7 +57,9 @@ fn plain_http() -> bool {
     ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]
         .iter()
         .any(|name| is(name, |url| url.starts_with("http://")))
-        || is("AWS_ALLOW_HTTP", |value| value.eq_ignore_ascii_case("true") || value == "1")
+        || is("AWS_ALLOW_HTTP", |value| {
+            value.eq_ignore_ascii_case("true") || value == "1"
+        })
 }
 
 impl Blobs {

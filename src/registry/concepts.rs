@@ -6,8 +6,8 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::blobs::content_hash;
-use super::trainings::{NewTraining, Training, insert_training};
 use super::db::{Transaction, identifier, list, number, optional_number};
+use super::trainings::{NewTraining, Training, insert_training};
 use super::{Listed, Page, Registry, RegistryError, now};
 use crate::concept::ConceptKind;
 use crate::ids::{ConceptId, TenantId};

@@ -124,7 +124,11 @@ pub(super) async fn open_postgres(url: &str) -> Result<(AnyPool, AnyPool), Regis
 
 /// The number of an advisory lock for something with a name.
 pub(super) fn lock_number(kind: &str, name: &str) -> i64 {
-    let digest = Sha256::new().chain_update(kind).chain_update([0]).chain_update(name).finalize();
+    let digest = Sha256::new()
+        .chain_update(kind)
+        .chain_update([0])
+        .chain_update(name)
+        .finalize();
     let mut first = [0; 8];
     first.copy_from_slice(&digest[..8]);
     i64::from_be_bytes(first)

@@ -11,8 +11,8 @@ use serde_json::Value;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::webhooks::{NewDelivery, insert_delivery};
 use super::db::{identifier, locking, number};
+use super::webhooks::{NewDelivery, insert_delivery};
 use super::{GenerationStatus, Listed, Page, Registry, RegistryError, now};
 use crate::concept::ConceptKind;
 use crate::ids::{GenerationId, ProcessId, TenantId};
@@ -286,6 +286,17 @@ impl Registry {
     /// When the database fails.
     pub async fn claim_generation(&self) -> Result<Option<Generation>, RegistryError> {
         let at = self.lease_time().await?;
+        // Whoever only looks takes nobody's turn to write.
+        let any = sqlx::query(
+            "SELECT id FROM generations WHERE status = 'queued' AND background = 1 AND owner IS NULL AND not_before <= $1
+             LIMIT 1",
+        )
+        .bind(at)
+        .fetch_optional(&self.pool)
+        .await?;
+        if any.is_none() {
+            return Ok(None);
+        }
         let mut transaction = self.write().await?;
         let statement = locking!(
             self.backend,
@@ -606,14 +617,20 @@ mod tests {
             ..added.clone()
         };
         assert!(registry.end_generation(&ended, None).await.unwrap());
-        assert_eq!(registry.generation(TenantId::DEFAULT, added.id).await.unwrap(), Some(ended.clone()));
+        assert_eq!(
+            registry.generation(TenantId::DEFAULT, added.id).await.unwrap(),
+            Some(ended.clone())
+        );
         let late = Generation {
             status: GenerationStatus::Cancelled,
             owner: None,
             ..ended.clone()
         };
         assert!(!registry.end_generation(&late, None).await.unwrap());
-        assert_eq!(registry.generation(TenantId::DEFAULT, added.id).await.unwrap(), Some(ended));
+        assert_eq!(
+            registry.generation(TenantId::DEFAULT, added.id).await.unwrap(),
+            Some(ended)
+        );
         assert!(picture(&registry, &added).await.is_err());
         assert!(!registry.delete_generation(TenantId::new(), added.id).await.unwrap());
         assert!(registry.delete_generation(TenantId::DEFAULT, added.id).await.unwrap());
@@ -629,7 +646,10 @@ mod tests {
         let queued = registry.add_generation(new(true)).await.unwrap();
         for attempt in 1..=GENERATION_ATTEMPTS {
             let mut taken = registry.claim_generation().await.unwrap().unwrap();
-            assert_eq!((taken.id, taken.attempt, taken.owner), (kept.id, attempt - 1, Some(registry.process())));
+            assert_eq!(
+                (taken.id, taken.attempt, taken.owner),
+                (kept.id, attempt - 1, Some(registry.process()))
+            );
             assert!(registry.begin_generation(taken.id, now()).await.unwrap());
             taken.attempt = attempt;
             picture(&registry, &taken).await.unwrap();

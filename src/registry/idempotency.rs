@@ -59,7 +59,8 @@ impl Registry {
         let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
         // There may be no row yet that could be held.
-        self.hold_name(&mut transaction, "idempotency key", &format!("{tenant} {key}")).await?;
+        self.hold_name(&mut transaction, "idempotency key", &format!("{tenant} {key}"))
+            .await?;
         let found: Option<Row> = sqlx::query_as(
             "SELECT fingerprint, status, location, content_type, body, created_at, expires_at FROM idempotency_keys
              WHERE tenant_id = $1 AND key = $2",

@@ -89,7 +89,8 @@ impl RegistryError {
                 let code = error.code().unwrap_or_default();
                 // SQLite: busy, I/O, full. PostgreSQL: connection, rollback, resources, operator, system.
                 let passing = ["08", "40", "53", "55", "57", "58"];
-                matches!(code.as_ref(), "5" | "10" | "13" | "261" | "517") || passing.iter().any(|class| code.len() == 5 && code.starts_with(class))
+                matches!(code.as_ref(), "5" | "10" | "13" | "261" | "517")
+                    || passing.iter().any(|class| code.len() == 5 && code.starts_with(class))
             }
             Self::Database(error) => matches!(
                 error,

@@ -312,12 +312,11 @@ impl Registry {
         if !self.hold_concept(&mut transaction, concept.id).await? {
             return Ok(None);
         }
-        let (busy,): (i64,) = sqlx::query_as(
-            "SELECT count(*) FROM trainings WHERE concept_id = $1 AND status IN ('queued', 'running')",
-        )
-        .bind(concept.id.to_string())
-        .fetch_one(&mut *transaction)
-        .await?;
+        let (busy,): (i64,) =
+            sqlx::query_as("SELECT count(*) FROM trainings WHERE concept_id = $1 AND status IN ('queued', 'running')")
+                .bind(concept.id.to_string())
+                .fetch_one(&mut *transaction)
+                .await?;
         if busy > 0 {
             return Err(RegistryError::ConceptBusy(concept.name.clone()));
         }

@@ -111,7 +111,13 @@ impl Registry {
             return Ok(None);
         }
         transaction.commit().await?;
-        Ok(Some(before.into_iter().map(|(before,)| before).filter(|before| before != blob).collect()))
+        Ok(Some(
+            before
+                .into_iter()
+                .map(|(before,)| before)
+                .filter(|before| before != blob)
+                .collect(),
+        ))
     }
 
     /// The blob of the picture that a tenant's training drew after that step.

@@ -56,10 +56,7 @@ fn delivery(row: &AnyRow) -> Result<Delivery, RegistryError> {
     })
 }
 
-pub(super) async fn insert_delivery(
-    transaction: &mut Transaction,
-    new: &NewDelivery,
-) -> Result<(), RegistryError> {
+pub(super) async fn insert_delivery(transaction: &mut Transaction, new: &NewDelivery) -> Result<(), RegistryError> {
     let at = now();
     sqlx::query(
         "INSERT INTO webhook_deliveries (id, tenant_id, subject, event, url, body, status, next_at, created_at)

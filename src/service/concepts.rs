@@ -162,7 +162,10 @@ impl Service {
         if let Some(taken) = taken {
             return Err(self.name_taken(&taken, &input).await);
         }
-        let stored = self.registry.store(cleaned.into_iter().map(Into::into).collect()).await?;
+        let stored = self
+            .registry
+            .store(cleaned.into_iter().map(Into::into).collect())
+            .await?;
         let added = self.registry.add_concept(caller.tenant, &new, &spec).await;
         drop(stored);
         match added {
@@ -388,7 +391,10 @@ impl Service {
             ..NewConcept::new(name, file.header.kind)
         };
         let stored = self.registry.store(vec![bytes]).await?;
-        let added = self.registry.add_ready_concept(caller.tenant, &new, stored.first()).await;
+        let added = self
+            .registry
+            .add_ready_concept(caller.tenant, &new, stored.first())
+            .await;
         let hashes = stored.release();
         if added.is_err() {
             self.registry.remove_unreferenced(&hashes).await?;

@@ -23,8 +23,8 @@ pub use quota::{Addition, Admitted, Allowance, Standing, Tallies, Turn};
 pub use tenants::QuotaChange;
 pub use trainings::{TrainingQuery, TrainingSettings};
 
-use crate::config::Config;
 use crate::cluster::Executor;
+use crate::config::Config;
 use crate::engine::EngineError;
 use crate::error::{Error, ErrorKind};
 use crate::ids::{KeyId, TenantId};
@@ -164,11 +164,9 @@ impl From<RegistryError> for Error {
                 Self::field("name_taken", "name", format!("is `{name}`, which another tenant has"))
                     .of_kind(ErrorKind::Conflict)
             }
-            RegistryError::LeaseLost => Self::new(
-                ErrorKind::Conflict,
-                LEASE_LOST,
-                "Another process has taken this over.",
-            ),
+            RegistryError::LeaseLost => {
+                Self::new(ErrorKind::Conflict, LEASE_LOST, "Another process has taken this over.")
+            }
             other => Self::internal(other),
         }
     }

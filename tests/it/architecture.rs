@@ -12,20 +12,29 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("registry", &["training", "concept"]),
     ("cluster", &["registry", "engine", "concept"]),
     ("jobs", &["cluster", "registry", "engine", "training", "concept"]),
-    ("service", &["jobs", "cluster", "registry", "engine", "training", "concept"]),
-    ("api", &["service", "jobs", "cluster", "registry", "engine", "training", "concept"]),
+    (
+        "service",
+        &["jobs", "cluster", "registry", "engine", "training", "concept"],
+    ),
+    (
+        "api",
+        &[
+            "service", "jobs", "cluster", "registry", "engine", "training", "concept",
+        ],
+    ),
     ("app", &["api", "service", "jobs", "cluster", "registry", "engine"]),
     ("pocket", &["training", "concept", "model"]),
     ("eval", &["pocket", "engine", "training", "concept", "model"]),
     (
         "cli",
         &[
-            "app", "api", "service", "jobs", "cluster", "registry", "engine", "eval", "pocket", "training", "concept", "model",
-            "client",
+            "app", "api", "service", "jobs", "cluster", "registry", "engine", "eval", "pocket", "training", "concept",
+            "model", "client", "fleet",
         ],
     ),
     ("config", &[]),
     ("client", &[]),
+    ("fleet", &[]),
     ("error", &[]),
     ("ids", &[]),
     ("telemetry", &[]),

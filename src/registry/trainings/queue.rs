@@ -104,6 +104,17 @@ impl Registry {
     pub async fn claim_training(&self, lease_ms: i64) -> Result<Option<Claimed>, RegistryError> {
         loop {
             let (lease, at) = (Uuid::new_v4().to_string(), self.lease_time().await?);
+            // Whoever only looks takes nobody's turn to write.
+            let any = sqlx::query(
+                "SELECT id FROM trainings WHERE (status = 'queued' AND not_before <= $1)
+                 OR (status = 'running' AND lease_until < $1) LIMIT 1",
+            )
+            .bind(at)
+            .fetch_optional(&self.pool)
+            .await?;
+            if any.is_none() {
+                return Ok(None);
+            }
             let mut transaction = self.write().await?;
             let statement = locking!(
                 self.backend,

@@ -51,7 +51,10 @@ async fn only_the_lease_holder_writes() {
         registry.succeed(&slow, "x".into(), &serde_json::json!({})).await,
         Err(RegistryError::LeaseLost)
     ));
-    registry.succeed(&next, "y".into(), &serde_json::json!({})).await.unwrap();
+    registry
+        .succeed(&next, "y".into(), &serde_json::json!({}))
+        .await
+        .unwrap();
     let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
     assert_eq!(concept.version, Some(content_hash(b"y")));
     // Nothing is left of what the slow one wanted to publish.
@@ -65,7 +68,10 @@ async fn checkpoints_replace_each_other_and_go_at_the_end() {
     let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
     let mut blobs = vec![];
     for step in 1..3 {
-        registry.record_checkpoint(&claimed, step.into(), vec![step].into()).await.unwrap();
+        registry
+            .record_checkpoint(&claimed, step.into(), vec![step].into())
+            .await
+            .unwrap();
         blobs.push(content_hash(&[step]));
     }
     assert!(registry.blobs.get(&blobs[0]).await.is_err());
@@ -77,7 +83,10 @@ async fn checkpoints_replace_each_other_and_go_at_the_end() {
         (again.training.resumed_from_step, again.training.checkpoint.as_ref()),
         (2, Some(&blobs[1]))
     );
-    registry.succeed(&again, "v".into(), &serde_json::json!({})).await.unwrap();
+    registry
+        .succeed(&again, "v".into(), &serde_json::json!({}))
+        .await
+        .unwrap();
     assert!(registry.blobs.get(&blobs[1]).await.is_err());
 }
 
@@ -89,7 +98,10 @@ async fn failures_are_retried_a_few_times_and_permanent_ones_never() {
     for attempt in 1..=ATTEMPTS {
         // Not at once: whatever failed gets time to recover.
         assert!(attempt == 1 || registry.claim_training(60_000).await.unwrap().is_none());
-        sqlx::query("UPDATE trainings SET not_before = 0").execute(&registry.pool).await.unwrap();
+        sqlx::query("UPDATE trainings SET not_before = 0")
+            .execute(&registry.pool)
+            .await
+            .unwrap();
         let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
         registry.fail(&claimed, &error, true).await.unwrap();
         let status = registry
@@ -187,7 +199,10 @@ async fn tenants_take_turns_and_what_was_interrupted_goes_on_first() {
     registry.release(&first).await.unwrap();
     let again = claim().await;
     assert_eq!((number(&again), again.training.attempt), (0, 1));
-    registry.succeed(&other, "x".into(), &serde_json::json!({})).await.unwrap();
+    registry
+        .succeed(&other, "x".into(), &serde_json::json!({}))
+        .await
+        .unwrap();
     assert_eq!(number(&claim().await), 4);
 }
 
@@ -254,7 +269,10 @@ async fn a_training_that_takes_its_workers_with_it_fails_in_the_end() {
     }
     assert!(lost().await.is_none());
     let ended = registry.training(TenantId::DEFAULT, id).await.unwrap().unwrap();
-    assert_eq!((ended.status, &ended.error.unwrap()["code"]), (TrainingStatus::Failed, &"interrupted".into()));
+    assert_eq!(
+        (ended.status, &ended.error.unwrap()["code"]),
+        (TrainingStatus::Failed, &"interrupted".into())
+    );
     // Whoever knows better may try again.
     registry.retry_training(TenantId::DEFAULT, id).await.unwrap();
     assert_eq!(registry.claim_training(60_000).await.unwrap().unwrap().training.id, id);
@@ -294,5 +312,8 @@ async fn the_more_urgent_of_a_tenant_comes_first() {
         ..NewConcept::new("ink", ConceptKind::Style)
     };
     let urgent = registry.add_concept(TenantId::DEFAULT, &urgent, &spec).await.unwrap().1;
-    assert_eq!(registry.claim_training(60_000).await.unwrap().unwrap().training.id, urgent.id);
+    assert_eq!(
+        registry.claim_training(60_000).await.unwrap().unwrap().training.id,
+        urgent.id
+    );
 }

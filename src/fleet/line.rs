@@ -1,0 +1,93 @@
+//! What happens when.
+
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
+
+/// Something that happens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Event {
+    /// A picture is asked for.
+    Picture,
+    /// A training is asked for.
+    Training,
+    /// A request has reached its worker, its concept with it.
+    Enters {
+        request: usize,
+        attempt: u32,
+    },
+    /// A worker's turn ends, unless it was cut short or the worker has died: then the turn is another.
+    TurnEnds {
+        worker: usize,
+        turn: u64,
+    },
+    /// A picture's pixels are there.
+    Drawn {
+        request: usize,
+        attempt: u32,
+    },
+    Dies {
+        worker: usize,
+    },
+    Lives {
+        worker: usize,
+    },
+    /// The lease on a dead worker's request has run out.
+    Returns {
+        request: usize,
+    },
+    /// The same of a training.
+    TrainingReturns {
+        training: usize,
+    },
+}
+
+#[derive(Debug)]
+struct Entry {
+    at: f64,
+    number: u64,
+    event: Event,
+}
+
+impl PartialEq for Entry {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Entry {}
+
+impl PartialOrd for Entry {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Entry {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.at.total_cmp(&other.at).then(self.number.cmp(&other.number))
+    }
+}
+
+/// Events in the order of their time; those of one moment in the order in which they were planned.
+#[derive(Debug, Default)]
+pub(super) struct TimeLine {
+    heap: BinaryHeap<Reverse<Entry>>,
+    planned: u64,
+}
+
+impl TimeLine {
+    pub fn plan(&mut self, at: f64, event: Event) {
+        self.planned += 1;
+        let number = self.planned;
+        self.heap.push(Reverse(Entry { at, number, event }));
+    }
+
+    pub fn next(&mut self) -> Option<(f64, Event)> {
+        self.heap.pop().map(|Reverse(entry)| (entry.at, entry.event))
+    }
+
+    /// Events that were planned so far.
+    pub fn planned(&self) -> u64 {
+        self.planned
+    }
+}
