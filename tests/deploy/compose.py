@@ -95,6 +95,15 @@ asked = set().union(*(metrics(rule["expr"]) for group in alerts["groups"] for ru
 hold(asked <= names, f"alarms ask for metrics that are not there: {sorted(asked - names)}")
 ids = [panel["id"] for panel in dashboard["panels"]]
 hold(len(ids) == len(set(ids)), "two panels of the dashboard have one id")
+# The threat model names files and tests that are there.
+model = (root / "docs/explanation/threat-model.md").read_text()
+cited = set(re.findall(r"`((?:src|tests|docker)/[\w./-]+(?:::\w+)?)`", model))
+for citation in sorted(cited):
+    path, _, test = citation.partition("::")
+    hold((root / path).exists(), f"the threat model names {path}, which is not there")
+    if test and (root / path).exists():
+        hold(f"fn {test}(" in (root / path).read_text(), f"the threat model names {citation}, which is not there")
+hold(len(cited) > 50, f"only {len(cited)} places are named in the threat model")
 provisioned = yaml.safe_load((root / "docker/grafana/dashboards.yaml").read_text())["providers"][0]["options"]["path"]
 hold(any(volume.split(":")[1].startswith(provisioned + "/") for volume in services["grafana"]["volumes"]), "Grafana finds no dashboard")
 
@@ -107,4 +116,4 @@ for line in skipped:
 if faults:
     sys.exit("\n".join(faults))
 print(f"compose: {len(services)} services; dashboard: {len(expressions)} expressions over {len(shown)} of {len(names)} metrics; "
-      f"{len(asked)} metrics in alarms")
+      f"{len(asked)} metrics in alarms; threat model: {len(cited)} files and tests")

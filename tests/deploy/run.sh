@@ -76,6 +76,21 @@ docker/env.sh "$work/passwords" 2> /dev/null
 cmp -s "$work/passwords" "$work/before" || fail "docker/env.sh: passwords that were there have changed"
 pass "docker/env.sh"
 
+# ---- the workers' entry point: it tells its own address, and hands its arguments on as they are
+mkdir "$work/bin"
+cat > "$work/bin/coar" <<'STUB'
+#!/bin/sh
+echo "$COAR_ADVERTISE $# $2"
+STUB
+chmod +x "$work/bin/coar"
+for service in worker worker-gpu; do
+    python tests/deploy/entrypoint.py "$service" > "$work/entrypoint"
+    mapfile -d '' -t entrypoint < "$work/entrypoint"
+    told="$(PATH="$work/bin:$PATH" "${entrypoint[@]}" admin "two words")"
+    [ "$told" = "http://$(hostname):8081 2 two words" ] || fail "entry point of $service: $told"
+done
+pass "the workers' entry point"
+
 # ---- the health check, against a server that answers what its path says, and one that never answers
 python3 tests/deploy/answer.py > "$work/ports" &
 children+=($!)
