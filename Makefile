@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check ui sdk fuzz golden libtorch pocket samples
+.PHONY: serve build test check ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -50,3 +50,29 @@ pocket: build
 # The pictures in concepts/.
 samples: build
 	./target/release/coar pocket draw --samples concepts
+
+# Image, compose file, Helm chart, alarms: all that can be checked without a container engine and a cluster; it says what it leaves out.
+deploy-check:
+	tests/deploy/run.sh
+
+# Licences, sources, duplicates and known faults of the dependencies, by deny.toml. The tool is built on first use, into target/tools
+# (four minutes on two cores). The database of faults comes from the network: without it that part is skipped, loudly.
+deny: target/tools/bin/cargo-deny
+	target/tools/bin/cargo-deny --all-features check bans licenses sources
+	@if target/tools/bin/cargo-deny fetch db; then target/tools/bin/cargo-deny --all-features check --disable-fetch advisories; \
+	else echo "SKIPPED  advisories: the RustSec database could not be fetched" >&2; [ -z "$(NO_SKIP)" ]; fi
+
+target/tools/bin/cargo-deny:
+	cargo install --locked --root target/tools --target-dir target/tools/build --version 0.20.2 cargo-deny
+	rm -rf target/tools/build
+
+# What the program is made of, as CycloneDX 1.5: target/coar.cdx.json.
+sbom: target/tools/bin/cargo-cyclonedx
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) target/tools/bin/cargo-cyclonedx cyclonedx --format json --spec-version 1.5 --target x86_64-unknown-linux-gnu --override-filename coar.cdx
+	python3 scripts/sbom.py coar.cdx.json scripts/install-libtorch.sh > target/coar.cdx.json
+	rm coar.cdx.json
+	@echo target/coar.cdx.json
+
+target/tools/bin/cargo-cyclonedx:
+	cargo install --locked --root target/tools --target-dir target/tools/build --version 0.5.9 cargo-cyclonedx
+	rm -rf target/tools/build

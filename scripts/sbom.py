@@ -1,0 +1,28 @@
+"""Completes cargo's bill of materials with what cargo does not know of: `python sbom.py BOM INSTALL_LIBTORCH > COMPLETE`.
+
+The libraries that scripts/install-libtorch.sh fetches, with the versions that it pins, are added,
+and the program depends on them.
+"""
+
+import json
+import os
+import re
+import sys
+
+# The folder that it was made in is nobody's business, and would make each bill another one.
+bom = json.loads(open(sys.argv[1]).read().replace(f"file://{os.getcwd()}", "file:///coar"))
+script = open(sys.argv[2]).read()
+version = re.search(r"^version=(\S+)", script, re.MULTILINE)[1]
+pinned = {"torch": version, **dict(re.findall(r"(nvidia-[a-z-]+)==([0-9.]+)", script))}
+licences = {"torch": {"license": {"id": "BSD-3-Clause"}}}
+proprietary = {"license": {"name": "NVIDIA CUDA Toolkit End User License Agreement"}}
+root = bom["metadata"]["component"]["bom-ref"]
+edges = next(entry for entry in bom["dependencies"] if entry["ref"] == root)
+for name, pin in pinned.items():
+    purl = f"pkg:pypi/{name}@{pin}"
+    component = {"type": "library", "bom-ref": purl, "name": name, "version": pin, "purl": purl, "scope": "required"}
+    component["licenses"] = [licences.get(name, proprietary)]
+    bom["components"].append(component)
+    bom["dependencies"].append({"ref": purl})
+    edges.setdefault("dependsOn", []).append(purl)
+json.dump(bom, sys.stdout, indent=2)

@@ -1,0 +1,8 @@
+"""Prints a service's entry point of docker/compose.yaml as the engine gets it, a NUL after each part: `entrypoint.py SERVICE`."""
+
+import sys
+
+import yaml
+
+parts = yaml.safe_load(open("docker/compose.yaml"))["services"][sys.argv[1]]["entrypoint"]
+sys.stdout.write("".join(part.replace("$$", "$") + "\0" for part in parts))
