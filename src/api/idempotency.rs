@@ -20,7 +20,7 @@
 
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::FromRequestParts;
@@ -52,6 +52,9 @@ const KEPT_MS: i64 = 24 * 60 * 60 * 1000;
 /// A request whose process died frees its key after so long at the latest.
 const LEASE_MS: i64 = 15_000;
 const RENEWAL: Duration = Duration::from_secs(4);
+/// A database that does not take an answer is asked again for so long, so often.
+const PATIENCE: Duration = Duration::from_secs(30);
+const AGAIN: Duration = Duration::from_millis(300);
 /// Larger answers are given, but not kept.
 const ANSWER_LIMIT: usize = 64 << 20;
 /// Pieces of an event stream that wait for a slow caller.
@@ -273,11 +276,13 @@ async fn keep(registry: &Registry, claim: &KeyClaim, head: StoredAnswer, body: O
         tracing::warn!("an answer broke off or is too large to be kept for its idempotency key");
         return release(registry, claim).await;
     };
-    if let Err(error) = registry
-        .store_answer(claim, &StoredAnswer { body, ..head }, KEPT_MS)
-        .await
-    {
-        tracing::error!(%error, "an answer could not be kept for its idempotency key");
+    let (answer, since) = (StoredAnswer { body, ..head }, Instant::now());
+    // The work is done: an answer that is not kept would have it done twice.
+    while let Err(error) = registry.store_answer(claim, &answer, KEPT_MS).await {
+        if !error.may_pass() || since.elapsed() > PATIENCE {
+            return tracing::error!(%error, "an answer could not be kept for its idempotency key");
+        }
+        tokio::time::sleep(AGAIN).await;
     }
 }
 
