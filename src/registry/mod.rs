@@ -12,6 +12,7 @@ mod generations;
 mod idempotency;
 mod images;
 mod keys;
+mod overview;
 mod processes;
 mod signals;
 mod status;
@@ -36,6 +37,7 @@ pub use generations::{
 pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
+pub use overview::{BlobUse, Job, JobId, QueueCount};
 pub use processes::{Announcement, LOST_AFTER_MS, Process};
 pub use signals::Signals;
 pub use status::{GenerationStatus, JobStatus, TrainingStatus};
