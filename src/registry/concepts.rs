@@ -180,6 +180,7 @@ impl Registry {
             priority: new.priority,
         };
         let training = insert_training(&mut transaction, &concept, first).await?;
+        self.note_made(&mut transaction, &concept.id).await?;
         transaction.commit().await?;
         Ok((concept, training))
     }
@@ -196,6 +197,7 @@ impl Registry {
     ) -> Result<Concept, RegistryError> {
         let mut transaction = self.write().await?;
         let concept = insert_concept(&mut transaction, tenant, new, Some(version)).await?;
+        self.note_made(&mut transaction, &concept.id).await?;
         transaction.commit().await?;
         Ok(concept)
     }
