@@ -3,6 +3,7 @@
 mod parts;
 mod worker;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -48,13 +49,22 @@ pub async fn serve(
     }
 }
 
-/// Without keys only loopback is listened to.
-async fn check_keys(keys: &Keys, listener: &TcpListener) -> anyhow::Result<()> {
+/// How often an API process looks whether there is a key by now.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// Without keys only loopback is served. An API process waits for the first key: until then it answers health routes only.
+async fn check_keys(keys: &Keys, role: Role, address: SocketAddr) -> anyhow::Result<()> {
+    let mut told = false;
+    while role == Role::Api && !address.ip().is_loopback() && !keys.required().await? {
+        if !std::mem::replace(&mut told, true) {
+            tracing::warn!("waiting for the first key: `coar keys create --tenant NAME` with this --database");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
     if keys.required().await? {
         tracing::info!("callers need a key");
         return Ok(());
     }
-    let address = listener.local_addr()?;
     anyhow::ensure!(
         address.ip().is_loopback(),
         "there are no keys, so that everybody who reaches {address} could do everything: make one with \
@@ -72,14 +82,16 @@ async fn serve_api(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let Opened { registry, lock } = opened;
-    let keys = Keys::new(registry.clone());
-    check_keys(&keys, &listener).await?;
+    let (keys, address) = (Keys::new(registry.clone()), listener.local_addr()?);
+    if config.role == Role::All {
+        check_keys(&keys, config.role, address).await?;
+    }
     // Tests and scripts that ask for port 0 read the address from this line.
-    println!("listening on http://{}", listener.local_addr()?);
+    println!("listening on http://{address}");
     // Web-hooks name pictures by it: nobody's Host header is at hand.
     let own_address = match &config.public_url {
         Some(url) => url.trim_end_matches('/').to_owned(),
-        None => format!("http://{}", listener.local_addr()?),
+        None => format!("http://{address}"),
     };
     let state = AppState::new(config.clone());
     let (tracker, closing) = (TaskTracker::new(), CancellationToken::new());
@@ -91,8 +103,12 @@ async fn serve_api(
     let secret = registry.server_secret().await?;
     let (executor, engine) = match config.role {
         Role::Api => {
+            let found = async {
+                check_keys(&keys, config.role, address).await?;
+                Fleet::find(registry.clone(), worker_token(&secret)).await
+            };
             let fleet = tokio::select! {
-                fleet = Fleet::find(registry.clone(), worker_token(&secret)) => fleet?,
+                fleet = found => fleet?,
                 () = stop.cancelled() => {
                     closing.cancel();
                     return Ok(());

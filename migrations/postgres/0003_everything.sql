@@ -213,6 +213,9 @@ CREATE TABLE idempotency_keys (
     location    TEXT,
     content_type TEXT,
     body        BYTEA,
+    -- What the request has made: a concept's, training's or generation's identifier. It stands here as soon as the thing
+    -- does, so that a process that dies before it answers makes nothing twice.
+    made        TEXT,
     created_at  BIGINT NOT NULL,
     expires_at  BIGINT NOT NULL,
     PRIMARY KEY (tenant_id, key)

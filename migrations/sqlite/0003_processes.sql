@@ -39,6 +39,10 @@ ALTER TABLE trainings ADD COLUMN worker TEXT;
 
 CREATE INDEX trainings_turn ON trainings (tenant_id, started_at);
 
+-- What a request with a key has made: a concept's, training's or generation's identifier. It stands here as soon as the
+-- thing does, so that a process that dies before it answers makes nothing twice.
+ALTER TABLE idempotency_keys ADD COLUMN made TEXT;
+
 -- Pictures that each tenant was admitted in each second, over all processes.
 CREATE TABLE picture_tallies (
     tenant_id   TEXT NOT NULL REFERENCES tenants (id) ON DELETE CASCADE,

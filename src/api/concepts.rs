@@ -24,7 +24,7 @@ use crate::error::{Error, ErrorKind};
 use crate::ids::ConceptId;
 use crate::registry::ConceptFilter;
 use crate::registry::blobs::content_hash;
-use crate::service::{Change, TrainingSettings};
+use crate::service::{Change, Queued, TrainingSettings};
 use object::{ChangeConcept, ConceptObject, File, RegisterConcept, TrainConcept, VersionObject};
 
 pub(super) mod object;
@@ -48,7 +48,7 @@ pub(super) fn routes(config: &Config) -> OpenApiRouter<AppState> {
 }
 
 /// The answer of a route that makes a concept.
-fn created(status: StatusCode, concept: ConceptObject, name: &str) -> Response {
+pub(super) fn created(status: StatusCode, concept: ConceptObject, name: &str) -> Response {
     let location = [(header::LOCATION, format!("/v1/concepts/{name}"))];
     (status, location, Json(concept)).into_response()
 }
@@ -306,13 +306,15 @@ async fn train(
         seed: fields.integer("seed", u64::MAX)?,
         captions: fields.texts("captions")?,
     };
-    let webhook_url = fields.text("webhook_url")?;
+    let told = Queued {
+        webhook_url: fields.text("webhook_url")?,
+        priority: super::drawing::priority(&mut fields)?,
+    };
     fields.finish()?;
     let service = state.service()?.clone();
     let work = async move {
-        let training = service.retrain(&caller, &name, settings, webhook_url).await?;
-        let location = [(header::LOCATION, format!("/v1/trainings/{}", training.id))];
-        Ok((StatusCode::ACCEPTED, location, Json(TrainingObject::from(&training))).into_response())
+        let training = service.retrain(&caller, &name, settings, told).await?;
+        Ok(super::trainings::accepted(&training))
     };
     once.run(&state, &caller, &content, work).await
 }

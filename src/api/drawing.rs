@@ -12,7 +12,7 @@ use super::openapi::ErrorBody;
 use crate::error::Error;
 use crate::picture::{OutputFormat, PictureFormat, RgbPicture, encode};
 use crate::registry::{GenerationConcept, TokenUsage};
-use crate::service::{GenerateInput, NamedConcept};
+use crate::service::{GenerateInput, NamedConcept, PRIORITY_LIMIT};
 
 /// A concept that was used.
 #[derive(Debug, Serialize, ToSchema)]
@@ -109,6 +109,12 @@ fn size(text: &str) -> Result<Option<(u32, u32)>, Error> {
             format!("is `{text}`; expected `auto` or WIDTHxHEIGHT in pixels"),
         )
     })
+}
+
+/// How urgent it is among those of its tenant.
+pub(super) fn priority(fields: &mut Fields) -> Result<i32, Error> {
+    let most = PRIORITY_LIMIT.unsigned_abs().into();
+    Ok(fields.integer("priority", most)?.unwrap_or(0) as i32)
 }
 
 /// A word out of a list of them.

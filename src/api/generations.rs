@@ -47,6 +47,7 @@ fn read(mut fields: Fields) -> Result<GenerationInput, Error> {
         draw: drawing::input(&mut fields)?,
         metadata: fields.take("metadata"),
         webhook_url: fields.text("webhook_url")?,
+        priority: drawing::priority(&mut fields)?,
     };
     fields.finish()?;
     Ok(input)
@@ -132,7 +133,8 @@ async fn create(
     once.run(&state, &caller, &content, work).await
 }
 
-fn accepted(service: &Service, view: &GenerationView, base: &str) -> Response {
+/// The answer of a generation that goes on without its caller.
+pub(super) fn accepted(service: &Service, view: &GenerationView, base: &str) -> Response {
     let location = format!("/v1/generations/{}", view.generation.id);
     let mut response = (StatusCode::ACCEPTED, Json(object(service, view, base))).into_response();
     if let Ok(location) = HeaderValue::from_str(&location) {

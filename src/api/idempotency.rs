@@ -15,7 +15,8 @@
 //! streams included: the events go on to the caller as they come and are kept for the next one. Forms are compared by
 //! what was read of them: [`content_of`].
 //!
-//! Answers of success are kept, in the database, for a day; a refusal frees the key, since nothing was made. The work of
+//! Answers of success are kept, in the database, for a day; a refusal frees the key, since nothing was made. What is made
+//! bears the key from its first moment, so that a process that dies before it answers makes nothing twice. The work of
 //! a request with a key goes on when its caller disconnects: whoever sends a key means to come back for the answer.
 
 use std::convert::Infallible;
@@ -77,6 +78,7 @@ pub(super) struct IdempotencyHeader {
 pub(super) struct Once {
     key: Option<String>,
     route: String,
+    headers: HeaderMap,
 }
 
 impl<S: Sync> FromRequestParts<S> for Once {
@@ -89,7 +91,11 @@ impl<S: Sync> FromRequestParts<S> for Once {
             return Err(Error::field("invalid_value", PARAM, "is sent more than once").into());
         }
         let route = format!("{} {}", parts.method, parts.uri);
-        Ok(Self { key, route })
+        let headers = match key {
+            Some(_) => parts.headers.clone(),
+            None => HeaderMap::new(),
+        };
+        Ok(Self { key, route, headers })
     }
 }
 
@@ -133,6 +139,7 @@ impl Once {
         let refusal = |kind, code, problem| Error::field(code, PARAM, problem).of_kind(kind);
         match registry.claim_key(caller.tenant, &key, &fingerprint, LEASE_MS).await? {
             FirstOrAgain::Again(stored) => Ok(again(stored)?),
+            FirstOrAgain::Made(made) => made_before(state, caller, &self.headers, &made).await,
             FirstOrAgain::Reused => {
                 let problem = "came before with another request; choose another key";
                 Err(refusal(ErrorKind::Unprocessable, "idempotency_key_reused", problem).into())
@@ -156,6 +163,26 @@ impl Once {
             }
         }
     }
+}
+
+/// What a process has made that died before it could say so, as it stands now.
+async fn made_before(state: &AppState, caller: &Caller, headers: &HeaderMap, made: &str) -> Result<Response, ApiError> {
+    let service = state.service()?;
+    let mut response = match made.split_once('_') {
+        Some(("concept", _)) => {
+            let view = service.concept(caller, made).await?;
+            super::concepts::created(StatusCode::ACCEPTED, (&view).into(), &view.concept.name)
+        }
+        Some(("training", _)) => super::trainings::accepted(&service.training(caller, made).await?),
+        _ => {
+            let view = service.generation(caller, made, Duration::ZERO).await?;
+            super::generations::accepted(service, &view, &super::drawing::base(state, headers))
+        }
+    };
+    response
+        .headers_mut()
+        .insert(REPLAYED, HeaderValue::from_static("true"));
+    Ok(response)
 }
 
 /// A stored answer as an answer.
@@ -202,7 +229,7 @@ impl First {
             answer,
         } = self;
         let working = async {
-            let outcome = AssertUnwindSafe(work).catch_unwind().await;
+            let outcome = AssertUnwindSafe(claim.clone().under(work)).catch_unwind().await;
             let outcome = outcome.unwrap_or_else(|_| Err(Error::internal("a handler panicked").into()));
             // Below, a caller that is gone leaves its answer to the next one.
             match outcome {

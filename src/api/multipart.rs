@@ -113,6 +113,7 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
             "description" => r.description.replace(text).is_some(),
             "metadata" => r.metadata.replace(json("metadata", &text)?).is_some(),
             "webhook_url" => r.webhook_url.replace(text).is_some(),
+            "priority" => r.priority.replace(number("priority", &text)?).is_some(),
             _ => {
                 return Err(Error::field(
                     "unknown_parameter",

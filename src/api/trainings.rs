@@ -140,11 +140,16 @@ async fn retry(
     let service = state.service()?.clone();
     let work = async move {
         let training = service.retry_training(&caller, &id).await?;
-        let location = [(header::LOCATION, format!("/v1/trainings/{}", training.id))];
-        Ok((StatusCode::ACCEPTED, location, Json(TrainingObject::from(&training))).into_response())
+        Ok(accepted(&training))
     };
     // Nothing is sent beside the route.
     once.run(&state, &caller, "", work).await
+}
+
+/// The answer of a route that queues a training.
+pub(super) fn accepted(training: &crate::registry::Training) -> Response {
+    let location = [(header::LOCATION, format!("/v1/trainings/{}", training.id))];
+    (StatusCode::ACCEPTED, location, Json(TrainingObject::from(training))).into_response()
 }
 
 /// Follow a training

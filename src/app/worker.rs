@@ -42,10 +42,11 @@ pub(super) async fn serve(
     // Tests and scripts that ask for port 0 read the address from this line.
     println!("worker listening on http://{listens}");
     let secret = registry.server_secret().await?;
-    let state = WorkerState::new(&worker_token(&secret));
+    let state = WorkerState::new(&worker_token(&secret), config.metrics_open.is_on());
     let (tracker, closing) = (TaskTracker::new(), CancellationToken::new());
     let http = {
-        let (router, closing) = (worker_router(state.clone()), closing.clone());
+        let router = worker_router(state.clone()).into_make_service_with_connect_info::<SocketAddr>();
+        let closing = closing.clone();
         tokio::spawn(async move {
             axum::serve(listener, router)
                 .with_graceful_shutdown(closing.cancelled_owned())

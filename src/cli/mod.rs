@@ -1,5 +1,6 @@
 //! The command line: one file per command.
 
+mod admin;
 mod bench;
 mod completions;
 mod concept;
@@ -55,6 +56,9 @@ enum Command {
     /// Make, list and revoke API keys.
     #[command(subcommand)]
     Keys(keys::KeysCommand),
+    /// Look after a database: the queue, dead letters, checksums, garbage, a tenant's removal.
+    #[command(subcommand)]
+    Admin(admin::AdminCommand),
     /// List, follow, cancel or retry the trainings of a server.
     #[command(subcommand)]
     Training(remote::training::TrainingCommand),
@@ -142,6 +146,7 @@ impl Cli {
             Command::Completions(args) => args.run(),
             Command::Config(command) => command.run(),
             Command::Keys(command) => command.run(),
+            Command::Admin(command) => command.run(),
             Command::Inspect(args) => args.run(),
             Command::Bench(command) => command.run(),
             Command::Simulate(command) => command.run(),

@@ -36,7 +36,8 @@ impl ServeArgs {
     }
 }
 
-async fn signalled(stop: CancellationToken) {
+/// Cancels when the process is asked to end.
+pub(super) async fn signalled(stop: CancellationToken) {
     let mut terminate = match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
         Ok(signal) => signal,
         Err(error) => {

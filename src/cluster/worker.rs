@@ -1,11 +1,12 @@
 //! A worker's own listener: API processes let it draw. They prove themselves by a secret of the database that both use.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -36,6 +37,8 @@ const FRAMES: usize = 64;
 #[derive(Debug, Clone)]
 pub struct WorkerState {
     token: Arc<str>,
+    /// Whether everybody may read the metrics; otherwise loopback and whoever has the token.
+    metrics_open: bool,
     /// Empty until the model is loaded.
     ready: Arc<OnceLock<Ready>>,
 }
@@ -49,9 +52,10 @@ struct Ready {
 
 impl WorkerState {
     /// Without a model yet.
-    pub fn new(token: &str) -> Self {
+    pub fn new(token: &str, metrics_open: bool) -> Self {
         Self {
             token: token.into(),
+            metrics_open,
             ready: Arc::default(),
         }
     }
@@ -96,10 +100,7 @@ pub fn worker_router(state: WorkerState) -> Router {
         .layer(from_fn_with_state(state.clone(), known))
         .route("/livez", get(async || Json(serde_json::json!({"status": "live"}))))
         .route("/readyz", get(ready))
-        .route(
-            "/metrics",
-            get(async || ([(header::CONTENT_TYPE, CONTENT_TYPE)], meters().render())),
-        )
+        .route("/metrics", get(metrics))
         .with_state(state)
 }
 
@@ -111,9 +112,13 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
         .strip_prefix("Bearer ")
 }
 
+fn has_token(state: &WorkerState, headers: &HeaderMap) -> bool {
+    let given = bearer(headers).unwrap_or("");
+    !state.token.is_empty() && bool::from(given.as_bytes().ct_eq(state.token.as_bytes()))
+}
+
 async fn known(State(state): State<WorkerState>, request: Request, next: Next) -> Response {
-    let given = bearer(request.headers()).unwrap_or("");
-    if !state.token.is_empty() && bool::from(given.as_bytes().ct_eq(state.token.as_bytes())) {
+    if has_token(&state, request.headers()) {
         return next.run(request).await;
     }
     refuse(&Error::new(
@@ -132,6 +137,21 @@ fn refuse(error: &Error) -> Response {
         _ => StatusCode::BAD_REQUEST,
     };
     (status, Json(Refusal::from(error))).into_response()
+}
+
+async fn metrics(
+    State(state): State<WorkerState>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+) -> Response {
+    if state.metrics_open || peer.ip().to_canonical().is_loopback() || has_token(&state, &headers) {
+        return ([(header::CONTENT_TYPE, CONTENT_TYPE)], meters().render()).into_response();
+    }
+    refuse(&Error::new(
+        ErrorKind::Unauthorized,
+        "invalid_api_key",
+        "The metrics are for loopback alone, unless --metrics-open opens them.",
+    ))
 }
 
 async fn ready(State(state): State<WorkerState>) -> Response {

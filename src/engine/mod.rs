@@ -10,6 +10,7 @@ mod meters;
 mod pictures;
 mod plan;
 mod scheduler;
+mod stand_in;
 mod thread;
 mod trainings;
 
@@ -22,6 +23,7 @@ pub use generations::Load;
 pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStream};
 pub use memory::{free_bytes, used_bytes};
 pub use plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
+pub use stand_in::{Pace, stand_in};
 pub use thread::{EngineOptions, start};
 
 /// Exit status of a process whose device does not answer any more (EX_UNAVAILABLE of sysexits.h).

@@ -183,9 +183,9 @@ pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToke
             }
             Err(error) => tracing::error!(%error, "web-hooks cannot be read"),
         }
-        let wait = match registry.next_delivery().await {
-            Ok(Some(at)) if sending.len() < AT_ONCE => {
-                let left = u64::try_from(at - now()).unwrap_or(0);
+        let wait = match tokio::try_join!(registry.next_delivery(), registry.lease_time()) {
+            Ok((Some(at), present)) if sending.len() < AT_ONCE => {
+                let left = u64::try_from(at - present).unwrap_or(0);
                 Duration::from_millis(left).clamp(Duration::from_millis(10), POLL)
             }
             _ => POLL,
@@ -212,13 +212,13 @@ async fn send(client: Client, webhooks: Webhooks, delivery: Delivery) {
     let wait = WAITS.get(delivery.attempt as usize - 1).filter(|_| status != Some(410));
     let outcome = Attempt {
         status,
-        again_at: problem.as_ref().and(wait).map(|wait| now() + wait.as_millis() as i64),
+        again_after: problem.as_ref().and(wait).copied(),
         problem,
     };
     match &outcome.problem {
         None => tracing::debug!(delivery = %delivery.id, "web-hook delivered"),
         Some(problem) => {
-            tracing::info!(delivery = %delivery.id, attempt = delivery.attempt, again = outcome.again_at.is_some(), problem, "web-hook failed");
+            tracing::info!(delivery = %delivery.id, attempt = delivery.attempt, again = outcome.again_after.is_some(), problem, "web-hook failed");
         }
     }
     if let Err(error) = webhooks.registry.record_attempt(delivery.id, &outcome).await {

@@ -181,6 +181,7 @@ impl Registry {
             priority: new.priority,
         };
         let training = insert_training(&mut transaction, &concept, first).await?;
+        self.note_made(&mut transaction, &concept.id).await?;
         transaction.commit().await?;
         Ok((concept, training))
     }
@@ -197,6 +198,7 @@ impl Registry {
     ) -> Result<Concept, RegistryError> {
         let mut transaction = self.write().await?;
         let concept = insert_concept(&mut transaction, tenant, new, Some(version)).await?;
+        self.note_made(&mut transaction, &concept.id).await?;
         transaction.commit().await?;
         Ok(concept)
     }

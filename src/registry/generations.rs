@@ -159,6 +159,7 @@ impl Registry {
     pub async fn add_generation(&self, new: NewGeneration) -> Result<Generation, RegistryError> {
         let (id, created_at) = (GenerationId::new(), now());
         let owner = (!new.background).then_some(self.process);
+        let mut transaction = self.write().await?;
         sqlx::query(
             "INSERT INTO generations (id, tenant_id, status, background, prompt, request, concepts, metadata, webhook_url,
              total, created_at, owner, priority) VALUES ($1, $2, 'queued', $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
@@ -175,8 +176,13 @@ impl Registry {
         .bind(created_at)
         .bind(owner.map(|id| id.to_string()))
         .bind(i64::from(new.priority))
-        .execute(&self.pool)
+        .execute(&mut *transaction)
         .await?;
+        // What somebody waits for is drawn anew for whoever asks again.
+        if new.background {
+            self.note_made(&mut transaction, &id).await?;
+        }
+        transaction.commit().await?;
         Ok(Generation {
             id,
             status: GenerationStatus::Queued,
@@ -382,12 +388,18 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn keep_generation(&self, id: GenerationId) -> Result<bool, RegistryError> {
+        let mut transaction = self.write().await?;
         let kept =
             sqlx::query("UPDATE generations SET background = 1 WHERE id = $1 AND status IN ('queued', 'running')")
                 .bind(id.to_string())
-                .execute(&self.pool)
+                .execute(&mut *transaction)
                 .await?;
-        Ok(kept.rows_affected() > 0)
+        let kept = kept.rows_affected() > 0;
+        if kept {
+            self.note_made(&mut transaction, &id).await?;
+        }
+        transaction.commit().await?;
+        Ok(kept)
     }
 
     /// Its drawing has begun, for the first time after `attempt` others; false when it has ended already, or is another

@@ -3,6 +3,7 @@
 //! A row without a status is a request that runs: until `expires_at`, its lease, nobody else begins it, and `created_at`
 //! is the fence: a later attempt has a later one, so that a worker that lost its lease writes nothing.
 
+use super::pool::Transaction;
 use super::{Registry, RegistryError};
 use crate::ids::TenantId;
 
@@ -33,7 +34,24 @@ pub enum FirstOrAgain {
     /// The key came before with something else.
     Reused,
     Again(StoredAnswer),
+    /// What was to be made is there, under this identifier; its process has died before it could say so.
+    Made(String),
 }
+
+tokio::task_local! {
+    /// The claim under which the present task makes something.
+    static CLAIM: KeyClaim;
+}
+
+impl KeyClaim {
+    /// Does some work under the claim: what it makes bears the key from its first moment.
+    pub async fn under<F: Future>(self, work: F) -> F::Output {
+        CLAIM.scope(self, work).await
+    }
+}
+
+/// A finished key is kept for so long after its thing was made without an answer.
+const MADE_MS: i64 = 24 * 60 * 60 * 1000;
 
 impl Registry {
     /// Begins a request with a key, unless it was begun before and its lease holds, or has an answer.
@@ -55,6 +73,7 @@ impl Registry {
             Option<Vec<u8>>,
             i64,
             i64,
+            Option<String>,
         );
         let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
@@ -62,15 +81,21 @@ impl Registry {
         self.hold_name(&mut transaction, "idempotency key", &format!("{tenant} {key}"))
             .await?;
         let found: Option<Row> = sqlx::query_as(
-            "SELECT fingerprint, status, location, content_type, body, created_at, expires_at FROM idempotency_keys
-             WHERE tenant_id = $1 AND key = $2",
+            "SELECT fingerprint, status, location, content_type, body, created_at, expires_at, made
+             FROM idempotency_keys WHERE tenant_id = $1 AND key = $2",
         )
         .bind(tenant.to_string())
         .bind(key)
         .fetch_optional(&mut *transaction)
         .await?;
         let mut began = at;
-        if let Some((before, status, location, content_type, body, created_at, expires_at)) = found {
+        if let Some((before, status, location, content_type, body, created_at, expires_at, made)) = found {
+            if let (true, None, Some(made)) = (at >= expires_at && at < created_at + MADE_MS, status, made) {
+                return Ok(match before == fingerprint {
+                    true => FirstOrAgain::Made(made),
+                    false => FirstOrAgain::Reused,
+                });
+            }
             if at < expires_at {
                 return Ok(match status {
                     _ if before != fingerprint => FirstOrAgain::Reused,
@@ -88,7 +113,7 @@ impl Registry {
         sqlx::query(
             "INSERT INTO idempotency_keys (tenant_id, key, fingerprint, created_at, expires_at) VALUES ($1, $2, $3, $4, $5)
              ON CONFLICT (tenant_id, key) DO UPDATE SET fingerprint = excluded.fingerprint, status = NULL, location = NULL,
-             content_type = NULL, body = NULL, created_at = excluded.created_at, expires_at = excluded.expires_at",
+             content_type = NULL, body = NULL, made = NULL, created_at = excluded.created_at, expires_at = excluded.expires_at",
         )
         .bind(tenant.to_string())
         .bind(key)
@@ -103,6 +128,34 @@ impl Registry {
             key: key.to_owned(),
             began,
         }))
+    }
+
+    /// Where the present task works under a key, notes what it makes, in the transaction that makes it.
+    ///
+    /// # Errors
+    /// `LeaseLost` when somebody else has begun it anew: then nothing may be made; when the database fails.
+    pub(super) async fn note_made(
+        &self,
+        transaction: &mut Transaction,
+        made: &impl ToString,
+    ) -> Result<(), RegistryError> {
+        let Ok(claim) = CLAIM.try_with(Clone::clone) else {
+            return Ok(());
+        };
+        let changed = sqlx::query(
+            "UPDATE idempotency_keys SET made = $1
+             WHERE tenant_id = $2 AND key = $3 AND created_at = $4 AND status IS NULL",
+        )
+        .bind(made.to_string())
+        .bind(claim.tenant.to_string())
+        .bind(&claim.key)
+        .bind(claim.began)
+        .execute(&mut **transaction)
+        .await?;
+        match changed.rows_affected() {
+            0 => Err(RegistryError::LeaseLost),
+            _ => Ok(()),
+        }
     }
 
     /// Keeps a running request's lease.
@@ -153,13 +206,14 @@ impl Registry {
         Ok(())
     }
 
-    /// Frees the key of a request that came to nothing.
+    /// Frees the key of a request that came to nothing; one that has made something keeps it.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn release_key(&self, claim: &KeyClaim) -> Result<(), RegistryError> {
         sqlx::query(
-            "DELETE FROM idempotency_keys WHERE tenant_id = $1 AND key = $2 AND created_at = $3 AND status IS NULL",
+            "DELETE FROM idempotency_keys
+             WHERE tenant_id = $1 AND key = $2 AND created_at = $3 AND status IS NULL AND made IS NULL",
         )
         .bind(claim.tenant.to_string())
         .bind(&claim.key)
@@ -175,7 +229,10 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn release_keys(&self) -> Result<u64, RegistryError> {
-        let released = sqlx::query("DELETE FROM idempotency_keys WHERE status IS NULL")
+        sqlx::query("UPDATE idempotency_keys SET expires_at = 0 WHERE status IS NULL AND made IS NOT NULL")
+            .execute(&self.pool)
+            .await?;
+        let released = sqlx::query("DELETE FROM idempotency_keys WHERE status IS NULL AND made IS NULL")
             .execute(&self.pool)
             .await?;
         Ok(released.rows_affected())
@@ -186,10 +243,14 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn expire_keys(&self) -> Result<u64, RegistryError> {
-        let removed = sqlx::query("DELETE FROM idempotency_keys WHERE expires_at < $1 AND status IS NOT NULL")
-            .bind(self.lease_time().await?)
-            .execute(&self.pool)
-            .await?;
+        let at = self.lease_time().await?;
+        let removed = sqlx::query(
+            "DELETE FROM idempotency_keys WHERE expires_at < $1 AND (status IS NOT NULL OR created_at < $2)",
+        )
+        .bind(at)
+        .bind(at - MADE_MS)
+        .execute(&self.pool)
+        .await?;
         Ok(removed.rows_affected())
     }
 }
@@ -239,6 +300,32 @@ mod tests {
             .await
             .unwrap();
         first(registry.claim_key(other.id, "k", "b", 60_000).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn what_was_made_before_the_answer_is_not_made_again() {
+        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let (tenant, style) = (TenantId::DEFAULT, crate::concept::ConceptKind::Style);
+        let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
+        let add = |name: &str| {
+            let (registry, new) = (registry.clone(), super::super::NewConcept::new(name, style));
+            async move { registry.add_ready_concept(tenant, &new, "hash").await }
+        };
+        let slow = first(claim(0).await.unwrap());
+        let next = first(claim(0).await.unwrap());
+        // Whoever lost the lease makes nothing any more.
+        assert!(matches!(slow.under(add("slow")).await, Err(RegistryError::LeaseLost)));
+        assert!(registry.concept(tenant, "slow").await.unwrap().is_none());
+        let made = next.clone().under(add("next")).await.unwrap();
+        // Its process dies before it answers, or cannot answer.
+        registry.release_key(&next).await.unwrap();
+        assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(made.id.to_string()));
+        assert_eq!(registry.release_keys().await.unwrap(), 0);
+        assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(made.id.to_string()));
+        let other = registry.claim_key(tenant, "k", "b", 60_000).await.unwrap();
+        assert_eq!(other, FirstOrAgain::Reused);
+        // Without a key nothing is noted.
+        add("free").await.unwrap();
     }
 
     #[tokio::test]

@@ -12,6 +12,7 @@ mod generations;
 mod idempotency;
 mod images;
 mod keys;
+mod overview;
 mod pool;
 mod processes;
 mod signals;
@@ -35,6 +36,7 @@ pub use generations::{
 pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
+pub use overview::{BlobUse, Job, JobId, QueueCount};
 use pool::{Pool, Transaction};
 pub use processes::{Announcement, LOST_AFTER_MS, Process};
 pub use signals::Signals;

@@ -322,6 +322,7 @@ impl Registry {
             return Err(RegistryError::ConceptBusy(concept.name.clone()));
         }
         let training = insert_training(&mut transaction, concept, new).await?;
+        self.note_made(&mut transaction, &training.id).await?;
         transaction.commit().await?;
         Ok(Some(training))
     }
@@ -361,6 +362,7 @@ impl Registry {
         .await?;
         let mut gone: Vec<(String,)> = vec![];
         if changed.rows_affected() > 0 {
+            self.note_made(&mut transaction, &id).await?;
             gone = sqlx::query_as(
                 "DELETE FROM training_previews WHERE training_id = $1
                  AND step > (SELECT coalesce(checkpoint_step, 0) FROM trainings WHERE id = $1) RETURNING blob",

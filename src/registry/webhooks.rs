@@ -43,8 +43,8 @@ pub struct Attempt {
     pub status: Option<u16>,
     /// What was wrong; `None`: delivered.
     pub problem: Option<String>,
-    /// When to try again, in milliseconds since 1970; `None`: not any more.
-    pub again_at: Option<i64>,
+    /// After how long to try again; `None`: not any more.
+    pub again_after: Option<Duration>,
 }
 
 fn delivery(row: &AnyRow) -> Result<Delivery, RegistryError> {
@@ -61,7 +61,7 @@ pub(super) async fn insert_delivery(transaction: &mut Transaction, new: &NewDeli
     let at = now();
     sqlx::query(
         "INSERT INTO webhook_deliveries (id, tenant_id, subject, event, url, body, status, next_at, created_at)
-         VALUES ($1, $2, $3, $4, $5, $6, 'pending', $7, $7)",
+         VALUES ($1, $2, $3, $4, $5, $6, 'pending', 0, $7)",
     )
     .bind(DeliveryId::new().to_string())
     .bind(new.tenant.to_string())
@@ -124,17 +124,21 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn record_attempt(&self, id: DeliveryId, attempt: &Attempt) -> Result<(), RegistryError> {
-        let status = match (&attempt.problem, attempt.again_at) {
+        let status = match (&attempt.problem, attempt.again_after) {
             (None, _) => "delivered",
             (Some(_), Some(_)) => "pending",
             (Some(_), None) => "failed",
+        };
+        let again_at = match attempt.again_after {
+            Some(wait) => Some(self.lease_time().await? + wait.as_millis() as i64),
+            None => None,
         };
         sqlx::query(
             "UPDATE webhook_deliveries SET status = $1, next_at = coalesce($2, next_at), last_status = $3, last_error = $4,
              finished_at = CASE WHEN $1 = 'pending' THEN NULL ELSE $5 END WHERE id = $6",
         )
         .bind(status)
-        .bind(attempt.again_at)
+        .bind(again_at)
         .bind(attempt.status.map(i64::from))
         .bind(&attempt.problem)
         .bind(now())
@@ -144,7 +148,7 @@ impl Registry {
         Ok(())
     }
 
-    /// When the next delivery is due, in milliseconds since 1970.
+    /// When the next delivery is due, by [`Registry::lease_time`].
     ///
     /// # Errors
     /// When the database fails.
@@ -198,7 +202,7 @@ mod tests {
         let failed = Attempt {
             status: Some(500),
             problem: Some("it answered 500".to_owned()),
-            again_at: Some(now() - 1),
+            again_after: Some(Duration::ZERO),
         };
         registry.record_attempt(first.id, &failed).await.unwrap();
         assert!(registry.next_delivery().await.unwrap().is_some());
@@ -209,7 +213,7 @@ mod tests {
         let delivered = Attempt {
             status: Some(204),
             problem: None,
-            again_at: None,
+            again_after: None,
         };
         registry.record_attempt(first.id, &delivered).await.unwrap();
         assert_eq!(registry.next_delivery().await.unwrap(), None);

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::facts::{check_description, read_metadata};
 use super::trainings::TrainingSettings;
-use super::{Addition, Caller, Service};
+use super::{Addition, Caller, PRIORITY_LIMIT, Service};
 use crate::concept::{ConceptKind, is_slug};
 use crate::error::{Error, ErrorKind};
 use crate::ids::ConceptId;
@@ -37,6 +37,8 @@ pub struct Registration {
     /// A JSON object of strings.
     pub metadata: Option<serde_json::Value>,
     pub webhook_url: Option<String>,
+    /// Of the training, 0 to [`PRIORITY_LIMIT`](super::PRIORITY_LIMIT).
+    pub priority: Option<i32>,
 }
 
 /// What a caller wants changed; `None` stays.
@@ -96,6 +98,16 @@ fn check_name(name: Option<String>) -> Result<String, Error> {
             "name",
             "must be 1 to 63 of a-z, 0-9 and -, the first not a hyphen",
         )),
+    }
+}
+
+fn check_priority(priority: Option<i32>) -> Result<i32, Error> {
+    match priority.unwrap_or(0) {
+        good @ 0..=PRIORITY_LIMIT => Ok(good),
+        other => {
+            let problem = format!("is {other}; expected 0 to {PRIORITY_LIMIT}");
+            Err(Error::field("invalid_value", "priority", problem).limit(PRIORITY_LIMIT.unsigned_abs().into()))
+        }
     }
 }
 
@@ -218,6 +230,7 @@ impl Service {
                 .transpose()?
                 .unwrap_or_default(),
             webhook_url: self.webhook_url(registration.webhook_url)?,
+            priority: check_priority(registration.priority)?,
             ..NewConcept::new(name, kind)
         };
         Ok((new, spec))

@@ -32,6 +32,8 @@ pub struct GenerationInput {
     /// A JSON object of strings.
     pub metadata: Option<Value>,
     pub webhook_url: Option<String>,
+    /// 0 to [`PRIORITY_LIMIT`](super::PRIORITY_LIMIT).
+    pub priority: i32,
 }
 
 /// A generation that somebody waits for.
@@ -73,6 +75,7 @@ impl Service {
             .map(|(key, value)| (key, Value::from(value)))
             .collect();
         plan.new.webhook_url = webhook_url;
+        plan.new.priority = input.priority;
         Ok(plan)
     }
 

@@ -21,7 +21,7 @@ pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};
 pub use quota::{Addition, Admitted, Allowance, Standing, Tallies, Turn};
 pub use tenants::QuotaChange;
-pub use trainings::{TrainingQuery, TrainingSettings};
+pub use trainings::{Queued, TrainingQuery, TrainingSettings};
 
 use crate::cluster::Executor;
 use crate::config::Config;
@@ -82,6 +82,9 @@ pub struct Service {
     pub drawings: Drawings,
     pub links: Arc<Links>,
 }
+
+/// The highest priority that callers may give a job.
+pub const PRIORITY_LIMIT: i32 = 100;
 
 /// What callers may ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]

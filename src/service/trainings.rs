@@ -38,6 +38,15 @@ impl TrainingSettings {
     }
 }
 
+/// How a training is queued.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Queued {
+    /// Told of its end.
+    pub webhook_url: Option<String>,
+    /// 0 to [`PRIORITY_LIMIT`](super::PRIORITY_LIMIT).
+    pub priority: i32,
+}
+
 /// Which trainings a caller wants to see.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TrainingQuery {
@@ -84,7 +93,7 @@ impl Service {
         caller: &Caller,
         name: &str,
         settings: TrainingSettings,
-        webhook_url: Option<String>,
+        how: Queued,
     ) -> Result<Training, Error> {
         let concept = self.find_concept(caller, name).await?;
         if concept.pictures.is_empty() {
@@ -107,14 +116,14 @@ impl Service {
             let problem = format!("has {} texts; the limit is {limit}", spec.captions.len());
             return Err(Error::field("invalid_value", "captions", problem).limit(limit as u64));
         }
-        let webhook_url = self.webhook_url(webhook_url)?;
+        let webhook_url = self.webhook_url(how.webhook_url)?;
         let _turn = self.turn(caller, ONE).await?;
         self.check_queue().await?;
         let new = NewTraining {
             spec: &spec,
             input: &input_fingerprint(&concept.pictures, &spec)?,
             webhook_url: webhook_url.as_deref(),
-            priority: 0,
+            priority: how.priority,
         };
         let queued = self.registry.add_training(&concept, new).await?;
         self.wake.now();

@@ -215,6 +215,9 @@ pub(in crate::api) struct RegisterConcept {
     /// Told of the training's end.
     #[schema(example = "https://example.com/hooks/coar", nullable = false)]
     webhook_url: Option<String>,
+    /// Among those of the same tenant that wait, the higher one comes first. Other tenants have their turns regardless.
+    #[schema(minimum = 0, maximum = 100, default = 0, nullable = false)]
+    priority: Option<u32>,
 }
 
 /// What is to change. Absent: stays.
@@ -257,4 +260,7 @@ pub(in crate::api) struct TrainConcept {
     /// Told of the training's end.
     #[schema(example = "https://example.com/hooks/coar")]
     webhook_url: Option<String>,
+    /// Among those of the same tenant that wait, the higher one comes first. Other tenants have their turns regardless.
+    #[schema(minimum = 0, maximum = 100, default = 0)]
+    priority: Option<u32>,
 }

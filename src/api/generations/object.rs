@@ -51,6 +51,9 @@ pub(super) struct CreateGeneration {
     /// Told of the end: POST, signed (Standard Webhooks). Port 80 or 443 of a public address.
     #[schema(example = "https://example.com/hooks/coar")]
     webhook_url: Option<String>,
+    /// Among those of the same tenant that wait, the higher one comes first. Other tenants have their turns regardless.
+    #[schema(minimum = 0, maximum = 100, default = 0)]
+    priority: Option<u32>,
     /// At most 16 pairs; keys of 64, values of 512 characters.
     #[schema(schema_with = metadata_schema)]
     metadata: Option<Value>,
@@ -69,6 +72,9 @@ pub(in crate::api) struct GenerationObject {
     status: &'static str,
     /// How many are before it, while it is queued.
     queue_position: Option<u32>,
+    /// Among those of the same tenant that wait, the higher one comes first.
+    #[schema(example = 0)]
+    priority: i32,
     progress: ProgressObject,
     /// As it is drawn, with every concept in it.
     #[schema(example = "a photo of <rex> cat on the beach")]
@@ -222,6 +228,7 @@ pub(in crate::api) fn generation_object(
         object: "generation",
         status: generation.status.as_str(),
         queue_position,
+        priority: new.priority,
         progress: ProgressObject {
             done: generation.done,
             total: new.total,

@@ -125,6 +125,9 @@ pub(in crate::api) struct TrainingObject {
     resumed_from_step: u32,
     error: Option<FaultObject>,
     webhook_url: Option<String>,
+    /// Among those of the same tenant that wait, the higher one comes first.
+    #[schema(example = 0)]
+    priority: i32,
     /// Unix seconds.
     created_at: i64,
     /// Unix seconds.
@@ -161,6 +164,7 @@ impl From<&Training> for TrainingObject {
             resumed_from_step: training.resumed_from_step,
             error: fault,
             webhook_url: training.webhook_url.clone(),
+            priority: training.priority,
             created_at: seconds(training.created_at),
             started_at: training.started_at.map(seconds),
             finished_at: training.finished_at.map(seconds),

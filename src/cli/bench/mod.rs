@@ -5,6 +5,7 @@ mod decode;
 mod logits;
 mod serve;
 mod soak;
+mod stand_in;
 mod swap;
 mod train;
 
@@ -33,6 +34,7 @@ pub(super) enum BenchCommand {
     Train(train::TrainBenchArgs),
     Soak(soak::SoakArgs),
     Logits(logits::LogitsArgs),
+    StandIn(Box<stand_in::StandInArgs>),
     /// Load a checkpoint's transformer and print time and peak memory against the weights' size.
     Load {
         dir: PathBuf,
@@ -145,6 +147,7 @@ impl BenchCommand {
             Self::Serve(args) => args.run(),
             Self::Train(args) => args.run(),
             Self::Soak(args) => args.run(),
+            Self::StandIn(args) => args.run(),
             Self::Logits(args) => args.run(),
         }
     }

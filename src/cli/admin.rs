@@ -1,0 +1,258 @@
+//! `coar admin queue|jobs|replay|verify|gc|delete-tenant`: what an operator sees and sets right, over all tenants. Needs
+//! the database and the blob store, no running server and no model.
+
+use std::collections::BTreeMap;
+
+use clap::Subcommand;
+
+use super::local::{DataArgs, block_on, existing_registry};
+use crate::concept::ConceptFile;
+use crate::registry::{BlobError, DataLock, Job, JobId, JobStatus, Registry, now};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum AdminCommand {
+    /// What waits and runs, by tenant, and the processes that share the database.
+    Queue {
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Jobs of all tenants in one status; without --status the dead letters.
+    Jobs {
+        /// queued, running, succeeded, failed or cancelled.
+        #[arg(long, default_value = "failed")]
+        status: JobStatus,
+        /// At most this many, newest first.
+        #[arg(long, default_value_t = 50, value_name = "N")]
+        limit: u32,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Queue a failed job again: a training from its checkpoint, a generation, a web-hook.
+    Replay {
+        /// As `coar admin jobs` shows it: training_…, generation_… or delivery_…
+        id: JobId,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Read everything that is stored and compare it with its checksum; concept files are read as their users would.
+    Verify {
+        /// Check only concept files.
+        #[arg(long)]
+        concepts: bool,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Remove blobs that nothing refers to. Safe beside running processes of one --database; with SQLite the server has to
+    /// be stopped, and does it itself when it starts.
+    Gc {
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Remove a tenant with all that is its: keys, concepts, trainings, generations, pictures, web-hooks.
+    DeleteTenant {
+        name: String,
+        /// Yes, for good.
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+}
+
+impl AdminCommand {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        block_on(async {
+            match self {
+                Self::Queue { data } => queue(&existing_registry(&data).await?).await,
+                Self::Jobs { status, limit, data } => jobs(&existing_registry(&data).await?, status, limit).await,
+                Self::Replay { id, data } => replay(&existing_registry(&data).await?, id).await,
+                Self::Verify { concepts, data } => verify(&existing_registry(&data).await?, concepts).await,
+                Self::Gc { data } => gc(&data).await,
+                Self::DeleteTenant { name, yes, data } => delete_tenant(&data, &name, yes).await,
+            }
+        })
+    }
+}
+
+/// A time as its age: `3m 20s`.
+fn age(at: i64) -> String {
+    let seconds = ((now() - at) / 1000).max(0);
+    match (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60, seconds % 60) {
+        (0, 0, 0, s) => format!("{s}s"),
+        (0, 0, m, s) => format!("{m}m {s}s"),
+        (0, h, m, _) => format!("{h}h {m}m"),
+        (d, h, _, _) => format!("{d}d {h}h"),
+    }
+}
+
+async fn queue(registry: &Registry) -> anyhow::Result<()> {
+    println!("{:<11} {:<20} {:<9} {:>7} OLDEST", "KIND", "TENANT", "STATUS", "JOBS");
+    for row in registry.queue_counts().await? {
+        println!(
+            "{:<11} {:<20} {:<9} {:>7} {}",
+            row.kind,
+            row.tenant,
+            row.status,
+            row.count,
+            age(row.oldest)
+        );
+    }
+    println!();
+    println!(
+        "{:<41} {:<7} {:<9} {:<28} {:<9} LOAD",
+        "PROCESS", "ROLE", "VERSION", "ADDRESS", "STATE"
+    );
+    for process in registry.processes().await? {
+        let load: serde_json::Value = serde_json::from_str(&process.load).unwrap_or_default();
+        let told = |key: &str| load[key].as_f64().unwrap_or(0.0);
+        println!(
+            "{:<41} {:<7} {:<9} {:<28} {:<9} {:.0} pictures, {:.0} tokens wait, {:.0} tokens/s",
+            process.id,
+            process.role,
+            process.version,
+            process.address.as_deref().unwrap_or("-"),
+            if process.draining { "draining" } else { "live" },
+            told("pictures"),
+            told("waiting_tokens"),
+            told("tokens_per_second"),
+        );
+    }
+    Ok(())
+}
+
+/// A line of `coar admin jobs`.
+fn line(job: &Job) -> String {
+    let problem = job.error.as_deref().unwrap_or("");
+    let json: serde_json::Value = serde_json::from_str(problem).unwrap_or_default();
+    let problem = match (json["code"].as_str(), json["message"].as_str()) {
+        (Some(code), Some(message)) => format!("{code}: {message}"),
+        _ => problem.to_owned(),
+    };
+    format!(
+        "{:<44} {:<16} {:<9} {:>7} {:<8} {problem}",
+        job.id,
+        job.tenant,
+        job.status,
+        job.attempt,
+        age(job.created_at)
+    )
+}
+
+async fn jobs(registry: &Registry, status: JobStatus, limit: u32) -> anyhow::Result<()> {
+    println!(
+        "{:<44} {:<16} {:<9} {:>7} {:<8} PROBLEM",
+        "ID", "TENANT", "STATUS", "ATTEMPT", "AGE"
+    );
+    for job in registry.jobs(status, limit).await? {
+        println!("{}", line(&job));
+    }
+    Ok(())
+}
+
+async fn replay(registry: &Registry, id: JobId) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        registry.replay(id).await?,
+        "there is no such job that has failed, or pictures of it were kept; `coar admin jobs` shows what there is"
+    );
+    // Whoever works on it looks at once, where others can be told.
+    for what in ["trainings", "generations"] {
+        registry.signal(what).await?;
+    }
+    println!("queued again");
+    Ok(())
+}
+
+async fn verify(registry: &Registry, concepts_only: bool) -> anyhow::Result<()> {
+    let mut uses: BTreeMap<String, Vec<_>> = BTreeMap::new();
+    for used in registry.blob_uses().await? {
+        if !concepts_only || used.role == "concept" {
+            uses.entry(used.hash.clone()).or_default().push(used);
+        }
+    }
+    let (mut bytes, mut faults) = (0, 0);
+    for (hash, users) in &uses {
+        let verdict = match registry.blobs.get(hash).await {
+            Ok(blob) => {
+                bytes += blob.len();
+                let concept = users.iter().any(|used| used.role == "concept");
+                match concept.then(|| ConceptFile::from_bytes(&blob)) {
+                    Some(Err(error)) => Err(error.to_string()),
+                    _ => Ok(()),
+                }
+            }
+            Err(BlobError::Missing(_)) => Err("it is missing".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(problem) = verdict {
+            for used in users {
+                faults += 1;
+                println!("FAIL  {} of {} (tenant {}): {problem}", used.role, used.of, used.tenant);
+            }
+        }
+    }
+    println!("{} blobs read, {bytes} bytes, {faults} faults", uses.len());
+    anyhow::ensure!(
+        faults == 0,
+        "{faults} things cannot be read: bring their blobs back from a backup (each is named by its SHA-256), or delete them"
+    );
+    Ok(())
+}
+
+/// In a folder of its own nobody else may store while something is removed.
+fn alone(data: &DataArgs) -> anyhow::Result<Option<DataLock>> {
+    match data.database {
+        Some(_) => Ok(None),
+        None => Ok(Some(DataLock::take(&data.data).map_err(|error| {
+            anyhow::anyhow!("{error}; it collects garbage itself when it starts")
+        })?)),
+    }
+}
+
+async fn gc(data: &DataArgs) -> anyhow::Result<()> {
+    let registry = existing_registry(data).await?;
+    let _lock = alone(data)?;
+    println!("{} blobs removed", registry.collect_garbage().await?);
+    Ok(())
+}
+
+async fn delete_tenant(data: &DataArgs, name: &str, yes: bool) -> anyhow::Result<()> {
+    let registry = existing_registry(data).await?;
+    let tenant = registry
+        .tenant(name)
+        .await?
+        .ok_or_else(|| anyhow::anyhow!("there is no tenant `{name}`"))?;
+    let usage = registry.usage(tenant.id).await?;
+    anyhow::ensure!(
+        yes,
+        "this removes the tenant `{name}` with its {} concepts and all its pictures for good; say --yes to do it",
+        usage.concepts
+    );
+    let _lock = alone(data).map_err(|_| {
+        anyhow::anyhow!("a server uses this folder; stop it, or ask it: DELETE /v1/admin/tenants/{name}")
+    })?;
+    registry.delete_tenant(tenant.id).await?;
+    println!("{name} is deleted");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_is_one_line_with_its_problem() {
+        let job = Job {
+            kind: "training".into(),
+            id: "training_1".into(),
+            tenant: "acme".into(),
+            status: "failed".into(),
+            attempt: 3,
+            process: None,
+            created_at: now() - 3_700_000,
+            error: Some(r#"{"code": "training_failed", "message": "out of memory"}"#.into()),
+        };
+        let line = line(&job);
+        assert!(line.contains("acme") && line.contains("1h 1m") && line.ends_with("training_failed: out of memory"));
+        assert_eq!(line.lines().count(), 1);
+    }
+}

@@ -1,0 +1,286 @@
+//! What an operator wants to see of all tenants, and to set right: the queue, its dead letters, what is damaged.
+
+use sqlx::Row;
+use sqlx::any::AnyRow;
+
+use super::db::{identifier, number};
+use super::{JobStatus, Registry, RegistryError};
+use crate::ids::{DeliveryId, GenerationId, TenantId, TrainingId};
+
+/// How many jobs of a kind a tenant has in a status.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QueueCount {
+    /// `training`, `generation` or `webhook`.
+    pub kind: String,
+    /// The tenant's name.
+    pub tenant: String,
+    /// `queued` or `running`; of web-hooks `pending`.
+    pub status: String,
+    pub count: u64,
+    /// The oldest one's time of creation.
+    pub oldest: i64,
+}
+
+/// A job of any kind and tenant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Job {
+    pub kind: String,
+    pub id: String,
+    pub tenant: String,
+    pub status: String,
+    pub attempt: u32,
+    /// The process that works on it.
+    pub process: Option<String>,
+    pub created_at: i64,
+    /// Why it has failed: JSON of trainings and generations, a sentence of web-hooks.
+    pub error: Option<String>,
+}
+
+/// A blob that a row refers to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlobUse {
+    pub hash: String,
+    /// `picture`, `concept`, `checkpoint`, `preview` or `image`.
+    pub role: String,
+    /// The concept's, training's or generation's identifier.
+    pub of: String,
+    pub tenant: String,
+}
+
+/// What a replay is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobId {
+    Training(TrainingId),
+    Generation(GenerationId),
+    Delivery(DeliveryId),
+}
+
+impl std::str::FromStr for JobId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let training = || text.parse().map(Self::Training).ok();
+        let generation = || text.parse().map(Self::Generation).ok();
+        let delivery = || text.parse().map(Self::Delivery).ok();
+        training()
+            .or_else(generation)
+            .or_else(delivery)
+            .ok_or_else(|| format!("`{text}` is not the identifier of a training, a generation or a web-hook"))
+    }
+}
+
+fn job(row: &AnyRow) -> Result<Job, RegistryError> {
+    Ok(Job {
+        kind: row.try_get("kind")?,
+        id: row.try_get("id")?,
+        tenant: row.try_get("tenant")?,
+        status: row.try_get("status")?,
+        attempt: number(row, "attempt")?,
+        process: row.try_get("process")?,
+        created_at: row.try_get("created_at")?,
+        error: row.try_get("error")?,
+    })
+}
+
+impl Registry {
+    /// What waits and runs, by kind, tenant and status.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn queue_counts(&self) -> Result<Vec<QueueCount>, RegistryError> {
+        let rows = sqlx::query(
+            "SELECT j.kind, n.name AS tenant, j.status, count(*) AS jobs, min(j.created_at) AS oldest FROM (
+                 SELECT 'training' AS kind, tenant_id, status, created_at FROM trainings
+                     WHERE status IN ('queued', 'running')
+                 UNION ALL SELECT 'generation', tenant_id, status, created_at FROM generations
+                     WHERE status IN ('queued', 'running')
+                 UNION ALL SELECT 'webhook', tenant_id, status, created_at FROM webhook_deliveries
+                     WHERE status = 'pending') AS j
+             JOIN tenants n ON n.id = j.tenant_id GROUP BY j.kind, n.name, j.status ORDER BY j.kind, n.name, j.status",
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let count = |row: &AnyRow| {
+            Ok(QueueCount {
+                kind: row.try_get("kind")?,
+                tenant: row.try_get("tenant")?,
+                status: row.try_get("status")?,
+                count: number(row, "jobs")?,
+                oldest: row.try_get("oldest")?,
+            })
+        };
+        rows.iter().map(count).collect()
+    }
+
+    /// Jobs of all tenants in one status, newest first.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn jobs(&self, status: JobStatus, limit: u32) -> Result<Vec<Job>, RegistryError> {
+        // Web-hooks have words of their own.
+        let delivery = match status {
+            JobStatus::Queued | JobStatus::Running => "pending",
+            JobStatus::Succeeded => "delivered",
+            JobStatus::Failed => "failed",
+            JobStatus::Cancelled => "",
+        };
+        let rows = sqlx::query(
+            "SELECT j.kind, j.id, n.name AS tenant, j.status, j.attempt, j.process, j.created_at, j.error FROM (
+                 SELECT 'training' AS kind, id, tenant_id, status, attempt, worker AS process, created_at, error
+                     FROM trainings WHERE status = $1
+                 UNION ALL SELECT 'generation', id, tenant_id, status, attempt, owner, created_at, error
+                     FROM generations WHERE status = $1
+                 UNION ALL SELECT 'webhook', id, tenant_id, status, attempt, NULL, created_at, last_error
+                     FROM webhook_deliveries WHERE status = $2) AS j
+             JOIN tenants n ON n.id = j.tenant_id ORDER BY j.created_at DESC, j.id DESC LIMIT $3",
+        )
+        .bind(status.as_str())
+        .bind(delivery)
+        .bind(i64::from(limit))
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(job).collect()
+    }
+
+    /// Puts a failed job into the queue again, of whatever tenant: a training from its checkpoint, a generation from its
+    /// beginning, a web-hook at once and with all its attempts. False where there is none that has failed.
+    ///
+    /// # Errors
+    /// `ConceptBusy` while another training of the concept is queued or running; when the database fails.
+    pub async fn replay(&self, id: JobId) -> Result<bool, RegistryError> {
+        let changed = match id {
+            JobId::Training(id) => {
+                let row =
+                    sqlx::query("SELECT tenant_id FROM trainings WHERE id = $1 AND status IN ('failed', 'cancelled')")
+                        .bind(id.to_string())
+                        .fetch_optional(&self.pool)
+                        .await?;
+                let Some(row) = row else { return Ok(false) };
+                let tenant: TenantId = identifier(&row, "tenant_id")?;
+                let queued = self.retry_training(tenant, id).await?;
+                return Ok(queued.is_some_and(|training| training.status == JobStatus::Queued));
+            }
+            JobId::Generation(id) => sqlx::query(
+                "UPDATE generations SET status = 'queued', background = 1, attempt = 0, owner = NULL, not_before = 0,
+                     done = 0, error = NULL, started_at = NULL, finished_at = NULL
+                     WHERE id = $1 AND status IN ('failed', 'cancelled')
+                     AND NOT EXISTS (SELECT 1 FROM images WHERE images.generation_id = generations.id)",
+            )
+            .bind(id.to_string())
+            .execute(&self.pool)
+            .await?,
+            JobId::Delivery(id) => {
+                sqlx::query(
+                    "UPDATE webhook_deliveries SET status = 'pending', attempt = 0, next_at = 0, finished_at = NULL
+                     WHERE id = $1 AND status = 'failed'",
+                )
+                .bind(id.to_string())
+                .execute(&self.pool)
+                .await?
+            }
+        };
+        Ok(changed.rows_affected() > 0)
+    }
+
+    /// Every use of a blob, of all tenants.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn blob_uses(&self) -> Result<Vec<BlobUse>, RegistryError> {
+        let rows = sqlx::query(
+            "SELECT u.hash, u.role, u.id, n.name AS tenant FROM (
+                 SELECT p.blob AS hash, 'picture' AS role, c.id, c.tenant_id FROM concept_pictures p
+                     JOIN concepts c ON c.id = p.concept_id
+                 UNION ALL SELECT v.hash, 'concept', c.id, c.tenant_id FROM concept_versions v
+                     JOIN concepts c ON c.id = v.concept_id
+                 UNION ALL SELECT checkpoint, 'checkpoint', id, tenant_id FROM trainings WHERE checkpoint IS NOT NULL
+                 UNION ALL SELECT p.blob, 'preview', t.id, t.tenant_id FROM training_previews p
+                     JOIN trainings t ON t.id = p.training_id
+                 UNION ALL SELECT blob, 'image', coalesce(generation_id, id), tenant_id FROM images) AS u
+             JOIN tenants n ON n.id = u.tenant_id ORDER BY u.role, u.id",
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let used = |row: &AnyRow| {
+            Ok(BlobUse {
+                hash: row.try_get("hash")?,
+                role: row.try_get("role")?,
+                of: row.try_get("id")?,
+                tenant: row.try_get("tenant")?,
+            })
+        };
+        rows.iter().map(used).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::concept::ConceptKind;
+    use crate::registry::tests::test_registry;
+    use crate::registry::{Attempt, NewConcept, NewDelivery};
+    use crate::training::{Preset, TrainingSpec};
+
+    #[tokio::test]
+    async fn dead_letters_are_seen_and_replayed() {
+        let (_dir, registry) = test_registry().await;
+        let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Style, "ink", None, 6);
+        let stored = registry.store(vec!["picture".into()]).await.unwrap();
+        let new = NewConcept {
+            pictures: stored.hashes().to_vec(),
+            ..NewConcept::new("ink", ConceptKind::Style)
+        };
+        let (concept, training) = registry.add_concept(TenantId::DEFAULT, &new, &spec).await.unwrap();
+        let counts = registry.queue_counts().await.unwrap();
+        assert_eq!(counts.len(), 1);
+        assert_eq!(
+            (counts[0].kind.as_str(), counts[0].status.as_str(), counts[0].count),
+            ("training", "queued", 1)
+        );
+        let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
+        let error = serde_json::json!({"code": "unreadable_input"});
+        registry.fail(&claimed, &error, false).await.unwrap();
+        let told = NewDelivery {
+            tenant: TenantId::DEFAULT,
+            subject: training.id.to_string(),
+            event: "training.failed".into(),
+            url: "https://example.com".into(),
+            body: "{}".into(),
+        };
+        registry.add_delivery(&told).await.unwrap();
+        let delivery = registry
+            .claim_deliveries(1, std::time::Duration::from_secs(60))
+            .await
+            .unwrap()
+            .remove(0);
+        let gone = Attempt {
+            status: Some(410),
+            problem: Some("it answered 410".into()),
+            again_after: None,
+        };
+        registry.record_attempt(delivery.id, &gone).await.unwrap();
+        let dead = registry.jobs(JobStatus::Failed, 10).await.unwrap();
+        let kinds: std::collections::HashSet<&str> = dead.iter().map(|job| job.kind.as_str()).collect();
+        assert_eq!((dead.len(), kinds), (2, ["training", "webhook"].into()));
+        assert_eq!(
+            dead.iter().find(|job| job.kind == "training").unwrap().process,
+            Some(registry.process().to_string())
+        );
+        for job in &dead {
+            let id: JobId = job.id.parse().unwrap();
+            assert!(registry.replay(id).await.unwrap());
+            assert!(!registry.replay(id).await.unwrap());
+        }
+        assert!(registry.jobs(JobStatus::Failed, 10).await.unwrap().is_empty());
+        assert_eq!(
+            registry.claim_training(60_000).await.unwrap().unwrap().training.id,
+            training.id
+        );
+        let uses = registry.blob_uses().await.unwrap();
+        assert_eq!(
+            (uses.len(), uses[0].role.as_str(), uses[0].of.clone()),
+            (1, "picture", concept.id.to_string())
+        );
+        assert!("concept_1".parse::<JobId>().is_err());
+    }
+}
