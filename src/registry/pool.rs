@@ -187,3 +187,72 @@ impl<'c> Executor<'c> for &'c mut Line {
         Box::pin(async move { in_time(self.within, (*self.inner).describe(sql)).await })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A server that takes connections and never says anything.
+    async fn silent() -> (tokio::net::TcpListener, String) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("postgres://coar@{}/postgres", listener.local_addr().unwrap());
+        (listener, address)
+    }
+
+    #[tokio::test]
+    async fn a_statement_that_nobody_answers_fails_in_time() {
+        let never = std::future::pending::<Result<(), Error>>();
+        let error = in_time(Duration::from_millis(10), never).await.unwrap_err();
+        assert!(crate::registry::RegistryError::from(error).may_pass());
+        assert_eq!(in_time(Duration::from_secs(9), async { Ok(7) }).await.unwrap(), 7);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_open_at_one_end_alone_is_given_up() {
+        sqlx::any::install_default_drivers();
+        let (_listener, address) = silent().await;
+        let within = Duration::from_millis(50);
+        let inner = sqlx::any::AnyPoolOptions::new()
+            .acquire_timeout(within)
+            .connect_lazy(&address)
+            .unwrap();
+        let error = sqlx::query("SELECT 1")
+            .execute(&Pool::new(inner, within))
+            .await
+            .unwrap_err();
+        assert!(crate::registry::RegistryError::from(error).may_pass());
+    }
+
+    #[tokio::test]
+    async fn statements_and_transactions_do_what_the_drivers_own_do() {
+        sqlx::any::install_default_drivers();
+        let inner = sqlx::any::AnyPoolOptions::new()
+            .max_connections(1)
+            .connect("sqlite::memory:")
+            .await
+            .unwrap();
+        let pool = Pool::new(inner, Duration::from_secs(9));
+        sqlx::query("CREATE TABLE t (a INTEGER)").execute(&pool).await.unwrap();
+        for kept in [true, false] {
+            let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await.unwrap();
+            let added = sqlx::query("INSERT INTO t VALUES (1), (2)")
+                .execute(&mut *transaction)
+                .await
+                .unwrap();
+            assert_eq!(added.rows_affected(), 2);
+            if kept {
+                transaction.commit().await.unwrap();
+            }
+        }
+        let all: Vec<(i64,)> = sqlx::query_as("SELECT a FROM t ORDER BY a")
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+        assert_eq!(all, [(1,), (2,)]);
+        let (first,): (i64,) = sqlx::query_as("SELECT a FROM t LIMIT 1")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+        assert_eq!(first, 1);
+    }
+}

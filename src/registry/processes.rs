@@ -171,3 +171,24 @@ impl Registry {
         Ok(gone.rows_affected())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_was_away_judges_nobody_for_a_while() {
+        let ago = |millis| Instant::now().checked_sub(Duration::from_millis(millis)).unwrap();
+        let presence = |since, last| Presence(Arc::new(Mutex::new(Some((ago(since), ago(last))))));
+        assert!(Presence::default().settled());
+        assert!(presence(7_000, 1_000).settled());
+        assert!(!presence(5_000, 1_000).settled(), "it has just come");
+        let away = presence(60_000, 4_000);
+        assert!(!away.settled(), "it has not spoken for a while");
+        away.said();
+        assert!(!away.settled(), "it is back, the others may not be");
+        let steady = presence(60_000, 1_000);
+        steady.said();
+        assert!(steady.settled());
+    }
+}
