@@ -22,8 +22,8 @@ use crate::error::{Error, ErrorKind};
 use crate::ids::{GenerationId, ImageId};
 use crate::picture::{RgbPicture, encode};
 use crate::registry::{
-    Backend, GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, NewGeneration,
-    Registry, RegistryError, StoredImage, TokenUsage, now,
+    Backend, GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, KeyClaim,
+    NewGeneration, Registry, RegistryError, StoredImage, TokenUsage, now,
 };
 
 /// Events that wait for a slow listener. Progress and unfinished pictures are left out where it is behind; there is
@@ -123,6 +123,8 @@ struct Drawing {
     stream: EventStream,
     live: Arc<Live>,
     listener: Option<mpsc::Sender<DrawEvent>>,
+    /// The key of whoever waits.
+    claim: Option<KeyClaim>,
     images: Vec<StoredImage>,
     _slot: Option<OwnedSemaphorePermit>,
 }
@@ -471,6 +473,7 @@ impl Drawings {
             stream,
             live: live.clone(),
             listener,
+            claim: KeyClaim::current(),
             images: vec![],
             _slot: slot,
         };
@@ -499,7 +502,19 @@ impl Drawings {
             )),
             Ending::Again => Err(EngineError::Stopped.into()),
         };
-        if let Err(error) = self.end(&mut drawing.generation, &drawing.images, ending).await {
+        let mut ended = match drawing.claim.take() {
+            Some(claim) => {
+                let end = self.end(&mut drawing.generation, &drawing.images, ending);
+                claim.under(end).await
+            }
+            None => self.end(&mut drawing.generation, &drawing.images, ending).await,
+        };
+        if matches!(ended, Err(RegistryError::LeaseLost)) {
+            // Whoever has waited has asked again meanwhile, and another process draws it.
+            let again = Ending::Failed(RegistryError::LeaseLost.into());
+            ended = self.end(&mut drawing.generation, &drawing.images, again).await;
+        }
+        if let Err(error) = ended {
             tracing::error!(generation = %id, %error, "a generation's end cannot be written down");
         }
         self.live().remove(&id);

@@ -426,7 +426,7 @@ impl Registry {
     /// only that one's attempt may end it. False when it had ended before, is gone or another's: then nothing is written.
     ///
     /// # Errors
-    /// When the database fails.
+    /// `LeaseLost` where it succeeds under an idempotency key that somebody else has begun anew; when the database fails.
     pub async fn end_generation(
         &self,
         ended: &Generation,
@@ -449,6 +449,9 @@ impl Registry {
         .await?;
         if changed.rows_affected() == 0 {
             return Ok(false);
+        }
+        if ended.status == GenerationStatus::Succeeded {
+            self.note_finished(&mut transaction, &ended.id).await?;
         }
         if let Some(delivery) = delivery {
             insert_delivery(&mut transaction, delivery).await?;
