@@ -2,8 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use reqwest::{Client, Response};
 use tokio::sync::mpsc;
@@ -19,9 +19,12 @@ use crate::registry::{Process, Registry};
 /// How often the list of workers is read.
 const REFRESH: Duration = Duration::from_millis(500);
 /// A worker says at least every two seconds that it lives; one that is silent for this long is lost.
-const SILENCE: Duration = Duration::from_secs(8);
+const SILENCE: Duration = Duration::from_secs(6);
 /// How long a worker may take to accept.
-const ACCEPT: Duration = Duration::from_secs(5);
+const ACCEPT: Duration = Duration::from_secs(4);
+/// One that has not answered is left alone for this long, as long as there are others: by then it is off the list, if it is
+/// lost.
+const DOUBT: Duration = Duration::from_secs(7);
 /// How long a generation that has lost its worker waits for another.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Workers that one generation may lose.
@@ -40,6 +43,8 @@ struct Shared {
     client: Client,
     token: String,
     workers: RwLock<Vec<Worker>>,
+    /// Workers that have not answered, and since when.
+    doubts: Mutex<HashMap<ProcessId, Instant>>,
 }
 
 #[derive(Debug, Clone)]
@@ -149,6 +154,7 @@ impl Fleet {
                             client,
                             token,
                             workers: RwLock::default(),
+                            doubts: Mutex::default(),
                         }));
                         fleet.update(&processes);
                         return Ok(fleet);
@@ -214,10 +220,22 @@ impl Fleet {
         let workers = self.0.workers.read().unwrap_or_else(PoisonError::into_inner);
         let hashes: Vec<String> = order.concepts.iter().map(|concept| concept.hash.clone()).collect();
         let each = if order.settings.guidance_scale == 1.0 { 1 } else { 2 };
-        let able = workers
+        let mut doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
+        doubts.retain(|_, since| since.elapsed() < DOUBT);
+        let (rows, able) = (each * order.settings.n as usize, |worker: &&Worker| {
+            !worker.draining && !tried.contains(&worker.id)
+        });
+        let sound = workers
             .iter()
-            .filter(|worker| !worker.draining && !tried.contains(&worker.id));
-        choose(able, &hashes, (each * order.settings.n as usize, tokens(order))).cloned()
+            .filter(|worker| able(worker) && !doubts.contains_key(&worker.id));
+        choose(sound, &hashes, (rows, tokens(order)))
+            .or_else(|| choose(workers.iter().filter(able), &hashes, (rows, tokens(order))))
+            .cloned()
+    }
+
+    fn doubt(&self, worker: ProcessId) {
+        let mut doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
+        doubts.insert(worker, Instant::now());
     }
 
     async fn post(&self, worker: &Worker, path: &str, order: &Order) -> Result<Response, String> {
@@ -251,7 +269,10 @@ impl Fleet {
                     }
                     last = Some(error);
                 }
-                Err(problem) => tracing::warn!(worker = %worker.id, problem, "a worker cannot be reached"),
+                Err(problem) => {
+                    tracing::warn!(worker = %worker.id, problem, "a worker cannot be reached");
+                    self.doubt(worker.id);
+                }
             }
             tried.insert(worker.id);
         }
@@ -343,6 +364,7 @@ impl Following {
                 Outcome::Lost(problem) => problem,
             };
             tracing::warn!(worker = %worker.id, problem, "a worker was lost while it drew; another draws it again");
+            self.fleet.doubt(worker.id);
             match self.another(worker.id).await {
                 Some(next) => (worker, answer) = next,
                 None => break,

@@ -4,7 +4,7 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::db::{identifier, locking, number, optional_number};
-use super::{Registry, RegistryError, now};
+use super::{Registry, RegistryError};
 use crate::ids::{GenerationId, ImageId, TenantId};
 use crate::picture::PictureFormat;
 
@@ -145,7 +145,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::registry::{GenerationSettings, NewGeneration};
+    use crate::registry::{GenerationSettings, NewGeneration, now};
 
     #[tokio::test]
     async fn expired_pictures_are_forgotten_and_their_bytes_removed() {
