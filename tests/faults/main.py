@@ -114,7 +114,7 @@ def main() -> int:
         for number, fault in enumerate(choose(count, seed), 1):
             if minutes and time.monotonic() - begun > 60 * minutes:
                 break
-            time.sleep(context.random.uniform(0.2, 2))
+            time.sleep(context.random.uniform(0.1, 1))
             what = fault(context)
             if what.startswith(("SKIPPED", "no ")):
                 print(f"{number:4} {fault.__name__:20} {what}", flush=True)
