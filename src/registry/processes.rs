@@ -18,8 +18,8 @@ pub const LOST_AFTER_MS: i64 = 6_000;
 #[derive(Debug, Clone, Default)]
 pub(super) struct Presence(Arc<Mutex<Option<(Instant, Instant)>>>);
 
-/// Who has been silent for longer was away.
-const AWAY: Duration = Duration::from_millis(LOST_AFTER_MS as u64 / 2);
+/// Who has been silent for longer was away: a beat before that, and others would seem lost.
+const AWAY: Duration = Duration::from_millis(LOST_AFTER_MS as u64 * 3 / 4);
 
 impl Presence {
     fn said(&self) {
@@ -183,7 +183,7 @@ mod tests {
         assert!(Presence::default().settled());
         assert!(presence(7_000, 1_000).settled());
         assert!(!presence(5_000, 1_000).settled(), "it has just come");
-        let away = presence(60_000, 4_000);
+        let away = presence(60_000, 5_000);
         assert!(!away.settled(), "it has not spoken for a while");
         away.said();
         assert!(!away.settled(), "it is back, the others may not be");
