@@ -91,7 +91,11 @@ def watch(cluster, log: list) -> None:
     """Starts processes again that ended by themselves, as a supervisor would, and remembers that they did."""
     for process in cluster.processes:
         if process.child is not None and not process.alive() and process.child.returncode not in (0, -9, -15):
-            log.append(f"{process.name} ended with {process.child.returncode}")
+            text = process.log.read_text(errors="replace")
+            served = ": ready " in text[text.rindex("--- start"):]
+            # One that cannot reach its database when it starts says so and ends; from then on it must live through that.
+            if served or process.child.returncode != 1:
+                log.append(f"{process.name} ended with {process.child.returncode}")
             process.start()
 
 
