@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom
+.PHONY: serve build test check contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -25,6 +25,15 @@ test: libtorch
 check: libtorch
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+
+# The registry's tests again on PostgreSQL and S3: servers of their own, ended afterwards. Says so and passes where there is no
+# PostgreSQL and none can be installed.
+contract: libtorch
+	./scripts/with-postgres.sh cargo test --lib registry
+
+# What an operator does, on real processes: backup, restore, restarts one by one, checksums, a tenant's removal.
+operations: libtorch
+	tests/operations/run.sh
 
 # The page in a real browser (chromium), screenshots in target/ui. Says so and passes where there is none.
 ui: libtorch
