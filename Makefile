@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom
+.PHONY: serve build test check contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -47,6 +47,14 @@ sdk: libtorch
 fuzz: libtorch
 	cargo build
 	tests/fuzz_api/run.sh
+
+# Real processes that are killed, stopped, cut off and filled up at random: make faults SEED=7 FAULTS=200 MINUTES=40 ONLY=kill_worker
+faults: libtorch
+	tests/faults/run.sh
+
+# Single questions with a figure each, all of them or some: make limits QUESTIONS="lost_training sqlite_writers"
+limits: libtorch
+	tests/faults/run.sh $(or $(QUESTIONS),lost_training paused_worker handed_back sqlite_writers disk_full out_of_memory slow_clients registry)
 
 # Every case of a golden directory, each with its largest difference: COAR_GOLDEN=DIR make golden
 golden: libtorch

@@ -126,7 +126,9 @@ async fn serve_api(
     let links = Arc::new(Links::new(&secret, config.keep_images()));
     let webhooks = parts::webhooks(&config, &registry, &links, &own_address);
     let drawings = parts::drawings(&config, &registry, &executor, &webhooks, &wakes);
-    drawings.recover().await?;
+    if registry.backend() == Backend::Sqlite {
+        drawings.recover().await?;
+    }
     let service = Service {
         keys,
         registry: registry.clone(),
@@ -146,7 +148,7 @@ async fn serve_api(
     state.ready(service);
     parts::upkeep(&config, &registry, &tracker, &stop);
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
-    parts::draw(drawings, engine.is_some(), &registry, &tracker, &stop);
+    parts::draw(drawings, engine.is_some(), &tracker, &stop);
     if let Some(engine) = &engine {
         parts::train(&config, &registry, engine, &wakes, (&tracker, &stop));
     }

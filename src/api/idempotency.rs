@@ -21,7 +21,7 @@
 
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::FromRequestParts;
@@ -53,6 +53,9 @@ const KEPT_MS: i64 = 24 * 60 * 60 * 1000;
 /// A request whose process died frees its key after so long at the latest.
 const LEASE_MS: i64 = 15_000;
 const RENEWAL: Duration = Duration::from_secs(4);
+/// A database that does not take an answer is asked again for so long, so often.
+const PATIENCE: Duration = Duration::from_secs(30);
+const AGAIN: Duration = Duration::from_millis(300);
 /// Larger answers are given, but not kept.
 const ANSWER_LIMIT: usize = 64 << 20;
 /// Pieces of an event stream that wait for a slow caller.
@@ -148,9 +151,12 @@ impl Once {
             }
             FirstOrAgain::First(claim) => {
                 let (answer, answered) = oneshot::channel();
+                // What OpenAI's routes make has no identifier that could be answered with.
+                let bears = !self.route.starts_with("POST /v1/images/");
                 let first = First {
                     registry,
                     claim,
+                    bears,
                     answer,
                 };
                 state.tasks().spawn(in_request(first.work(work)).in_current_span());
@@ -214,6 +220,8 @@ fn head_of(response: &Response) -> StoredAnswer {
 struct First {
     registry: Registry,
     claim: KeyClaim,
+    /// What is made bears the key.
+    bears: bool,
     answer: oneshot::Sender<Result<Response, ApiError>>,
 }
 
@@ -223,10 +231,14 @@ impl First {
         let Self {
             registry,
             claim,
+            bears,
             answer,
         } = self;
         let working = async {
-            let outcome = AssertUnwindSafe(claim.clone().under(work)).catch_unwind().await;
+            let outcome = match bears {
+                true => AssertUnwindSafe(claim.clone().under(work)).catch_unwind().await,
+                false => AssertUnwindSafe(work).catch_unwind().await,
+            };
             let outcome = outcome.unwrap_or_else(|_| Err(Error::internal("a handler panicked").into()));
             // Below, a caller that is gone leaves its answer to the next one.
             match outcome {
@@ -300,11 +312,13 @@ async fn keep(registry: &Registry, claim: &KeyClaim, head: StoredAnswer, body: O
         tracing::warn!("an answer broke off or is too large to be kept for its idempotency key");
         return release(registry, claim).await;
     };
-    if let Err(error) = registry
-        .store_answer(claim, &StoredAnswer { body, ..head }, KEPT_MS)
-        .await
-    {
-        tracing::error!(%error, "an answer could not be kept for its idempotency key");
+    let (answer, since) = (StoredAnswer { body, ..head }, Instant::now());
+    // The work is done: an answer that is not kept would have it done twice.
+    while let Err(error) = registry.store_answer(claim, &answer, KEPT_MS).await {
+        if !error.may_pass() || since.elapsed() > PATIENCE {
+            return tracing::error!(%error, "an answer could not be kept for its idempotency key");
+        }
+        tokio::time::sleep(AGAIN).await;
     }
 }
 
@@ -341,6 +355,7 @@ mod tests {
             let first = First {
                 registry: registry.clone(),
                 claim,
+                bears: true,
                 answer,
             };
             let pieces = (0..2 * PIECES).map(|i| Ok::<_, Infallible>(Bytes::from(format!("data: {i}\n\n"))));
@@ -371,6 +386,7 @@ mod tests {
             let first = First {
                 registry: registry.clone(),
                 claim,
+                bears: true,
                 answer,
             };
             let work = async move {

@@ -126,16 +126,8 @@ pub(super) fn upkeep(config: &Config, registry: &Registry, tracker: &TaskTracker
 }
 
 /// Generations: those of the queue where this process draws, and all of its own where others may take them.
-pub(super) fn draw(
-    drawings: Drawings,
-    here: bool,
-    registry: &Registry,
-    tracker: &TaskTracker,
-    stop: &CancellationToken,
-) {
-    if registry.backend() == Backend::Postgres {
-        tracker.spawn(drawings.clone().watch_over(stop.clone()));
-    }
+pub(super) fn draw(drawings: Drawings, here: bool, tracker: &TaskTracker, stop: &CancellationToken) {
+    tracker.spawn(drawings.clone().watch_over(stop.clone()));
     if here {
         tracker.spawn(drawings.work(stop.clone()));
     } else {

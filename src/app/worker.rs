@@ -70,7 +70,7 @@ pub(super) async fn serve(
     parts::announce(&registry, &member, &ended, &tracker).await?;
     parts::upkeep(&config, &registry, &tracker, &stop);
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
-    parts::draw(drawings, true, &registry, &tracker, &stop);
+    parts::draw(drawings, true, &tracker, &stop);
     parts::train(&config, &registry, &engine, &wakes, (&tracker, &stop));
     tracker.close();
     tracing::info!(model = engine.info().id, address, "ready");

@@ -13,6 +13,8 @@ use crate::registry::{Announcement, Registry};
 
 /// How often a process says that it lives: a sixth of what makes it lost.
 const BEAT: Duration = Duration::from_secs(1);
+/// What takes longer is tried again, on another connection.
+const BEAT_TIME: Duration = Duration::from_secs(2);
 /// Concepts that a worker tells to be on its device.
 const HOT: usize = 256;
 /// So much of a hash tells concepts apart well enough to choose a worker.
@@ -111,8 +113,10 @@ impl Member {
                 () = stop.cancelled() => return,
                 _ = tick.tick() => {}
             }
-            if let Err(error) = self.announce(&registry).await {
-                tracing::warn!(%error, "this process cannot say that it lives");
+            match tokio::time::timeout(BEAT_TIME, self.announce(&registry)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "this process cannot say that it lives"),
+                Err(_) => tracing::warn!("this process cannot say that it lives: the database does not answer"),
             }
         }
     }

@@ -5,7 +5,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -22,8 +22,8 @@ use crate::error::{Error, ErrorKind};
 use crate::ids::{GenerationId, ImageId};
 use crate::picture::{RgbPicture, encode};
 use crate::registry::{
-    GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, NewGeneration, Registry,
-    RegistryError, StoredImage, TokenUsage, now,
+    Backend, GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, KeyClaim,
+    NewGeneration, Registry, RegistryError, StoredImage, TokenUsage, now,
 };
 
 /// Events that wait for a slow listener. Progress and unfinished pictures are left out where it is behind; there is
@@ -37,6 +37,8 @@ const PATIENCE: Duration = Duration::from_secs(15);
 const LONG_PATIENCE: Duration = Duration::from_secs(600);
 /// How often generations that processes share are looked after.
 const WATCH: Duration = Duration::from_secs(1);
+/// A generation of its own that a process does not know is given back after this: longer than any statement takes.
+const FORGOTTEN: Duration = Duration::from_secs(12);
 /// Without a wake-up the queue is looked at this often.
 const POLL: Duration = Duration::from_secs(5);
 
@@ -106,6 +108,8 @@ pub struct Drawings {
     /// Whether files say what made them.
     provenance: bool,
     live: Arc<Mutex<HashMap<GenerationId, Arc<Live>>>>,
+    /// The one of the queue that is being handed to the engine.
+    taken: Arc<Mutex<Option<GenerationId>>>,
     held: Arc<Mutex<HashMap<GenerationId, Held>>>,
     queued: Wake,
     ends: Ends,
@@ -119,6 +123,8 @@ struct Drawing {
     stream: EventStream,
     live: Arc<Live>,
     listener: Option<mpsc::Sender<DrawEvent>>,
+    /// The key of whoever waits.
+    claim: Option<KeyClaim>,
     images: Vec<StoredImage>,
     _slot: Option<OwnedSemaphorePermit>,
 }
@@ -172,6 +178,7 @@ impl Drawings {
             webhooks,
             provenance,
             live: Arc::default(),
+            taken: Arc::default(),
             held: Arc::default(),
             queued: Wake::default(),
             ends: Ends::default(),
@@ -287,7 +294,12 @@ impl Drawings {
     /// # Errors
     /// When the database fails.
     pub async fn recover(&self) -> Result<(), RegistryError> {
-        for mut lost in self.registry.left_generations().await? {
+        let left = self.registry.left_generations().await?;
+        self.end_left(left).await
+    }
+
+    async fn end_left(&self, left: Vec<Generation>) -> Result<(), RegistryError> {
+        for mut lost in left {
             tracing::info!(generation = %lost.id, "its process is gone");
             let message = match lost.new.background {
                 true => format!("The server ended {GENERATION_ATTEMPTS} times while this was drawn."),
@@ -301,25 +313,54 @@ impl Drawings {
     }
 
     /// Looks after generations that several processes share, until `stop`: lets go of those that are another's or have
-    /// been ended elsewhere, tells how far its own are, and takes care of those whose process is gone.
+    /// been ended elsewhere, tells how far its own are, and takes care of those whose process is gone; and of those that bear
+    /// this process's name while it knows nothing of them, because an answer of the database was lost.
     pub async fn watch_over(self, stop: CancellationToken) {
+        let shared = self.registry.backend() == Backend::Postgres;
         let mut tick = tokio::time::interval(WATCH);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut unknown = HashMap::new();
         loop {
             let woken = self.queued.woken();
             tokio::select! {
                 _ = tick.tick() => {
-                    if let Err(error) = self.recover().await {
+                    if let Err(error) = self.forgotten(&mut unknown).await {
+                        tracing::warn!(%error, "generations that this process should know cannot be looked for");
+                    }
+                    if shared && let Err(error) = self.recover().await {
                         tracing::warn!(%error, "generations of lost processes cannot be looked for");
                     }
                 }
                 () = woken => {}
                 () = stop.cancelled() => return,
             }
-            if let Err(error) = self.let_go().await {
+            if shared && let Err(error) = self.let_go().await {
                 tracing::warn!(%error, "generations that others have ended cannot be looked for");
             }
         }
+    }
+
+    /// Takes care of generations that bear this process's name and that it has not known for [`FORGOTTEN`]; `unknown` says
+    /// since when.
+    async fn forgotten(&self, unknown: &mut HashMap<GenerationId, Instant>) -> Result<(), RegistryError> {
+        let own = self.registry.own_generations().await?;
+        let taken = *self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = |id: &GenerationId| taken == Some(*id) || self.live().contains_key(id);
+        let strange: Vec<Generation> = own.into_iter().filter(|own| !known(&own.id)).collect();
+        unknown.retain(|id, _| strange.iter().any(|generation| generation.id == *id));
+        let mut forgotten = Vec::new();
+        for generation in strange {
+            if unknown.entry(generation.id).or_insert_with(Instant::now).elapsed() > FORGOTTEN {
+                forgotten.push(generation);
+            }
+        }
+        if forgotten.is_empty() {
+            return Ok(());
+        }
+        tracing::warn!(count = forgotten.len(), "generations were taken whose answer was lost");
+        let left = self.registry.queue_again(forgotten).await?;
+        self.queued.now();
+        self.end_left(left).await
     }
 
     /// Takes off the engine what is this process's no longer, and writes down how far the rest is.
@@ -379,7 +420,11 @@ impl Drawings {
             return Ok(false);
         };
         let span = tracing::info_span!("job.run", generation = %generation.id);
-        self.hand_over(generation, slot).instrument(span).await
+        let taken = |id| *self.taken.lock().unwrap_or_else(PoisonError::into_inner) = id;
+        taken(Some(generation.id));
+        let handed = self.hand_over(generation, slot).instrument(span).await;
+        taken(None);
+        handed
     }
 
     /// Hands a generation of the queue to the engine. False when there is no point in looking for another.
@@ -397,9 +442,8 @@ impl Drawings {
                     ErrorKind::Internal | ErrorKind::Overloaded | ErrorKind::Unavailable
                 ) =>
             {
-                self.registry
-                    .return_generation(generation.id, RETRY.as_millis() as i64)
-                    .await?;
+                let wait = RETRY.as_millis() as i64;
+                patiently!(PATIENCE, self.registry.return_generation(generation.id, wait).await)?;
                 if error.kind == ErrorKind::Internal {
                     return Err(error);
                 }
@@ -429,6 +473,7 @@ impl Drawings {
             stream,
             live: live.clone(),
             listener,
+            claim: KeyClaim::current(),
             images: vec![],
             _slot: slot,
         };
@@ -457,7 +502,19 @@ impl Drawings {
             )),
             Ending::Again => Err(EngineError::Stopped.into()),
         };
-        if let Err(error) = self.end(&mut drawing.generation, &drawing.images, ending).await {
+        let mut ended = match drawing.claim.take() {
+            Some(claim) => {
+                let end = self.end(&mut drawing.generation, &drawing.images, ending);
+                claim.under(end).await
+            }
+            None => self.end(&mut drawing.generation, &drawing.images, ending).await,
+        };
+        if matches!(ended, Err(RegistryError::LeaseLost)) {
+            // Whoever has waited has asked again meanwhile, and another process draws it.
+            let again = Ending::Failed(RegistryError::LeaseLost.into());
+            ended = self.end(&mut drawing.generation, &drawing.images, again).await;
+        }
+        if let Err(error) = ended {
             tracing::error!(generation = %id, %error, "a generation's end cannot be written down");
         }
         self.live().remove(&id);
@@ -479,8 +536,8 @@ impl Drawings {
             match event {
                 Some(GenerationEvent::Started) => {
                     let at = now();
-                    let id = drawing.generation.id;
-                    if !patiently!(patience(&live), self.registry.begin_generation(id, at).await)? {
+                    let (id, attempt) = (drawing.generation.id, drawing.generation.attempt);
+                    if !patiently!(patience(&live), self.registry.begin_generation(id, attempt, at).await)? {
                         return Ok(Ending::Deleted);
                     }
                     drawing.generation.attempt += 1;

@@ -36,7 +36,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::engine::EngineHandle;
-use crate::registry::{Backend, Registry, RegistryError};
+use crate::registry::{Backend, LOST_AFTER_MS, Registry, RegistryError};
 pub use address::AddressPolicy;
 pub use draw::{DrawEvent, Drawings, Held, Waiting, provenance};
 pub use ends::{Ends, Interest};
@@ -45,8 +45,8 @@ pub use webhook::{Describe, Webhooks, deliver};
 
 /// The code of an error that says that another process has taken something over.
 pub(crate) const LEASE_LOST: &str = "lease_lost";
-/// How long a claimed training stays claimed without a sign of life.
-pub(crate) const LEASE_MS: i64 = 30_000;
+/// How long a claimed training stays claimed without a sign of life: as long as a process counts as living.
+pub(crate) const LEASE_MS: i64 = LOST_AFTER_MS;
 /// Without a wake-up the queue is looked at this often.
 const POLL: Duration = Duration::from_secs(2);
 

@@ -1,5 +1,6 @@
 //! One training, from claim to end.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -38,7 +39,10 @@ impl Worker {
         let id = claimed.training.id;
         tracing::info!(training = %id, attempt = claimed.training.attempt, from_step = claimed.training.resumed_from_step, "training");
         let mut previews = Previews::default();
-        let ended = self.run(&claimed, &mut previews).await;
+        let ended = tokio::select! {
+            ended = self.run(&claimed, &mut previews) => ended,
+            never = self.keep_lease(&claimed) => match never {},
+        };
         // Whoever tells of ends looks now.
         self.wake.now();
         match ended {
@@ -54,6 +58,19 @@ impl Worker {
             }
         }
         previews.cancel().await;
+    }
+
+    /// Says that this process works on it, also while it waits for a store that does not answer.
+    async fn keep_lease(&self, claimed: &Claimed) -> Infallible {
+        loop {
+            tokio::time::sleep(2 * TICK).await;
+            match self.registry.report_progress(claimed, LEASE_MS, None).await {
+                Ok(()) => {}
+                // The work notices it by its own next write.
+                Err(RegistryError::LeaseLost) => std::future::pending().await,
+                Err(error) => tracing::debug!(%error, "a training's lease cannot be renewed"),
+            }
+        }
     }
 
     async fn run(&self, claimed: &Claimed, previews: &mut Previews) -> Result<(), RegistryError> {
@@ -173,7 +190,11 @@ async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingR
     let training = &claimed.training;
     let mut pictures: Vec<RgbPicture> = Vec::new();
     for (index, blob) in registry.pictures(training.concept_id).await?.iter().enumerate() {
-        let bytes = patiently!(PATIENCE, registry.blobs.get(blob).await.map_err(RegistryError::from))?;
+        let bytes = match patiently!(PATIENCE, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
+            Ok(bytes) => bytes,
+            Err(error) if error.may_pass() => return Err(error),
+            Err(error) => return Ok(Err(format!("Reference picture {index} cannot be read: {error}."))),
+        };
         // Stored pictures are our own PNGs; only their pixel count is still open.
         let decoded = tokio::task::spawn_blocking(move || decode(&bytes, &stored_limits())).await;
         match decoded {

@@ -101,6 +101,8 @@ impl Blobs {
         let client = ClientOptions::new()
             .with_connect_timeout(Duration::from_secs(3))
             .with_timeout(Duration::from_secs(20))
+            // A connection that is open at this end alone.
+            .with_read_timeout(Duration::from_secs(10))
             .with_allow_http(plain_http());
         let store = AmazonS3Builder::from_env()
             .with_bucket_name(bucket)

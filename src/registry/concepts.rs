@@ -6,7 +6,8 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::blobs::content_hash;
-use super::db::{Transaction, identifier, list, number, optional_number};
+use super::db::{identifier, list, number, optional_number};
+use super::pool::Transaction;
 use super::trainings::{NewTraining, Training, insert_training};
 use super::{Listed, Page, Registry, RegistryError, now};
 use crate::concept::ConceptKind;

@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::{AnyPool, Executor, Row};
 
+use super::pool::{Pool, answers};
 use super::{RegistryError, now};
 
 /// Which database it is.
@@ -19,10 +20,14 @@ pub enum Backend {
     Postgres,
 }
 
-pub(super) type Transaction = sqlx::Transaction<'static, sqlx::Any>;
-
-/// How long a statement of SQLite waits for another writer, and whoever asks for a connection.
+/// How long a statement of SQLite waits for another writer.
 const BUSY: Duration = Duration::from_secs(20);
+/// How long whoever asks for a connection to PostgreSQL waits, a statement may take, and one that waits for a lock.
+const CONNECT: Duration = Duration::from_secs(10);
+const STATEMENT: Duration = Duration::from_secs(10);
+const LOCK: Duration = Duration::from_secs(60);
+/// A connection that does not answer for so long is given up.
+const PING: Duration = Duration::from_secs(1);
 /// Connections of one process to PostgreSQL, and of those that only hold locks.
 const CONNECTIONS: u32 = 16;
 const LOCKS: u32 = 8;
@@ -116,10 +121,30 @@ pub(super) async fn open_postgres(url: &str) -> Result<(AnyPool, AnyPool), Regis
     let pool = |connections| {
         AnyPoolOptions::new()
             .max_connections(connections)
-            .acquire_timeout(BUSY)
+            .acquire_timeout(CONNECT)
+            // Instead of the pool's own question, which has no limit.
+            .test_before_acquire(false)
+            .before_acquire(|connection, _| Box::pin(async move { Ok(answers(connection, PING).await) }))
+            .after_release(|connection, _| Box::pin(async move { Ok(answers(connection, PING).await) }))
             .connect_with(options.clone())
     };
     Ok((pool(CONNECTIONS).await?, pool(LOCKS).await?))
+}
+
+/// With the time that statements have.
+pub(super) fn bounded(backend: Backend, pool: AnyPool) -> Pool {
+    Pool::new(
+        pool,
+        match backend {
+            Backend::Sqlite => BUSY * 3,
+            Backend::Postgres => STATEMENT,
+        },
+    )
+}
+
+/// The same for connections that wait for locks.
+pub(super) fn bounded_locks(pool: AnyPool) -> Pool {
+    Pool::new(pool, LOCK)
 }
 
 /// The number of an advisory lock for something with a name.
@@ -150,7 +175,7 @@ const READING: Duration = Duration::from_secs(10);
 
 impl Clock {
     /// Milliseconds since 1970.
-    pub(super) async fn now(&self, backend: Backend, pool: &AnyPool) -> Result<i64, RegistryError> {
+    pub(super) async fn now(&self, backend: Backend, pool: &Pool) -> Result<i64, RegistryError> {
         let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let carried = |reading: Reading| reading.millis + reading.at.elapsed().as_millis() as i64;
         match last {

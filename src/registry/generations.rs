@@ -332,6 +332,18 @@ impl Registry {
         Ok(Some(taken))
     }
 
+    /// Generations that bear this process's name and have not ended.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn own_generations(&self) -> Result<Vec<Generation>, RegistryError> {
+        let rows = sqlx::query("SELECT * FROM generations WHERE owner = $1 AND status IN ('queued', 'running')")
+            .bind(self.process.to_string())
+            .fetch_all(&self.pool)
+            .await?;
+        rows.iter().map(generation).collect()
+    }
+
     /// Gives a generation back that was taken and not begun; to be taken again after `wait_ms`.
     ///
     /// # Errors
@@ -390,18 +402,21 @@ impl Registry {
         Ok(kept)
     }
 
-    /// Its drawing has begun; false when it has ended already, or is another process's.
+    /// Its drawing has begun, for the first time after `attempt` others; false when it has ended already, or is another
+    /// process's. Said again, because the answer was lost, it changes nothing.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn begin_generation(&self, id: GenerationId, at: i64) -> Result<bool, RegistryError> {
+    pub async fn begin_generation(&self, id: GenerationId, attempt: u32, at: i64) -> Result<bool, RegistryError> {
         let begun = sqlx::query(
-            "UPDATE generations SET status = 'running', attempt = attempt + 1, started_at = $1
-             WHERE id = $2 AND status = 'queued' AND owner = $3",
+            "UPDATE generations SET status = 'running', attempt = $4 + 1, started_at = $1
+             WHERE id = $2 AND owner = $3
+             AND ((status = 'queued' AND attempt = $4) OR (status = 'running' AND attempt = $4 + 1))",
         )
         .bind(at)
         .bind(id.to_string())
         .bind(self.process.to_string())
+        .bind(i64::from(attempt))
         .execute(&self.pool)
         .await?;
         Ok(begun.rows_affected() > 0)
@@ -411,7 +426,7 @@ impl Registry {
     /// only that one's attempt may end it. False when it had ended before, is gone or another's: then nothing is written.
     ///
     /// # Errors
-    /// When the database fails.
+    /// `LeaseLost` where it succeeds under an idempotency key that somebody else has begun anew; when the database fails.
     pub async fn end_generation(
         &self,
         ended: &Generation,
@@ -434,6 +449,9 @@ impl Registry {
         .await?;
         if changed.rows_affected() == 0 {
             return Ok(false);
+        }
+        if ended.status == GenerationStatus::Succeeded {
+            self.note_finished(&mut transaction, &ended.id).await?;
         }
         if let Some(delivery) = delivery {
             insert_delivery(&mut transaction, delivery).await?;
@@ -471,11 +489,14 @@ impl Registry {
     }
 
     /// Generations of processes that are gone: those that nobody waits for are queued again, unless they were begun too
-    /// often; the others are returned, to be ended.
+    /// often; the others are returned, to be ended. Nothing while this process [cannot tell](Registry::may_judge).
     ///
     /// # Errors
     /// When the database or the store fails.
     pub async fn left_generations(&self) -> Result<Vec<Generation>, RegistryError> {
+        if !self.may_judge() {
+            return Ok(vec![]);
+        }
         // Rows without an owner that run are of a version that knew none.
         let rows = sqlx::query(
             "SELECT * FROM generations WHERE status IN ('queued', 'running')
@@ -485,9 +506,17 @@ impl Registry {
         .bind(self.lost_before().await?)
         .fetch_all(&self.pool)
         .await?;
+        let left = rows.iter().map(generation).collect::<Result<_, _>>()?;
+        self.queue_again(left).await
+    }
+
+    /// Queues generations again that nobody waits for, unless they were begun too often; returns the others.
+    ///
+    /// # Errors
+    /// When the database or the store fails.
+    pub async fn queue_again(&self, all: Vec<Generation>) -> Result<Vec<Generation>, RegistryError> {
         let mut lost = Vec::new();
-        for row in &rows {
-            let left = generation(row)?;
+        for left in all {
             if left.new.background && left.attempt < GENERATION_ATTEMPTS {
                 self.requeue_generation(&left).await?;
             } else {
@@ -598,6 +627,10 @@ mod tests {
             expires_at: None,
         };
         let added = registry.add_image(&image, generation.attempt).await;
+        if added.is_ok() {
+            // As when the first answer was lost.
+            registry.add_image(&image, generation.attempt).await?;
+        }
         let hashes = stored.release();
         if added.is_err() {
             registry.remove_unreferenced(&hashes).await?;
@@ -613,7 +646,7 @@ mod tests {
         let read = || async { registry.generation(TenantId::DEFAULT, added.id).await.unwrap() };
         assert_eq!(read().await.as_ref(), Some(&added));
         assert_eq!(registry.generation(TenantId::new(), added.id).await.unwrap(), None);
-        assert!(registry.begin_generation(added.id, 5).await.unwrap());
+        assert!(registry.begin_generation(added.id, 0, 5).await.unwrap());
         added.attempt = 1;
         let image = picture(&registry, &added).await.unwrap();
         assert_eq!(registry.images(TenantId::DEFAULT, added.id).await.unwrap(), [image]);
@@ -662,7 +695,9 @@ mod tests {
                 (taken.id, taken.attempt, taken.owner),
                 (kept.id, attempt - 1, Some(registry.process()))
             );
-            assert!(registry.begin_generation(taken.id, now()).await.unwrap());
+            for _ in 0..2 {
+                assert!(registry.begin_generation(taken.id, attempt - 1, now()).await.unwrap());
+            }
             taken.attempt = attempt;
             picture(&registry, &taken).await.unwrap();
             // The process is gone without a word; another one looks.
@@ -688,13 +723,13 @@ mod tests {
         let added = slow.add_generation(new(true)).await.unwrap();
         let mut first = slow.claim_generation().await.unwrap().unwrap();
         assert!(swift.claim_generation().await.unwrap().is_none());
-        slow.begin_generation(first.id, now()).await.unwrap();
+        slow.begin_generation(first.id, 0, now()).await.unwrap();
         first.attempt = 1;
         // It has not said for long that it lives.
         assert!(swift.left_generations().await.unwrap().is_empty());
         let mut second = swift.claim_generation().await.unwrap().unwrap();
         assert_eq!((second.id, second.attempt), (added.id, 1));
-        swift.begin_generation(second.id, now()).await.unwrap();
+        swift.begin_generation(second.id, 1, now()).await.unwrap();
         second.attempt = 2;
         // Now it wakes up.
         assert!(matches!(picture(&slow, &first).await, Err(RegistryError::LeaseLost)));

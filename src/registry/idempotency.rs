@@ -3,7 +3,7 @@
 //! A row without a status is a request that runs: until `expires_at`, its lease, nobody else begins it, and `created_at`
 //! is the fence: a later attempt has a later one, so that a worker that lost its lease writes nothing.
 
-use super::db::Transaction;
+use super::pool::Transaction;
 use super::{Registry, RegistryError};
 use crate::ids::TenantId;
 
@@ -44,6 +44,11 @@ tokio::task_local! {
 }
 
 impl KeyClaim {
+    /// The claim under which the present task works.
+    pub fn current() -> Option<Self> {
+        CLAIM.try_with(Clone::clone).ok()
+    }
+
     /// Does some work under the claim: what it makes bears the key from its first moment.
     pub async fn under<F: Future>(self, work: F) -> F::Output {
         CLAIM.scope(self, work).await
@@ -152,6 +157,32 @@ impl Registry {
         .bind(claim.began)
         .execute(&mut **transaction)
         .await?;
+        match changed.rows_affected() {
+            0 => Err(RegistryError::LeaseLost),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same where the thing is finished, for whoever has waited for it: the answer may have been given by now.
+    ///
+    /// # Errors
+    /// As [`Self::note_made`].
+    pub(super) async fn note_finished(
+        &self,
+        transaction: &mut Transaction,
+        made: &impl ToString,
+    ) -> Result<(), RegistryError> {
+        let Some(claim) = KeyClaim::current() else {
+            return Ok(());
+        };
+        let changed =
+            sqlx::query("UPDATE idempotency_keys SET made = $1 WHERE tenant_id = $2 AND key = $3 AND created_at = $4")
+                .bind(made.to_string())
+                .bind(claim.tenant.to_string())
+                .bind(&claim.key)
+                .bind(claim.began)
+                .execute(&mut **transaction)
+                .await?;
         match changed.rows_affected() {
             0 => Err(RegistryError::LeaseLost),
             _ => Ok(()),
@@ -326,6 +357,29 @@ mod tests {
         assert_eq!(other, FirstOrAgain::Reused);
         // Without a key nothing is noted.
         add("free").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_somebody_waited_for_bears_the_key_when_it_is_finished() {
+        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let tenant = TenantId::DEFAULT;
+        let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
+        let finish = |claim: KeyClaim| {
+            claim.under(async {
+                let mut transaction = registry.write().await.unwrap();
+                registry.note_finished(&mut transaction, &"generation_1").await?;
+                transaction.commit().await.map_err(RegistryError::from)
+            })
+        };
+        // The first one's lease has run out as soon as it began; the second is killed after the end, before the answer.
+        let slow = first(claim(0).await.unwrap());
+        let next = first(claim(0).await.unwrap());
+        assert!(matches!(finish(slow).await, Err(RegistryError::LeaseLost)));
+        finish(next).await.unwrap();
+        assert_eq!(
+            claim(60_000).await.unwrap(),
+            FirstOrAgain::Made("generation_1".to_owned())
+        );
     }
 
     #[tokio::test]

@@ -63,7 +63,8 @@ impl Registry {
             self.backend,
             "INSERT INTO images (id, tenant_id, generation_id, idx, seed, width, height, blob, content_type, created_at,
              expires_at) SELECT $1, g.tenant_id, g.id, $2, $3, $4, $5, $6, $7, $8, $9 FROM generations g
-             WHERE g.id = $10 AND g.tenant_id = $11 AND g.owner = $12 AND g.attempt = $13 AND g.status = 'running'",
+             WHERE g.id = $10 AND g.tenant_id = $11 AND g.owner = $12 AND g.attempt = $13 AND g.status = 'running'
+             AND NOT EXISTS (SELECT 1 FROM images i WHERE i.id = $1)",
             " FOR SHARE OF g"
         );
         let added = sqlx::query(statement)
@@ -82,9 +83,13 @@ impl Registry {
             .bind(i64::from(attempt))
             .execute(&self.pool)
             .await?;
-        match added.rows_affected() {
-            0 => Err(RegistryError::LeaseLost),
-            _ => Ok(()),
+        if added.rows_affected() > 0 {
+            return Ok(());
+        }
+        // Added before, and the answer was lost?
+        match self.signed_image(image.id).await? {
+            Some(_) => Ok(()),
+            None => Err(RegistryError::LeaseLost),
         }
     }
 
@@ -169,7 +174,7 @@ mod tests {
             priority: 0,
         };
         let generation = registry.add_generation(new).await.unwrap();
-        registry.begin_generation(generation.id, now()).await.unwrap();
+        registry.begin_generation(generation.id, 0, now()).await.unwrap();
         let mut stored = Vec::new();
         for (bytes, created_at) in [(&b"old"[..], now() - 7_200_000), (b"new", now())] {
             let image = StoredImage {

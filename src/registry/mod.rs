@@ -13,6 +13,7 @@ mod idempotency;
 mod images;
 mod keys;
 mod overview;
+mod pool;
 mod processes;
 mod signals;
 mod status;
@@ -25,12 +26,10 @@ mod webhooks;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use sqlx::AnyPool;
-
 pub use blobs::{BlobError, Blobs};
 pub use concepts::{Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadata, NewConcept, input_fingerprint};
 pub use db::Backend;
-use db::{Clock, Transaction};
+use db::Clock;
 pub use generations::{
     GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage,
 };
@@ -38,6 +37,7 @@ pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
 pub use overview::{BlobUse, Job, JobId, QueueCount};
+use pool::{Pool, Transaction};
 pub use processes::{Announcement, LOST_AFTER_MS, Process};
 pub use signals::Signals;
 pub use status::{GenerationStatus, JobStatus, TrainingStatus};
@@ -112,10 +112,11 @@ impl RegistryError {
 /// Database and blob store.
 #[derive(Debug, Clone)]
 pub struct Registry {
-    pool: AnyPool,
+    pool: Pool,
     backend: Backend,
     gate: Gate,
     clock: Clock,
+    presence: processes::Presence,
     process: crate::ids::ProcessId,
     /// PostgreSQL's address.
     database: Option<std::sync::Arc<str>>,

@@ -1,15 +1,46 @@
 //! The processes that share the database. Each says now and then that it lives; one that has not said so for a while is
 //! lost, and what it had taken is free.
 
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::db::{identifier, number};
-use super::{Registry, RegistryError};
+use super::{Backend, Registry, RegistryError};
 use crate::ids::ProcessId;
 
 /// A process that has not been seen for this long is lost.
 pub const LOST_AFTER_MS: i64 = 6_000;
+
+/// Since when, and when last, this process has said that it lives.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Presence(Arc<Mutex<Option<(Instant, Instant)>>>);
+
+/// Who has been silent for longer was away.
+const AWAY: Duration = Duration::from_millis(LOST_AFTER_MS as u64 / 2);
+
+impl Presence {
+    fn said(&self) {
+        let (mut spoken, at) = (self.0.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+        let since = match *spoken {
+            Some((since, last)) if last.elapsed() < AWAY => since,
+            _ => at,
+        };
+        *spoken = Some((since, at));
+    }
+
+    fn settled(&self) -> bool {
+        match *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            // Not one of the processes that tell: a test, a command.
+            None => true,
+            Some((since, last)) => {
+                last.elapsed() < AWAY && since.elapsed() >= Duration::from_millis(LOST_AFTER_MS as u64)
+            }
+        }
+    }
+}
 
 /// What a process tells of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -76,7 +107,14 @@ impl Registry {
         .bind(self.lease_time().await?)
         .execute(&self.pool)
         .await?;
+        self.presence.said();
         Ok(())
+    }
+
+    /// Whether this process can tell who is lost. Where the database was away nobody has said for a while that they live,
+    /// so that whoever comes back first would take everything from the others; it waits until they have had their time.
+    pub fn may_judge(&self) -> bool {
+        self.backend == Backend::Sqlite || self.presence.settled()
     }
 
     /// Processes that live, oldest first.
@@ -131,5 +169,26 @@ impl Registry {
             .execute(&self.pool)
             .await?;
         Ok(gone.rows_affected())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_was_away_judges_nobody_for_a_while() {
+        let ago = |millis| Instant::now().checked_sub(Duration::from_millis(millis)).unwrap();
+        let presence = |since, last| Presence(Arc::new(Mutex::new(Some((ago(since), ago(last))))));
+        assert!(Presence::default().settled());
+        assert!(presence(7_000, 1_000).settled());
+        assert!(!presence(5_000, 1_000).settled(), "it has just come");
+        let away = presence(60_000, 4_000);
+        assert!(!away.settled(), "it has not spoken for a while");
+        away.said();
+        assert!(!away.settled(), "it is back, the others may not be");
+        let steady = presence(60_000, 1_000);
+        steady.said();
+        assert!(steady.settled());
     }
 }

@@ -1,10 +1,16 @@
 //! Signals between the processes of one database: PostgreSQL's NOTIFY. They only hasten what polling would find too.
 
+use std::time::Duration;
+
 use sqlx::postgres::PgListener;
+use tokio::time::timeout;
 
 use super::{Registry, RegistryError};
 
 const CHANNEL: &str = "coar";
+/// After so long without a signal the server is asked whether it is there, and has so long to answer.
+const QUIET: Duration = Duration::from_secs(5);
+const ANSWER: Duration = Duration::from_secs(2);
 
 /// Signals as they arrive.
 #[derive(Debug)]
@@ -16,7 +22,15 @@ impl Signals {
     /// # Errors
     /// When the database cannot be reached.
     pub async fn next(&mut self) -> Result<String, RegistryError> {
-        Ok(self.0.recv().await?.payload().to_owned())
+        loop {
+            if let Ok(heard) = timeout(QUIET, self.0.recv()).await {
+                return Ok(heard?.payload().to_owned());
+            }
+            // Nobody has said anything for a while: or is the other end gone?
+            let asked = timeout(ANSWER, sqlx::query("SELECT 1").execute(&mut self.0)).await;
+            let late = |_| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
+            asked.map_err(late)??;
+        }
     }
 }
 

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use sqlx::AnyPool;
 use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 
-use super::db::{self, Backend, Clock, Transaction, lock_number};
+use super::db::{self, Backend, Clock, lock_number};
+use super::pool::{Pool, Transaction};
 use super::{Blobs, Registry, RegistryError};
 use crate::ids::ProcessId;
 
@@ -46,7 +46,7 @@ impl Storage {
 pub(super) enum Gate {
     Process(Arc<RwLock<()>>),
     /// Connections that hold nothing but locks.
-    Database(AnyPool),
+    Database(Pool),
 }
 
 /// Bytes that stay while this is held, whether a row refers to them or not.
@@ -121,7 +121,7 @@ impl Registry {
                 let mut migrations = sqlx::migrate!("migrations/postgres");
                 // A program of the version before goes on beside one of the next: see `check_schema`.
                 migrations.set_ignore_missing(true).run(&pool).await?;
-                (Backend::Postgres, pool, Gate::Database(locks))
+                (Backend::Postgres, pool, Gate::Database(db::bounded_locks(locks)))
             }
         };
         let blobs = match &storage.blobs {
@@ -129,10 +129,11 @@ impl Registry {
             Some(url) => Blobs::connect(url)?,
         };
         let registry = Self {
-            pool,
+            pool: db::bounded(backend, pool),
             backend,
             gate,
             clock: Clock::default(),
+            presence: super::processes::Presence::default(),
             process: ProcessId::new(),
             database: storage.database.as_deref().map(Into::into),
             blobs,

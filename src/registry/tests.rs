@@ -20,7 +20,7 @@ pub(crate) async fn test_storage() -> (tempfile::TempDir, Storage) {
     if let Ok(server) = std::env::var("COAR_TEST_DATABASE") {
         sqlx::any::install_default_drivers();
         let (address, _) = server.rsplit_once('/').unwrap();
-        let pool = AnyPool::connect(&server).await.unwrap();
+        let pool = sqlx::AnyPool::connect(&server).await.unwrap();
         sqlx::query(sqlx::AssertSqlSafe(format!("CREATE DATABASE {name}")))
             .execute(&pool)
             .await

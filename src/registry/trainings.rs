@@ -4,7 +4,8 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::concepts::Concept;
-use super::db::{Transaction, identifier, list, number, optional_number};
+use super::db::{identifier, list, number, optional_number};
+use super::pool::Transaction;
 use super::{Listed, Page, Registry, RegistryError, TrainingStatus, now};
 use crate::ids::{ConceptId, TenantId, TrainingId};
 use crate::training::{StepLosses, TrainingSpec};

@@ -5,7 +5,8 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::db::{Transaction, identifier, locking, number};
+use super::db::{identifier, locking, number};
+use super::pool::Transaction;
 use super::{Registry, RegistryError, now};
 use crate::ids::{DeliveryId, TenantId};
 

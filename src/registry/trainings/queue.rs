@@ -3,7 +3,8 @@
 use sqlx::Row;
 use uuid::Uuid;
 
-use super::super::db::{Transaction, locking};
+use super::super::db::locking;
+use super::super::pool::Transaction;
 use super::super::{Registry, RegistryError, TrainingStatus, now};
 use super::{ATTEMPTS, Claimed, Progress, TAKEOVERS, training};
 use crate::ids::{ConceptId, TrainingId};
@@ -97,19 +98,22 @@ impl Registry {
 
     /// Takes a training that nobody works on; a lease that ran out counts as nobody. Of the tenant with the fewest running,
     /// and among equals the one whose turn was the longest ago, the one with the highest priority, then the oldest; what
-    /// was interrupted goes on first. One that has lost too many leases fails instead: see [`TAKEOVERS`].
+    /// was interrupted goes on first. One that has lost too many leases fails instead: see [`TAKEOVERS`]. What others hold
+    /// stays theirs while this process [cannot tell](Registry::may_judge) whether they are there.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn claim_training(&self, lease_ms: i64) -> Result<Option<Claimed>, RegistryError> {
         loop {
             let (lease, at) = (Uuid::new_v4().to_string(), self.lease_time().await?);
+            let lost_before = if self.may_judge() { at } else { i64::MIN };
             // Whoever only looks takes nobody's turn to write.
             let any = sqlx::query(
                 "SELECT id FROM trainings WHERE (status = 'queued' AND not_before <= $1)
-                 OR (status = 'running' AND lease_until < $1) LIMIT 1",
+                 OR (status = 'running' AND lease_until < $2) LIMIT 1",
             )
             .bind(at)
+            .bind(lost_before)
             .fetch_optional(&self.pool)
             .await?;
             if any.is_none() {
@@ -119,7 +123,7 @@ impl Registry {
             let statement = locking!(
                 self.backend,
                 "SELECT t.id, CASE WHEN t.status = 'running' THEN 1 ELSE 0 END AS lost, t.takeovers FROM trainings t
-                 WHERE (t.status = 'queued' AND t.not_before <= $1) OR (t.status = 'running' AND t.lease_until < $1)
+                 WHERE (t.status = 'queued' AND t.not_before <= $1) OR (t.status = 'running' AND t.lease_until < $2)
                  ORDER BY (SELECT count(*) FROM trainings r
                            WHERE r.tenant_id = t.tenant_id AND r.status = 'running' AND r.lease_until >= $1),
                           t.started_at IS NULL,
@@ -129,6 +133,7 @@ impl Registry {
             );
             let found = sqlx::query(statement)
                 .bind(at)
+                .bind(lost_before)
                 .fetch_optional(&mut *transaction)
                 .await?;
             let Some(found) = found else { return Ok(None) };
@@ -188,14 +193,17 @@ impl Registry {
         progress: Option<Progress>,
     ) -> Result<(), RegistryError> {
         let changed = sqlx::query(
-            "UPDATE trainings SET lease_until = $1, step = coalesce($2, step), loss = coalesce($3, loss),
-             steps_per_second = coalesce($4, steps_per_second)
+            "UPDATE trainings SET lease_until = $1, step = CASE WHEN $2 < 0 THEN step ELSE $2 END,
+             loss = CASE WHEN $2 < 0 THEN loss ELSE $3 END,
+             steps_per_second = CASE WHEN $4 < 0.0 THEN steps_per_second ELSE $4 END
              WHERE id = $5 AND lease_token = $6 AND status = 'running'",
         )
         .bind(self.lease_time().await? + lease_ms)
-        .bind(progress.map(|p| i64::from(p.step)))
-        .bind(progress.map(|p| p.loss))
-        .bind(progress.and_then(|p| p.steps_per_second))
+        // No NULL among them: the driver declares that of a double as one of half its size, and the server keeps to the
+        // declaration that a connection's first call makes.
+        .bind(progress.map_or(-1, |p| i64::from(p.step)))
+        .bind(progress.map_or(0.0, |p| p.loss))
+        .bind(progress.and_then(|p| p.steps_per_second).unwrap_or(-1.0))
         .bind(claimed.training.id.to_string())
         .bind(&claimed.lease)
         .execute(&self.pool)

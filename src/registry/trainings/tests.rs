@@ -37,6 +37,29 @@ async fn a_name_is_taken_once_and_nothing_is_left_of_the_second() {
 }
 
 #[tokio::test]
+async fn progress_is_told_in_any_order_on_every_connection() {
+    let (_dir, registry) = registry().await;
+    add(&registry, "rex").await;
+    let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
+    let told = |step, steps_per_second| {
+        Some(Progress {
+            step,
+            loss: 0.5,
+            steps_per_second,
+        })
+    };
+    for progress in [None, told(1, None), told(2, Some(1.5)), None, told(3, None)] {
+        registry.report_progress(&claimed, 60_000, progress).await.unwrap();
+    }
+    let seen = registry
+        .training(TenantId::DEFAULT, claimed.training.id)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!((seen.step, seen.loss, seen.steps_per_second), (3, Some(0.5), Some(1.5)));
+}
+
+#[tokio::test]
 async fn only_the_lease_holder_writes() {
     let (_dir, registry) = registry().await;
     add(&registry, "rex").await;

@@ -1,0 +1,258 @@
+//! Connections on which every statement has its time. A connection whose other end is gone without a word would be waited
+//! for for ever: neither PostgreSQL's protocol nor the driver has a limit of its own.
+
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use futures::stream::{self, BoxStream, StreamExt as _, TryStreamExt as _};
+use sqlx::any::{Any, AnyQueryResult, AnyRow, AnyStatement, AnyTypeInfo};
+use sqlx::{AnyPool, Connection as _, Either, Error, Execute, Executor, SqlStr};
+
+type Answers<'e> = BoxStream<'e, Result<Either<AnyQueryResult, AnyRow>, Error>>;
+
+/// What does not come in time has failed as a broken connection does; whoever has patience tries again.
+async fn in_time<T>(within: Duration, answer: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    match tokio::time::timeout(within, answer).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Error::Io(std::io::Error::new(
+            std::io::ErrorKind::TimedOut,
+            format!("no answer within {} s", within.as_secs()),
+        ))),
+    }
+}
+
+/// All answers of a statement, once they are there. Nothing that the registry reads is too long for that.
+fn collected<'e, T: Send + 'e>(
+    all: impl Future<Output = Result<Vec<T>, Error>> + Send + 'e,
+) -> BoxStream<'e, Result<T, Error>> {
+    stream::once(all)
+        .map_ok(|all| stream::iter(all.into_iter().map(Ok)))
+        .try_flatten()
+        .boxed()
+}
+
+/// Whether a connection still answers; asked when it is taken and when it is given back.
+pub(super) async fn answers(connection: &mut sqlx::AnyConnection, within: Duration) -> bool {
+    matches!(tokio::time::timeout(within, connection.ping()).await, Ok(Ok(())))
+}
+
+/// A pool of connections.
+#[derive(Debug, Clone)]
+pub(super) struct Pool {
+    inner: AnyPool,
+    within: Duration,
+}
+
+impl Pool {
+    /// Statements on it fail after `within`.
+    pub(super) fn new(inner: AnyPool, within: Duration) -> Self {
+        Self { inner, within }
+    }
+
+    /// Begins a transaction; dropping it rolls it back.
+    pub(super) async fn begin(&self) -> Result<Transaction, Error> {
+        self.begun(self.inner.begin()).await
+    }
+
+    /// The same with a statement of the caller's choice.
+    pub(super) async fn begin_with(&self, statement: &'static str) -> Result<Transaction, Error> {
+        self.begun(self.inner.begin_with(statement)).await
+    }
+
+    async fn begun(
+        &self,
+        begun: impl Future<Output = Result<sqlx::Transaction<'static, Any>, Error>>,
+    ) -> Result<Transaction, Error> {
+        Ok(Transaction(Line {
+            inner: in_time(self.within, begun).await?,
+            within: self.within,
+        }))
+    }
+}
+
+impl<'p> Executor<'p> for &'_ Pool {
+    type Database = Any;
+
+    fn fetch_many<'e, 'q: 'e, E>(self, query: E) -> Answers<'e>
+    where
+        'p: 'e,
+        E: 'q + Execute<'q, Any>,
+    {
+        let Pool { inner, within } = self.clone();
+        collected(async move {
+            let mut connection = inner.acquire().await?;
+            in_time(within, connection.fetch_many(query).try_collect()).await
+        })
+    }
+
+    fn fetch_optional<'e, 'q: 'e, E>(self, query: E) -> BoxFuture<'e, Result<Option<AnyRow>, Error>>
+    where
+        'p: 'e,
+        E: 'q + Execute<'q, Any>,
+    {
+        let Pool { inner, within } = self.clone();
+        Box::pin(async move {
+            let mut connection = inner.acquire().await?;
+            in_time(within, connection.fetch_optional(query)).await
+        })
+    }
+
+    fn prepare_with<'e>(self, sql: SqlStr, parameters: &'e [AnyTypeInfo]) -> BoxFuture<'e, Result<AnyStatement, Error>>
+    where
+        'p: 'e,
+    {
+        let Pool { inner, within } = self.clone();
+        Box::pin(async move {
+            let mut connection = inner.acquire().await?;
+            in_time(within, connection.prepare_with(sql, parameters)).await
+        })
+    }
+
+    // Only the driver's own macros ask.
+    fn describe<'e>(self, sql: SqlStr) -> BoxFuture<'e, Result<sqlx::Describe<Any>, Error>>
+    where
+        'p: 'e,
+    {
+        let Pool { inner, within } = self.clone();
+        Box::pin(async move {
+            let mut connection = inner.acquire().await?;
+            in_time(within, connection.describe(sql)).await
+        })
+    }
+}
+
+/// A transaction.
+#[derive(Debug)]
+pub(super) struct Transaction(Line);
+
+impl Transaction {
+    /// Whether it took place is unknown where this fails.
+    pub(super) async fn commit(self) -> Result<(), Error> {
+        let Line { inner, within } = self.0;
+        in_time(within, inner.commit()).await
+    }
+}
+
+impl std::ops::Deref for Transaction {
+    type Target = Line;
+
+    fn deref(&self) -> &Line {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Transaction {
+    fn deref_mut(&mut self) -> &mut Line {
+        &mut self.0
+    }
+}
+
+/// A transaction's connection.
+#[derive(Debug)]
+pub(super) struct Line {
+    inner: sqlx::Transaction<'static, Any>,
+    within: Duration,
+}
+
+impl<'c> Executor<'c> for &'c mut Line {
+    type Database = Any;
+
+    fn fetch_many<'e, 'q: 'e, E>(self, query: E) -> Answers<'e>
+    where
+        'c: 'e,
+        E: 'q + Execute<'q, Any>,
+    {
+        collected(async move { in_time(self.within, (*self.inner).fetch_many(query).try_collect()).await })
+    }
+
+    fn fetch_optional<'e, 'q: 'e, E>(self, query: E) -> BoxFuture<'e, Result<Option<AnyRow>, Error>>
+    where
+        'c: 'e,
+        E: 'q + Execute<'q, Any>,
+    {
+        Box::pin(async move { in_time(self.within, (*self.inner).fetch_optional(query)).await })
+    }
+
+    fn prepare_with<'e>(self, sql: SqlStr, parameters: &'e [AnyTypeInfo]) -> BoxFuture<'e, Result<AnyStatement, Error>>
+    where
+        'c: 'e,
+    {
+        Box::pin(async move { in_time(self.within, (*self.inner).prepare_with(sql, parameters)).await })
+    }
+
+    fn describe<'e>(self, sql: SqlStr) -> BoxFuture<'e, Result<sqlx::Describe<Any>, Error>>
+    where
+        'c: 'e,
+    {
+        Box::pin(async move { in_time(self.within, (*self.inner).describe(sql)).await })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A server that takes connections and never says anything.
+    async fn silent() -> (tokio::net::TcpListener, String) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("postgres://coar@{}/postgres", listener.local_addr().unwrap());
+        (listener, address)
+    }
+
+    #[tokio::test]
+    async fn a_statement_that_nobody_answers_fails_in_time() {
+        let never = std::future::pending::<Result<(), Error>>();
+        let error = in_time(Duration::from_millis(10), never).await.unwrap_err();
+        assert!(crate::registry::RegistryError::from(error).may_pass());
+        assert_eq!(in_time(Duration::from_secs(9), async { Ok(7) }).await.unwrap(), 7);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_open_at_one_end_alone_is_given_up() {
+        sqlx::any::install_default_drivers();
+        let (_listener, address) = silent().await;
+        let within = Duration::from_millis(50);
+        let inner = sqlx::any::AnyPoolOptions::new()
+            .acquire_timeout(within)
+            .connect_lazy(&address)
+            .unwrap();
+        let error = sqlx::query("SELECT 1")
+            .execute(&Pool::new(inner, within))
+            .await
+            .unwrap_err();
+        assert!(crate::registry::RegistryError::from(error).may_pass());
+    }
+
+    #[tokio::test]
+    async fn statements_and_transactions_do_what_the_drivers_own_do() {
+        sqlx::any::install_default_drivers();
+        let inner = sqlx::any::AnyPoolOptions::new()
+            .max_connections(1)
+            .connect("sqlite::memory:")
+            .await
+            .unwrap();
+        let pool = Pool::new(inner, Duration::from_secs(9));
+        sqlx::query("CREATE TABLE t (a INTEGER)").execute(&pool).await.unwrap();
+        for kept in [true, false] {
+            let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await.unwrap();
+            let added = sqlx::query("INSERT INTO t VALUES (1), (2)")
+                .execute(&mut *transaction)
+                .await
+                .unwrap();
+            assert_eq!(added.rows_affected(), 2);
+            if kept {
+                transaction.commit().await.unwrap();
+            }
+        }
+        let all: Vec<(i64,)> = sqlx::query_as("SELECT a FROM t ORDER BY a")
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+        assert_eq!(all, [(1,), (2,)]);
+        let (first,): (i64,) = sqlx::query_as("SELECT a FROM t LIMIT 1")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+        assert_eq!(first, 1);
+    }
+}
