@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom
+.PHONY: serve build test check ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom fuzz-parsers
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -38,6 +38,10 @@ sdk: libtorch
 fuzz: libtorch
 	cargo build
 	tests/fuzz_api/run.sh
+
+# Every parser of foreign bytes, for 20 seconds each (SECONDS=N): docs/fuzzing.md.
+fuzz-parsers: libtorch
+	fuzz/run.sh $(or $(SECONDS),20)
 
 # Every case of a golden directory, each with its largest difference: COAR_GOLDEN=DIR make golden
 golden: libtorch
