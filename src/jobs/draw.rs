@@ -327,6 +327,10 @@ impl Drawings {
                     if let Err(error) = self.forgotten(&mut unknown).await {
                         tracing::warn!(%error, "generations that this process should know cannot be looked for");
                     }
+                    // Workers do so too, when they have room: here so that none waits as if it were at work.
+                    if shared && let Err(error) = self.registry.release_lost().await {
+                        tracing::warn!(%error, "trainings of lost processes cannot be looked for");
+                    }
                     if shared && let Err(error) = self.recover().await {
                         tracing::warn!(%error, "generations of lost processes cannot be looked for");
                     }
@@ -535,7 +539,7 @@ impl Drawings {
             };
             match event {
                 Some(GenerationEvent::Started) => {
-                    let at = now();
+                    let at = patiently!(patience(&live), self.registry.lease_time().await)?;
                     let (id, attempt) = (drawing.generation.id, drawing.generation.attempt);
                     if !patiently!(patience(&live), self.registry.begin_generation(id, attempt, at).await)? {
                         return Ok(Ending::Deleted);
@@ -614,7 +618,7 @@ impl Drawings {
             size,
             blob: stored.first().to_owned(),
             format: new.settings.output_format,
-            created_at: now(),
+            created_at: self.registry.lease_time().await?,
             expires_at: None,
         };
         let attempt = drawing.generation.attempt;
@@ -653,7 +657,7 @@ impl Drawings {
             }
             Ending::Cancelled => generation.status = GenerationStatus::Cancelled,
         }
-        generation.finished_at = Some(now());
+        generation.finished_at = Some(patiently!(LONG_PATIENCE, self.registry.lease_time().await)?);
         let delivery = self.webhooks.of_generation(generation, images);
         // A row that says for ever that it is being drawn would be worse than any wait.
         let ended = patiently!(

@@ -157,7 +157,7 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn add_generation(&self, new: NewGeneration) -> Result<Generation, RegistryError> {
-        let (id, created_at) = (GenerationId::new(), now());
+        let (id, created_at) = (GenerationId::new(), self.lease_time().await?);
         let owner = (!new.background).then_some(self.process);
         let mut transaction = self.write().await?;
         sqlx::query(
@@ -555,7 +555,8 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn expire_generations(&self, age: Duration) -> Result<u64, RegistryError> {
-        let before = now().saturating_sub(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
+        let age = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+        let before = self.lease_time().await?.saturating_sub(age);
         let expired = sqlx::query(
             "DELETE FROM generations WHERE finished_at < $1
              AND NOT EXISTS (SELECT 1 FROM images WHERE images.generation_id = generations.id)",

@@ -99,7 +99,8 @@ impl Registry {
     /// # Errors
     /// When the database or the store fails.
     pub async fn expire_images(&self, age: std::time::Duration) -> Result<usize, RegistryError> {
-        let at = now();
+        // By the clock of all processes: one whose own is off would remove what is young.
+        let at = self.lease_time().await?;
         let before = at.saturating_sub(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
         let rows: Vec<(String,)> = sqlx::query_as(
             "DELETE FROM images WHERE expires_at < $1 OR (expires_at IS NULL AND created_at < $2) RETURNING blob",

@@ -198,7 +198,10 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn untold_trainings(&self, age: std::time::Duration) -> Result<Vec<Training>, RegistryError> {
-        let since = now() - i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+        let since = self
+            .lease_time()
+            .await?
+            .saturating_sub(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
         let rows = sqlx::query(select!(
             "WHERE t.webhook_url IS NOT NULL AND t.finished_at >= $1 AND t.status IN ('succeeded', 'failed', 'cancelled')
              AND NOT EXISTS (SELECT 1 FROM webhook_deliveries d WHERE d.subject = t.id AND d.event = 'training.' || t.status
@@ -391,7 +394,7 @@ impl Registry {
             "UPDATE trainings SET status = 'cancelled', finished_at = $1, checkpoint = NULL, checkpoint_step = NULL, lease_token = NULL, lease_until = NULL
              WHERE tenant_id = $2 AND id = $3 AND status IN ('queued', 'running')",
         )
-        .bind(now())
+        .bind(self.lease_time().await?)
         .bind(tenant.to_string())
         .bind(id.to_string())
         .execute(&mut *transaction)

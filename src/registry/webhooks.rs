@@ -164,7 +164,8 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn expire_deliveries(&self, age: Duration) -> Result<u64, RegistryError> {
-        let before = now().saturating_sub(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
+        let age = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+        let before = self.lease_time().await?.saturating_sub(age);
         let expired = sqlx::query("DELETE FROM webhook_deliveries WHERE finished_at < $1")
             .bind(before)
             .execute(&self.pool)

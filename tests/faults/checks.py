@@ -174,7 +174,10 @@ def drawn_again(cluster, load, count: int, generator: random.Random) -> tuple[li
         if answer is None or answer.status != 200 or answer.json["status"] != "succeeded":
             wrong.append(f"{id} cannot be drawn again: {answer and answer.body[:300]}")
             continue
-        before = cluster.postgres.query(f"SELECT concepts FROM generations WHERE id = '{id}'")[0]["concepts"]
+        rows = cluster.postgres.query(f"SELECT concepts FROM generations WHERE id = '{id}'")
+        if not rows:
+            continue  # said already, among the lost
+        before = rows[0]["concepts"]
         versions = lambda listed: [(c["name"], c["version"]) for c in listed]
         if versions(json.loads(before)) != versions(answer.json["concepts"]):
             continue  # the concept was trained again meanwhile

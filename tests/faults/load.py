@@ -265,6 +265,10 @@ class Load:
             file = self.clients[tenant].send("GET", path, patience=30)
             if file is None or file.status >= 500:
                 continue
+            if file.status == 403:
+                # A process whose clock is ahead takes addresses for old.
+                self.ledger.count(f"picture {file.code}")
+                continue
             digest = hashlib.sha256(file.body).hexdigest()
             with self.ledger.lock:
                 gone = self.ledger.generations[id].get("deleting")
@@ -311,7 +315,7 @@ class Load:
                     entry["ready"] = True
                     entry["hash"] = seen.json["version"]["hash"]
                 return None
-            if generator.random() < 0.01:
+            if generator.random() < 0.003:
                 with self.ledger.lock:
                     entry["cancelling"] = True
                 self.clients[tenant].send("POST", f"/v1/trainings/{entry['trainings'][-1]}/cancel")

@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::super::db::locking;
 use super::super::pool::Transaction;
-use super::super::{Registry, RegistryError, TrainingStatus, now};
+use super::super::{Registry, RegistryError, TrainingStatus};
 use super::{ATTEMPTS, Claimed, Progress, TAKEOVERS, training};
 use crate::ids::{ConceptId, TrainingId};
 use crate::training::StepLosses;
@@ -96,6 +96,25 @@ impl Registry {
         Ok(released.rows_affected())
     }
 
+    /// Queues trainings again whose leases have run out: whoever has room takes them. Nothing while this process
+    /// [cannot tell](Registry::may_judge).
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn release_lost(&self) -> Result<u64, RegistryError> {
+        if !self.may_judge() {
+            return Ok(0);
+        }
+        let released = sqlx::query(
+            "UPDATE trainings SET status = 'queued', lease_token = NULL, lease_until = NULL, takeovers = takeovers + 1
+             WHERE status = 'running' AND lease_until < $1",
+        )
+        .bind(self.lease_time().await?)
+        .execute(&self.pool)
+        .await?;
+        Ok(released.rows_affected())
+    }
+
     /// Takes a training that nobody works on; a lease that ran out counts as nobody. Of the tenant with the fewest running,
     /// and among equals the one whose turn was the longest ago, the one with the highest priority, then the oldest; what
     /// was interrupted goes on first. One that has lost too many leases fails instead: see [`TAKEOVERS`]. What others hold
@@ -150,7 +169,7 @@ impl Registry {
                      lease_token = NULL, lease_until = NULL WHERE id = $4",
                 )
                 .bind(error.to_string())
-                .bind(now())
+                .bind(at)
                 .bind(takeovers)
                 .bind(&id)
                 .execute(&mut *transaction)
@@ -291,7 +310,7 @@ impl Registry {
         version: &str,
         report: &serde_json::Value,
     ) -> Result<Vec<String>, RegistryError> {
-        let at = now();
+        let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
         if !self.hold_concept(&mut transaction, claimed.training.concept_id).await? {
             return Err(RegistryError::LeaseLost);
@@ -355,7 +374,7 @@ impl Registry {
         .bind(error.to_string())
         .bind(self.lease_time().await? + wait)
         .bind(mendable)
-        .bind(now())
+        .bind(self.lease_time().await?)
         .bind(claimed.training.id.to_string())
         .bind(&claimed.lease)
         .execute(&self.pool)

@@ -60,6 +60,27 @@ async fn progress_is_told_in_any_order_on_every_connection() {
 }
 
 #[tokio::test]
+async fn what_nobody_holds_any_more_waits_for_whoever_has_room() {
+    let (_dir, registry) = registry().await;
+    add(&registry, "rex").await;
+    let slow = registry.claim_training(-1).await.unwrap().unwrap();
+    assert_eq!(registry.release_lost().await.unwrap(), 1);
+    let waits = registry
+        .training(TenantId::DEFAULT, slow.training.id)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(waits.status, TrainingStatus::Queued);
+    assert!(matches!(
+        registry.report_progress(&slow, 1000, None).await,
+        Err(RegistryError::LeaseLost)
+    ));
+    let next = registry.claim_training(60_000).await.unwrap().unwrap();
+    assert_eq!(registry.release_lost().await.unwrap(), 0);
+    registry.report_progress(&next, 1000, None).await.unwrap();
+}
+
+#[tokio::test]
 async fn only_the_lease_holder_writes() {
     let (_dir, registry) = registry().await;
     add(&registry, "rex").await;
