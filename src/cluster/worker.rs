@@ -216,6 +216,7 @@ async fn generate(State(state): State<WorkerState>, Json(order): Json<Order>) ->
 
 #[cfg(test)]
 mod tests {
+    use axum::extract::connect_info::MockConnectInfo;
     use axum::http::Request;
     use tower::ServiceExt as _;
 
@@ -230,7 +231,8 @@ mod tests {
     }
 
     async fn status(method: &str, path: &str, token: Option<&str>) -> StatusCode {
-        let router = worker_router(WorkerState::new(&worker_token("secret")));
+        let peer = SocketAddr::from(([127, 0, 0, 1], 9));
+        let router = worker_router(WorkerState::new(&worker_token("secret"), false)).layer(MockConnectInfo(peer));
         let mut request = Request::builder().method(method).uri(path);
         if let Some(token) = token {
             request = request.header(header::AUTHORIZATION, token);
@@ -239,6 +241,23 @@ mod tests {
         let order = r#"{"tenant":"tenant_00000000000000000000000000000000","prompt":"a","settings":{},"concepts":[]}"#;
         let response = router.oneshot(request.body(Body::from(order)).unwrap()).await.unwrap();
         response.status()
+    }
+
+    #[tokio::test]
+    async fn metrics_are_for_loopback_unless_they_are_opened() {
+        let token = format!("Bearer {}", worker_token("secret"));
+        for (peer, open, authorization, expected) in [
+            ([127, 0, 0, 1], false, "", StatusCode::OK),
+            ([10, 0, 0, 7], false, "", StatusCode::UNAUTHORIZED),
+            ([10, 0, 0, 7], false, token.as_str(), StatusCode::OK),
+            ([10, 0, 0, 7], true, "", StatusCode::OK),
+        ] {
+            let state = WorkerState::new(&worker_token("secret"), open);
+            let router = worker_router(state).layer(MockConnectInfo(SocketAddr::from((peer, 9))));
+            let request = Request::get("/metrics").header(header::AUTHORIZATION, authorization);
+            let response = router.oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+            assert_eq!(response.status(), expected, "{peer:?} {open}");
+        }
     }
 
     #[tokio::test]
@@ -267,7 +286,7 @@ mod tests {
             assert_ne!(status("POST", path, Some(&right)).await, StatusCode::UNAUTHORIZED);
         }
         // A worker that has no secret lets nobody in, instead of everybody.
-        let open = worker_router(WorkerState::new(""));
+        let open = worker_router(WorkerState::new("", false));
         let request = Request::post(COST)
             .header(header::AUTHORIZATION, "Bearer ")
             .body(Body::empty());

@@ -23,7 +23,7 @@ use crate::ids::{GenerationId, ImageId};
 use crate::picture::{RgbPicture, encode};
 use crate::registry::{
     Backend, GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, KeyClaim,
-    NewGeneration, Registry, RegistryError, StoredImage, TokenUsage, now,
+    NewGeneration, Registry, RegistryError, StoredImage, TokenUsage,
 };
 
 /// Events that wait for a slow listener. Progress and unfinished pictures are left out where it is behind; there is

@@ -13,7 +13,7 @@ use sqlx::any::AnyRow;
 
 use super::db::{identifier, locking, number};
 use super::webhooks::{NewDelivery, insert_delivery};
-use super::{GenerationStatus, Listed, Page, Registry, RegistryError, now};
+use super::{GenerationStatus, Listed, Page, Registry, RegistryError};
 use crate::concept::ConceptKind;
 use crate::ids::{GenerationId, ProcessId, TenantId};
 use crate::picture::{OutputFormat, PictureFormat};
@@ -573,6 +573,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::registry::now;
     use crate::ids::ImageId;
     use crate::registry::StoredImage;
 

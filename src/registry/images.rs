@@ -4,7 +4,7 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::db::{identifier, locking, number, optional_number};
-use super::{Registry, RegistryError, now};
+use super::{Registry, RegistryError};
 use crate::ids::{GenerationId, ImageId, TenantId};
 use crate::picture::PictureFormat;
 
@@ -145,6 +145,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::registry::now;
     use crate::registry::{GenerationSettings, NewGeneration};
 
     #[tokio::test]
