@@ -52,11 +52,21 @@ struct Worker {
     sent: Arc<AtomicU64>,
 }
 
-/// Tokens that are at a worker, until dropped.
+/// Tokens that are at a worker or on their way there, until dropped.
 #[derive(Debug)]
 struct Load {
     sent: Arc<AtomicU64>,
     tokens: u64,
+}
+
+impl Load {
+    fn new(worker: &Worker, tokens: u64) -> Self {
+        worker.sent.fetch_add(tokens, Ordering::Relaxed);
+        Self {
+            sent: worker.sent.clone(),
+            tokens,
+        }
+    }
 }
 
 impl Drop for Load {
@@ -210,14 +220,17 @@ impl Fleet {
             .collect();
     }
 
-    fn pick(&self, order: &Order, tried: &HashSet<ProcessId>) -> Option<Worker> {
-        let workers = self.0.workers.read().unwrap_or_else(PoisonError::into_inner);
+    /// The worker that draws next. The order counts there from now on: others that ask at the same moment see it.
+    fn pick(&self, order: &Order, tried: &HashSet<ProcessId>) -> Option<(Worker, Load)> {
+        // Of several that choose at once each sees what those before it have chosen.
+        let workers = self.0.workers.write().unwrap_or_else(PoisonError::into_inner);
         let hashes: Vec<String> = order.concepts.iter().map(|concept| concept.hash.clone()).collect();
         let each = if order.settings.guidance_scale == 1.0 { 1 } else { 2 };
         let able = workers
             .iter()
             .filter(|worker| !worker.draining && !tried.contains(&worker.id));
-        choose(able, &hashes, (each * order.settings.n as usize, tokens(order))).cloned()
+        let worker = choose(able, &hashes, (each * order.settings.n as usize, tokens(order)))?;
+        Some((worker.clone(), Load::new(worker, tokens(order))))
     }
 
     async fn post(&self, worker: &Worker, path: &str, order: &Order) -> Result<Response, String> {
@@ -230,16 +243,11 @@ impl Fleet {
     }
 
     /// Asks workers in turn until one accepts.
-    async fn ask(
-        &self,
-        path: &str,
-        order: &Order,
-        tried: &mut HashSet<ProcessId>,
-    ) -> Result<(Worker, Response), Error> {
+    async fn ask(&self, path: &str, order: &Order, tried: &mut HashSet<ProcessId>) -> Result<Asked, Error> {
         let mut last = None;
-        while let Some(worker) = self.pick(order, tried) {
+        while let Some((worker, load)) = self.pick(order, tried) {
             match self.post(&worker, path, order).await {
-                Ok(answer) if answer.status().is_success() => return Ok((worker, answer)),
+                Ok(answer) if answer.status().is_success() => return Ok(Asked { worker, load, answer }),
                 Ok(answer) => {
                     let error = match answer.json::<Refusal>().await {
                         Ok(refusal) => Error::from(refusal),
@@ -260,8 +268,8 @@ impl Fleet {
 
     /// What a generation costs.
     pub(super) async fn cost(&self, order: &Order) -> Result<Cost, Error> {
-        let (_, answer) = self.ask(super::worker::COST, order, &mut HashSet::new()).await?;
-        let quote: Quote = answer.json().await.map_err(Error::internal)?;
+        let asked = self.ask(super::worker::COST, order, &mut HashSet::new()).await?;
+        let quote: Quote = asked.answer.json().await.map_err(Error::internal)?;
         Ok(Cost {
             text: quote.text,
             image: quote.image,
@@ -271,7 +279,7 @@ impl Fleet {
     /// Lets a worker draw.
     pub(super) async fn start(&self, order: Arc<Order>) -> Result<RemoteStream, Error> {
         let mut tried = HashSet::new();
-        let (worker, answer) = self.ask(super::worker::GENERATE, &order, &mut tried).await?;
+        let asked = self.ask(super::worker::GENERATE, &order, &mut tried).await?;
         let (events, stream) = mpsc::channel(EVENTS);
         let cancel = CancellationToken::new();
         let following = Following {
@@ -283,7 +291,7 @@ impl Fleet {
         let stopped = cancel.clone();
         tokio::spawn(async move {
             tokio::select! {
-                () = following.run(worker, answer) => {}
+                () = following.run(asked) => {}
                 () = stopped.cancelled() => {}
             }
         });
@@ -327,6 +335,13 @@ enum Outcome {
     Lost(String),
 }
 
+/// A worker that has accepted, and its answer.
+struct Asked {
+    worker: Worker,
+    load: Load,
+    answer: Response,
+}
+
 struct Following {
     fleet: Fleet,
     order: Arc<Order>,
@@ -336,22 +351,23 @@ struct Following {
 
 impl Following {
     /// Passes events on; where a worker is lost, another draws the same pictures.
-    async fn run(mut self, mut worker: Worker, mut answer: Response) {
+    async fn run(mut self, mut asked: Asked) {
         for _ in 0..LOSSES {
-            let problem = match self.follow(&worker, answer).await {
+            let lost = asked.worker.id;
+            let problem = match self.follow(asked).await {
                 Outcome::Ended => return,
                 Outcome::Lost(problem) => problem,
             };
-            tracing::warn!(worker = %worker.id, problem, "a worker was lost while it drew; another draws it again");
-            match self.another(worker.id).await {
-                Some(next) => (worker, answer) = next,
+            tracing::warn!(worker = %lost, problem, "a worker was lost while it drew; another draws it again");
+            match self.another(lost).await {
+                Some(next) => asked = next,
                 None => break,
             }
         }
         let _ = self.events.send(GenerationEvent::Failed(EngineError::Lost)).await;
     }
 
-    async fn another(&self, lost: ProcessId) -> Option<(Worker, Response)> {
+    async fn another(&self, lost: ProcessId) -> Option<Asked> {
         let until = tokio::time::Instant::now() + PATIENCE;
         while tokio::time::Instant::now() < until {
             let mut tried = HashSet::from([lost]);
@@ -364,13 +380,12 @@ impl Following {
         None
     }
 
-    async fn follow(&mut self, worker: &Worker, mut answer: Response) -> Outcome {
-        let tokens = tokens(&self.order);
-        worker.sent.fetch_add(tokens, Ordering::Relaxed);
-        let _load = Load {
-            sent: worker.sent.clone(),
-            tokens,
-        };
+    async fn follow(&mut self, asked: Asked) -> Outcome {
+        let Asked {
+            load: _load,
+            mut answer,
+            ..
+        } = asked;
         let mut decoder = Decoder::default();
         loop {
             let piece = match tokio::time::timeout(SILENCE, answer.chunk()).await {

@@ -573,9 +573,9 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::registry::now;
     use crate::ids::ImageId;
     use crate::registry::StoredImage;
+    use crate::registry::now;
 
     fn new(background: bool) -> NewGeneration {
         NewGeneration {
