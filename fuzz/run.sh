@@ -14,13 +14,14 @@ if [ "$seconds" = keep ]; then
     for target in $all; do
         mkdir -p "target/corpus/$target" "target/kept/$target"
         COAR_FUZZ=$target target/debug/parsers -merge=1 -max_len=1024 "target/kept/$target" "corpus/$target" "target/corpus/$target" 2>/dev/null
-        # The whole would be megabytes: the shortest that lead to something new, up to 40 KB, beside seeds and failures.
+        # The whole would be megabytes: a hundred of them, of all sizes, up to 40 KB, beside seeds and failures.
         find "corpus/$target" -type f ! -name 'seed-*' ! -name 'failed-*' -delete
+        count=$(find "target/kept/$target" -type f | wc -l)
         total=0
         while read -r size file; do
             total=$((total + size))
-            [ $total -le 40000 ] && cp "$file" "corpus/$target/"
-        done < <(find "target/kept/$target" -type f -printf '%s %p\n' | sort -n)
+            [ $total -gt 40000 ] || cp "$file" "corpus/$target/"
+        done < <(find "target/kept/$target" -type f -printf '%s %p\n' | sort -n | awk -v step=$((count / 100 + 1)) 'NR % step == 0')
     done
     exit 0
 fi

@@ -97,7 +97,7 @@ pub fn worker_router(state: WorkerState) -> Router {
     Router::new()
         .route(COST, post(cost))
         .route(GENERATE, post(generate))
-        .layer(from_fn_with_state(state.clone(), known))
+        .route_layer(from_fn_with_state(state.clone(), known))
         .route("/livez", get(async || Json(serde_json::json!({"status": "live"}))))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
@@ -298,7 +298,7 @@ mod tests {
             assert_eq!(status("GET", path, None).await, StatusCode::OK);
         }
         for path in ["/", "/v1/models", "/internal/v1/", "/internal/v1/generations/x"] {
-            assert_eq!(status("GET", path, None).await, StatusCode::NOT_FOUND, "{path}");
+            assert_eq!(status("GET", path, None).await, StatusCode::UNAUTHORIZED, "{path}");
         }
     }
 }

@@ -58,6 +58,9 @@ pub(super) struct TensorRef {
     pub strides: Vec<i64>,
 }
 
+/// A tensor with its name in a dictionary.
+pub(super) type NamedTensor = (Rc<str>, Rc<TensorRef>);
+
 pub(super) struct Machine {
     objects: Vec<Object>,
     stack: Vec<Value>,
@@ -578,7 +581,7 @@ impl Machine {
     }
 
     /// Tensors of the dictionary under `key`, or of the root where there is no such key.
-    pub(super) fn tensors(&self, root: Value, key: &str) -> Result<Vec<(Rc<str>, Rc<TensorRef>)>, Fault> {
+    pub(super) fn tensors(&self, root: Value, key: &str) -> Result<Vec<NamedTensor>, Fault> {
         let dict = |value| match self.object(value) {
             Some(Object::Dict(items)) => Ok(items),
             Some(Object::Opaque(name)) => Err(format!("is built by calling {name}, which is never executed")),

@@ -17,7 +17,7 @@ use tch::Tensor;
 use super::checkpoint::kind_of;
 use super::{Target, TensorSource};
 use crate::model::ModelError;
-use machine::{Machine, StorageRef, TensorRef, Value};
+use machine::{Machine, NamedTensor, StorageRef, TensorRef, Value};
 
 /// A tensor's numbers, contiguous, little-endian.
 #[derive(Debug, Clone, PartialEq)]
@@ -160,7 +160,7 @@ type Gather<'a> = dyn FnMut(&[u8]) -> Result<(), String> + 'a;
 
 /// Copies every tensor out of its storage; each storage is read once and dropped before the next.
 fn materialise(
-    tensors: &[(Rc<str>, Rc<TensorRef>)],
+    tensors: &[NamedTensor],
     file_bytes: u64,
     mut with_storage: impl FnMut(&StorageRef, &mut Gather) -> Result<(), String>,
 ) -> Result<BTreeMap<String, HostTensor>, String> {

@@ -196,7 +196,7 @@ fn sizes_that_lie_are_errors_before_memory_is_taken() {
 #[test]
 fn a_pickle_that_repeats_itself_takes_no_memory_for_each_time() {
     let dir = tempfile::tempdir().unwrap();
-    let long = "x".repeat(4000);
+    let long = "x".repeat(2000);
     let times = 500_000;
     let remembered = |value: Vec<u8>| [value, b"q\x000".to_vec()].concat();
     // A class of a long name; a dictionary of a long list; a tensor of many dimensions; a storage with a long key.
