@@ -2,8 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use reqwest::{Client, Response};
 use tokio::sync::mpsc;
@@ -19,9 +19,12 @@ use crate::registry::{Process, Registry};
 /// How often the list of workers is read.
 const REFRESH: Duration = Duration::from_millis(500);
 /// A worker says at least every two seconds that it lives; one that is silent for this long is lost.
-const SILENCE: Duration = Duration::from_secs(8);
+const SILENCE: Duration = Duration::from_secs(6);
 /// How long a worker may take to accept.
-const ACCEPT: Duration = Duration::from_secs(5);
+const ACCEPT: Duration = Duration::from_secs(4);
+/// One that has not answered is left alone for this long, as long as there are others: by then it is off the list, if it is
+/// lost.
+const DOUBT: Duration = Duration::from_secs(7);
 /// How long a generation that has lost its worker waits for another.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Workers that one generation may lose.
@@ -40,6 +43,8 @@ struct Shared {
     client: Client,
     token: String,
     workers: RwLock<Vec<Worker>>,
+    /// Workers that have not answered, and since when.
+    doubts: Mutex<HashMap<ProcessId, Instant>>,
 }
 
 #[derive(Debug, Clone)]
@@ -50,6 +55,8 @@ struct Worker {
     report: LoadReport,
     /// Tokens that this process has sent there and that are not drawn yet.
     sent: Arc<AtomicU64>,
+    /// Tokens that wait there beyond those, as far as its last report tells: other processes'.
+    others: u64,
 }
 
 /// Tokens that are at a worker or on their way there, until dropped.
@@ -116,7 +123,7 @@ fn choose<'a>(
     (rows, tokens): (usize, u64),
 ) -> Option<&'a Worker> {
     let workers: Vec<&Worker> = workers.collect();
-    let to_do = |worker: &Worker| worker.sent.load(Ordering::Relaxed).max(worker.report.waiting_tokens);
+    let to_do = |worker: &Worker| worker.sent.load(Ordering::Relaxed) + worker.others;
     let least = workers.iter().map(|worker| to_do(worker)).min()?;
     let hot = |worker: &Worker| {
         let known: HashSet<&str> = worker.report.hot.iter().map(String::as_str).collect();
@@ -159,6 +166,7 @@ impl Fleet {
                             client,
                             token,
                             workers: RwLock::default(),
+                            doubts: Mutex::default(),
                         }));
                         fleet.update(&processes);
                         return Ok(fleet);
@@ -209,12 +217,15 @@ impl Fleet {
                     tracing::debug!(worker = %process.id, model = model.id, "a worker has another model");
                     return None;
                 }
+                let sent = sent.get(&process.id).cloned().unwrap_or_default();
+                let report: LoadReport = serde_json::from_str(&process.load).unwrap_or_default();
                 Some(Worker {
                     id: process.id,
                     address: process.address.clone()?,
                     draining: process.draining,
-                    report: serde_json::from_str(&process.load).unwrap_or_default(),
-                    sent: sent.get(&process.id).cloned().unwrap_or_default(),
+                    others: report.waiting_tokens.saturating_sub(sent.load(Ordering::Relaxed)),
+                    report,
+                    sent,
                 })
             })
             .collect();
@@ -226,11 +237,22 @@ impl Fleet {
         let workers = self.0.workers.write().unwrap_or_else(PoisonError::into_inner);
         let hashes: Vec<String> = order.concepts.iter().map(|concept| concept.hash.clone()).collect();
         let each = if order.settings.guidance_scale == 1.0 { 1 } else { 2 };
-        let able = workers
+        let mut doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
+        doubts.retain(|_, since| since.elapsed() < DOUBT);
+        let (rows, able) = (each * order.settings.n as usize, |worker: &&Worker| {
+            !worker.draining && !tried.contains(&worker.id)
+        });
+        let sound = workers
             .iter()
-            .filter(|worker| !worker.draining && !tried.contains(&worker.id));
-        let worker = choose(able, &hashes, (each * order.settings.n as usize, tokens(order)))?;
+            .filter(|worker| able(worker) && !doubts.contains_key(&worker.id));
+        let worker = choose(sound, &hashes, (rows, tokens(order)))
+            .or_else(|| choose(workers.iter().filter(able), &hashes, (rows, tokens(order))))?;
         Some((worker.clone(), Load::new(worker, tokens(order))))
+    }
+
+    fn doubt(&self, worker: ProcessId) {
+        let mut doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
+        doubts.insert(worker, Instant::now());
     }
 
     async fn post(&self, worker: &Worker, path: &str, order: &Order) -> Result<Response, String> {
@@ -259,7 +281,10 @@ impl Fleet {
                     }
                     last = Some(error);
                 }
-                Err(problem) => tracing::warn!(worker = %worker.id, problem, "a worker cannot be reached"),
+                Err(problem) => {
+                    tracing::warn!(worker = %worker.id, problem, "a worker cannot be reached");
+                    self.doubt(worker.id);
+                }
             }
             tried.insert(worker.id);
         }
@@ -359,6 +384,7 @@ impl Following {
                 Outcome::Lost(problem) => problem,
             };
             tracing::warn!(worker = %lost, problem, "a worker was lost while it drew; another draws it again");
+            self.fleet.doubt(lost);
             match self.another(lost).await {
                 Some(next) => asked = next,
                 None => break,
@@ -433,6 +459,7 @@ mod tests {
                 ..LoadReport::default()
             },
             sent: Arc::default(),
+            others: waiting,
         }
     }
 

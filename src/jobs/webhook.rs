@@ -89,7 +89,7 @@ impl Webhooks {
             let event = format!("training.{}", ended.status.as_str());
             let data = self.describe.training(&ended);
             let told = message(ended.tenant, &ended.id.to_string(), &event, url, &data);
-            self.registry.add_delivery(&told).await?;
+            self.registry.tell_of_training(&told).await?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
-use sqlx::{AnyPool, Executor, Row};
+use sqlx::{AnyPool, Connection as _, Executor, Row};
 
 use super::pool::{Pool, answers};
 use super::{RegistryError, now};
@@ -97,6 +97,9 @@ pub(super) async fn open_sqlite(file: &Path) -> Result<AnyPool, RegistryError> {
     let pool = AnyPoolOptions::new()
         .max_connections(8)
         .acquire_timeout(BUSY * 2)
+        // SQLite ends a transaction by itself where the disk is full; the driver, whose rollback finds none then, would refuse
+        // to begin another for ever.
+        .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
         .after_connect(|connection, _| {
             Box::pin(async move {
                 // FULL: what was acknowledged survives a power cut too.
@@ -210,6 +213,30 @@ mod tests {
     fn names_of_locks_do_not_run_into_each_other() {
         assert_eq!(lock_number("blob", "ab"), lock_number("blob", "ab"));
         assert_ne!(lock_number("blob", "ab"), lock_number("blo", "bab"));
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_not_spoilt_by_a_disk_that_was_full() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = bounded(
+            Backend::Sqlite,
+            open_sqlite(&dir.path().join("coar.sqlite")).await.unwrap(),
+        );
+        sqlx::query("CREATE TABLE t (a BLOB)").execute(&pool).await.unwrap();
+        let write = async |limit: &'static str| {
+            let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await?;
+            sqlx::query(limit).execute(&mut *transaction).await?;
+            sqlx::query("INSERT INTO t VALUES (zeroblob(100000))")
+                .execute(&mut *transaction)
+                .await?;
+            transaction.commit().await
+        };
+        let full = write("PRAGMA max_page_count = 4").await.unwrap_err();
+        assert!(RegistryError::from(full).may_pass());
+        // More than once: it may have been another connection.
+        for _ in 0..9 {
+            write("PRAGMA max_page_count = 100000").await.unwrap();
+        }
     }
 
     #[tokio::test]

@@ -454,7 +454,7 @@ impl Registry {
             self.note_finished(&mut transaction, &ended.id).await?;
         }
         if let Some(delivery) = delivery {
-            insert_delivery(&mut transaction, delivery).await?;
+            insert_delivery(&mut transaction, delivery, self.lease_time().await?).await?;
         }
         transaction.commit().await?;
         Ok(true)
@@ -574,8 +574,7 @@ mod tests {
 
     use super::*;
     use crate::ids::ImageId;
-    use crate::registry::StoredImage;
-    use crate::registry::now;
+    use crate::registry::{StoredImage, now};
 
     fn new(background: bool) -> NewGeneration {
         NewGeneration {

@@ -145,8 +145,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::registry::now;
-    use crate::registry::{GenerationSettings, NewGeneration};
+    use crate::registry::{GenerationSettings, NewGeneration, now};
 
     #[tokio::test]
     async fn expired_pictures_are_forgotten_and_their_bytes_removed() {

@@ -57,8 +57,11 @@ fn delivery(row: &AnyRow) -> Result<Delivery, RegistryError> {
     })
 }
 
-pub(super) async fn insert_delivery(transaction: &mut Transaction, new: &NewDelivery) -> Result<(), RegistryError> {
-    let at = now();
+pub(super) async fn insert_delivery(
+    transaction: &mut Transaction,
+    new: &NewDelivery,
+    at: i64,
+) -> Result<(), RegistryError> {
     sqlx::query(
         "INSERT INTO webhook_deliveries (id, tenant_id, subject, event, url, body, status, next_at, created_at)
          VALUES ($1, $2, $3, $4, $5, $6, 'pending', 0, $7)",
@@ -81,8 +84,33 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn add_delivery(&self, new: &NewDelivery) -> Result<(), RegistryError> {
+        let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
-        insert_delivery(&mut transaction, new).await?;
+        insert_delivery(&mut transaction, new, at).await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    /// Stores what tells of a training's last end, unless another process has done so.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn tell_of_training(&self, new: &NewDelivery) -> Result<(), RegistryError> {
+        let at = self.lease_time().await?;
+        let mut transaction = self.write().await?;
+        self.hold_name(&mut transaction, "end of a training", &new.subject)
+            .await?;
+        let told = sqlx::query(
+            "SELECT d.id FROM webhook_deliveries d JOIN trainings t ON t.id = d.subject
+             WHERE d.subject = $1 AND d.event = $2 AND d.created_at >= t.finished_at LIMIT 1",
+        )
+        .bind(&new.subject)
+        .bind(&new.event)
+        .fetch_optional(&mut *transaction)
+        .await?;
+        if told.is_none() {
+            insert_delivery(&mut transaction, new, at).await?;
+        }
         transaction.commit().await?;
         Ok(())
     }
@@ -177,6 +205,41 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_a_training_is_told_once_whoever_sees_it() {
+        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let new = crate::registry::NewConcept {
+            webhook_url: Some("https://example.com/".to_owned()),
+            ..crate::registry::NewConcept::new("ink", crate::concept::ConceptKind::Style)
+        };
+        let spec = crate::training::TrainingSpec::preset(crate::training::Preset::Pocket, new.kind, "ink", None, 6);
+        registry.add_concept(TenantId::DEFAULT, &new, &spec).await.unwrap();
+        let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
+        registry.fail(&claimed, &serde_json::json!({}), false).await.unwrap();
+        let told = NewDelivery {
+            tenant: TenantId::DEFAULT,
+            subject: claimed.training.id.to_string(),
+            event: "training.failed".to_owned(),
+            url: "https://example.com/".to_owned(),
+            body: "{}".to_owned(),
+        };
+        assert_eq!(
+            registry.untold_trainings(Duration::from_secs(60)).await.unwrap().len(),
+            1
+        );
+        let both = tokio::join!(registry.tell_of_training(&told), registry.tell_of_training(&told));
+        both.0.unwrap();
+        both.1.unwrap();
+        assert_eq!(registry.claim_deliveries(8, Duration::ZERO).await.unwrap().len(), 1);
+        assert!(
+            registry
+                .untold_trainings(Duration::from_secs(60))
+                .await
+                .unwrap()
+                .is_empty()
+        );
+    }
 
     #[tokio::test]
     async fn a_delivery_keeps_its_id_over_all_attempts() {

@@ -327,11 +327,10 @@ def disk_full() -> dict:
                     acknowledged[answer.json["id"]] = answer.json
 
         draw(5)
-        with open(ballast, "wb") as file:
+        with open(ballast, "wb", buffering=0) as file:
             try:
                 while True:
                     file.write(b"x" * 4096)
-                    file.flush()
             except OSError:
                 pass
         draw(8)
@@ -373,14 +372,14 @@ def out_of_memory() -> dict:
         row = wait(lambda: trains(system, made["training"]["id"]), 120)
         victim = process_of(system, row["worker"])
         size = int(next(line for line in pathlib.Path(f"/proc/{victim.child.pid}/status").read_text().splitlines() if line.startswith("VmSize")).split()[1])
-        subprocess.run(["prlimit", "--pid", str(victim.child.pid), f"--as={size * 1024}"], check=True)
+        subprocess.run(["prlimit", "--pid", str(victim.child.pid), f"--as={size * 1024}:unlimited"], check=True)
         drawn = [client.send("POST", "/v1/generations", {"prompt": f"cat {n}", "n": 4}, {"Prefer": "wait=60", "Idempotency-Key": key()}).status for n in range(6)]
         time.sleep(5)
         how = victim.child.poll()
         if how is not None:
             victim.start()
         else:
-            subprocess.run(["prlimit", "--pid", str(victim.child.pid), "--as=unlimited"], check=True)
+            subprocess.run(["prlimit", "--pid", str(victim.child.pid), "--as=unlimited:unlimited"], check=True)
         wait(lambda: client.send("GET", "/v1/concepts/memory").json["status"] != "training", 240, 0.5)
         status = client.send("GET", "/v1/concepts/memory").json["status"]
         return {"the worker": "lives" if how is None else f"ended with {how}", "pictures": drawn, "the training": status, "broken rules": checks.always(system),

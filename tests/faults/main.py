@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -95,6 +96,8 @@ def watch(cluster, log: list) -> None:
 
 
 def main() -> int:
+    # A background process of a shell ignores it otherwise.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     seed, count = int(os.environ.get("SEED", "1")), int(os.environ.get("FAULTS", "200"))
     minutes = float(os.environ.get("MINUTES", "0"))
     folder = pathlib.Path(tempfile.mkdtemp(prefix="coar-faults-"))
@@ -111,7 +114,7 @@ def main() -> int:
         for number, fault in enumerate(choose(count, seed), 1):
             if minutes and time.monotonic() - begun > 60 * minutes:
                 break
-            time.sleep(context.random.uniform(0.2, 2))
+            time.sleep(context.random.uniform(0.1, 1))
             what = fault(context)
             if what.startswith(("SKIPPED", "no ")):
                 print(f"{number:4} {fault.__name__:20} {what}", flush=True)
@@ -125,6 +128,8 @@ def main() -> int:
                 problems += wrong
                 for line in wrong:
                     print(f"     WRONG  {line}", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: what was so far", flush=True)
     finally:
         load.finish()
     return report(cluster, load, results, problems, time.monotonic() - begun, seed)

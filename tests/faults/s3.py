@@ -148,10 +148,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 data, changed = file.read(), os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>", Content_Type="application/xml")
+        status, more, whole = 200, {}, len(data)
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(wanted[1]), min(int(wanted[2] or whole - 1), whole - 1)
+            if first > last:
+                return self.answer(416, Content_Range=f"bytes */{whole}")
+            status, data, more = 206, data[first:last + 1], {"Content_Range": f"bytes {first}-{last}/{whole}"}
         return self.answer(
-            200,
+            status,
             data,
-            ETag=f'"{hashlib.md5(data).hexdigest()}"',
+            **more,
+            ETag=f'"{key[-32:]}"',
             Last_Modified=stamp(changed, "%a, %d %b %Y %H:%M:%S GMT"),
             Content_Type="application/octet-stream",
         )
