@@ -298,7 +298,7 @@ mod tests {
             assert_eq!(status("GET", path, None).await, StatusCode::OK);
         }
         for path in ["/", "/v1/models", "/internal/v1/", "/internal/v1/generations/x"] {
-            assert_eq!(status("GET", path, None).await, StatusCode::UNAUTHORIZED, "{path}");
+            assert_eq!(status("GET", path, None).await, StatusCode::NOT_FOUND, "{path}");
         }
     }
 }
