@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits
+.PHONY: serve build test check contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -25,6 +25,15 @@ test: libtorch
 check: libtorch
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+
+# The registry's tests again on PostgreSQL and S3: servers of their own, ended afterwards. Says so and passes where there is no
+# PostgreSQL and none can be installed.
+contract: libtorch
+	./scripts/with-postgres.sh cargo test --lib registry
+
+# What an operator does, on real processes: backup, restore, restarts one by one, checksums, a tenant's removal.
+operations: libtorch
+	tests/operations/run.sh
 
 # The page in a real browser (chromium), screenshots in target/ui. Says so and passes where there is none.
 ui: libtorch
@@ -46,6 +55,10 @@ faults: libtorch
 # Single questions with a figure each, all of them or some: make limits QUESTIONS="lost_training sqlite_writers"
 limits: libtorch
 	tests/faults/run.sh $(or $(QUESTIONS),lost_training paused_worker handed_back sqlite_writers disk_full out_of_memory slow_clients registry)
+
+# Every parser of foreign bytes, for 20 seconds each (SECONDS=N): docs/fuzzing.md.
+fuzz-parsers: libtorch
+	fuzz/run.sh $(or $(SECONDS),20)
 
 # Every case of a golden directory, each with its largest difference: COAR_GOLDEN=DIR make golden
 golden: libtorch

@@ -12,11 +12,12 @@ missing() {
     exit
 }
 
-postgres_bin=$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | sort -V | tail -1 || true)
+newest() { find /usr/lib/postgresql -mindepth 2 -maxdepth 2 -name bin 2>/dev/null | sort -V | tail -1 || true; }
+postgres_bin=$(newest)
 if [ -z "$postgres_bin" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql) >/dev/null 2>&1 || true
-        postgres_bin=$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | sort -V | tail -1 || true)
+        postgres_bin=$(newest)
     fi
     [ -n "$postgres_bin" ] || missing "PostgreSQL is not installed (Debian: apt-get install postgresql)" "$@"
 fi

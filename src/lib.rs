@@ -25,6 +25,10 @@ pub mod error;
 pub mod eval;
 /// A fleet of workers on paper: a simulator fed with measured step times, and closed forms.
 pub mod fleet;
+/// Every parser of foreign bytes as a function of bytes, with what must hold of what it returns.
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 /// Typed identifiers.
 pub mod ids;
 /// The persistent job queue and its worker.

@@ -1,6 +1,8 @@
 //! Pictures in memory: foreign bytes are decoded under limits, pictures of ours are encoded.
 
 mod encode;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod header;
 mod xmp;
 

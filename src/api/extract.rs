@@ -90,7 +90,7 @@ impl Fields {
         bytes.map_err(|error| unread(&error, limit))
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self, Error> {
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let value: Value = serde_json::from_slice(bytes).map_err(|error| {
             Error::new(
                 ErrorKind::Invalid,

@@ -27,7 +27,7 @@ use mode::{LONGEST_WAIT, Mode, PreferHeader, mode};
 use object::{AnswerObject, CreateGeneration, GenerationObject, object, plan_object};
 use stream::streamed;
 
-mod mode;
+pub(super) mod mode;
 pub(super) mod object;
 mod stream;
 
@@ -42,7 +42,7 @@ pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
         .merge(limited)
 }
 
-fn read(mut fields: Fields) -> Result<GenerationInput, Error> {
+pub(super) fn read(mut fields: Fields) -> Result<GenerationInput, Error> {
     let input = GenerationInput {
         draw: drawing::input(&mut fields)?,
         metadata: fields.take("metadata"),

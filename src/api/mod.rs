@@ -8,6 +8,8 @@ mod describe;
 mod drawing;
 mod error;
 mod extract;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod generations;
 mod guard;
 mod health;

@@ -175,7 +175,7 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
     let file = PathBuf::from(concept);
     let bytes = match file.is_file() {
         true => std::fs::read(&file)?.into(),
-        false => read(&existing_registry(&data).await?, concept).await?,
+        false => read(&existing_registry(data).await?, concept).await?,
     };
     let parsed = ConceptFile::from_bytes(&bytes)?;
     let (header, tensors) = (&parsed.header, &parsed.tensors);

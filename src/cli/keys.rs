@@ -2,7 +2,7 @@
 
 use clap::Subcommand;
 
-use super::local::{DataArgs, block_on, storage};
+use super::local::{DataArgs, block_on, keep_files_private, storage};
 use crate::ids::KeyId;
 use crate::registry::{Page, Registry, now};
 use crate::service::{KeyRequest, Keys, Scopes};
@@ -44,6 +44,7 @@ pub(super) enum KeysCommand {
 
 impl KeysCommand {
     pub(super) fn run(self) -> anyhow::Result<()> {
+        keep_files_private();
         block_on(async {
             match self {
                 Self::Create {

@@ -71,6 +71,12 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
     Ok((service, engine))
 }
 
+/// From here on, files that the process makes are for its user alone: database, pictures and concepts are of people.
+pub(super) fn keep_files_private() {
+    // SAFETY: it only sets a number of the process.
+    unsafe { libc::umask(0o077) };
+}
+
 /// A service with a worker that trains what is queued, while this is held.
 pub(super) struct Workshop {
     pub service: Service,

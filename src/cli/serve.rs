@@ -3,6 +3,7 @@
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
+use super::local::keep_files_private;
 use crate::config::{Config, Role};
 
 /// Serve the HTTP API.
@@ -14,6 +15,7 @@ pub(super) struct ServeArgs {
 
 impl ServeArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
+        keep_files_private();
         let config = self.config;
         config.validate()?;
         for line in config.to_toml().lines() {

@@ -2,6 +2,8 @@
 
 mod api;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod sse;
 
 use std::time::Duration;

@@ -31,7 +31,7 @@ const EVENT_LIMIT: usize = 256 << 20;
 
 /// Bytes in, events out; bytes may be cut anywhere.
 #[derive(Debug, Default)]
-struct Parser {
+pub(super) struct Parser {
     /// Bytes of a line that has not ended.
     line: Vec<u8>,
     /// The last byte was a carriage return: a line feed after it belongs to it.
@@ -42,7 +42,7 @@ struct Parser {
 }
 
 impl Parser {
-    fn feed(&mut self, bytes: &[u8], events: &mut VecDeque<Event>) -> Result<(), ClientError> {
+    pub(super) fn feed(&mut self, bytes: &[u8], events: &mut VecDeque<Event>) -> Result<(), ClientError> {
         for piece in bytes.split_inclusive(|byte| matches!(byte, b'\n' | b'\r')) {
             let (rest, end) = match piece.split_last() {
                 Some((end @ (b'\n' | b'\r'), rest)) => (rest, Some(*end)),

@@ -55,13 +55,25 @@ struct Worker {
     report: LoadReport,
     /// Tokens that this process has sent there and that are not drawn yet.
     sent: Arc<AtomicU64>,
+    /// Tokens that wait there beyond those, as far as its last report tells: other processes'.
+    others: u64,
 }
 
-/// Tokens that are at a worker, until dropped.
+/// Tokens that are at a worker or on their way there, until dropped.
 #[derive(Debug)]
 struct Load {
     sent: Arc<AtomicU64>,
     tokens: u64,
+}
+
+impl Load {
+    fn new(worker: &Worker, tokens: u64) -> Self {
+        worker.sent.fetch_add(tokens, Ordering::Relaxed);
+        Self {
+            sent: worker.sent.clone(),
+            tokens,
+        }
+    }
 }
 
 impl Drop for Load {
@@ -111,7 +123,7 @@ fn choose<'a>(
     (rows, tokens): (usize, u64),
 ) -> Option<&'a Worker> {
     let workers: Vec<&Worker> = workers.collect();
-    let to_do = |worker: &Worker| worker.sent.load(Ordering::Relaxed).max(worker.report.waiting_tokens);
+    let to_do = |worker: &Worker| worker.sent.load(Ordering::Relaxed) + worker.others;
     let least = workers.iter().map(|worker| to_do(worker)).min()?;
     let hot = |worker: &Worker| {
         let known: HashSet<&str> = worker.report.hot.iter().map(String::as_str).collect();
@@ -205,19 +217,24 @@ impl Fleet {
                     tracing::debug!(worker = %process.id, model = model.id, "a worker has another model");
                     return None;
                 }
+                let sent = sent.get(&process.id).cloned().unwrap_or_default();
+                let report: LoadReport = serde_json::from_str(&process.load).unwrap_or_default();
                 Some(Worker {
                     id: process.id,
                     address: process.address.clone()?,
                     draining: process.draining,
-                    report: serde_json::from_str(&process.load).unwrap_or_default(),
-                    sent: sent.get(&process.id).cloned().unwrap_or_default(),
+                    others: report.waiting_tokens.saturating_sub(sent.load(Ordering::Relaxed)),
+                    report,
+                    sent,
                 })
             })
             .collect();
     }
 
-    fn pick(&self, order: &Order, tried: &HashSet<ProcessId>) -> Option<Worker> {
-        let workers = self.0.workers.read().unwrap_or_else(PoisonError::into_inner);
+    /// The worker that draws next. The order counts there from now on: others that ask at the same moment see it.
+    fn pick(&self, order: &Order, tried: &HashSet<ProcessId>) -> Option<(Worker, Load)> {
+        // Of several that choose at once each sees what those before it have chosen.
+        let workers = self.0.workers.write().unwrap_or_else(PoisonError::into_inner);
         let hashes: Vec<String> = order.concepts.iter().map(|concept| concept.hash.clone()).collect();
         let each = if order.settings.guidance_scale == 1.0 { 1 } else { 2 };
         let mut doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -228,9 +245,9 @@ impl Fleet {
         let sound = workers
             .iter()
             .filter(|worker| able(worker) && !doubts.contains_key(&worker.id));
-        choose(sound, &hashes, (rows, tokens(order)))
-            .or_else(|| choose(workers.iter().filter(able), &hashes, (rows, tokens(order))))
-            .cloned()
+        let worker = choose(sound, &hashes, (rows, tokens(order)))
+            .or_else(|| choose(workers.iter().filter(able), &hashes, (rows, tokens(order))))?;
+        Some((worker.clone(), Load::new(worker, tokens(order))))
     }
 
     fn doubt(&self, worker: ProcessId) {
@@ -248,16 +265,11 @@ impl Fleet {
     }
 
     /// Asks workers in turn until one accepts.
-    async fn ask(
-        &self,
-        path: &str,
-        order: &Order,
-        tried: &mut HashSet<ProcessId>,
-    ) -> Result<(Worker, Response), Error> {
+    async fn ask(&self, path: &str, order: &Order, tried: &mut HashSet<ProcessId>) -> Result<Asked, Error> {
         let mut last = None;
-        while let Some(worker) = self.pick(order, tried) {
+        while let Some((worker, load)) = self.pick(order, tried) {
             match self.post(&worker, path, order).await {
-                Ok(answer) if answer.status().is_success() => return Ok((worker, answer)),
+                Ok(answer) if answer.status().is_success() => return Ok(Asked { worker, load, answer }),
                 Ok(answer) => {
                     let error = match answer.json::<Refusal>().await {
                         Ok(refusal) => Error::from(refusal),
@@ -281,8 +293,8 @@ impl Fleet {
 
     /// What a generation costs.
     pub(super) async fn cost(&self, order: &Order) -> Result<Cost, Error> {
-        let (_, answer) = self.ask(super::worker::COST, order, &mut HashSet::new()).await?;
-        let quote: Quote = answer.json().await.map_err(Error::internal)?;
+        let asked = self.ask(super::worker::COST, order, &mut HashSet::new()).await?;
+        let quote: Quote = asked.answer.json().await.map_err(Error::internal)?;
         Ok(Cost {
             text: quote.text,
             image: quote.image,
@@ -292,7 +304,7 @@ impl Fleet {
     /// Lets a worker draw.
     pub(super) async fn start(&self, order: Arc<Order>) -> Result<RemoteStream, Error> {
         let mut tried = HashSet::new();
-        let (worker, answer) = self.ask(super::worker::GENERATE, &order, &mut tried).await?;
+        let asked = self.ask(super::worker::GENERATE, &order, &mut tried).await?;
         let (events, stream) = mpsc::channel(EVENTS);
         let cancel = CancellationToken::new();
         let following = Following {
@@ -304,7 +316,7 @@ impl Fleet {
         let stopped = cancel.clone();
         tokio::spawn(async move {
             tokio::select! {
-                () = following.run(worker, answer) => {}
+                () = following.run(asked) => {}
                 () = stopped.cancelled() => {}
             }
         });
@@ -348,6 +360,13 @@ enum Outcome {
     Lost(String),
 }
 
+/// A worker that has accepted, and its answer.
+struct Asked {
+    worker: Worker,
+    load: Load,
+    answer: Response,
+}
+
 struct Following {
     fleet: Fleet,
     order: Arc<Order>,
@@ -357,23 +376,24 @@ struct Following {
 
 impl Following {
     /// Passes events on; where a worker is lost, another draws the same pictures.
-    async fn run(mut self, mut worker: Worker, mut answer: Response) {
+    async fn run(mut self, mut asked: Asked) {
         for _ in 0..LOSSES {
-            let problem = match self.follow(&worker, answer).await {
+            let lost = asked.worker.id;
+            let problem = match self.follow(asked).await {
                 Outcome::Ended => return,
                 Outcome::Lost(problem) => problem,
             };
-            tracing::warn!(worker = %worker.id, problem, "a worker was lost while it drew; another draws it again");
-            self.fleet.doubt(worker.id);
-            match self.another(worker.id).await {
-                Some(next) => (worker, answer) = next,
+            tracing::warn!(worker = %lost, problem, "a worker was lost while it drew; another draws it again");
+            self.fleet.doubt(lost);
+            match self.another(lost).await {
+                Some(next) => asked = next,
                 None => break,
             }
         }
         let _ = self.events.send(GenerationEvent::Failed(EngineError::Lost)).await;
     }
 
-    async fn another(&self, lost: ProcessId) -> Option<(Worker, Response)> {
+    async fn another(&self, lost: ProcessId) -> Option<Asked> {
         let until = tokio::time::Instant::now() + PATIENCE;
         while tokio::time::Instant::now() < until {
             let mut tried = HashSet::from([lost]);
@@ -386,13 +406,12 @@ impl Following {
         None
     }
 
-    async fn follow(&mut self, worker: &Worker, mut answer: Response) -> Outcome {
-        let tokens = tokens(&self.order);
-        worker.sent.fetch_add(tokens, Ordering::Relaxed);
-        let _load = Load {
-            sent: worker.sent.clone(),
-            tokens,
-        };
+    async fn follow(&mut self, asked: Asked) -> Outcome {
+        let Asked {
+            load: _load,
+            mut answer,
+            ..
+        } = asked;
         let mut decoder = Decoder::default();
         loop {
             let piece = match tokio::time::timeout(SILENCE, answer.chunk()).await {
@@ -440,6 +459,7 @@ mod tests {
                 ..LoadReport::default()
             },
             sent: Arc::default(),
+            others: waiting,
         }
     }
 

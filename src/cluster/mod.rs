@@ -2,6 +2,8 @@
 //! means does not change: the same request gives the same pictures, and the same events in between.
 
 mod fleet;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod member;
 mod wire;
 mod worker;

@@ -97,7 +97,7 @@ pub fn worker_router(state: WorkerState) -> Router {
     Router::new()
         .route(COST, post(cost))
         .route(GENERATE, post(generate))
-        .layer(from_fn_with_state(state.clone(), known))
+        .route_layer(from_fn_with_state(state.clone(), known))
         .route("/livez", get(async || Json(serde_json::json!({"status": "live"}))))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
@@ -216,6 +216,10 @@ async fn generate(State(state): State<WorkerState>, Json(order): Json<Order>) ->
 
 #[cfg(test)]
 mod tests {
+    use axum::extract::connect_info::MockConnectInfo;
+    use axum::http::Request;
+    use tower::ServiceExt as _;
+
     use super::*;
 
     #[test]
@@ -224,5 +228,77 @@ mod tests {
         assert_eq!(token.len(), 64);
         assert_ne!(token, worker_token("Secret"));
         assert!(!token.contains("secret"));
+    }
+
+    async fn status(method: &str, path: &str, token: Option<&str>) -> StatusCode {
+        let peer = SocketAddr::from(([127, 0, 0, 1], 9));
+        let router = worker_router(WorkerState::new(&worker_token("secret"), false)).layer(MockConnectInfo(peer));
+        let mut request = Request::builder().method(method).uri(path);
+        if let Some(token) = token {
+            request = request.header(header::AUTHORIZATION, token);
+        }
+        let request = request.header(header::CONTENT_TYPE, "application/json");
+        let order = r#"{"tenant":"tenant_00000000000000000000000000000000","prompt":"a","settings":{},"concepts":[]}"#;
+        let response = router.oneshot(request.body(Body::from(order)).unwrap()).await.unwrap();
+        response.status()
+    }
+
+    #[tokio::test]
+    async fn metrics_are_for_loopback_unless_they_are_opened() {
+        let token = format!("Bearer {}", worker_token("secret"));
+        for (peer, open, authorization, expected) in [
+            ([127, 0, 0, 1], false, "", StatusCode::OK),
+            ([10, 0, 0, 7], false, "", StatusCode::UNAUTHORIZED),
+            ([10, 0, 0, 7], false, token.as_str(), StatusCode::OK),
+            ([10, 0, 0, 7], true, "", StatusCode::OK),
+        ] {
+            let state = WorkerState::new(&worker_token("secret"), open);
+            let router = worker_router(state).layer(MockConnectInfo(SocketAddr::from((peer, 9))));
+            let request = Request::get("/metrics").header(header::AUTHORIZATION, authorization);
+            let response = router.oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+            assert_eq!(response.status(), expected, "{peer:?} {open}");
+        }
+    }
+
+    #[tokio::test]
+    async fn without_the_token_only_health_and_metrics_answer() {
+        let right = format!("Bearer {}", worker_token("secret"));
+        let cut = &right[..right.len() - 1];
+        for path in [COST, GENERATE] {
+            for wrong in [
+                None,
+                Some(""),
+                Some("Bearer"),
+                Some("Bearer "),
+                Some("Bearer secret"),
+                Some(&*format!("Bearer {}", worker_token("Secret"))),
+                Some(cut),
+                Some(&*format!("{right}0")),
+                Some(&*right.replace("Bearer", "Basic")),
+            ] {
+                assert_eq!(
+                    status("POST", path, wrong).await,
+                    StatusCode::UNAUTHORIZED,
+                    "{path} {wrong:?}"
+                );
+            }
+            // Beyond the door the order is looked at.
+            assert_ne!(status("POST", path, Some(&right)).await, StatusCode::UNAUTHORIZED);
+        }
+        // A worker that has no secret lets nobody in, instead of everybody.
+        let open = worker_router(WorkerState::new("", false));
+        let request = Request::post(COST)
+            .header(header::AUTHORIZATION, "Bearer ")
+            .body(Body::empty());
+        assert_eq!(
+            open.oneshot(request.unwrap()).await.unwrap().status(),
+            StatusCode::UNAUTHORIZED
+        );
+        for path in ["/livez", "/metrics"] {
+            assert_eq!(status("GET", path, None).await, StatusCode::OK);
+        }
+        for path in ["/", "/v1/models", "/internal/v1/", "/internal/v1/generations/x"] {
+            assert_eq!(status("GET", path, None).await, StatusCode::NOT_FOUND, "{path}");
+        }
     }
 }

@@ -41,7 +41,7 @@ impl Drawing {
         self.done += 1;
         if self.done < self.codes {
             let (count, columns) = (self.request.count, (self.request.width / 16).max(1));
-            if self.done % columns == 0 {
+            if self.done.is_multiple_of(columns) {
                 let _ = self.events.try_send(GenerationEvent::Progress {
                     done: self.done * count,
                     total: self.codes * count,

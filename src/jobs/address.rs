@@ -198,6 +198,33 @@ mod tests {
             "http://[::ffff:10.0.0.1]/",
             "http://[64:ff9b::a00:1]/",
             "http://169.254.169.254/latest",
+            // The same host in the other ways that a URL may be written.
+            "http://127.0.0.1./",
+            "http://0/",
+            "http://127.1/",
+            "http://017700000001/",
+            "http://0x7f000001/",
+            "http://0xa9fea9fe/latest",
+            "http://[::ffff:7f00:1]/",
+            "http://[::127.0.0.1]/",
+            "http://[0:0:0:0:0:0:0:1]/",
+            "http://[2002:7f00:1::]/",
+            "http://[2001:0:7f00:1::]/",
+            "http://[64:ff9b::169.254.169.254]/",
+            "http://%31%32%37.0.0.1/",
+            "http://127\u{3002}0\u{3002}0\u{3002}1/",
+            "http://\u{ff11}\u{ff12}\u{ff17}.0.0.1/",
+            "http:\\\\127.0.0.1\\",
+            "http:127.0.0.1",
+            "http:///127.0.0.1/",
+            "http://example.com@127.0.0.1/",
+            "http://127.0.0.1#@example.com/",
+            "http://127.0.0.1\\@example.com/",
+            "http://:word@example.com/",
+            "http://example.com:22/",
+            "http://[::1%25lo]/",
+            "http://1.1.1.1.1/",
+            "http://256.1.1.1/",
         ] {
             assert!(STRICT.check(bad).is_err(), "{bad}");
         }
@@ -208,6 +235,13 @@ mod tests {
         ] {
             assert!(STRICT.check(good).is_ok(), "{good}");
         }
+        // What could end a line of the request is no part of an address any more.
+        let split = STRICT
+            .check("http://example.com/\r\nX-Injected: 1?a=\r\nHost: b#\n")
+            .unwrap();
+        assert!(!split.as_str().contains(['\r', '\n', ' ']), "{split}");
+        let split = STRICT.check("http://example.com/%0d%0aX-Injected:%201").unwrap();
+        assert_eq!(split.path(), "/%0d%0aX-Injected:%201");
         assert!(OPEN.check("http://127.0.0.1:9000/").is_ok());
         assert!(OPEN.check("gopher://127.0.0.1:9000/").is_err());
     }

@@ -240,7 +240,7 @@ async fn attempt(client: &Client, policy: AddressPolicy, delivery: &Delivery) ->
         .header("webhook-timestamp", timestamp)
         .header("webhook-signature", signature)
         .body(delivery.body.clone());
-    let answer = request.send().await.map_err(|error| described(&error))?;
+    let answer = request.send().await.map_err(|error| described(&error.without_url()))?;
     let status = answer.status().as_u16();
     read(answer).await;
     Ok(status)
@@ -257,7 +257,8 @@ async fn read(mut answer: Response) {
     }
 }
 
-/// An error with its causes; reqwest's own sentence leaves them out.
+/// An error with its causes; reqwest's own sentence leaves them out. Addresses may hold secrets of their receivers: the
+/// error comes without.
 fn described(error: &reqwest::Error) -> String {
     let causes = std::iter::successors(Some(error as &dyn std::error::Error), |cause| cause.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")

@@ -1,6 +1,7 @@
 //! Text tokens, image codes and special ids of a checkpoint's vocabulary, always found by name.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use tch::{Device, Tensor};
@@ -245,6 +246,15 @@ pub fn image_codes(names: &BTreeMap<String, i64>) -> Result<(Vec<i64>, BTreeMap<
     Ok((by_code.into_values().collect(), back))
 }
 
+/// The crate panics on some files that it cannot use, and on some texts with files that make no sense; that is an error
+/// like its others.
+fn tokenized<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(_) => Err("the tokenizer's reader gave up".to_owned()),
+    }
+}
+
 /// The checkpoint's own tokenizer file.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
@@ -273,7 +283,7 @@ impl TextTokenizer {
     /// # Errors
     /// When the bytes are not a tokenizer.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, ModelError> {
-        let tokenizer = Tokenizer::from_bytes(bytes)
+        let tokenizer = tokenized(|| Tokenizer::from_bytes(bytes))
             .map_err(|error| ModelError::invalid("tokenizer", format!("cannot be read: {error}")))?;
         Ok(Self { tokenizer })
     }
@@ -292,9 +302,7 @@ impl TextTokenizer {
     /// # Errors
     /// When the tokenizer's own patterns fail on the text.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>, ModelError> {
-        let encoding = self
-            .tokenizer
-            .encode(text, false)
+        let encoding = tokenized(|| self.tokenizer.encode(text, false))
             .map_err(|error| ModelError::invalid("prompt", format!("cannot be tokenised: {error}")))?;
         Ok(encoding.get_ids().iter().map(|&id| i64::from(id)).collect())
     }
@@ -433,6 +441,14 @@ mod tests {
             .chain(specials)
             .map(|(name, id)| (name.to_owned(), id))
             .collect()
+    }
+
+    #[test]
+    fn a_file_that_makes_the_reader_panic_is_an_error() {
+        let file = r#"{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null,
+            "post_processor": null, "decoder": 7, "model": {"type": "BPE", "vocab": {}, "merges": []}}"#;
+        let error = TextTokenizer::from_bytes(file.as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("cannot be read"), "{error}");
     }
 
     #[test]

@@ -124,11 +124,13 @@ fn webp(bytes: &[u8]) -> Option<Header> {
     };
     let declared = (le(bytes, 4, 4)? as usize).saturating_add(8);
     header.complete = bytes.len() >= declared;
-    webp_chunks(bytes, 12, bytes.len(), &mut header);
+    webp_chunks(bytes, 12, true, &mut header);
     (header.width > 0).then_some(header)
 }
 
-fn webp_chunks(bytes: &[u8], mut at: usize, end: usize, header: &mut Header) {
+/// Frames of an animation hold chunks of their own, which hold none: only the `outermost` are looked into, however a file
+/// nests them, so that it cannot use up the stack.
+fn webp_chunks(bytes: &[u8], mut at: usize, outermost: bool, header: &mut Header) {
     while let (Some(name), Some(size)) = (bytes.get(at..at + 4), le(bytes, at + 4, 4)) {
         let data = at + 8;
         let sides = match name {
@@ -140,10 +142,10 @@ fn webp_chunks(bytes: &[u8], mut at: usize, end: usize, header: &mut Header) {
                 .map(|(w, h)| (w & 0x3fff, h & 0x3fff)),
             b"VP8L" => le(bytes, data + 1, 4).map(|bits| ((bits & 0x3fff) + 1, (bits >> 14 & 0x3fff) + 1)),
             b"ANMF" => {
-                // 16 bytes of frame placement, then the frame's own chunks; they do not nest further.
-                let inner = data.saturating_add(size as usize).min(end);
-                if at < 1 << 30 && data + 16 <= inner && end == bytes.len() {
-                    webp_chunks(&bytes[..inner], data + 16, inner, header);
+                // 16 bytes of frame placement, then the frame's own chunks.
+                let inner = data.saturating_add(size as usize).min(bytes.len());
+                if outermost && data + 16 <= inner {
+                    webp_chunks(&bytes[..inner], data + 16, false, header);
                 }
                 le(bytes, data + 6, 3)
                     .zip(le(bytes, data + 9, 3))

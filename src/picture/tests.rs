@@ -211,6 +211,23 @@ fn a_webp_canvas_does_not_hide_a_larger_frame() {
 }
 
 #[test]
+fn frames_within_frames_do_not_use_up_the_stack() {
+    let frame = |size: usize| [&b"ANMF"[..], &(size as u32).to_le_bytes(), &[0; 16]].concat();
+    let depth = 200_000;
+    let mut file = [&b"RIFF"[..], &(24 * depth as u32 + 4).to_le_bytes(), b"WEBP"].concat();
+    for level in 0..depth {
+        file.extend(frame(24 * (depth - level) - 8));
+    }
+    // On a thread like those that decode uploads.
+    let refused = std::thread::Builder::new()
+        .stack_size(2 << 20)
+        .spawn(move || decode(&file).unwrap_err())
+        .unwrap()
+        .join();
+    assert!(refused.is_ok());
+}
+
+#[test]
 fn other_bytes_are_not_a_picture() {
     for bytes in [&b""[..], b"GIF89a......", b"<svg/>", b"\x89PNG", &[0xff, 0xd8]] {
         assert_eq!(decode(bytes), Err(PictureError::UnknownFormat));

@@ -68,7 +68,7 @@ impl Blobs {
     /// # Errors
     /// When the folder cannot be created.
     pub fn open(dir: &Path) -> Result<Self, BlobError> {
-        std::fs::create_dir_all(dir).map_err(|error| BlobError::File(dir.display().to_string(), error))?;
+        super::create_private_dir(dir).map_err(|error| BlobError::File(dir.display().to_string(), error))?;
         let store = LocalFileSystem::new_with_prefix(dir)?
             .with_automatic_cleanup(true)
             .with_fsync(true);

@@ -200,6 +200,15 @@ impl Registry {
     }
 }
 
+/// A folder with those above it; what is made is for its owner alone. One that is there keeps its permissions.
+///
+/// # Errors
+/// When it cannot be made.
+pub(crate) fn create_private_dir(dir: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
+}
+
 /// Marks a data folder as in use by this process, until dropped or the process ends, however it ends.
 #[derive(Debug)]
 pub struct DataLock {
@@ -211,7 +220,7 @@ impl DataLock {
     /// When another server holds it.
     pub fn take(dir: &Path) -> Result<Self, RegistryError> {
         let fault = |error| RegistryError::File(dir.display().to_string(), error);
-        std::fs::create_dir_all(dir).map_err(fault)?;
+        create_private_dir(dir).map_err(fault)?;
         let file = std::fs::File::create(dir.join("server.lock")).map_err(fault)?;
         match file.try_lock() {
             Ok(()) => Ok(Self { _file: file }),

@@ -111,7 +111,7 @@ impl Registry {
         let file = |error| RegistryError::File(storage.data.display().to_string(), error);
         let (backend, pool, gate) = match &storage.database {
             None => {
-                std::fs::create_dir_all(&storage.data).map_err(file)?;
+                super::create_private_dir(&storage.data).map_err(file)?;
                 let pool = db::open_sqlite(&storage.data.join("coar.sqlite")).await?;
                 sqlx::migrate!("migrations/sqlite").run(&pool).await?;
                 (Backend::Sqlite, pool, Gate::Process(Arc::default()))

@@ -183,3 +183,58 @@ fn equal_inputs_have_equal_fingerprints_whatever_the_name() {
     };
     assert_ne!(rex, input_fingerprint(&pictures, &longer).unwrap());
 }
+
+#[tokio::test]
+async fn a_database_of_0002_goes_on_with_what_was_queued_and_running() {
+    let dir = tempfile::tempdir().unwrap();
+    let ids: Vec<crate::ids::GenerationId> = (0..3).map(|_| crate::ids::GenerationId::new()).collect();
+    {
+        let pool = db::open_sqlite(&dir.path().join("coar.sqlite")).await.unwrap();
+        let mut earlier = sqlx::migrate!("migrations/sqlite");
+        earlier.migrations = earlier.iter().take(2).cloned().collect::<Vec<_>>().into();
+        earlier.run(&pool).await.unwrap();
+        let settings = serde_json::json!({
+            "n": 1, "width": 96, "height": 96, "seed": 1, "first_index": 0, "guidance_scale": 2.0, "temperature": 1.0,
+            "top_k": 20, "identity_mask": true, "output_format": "png", "output_compression": 100, "partial_images": 0,
+        });
+        for (id, status, background) in [(ids[0], "queued", 1), (ids[1], "running", 1), (ids[2], "running", 0)] {
+            sqlx::query(
+                "INSERT INTO generations (id, tenant_id, status, background, prompt, request, total, attempt, created_at)
+                 VALUES ($1, $2, $3, $4, 'a cat', $5, 36, 1, 1000)",
+            )
+            .bind(id.to_string())
+            .bind(TenantId::DEFAULT.to_string())
+            .bind(status)
+            .bind(background)
+            .bind(settings.to_string())
+            .execute(&pool)
+            .await
+            .unwrap();
+        }
+        sqlx::query(
+            "INSERT INTO idempotency_keys (tenant_id, key, fingerprint, created_at, expires_at) VALUES ($1, 'k', 'f', 1, 2)",
+        )
+        .bind(TenantId::DEFAULT.to_string())
+        .execute(&pool)
+        .await
+        .unwrap();
+        pool.close().await;
+    }
+    let registry = Registry::open(dir.path()).await.unwrap();
+    // Nobody waits any more for the third; the second is drawn again, with the first.
+    let lost = registry.left_generations().await.unwrap();
+    assert_eq!(lost.iter().map(|left| left.id).collect::<Vec<_>>(), [ids[2]]);
+    let mut taken = vec![];
+    while let Some(next) = registry.claim_generation().await.unwrap() {
+        taken.push((next.id, next.attempt, next.new.priority));
+    }
+    assert_eq!(taken, [(ids[0], 1, 0), (ids[1], 1, 0)]);
+    assert_eq!(registry.release_keys().await.unwrap(), 1);
+    // A program that knows less than the database asks for says so, and changes nothing.
+    sqlx::query("UPDATE settings SET value = '99' WHERE key = 'schema_requires'")
+        .execute(&registry.pool)
+        .await
+        .unwrap();
+    let refused = Registry::open(dir.path()).await;
+    assert!(matches!(refused, Err(RegistryError::Newer(schema)) if schema == "99"));
+}

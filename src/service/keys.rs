@@ -307,6 +307,40 @@ mod tests {
         assert_eq!(keys.create(nobody).await.unwrap_err().code, "tenant_not_found");
     }
 
+    /// Half of the wrong keys differ in their first secret character, half in their last: were texts or hashes compared
+    /// byte by byte, a guess with more that is right would take longer. Bounds are wide, for a loaded machine.
+    #[tokio::test]
+    async fn a_wrong_key_takes_as_long_wherever_it_is_wrong() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::new(Registry::open(dir.path()).await.unwrap());
+        keys.tenant_or_new("acme").await.unwrap();
+        let request = KeyRequest {
+            tenant: "acme".into(),
+            scopes: "read".parse().unwrap(),
+            ..KeyRequest::default()
+        };
+        let text = keys.create(request).await.unwrap().text;
+        let other = |at: usize| {
+            let mut wrong = text.clone().into_bytes();
+            wrong[at] = if wrong[at] == b'A' { b'B' } else { b'A' };
+            String::from_utf8(wrong).unwrap()
+        };
+        let wrong = [other(5 + PUBLIC + 1), other(text.len() - 1)];
+        let mut times = [vec![], vec![]];
+        for _ in 0..4000 {
+            for (wrong, times) in wrong.iter().zip(&mut times) {
+                let begun = Instant::now();
+                assert!(keys.authenticate(Some(wrong)).await.is_err());
+                times.push(begun.elapsed());
+            }
+        }
+        let [first, last] = times.map(|mut times| {
+            times.sort();
+            times[times.len() / 2].as_secs_f64()
+        });
+        assert!((0.7..1.4).contains(&(first / last)), "{first} {last}");
+    }
+
     #[test]
     fn an_expired_key_is_not_valid() {
         let key = ApiKey {

@@ -163,6 +163,9 @@ mod tests {
             check(&Links::new("other", Duration::from_secs(60)), &path),
             Err("image_not_found")
         );
+        // What callers see signed is another secret than the one between processes.
+        let signature = path.rsplit('=').next().unwrap();
+        assert_ne!(signature, crate::cluster::worker_token("secret"));
         let old = image(now() - 61_000);
         assert_eq!(check(&links, &links.path(&old)), Err("address_expired"));
     }

@@ -2,6 +2,8 @@
 
 mod concepts;
 mod facts;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod generate;
 mod generations;
 mod keys;

@@ -1,5 +1,6 @@
 """The system under test: PostgreSQL, an S3 server, API processes and workers as real processes, a proxy on every link between them."""
 
+import atexit
 import glob
 import json
 import os
@@ -185,6 +186,7 @@ class Cluster:
     def __init__(self, folder: pathlib.Path, more_api=(), more_worker=(), apis=2, workers=2):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.network = folder, Network()
+        self.apis, self.workers = [], []
         count = 2 + 4 * (apis + workers)
         ports = free_ports(count)
         take = ports.pop
@@ -195,6 +197,8 @@ class Cluster:
         self.s3 = Process("s3", folder, ["python3", str(HERE / "s3.py"), str(folder / "s3"), str(s3_port)])
         self.s3.port = s3_port
         self.s3.start()
+        # Nothing is left running, however this ends.
+        atexit.register(self.stop)
         wait_for_port(s3_port)
         self.links: dict = {}
         self.direct = self.environment(self.postgres.port, s3_port)
@@ -202,7 +206,6 @@ class Cluster:
             tenant: run(["keys", "create", "--tenant", tenant, "--scopes", "read,generate,train"], self.direct)
             for tenant in ("north", "south")
         }
-        self.apis, self.workers = [], []
         for index in range(workers):
             name, port, via = f"worker{index + 1}", take(), take()
             env = self.linked(name, take(), take())

@@ -35,6 +35,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("client", &[]),
     ("fleet", &[]),
+    (
+        "fuzzing",
+        &["api", "service", "jobs", "cluster", "client", "concept", "model"],
+    ),
     ("error", &[]),
     ("ids", &[]),
     ("telemetry", &[]),
@@ -42,7 +46,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 const EVERYWHERE: &[&str] = &["config", "error", "ids", "telemetry", "picture"];
 /// Rooms that may name libtorch.
-const TENSORS: &[&str] = &["model", "concept", "training", "engine", "pocket", "eval", "cli"];
+const TENSORS: &[&str] = &[
+    "model", "concept", "training", "engine", "pocket", "eval", "cli", "fuzzing",
+];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(dir).unwrap() {

@@ -5,5 +5,6 @@ mod architecture;
 mod engine;
 mod golden;
 mod model;
+mod security;
 mod support;
 mod training;

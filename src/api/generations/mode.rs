@@ -4,11 +4,11 @@ use axum::http::{HeaderMap, HeaderName, header};
 use utoipa::IntoParams;
 
 /// The longest time that a request waits for a generation.
-pub(super) const LONGEST_WAIT: u64 = 60;
+pub(in crate::api) const LONGEST_WAIT: u64 = 60;
 
 /// How a caller wants to be answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(in crate::api) enum Mode {
     /// When it has ended, at the latest after so many seconds.
     Wait(u64),
     Async,
@@ -17,7 +17,7 @@ pub(super) enum Mode {
 
 /// `Accept: text/event-stream` wins; then `Prefer` (RFC 7240): `respond-async`, `wait=N`. What cannot be read of a
 /// preference is ignored.
-pub(super) fn mode(headers: &HeaderMap) -> Mode {
+pub(in crate::api) fn mode(headers: &HeaderMap) -> Mode {
     let values = |name| headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
     if values(header::ACCEPT).any(|accepted| accepted.contains("text/event-stream")) {
         return Mode::Stream;

@@ -109,6 +109,27 @@ fn open_shard(file: &Path, index: usize) -> Result<(Shard, BTreeMap<String, Entr
     ))
 }
 
+/// The text of `model.safetensors.index.json`: names of tensors by the file of the same folder that holds them.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn index_of(text: &str) -> Result<BTreeMap<String, Vec<String>>, String> {
+    let parsed: serde_json::Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let weight_map = parsed
+        .get("weight_map")
+        .and_then(serde_json::Value::as_object)
+        .ok_or("lacks `weight_map`")?;
+    let mut by_shard: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (tensor, shard) in weight_map {
+        let shard = shard
+            .as_str()
+            .filter(|name| !name.contains(['/', '\\', '\0']) && !matches!(*name, "" | "." | ".."))
+            .ok_or_else(|| format!("gives no plain file name for `{tensor}`"))?;
+        by_shard.entry(shard.to_owned()).or_default().push(tensor.clone());
+    }
+    Ok(by_shard)
+}
+
 /// libtorch's own limit.
 const MOST_DIMENSIONS: usize = 64;
 
@@ -130,19 +151,7 @@ impl Checkpoint {
             return Self::open_file(&single, target);
         }
         let text = std::fs::read_to_string(&index).map_err(|error| ModelError::file(&index, error))?;
-        let parsed: serde_json::Value = serde_json::from_str(&text).map_err(|error| ModelError::file(&index, error))?;
-        let weight_map = parsed
-            .get("weight_map")
-            .and_then(serde_json::Value::as_object)
-            .ok_or_else(|| ModelError::file(&index, "lacks `weight_map`"))?;
-        let mut by_shard: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for (tensor, shard) in weight_map {
-            let shard = shard
-                .as_str()
-                .filter(|name| !name.contains(['/', '\\']))
-                .ok_or_else(|| ModelError::file(&index, format!("gives no plain file name for `{tensor}`")))?;
-            by_shard.entry(shard).or_default().push(tensor);
-        }
+        let by_shard = index_of(&text).map_err(|problem| ModelError::file(&index, problem))?;
         let mut checkpoint = Self {
             shards: vec![],
             entries: BTreeMap::new(),
@@ -150,7 +159,7 @@ impl Checkpoint {
             root: dir.to_owned(),
         };
         for (shard, tensors) in by_shard {
-            let file = dir.join(shard);
+            let file = dir.join(&shard);
             if !file.exists() {
                 let problem = format!("is missing; the index says that it holds {} tensors", tensors.len());
                 return Err(ModelError::file(&file, problem));
@@ -159,10 +168,10 @@ impl Checkpoint {
             checkpoint.shards.push(opened);
             // Only what the index names: it decides where two shards hold the same tensor.
             for tensor in tensors.into_iter().filter(|tensor| !tensor.starts_with(IGNORED)) {
-                let Some((name, entry)) = entries.remove_entry(tensor) else {
+                let Some((name, entry)) = entries.remove_entry(&tensor) else {
                     return Err(ModelError::Tensor {
                         file,
-                        tensor: tensor.to_owned(),
+                        tensor,
                         problem: "is missing; the index says that it is here".to_owned(),
                     });
                 };

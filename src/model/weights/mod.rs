@@ -2,7 +2,7 @@ mod checkpoint;
 /// PyTorch checkpoints, read without executing anything.
 pub mod pickle;
 
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, index_of};
 use tch::{Device, Kind, Tensor};
 
 use super::ModelError;

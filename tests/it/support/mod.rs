@@ -22,11 +22,17 @@ pub struct TestApp {
     pub client: reqwest::Client,
     /// Flags beside the usual ones.
     flags: Vec<String>,
+    /// What is logged, into `server.log` of the folder.
+    level: &'static str,
     /// Sent as `Authorization: Bearer` where there is one.
     pub key: Option<String>,
 }
 
-fn launch(dir: &std::path::Path, flags: &[String]) -> (Child, String) {
+fn launch(dir: &std::path::Path, flags: &[String], level: &str) -> (Child, String) {
+    let log = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(dir.join("server.log"));
     let mut child = Command::new(env!("CARGO_BIN_EXE_coar"))
         .args([
             "serve",
@@ -41,7 +47,8 @@ fn launch(dir: &std::path::Path, flags: &[String]) -> (Child, String) {
         .arg(dir.join("data"))
         .args(flags)
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        .env("COAR_LOG", level)
+        .stderr(log.expect("the folder can be written"))
         .spawn()
         .expect("the server starts");
     let mut line = String::new();
@@ -63,16 +70,22 @@ impl TestApp {
 
     /// With more flags.
     pub async fn start_with(flags: &[&str]) -> Self {
+        Self::start_logging("warn", flags).await
+    }
+
+    /// With more flags, and more in the log.
+    pub async fn start_logging(level: &'static str, flags: &[&str]) -> Self {
         coar::client::install_tls();
         let dir = tempfile::tempdir().unwrap();
         let flags: Vec<_> = flags.iter().map(ToString::to_string).collect();
-        let (child, url) = launch(dir.path(), &flags);
+        let (child, url) = launch(dir.path(), &flags, level);
         let app = Self {
             child,
             url,
             dir,
             client: reqwest::Client::new(),
             flags,
+            level,
             key: None,
         };
         app.until_ready().await;
@@ -102,7 +115,7 @@ impl TestApp {
     pub async fn kill_nine_and_restart(&mut self) {
         self.child.kill().expect("SIGKILL is delivered");
         self.child.wait().unwrap();
-        (self.child, self.url) = launch(self.dir.path(), &self.flags);
+        (self.child, self.url) = launch(self.dir.path(), &self.flags, self.level);
         self.until_ready().await;
     }
 
@@ -111,9 +124,24 @@ impl TestApp {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
         let clean = self.child.wait().unwrap().success();
-        (self.child, self.url) = launch(self.dir.path(), &self.flags);
+        (self.child, self.url) = launch(self.dir.path(), &self.flags, self.level);
         self.until_ready().await;
         clean
+    }
+
+    /// SIGTERM, and waits for the end; what the server has logged.
+    pub fn terminate_and_read_log(&mut self) -> String {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        self.child.wait().unwrap();
+        std::fs::read_to_string(self.dir.path().join("server.log")).unwrap()
+    }
+
+    /// Memory of the server at its highest so far, in bytes.
+    pub fn most_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
     /// A request with the key, if there is one.

@@ -6,8 +6,11 @@ use std::rc::Rc;
 
 use safetensors::tensor::Dtype;
 
-/// The most operations, and so the most values, of one pickle.
-const OPERATION_LIMIT: usize = 8_000_000;
+/// The most operations, and so the most values, of one pickle; the real file's has 20 thousand.
+const OPERATION_LIMIT: usize = 2_000_000;
+/// The most bytes that are copied from one value into another: a few operations can ask for the same long list or name
+/// again and again.
+const COPY_LIMIT: usize = 32 << 20;
 /// The longest name of a function or class.
 const NAME_LIMIT: usize = 4096;
 
@@ -23,7 +26,7 @@ pub(super) enum Value {
 
 #[derive(Debug)]
 enum Object {
-    Text(String),
+    Text(Rc<str>),
     /// Integers beyond i64, as written.
     Long(Vec<u8>),
     Bytes,
@@ -41,7 +44,7 @@ enum Object {
 /// A storage by its key.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct StorageRef {
-    pub key: String,
+    pub key: Rc<str>,
     pub dtype: Dtype,
     pub numel: i64,
 }
@@ -55,11 +58,16 @@ pub(super) struct TensorRef {
     pub strides: Vec<i64>,
 }
 
+/// A tensor with its name in a dictionary.
+pub(super) type NamedTensor = (Rc<str>, Rc<TensorRef>);
+
 pub(super) struct Machine {
     objects: Vec<Object>,
     stack: Vec<Value>,
     marks: Vec<usize>,
     memo: std::collections::HashMap<u64, Value>,
+    /// Bytes that were copied between values.
+    copied: usize,
 }
 
 type Fault = String;
@@ -124,6 +132,7 @@ impl Machine {
             stack: vec![],
             marks: vec![],
             memo: Default::default(),
+            copied: 0,
         };
         for _ in 0..OPERATION_LIMIT {
             let [operation] = bytes::<1>(input)?;
@@ -272,10 +281,13 @@ impl Machine {
             }
             0x93 => {
                 let parts = self.take(2)?;
-                let name = format!("{}.{}", self.as_text(parts[0])?, self.as_text(parts[1])?);
-                if name.len() > NAME_LIMIT {
+                let (module, name) = (self.as_text(parts[0])?, self.as_text(parts[1])?);
+                let length = module.len() + 1 + name.len();
+                if length > NAME_LIMIT {
                     return Err("a name in the pickle is too long".to_owned());
                 }
+                let name = format!("{module}.{name}");
+                self.copy(length)?;
                 self.push(Object::Global(name.into()));
             }
             // Old-style classes: built by a call like any other.
@@ -315,6 +327,15 @@ impl Machine {
         Ok(())
     }
 
+    /// Counts bytes that are copied from one value into another.
+    fn copy(&mut self, bytes: usize) -> Result<(), Fault> {
+        self.copied = self.copied.saturating_add(bytes);
+        if self.copied > COPY_LIMIT {
+            return Err(format!("the pickle repeats more than {COPY_LIMIT} bytes of itself"));
+        }
+        Ok(())
+    }
+
     fn push(&mut self, object: Object) {
         self.stack.push(Value::Object(self.objects.len()));
         self.objects.push(object);
@@ -322,12 +343,12 @@ impl Machine {
 
     fn text(&mut self, bytes: Vec<u8>) -> Result<(), Fault> {
         let text = String::from_utf8(bytes).map_err(|_| "a text in the pickle is not UTF-8".to_owned())?;
-        self.push(Object::Text(text));
+        self.push(Object::Text(text.into()));
         Ok(())
     }
 
     fn old_text(&mut self, bytes: Vec<u8>) {
-        self.push(String::from_utf8(bytes).map_or(Object::Bytes, Object::Text));
+        self.push(String::from_utf8(bytes).map_or(Object::Bytes, |text| Object::Text(text.into())));
     }
 
     fn push_long(&mut self, digits: Vec<u8>) {
@@ -410,7 +431,7 @@ impl Machine {
         }
     }
 
-    fn as_text(&self, value: Value) -> Result<&str, Fault> {
+    fn as_text(&self, value: Value) -> Result<&Rc<str>, Fault> {
         match self.object(value) {
             Some(Object::Text(text)) => Ok(text),
             _ => Err("the pickle has something else where a text belongs".to_owned()),
@@ -446,7 +467,7 @@ impl Machine {
         let [kind, class, key, _, numel, ref view @ ..] = parts[..] else {
             return Err("a storage's description is too short".to_owned());
         };
-        if self.as_text(kind)? != "storage" {
+        if &**self.as_text(kind)? != "storage" {
             return Err("the pickle refers to something outside itself that is no storage".to_owned());
         }
         let class = self.callable(class)?;
@@ -460,7 +481,7 @@ impl Machine {
         }
         match numel {
             Value::Int(numel) if numel >= 0 => Ok(Object::Storage(Rc::new(StorageRef {
-                key: self.as_text(key)?.to_owned(),
+                key: self.as_text(key)?.clone(),
                 dtype,
                 numel,
             }))),
@@ -480,6 +501,11 @@ impl Machine {
         let Some(Object::Tuple(arguments)) = self.object(arguments) else {
             return Err(format!("the pickle calls {name} without a tuple of arguments"));
         };
+        let parts = arguments.iter().take(4).filter_map(|part| match self.object(*part) {
+            Some(Object::Tuple(items) | Object::List(items)) => Some(items.len()),
+            _ => None,
+        });
+        let copied = parts.sum::<usize>() * 2 * size_of::<Value>();
         let object = match (&*name, &arguments[..]) {
             ("collections.OrderedDict", []) => Object::Dict(vec![]),
             ("collections.OrderedDict", &[pairs]) => Object::Dict(self.pairs(pairs)?),
@@ -499,6 +525,7 @@ impl Machine {
             ("torch._utils._rebuild_parameter", &[data, ..]) => return Ok(data),
             _ => Object::Opaque(name),
         };
+        self.copy(copied)?;
         self.push(object);
         self.pop()
     }
@@ -523,7 +550,7 @@ impl Machine {
             Some(Object::Dict(items)) => items
                 .iter()
                 .rev()
-                .find(|(name, _)| self.as_text(*name).is_ok_and(|name| name == key))
+                .find(|(name, _)| self.as_text(*name).is_ok_and(|name| &**name == key))
                 .map(|item| item.1),
             _ => None,
         }
@@ -538,12 +565,9 @@ impl Machine {
     }
 
     /// A list of texts.
-    pub(super) fn strings(&self, value: Value) -> Option<Vec<String>> {
+    pub(super) fn strings(&self, value: Value) -> Option<Vec<Rc<str>>> {
         match self.object(value) {
-            Some(Object::List(items)) => items
-                .iter()
-                .map(|&item| self.as_text(item).ok().map(str::to_owned))
-                .collect(),
+            Some(Object::List(items)) => items.iter().map(|&item| self.as_text(item).ok().cloned()).collect(),
             _ => None,
         }
     }
@@ -557,7 +581,7 @@ impl Machine {
     }
 
     /// Tensors of the dictionary under `key`, or of the root where there is no such key.
-    pub(super) fn tensors(&self, root: Value, key: &str) -> Result<Vec<(String, Rc<TensorRef>)>, Fault> {
+    pub(super) fn tensors(&self, root: Value, key: &str) -> Result<Vec<NamedTensor>, Fault> {
         let dict = |value| match self.object(value) {
             Some(Object::Dict(items)) => Ok(items),
             Some(Object::Opaque(name)) => Err(format!("is built by calling {name}, which is never executed")),
@@ -573,7 +597,7 @@ impl Machine {
         for &(name, value) in entries {
             let Ok(name) = self.as_text(name) else { continue };
             match self.object(value) {
-                Some(Object::Tensor(tensor)) => tensors.push((name.to_owned(), tensor.clone())),
+                Some(Object::Tensor(tensor)) => tensors.push((name.clone(), tensor.clone())),
                 Some(Object::Opaque(call)) => {
                     return Err(format!("`{name}` is built by calling {call}, which is never executed"));
                 }

@@ -17,7 +17,7 @@ use tch::Tensor;
 use super::checkpoint::kind_of;
 use super::{Target, TensorSource};
 use crate::model::ModelError;
-use machine::{Machine, StorageRef, TensorRef, Value};
+use machine::{Machine, NamedTensor, StorageRef, TensorRef, Value};
 
 /// A tensor's numbers, contiguous, little-endian.
 #[derive(Debug, Clone, PartialEq)]
@@ -122,8 +122,8 @@ fn read_legacy(file: File, key: &str) -> Result<BTreeMap<String, HostTensor>, St
     }
     let (machine, root) = Machine::run(&mut input)?;
     let (keys_machine, keys) = Machine::run(&mut input)?;
-    let mut sizes: HashMap<&str, usize> = machine.storages().map(|s| (s.key.as_str(), size_of(s.dtype))).collect();
-    let mut storages: HashMap<String, &[u8]> = HashMap::new();
+    let mut sizes: HashMap<&str, usize> = machine.storages().map(|s| (&*s.key, size_of(s.dtype))).collect();
+    let mut storages: HashMap<Rc<str>, &[u8]> = HashMap::new();
     for key in keys_machine.strings(keys).ok_or("holds no list of storages")? {
         let mut count = [0u8; 8];
         input
@@ -160,13 +160,13 @@ type Gather<'a> = dyn FnMut(&[u8]) -> Result<(), String> + 'a;
 
 /// Copies every tensor out of its storage; each storage is read once and dropped before the next.
 fn materialise(
-    tensors: &[(String, Rc<TensorRef>)],
+    tensors: &[NamedTensor],
     file_bytes: u64,
     mut with_storage: impl FnMut(&StorageRef, &mut Gather) -> Result<(), String>,
 ) -> Result<BTreeMap<String, HostTensor>, String> {
     let limit = file_bytes.saturating_mul(MOST_EXPANSION);
     let mut total = 0u64;
-    let mut by_storage: BTreeMap<&str, Vec<(&String, &TensorRef)>> = BTreeMap::new();
+    let mut by_storage: BTreeMap<&str, Vec<(&str, &TensorRef)>> = BTreeMap::new();
     for (name, tensor) in tensors {
         let count = tensor
             .shape
@@ -196,7 +196,7 @@ fn materialise(
                 let gathered = gather(tensor, bytes).map_err(|problem| format!("tensor `{name}` {problem}"))?;
                 let (dtype, shape) = (tensor.storage.dtype, tensor.shape.clone());
                 out.insert(
-                    (*name).clone(),
+                    (*name).to_owned(),
                     HostTensor {
                         dtype,
                         shape,

@@ -194,6 +194,42 @@ fn sizes_that_lie_are_errors_before_memory_is_taken() {
 }
 
 #[test]
+fn a_pickle_that_repeats_itself_takes_no_memory_for_each_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let long = "x".repeat(2000);
+    let times = 500_000;
+    let remembered = |value: Vec<u8>| [value, b"q\x000".to_vec()].concat();
+    // A class of a long name; a dictionary of a long list; a tensor of many dimensions; a storage with a long key.
+    let class = [remembered(text(&long)), b"h\x00h\x00\x93".repeat(times)].concat();
+    let pairs = [&b"]("[..], &b"K\x01K\x02\x86".repeat(10_000), b"e\x85"].concat();
+    let dictionary = [
+        remembered(pairs),
+        b"ccollections\nOrderedDict\nq\x010".to_vec(),
+        b"h\x01h\x00R".repeat(times),
+    ]
+    .concat();
+    for pickle in [class, dictionary] {
+        let file = container(dir.path(), &[&b"\x80\x02"[..], &pickle, b"."].concat(), &[], false);
+        assert!(problem(&file).contains("repeats"), "{}", problem(&file));
+    }
+    // Texts are shared: keys of storages and names of tensors cost nothing, however long they are.
+    let described = [
+        b"(".to_vec(),
+        text("storage"),
+        b"ctorch\nByteStorage\n".to_vec(),
+        text(&long),
+    ]
+    .concat();
+    let described = remembered([described, text("cpu"), b"K\x01t".to_vec()].concat());
+    let storages = [&b"\x80\x02"[..], &described, &b"h\x00Q0".repeat(times), b"}."].concat();
+    assert!(
+        read(&container(dir.path(), &storages, &[], false), "state_dict")
+            .unwrap()
+            .is_empty()
+    );
+}
+
+#[test]
 fn cut_and_scrambled_checkpoints_are_errors_and_never_panics() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/pickle");
     let dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,49 @@
+//! What processes say to each other.
+
+use super::wire::{Decoder, Order, Refusal, Said, encode};
+use crate::error::Error;
+
+fn decoded(pieces: &[&[u8]]) -> (Vec<String>, bool) {
+    let (mut decoder, mut events) = (Decoder::default(), Vec::new());
+    for piece in pieces {
+        decoder.add(piece);
+        loop {
+            match decoder.next() {
+                Ok(Some(said)) => {
+                    events.push(format!("{said:?}"));
+                    if let Said::Event(event) = said {
+                        let mut again = Decoder::default();
+                        again.add(&encode(&event));
+                        let read = again.next().expect("a frame of ours can be read").expect("it is whole");
+                        assert_eq!(Some(&format!("{read:?}")), events.last());
+                    }
+                }
+                Ok(None) => break,
+                Err(_) => return (events, true),
+            }
+        }
+    }
+    (events, false)
+}
+
+/// Frames are the same however they are cut, and what they say can be said again.
+pub(crate) fn frames(bytes: &[u8]) {
+    let whole = decoded(&[bytes]);
+    let (left, right) = bytes.split_at(bytes.len() / 2);
+    assert_eq!(decoded(&[left, right]), whole);
+}
+
+/// Orders and refusals.
+pub(crate) fn messages(bytes: &[u8]) {
+    if let Ok(order) = serde_json::from_slice::<Order>(bytes) {
+        let _ = order.into_generation();
+    }
+    if let Ok(refusal) = serde_json::from_slice::<Refusal>(bytes) {
+        let error = Error::from(refusal);
+        let again = Error::from(Refusal::from(&error));
+        assert_eq!(
+            (again.kind, again.code, again.message),
+            (error.kind, error.code, error.message)
+        );
+    }
+}

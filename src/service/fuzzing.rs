@@ -1,0 +1,28 @@
+//! Prompts and what is put into them.
+
+use super::placement::{Placeable, place};
+use crate::concept::{ConceptKind, concept_names, parse_prompt};
+
+/// Every concept that is placed is found in the prompt afterwards, with those that were there, and placing again
+/// changes nothing.
+pub(crate) fn placement(prompt: &str, class: &str) {
+    let before = parse_prompt(prompt)
+        .map(|pieces| concept_names(&pieces).join(" "))
+        .unwrap_or_default();
+    let concept = |name, kind, class| Placeable { name, kind, class };
+    let concepts = [
+        concept("rex", ConceptKind::Subject, Some(class)),
+        concept("ink", ConceptKind::Style, None),
+        concept("max", ConceptKind::Subject, Some(class)),
+    ];
+    let placed = place(prompt, &concepts);
+    let pieces = parse_prompt(&placed).expect("a prompt with concepts is not empty");
+    let names = concept_names(&pieces);
+    for concept in &concepts {
+        assert!(names.contains(&concept.name), "{} is not in {placed:?}", concept.name);
+    }
+    for name in before.split_whitespace() {
+        assert!(names.contains(&name), "{name} is lost in {placed:?}");
+    }
+    assert_eq!(place(&placed, &concepts), placed);
+}
