@@ -1,5 +1,7 @@
 //! `coar eval`
 
+mod dreambench;
+
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -12,6 +14,7 @@ use crate::eval::{EvalOptions, evaluate};
 pub(super) enum EvalCommand {
     /// Train concepts on the held-out subjects and styles of the pocket world, draw with them, and print what comes of it.
     Pocket(PocketArgs),
+    Dreambench(Box<dreambench::DreambenchArgs>),
 }
 
 #[derive(Debug, Args)]
@@ -60,8 +63,10 @@ pub(super) struct PocketArgs {
 
 impl EvalCommand {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let Self::Pocket(args) = self;
-        args.run()
+        match self {
+            Self::Pocket(args) => args.run(),
+            Self::Dreambench(args) => args.run(),
+        }
     }
 }
 
