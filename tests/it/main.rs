@@ -2,6 +2,7 @@
 
 mod api;
 mod architecture;
+mod dreambench;
 mod engine;
 mod golden;
 mod model;

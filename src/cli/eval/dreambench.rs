@@ -22,7 +22,7 @@ use crate::training::Preset;
 /// interrupted one was; several at once on the same --out share the work.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
-pub(super) struct DreambenchArgs {
+pub(in crate::cli) struct DreambenchArgs {
     /// Folder with a folder of pictures for each subject; its prompts_and_classes.txt counts instead of the dataset's own.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
@@ -77,7 +77,7 @@ fn preset(text: &str) -> Result<Preset, String> {
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(30);
 
 impl DreambenchArgs {
-    pub(super) fn run(self) -> anyhow::Result<()> {
+    pub(in crate::cli) fn run(self) -> anyhow::Result<()> {
         let data = DataFolder::open(&self.data)?;
         let choice = Choice {
             subjects: self.subjects.clone(),

@@ -187,3 +187,6 @@ pub(super) fn read(file: &std::path::Path) -> Result<RgbPicture, ModelError> {
     let bytes = std::fs::read(file).map_err(|error| ModelError::file(file, error))?;
     decode(&bytes, &PictureLimits::default()).map_err(|error| ModelError::file(file, error))
 }
+
+#[cfg(test)]
+mod tests;

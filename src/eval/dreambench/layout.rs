@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::concept::is_slug;
+use crate::concept::{concept_names, is_slug, parse_prompt};
 use crate::model::ModelError;
 use crate::picture::{PictureLimits, RgbPicture, decode};
 use crate::training::spec::PICTURES_LIMIT;
@@ -203,6 +203,10 @@ fn prompt(line: &str) -> Result<String, String> {
             "has the prompt `{prompt}`; expected {{0}} and {{1}} in it, once each"
         ));
     }
+    let concepts = parse_prompt(prompt).map(|pieces| concept_names(&pieces).len());
+    if concepts != Ok(0) {
+        return Err(format!("has the prompt `{prompt}`, which names a concept of its own"));
+    }
     Ok(prompt.to_owned())
 }
 
@@ -363,6 +367,7 @@ mod tests {
             fault(&SMALL.replace("Live Subject Prompts\nprompt_list = [", "Live Subject Prompts\nlist"))
                 .contains("line 17")
         );
+        assert!(fault(&SMALL.replace("the snow", "<ink> style")).contains("which names a concept of its own"));
         assert!(fault("nothing").contains("line 1: is `nothing`"));
         assert_eq!(fault("Classes\na,b\n"), "p.txt: has nothing under `Object Prompts`");
     }

@@ -301,6 +301,7 @@ impl Worker<'_> {
         self.folder.write_record(&subject.name, &record)?;
         let bytes = concept.to_bytes().map_err(|error| ModelError::file(file, error))?;
         self.folder.write(file, &bytes)?;
+        tracing::info!(subject = subject.name, seconds = record.seconds, "a concept is trained");
         // Useless from here on; where it stays it is never read.
         let _ = std::fs::remove_file(checkpoint);
         Ok(())
