@@ -13,7 +13,7 @@ use crate::eval::{EvalOptions, evaluate};
 #[derive(Debug, Subcommand)]
 pub(super) enum EvalCommand {
     /// Train concepts on the held-out subjects and styles of the pocket world, draw with them, and print what comes of it.
-    Pocket(PocketArgs),
+    Pocket(Box<PocketArgs>),
     Dreambench(Box<dreambench::DreambenchArgs>),
 }
 

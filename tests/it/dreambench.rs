@@ -169,7 +169,17 @@ fn killed_shared_and_undisturbed_runs_draw_the_same_and_report_all_of_it() {
     let steps = ["--settings", "{\"steps\": 4, \"batch_size\": 1, \"start_words\": []}"];
     let refused = complaint(&data, &whole, &[&steps, &SMALL[2..]].concat());
     assert!(refused.contains("`training.steps` was 3"), "{refused}");
-    // Nor have other reference pictures.
+    // Nor have other prompts, or other reference pictures.
+    let prompts = data.join("prompts_and_classes.txt");
+    std::fs::write(&prompts, PROMPTS.replace("at night", "in a city")).unwrap();
+    let refused = complaint(&data, &whole, &["--report-only"]);
+    assert!(
+        refused.contains("manifest.json: is of a run with other classes and prompts"),
+        "{refused}"
+    );
+    let refused = complaint(&data, &whole, &SMALL);
+    assert!(refused.contains("manifest.json: `catalogue` was"), "{refused}");
+    std::fs::write(&prompts, PROMPTS).unwrap();
     std::fs::copy(data.join("rex/2.png"), data.join("rex/1.png")).unwrap();
     let refused = complaint(&data, &whole, &SMALL);
     assert!(

@@ -95,7 +95,7 @@ impl DreambenchArgs {
         )?);
         let (folder, settings, plan) = match self.report_only {
             true => {
-                let (folder, settings) = OutFolder::open(&self.out)?;
+                let (folder, settings) = OutFolder::open(&self.out, &data.catalogue)?;
                 let plan = Plan::new(&data.catalogue, &choice, settings.pictures)?;
                 (folder, settings, plan)
             }

@@ -10,9 +10,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
+use super::layout::{Catalogue, DataFolder, Subject};
 use super::plan::Unit;
 use crate::model::ModelError;
+use crate::picture::RgbPicture;
 
 /// Everything that decides the pictures. Fixed by the first run in a folder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,6 +69,14 @@ pub struct OutFolder {
     users: File,
 }
 
+/// A subject's real pictures.
+#[derive(Debug, Clone)]
+pub struct References {
+    pub pictures: Vec<RgbPicture>,
+    /// File names with SHA-256 of the files.
+    pub files: Vec<(String, String)>,
+}
+
 /// A unit of work that is this process's while it is held.
 #[derive(Debug)]
 pub struct Claim {
@@ -98,13 +109,17 @@ impl OutFolder {
         Ok(folder)
     }
 
-    /// Opens a folder of an earlier run, with its settings.
+    /// Opens a folder of an earlier run of this catalogue, with its settings.
     ///
     /// # Errors
-    /// When there is none.
-    pub fn open(dir: &Path) -> Result<(Self, Settings), ModelError> {
+    /// When there is none, or it is of another catalogue.
+    pub fn open(dir: &Path, catalogue: &Catalogue) -> Result<(Self, Settings), ModelError> {
         let problem = "is missing: nothing was drawn into this folder yet";
         let settings = settings(dir)?.ok_or_else(|| ModelError::file(manifest(dir), problem))?;
+        if settings.catalogue != catalogue.digest() {
+            let problem = "is of a run with other classes and prompts; use the data folder of that run";
+            return Err(ModelError::file(manifest(dir), problem));
+        }
         Ok((Self::enter(dir)?, settings))
     }
 
@@ -164,6 +179,26 @@ impl OutFolder {
                 .map_err(|error| ModelError::file(&file, error)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(ModelError::file(file, error)),
+        }
+    }
+
+    /// The subject's real pictures, which must be those that its concept is trained on, where it is begun.
+    ///
+    /// # Errors
+    /// When one cannot be read or decoded, or they are others.
+    pub fn references(&self, data: &DataFolder, subject: &Subject) -> Result<References, ModelError> {
+        let (mut pictures, mut files) = (Vec::new(), Vec::new());
+        for (file, bytes, picture) in data.pictures(subject)? {
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            files.push((name, hex::encode(Sha256::digest(&bytes))));
+            pictures.push(picture);
+        }
+        match self.record(&subject.name)? {
+            Some(record) if record.pictures != files => {
+                let problem = "was begun with other pictures of this subject; use another --out, or those pictures";
+                Err(ModelError::file(self.concept(&subject.name), problem))
+            }
+            _ => Ok(References { pictures, files }),
         }
     }
 
@@ -331,6 +366,10 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    fn catalogue() -> Catalogue {
+        Catalogue::of_dataset().unwrap()
+    }
+
     fn some() -> Settings {
         Settings {
             model: "abc".into(),
@@ -344,7 +383,7 @@ mod tests {
             temperature: 1.0,
             top_k: 20,
             training: json!({"steps": 60, "layers": 6}),
-            catalogue: "d1".into(),
+            catalogue: catalogue().digest(),
         }
     }
 
@@ -364,16 +403,23 @@ mod tests {
         assert!(refused(|s| s.model = "def".into()).contains("`model` was \"abc\""));
         assert!(refused(|s| s.training = json!({"steps": 61, "layers": 6})).contains("`training.steps` was 60"));
         assert!(refused(|s| s.guidance_scale = 3.0).contains("`guidance_scale`"));
-        assert_eq!(OutFolder::open(dir.path()).unwrap().1, some());
+        assert_eq!(OutFolder::open(dir.path(), &catalogue()).unwrap().1, some());
+        let mut other = catalogue();
+        other.subjects[0].class = "bag".into();
+        let refused = OutFolder::open(dir.path(), &other).unwrap_err().to_string();
+        assert!(
+            refused.contains("manifest.json: is of a run with other classes and prompts"),
+            "{refused}"
+        );
     }
 
     #[test]
     fn a_folder_without_manifest_is_no_earlier_run() {
         let dir = tempfile::tempdir().unwrap();
-        let error = OutFolder::open(dir.path()).unwrap_err().to_string();
+        let error = OutFolder::open(dir.path(), &catalogue()).unwrap_err().to_string();
         assert!(error.contains("manifest.json: is missing"), "{error}");
         std::fs::write(dir.path().join("manifest.json"), "{\"format\": \"x\"}").unwrap();
-        assert!(OutFolder::open(dir.path()).is_err());
+        assert!(OutFolder::open(dir.path(), &catalogue()).is_err());
     }
 
     #[test]
@@ -387,7 +433,7 @@ mod tests {
         assert!(folder.claim("dog-3").unwrap().is_some());
         let locks = || std::fs::read_dir(dir.path().join("locks")).unwrap().count();
         let before = locks();
-        let (other, _) = OutFolder::open(dir.path()).unwrap();
+        let (other, _) = OutFolder::open(dir.path(), &catalogue()).unwrap();
         folder.tidy();
         assert_eq!(locks(), before, "another one is at work");
         drop(other);

@@ -17,6 +17,8 @@ use crate::picture::{OutputFormat, PictureError, PictureLimits, RgbPicture, deco
 
 /// The longest side of a small copy, in pixels.
 const SIDE: u32 = 160;
+/// The least side of a drawn picture in the page.
+const LEAST: u32 = 128;
 /// WebP quality of a small copy.
 const QUALITY: u8 = 82;
 
@@ -108,7 +110,7 @@ fn head(results: &Results) -> String {
         results.drawn,
         results.planned,
         results.settings.seed,
-        escaped(&results.settings.model),
+        escaped(&results.settings.model.chars().take(12).collect::<String>()),
     ));
     for warning in &results.warnings {
         page.push_str(&format!(
@@ -116,33 +118,29 @@ fn head(results: &Results) -> String {
             escaped(warning)
         ));
     }
-    let total = |name: &str, value: Option<f64>, beside: String| {
-        format!(
-            "<div>{name}<b>{}</b><span class=\"quiet\">{beside}</span></div>\n",
-            number(value)
-        )
-    };
-    let real = |value: Option<f64>| format!("real pictures {}", number(value));
-    page.push_str("<div class=\"totals\">\n");
-    page.push_str(&total(
-        "DINO",
-        results.total.map(|t| t.dino),
-        real(results.real.map(|r| r.dino)),
-    ));
-    page.push_str(&total(
-        "CLIP-I",
-        results.total.map(|t| t.clip_i),
-        real(results.real.map(|r| r.clip_i)),
-    ));
-    page.push_str(&total(
-        "CLIP-T",
-        results.total.map(|t| t.clip_t),
-        "prompt against picture".to_owned(),
-    ));
-    page.push_str("</div>\n");
+    page.push_str(&totals(results));
     page.push_str(&table(results));
     page.push_str(&settings(results));
     page
+}
+
+/// The three figures of the paper's table; nothing where nothing is scored.
+fn totals(results: &Results) -> String {
+    let Some(total) = results.total else {
+        return String::new();
+    };
+    let card = |name: &str, value: f64, beside: String| {
+        format!("<div>{name}<b>{value:.3}</b><span class=\"quiet\">{beside}</span></div>\n")
+    };
+    let real = |value: Option<f64>| format!("real pictures {}", number(value));
+    [
+        "<div class=\"totals\">\n".to_owned(),
+        card("DINO", total.dino, real(results.real.map(|real| real.dino))),
+        card("CLIP-I", total.clip_i, real(results.real.map(|real| real.clip_i))),
+        card("CLIP-T", total.clip_t, "prompt against picture".to_owned()),
+        "</div>\n".to_owned(),
+    ]
+    .concat()
 }
 
 fn table(results: &Results) -> String {
@@ -191,17 +189,11 @@ fn section(subject: &SubjectResults, results: &Results, folder: &OutFolder) -> R
     let name = escaped(&subject.name);
     let trained = subject.training.as_ref().and_then(|record| record.parameters);
     let trained = trained.map_or_else(String::new, |parameters| format!(", {parameters} trained numbers"));
-    let (scores, real) = (subject.scores, subject.real);
     let mut section = format!(
-        "<section id=\"{name}\">\n<div class=\"head\"><h2>{name}</h2><span class=\"quiet\">{}{trained}</span>\
-         <span class=\"quiet\">DINO {} (real {}), CLIP-I {} (real {}), CLIP-T {}</span></div>\n\
+        "<section id=\"{name}\">\n<div class=\"head\"><h2>{name}</h2><span class=\"quiet\">{}{trained}</span>{}</div>\n\
          <h3>Real pictures</h3>\n<div class=\"row\">\n",
         escaped(&subject.class),
-        number(scores.map(|s| s.dino)),
-        number(real.map(|r| r.dino)),
-        number(scores.map(|s| s.clip_i)),
-        number(real.map(|r| r.clip_i)),
-        number(scores.map(|s| s.clip_t)),
+        figures(subject),
     );
     for file in &subject.references {
         let bytes = std::fs::read(file).map_err(|error| ModelError::file(file, error))?;
@@ -211,18 +203,34 @@ fn section(subject: &SubjectResults, results: &Results, folder: &OutFolder) -> R
         section.push_str(&element);
         section.push('\n');
     }
-    // Two small pictures side by side at least, so that a prompt has its lines.
-    let across = results.settings.pictures.min(4).max(2);
-    let side = results.settings.width.max(results.settings.height).min(SIDE);
+    // At least two side by side, so that a prompt's text has room; a little smaller than they are, so that two prompts of
+    // four pictures fit beside each other.
+    let across = results.settings.pictures.clamp(2, 4);
+    let card = across * results.settings.width.max(results.settings.height).min(LEAST);
     section.push_str(&format!(
-        "</div>\n<h3>Drawn pictures</h3>\n<div class=\"prompts\" style=\"--card: {}px\">\n",
-        across * side + (across - 1) * 6
+        "</div>\n<h3>Drawn pictures</h3>\n<div class=\"prompts\" style=\"--card: {card}px; --across: {across}\">\n"
     ));
     for pictures in subject.pictures.chunk_by(|a, b| a.prompt_index == b.prompt_index) {
         section.push_str(&prompt(pictures, folder)?);
     }
     section.push_str("</div>\n</section>\n");
     Ok(section)
+}
+
+/// A subject's scores in a line.
+fn figures(subject: &SubjectResults) -> String {
+    let Some(scores) = subject.scores else {
+        return String::new();
+    };
+    let real = |value: Option<f64>| value.map_or_else(String::new, |value| format!(" (real {value:.3})"));
+    format!(
+        "<span class=\"quiet\">DINO {:.3}{}, CLIP-I {:.3}{}, CLIP-T {:.3}</span>",
+        scores.dino,
+        real(subject.real.map(|real| real.dino)),
+        scores.clip_i,
+        real(subject.real.map(|real| real.clip_i)),
+        scores.clip_t,
+    )
 }
 
 /// A prompt with its pictures and their mean scores.

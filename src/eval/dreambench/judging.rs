@@ -117,8 +117,9 @@ impl Scoring<'_> {
         }
         results.training = self.folder.record(&subject.name)?;
         results.references = self.data.files(subject)?;
+        let real = self.folder.references(self.data, subject)?.pictures;
         if let Some(judges) = self.judges {
-            let sizes = self.judge(subject, &mut results, judges)?;
+            let sizes = self.judge(&real, &mut results, judges)?;
             *dimensions = Some(sizes);
         }
         Ok(results)
@@ -127,17 +128,11 @@ impl Scoring<'_> {
     /// Fills in the scores; returns the lengths of DINO's and CLIP's embeddings.
     fn judge(
         &self,
-        subject: &Subject,
+        real: &[RgbPicture],
         results: &mut SubjectResults,
         judges: &dyn Judges,
     ) -> Result<(usize, usize), ModelError> {
-        let real: Vec<RgbPicture> = self
-            .data
-            .pictures(subject)?
-            .into_iter()
-            .map(|(_, _, picture)| picture)
-            .collect();
-        let (real_dino, real_clip) = (judges.dino(&real)?, judges.clip(&real)?);
+        let (real_dino, real_clip) = (judges.dino(real)?, judges.clip(real)?);
         let (mut dino, mut clip) = (Vec::new(), Vec::new());
         for some in results.pictures.chunks(BATCH) {
             let read = |drawn: &DrawnPicture| read(&self.folder.dir().join(&drawn.file));

@@ -5,6 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
+
 use crate::concept::{concept_names, is_slug, parse_prompt};
 use crate::model::ModelError;
 use crate::picture::{PictureLimits, RgbPicture, decode};
@@ -166,22 +168,17 @@ impl Catalogue {
         }
     }
 
-    /// Everything that decides what is drawn, in one text: equal where the catalogues are.
-    pub fn canonical(&self) -> String {
-        let mut text = String::new();
+    /// SHA-256 of everything in it: equal where the catalogues are.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
         for subject in &self.subjects {
-            text.push_str(&format!("{}\t{}\t{}\n", subject.name, subject.class, subject.live));
+            hash.update(format!("{}\t{}\t{}\n", subject.name, subject.class, subject.live));
         }
-        for prompt in self
-            .object_prompts
-            .iter()
-            .chain(["".to_owned()].iter())
-            .chain(&self.live_prompts)
-        {
-            text.push_str(prompt);
-            text.push('\n');
+        for prompts in [&self.object_prompts, &self.live_prompts] {
+            hash.update(format!("{}\n", prompts.len()));
+            prompts.iter().for_each(|prompt| hash.update(format!("{prompt}\n")));
         }
-        text
+        hex::encode(hash.finalize())
     }
 }
 
@@ -373,16 +370,16 @@ mod tests {
     }
 
     #[test]
-    fn catalogues_that_differ_have_different_texts() {
+    fn catalogues_that_differ_have_different_digests() {
         let all = Catalogue::parse(SMALL, Path::new("p.txt")).unwrap();
         let mut other = all.clone();
         other.subjects[0].class = "mug".into();
-        assert_ne!(all.canonical(), other.canonical());
+        assert_ne!(all.digest(), other.digest());
         let moved = Catalogue {
             object_prompts: [all.object_prompts.clone(), vec![all.live_prompts[0].clone()]].concat(),
             live_prompts: vec![all.live_prompts[1].clone()],
             ..all.clone()
         };
-        assert_ne!(all.canonical(), moved.canonical());
+        assert_ne!(all.digest(), moved.digest());
     }
 }

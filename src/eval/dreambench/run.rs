@@ -4,7 +4,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 use super::folder::{OutFolder, Settings, TrainingRecord};
 use super::layout::{Catalogue, DataFolder, Subject};
@@ -95,7 +94,7 @@ pub fn settings(
         temperature: 1.0,
         top_k: options.top_k,
         training,
-        catalogue: hex::encode(Sha256::digest(catalogue.canonical())),
+        catalogue: catalogue.digest(),
     })
 }
 
@@ -125,7 +124,7 @@ pub fn run(
     // All of the data is looked at first: a damaged picture shall not end a run of days.
     for (subject, _) in &plan.subjects {
         worker.tell(&format!("looking at {}", subject.name));
-        worker.references(subject)?;
+        folder.references(data, subject)?;
     }
     loop {
         worker.count();
@@ -215,23 +214,6 @@ impl Worker<'_> {
         Ok(found)
     }
 
-    /// The subject's pictures, which must be those that an earlier run had.
-    fn references(&self, subject: &Subject) -> Result<(Vec<RgbPicture>, Vec<(String, String)>), ModelError> {
-        let (mut pictures, mut named) = (Vec::new(), Vec::new());
-        for (file, bytes, picture) in self.data.pictures(subject)? {
-            let name = file.file_name().map(|name| name.to_string_lossy().into_owned());
-            named.push((name.unwrap_or_default(), hex::encode(Sha256::digest(&bytes))));
-            pictures.push(picture);
-        }
-        if let Some(record) = self.folder.record(&subject.name)?
-            && record.pictures != named
-        {
-            let problem = "was begun with other pictures of this subject; use another --out, or those pictures";
-            return Err(ModelError::file(self.folder.concept(&subject.name), problem));
-        }
-        Ok((pictures, named))
-    }
-
     /// The subject's concept, trained here unless it is there; `None` while another worker trains it.
     fn concept(&mut self, subject: &Subject) -> Result<Option<ConceptFile>, ModelError> {
         let file = self.folder.concept(&subject.name);
@@ -257,16 +239,16 @@ impl Worker<'_> {
     }
 
     fn train(&mut self, subject: &Subject, file: &Path) -> Result<(), ModelError> {
-        let (pictures, named) = self.references(subject)?;
+        let references = self.folder.references(self.data, subject)?;
         let mut record = TrainingRecord {
-            pictures: named,
+            pictures: references.files,
             seconds: None,
             parameters: None,
         };
         // Written first, so that a resumed training has the same pictures.
         self.folder.write_record(&subject.name, &record)?;
         let started = Instant::now();
-        let mut trainer = self.trainer(subject, &pictures)?;
+        let mut trainer = self.trainer(subject, &references.pictures)?;
         if let Some(free) = free_bytes(self.model.transformer.device()) {
             let graph = trainer.estimate(self.model).within(free / 2);
             trainer.set_graph(graph);
