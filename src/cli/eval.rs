@@ -1,5 +1,7 @@
 //! `coar eval`
 
+mod methods;
+
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
@@ -12,6 +14,10 @@ use crate::eval::{EvalOptions, evaluate};
 pub(super) enum EvalCommand {
     /// Train concepts on the held-out subjects and styles of the pocket world, draw with them, and print what comes of it.
     Pocket(PocketArgs),
+    /// Compare every method on the pocket model: same pictures, seeds, sampler and judge.
+    Methods(methods::MethodsArgs),
+    /// Write docs/evidence.md, its plots and its contact sheets from the JSON of `coar eval methods`.
+    Report(methods::ReportArgs),
 }
 
 #[derive(Debug, Args)]
@@ -60,8 +66,11 @@ pub(super) struct PocketArgs {
 
 impl EvalCommand {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let Self::Pocket(args) = self;
-        args.run()
+        match self {
+            Self::Pocket(args) => args.run(),
+            Self::Methods(args) => args.run(),
+            Self::Report(args) => args.run(),
+        }
     }
 }
 

@@ -4,6 +4,8 @@ mod compositions;
 /// A small network that recognises what the world draws.
 pub mod judge;
 mod measures;
+/// The comparison of methods.
+pub mod methods;
 mod report;
 mod run;
 mod styles;
