@@ -423,13 +423,19 @@ mod tests {
     #[test]
     fn methods_leave_out_what_they_lack_and_refuse_it() {
         let inversion = subject().with_method(TokenMethod::TextualInversion);
-        assert_eq!((inversion.layers, inversion.text_tokens, inversion.image_tokens), (1, 1, 0));
+        assert_eq!(
+            (inversion.layers, inversion.text_tokens, inversion.image_tokens),
+            (1, 1, 0)
+        );
         assert!(inversion.check(32).is_ok());
         let deeper = TrainingSpec { layers: 2, ..inversion };
         assert_eq!(deeper.check(32).unwrap_err().field, "layers");
         let text = subject().with_method(TokenMethod::CoarText);
         assert!(text.check(32).is_ok());
-        let with_image = TrainingSpec { image_tokens: 1, ..text };
+        let with_image = TrainingSpec {
+            image_tokens: 1,
+            ..text
+        };
         assert_eq!(with_image.check(32).unwrap_err().field, "image_tokens");
         let pocket = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
         assert_eq!(pocket.with_method(TokenMethod::Coar).image_tokens, 1);

@@ -212,7 +212,10 @@ impl Service {
         let class = registration.class.map(|class| class.trim().to_owned());
         let info = self.executor.info();
         let mut spec = TrainingSpec::preset(info.preset, kind, &name, class.as_deref(), info.layers);
-        let method = registration.method.map(|method| method.parse::<TokenMethod>()).transpose();
+        let method = registration
+            .method
+            .map(|method| method.parse::<TokenMethod>())
+            .transpose();
         let settings = TrainingSettings {
             method: method.map_err(|problem| Error::field("invalid_value", "method", problem))?,
             captions: Some(registration.captions),

@@ -4,6 +4,7 @@ mod api;
 mod architecture;
 mod engine;
 mod golden;
+mod methods;
 mod model;
 mod security;
 mod support;

@@ -85,7 +85,12 @@ impl MethodsArgs {
         let part = self.part.as_deref().map_or(Ok((0, 1)), part)?;
         let (model, info) = self.model.load()?;
         let files = self.model.files()?;
-        let judge = Judge::read(&self.judge.clone().unwrap_or_else(|| files.dir.join("judge.safetensors")))?;
+        let judge = Judge::read(
+            &self
+                .judge
+                .clone()
+                .unwrap_or_else(|| files.dir.join("judge.safetensors")),
+        )?;
         let seeds = self.seeds.unwrap_or(if self.quick { 1 } else { 3 });
         let count = match self.subjects.as_slice() {
             [only] => only.parse().ok(),
@@ -132,8 +137,8 @@ impl MethodsArgs {
 
 impl ReportArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let text = std::fs::read_to_string(&self.json)
-            .map_err(|error| anyhow::anyhow!("{}: {error}", self.json.display()))?;
+        let text =
+            std::fs::read_to_string(&self.json).map_err(|error| anyhow::anyhow!("{}: {error}", self.json.display()))?;
         let evidence: Evidence = serde_json::from_str(&text)
             .map_err(|error| anyhow::anyhow!("{} is no evidence: {error}", self.json.display()))?;
         for file in write_report(&evidence, &self.out)? {

@@ -67,7 +67,13 @@ pub fn method_arms() -> Vec<Arm> {
         arm("real", Recipe::Real),
         arm("plain", Recipe::Plain),
         arm("described", Recipe::Described),
-        arm("textual-inversion", tokens(TokenMethod::TextualInversion, json!({"steps": 120, "learning_rate": 1e-2}))),
+        arm(
+            "textual-inversion",
+            tokens(
+                TokenMethod::TextualInversion,
+                json!({"steps": 120, "learning_rate": 1e-2}),
+            ),
+        ),
         arm("coar-paper", tokens(TokenMethod::Coar, paper())),
         arm("coar", tokens(TokenMethod::Coar, json!({}))),
         arm("coar-text", tokens(TokenMethod::CoarText, json!({}))),
@@ -84,7 +90,12 @@ pub fn ablation_arms() -> Vec<Arm> {
     };
     let full = TokenMethod::Coar;
     let text = TokenMethod::CoarText;
-    vary("terms", "context tokens", full, json!({"prior_weight": 0.0, "regularisation_weight": 0.0}));
+    vary(
+        "terms",
+        "context tokens",
+        full,
+        json!({"prior_weight": 0.0, "regularisation_weight": 0.0}),
+    );
     vary("terms", "+ DPP", full, json!({"regularisation_weight": 0.0}));
     vary("terms", "+ CASR", full, json!({"prior_weight": 0.0}));
     vary("terms", "+ both", full, json!({}));

@@ -19,7 +19,7 @@ use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
 use crate::pocket::measure::as_drawn;
 use crate::pocket::world::{HeldOutSubject, Scene, contact_sheet, render, scene_phrase};
-use crate::training::tuning::{BaseWeights, TuningFile, TuningSpec, Tuner, WeightMethod};
+use crate::training::tuning::{BaseWeights, Tuner, TuningFile, TuningSpec, WeightMethod};
 use crate::training::{Advance, Preset, TrainingSpec};
 
 /// What all cells share.
@@ -104,7 +104,11 @@ impl Bench<'_> {
             "references": arm.references,
         });
         let file = self.options.dir.as_ref().map(|dir| {
-            let name: String = arm.name.chars().map(|c| if c.is_alphanumeric() || c == '-' { c } else { '_' }).collect();
+            let name: String = arm
+                .name
+                .chars()
+                .map(|c| if c.is_alphanumeric() || c == '-' { c } else { '_' })
+                .collect();
             dir.join(format!("{}.{name}.{seed}.json", held_out.name))
         });
         if let Some(text) = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok())
@@ -150,7 +154,9 @@ impl Bench<'_> {
         if let Recipe::Tokens(method, changed) = &arm.recipe {
             spec = with_overrides(&spec.with_method(*method), changed)?;
         }
-        spec.captions = scenes(arm.references).map(|scene| scene_phrase(scene).to_owned()).collect();
+        spec.captions = scenes(arm.references)
+            .map(|scene| scene_phrase(scene).to_owned())
+            .collect();
         match self.options.settings.get(&arm.name).and_then(Value::as_object) {
             Some(changed) => with_overrides(&spec, changed),
             None => Ok(spec),
@@ -162,7 +168,9 @@ impl Bench<'_> {
         spec.seed = seed;
         spec.captions = match method {
             WeightMethod::ProxyTuning => proxy_scenes().map(|scene| scene_phrase(scene).to_owned()).collect(),
-            _ => scenes(super::arms::REFERENCES).map(|scene| scene_phrase(scene).to_owned()).collect(),
+            _ => scenes(super::arms::REFERENCES)
+                .map(|scene| scene_phrase(scene).to_owned())
+                .collect(),
         };
         let Some(changed) = self.options.settings.get(method.as_str()).and_then(Value::as_object) else {
             return Ok(spec);
@@ -249,14 +257,24 @@ impl Bench<'_> {
         let (mut cosine, mut colour) = (0.0, 0.0);
         for pair in 0..real.len() / 2 {
             let (a, b) = (2 * pair, 2 * pair + 1);
-            let product = judgement.features.f_get(a as i64)?.f_dot(&judgement.features.f_get(b as i64)?)?;
+            let product = judgement
+                .features
+                .f_get(a as i64)?
+                .f_dot(&judgement.features.f_get(b as i64)?)?;
             cosine += product.f_double_value(&[])?;
             colour += colour_similarity(&real[a], &real[b]);
         }
         let pairs = (real.len() / 2) as f64;
-        let wanted: Vec<[i64; 7]> = subject.unseen.iter().map(|(spec, _)| crate::eval::judge::answers(spec)).collect();
+        let wanted: Vec<[i64; 7]> = subject
+            .unseen
+            .iter()
+            .map(|(spec, _)| crate::eval::judge::answers(spec))
+            .collect();
         let share = |head: &str| {
-            let at = crate::eval::judge::HEADS.iter().position(|(name, _)| *name == head).unwrap_or(0);
+            let at = crate::eval::judge::HEADS
+                .iter()
+                .position(|(name, _)| *name == head)
+                .unwrap_or(0);
             crate::eval::run::accuracy(&judgement, head, &wanted.iter().map(|w| w[at]).collect::<Vec<_>>())
         };
         let attributes = ["colour1", "colour2", "pattern", "accessory"].map(share);
@@ -315,7 +333,9 @@ impl Bench<'_> {
         std::fs::create_dir_all(&dir).map_err(|error| ModelError::file(&dir, error))?;
         let file = dir.join("tuned.safetensors");
         let applied = tuner.file()?.write(&file).and_then(|()| {
-            let bytes = std::fs::metadata(&file).map_err(|error| ModelError::file(&file, error))?.len();
+            let bytes = std::fs::metadata(&file)
+                .map_err(|error| ModelError::file(&file, error))?
+                .len();
             let started = Instant::now();
             let (model, concept) = TuningFile::read(&file)?.apply(self.model, self.base)?;
             Ok((model, concept, bytes, 1e3 * started.elapsed().as_secs_f64()))

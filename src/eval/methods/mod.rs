@@ -4,6 +4,7 @@ mod arms;
 mod cell;
 /// `docs/evidence.md` from the rows.
 pub mod evidence;
+mod plot;
 /// Means and intervals.
 pub mod statistics;
 
@@ -101,7 +102,11 @@ pub fn evaluate_methods(
     let base = BaseWeights::read(model, checkpoint)?;
     let subjects = chosen_subjects(options)?;
     let known = method_arms();
-    if let Some(name) = options.methods.iter().find(|name| !known.iter().any(|arm| arm.name == **name)) {
+    if let Some(name) = options
+        .methods
+        .iter()
+        .find(|name| !known.iter().any(|arm| arm.name == **name))
+    {
         let names: Vec<&str> = known.iter().map(|arm| arm.name.as_str()).collect();
         let problem = format!("names `{name}`; expected {}", names.join(", "));
         return Err(ModelError::invalid("methods", problem));

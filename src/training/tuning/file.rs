@@ -40,7 +40,13 @@ impl TuningFile {
             Change::Full(_) => base.stored,
             Change::LowRank { .. } => Kind::Float,
         };
-        let host = |tensor: &Tensor, kind| tensor.detach().f_to_device(tch::Device::Cpu)?.f_to_kind(kind)?.f_contiguous();
+        let host = |tensor: &Tensor, kind| {
+            tensor
+                .detach()
+                .f_to_device(tch::Device::Cpu)?
+                .f_to_kind(kind)?
+                .f_contiguous()
+        };
         let mut tensors = BTreeMap::new();
         for (name, tensor) in change.tensors() {
             tensors.insert(name, host(&tensor, kind)?);
@@ -96,7 +102,10 @@ impl TuningFile {
     pub fn read(file: &Path) -> Result<Self, ModelError> {
         let fault = |error: &dyn std::fmt::Display| ModelError::file(file, error.to_string());
         let bytes = std::fs::read(file).map_err(|error| fault(&error))?;
-        if bytes.first_chunk::<8>().is_some_and(|length| u64::from_le_bytes(*length) > HEADER_LIMIT) {
+        if bytes
+            .first_chunk::<8>()
+            .is_some_and(|length| u64::from_le_bytes(*length) > HEADER_LIMIT)
+        {
             return Err(fault(&format!("the header is longer than {HEADER_LIMIT} bytes")));
         }
         let (_, metadata) =
@@ -186,7 +195,10 @@ impl TuningFile {
                 Some(false) => vec![shape[0], rank],
             };
             if wide.size() != expected || (rank == 0) != low.is_none() {
-                return bad(name, format!("is {:?}; expected {expected:?} of rank {rank}", wide.size()));
+                return bad(
+                    name,
+                    format!("is {:?}; expected {expected:?} of rank {rank}", wide.size()),
+                );
             }
             into.insert(of.to_owned(), wide);
         }

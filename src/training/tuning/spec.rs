@@ -120,7 +120,11 @@ impl TuningSpec {
             method,
             name: name.to_owned(),
             class_noun: class_noun.to_owned(),
-            steps: if method == WeightMethod::ProxyTuning { 3 * steps } else { steps },
+            steps: if method == WeightMethod::ProxyTuning {
+                3 * steps
+            } else {
+                steps
+            },
             learning_rate,
             batch_size: if pocket { 5 } else { 1 },
             rank: if low_rank { 32 } else { 0 },
@@ -151,7 +155,10 @@ impl TuningSpec {
     pub fn check(&self) -> Result<(), SpecFault> {
         let fault = |field, problem| Err(SpecFault { field, problem });
         if !is_slug(&self.name) {
-            return fault("name", "must be 1 to 63 of a-z, 0-9 and -, the first not a hyphen".to_owned());
+            return fault(
+                "name",
+                "must be 1 to 63 of a-z, 0-9 and -, the first not a hyphen".to_owned(),
+            );
         }
         let noun = self.class_noun.chars().count();
         if self.class_noun.trim().is_empty() || noun > CAPTION_LIMIT {
@@ -160,13 +167,22 @@ impl TuningSpec {
         if self.captions.iter().any(|text| text.chars().count() > CAPTION_LIMIT) {
             return fault("captions", format!("must have at most {CAPTION_LIMIT} characters each"));
         }
-        let (least_rank, most_rank) = if self.method.is_low_rank() { (1, RANK_LIMIT) } else { (0, 0) };
+        let (least_rank, most_rank) = if self.method.is_low_rank() {
+            (1, RANK_LIMIT)
+        } else {
+            (0, 0)
+        };
         let most_embedding = if self.method.has_embedding() { STEPS_LIMIT } else { 0 };
         for (field, value, low, high) in [
             ("steps", self.steps, 1, STEPS_LIMIT),
             ("batch_size", self.batch_size, 1, 64),
             ("rank", self.rank, least_rank, most_rank),
-            ("embedding_steps", self.embedding_steps, most_embedding.min(1), most_embedding),
+            (
+                "embedding_steps",
+                self.embedding_steps,
+                most_embedding.min(1),
+                most_embedding,
+            ),
             ("prior_pictures", self.prior_pictures, 0, 64),
         ] {
             if !(low..=high).contains(&value) {
@@ -218,7 +234,13 @@ mod tests {
                 let field = |spec: TuningSpec| spec.check().unwrap_err().field;
                 let rank = if method.is_low_rank() { 0 } else { 4 };
                 assert_eq!(field(TuningSpec { rank, ..spec.clone() }), "rank");
-                assert_eq!(field(TuningSpec { steps: 0, ..spec.clone() }), "steps");
+                assert_eq!(
+                    field(TuningSpec {
+                        steps: 0,
+                        ..spec.clone()
+                    }),
+                    "steps"
+                );
                 let class_noun = " ".to_owned();
                 assert_eq!(field(TuningSpec { class_noun, ..spec }), "class");
             }

@@ -106,7 +106,12 @@ impl<'b> Tuner<'b> {
     /// Trained numbers: weights or factors, and the embedding where there is one.
     pub fn parameters(&self) -> usize {
         let weights: usize = self.change.tensors().iter().map(|(_, tensor)| tensor.numel()).sum();
-        weights + if self.spec.method.has_embedding() { self.base.config.hidden_size as usize } else { 0 }
+        weights
+            + if self.spec.method.has_embedding() {
+                self.base.config.hidden_size as usize
+            } else {
+                0
+            }
     }
 
     /// One unit of work on `frozen`, the model that the tuning began with.
@@ -229,7 +234,12 @@ impl<'b> Tuner<'b> {
     /// When the device fails.
     pub fn file(&self) -> Result<TuningFile, ModelError> {
         let identifier = self.identifier.as_ref().map(|identifier| &identifier.text);
-        TuningFile::new(&self.spec, &self.change, identifier, self.base, self.model.fingerprint())
+        TuningFile::new(
+            &self.spec,
+            &self.change,
+            identifier,
+            self.base,
+            self.model.fingerprint(),
+        )
     }
 }
-

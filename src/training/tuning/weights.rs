@@ -95,7 +95,9 @@ impl Change {
             // Uniform in +-sqrt(3 / in): each product of A with a unit input has a standard deviation of one over sqrt(in).
             let bound = (3.0 / input as f32).sqrt();
             let drawn: Vec<f32> = (0..rank * input).map(|_| rng.random_range(-bound..bound)).collect();
-            let a = Tensor::f_from_slice(&drawn)?.f_view([rank, input])?.f_to_device(device)?;
+            let a = Tensor::f_from_slice(&drawn)?
+                .f_view([rank, input])?
+                .f_to_device(device)?;
             let b = Tensor::f_zeros([out, rank], (Kind::Float, device))?;
             factors.insert(name.clone(), (a.set_requires_grad(true), b.set_requires_grad(true)));
         }
