@@ -110,7 +110,7 @@ fn swapping(c: &mut Criterion) {
             kind: ConceptKind::Subject,
             name: "rex".to_owned(),
             class_noun: Some("cat".to_owned()),
-            method: "coar".to_owned(),
+            method: Default::default(),
             spec: TrainingSpec::preset(Preset::Paper, ConceptKind::Subject, "rex", Some("cat"), 32),
             losses: serde_json::Map::new(),
             base_model: "7b".to_owned(),

@@ -298,6 +298,7 @@ async fn train(
     let small = u64::from(u32::MAX);
     let mut number = |field| -> Result<Option<u32>, Error> { Ok(fields.integer(field, small)?.map(|n| n as u32)) };
     let settings = TrainingSettings {
+        method: None,
         steps: number("steps")?,
         layers: number("layers")?,
         text_tokens: number("text_tokens")?,

@@ -104,6 +104,7 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
                 r.captions.push(text);
                 r.captions.len() > limits.pictures
             }
+            "method" => r.method.replace(text).is_some(),
             "steps" => r.steps.replace(number("steps", &text)?).is_some(),
             "layers" => r.layers.replace(number("layers", &text)?).is_some(),
             "learning_rate" => r.learning_rate.replace(number("learning_rate", &text)?).is_some(),

@@ -182,7 +182,7 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
     println!("name         {}", header.name);
     println!("kind         {}", header.kind.as_str());
     println!("class        {}", header.class_noun.as_deref().unwrap_or("-"));
-    println!("method       {}", header.method);
+    println!("method       {}", header.method.as_str());
     println!("layers       {} of hidden size {}", tensors.layers, tensors.hidden);
     println!(
         "tokens       {} text, {} image, per layer",

@@ -1,6 +1,7 @@
 //! `coar eval`
 
 mod dreambench;
+mod methods;
 
 use std::path::PathBuf;
 
@@ -15,6 +16,10 @@ pub(super) enum EvalCommand {
     /// Train concepts on the held-out subjects and styles of the pocket world, draw with them, and print what comes of it.
     Pocket(Box<PocketArgs>),
     Dreambench(Box<dreambench::DreambenchArgs>),
+    /// Compare every method on the pocket model: same pictures, seeds, sampler and judge.
+    Methods(Box<methods::MethodsArgs>),
+    /// Write docs/evidence.md, its plots and its contact sheets from the JSON of `coar eval methods`.
+    Report(methods::ReportArgs),
 }
 
 #[derive(Debug, Args)]
@@ -66,6 +71,8 @@ impl EvalCommand {
         match self {
             Self::Pocket(args) => args.run(),
             Self::Dreambench(args) => args.run(),
+            Self::Methods(args) => args.run(),
+            Self::Report(args) => args.run(),
         }
     }
 }

@@ -25,6 +25,11 @@ pub(super) struct FormArgs {
     /// What else each picture shows ("on the beach"), in the order of the pictures; may be given fewer times.
     #[arg(long = "caption", value_name = "TEXT")]
     pub captions: Vec<String>,
+    /// How it is learned: coar, coar-text or textual-inversion on the frozen model; with `coar train` also dreambooth,
+    /// dreambooth-lora, personalar, personalar-lora and proxy-tuning, which change weights and leave a file for `coar
+    /// generate --tuned`. Default: the model's preset of coar.
+    #[arg(long)]
+    pub method: Option<String>,
     /// Optimizer steps. Default: the model's preset.
     #[arg(long)]
     pub steps: Option<u32>,
@@ -65,6 +70,7 @@ impl FormArgs {
             class: self.class.clone(),
             images: images.into_iter().map(|(_, bytes)| bytes).collect(),
             captions: self.captions.clone(),
+            method: self.method.clone(),
             steps: self.steps,
             layers: self.layers,
             learning_rate: self.learning_rate,
@@ -79,6 +85,7 @@ impl FormArgs {
     pub(super) fn new_concept(&self, images: Vec<(String, Bytes)>) -> NewConcept {
         let mut fields = vec![("name", self.name.clone()), ("kind", self.kind.clone())];
         fields.extend(self.class.clone().map(|class| ("class", class)));
+        fields.extend(self.method.clone().map(|method| ("method", method)));
         fields.extend(self.captions.iter().map(|caption| ("caption", caption.clone())));
         let numbers = [
             ("steps", self.steps.map(|n| n.to_string())),

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request, State};
@@ -32,6 +32,8 @@ pub(super) const GENERATE: &str = "/internal/v1/generations";
 const ALIVE: Duration = Duration::from_secs(2);
 /// Frames on their way to an API process.
 const FRAMES: usize = 64;
+/// Progress is not told more often: a frame for each step of a small model costs more than the step.
+const PROGRESS: Duration = Duration::from_millis(40);
 
 /// What the worker's routes share.
 #[derive(Debug, Clone)]
@@ -190,10 +192,15 @@ async fn generate(State(state): State<WorkerState>, Json(order): Json<Order>) ->
     };
     let (frames, body) = mpsc::channel::<Bytes>(FRAMES);
     tokio::spawn(async move {
+        let mut told: Option<Instant> = None;
         loop {
             let (frame, last) = tokio::select! {
                 event = stream.next() => match event {
+                    Some(GenerationEvent::Progress { .. }) if told.is_some_and(|at| at.elapsed() < PROGRESS) => continue,
                     Some(event) => {
+                        if matches!(event, GenerationEvent::Progress { .. }) {
+                            told = Some(Instant::now());
+                        }
                         let last = matches!(event, GenerationEvent::Done { .. } | GenerationEvent::Failed(_));
                         (encode(&event), last)
                     }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::spec::TrainingSpec;
+use super::spec::{TokenMethod, TrainingSpec};
 use super::{ConceptKind, ConceptTensors, is_slug};
 
 /// The version that this code writes, and the only one that it reads.
@@ -26,8 +26,8 @@ pub struct ConceptHeader {
     /// The name that it was trained under; an import may choose another.
     pub name: String,
     pub class_noun: Option<String>,
-    /// The training's method ("coar") and hyper-parameters.
-    pub method: String,
+    /// The training's method and hyper-parameters.
+    pub method: TokenMethod,
     pub spec: TrainingSpec,
     /// Final losses by term.
     pub losses: serde_json::Map<String, serde_json::Value>,
@@ -66,8 +66,6 @@ pub enum ConceptFileError {
     },
 }
 
-const METHOD: &str = "coar";
-
 impl ConceptFile {
     /// The file's bytes.
     ///
@@ -103,7 +101,7 @@ impl ConceptFile {
             ("placeholder".to_owned(), format!("<{}>", h.name)),
             ("layers".to_owned(), t.layers.to_string()),
             ("hidden_size".to_owned(), t.hidden.to_string()),
-            ("method".to_owned(), h.method.clone()),
+            ("method".to_owned(), h.method.as_str().to_owned()),
             ("seed".to_owned(), h.spec.seed.to_string()),
             ("hyper_parameters".to_owned(), json(serde_json::to_string(&h.spec))?),
             ("losses".to_owned(), json(serde_json::to_string(&h.losses))?),
@@ -229,13 +227,7 @@ fn read_header(metadata: Option<&HashMap<String, String>>) -> Result<ConceptHead
             format!("is {}; this version reads {FORMAT_VERSION}", get("format_version")?),
         ));
     }
-    let method = get("method")?;
-    if method != METHOD {
-        return Err(fault(
-            "method",
-            format!("is `{method}`; this version can use `{METHOD}`"),
-        ));
-    }
+    let method: TokenMethod = get("method")?.parse().map_err(|problem| fault("method", problem))?;
     let kind = get("kind")?.parse().map_err(|problem| fault("kind", problem))?;
     let placeholder = get("placeholder")?;
     let name = placeholder.trim_start_matches('<').trim_end_matches('>').to_owned();
@@ -250,13 +242,16 @@ fn read_header(metadata: Option<&HashMap<String, String>>) -> Result<ConceptHead
     if spec.kind != kind {
         return Err(fault("kind", "differs from the hyper-parameters'".to_owned()));
     }
+    if spec.method != method {
+        return Err(fault("method", "differs from the hyper-parameters'".to_owned()));
+    }
     let losses =
         serde_json::from_str(get("losses")?).map_err(|error| fault("losses", format!("cannot be read: {error}")))?;
     Ok(ConceptHeader {
         kind,
         name,
         class_noun: metadata.and_then(|m| m.get("class_noun")).cloned(),
-        method: method.to_owned(),
+        method,
         spec,
         losses,
         base_model: get("base_model")?.to_owned(),
@@ -303,7 +298,7 @@ mod tests {
                 kind: ConceptKind::Subject,
                 name: "rex".into(),
                 class_noun: Some("dog".into()),
-                method: "coar".into(),
+                method: TokenMethod::Coar,
                 spec,
                 losses: serde_json::Map::from_iter([("next_token".to_owned(), 1.5.into())]),
                 base_model: "abc".into(),

@@ -22,10 +22,56 @@ pub enum Parametrisation {
     LayerRelative,
 }
 
+/// How a concept is learned by a frozen model: what is injected, and where. The engine serves all of them in one batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenMethod {
+    /// Text and image context tokens at the first N layers (arXiv 2508.07341).
+    #[default]
+    Coar,
+    /// The same without image context tokens.
+    CoarText,
+    /// One input embedding (arXiv 2208.01618): text context tokens at the first layer alone, where the hidden state is
+    /// the embedding.
+    TextualInversion,
+}
+
+impl TokenMethod {
+    /// Every method, in the order of their names' first use.
+    pub const ALL: [Self; 3] = [Self::Coar, Self::CoarText, Self::TextualInversion];
+
+    /// The name in files and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Coar => "coar",
+            Self::CoarText => "coar-text",
+            Self::TextualInversion => "textual-inversion",
+        }
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl std::str::FromStr for TokenMethod {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|method| method.as_str() == text)
+            .ok_or_else(|| format!("is `{text}`; expected `coar`, `coar-text` or `textual-inversion`"))
+    }
+}
+
 /// Everything that decides a training's outcome, besides the pictures and the base model. Recorded in the concept file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingSpec {
+    /// Absent in files: `coar`.
+    #[serde(default, skip_serializing_if = "TokenMethod::is_default")]
+    pub method: TokenMethod,
     /// The concept's name: `<name>` is its placeholder.
     pub name: String,
     pub kind: ConceptKind,
@@ -91,6 +137,7 @@ impl TrainingSpec {
     ) -> Self {
         let all = model_layers as u32;
         let base = Self {
+            method: TokenMethod::Coar,
             name: name.to_owned(),
             kind,
             class_noun: class_noun.map(str::to_owned),
@@ -147,6 +194,35 @@ impl TrainingSpec {
                 decay: true,
                 start_words: words(&POCKET_STYLE_WORDS),
                 ..base
+            },
+        }
+    }
+}
+
+impl TrainingSpec {
+    /// The defaults of a method: what it leaves out of the preset. Textual inversion learns one embedding, which starts
+    /// as the class noun's, with next-token cross-entropy alone.
+    pub fn with_method(self, method: TokenMethod) -> Self {
+        match method {
+            TokenMethod::Coar => Self {
+                method,
+                image_tokens: self.image_tokens.max(1),
+                ..self
+            },
+            TokenMethod::CoarText => Self {
+                method,
+                image_tokens: 0,
+                ..self
+            },
+            TokenMethod::TextualInversion => Self {
+                method,
+                layers: 1,
+                text_tokens: 1,
+                image_tokens: 0,
+                prior_weight: 0.0,
+                regularisation_weight: 0.0,
+                start_words: vec![],
+                ..self
             },
         }
     }
@@ -221,6 +297,21 @@ impl TrainingSpec {
                         words.len()
                     ),
                 );
+            }
+        }
+        let allowed = |field, is: u32, most: u32| match is <= most {
+            true => Ok(()),
+            false => Err(SpecFault {
+                field,
+                problem: format!("is {is}; `{}` has at most {most}", self.method.as_str()),
+            }),
+        };
+        match self.method {
+            TokenMethod::Coar => {}
+            TokenMethod::CoarText => allowed("image_tokens", self.image_tokens, 0)?,
+            TokenMethod::TextualInversion => {
+                allowed("layers", self.layers, 1)?;
+                allowed("image_tokens", self.image_tokens, 0)?;
             }
         }
         for (field, value, low, high) in [
@@ -327,6 +418,33 @@ mod tests {
         assert_eq!(field(|s| s.class_noun = None), "class");
         assert_eq!(field(|s| s.image_tokens = 17), "image_tokens");
         assert_eq!(field(|s| s.start_words = vec![vec![String::new(); 65]]), "start_words");
+    }
+
+    #[test]
+    fn methods_leave_out_what_they_lack_and_refuse_it() {
+        let inversion = subject().with_method(TokenMethod::TextualInversion);
+        assert_eq!(
+            (inversion.layers, inversion.text_tokens, inversion.image_tokens),
+            (1, 1, 0)
+        );
+        assert!(inversion.check(32).is_ok());
+        let deeper = TrainingSpec { layers: 2, ..inversion };
+        assert_eq!(deeper.check(32).unwrap_err().field, "layers");
+        let text = subject().with_method(TokenMethod::CoarText);
+        assert!(text.check(32).is_ok());
+        let with_image = TrainingSpec {
+            image_tokens: 1,
+            ..text
+        };
+        assert_eq!(with_image.check(32).unwrap_err().field, "image_tokens");
+        let pocket = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
+        assert_eq!(pocket.with_method(TokenMethod::Coar).image_tokens, 1);
+        for method in TokenMethod::ALL {
+            assert_eq!(method.as_str().parse(), Ok(method));
+            assert_eq!(serde_json::to_value(method).unwrap(), method.as_str());
+        }
+        // Files of before have no such field, and files of the method of before do not gain one.
+        assert!(serde_json::to_value(subject()).unwrap().get("method").is_none());
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! From a request to one sequence: prompt ids, slots, extra positions.
 
 use crate::concept::{
-    ConceptKind, DeviceConcept, Placement, PromptPiece, SequenceLayout, concept_names, context_batch, parse_prompt,
+    ConceptFile, ConceptKind, DeviceConcept, Placement, PromptPiece, SequenceLayout, concept_names, context_batch,
+    parse_prompt,
 };
-use crate::model::decoding::DecodingRequest;
+use crate::model::decoding::{Decoding, DecodingRequest};
 use crate::model::tokenizer::PromptPart;
 use crate::model::{LuminaMgpt, ModelError};
+use crate::picture::RgbPicture;
 
 /// What the layout needs to know of a concept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +84,44 @@ impl PlannedSequence {
             streams: settings.streams.clone(),
         })
     }
+}
+
+/// Draws pictures of one prompt to their end on this thread, without the engine; `concepts` are those that it names.
+///
+/// # Errors
+/// When the prompt names another concept or cannot be used, or the device fails.
+pub fn draw_alone(
+    model: &LuminaMgpt,
+    prompt: &str,
+    concepts: &[&ConceptFile],
+    settings: &DrawSettings,
+) -> Result<Vec<RgbPicture>, ModelError> {
+    let planned: Vec<PlannedConcept> = concepts
+        .iter()
+        .map(|file| PlannedConcept {
+            name: file.header.name.clone(),
+            kind: file.header.kind,
+            text_tokens: file.tensors.text_tokens,
+            image_tokens: file.tensors.image_tokens,
+        })
+        .collect();
+    let (width, height) = settings.size;
+    let plan = plan_sequence(model, prompt, &planned, settings.size)?;
+    let _no_grad = tch::no_grad_guard();
+    let uploaded = concepts
+        .iter()
+        .map(|file| DeviceConcept::upload(&file.tensors, model.transformer.device()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let request = plan.request(model, &uploaded.iter().collect::<Vec<_>>(), settings)?;
+    let mut decoding = Decoding::start(&model.transformer, &model.vocabulary, &request)?;
+    while !decoding.is_done() {
+        decoding.step(&model.transformer)?;
+    }
+    let codes = decoding.codes();
+    codes
+        .iter()
+        .map(|codes| model.decode_picture(codes, width, height))
+        .collect()
 }
 
 /// A prompt's pieces as the tokenizer takes them; `slot` knows a concept's T.

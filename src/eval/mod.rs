@@ -6,6 +6,8 @@ pub mod dreambench;
 /// A small network that recognises what the world draws.
 pub mod judge;
 mod measures;
+/// The comparison of methods.
+pub mod methods;
 mod report;
 mod run;
 mod styles;

@@ -11,8 +11,7 @@ use tch::Kind;
 use super::judge::{HEADS, Judge, Judgement, answers};
 use super::report::{Report, Row};
 use crate::concept::{ConceptFile, ConceptKind, DeviceConcept};
-use crate::engine::{DrawSettings, PlannedConcept, plan_sequence};
-use crate::model::decoding::Decoding;
+use crate::engine::{DrawSettings, draw_alone};
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
 use crate::pocket::measure::as_drawn;
@@ -149,21 +148,6 @@ impl Run<'_> {
         stream: u64,
         count: usize,
     ) -> Result<Vec<RgbPicture>, ModelError> {
-        let planned: Vec<PlannedConcept> = concepts
-            .iter()
-            .map(|file| PlannedConcept {
-                name: file.header.name.clone(),
-                kind: file.header.kind,
-                text_tokens: file.tensors.text_tokens,
-                image_tokens: file.tensors.image_tokens,
-            })
-            .collect();
-        let plan = plan_sequence(self.model, prompt, &planned, SIZE)?;
-        let device = self.model.transformer.device();
-        let uploaded = concepts
-            .iter()
-            .map(|file| DeviceConcept::upload(&file.tensors, device))
-            .collect::<Result<Vec<_>, _>>()?;
         let settings = DrawSettings {
             size: SIZE,
             guidance_scale: self.options.guidance_scale,
@@ -174,16 +158,7 @@ impl Run<'_> {
                 .map(|index| (self.options.seed.wrapping_add(stream), index))
                 .collect(),
         };
-        let request = plan.request(self.model, &uploaded.iter().collect::<Vec<_>>(), &settings)?;
-        let mut decoding = Decoding::start(&self.model.transformer, &self.model.vocabulary, &request)?;
-        while !decoding.is_done() {
-            decoding.step(&self.model.transformer)?;
-        }
-        decoding
-            .codes()
-            .iter()
-            .map(|codes| self.model.decode_picture(codes, SIZE.0, SIZE.1))
-            .collect()
+        draw_alone(self.model, prompt, concepts, &settings)
     }
 
     /// Mean cross-entropy per image code (row ends and image end left out), in nats.

@@ -92,7 +92,7 @@ fn concept_file() -> Vec<u8> {
             kind: ConceptKind::Subject,
             name: "rex".to_owned(),
             class_noun: Some("cat".to_owned()),
-            method: "coar".to_owned(),
+            method: Default::default(),
             spec: spec(ConceptKind::Subject),
             losses: serde_json::Map::from_iter([("next_token".to_owned(), 1.5.into())]),
             base_model: "abc".to_owned(),

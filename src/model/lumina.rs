@@ -167,6 +167,24 @@ impl LuminaMgpt {
         tch::no_grad(|| Vqgan::load(self.vqgan.config(), &self.vqgan_tensors))
     }
 
+    /// The same model around another transformer; everything else is shared, and so is the fingerprint: it names what the
+    /// other weights were made from.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn with_transformer(&self, transformer: Transformer) -> Result<Self, ModelError> {
+        Ok(Self {
+            transformer,
+            vqgan: self.share_vqgan()?,
+            vocabulary: self.vocabulary.clone(),
+            tokenizer: self.tokenizer.clone(),
+            crop: self.crop.clone(),
+            vqgan_tensors: self.vqgan_tensors.another(),
+            fingerprint: self.fingerprint.clone(),
+            target_size: self.target_size,
+        })
+    }
+
     /// Names these weights; concepts carry it.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint

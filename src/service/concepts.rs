@@ -15,7 +15,7 @@ use crate::registry::{
     Concept, ConceptChange, ConceptFilter, ConceptStatus, Listed, NewConcept, Page, RegistryError, Training,
     TrainingStatus, Version, input_fingerprint,
 };
-use crate::training::TrainingSpec;
+use crate::training::{TokenMethod, TrainingSpec};
 
 /// What a caller wants to register, as parsed; values are checked here.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -27,6 +27,8 @@ pub struct Registration {
     #[serde(serialize_with = "crate::registry::blobs::hashes")]
     pub images: Vec<Bytes>,
     pub captions: Vec<String>,
+    /// `coar`, `coar-text`, `textual-inversion`; `None`: the preset's.
+    pub method: Option<String>,
     pub steps: Option<u32>,
     pub layers: Option<u32>,
     pub learning_rate: Option<f64>,
@@ -210,7 +212,12 @@ impl Service {
         let class = registration.class.map(|class| class.trim().to_owned());
         let info = self.executor.info();
         let mut spec = TrainingSpec::preset(info.preset, kind, &name, class.as_deref(), info.layers);
+        let method = registration
+            .method
+            .map(|method| method.parse::<TokenMethod>())
+            .transpose();
         let settings = TrainingSettings {
+            method: method.map_err(|problem| Error::field("invalid_value", "method", problem))?,
             captions: Some(registration.captions),
             steps: registration.steps,
             layers: registration.layers,

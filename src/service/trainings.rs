@@ -7,11 +7,13 @@ use super::{Addition, Caller, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TrainingId;
 use crate::registry::{Listed, NewTraining, Page, Training, TrainingFilter, TrainingStatus, input_fingerprint};
-use crate::training::{StepLosses, TrainingSpec};
+use crate::training::{StepLosses, TokenMethod, TrainingSpec};
 
 /// Settings of a training; `None` leaves what holds otherwise.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct TrainingSettings {
+    /// Sets what the method leaves out, before the other settings.
+    pub method: Option<TokenMethod>,
     pub captions: Option<Vec<String>>,
     pub steps: Option<u32>,
     pub layers: Option<u32>,
@@ -27,6 +29,9 @@ impl TrainingSettings {
             if let Some(value) = value {
                 *to = value;
             }
+        }
+        if let Some(method) = self.method {
+            *spec = spec.clone().with_method(method);
         }
         set(&mut spec.captions, self.captions);
         set(&mut spec.steps, self.steps);

@@ -9,8 +9,10 @@ mod passes;
 mod references;
 mod start;
 mod trainer;
+/// Methods that change the model's weights, on a copy.
+pub mod tuning;
 
-pub use crate::concept::spec::{self, Preset, SpecFault, TrainingSpec};
+pub use crate::concept::spec::{self, Preset, SpecFault, TokenMethod, TrainingSpec};
 pub use losses::next_token;
 pub use memory::{Estimate, StepSize};
 pub use passes::{Graph, Row, row_logits, token_logits};

@@ -1,11 +1,12 @@
 //! Forward and backward passes over references: how they are laid out as one batch, and what is kept in between.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::references::Reference;
 use crate::concept::{DeviceConcept, Placement, context_batch};
 use crate::model::context::ContextBatch;
 use crate::model::recompute::Recomputed;
+use crate::model::transformer::LayerPoint;
 use crate::model::{LuminaMgpt, ModelError};
 
 /// What the backward pass finds of the layers' intermediate values.
@@ -77,6 +78,12 @@ impl Batch {
             targets: upload(&targets)?,
             context: context_batch(&placements, false, device)?,
         })
+    }
+
+    /// Mean hidden state `[hidden]` (f32) of `x` `[rows, seq, hidden]` where image tokens are predicted.
+    fn mean_at(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let rows = x.f_reshape([-1, x.size()[2]])?.f_index_select(0, &self.at)?;
+        Ok(rows.f_mean_dim([0i64].as_slice(), false, Kind::Float)?)
     }
 
     /// Logits `[tokens, vocab]` of hidden states `[rows, seq, hidden]`.
@@ -167,6 +174,25 @@ pub fn token_logits(
 /// When the device fails.
 pub fn row_logits(model: &LuminaMgpt, rows: &[Row]) -> Result<(Tensor, Tensor), ModelError> {
     Passes::new(model, Graph::Kept).logits(rows)
+}
+
+/// As [`row_logits`], and for each layer the mean of its input `[layers, hidden]` where image tokens are predicted.
+///
+/// # Errors
+/// When the device fails.
+pub(super) fn observed_logits(model: &LuminaMgpt, rows: &[Row]) -> Result<(Tensor, Tensor, Tensor), ModelError> {
+    let batch = Batch::new(model, rows)?;
+    let mut means = Vec::new();
+    let hidden = model
+        .transformer
+        .forward_observed(&batch.ids, Some(&batch.context), &mut |point, x| {
+            if let LayerPoint::Input(_) = point {
+                means.push(batch.mean_at(x)?);
+            }
+            Ok(())
+        })?;
+    let logits = batch.logits(model, &hidden)?;
+    Ok((logits, batch.targets, Tensor::f_stack(&means, 0)?))
 }
 
 /// Rows of references that all hold the same concept, or none.

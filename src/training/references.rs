@@ -84,17 +84,10 @@ impl References {
     /// Prepares the pictures as the base model's pipeline does and encodes them.
     ///
     /// # Errors
-    /// When there are no pictures or too many, or the device fails.
+    /// When there are no pictures, or the device fails.
     pub fn encode(model: &LuminaMgpt, spec: &TrainingSpec, pictures: &[RgbPicture]) -> Result<Self, ModelError> {
-        if pictures.is_empty() || pictures.len() > super::spec::PICTURES_LIMIT {
-            return Err(ModelError::invalid(
-                "images",
-                format!(
-                    "has {} pictures; expected 1 to {}",
-                    pictures.len(),
-                    super::spec::PICTURES_LIMIT
-                ),
-            ));
+        if pictures.is_empty() {
+            return Err(ModelError::invalid("images", "has no pictures; expected at least 1"));
         }
         let mut rng = ChaCha8Rng::seed_from_u64(spec.seed);
         let (mut views, mut of_picture) = (Vec::new(), Vec::new());

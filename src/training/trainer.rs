@@ -14,7 +14,7 @@ use super::optimizer::{Optimizer, Parameter, Rule};
 use super::passes::{Graph, Passes, rows, token_logits};
 use super::references::{Reference, References};
 use super::start::{Anchors, StartSearch};
-use crate::concept::spec::{Parametrisation, TrainingSpec};
+use crate::concept::spec::{PICTURES_LIMIT, Parametrisation, TrainingSpec};
 use crate::concept::{ConceptFile, ConceptHeader, DeviceConcept};
 use crate::model::decoding::Decoding;
 use crate::model::{LuminaMgpt, ModelError};
@@ -83,6 +83,10 @@ impl Trainer {
     pub fn new(model: &LuminaMgpt, spec: TrainingSpec, pictures: &[RgbPicture]) -> Result<Self, ModelError> {
         spec.check(model.transformer.config().num_hidden_layers)
             .map_err(|fault| ModelError::invalid(fault.field, fault.problem))?;
+        if pictures.len() > PICTURES_LIMIT {
+            let problem = format!("has {} pictures; expected 1 to {PICTURES_LIMIT}", pictures.len());
+            return Err(ModelError::invalid("images", problem));
+        }
         let references = References::encode(model, &spec, pictures)?;
         let start = StartSearch::new(model, &spec)?;
         let anchors = tch::no_grad(|| Anchors::observe(model, &spec, &references, &start.ids()))?;
@@ -346,7 +350,7 @@ impl Trainer {
                 kind: self.spec.kind,
                 name: self.spec.name.clone(),
                 class_noun: self.spec.class_noun.clone(),
-                method: "coar".to_owned(),
+                method: self.spec.method,
                 spec: TrainingSpec {
                     start_words: self.start.words().into_iter().map(|word| vec![word]).collect(),
                     ..self.spec.clone()

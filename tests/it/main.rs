@@ -5,6 +5,7 @@ mod architecture;
 mod dreambench;
 mod engine;
 mod golden;
+mod methods;
 mod model;
 mod security;
 mod support;

@@ -33,6 +33,17 @@ impl From<ConceptKind> for KindName {
     }
 }
 
+/// How a concept is learned.
+#[derive(serde::Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+#[schema(as = TrainingMethod)]
+#[allow(dead_code)]
+pub(in crate::api) enum MethodName {
+    Coar,
+    CoarText,
+    TextualInversion,
+}
+
 /// `ready` as soon as there is a version to draw with, whatever further trainings do; before, what the newest training
 /// says.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
@@ -194,6 +205,9 @@ pub(in crate::api) struct RegisterConcept {
     /// What else is to be seen in each picture, in the pictures' order.
     #[schema(max_items = 10, nullable = false)]
     captions: Option<Vec<String>>,
+    /// What is learned: context tokens of text and image, of text alone, or one input embedding. Absent: the model's preset.
+    #[schema(nullable = false)]
+    method: Option<MethodName>,
     #[schema(minimum = 1, maximum = 20_000, nullable = false)]
     steps: Option<u32>,
     /// Layers of the model, from the first, that get context tokens.

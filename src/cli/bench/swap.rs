@@ -31,7 +31,7 @@ pub(super) async fn swaps(info: &ModelInfo, device: Device, used: &ConceptUse) -
             kind: used.kind,
             name: used.name.clone(),
             class_noun: Some("cat".to_owned()),
-            method: "coar".to_owned(),
+            method: Default::default(),
             spec,
             losses: serde_json::Map::new(),
             base_model: info.fingerprint.clone(),

@@ -174,6 +174,11 @@ impl DreambenchArgs {
                 anyhow::ensure!(dir.is_dir(), "{flag} is {}, which is no folder", dir.display());
             }
         }
+        anyhow::ensure!(
+            self.dino.is_none() && self.clip.is_none(),
+            "--dino and --clip: this version does not read the judges yet; leave them out and keep --out, which a later version scores with \
+             --report-only"
+        );
         Ok(())
     }
 

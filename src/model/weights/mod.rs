@@ -30,6 +30,22 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Everything that was loaded, by name.
+    pub fn all(&self) -> Vec<(String, Tensor)> {
+        let tensors = self.0.borrow();
+        tensors
+            .iter()
+            .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+            .collect()
+    }
+
+    /// Other handles of the same tensors.
+    pub fn another(&self) -> Self {
+        Self(std::cell::RefCell::new(self.all().into_iter().collect()))
+    }
+}
+
 struct Remembering<'a> {
     shared: &'a Shared,
     source: &'a dyn TensorSource,

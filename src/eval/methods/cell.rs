@@ -1,0 +1,380 @@
+//! One cell: a method trained on one subject with one seed, its pictures judged.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::arms::{Arm, Recipe};
+use super::{MethodRow, MethodsOptions};
+use crate::concept::{ConceptFile, ConceptKind, DeviceConcept};
+use crate::eval::judge::Judge;
+use crate::eval::measures::colour_similarity;
+use crate::eval::run::{EvalOptions, REFERENCE_SCENES, Run, SIZE, with_overrides};
+use crate::eval::subjects::{Condition, Subject};
+use crate::model::{LuminaMgpt, ModelError};
+use crate::picture::RgbPicture;
+use crate::pocket::measure::as_drawn;
+use crate::pocket::world::{HeldOutSubject, Scene, contact_sheet, render, scene_phrase};
+use crate::training::tuning::{BaseWeights, Tuner, TuningFile, TuningSpec, WeightMethod};
+use crate::training::{Advance, Preset, TrainingSpec};
+
+/// What all cells share.
+pub struct Bench<'a> {
+    pub model: &'a LuminaMgpt,
+    pub base: &'a BaseWeights,
+    pub judge: &'a Judge,
+    pub options: &'a MethodsOptions,
+}
+
+/// A cell as it is kept on disk: the row, and what it was made with.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    made_with: Value,
+    row: MethodRow,
+}
+
+/// Something learned that draws.
+struct Learned {
+    /// Another model for methods that change weights.
+    model: Option<LuminaMgpt>,
+    concept: ConceptFile,
+    parameters: u64,
+    bytes: u64,
+    seconds: f64,
+    swap_ms: f64,
+}
+
+/// Pictures of each scene that stand for what another model would supply to proxy tuning.
+const PROXIES_PER_SCENE: usize = 4;
+/// The scene of a sixth reference.
+const SIXTH: Scene = Scene::Forest;
+
+impl Bench<'_> {
+    /// What decides every row, for the record.
+    pub fn settings(&self) -> Value {
+        let options = self.options;
+        json!({
+            "pictures_per_cell": 9 * options.per_scene,
+            "guidance_scale": options.guidance_scale,
+            "top_k": options.top_k,
+            "development_subjects": options.development,
+            "changed": options.settings,
+        })
+    }
+
+    fn eval_options(&self, seed: u64) -> EvalOptions {
+        EvalOptions {
+            seed,
+            guidance_scale: self.options.guidance_scale,
+            top_k: self.options.top_k,
+            per_scene: self.options.per_scene,
+            subjects: self.options.subjects,
+            development: self.options.development,
+            captions: true,
+            base: false,
+            ablation: false,
+            styles: false,
+            compositions: false,
+            subject_settings: Default::default(),
+            style_settings: Default::default(),
+            sheets: None,
+        }
+    }
+
+    /// The cell's row: kept from before, or measured now if it is `mine`.
+    ///
+    /// # Errors
+    /// When the device fails or the folder cannot be written.
+    pub fn row(
+        &self,
+        arm: &Arm,
+        held_out: &'static HeldOutSubject,
+        seed: u64,
+        mine: bool,
+    ) -> Result<Option<MethodRow>, ModelError> {
+        let noun = held_out.class.name();
+        let made_with = json!({
+            "model": self.model.fingerprint(),
+            "settings": self.settings(),
+            "spec": self.spec_of(arm, held_out.name, noun, seed)?,
+            "references": arm.references,
+        });
+        let file = self.options.dir.as_ref().map(|dir| {
+            let name: String = arm
+                .name
+                .chars()
+                .map(|c| if c.is_alphanumeric() || c == '-' { c } else { '_' })
+                .collect();
+            dir.join(format!("{}.{name}.{seed}.json", held_out.name))
+        });
+        if let Some(text) = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok())
+            && let Ok(kept) = serde_json::from_str::<Kept>(&text)
+            && kept.made_with == made_with
+        {
+            return Ok(Some(kept.row));
+        }
+        if !mine {
+            return Ok(None);
+        }
+        let (row, pictures) = self.measure(arm, held_out, seed)?;
+        if let Some(file) = file {
+            let kept = Kept {
+                made_with,
+                row: row.clone(),
+            };
+            write(&file, &serde_json::to_vec_pretty(&kept).unwrap_or_default())?;
+            let sheet = contact_sheet(&pictures, 9);
+            let png = crate::picture::encode(&sheet, crate::picture::OutputFormat::Png, &[])
+                .map_err(|error| ModelError::file(&file, error))?;
+            write(&file.with_extension("png"), &png)?;
+        }
+        Ok(Some(row))
+    }
+
+    /// Everything that decides how the arm learns.
+    fn spec_of(&self, arm: &Arm, name: &str, noun: &str, seed: u64) -> Result<Value, ModelError> {
+        let fault = |error: serde_json::Error| ModelError::invalid("settings", error.to_string());
+        Ok(match &arm.recipe {
+            Recipe::Tokens(..) => serde_json::to_value(self.token_spec(arm, name, noun, seed)?).map_err(fault)?,
+            Recipe::Weights(method) => {
+                serde_json::to_value(self.tuning_spec(*method, name, noun, seed)?).map_err(fault)?
+            }
+            _ => Value::Null,
+        })
+    }
+
+    fn token_spec(&self, arm: &Arm, name: &str, noun: &str, seed: u64) -> Result<TrainingSpec, ModelError> {
+        let layers = self.model.transformer.config().num_hidden_layers;
+        let mut spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, name, Some(noun), layers);
+        spec.seed = seed;
+        if let Recipe::Tokens(method, changed) = &arm.recipe {
+            spec = with_overrides(&spec.with_method(*method), changed)?;
+        }
+        spec.captions = scenes(arm.references)
+            .map(|scene| scene_phrase(scene).to_owned())
+            .collect();
+        match self.options.settings.get(&arm.name).and_then(Value::as_object) {
+            Some(changed) => with_overrides(&spec, changed),
+            None => Ok(spec),
+        }
+    }
+
+    fn tuning_spec(&self, method: WeightMethod, name: &str, noun: &str, seed: u64) -> Result<TuningSpec, ModelError> {
+        let mut spec = TuningSpec::preset(Preset::Pocket, method, name, noun);
+        spec.seed = seed;
+        spec.captions = match method {
+            WeightMethod::ProxyTuning => proxy_scenes().map(|scene| scene_phrase(scene).to_owned()).collect(),
+            _ => scenes(super::arms::REFERENCES)
+                .map(|scene| scene_phrase(scene).to_owned())
+                .collect(),
+        };
+        let Some(changed) = self.options.settings.get(method.as_str()).and_then(Value::as_object) else {
+            return Ok(spec);
+        };
+        let fault = |error: serde_json::Error| ModelError::invalid("settings", error.to_string());
+        let mut value = serde_json::to_value(&spec).map_err(fault)?;
+        for (key, wanted) in changed {
+            value[key] = wanted.clone();
+        }
+        serde_json::from_value(value).map_err(fault)
+    }
+
+    fn measure(
+        &self,
+        arm: &Arm,
+        held_out: &'static HeldOutSubject,
+        seed: u64,
+    ) -> Result<(MethodRow, Vec<RgbPicture>), ModelError> {
+        let options = self.eval_options(seed);
+        let run = Run {
+            model: self.model,
+            judge: self.judge,
+            options: &options,
+        };
+        let mut subject = run.subject(held_out);
+        self.give_references(&mut subject, arm.references, seed);
+        let noun = held_out.class.name();
+        let learned = match &arm.recipe {
+            Recipe::Real => return self.real(&run, &subject, seed),
+            Recipe::Plain | Recipe::Described => None,
+            Recipe::Tokens(..) => Some(self.learn_tokens(&run, arm, &subject, seed)?),
+            Recipe::Weights(method) => Some(self.learn_weights(*method, &subject, seed)?),
+        };
+        let own = learned.as_ref().and_then(|learned| learned.model.as_ref());
+        let run = Run {
+            model: own.unwrap_or(self.model),
+            ..run
+        };
+        let condition = match (&learned, &arm.recipe) {
+            (Some(learned), _) => Condition::concept("concept", noun, &learned.concept),
+            (None, Recipe::Described) => Condition::described(&subject.unseen[0].0),
+            (None, _) => Condition::plain(noun),
+        };
+        let (values, pictures) = run.measure_subject(&subject, &condition)?;
+        let value = |name: &str| {
+            let found = values.iter().find(|(n, _)| n == name);
+            found.map_or(f64::NAN, |(_, value)| *value)
+        };
+        let row = MethodRow {
+            method: arm.name.clone(),
+            subject: held_out.name.to_owned(),
+            seed,
+            similarity: value("feature"),
+            colour: value("colour"),
+            scene: value("scene"),
+            class: value("class"),
+            attributes: value("attrib"),
+            loss: Some(value("loss")),
+            parameters: learned.as_ref().map_or(0, |learned| learned.parameters),
+            bytes: learned.as_ref().map_or(0, |learned| learned.bytes),
+            seconds: learned.as_ref().map_or(0.0, |learned| learned.seconds),
+            swap_ms: learned.as_ref().map_or(0.0, |learned| learned.swap_ms),
+            mixed_batch: own.is_none(),
+        };
+        let each = pictures.iter().step_by(self.options.per_scene).cloned().collect();
+        Ok((row, each))
+    }
+
+    /// The first `count` references, a sixth in a scene of its own.
+    fn give_references(&self, subject: &mut Subject, count: usize, seed: u64) {
+        subject.references.truncate(count);
+        if count > subject.references.len() {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x6);
+            let spec = subject.held_out.spec(SIXTH, &mut rng);
+            subject.references.push(render(&spec, SIZE.0, SIZE.1));
+        }
+    }
+
+    /// How alike two real pictures of the subject in the same scene are: what no method can be expected to exceed.
+    fn real(&self, run: &Run, subject: &Subject, seed: u64) -> Result<(MethodRow, Vec<RgbPicture>), ModelError> {
+        let real: Vec<RgbPicture> = subject.unseen.iter().map(|(_, picture)| picture.clone()).collect();
+        let real = as_drawn(&run.model.vqgan, &real)?;
+        let judgement = run.judge.judge(&real)?;
+        let (mut cosine, mut colour) = (0.0, 0.0);
+        for pair in 0..real.len() / 2 {
+            let (a, b) = (2 * pair, 2 * pair + 1);
+            let product = judgement
+                .features
+                .f_get(a as i64)?
+                .f_dot(&judgement.features.f_get(b as i64)?)?;
+            cosine += product.f_double_value(&[])?;
+            colour += colour_similarity(&real[a], &real[b]);
+        }
+        let pairs = (real.len() / 2) as f64;
+        let wanted: Vec<[i64; 7]> = subject
+            .unseen
+            .iter()
+            .map(|(spec, _)| crate::eval::judge::answers(spec))
+            .collect();
+        let share = |head: &str| {
+            let at = crate::eval::judge::HEADS
+                .iter()
+                .position(|(name, _)| *name == head)
+                .unwrap_or(0);
+            crate::eval::run::accuracy(&judgement, head, &wanted.iter().map(|w| w[at]).collect::<Vec<_>>())
+        };
+        let attributes = ["colour1", "colour2", "pattern", "accessory"].map(share);
+        let row = MethodRow {
+            method: "real".to_owned(),
+            subject: subject.held_out.name.to_owned(),
+            seed,
+            similarity: cosine / pairs,
+            colour: colour / pairs,
+            scene: share("scene"),
+            class: share("class"),
+            attributes: attributes.iter().sum::<f64>() / 4.0,
+            loss: None,
+            parameters: 0,
+            bytes: 0,
+            seconds: 0.0,
+            swap_ms: 0.0,
+            mixed_batch: true,
+        };
+        Ok((row, real.into_iter().step_by(2).collect()))
+    }
+
+    fn learn_tokens(&self, run: &Run, arm: &Arm, subject: &Subject, seed: u64) -> Result<Learned, ModelError> {
+        let spec = self.token_spec(arm, subject.held_out.name, subject.held_out.class.name(), seed)?;
+        let trained = run.train(spec, &subject.references)?;
+        let bytes = trained
+            .file
+            .to_bytes()
+            .map_err(|error| ModelError::invalid("concept", error.to_string()))?;
+        let started = Instant::now();
+        let concept =
+            ConceptFile::from_bytes(&bytes).map_err(|error| ModelError::invalid("concept", error.to_string()))?;
+        DeviceConcept::upload(&concept.tensors, self.model.transformer.device())?;
+        Ok(Learned {
+            swap_ms: 1e3 * started.elapsed().as_secs_f64(),
+            model: None,
+            parameters: concept.tensors.parameters() as u64,
+            bytes: bytes.len() as u64,
+            seconds: trained.seconds,
+            concept,
+        })
+    }
+
+    fn learn_weights(&self, method: WeightMethod, subject: &Subject, seed: u64) -> Result<Learned, ModelError> {
+        let spec = self.tuning_spec(method, subject.held_out.name, subject.held_out.class.name(), seed)?;
+        let pictures = match method {
+            WeightMethod::ProxyTuning => proxies(subject, seed),
+            _ => subject.references.clone(),
+        };
+        let started = Instant::now();
+        let mut tuner = Tuner::new(self.model, self.base, Preset::Pocket, spec, &pictures)?;
+        while tuner.advance(self.model)? != Advance::Finished {}
+        let seconds = started.elapsed().as_secs_f64();
+        let parameters = tuner.parameters() as u64;
+        let dir = std::env::temp_dir().join(format!("coar-{}", uuid::Uuid::new_v4()));
+        std::fs::create_dir_all(&dir).map_err(|error| ModelError::file(&dir, error))?;
+        let file = dir.join("tuned.safetensors");
+        let applied = tuner.file()?.write(&file).and_then(|()| {
+            let bytes = std::fs::metadata(&file)
+                .map_err(|error| ModelError::file(&file, error))?
+                .len();
+            let started = Instant::now();
+            let (model, concept) = TuningFile::read(&file)?.apply(self.model, self.base)?;
+            Ok((model, concept, bytes, 1e3 * started.elapsed().as_secs_f64()))
+        });
+        let _ = std::fs::remove_dir_all(&dir);
+        let (model, concept, bytes, swap_ms) = applied?;
+        Ok(Learned {
+            model: Some(model),
+            concept,
+            parameters,
+            bytes,
+            seconds,
+            swap_ms,
+        })
+    }
+}
+
+fn scenes(count: usize) -> impl Iterator<Item = Scene> {
+    REFERENCE_SCENES.into_iter().chain([SIXTH]).take(count)
+}
+
+fn proxy_scenes() -> impl Iterator<Item = Scene> {
+    Scene::ALL.iter().flat_map(|&scene| [scene; PROXIES_PER_SCENE])
+}
+
+/// Pictures that another model would have drawn of the subject; here the world draws them, without a fault.
+fn proxies(subject: &Subject, seed: u64) -> Vec<RgbPicture> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x70_72_6f_78_79);
+    proxy_scenes()
+        .map(|scene| render(&subject.held_out.spec(scene, &mut rng), SIZE.0, SIZE.1))
+        .collect()
+}
+
+fn write(file: &PathBuf, bytes: &[u8]) -> Result<(), ModelError> {
+    let partial = file.with_extension("partial");
+    let written = file
+        .parent()
+        .map_or(Ok(()), std::fs::create_dir_all)
+        .and_then(|()| std::fs::write(&partial, bytes))
+        .and_then(|()| std::fs::rename(&partial, file));
+    written.map_err(|error| ModelError::file(file, error))
+}
