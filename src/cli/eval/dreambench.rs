@@ -13,9 +13,11 @@ use crate::eval::dreambench::{
 };
 use crate::training::Preset;
 
-/// Run DreamBench: train a concept for each subject, draw every prompt, score with DINO and CLIP, write a report.
+/// Run DreamBench: train a concept for each subject, draw every prompt, write a report.
 ///
-/// All of it:      coar eval dreambench --data DIR --out DIR --dino DIR --clip DIR --model DIR
+/// The scores need DINO and CLIP, which this version does not read yet.
+///
+/// All of it:      coar eval dreambench --data DIR --out DIR --model DIR
 /// A part of it:   coar eval dreambench --data DIR --out DIR --subjects dog,can --prompts 0-4
 ///
 /// DIR of --data has a folder of pictures for each subject, as the DreamBooth dataset. The same command goes on where an

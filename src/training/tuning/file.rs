@@ -91,7 +91,9 @@ impl TuningFile {
             .collect::<Result<_, _>>()?;
         let whole = safetensors::serialize(views, Some(header)).map_err(|error| fault(&error))?;
         let partial = file.with_extension("partial");
-        let written = std::fs::write(&partial, whole).and_then(|()| std::fs::rename(&partial, file));
+        let written = std::fs::write(&partial, whole)
+            .and_then(|()| std::fs::File::open(&partial)?.sync_all())
+            .and_then(|()| std::fs::rename(&partial, file));
         written.map_err(|error| fault(&error))
     }
 

@@ -11,7 +11,7 @@ use super::weights::{BaseWeights, Change};
 use crate::concept::DeviceConcept;
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
-use crate::training::losses::{divergence_from_frozen, next_token};
+use crate::training::losses::{divergence_from_frozen, next_token, self_regularisation};
 use crate::training::optimizer::{Optimizer, Parameter, Rule};
 use crate::training::passes::{observed_logits, row_logits, rows};
 use crate::training::{Advance, Preset, Reference, References, StepLosses, Trainer};
@@ -195,9 +195,7 @@ impl<'b> Tuner<'b> {
         }
         let mut regularisation = None;
         if let Some(anchor) = &self.anchor {
-            let square = means.f_sub(anchor)?.f_square()?;
-            let distance = square.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?;
-            let term = distance.f_add_scalar(1e-12)?.f_sqrt()?.f_mean(Kind::Float)?;
+            let term = self_regularisation(&means, anchor)?;
             regularisation = Some(value(&term)?);
             total = total.f_add(&term.f_mul_scalar(self.spec.regularisation_weight)?)?;
         }
