@@ -103,12 +103,14 @@ fn same(one: &TrainingSpec, other: &TrainingSpec) -> bool {
         learning_rate: one.learning_rate,
         prior_weight: one.prior_weight,
         regularisation_weight: one.regularisation_weight,
+        focus: one.focus,
         ..other.clone()
     };
     rates == *one
         && close(one.learning_rate, other.learning_rate)
         && close(one.prior_weight, other.prior_weight)
         && close(one.regularisation_weight, other.regularisation_weight)
+        && close(one.focus, other.focus)
 }
 
 /// Every tensor that is accepted can be read, and has the numbers that its shape asks for.

@@ -65,6 +65,10 @@ impl std::str::FromStr for TokenMethod {
     }
 }
 
+fn is_zero(number: &f64) -> bool {
+    *number == 0.0
+}
+
 /// Everything that decides a training's outcome, besides the pictures and the base model. Recorded in the concept file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -97,6 +101,10 @@ pub struct TrainingSpec {
     pub augment: bool,
     /// Lets the learning rate fall linearly to a twentieth over the second half, instead of staying constant.
     pub decay: bool,
+    /// How much the image tokens that the start words decide count more than the others in the loss of a subject: 0 not at
+    /// all, 1 in proportion alone. Absent in files: 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub focus: f64,
     /// For each text context token the words that it may start as, at the frozen model's hidden states there; of
     /// several, the one under which the references are least surprising. Tokens without any: the class noun, or "art".
     /// Lists beyond the last token are ignored. In a finished concept: the chosen ones.
@@ -153,6 +161,7 @@ impl TrainingSpec {
             prior_pictures: 8,
             augment: false,
             decay: false,
+            focus: 0.0,
             start_words: vec![],
             captions: vec![],
             seed: 0,
@@ -203,6 +212,7 @@ impl TrainingSpec {
     /// The defaults of a method: what it leaves out of the preset. Textual inversion learns one embedding, which starts
     /// as the class noun's, with next-token cross-entropy alone.
     pub fn with_method(self, method: TokenMethod) -> Self {
+        let relative = self.parametrisation == Parametrisation::LayerRelative;
         match method {
             TokenMethod::Coar => Self {
                 method,
@@ -216,11 +226,15 @@ impl TrainingSpec {
             },
             TokenMethod::TextualInversion => Self {
                 method,
+                // One vector for everything: chosen on the development subjects, like the rest of the pocket preset.
+                steps: if relative { 300 } else { self.steps },
+                learning_rate: if relative { 3e-2 } else { self.learning_rate },
                 layers: 1,
                 text_tokens: 1,
                 image_tokens: 0,
                 prior_weight: 0.0,
                 regularisation_weight: 0.0,
+                focus: 0.0,
                 start_words: vec![],
                 ..self
             },
@@ -328,6 +342,11 @@ impl TrainingSpec {
         }
         for (field, value, high) in [
             ("learning_rate", self.learning_rate, 1.0),
+            (
+                "focus",
+                self.focus,
+                if self.kind == ConceptKind::Subject { 1.0 } else { 0.0 },
+            ),
             ("prior_weight", self.prior_weight, 100.0),
             ("regularisation_weight", self.regularisation_weight, 100.0),
         ] {

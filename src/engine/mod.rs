@@ -22,7 +22,7 @@ pub use cost::Cost;
 pub use generations::Load;
 pub use handle::{EngineHandle, GenerationStream, Health, ModelInfo, TrainingStream};
 pub use memory::{free_bytes, used_bytes};
-pub use plan::{DrawSettings, PlannedConcept, PlannedSequence, draw_alone, plan_sequence};
+pub use plan::{DrawSettings, PlannedConcept, PlannedSequence, draw_alone, draw_together, plan_sequence};
 pub use stand_in::{Pace, stand_in};
 pub use thread::{EngineOptions, start};
 

@@ -96,6 +96,20 @@ pub fn draw_alone(
     concepts: &[&ConceptFile],
     settings: &DrawSettings,
 ) -> Result<Vec<RgbPicture>, ModelError> {
+    draw_together(model, &[prompt], concepts, std::slice::from_ref(settings))
+}
+
+/// As [`draw_alone`] for several prompts in one batch, each with its settings; the pictures are the same as alone where
+/// the device's arithmetic does not depend on the batch. They come one prompt's after the other's.
+///
+/// # Errors
+/// As [`draw_alone`].
+pub fn draw_together(
+    model: &LuminaMgpt,
+    prompts: &[&str],
+    concepts: &[&ConceptFile],
+    settings: &[DrawSettings],
+) -> Result<Vec<RgbPicture>, ModelError> {
     let planned: Vec<PlannedConcept> = concepts
         .iter()
         .map(|file| PlannedConcept {
@@ -105,22 +119,31 @@ pub fn draw_alone(
             image_tokens: file.tensors.image_tokens,
         })
         .collect();
-    let (width, height) = settings.size;
-    let plan = plan_sequence(model, prompt, &planned, settings.size)?;
     let _no_grad = tch::no_grad_guard();
     let uploaded = concepts
         .iter()
         .map(|file| DeviceConcept::upload(&file.tensors, model.transformer.device()))
         .collect::<Result<Vec<_>, _>>()?;
-    let request = plan.request(model, &uploaded.iter().collect::<Vec<_>>(), settings)?;
-    let mut decoding = Decoding::start(&model.transformer, &model.vocabulary, &request)?;
+    let uploaded: Vec<&DeviceConcept> = uploaded.iter().collect();
+    let requests = prompts
+        .iter()
+        .zip(settings)
+        .map(|(prompt, settings)| {
+            plan_sequence(model, prompt, &planned, settings.size)?.request(model, &uploaded, settings)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut decoding = Decoding::start(&model.transformer, &model.vocabulary, &requests)?;
     while !decoding.is_done() {
         decoding.step(&model.transformer)?;
     }
-    let codes = decoding.codes();
-    codes
+    let sizes = settings
         .iter()
-        .map(|codes| model.decode_picture(codes, width, height))
+        .flat_map(|settings| settings.streams.iter().map(|_| settings.size));
+    decoding
+        .codes()
+        .iter()
+        .zip(sizes)
+        .map(|(codes, (width, height))| model.decode_picture(codes, width, height))
         .collect()
 }
 

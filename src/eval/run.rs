@@ -11,7 +11,7 @@ use tch::Kind;
 use super::judge::{HEADS, Judge, Judgement, answers};
 use super::report::{Report, Row};
 use crate::concept::{ConceptFile, ConceptKind, DeviceConcept};
-use crate::engine::{DrawSettings, draw_alone};
+use crate::engine::{DrawSettings, draw_together};
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
 use crate::pocket::measure::as_drawn;
@@ -57,6 +57,9 @@ pub(super) struct Run<'a> {
 }
 
 pub(super) const SIZE: (u32, u32) = (96, 96);
+
+/// Pictures of one batch at most: as many as are the same, bit for bit, as each alone on a CPU.
+const BATCH: usize = 40;
 
 /// Runs the parts that the options ask for. `progress` is told what is being done.
 ///
@@ -139,26 +142,36 @@ impl Run<'_> {
         })
     }
 
-    /// Draws `count` pictures of a prompt; concepts are those named in it.
+    /// Draws `count` pictures of each prompt in one batch, one prompt's after the other's; concepts are those named in
+    /// them, `stream` is the first prompt's random stream.
     pub(super) fn draw(
         &self,
-        prompt: &str,
+        prompts: &[String],
         concepts: &[&ConceptFile],
         identity_mask: bool,
         stream: u64,
         count: usize,
     ) -> Result<Vec<RgbPicture>, ModelError> {
-        let settings = DrawSettings {
-            size: SIZE,
-            guidance_scale: self.options.guidance_scale,
-            temperature: 1.0,
-            top_k: self.options.top_k,
-            identity_mask,
-            streams: (0..count as u64)
-                .map(|index| (self.options.seed.wrapping_add(stream), index))
-                .collect(),
-        };
-        draw_alone(self.model, prompt, concepts, &settings)
+        let settings: Vec<DrawSettings> = (stream..)
+            .take(prompts.len())
+            .map(|stream| DrawSettings {
+                size: SIZE,
+                guidance_scale: self.options.guidance_scale,
+                temperature: 1.0,
+                top_k: self.options.top_k,
+                identity_mask,
+                streams: (0..count as u64)
+                    .map(|index| (self.options.seed.wrapping_add(stream), index))
+                    .collect(),
+            })
+            .collect();
+        let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+        let together = (BATCH / count.max(1)).max(1);
+        let mut drawn = Vec::new();
+        for (prompts, settings) in prompts.chunks(together).zip(settings.chunks(together)) {
+            drawn.extend(draw_together(self.model, prompts, concepts, settings)?);
+        }
+        Ok(drawn)
     }
 
     /// Mean cross-entropy per image code (row ends and image end left out), in nats.
@@ -200,10 +213,8 @@ impl Run<'_> {
                 spec
             })
             .collect();
-        let mut drawn = Vec::new();
-        for (index, spec) in specs.iter().enumerate() {
-            drawn.extend(self.draw(&world::caption_full(spec), &[], false, 1000 + index as u64, 1)?);
-        }
+        let prompts: Vec<String> = specs.iter().map(world::caption_full).collect();
+        let drawn = self.draw(&prompts, &[], false, 1000, 1)?;
         self.sheet("base", &drawn[..drawn.len().min(48)], 12)?;
         let judge = |pictures: &[RgbPicture]| -> Result<Vec<(String, f64)>, ModelError> {
             let judgement = self.judge.judge(pictures)?;

@@ -2,10 +2,11 @@
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use serde_json::{Map, Value};
 
 use super::measures::palette_similarity;
 use super::report::{Report, Row, Values};
-use super::run::{Run, SIZE, Trained, accuracy, values};
+use super::run::{Run, SIZE, Trained, accuracy, values, with_overrides};
 use crate::concept::{ConceptFile, ConceptKind};
 use crate::model::ModelError;
 use crate::picture::RgbPicture;
@@ -32,9 +33,42 @@ impl Run<'_> {
         (caption, render(&spec, SIZE.0, SIZE.1))
     }
 
-    /// The style's single reference picture.
-    pub(super) fn style_picture(&self, case: &StyleCase) -> RgbPicture {
-        self.style_reference(case.held_out).1
+    /// Trains a style on its single picture.
+    pub(super) fn train_style(
+        &self,
+        held_out: &HeldOutStyle,
+        overrides: &Map<String, Value>,
+    ) -> Result<Trained, ModelError> {
+        let (caption, reference) = self.style_reference(held_out);
+        let mut spec = self.spec(ConceptKind::Style, held_out.name, None)?;
+        if self.options.captions {
+            spec.captions = vec![caption];
+        }
+        self.train(with_overrides(&spec, overrides)?, std::slice::from_ref(&reference))
+    }
+
+    /// A style's rows: plain prompt, best description, concept.
+    pub(super) fn style(&self, held_out: &HeldOutStyle, trained: &Trained) -> Result<Vec<Row>, ModelError> {
+        let placeholder = format!("in <{}> style", held_out.name);
+        let mut sheet = vec![self.style_reference(held_out).1];
+        let mut rows = Vec::new();
+        for (condition, phrase, file) in [
+            ("plain", String::new(), None),
+            ("described", held_out.description.to_owned(), None),
+            ("concept", placeholder, Some(&trained.file)),
+        ] {
+            let (mut values, drawn) = self.measure_style(held_out, &phrase, file)?;
+            values.push(("seconds".to_owned(), if file.is_some() { trained.seconds } else { 0.0 }));
+            rows.push(Row {
+                part: "style".into(),
+                of: held_out.name.into(),
+                condition: condition.into(),
+                values,
+            });
+            sheet.extend(drawn.iter().step_by(self.options.per_scene).cloned());
+        }
+        self.sheet(&format!("style-{}", held_out.name), &sheet, 14)?;
+        Ok(rows)
     }
 
     pub(super) fn styles(
@@ -50,31 +84,8 @@ impl Run<'_> {
         };
         for held_out in chosen {
             progress(held_out.name);
-            let (caption, reference) = self.style_reference(held_out);
-            let mut spec = self.spec(ConceptKind::Style, held_out.name, None)?;
-            if self.options.captions {
-                spec.captions = vec![caption];
-            }
-            let trained = self.train(spec, std::slice::from_ref(&reference))?;
-            let placeholder = format!("in <{}> style", held_out.name);
-            let mut sheet = vec![reference];
-            for (condition, phrase, file) in [
-                ("plain", String::new(), None),
-                ("described", held_out.description.to_owned(), None),
-                ("concept", placeholder, Some(&trained.file)),
-            ] {
-                let (row, drawn) = self.measure_style(held_out, &phrase, file)?;
-                let mut row = row;
-                row.push(("seconds".to_owned(), if file.is_some() { trained.seconds } else { 0.0 }));
-                report.rows.push(Row {
-                    part: "style".into(),
-                    of: held_out.name.into(),
-                    condition: condition.into(),
-                    values: row,
-                });
-                sheet.extend(drawn.iter().step_by(self.options.per_scene).cloned());
-            }
-            self.sheet(&format!("style-{}", held_out.name), &sheet, 14)?;
+            let trained = self.train_style(held_out, &Map::new())?;
+            report.rows.extend(self.style(held_out, &trained)?);
             cases.push(StyleCase { held_out, trained });
         }
         for condition in ["plain", "described", "concept"] {
@@ -90,19 +101,12 @@ impl Run<'_> {
         file: Option<&ConceptFile>,
     ) -> Result<(Values, Vec<RgbPicture>), ModelError> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed ^ 0x57_1f);
-        let (mut drawn, mut likes, mut references) = (vec![], vec![], vec![]);
+        let (mut prompts, mut likes, mut references) = (vec![], vec![], vec![]);
         let (mut classes, mut scenes) = (vec![], vec![]);
-        for (index, &scene) in Scene::ALL.iter().enumerate() {
+        for &scene in Scene::ALL {
             let class = self.some_class(&mut rng);
             let prompt = format!("a picture of a {} {} {phrase}", class.name(), scene_phrase(scene));
-            let concepts: Vec<&ConceptFile> = file.into_iter().collect();
-            drawn.extend(self.draw(
-                prompt.trim_end(),
-                &concepts,
-                true,
-                500 + index as u64,
-                self.options.per_scene,
-            )?);
+            prompts.push(prompt.trim_end().to_owned());
             let mut spec = Spec {
                 class,
                 scene,
@@ -127,6 +131,8 @@ impl Run<'_> {
                 scenes.push(scene.index() as i64);
             }
         }
+        let concepts: Vec<&ConceptFile> = file.into_iter().collect();
+        let drawn = self.draw(&prompts, &concepts, true, 500, self.options.per_scene)?;
         let judgement = self.judge.judge(&drawn)?;
         let kept = as_drawn(&self.model.vqgan, &likes)?;
         let palette: f64 = drawn

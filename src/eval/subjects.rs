@@ -123,20 +123,15 @@ impl Run<'_> {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let loss = self.code_loss(&references, condition.concept)?;
-        let (mut drawn, mut wanted, mut likes) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut wanted, mut likes) = (Vec::new(), Vec::new());
         let kept = as_drawn(
             &self.model.vqgan,
             &subject.unseen.iter().map(|(_, p)| p.clone()).collect::<Vec<_>>(),
         )?;
-        for (index, &scene) in Scene::ALL.iter().enumerate() {
-            let concepts: Vec<&ConceptFile> = condition.concept.into_iter().collect();
-            drawn.extend(self.draw(
-                &condition.prompt(scene),
-                &concepts,
-                true,
-                index as u64,
-                self.options.per_scene,
-            )?);
+        let concepts: Vec<&ConceptFile> = condition.concept.into_iter().collect();
+        let prompts: Vec<String> = Scene::ALL.iter().map(|&scene| condition.prompt(scene)).collect();
+        let drawn = self.draw(&prompts, &concepts, true, 0, self.options.per_scene)?;
+        for index in 0..Scene::ALL.len() {
             let spec = &subject.unseen[2 * index].0;
             for copy in 0..self.options.per_scene {
                 wanted.push(answers(spec));

@@ -317,7 +317,7 @@ impl LuminaMgpt {
         Decoding::start(
             &self.transformer,
             &self.vocabulary,
-            &DecodingRequest {
+            &[DecodingRequest {
                 prompt: ids,
                 unconditional: start.to_vec(),
                 context: None,
@@ -327,7 +327,7 @@ impl LuminaMgpt {
                 temperature: 1.0,
                 top_k: self.default_top_k(),
                 streams,
-            },
+            }],
         )
     }
 

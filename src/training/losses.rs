@@ -12,17 +12,32 @@ pub fn next_token(logits: &Tensor, targets: &Tensor) -> Result<Tensor, ModelErro
     Ok(logits.f_cross_entropy_loss(targets, None::<&Tensor>, Reduction::Mean, -100, 0.0)?)
 }
 
+/// As [`next_token`] with a weight for each token, `weights` `[tokens]`: their weighted mean.
+///
+/// # Errors
+/// When the device fails.
+pub(super) fn weighted_next_token(logits: &Tensor, targets: &Tensor, weights: &Tensor) -> Result<Tensor, ModelError> {
+    let each = logits.f_cross_entropy_loss(targets, None::<&Tensor>, Reduction::None, -100, 0.0)?;
+    Ok(each
+        .f_mul(weights)?
+        .f_sum(Kind::Float)?
+        .f_div(&weights.f_sum(Kind::Float)?)?)
+}
+
 /// `KL(zs || prior)`, mean over tokens; `frozen` are log-probabilities `[tokens, vocab]` of the frozen model without any
 /// concept, `prior` the logits with the image context token inserted.
 ///
 /// # Errors
 /// When the device fails.
 pub fn divergence_from_frozen(frozen: &Tensor, prior: &Tensor) -> Result<Tensor, ModelError> {
-    let prior = prior.f_log_softmax(-1, Kind::Float)?;
-    let each = frozen.f_exp()?.f_mul(&frozen.f_sub(&prior)?)?;
-    Ok(each
-        .f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?
-        .f_mean(Kind::Float)?)
+    let each = divergence_each(frozen, &prior.f_log_softmax(-1, Kind::Float)?)?;
+    Ok(each.f_mean(Kind::Float)?)
+}
+
+/// `KL(one || other)` `[tokens]` of log-probabilities `[tokens, vocab]`.
+pub(super) fn divergence_each(one: &Tensor, other: &Tensor) -> Result<Tensor, ModelError> {
+    let each = one.f_exp()?.f_mul(&one.f_sub(other)?)?;
+    Ok(each.f_sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)?)
 }
 
 /// Context-aware self-regularisation: `(1/N) sum_i || p_I[i] - E[i] ||_2`, mean over the K tokens. `image` is

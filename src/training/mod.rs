@@ -1,6 +1,7 @@
 //! Concept training (arXiv 2508.07341, section 3): data, losses, a resumable trainer.
 
 mod checkpoint;
+mod emphasis;
 mod losses;
 mod memory;
 /// The rules that move trainable tensors.

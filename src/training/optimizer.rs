@@ -195,3 +195,18 @@ fn orthogonalise(matrix: &Tensor) -> Result<Tensor, ModelError> {
     let x = x.f_to_kind(matrix.kind())?;
     Ok(if tall { x.f_transpose(0, 1)? } else { x })
 }
+/// Steps over which a learning rate rises from nothing.
+const WARM_UP: f64 = 10.0;
+/// Share of the rate that the last steps have.
+const LAST_RATE: f64 = 0.05;
+
+/// The learning rate of a step, counted from 0: it rises over the first steps and, with `decay`, falls linearly over the
+/// second half.
+pub(super) fn scheduled_rate(rate: f64, step: f64, steps: f64, decay: bool) -> f64 {
+    let warm_up = ((step + 1.0) / WARM_UP).min(1.0);
+    let falling = match decay && step > 0.5 * steps {
+        true => ((steps - step) / (0.5 * steps)).max(LAST_RATE),
+        false => 1.0,
+    };
+    rate * warm_up * falling
+}

@@ -18,6 +18,8 @@ pub struct Reference {
     prompt: Vec<i64>,
     /// First position of the placeholder's tokens, where there is one.
     placeholder_at: Vec<i64>,
+    /// T
+    slot_tokens: usize,
     /// Image start, height and width ids.
     image_start: [i64; 3],
     /// Codes in raster order.
@@ -42,17 +44,20 @@ impl Reference {
         Ok(Self {
             prompt,
             placeholder_at,
+            slot_tokens,
             image_start,
             codes,
             image,
         })
     }
 
-    /// The same with words where the placeholder stood: one id for each of its tokens.
+    /// The same with words in the place of the placeholder's tokens.
     pub(super) fn with_words(&self, ids: &[i64]) -> Self {
         let mut named = self.clone();
-        for at in std::mem::take(&mut named.placeholder_at) {
-            named.prompt[at as usize..at as usize + ids.len()].copy_from_slice(ids);
+        // From the end, so that what is not replaced yet stays where it is.
+        for at in std::mem::take(&mut named.placeholder_at).into_iter().rev() {
+            let at = at as usize;
+            named.prompt.splice(at..at + self.slot_tokens, ids.iter().copied());
         }
         named
     }
@@ -145,9 +150,19 @@ impl References {
         self.of_picture.iter().map(|range| &self.views[range.start])
     }
 
-    /// All views of picture `index`, the centred one first.
-    pub fn views(&self, index: usize) -> &[Reference] {
-        &self.views[self.of_picture[index].clone()]
+    /// The views of picture `index`, the centred one first.
+    pub(super) fn views(&self, index: usize) -> Range<usize> {
+        self.of_picture[index].clone()
+    }
+
+    /// How many views of all pictures there are.
+    pub(super) fn view_count(&self) -> usize {
+        self.views.len()
+    }
+
+    /// One of all views.
+    pub(super) fn view(&self, view: usize) -> &Reference {
+        &self.views[view]
     }
 
     /// A class picture that the frozen model drew from `prompt`, of the references' size.

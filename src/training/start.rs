@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::losses::next_token;
+use super::losses::{next_token, weighted_next_token};
 use super::passes::token_logits;
 use super::references::{Reference, References};
 use crate::concept::ConceptKind;
@@ -163,15 +163,7 @@ fn early_loss(logits: &Tensor, targets: &Tensor, pictures: &[Reference]) -> Resu
         .flat_map(|picture| (0..picture.image.len()).map(|token| weight(token, picture.image.len()) as f32))
         .collect();
     let weights = Tensor::f_from_slice(&weights)?.f_to_device(logits.device())?;
-    let said = logits
-        .f_log_softmax(-1, Kind::Float)?
-        .f_gather(1, &targets.f_unsqueeze(1)?, false)?
-        .f_squeeze_dim(1)?;
-    Ok(said
-        .f_mul(&weights)?
-        .f_sum(Kind::Float)?
-        .f_neg()?
-        .f_div(&weights.f_sum(Kind::Float)?)?)
+    weighted_next_token(logits, targets, &weights)
 }
 
 /// Sweeps over all slots before the search settles for what it has.

@@ -8,9 +8,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
-use super::losses::{divergence_from_frozen, next_token, self_regularisation};
+use super::emphasis::Emphasis;
+use super::losses::{divergence_from_frozen, next_token, self_regularisation, weighted_next_token};
 use super::memory::{Estimate, StepSize};
-use super::optimizer::{Optimizer, Parameter, Rule};
+use super::optimizer::{Optimizer, Parameter, Rule, scheduled_rate};
 use super::passes::{Graph, Passes, rows, token_logits};
 use super::references::{Reference, References};
 use super::start::{Anchors, StartSearch};
@@ -60,6 +61,7 @@ pub struct Trainer {
     references: References,
     start: StartSearch,
     anchors: Anchors,
+    emphasis: Option<Emphasis>,
     /// `[N, T, D]` and `[N, K, D]`: what the optimizer moves, see [`Parametrisation`].
     text: Tensor,
     image: Tensor,
@@ -70,10 +72,8 @@ pub struct Trainer {
     graph: Graph,
 }
 
-const WARM_UP: f64 = 10.0;
 /// Class pictures are drawn a few at a time, so that a slice of drawing stays short.
 const PRIOR_BATCH: usize = 4;
-const LAST_RATE: f64 = 0.05;
 
 impl Trainer {
     /// Encodes the references, looks at them through the frozen model, and stands before the first step.
@@ -116,6 +116,7 @@ impl Trainer {
         }
         let optimizer = Optimizer::new(parameters, (0.9, 0.999))?;
         Ok(Self {
+            emphasis: Emphasis::new(&spec, &references),
             spec,
             references,
             start,
@@ -253,10 +254,17 @@ impl Trainer {
         let concept = self.concept()?;
         let mut rng = ChaCha8Rng::seed_from_u64(self.spec.seed);
         rng.set_stream(u64::from(step) + 1);
-        let batch = self.references.batch(&self.spec, &mut rng);
+        let views = self.references.batch(&self.spec, &mut rng);
+        let batch: Vec<&Reference> = views.iter().map(|&view| self.references.view(view)).collect();
         let mut passes = Passes::new(model, self.graph);
         let (logits, targets) = passes.logits(&rows(&batch, Some((&concept, true))))?;
-        let ntp = next_token(&logits, &targets)?;
+        let ntp = match &mut self.emphasis {
+            None => next_token(&logits, &targets)?,
+            Some(emphasis) => {
+                let weights = emphasis.of(model, &self.references, &views, &self.start.ids())?;
+                weighted_next_token(&logits, &targets, &weights)?
+            }
+        };
         let mut through = ntp.shallow_clone();
         let value = |tensor: &Tensor| -> Result<f32, ModelError> { Ok(tensor.f_double_value(&[])? as f32) };
         let mut prior = None;
@@ -291,19 +299,11 @@ impl Trainer {
             ));
         }
         passes.backward(&through, direct.as_ref())?;
-        self.optimizer.step(self.learning_rate(step))?;
+        let (rate, steps) = (self.spec.learning_rate, f64::from(self.spec.steps));
+        self.optimizer
+            .step(scheduled_rate(rate, f64::from(step), steps, self.spec.decay))?;
         self.losses.push(losses);
         Ok(Advance::Step(losses))
-    }
-
-    fn learning_rate(&self, step: u32) -> f64 {
-        let (step, steps) = (f64::from(step), f64::from(self.spec.steps));
-        let warm_up = ((step + 1.0) / WARM_UP).min(1.0);
-        let decay = match self.spec.decay && step > 0.5 * steps {
-            true => ((steps - step) / (0.5 * steps)).max(LAST_RATE),
-            false => 1.0,
-        };
-        self.spec.learning_rate * warm_up * decay
     }
 
     /// `0.5 * NTP_class + 0.5 * KL(zs || prior)`: only the image context tokens are inserted.
@@ -432,11 +432,11 @@ impl Trainer {
 }
 
 /// Keeps the class pictures' random streams apart from every other use of the seed.
-const PRIOR_SEED: u64 = 0x7072_696f_7200_0000;
+pub(super) const PRIOR_SEED: u64 = 0x7072_696f_7200_0000;
 
 impl References {
-    /// The references of one optimizer step.
-    fn batch(&self, spec: &TrainingSpec, rng: &mut ChaCha8Rng) -> Vec<&Reference> {
+    /// The views of one optimizer step.
+    fn batch(&self, spec: &TrainingSpec, rng: &mut ChaCha8Rng) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.len()).collect();
         order.shuffle(rng);
         let count = spec.batch_size as usize;
@@ -444,11 +444,10 @@ impl References {
             .take(count.min(if spec.augment { count } else { self.len() }))
             .map(|index| {
                 let views = self.views(order[index % order.len()]);
-                &views[if spec.augment {
-                    rng.random_range(0..views.len())
-                } else {
-                    0
-                }]
+                match spec.augment {
+                    true => views.start + rng.random_range(0..views.len()),
+                    false => views.start,
+                }
             })
             .collect()
     }

@@ -44,6 +44,12 @@ pub(in crate::cli) struct MethodsArgs {
     /// Also vary CoAR's settings one at a time.
     #[arg(long)]
     ablations: bool,
+    /// Also styles from one picture, and every subject with every style.
+    #[arg(long)]
+    styles: bool,
+    /// Folder for a contact sheet of each subject, from the finished cells: the folder beside the report, for it to show.
+    #[arg(long, value_name = "DIR", requires = "dir")]
+    sheets: Option<PathBuf>,
     /// Pictures for each of the nine scenes. Default: 4, with --quick 2.
     #[arg(long)]
     per_scene: Option<usize>,
@@ -106,6 +112,8 @@ impl MethodsArgs {
             top_k: i64::from(info.default_top_k),
             methods: self.methods.clone(),
             ablations: self.ablations && !self.quick,
+            styles: self.styles,
+            sheets: self.sheets.clone(),
             dir: self.dir.clone(),
             part,
             settings: settings(self.settings.as_deref())?,

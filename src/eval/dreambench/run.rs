@@ -313,7 +313,7 @@ impl Worker<'_> {
         let own = stream(self.settings.seed, subject, unit);
         let (width, height) = (self.settings.width, self.settings.height);
         let request = self.request(unit, concept, own)?;
-        let mut decoding = Decoding::start(&self.model.transformer, &self.model.vocabulary, &request)?;
+        let mut decoding = Decoding::start(&self.model.transformer, &self.model.vocabulary, &[request])?;
         while !decoding.is_done() {
             decoding.step(&self.model.transformer)?;
             let (done, total) = decoding.progress();

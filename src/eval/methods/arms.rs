@@ -67,13 +67,7 @@ pub fn method_arms() -> Vec<Arm> {
         arm("real", Recipe::Real),
         arm("plain", Recipe::Plain),
         arm("described", Recipe::Described),
-        arm(
-            "textual-inversion",
-            tokens(
-                TokenMethod::TextualInversion,
-                json!({"steps": 120, "learning_rate": 1e-2}),
-            ),
-        ),
+        arm("textual-inversion", tokens(TokenMethod::TextualInversion, json!({}))),
         arm("coar-paper", tokens(TokenMethod::Coar, paper())),
         arm("coar", tokens(TokenMethod::Coar, json!({}))),
         arm("coar-text", tokens(TokenMethod::CoarText, json!({}))),

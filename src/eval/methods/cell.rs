@@ -1,12 +1,14 @@
 //! One cell: a method trained on one subject with one seed, its pictures judged.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::arms::{Arm, Recipe};
 use super::{MethodRow, MethodsOptions};
@@ -31,10 +33,10 @@ pub struct Bench<'a> {
 }
 
 /// A cell as it is kept on disk: the row, and what it was made with.
-#[derive(Serialize, Deserialize)]
-struct Kept {
+#[derive(Deserialize)]
+struct Kept<T> {
     made_with: Value,
-    row: MethodRow,
+    row: T,
 }
 
 /// Something learned that draws.
@@ -48,6 +50,8 @@ struct Learned {
     swap_ms: f64,
 }
 
+/// Counts up when the same spec is judged or drawn otherwise than before.
+pub(super) const INSTRUMENTS: u32 = 1;
 /// Pictures of each scene that stand for what another model would supply to proxy tuning.
 const PROXIES_PER_SCENE: usize = 4;
 /// The scene of a sixth reference.
@@ -66,7 +70,54 @@ impl Bench<'_> {
         })
     }
 
-    fn eval_options(&self, seed: u64) -> EvalOptions {
+    /// Everything that decides a cell's row besides its method's name: cells that agree in it are one computation.
+    ///
+    /// # Errors
+    /// When a changed setting is none.
+    pub fn decided_by(&self, arm: &Arm, held_out: &HeldOutSubject, seed: u64) -> Result<Value, ModelError> {
+        let baseline = match arm.recipe {
+            Recipe::Real | Recipe::Plain | Recipe::Described => Some(&arm.name),
+            Recipe::Tokens(..) | Recipe::Weights(_) => None,
+        };
+        Ok(json!({
+            "instruments": INSTRUMENTS,
+            "model": self.model.fingerprint(),
+            "subject": held_out.name,
+            "seed": seed,
+            "per_scene": self.options.per_scene,
+            "guidance_scale": self.options.guidance_scale,
+            "top_k": self.options.top_k,
+            "baseline": baseline,
+            "spec": self.spec_of(arm, held_out.name, held_out.class.name(), seed)?,
+            "references": arm.references,
+        }))
+    }
+
+    /// Where the cell is kept.
+    pub(super) fn file(&self, of: &str, seed: u64, decided_by: &Value) -> Option<PathBuf> {
+        let digest = hex::encode(Sha256::digest(decided_by.to_string()));
+        let name = format!("{of}.{seed}.{}.json", &digest[..16]);
+        self.options.dir.as_ref().map(|dir| dir.join(name))
+    }
+
+    /// The pictures of a finished cell, one for each scene.
+    ///
+    /// # Errors
+    /// When the picture is damaged.
+    pub fn pictures(&self, arm: &Arm, held_out: &HeldOutSubject, seed: u64) -> Result<Option<RgbPicture>, ModelError> {
+        let Some(file) = self.file(held_out.name, seed, &self.decided_by(arm, held_out, seed)?) else {
+            return Ok(None);
+        };
+        let file = file.with_extension("png");
+        let Ok(bytes) = std::fs::read(&file) else {
+            return Ok(None);
+        };
+        let limits = crate::picture::PictureLimits::default();
+        let picture = crate::picture::decode(&bytes, &limits).map_err(|error| ModelError::file(&file, error))?;
+        Ok(Some(picture))
+    }
+
+    pub(super) fn eval_options(&self, seed: u64) -> EvalOptions {
         EvalOptions {
             seed,
             guidance_scale: self.options.guidance_scale,
@@ -96,41 +147,24 @@ impl Bench<'_> {
         seed: u64,
         mine: bool,
     ) -> Result<Option<MethodRow>, ModelError> {
-        let noun = held_out.class.name();
-        let made_with = json!({
-            "model": self.model.fingerprint(),
-            "settings": self.settings(),
-            "spec": self.spec_of(arm, held_out.name, noun, seed)?,
-            "references": arm.references,
-        });
-        let file = self.options.dir.as_ref().map(|dir| {
-            let name: String = arm
-                .name
-                .chars()
-                .map(|c| if c.is_alphanumeric() || c == '-' { c } else { '_' })
-                .collect();
-            dir.join(format!("{}.{name}.{seed}.json", held_out.name))
-        });
-        if let Some(text) = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok())
-            && let Ok(kept) = serde_json::from_str::<Kept>(&text)
-            && kept.made_with == made_with
-        {
-            return Ok(Some(kept.row));
+        let made_with = self.decided_by(arm, held_out, seed)?;
+        let file = self.file(held_out.name, seed, &made_with);
+        if let Some(row) = file.as_ref().and_then(|file| kept::<MethodRow>(file, &made_with)) {
+            return Ok(Some(MethodRow {
+                method: arm.name.clone(),
+                ..row
+            }));
         }
         if !mine {
             return Ok(None);
         }
         let (row, pictures) = self.measure(arm, held_out, seed)?;
         if let Some(file) = file {
-            let kept = Kept {
-                made_with,
-                row: row.clone(),
-            };
-            write(&file, &serde_json::to_vec_pretty(&kept).unwrap_or_default())?;
             let sheet = contact_sheet(&pictures, 9);
             let png = crate::picture::encode(&sheet, crate::picture::OutputFormat::Png, &[])
                 .map_err(|error| ModelError::file(&file, error))?;
-            write(&file.with_extension("png"), &png)?;
+            replace(&file.with_extension("png"), &png)?;
+            write(&file, &json!({"made_with": made_with, "row": &row}))?;
         }
         Ok(Some(row))
     }
@@ -369,12 +403,25 @@ fn proxies(subject: &Subject, seed: u64) -> Vec<RgbPicture> {
         .collect()
 }
 
-fn write(file: &PathBuf, bytes: &[u8]) -> Result<(), ModelError> {
-    let partial = file.with_extension("partial");
+/// Two processes may measure the same cell at the same time: each writes a file of its own until it is whole.
+pub(super) fn replace(file: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    let partial = file.with_extension(format!("{}.partial", uuid::Uuid::new_v4()));
     let written = file
         .parent()
         .map_or(Ok(()), std::fs::create_dir_all)
         .and_then(|()| std::fs::write(&partial, bytes))
         .and_then(|()| std::fs::rename(&partial, file));
     written.map_err(|error| ModelError::file(file, error))
+}
+
+/// What a finished cell holds, if it was made with the same.
+pub(super) fn kept<T: DeserializeOwned>(file: &Path, made_with: &Value) -> Option<T> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let kept: Kept<T> = serde_json::from_str(&text).ok()?;
+    (kept.made_with == *made_with).then_some(kept.row)
+}
+
+/// Keeps a finished cell.
+pub(super) fn write(file: &Path, kept: &Value) -> Result<(), ModelError> {
+    replace(file, format!("{kept:#}\n").as_bytes())
 }

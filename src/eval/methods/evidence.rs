@@ -1,5 +1,7 @@
 //! The comparison as tables, and as a document with plots: everything is computed from the rows.
 
+mod parts;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -178,6 +180,9 @@ pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &st
         text += &part;
         plots.extend(more);
     }
+    if !evidence.parts.is_empty() {
+        text += &parts::tables(&evidence.parts);
+    }
     if !notes.is_empty() {
         text += &format!("\n{}\n", notes.trim());
     }
@@ -215,13 +220,7 @@ fn differences(rows: &[MethodRow]) -> String {
             .into_iter()
             .filter(|name| !OURS.contains(name) && *name != "real")
         {
-            let cell = |value: fn(&MethodRow) -> f64| match difference(rows, ours, other, value) {
-                Some(found) if found.low > 0.0 || found.high < 0.0 => {
-                    format!("**{:+.3}** [{:+.3}, {:+.3}]", found.mean, found.low, found.high)
-                }
-                Some(found) => format!("{:+.3} [{:+.3}, {:+.3}]", found.mean, found.low, found.high),
-                None => "-".to_owned(),
-            };
+            let cell = |value: fn(&MethodRow) -> f64| signed(difference(rows, ours, other, value));
             text += &format!(
                 "| {ours} - {other} | {} | {} | {} | {} |\n",
                 cell(|row| row.similarity),
@@ -385,6 +384,17 @@ fn ablations(rows: &[MethodRow], folder: &str) -> (String, Plots) {
     (text, plots)
 }
 
+/// A difference with its interval, bold where it does not hold 0.
+fn signed(found: Option<Interval>) -> String {
+    match found {
+        Some(found) if found.low > 0.0 || found.high < 0.0 => {
+            format!("**{:+.3}** [{:+.3}, {:+.3}]", found.mean, found.low, found.high)
+        }
+        Some(found) => format!("{:+.3} [{:+.3}, {:+.3}]", found.mean, found.low, found.high),
+        None => "-".to_owned(),
+    }
+}
+
 /// Axes whose values are numbers, with their plots' files.
 const PLOTTED: [(&str, &str); 5] = [
     ("N", "layers.svg"),
@@ -439,6 +449,7 @@ mod tests {
             settings: serde_json::json!({"pictures_per_cell": 18, "guidance_scale": 2.0, "top_k": 20}),
             rows,
             ablations: vec![row("N: 1", "a", 0.5), row("N: 2", "a", 0.6), row("N: 3", "a", 0.7)],
+            parts: vec![],
         }
     }
 

@@ -4,16 +4,20 @@ mod arms;
 mod cell;
 /// `docs/evidence.md` from the rows.
 pub mod evidence;
+mod parts;
 mod plot;
+mod sheets;
 /// Means and intervals.
 pub mod statistics;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 pub use arms::{Arm, ablation_arms, method_arms};
 pub use cell::Bench;
+pub use parts::PartRow;
 
 use super::judge::Judge;
 use crate::model::{LuminaMgpt, ModelError};
@@ -37,6 +41,10 @@ pub struct MethodsOptions {
     /// Arms of the comparison, by name; empty: all.
     pub methods: Vec<String>,
     pub ablations: bool,
+    /// Also styles, and subjects with styles.
+    pub styles: bool,
+    /// Where contact sheets of the first seed's finished cells go.
+    pub sheets: Option<PathBuf>,
     /// Where finished cells are kept, so that an interrupted run goes on.
     pub dir: Option<PathBuf>,
     /// `(index, count)`: only every count-th cell, for several processes on the same folder.
@@ -85,6 +93,9 @@ pub struct Evidence {
     /// Variations of CoAR, one setting at a time; `method` is `axis: value`.
     #[serde(default)]
     pub ablations: Vec<MethodRow>,
+    /// Styles from one picture, and every subject with every style.
+    #[serde(default)]
+    pub parts: Vec<PartRow>,
 }
 
 /// Runs every cell that is not there yet and returns all that are: with `part`, the others' as far as they are finished.
@@ -125,6 +136,11 @@ pub fn evaluate_methods(
         judge,
         options,
     };
+    let methods: Vec<Arm> = arms
+        .iter()
+        .filter(|(ablation, _)| !ablation)
+        .map(|(_, arm)| arm.clone())
+        .collect();
     let mut cells = Vec::new();
     for &seed in &options.seeds {
         for &subject in &subjects {
@@ -136,18 +152,40 @@ pub fn evaluate_methods(
         settings: bench.settings(),
         rows: vec![],
         ablations: vec![],
+        parts: vec![],
     };
     let total = cells.len();
     let (index, count) = options.part;
+    // What an arm of the ablations shares with a method is computed once.
+    let mut seen: BTreeMap<String, Option<MethodRow>> = BTreeMap::new();
     for (number, (seed, subject, ablation, arm)) in cells.into_iter().enumerate() {
-        let name = format!("{} {} {seed}", subject.name, arm.name);
-        progress(number, total, &name);
-        let mine = number % count == index;
-        if let Some(row) = bench.row(arm, subject, seed, mine)? {
-            match ablation {
-                true => evidence.ablations.push(row),
-                false => evidence.rows.push(row),
+        progress(number, total, &format!("{} {} {seed}", subject.name, arm.name));
+        let same = bench.decided_by(arm, subject, seed)?.to_string();
+        let row = match seen.get(&same) {
+            Some(row) => row.clone().map(|row| MethodRow {
+                method: arm.name.clone(),
+                ..row
+            }),
+            None => {
+                let mine = seen.len() % count == index;
+                let row = bench.row(arm, subject, seed, mine)?;
+                seen.insert(same, row.clone());
+                row
             }
+        };
+        match ablation {
+            true => evidence.ablations.extend(row),
+            false => evidence.rows.extend(row),
+        }
+    }
+    if options.styles {
+        for &seed in &options.seeds {
+            evidence.parts.extend(bench.parts(&subjects, seed, progress)?);
+        }
+    }
+    if let (Some(sheets), Some(&seed)) = (&options.sheets, options.seeds.first()) {
+        for subject in &subjects {
+            bench.sheet(&methods, subject, seed, sheets)?;
         }
     }
     Ok(evidence)

@@ -45,7 +45,7 @@ impl DecodingRequest {
     }
 }
 
-/// The pictures of one request, with a cache of their own.
+/// The pictures of some requests, with a cache of their own.
 #[derive(Debug)]
 pub struct Decoding {
     batch: DecodeBatch,
@@ -56,27 +56,37 @@ pub struct Decoding {
 }
 
 impl Decoding {
-    /// Runs the prompt.
+    /// Runs the prompts. The pictures are those of the requests, one after the other.
     ///
     /// # Errors
-    /// When the sequence is longer than the model's positions or the device fails.
-    pub fn start(model: &Transformer, vocabulary: &Vocabulary, request: &DecodingRequest) -> Result<Self, ModelError> {
+    /// When a sequence is longer than the model's positions or the device fails.
+    pub fn start(
+        model: &Transformer,
+        vocabulary: &Vocabulary,
+        requests: &[DecodingRequest],
+    ) -> Result<Self, ModelError> {
+        let each = |request: &DecodingRequest| request.streams.len() * request.rows_per_picture();
         let options = BatchOptions {
-            rows: request.streams.len() * request.rows_per_picture(),
-            max_seq: request.tokens(),
+            rows: requests.iter().map(each).sum(),
+            max_seq: requests.iter().map(DecodingRequest::tokens).max().unwrap_or(0),
             fixed_shapes: false,
         };
         let mut batch = DecodeBatch::new(model, vocabulary, options)?;
+        let mut ids = Vec::new();
+        for request in requests {
+            ids.extend(batch.add(model, request)?);
+        }
+        let codes = |request: &DecodingRequest| request.rows * request.columns;
         Ok(Self {
-            ids: batch.add(model, request)?,
-            codes: vec![vec![]; request.streams.len()],
+            codes: vec![vec![]; ids.len()],
+            ids,
             batch,
-            total: request.rows * request.columns,
+            total: requests.iter().map(codes).max().unwrap_or(0),
             done: 0,
         })
     }
 
-    /// Codes drawn of each picture so far, and in all.
+    /// Codes drawn of each picture so far, and of the largest in all.
     pub fn progress(&self) -> (i64, i64) {
         (self.done, self.total)
     }

@@ -108,13 +108,14 @@ impl TuningSpec {
     pub fn preset(preset: Preset, method: WeightMethod, name: &str, class_noun: &str) -> Self {
         let pocket = preset == Preset::Pocket;
         let low_rank = method.is_low_rank();
-        // The pocket's were chosen on the development subjects (docs/evidence.md); the others are what the methods' papers
+        // The pocket's were chosen on the development subjects (docs/methods.md); the others are what the methods' papers
         // and their implementations for 7B models use.
-        let (steps, learning_rate) = match (pocket, low_rank) {
-            (true, true) => (60, 1e-3),
-            (true, false) => (60, 1e-4),
-            (false, true) => (1000, 1e-4),
-            (false, false) => (800, 5e-6),
+        let (steps, learning_rate) = match (pocket, low_rank, method.has_embedding()) {
+            (true, true, _) => (60, 3e-3),
+            (true, false, true) => (60, 3e-4),
+            (true, false, false) => (30, 1e-3),
+            (false, true, _) => (1000, 1e-4),
+            (false, false, _) => (800, 5e-6),
         };
         Self {
             method,
@@ -134,8 +135,9 @@ impl TuningSpec {
                 (true, true) => 60,
                 (true, false) => 1000,
             },
-            embedding_learning_rate: 1e-2,
+            embedding_learning_rate: if pocket { 3e-2 } else { 1e-2 },
             prior_weight: match method {
+                WeightMethod::DreamBooth if pocket => 0.2,
                 WeightMethod::DreamBooth | WeightMethod::DreamBoothLora => 1.0,
                 WeightMethod::PersonalAr | WeightMethod::PersonalArLora => 0.5,
                 WeightMethod::ProxyTuning => 0.0,

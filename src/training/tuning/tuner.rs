@@ -12,8 +12,9 @@ use crate::concept::DeviceConcept;
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
 use crate::training::losses::{divergence_from_frozen, next_token, self_regularisation};
-use crate::training::optimizer::{Optimizer, Parameter, Rule};
+use crate::training::optimizer::{Optimizer, Parameter, Rule, scheduled_rate};
 use crate::training::passes::{observed_logits, row_logits, rows};
+use crate::training::trainer::PRIOR_SEED;
 use crate::training::{Advance, Preset, Reference, References, StepLosses, Trainer};
 
 /// One subject's tuning. [`Tuner::advance`] does one step at a time.
@@ -36,10 +37,7 @@ pub struct Tuner<'b> {
     losses: Vec<StepLosses>,
 }
 
-const WARM_UP: f64 = 10.0;
-const LAST_RATE: f64 = 0.05;
 const CLIP: f64 = 1.0;
-const PRIOR_SEED: u64 = 0x7072_696f_7200_0000;
 
 impl<'b> Tuner<'b> {
     /// Encodes the pictures and stands before the first step. For proxy tuning these are the pictures that
@@ -212,18 +210,10 @@ impl<'b> Tuner<'b> {
         }
         total.f_backward()?;
         self.optimizer.clip(CLIP)?;
-        self.optimizer.step(self.learning_rate(step as f64))?;
+        let (rate, steps) = (self.spec.learning_rate, f64::from(self.spec.steps));
+        self.optimizer.step(scheduled_rate(rate, step as f64, steps, true))?;
         self.losses.push(losses);
         Ok(Advance::Step(losses))
-    }
-
-    fn learning_rate(&self, step: f64) -> f64 {
-        let steps = f64::from(self.spec.steps);
-        let decay = match step > 0.5 * steps {
-            true => ((steps - step) / (0.5 * steps)).max(LAST_RATE),
-            false => 1.0,
-        };
-        self.spec.learning_rate * ((step + 1.0) / WARM_UP).min(1.0) * decay
     }
 
     /// What was learned.

@@ -290,7 +290,7 @@ pub fn decode(run: &Run, report: &mut Report) -> Outcome {
         top_k: image_top_k,
         streams: vec![(0, 0)],
     };
-    let mut decoding = text(Decoding::start(&model, &vocabulary, &request))?;
+    let mut decoding = text(Decoding::start(&model, &vocabulary, std::slice::from_ref(&request)))?;
     while !decoding.is_done() {
         text(decoding.step(&model))?;
     }
