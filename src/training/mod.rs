@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod emphasis;
+mod guided;
 mod losses;
 mod memory;
 /// The rules that move trainable tensors.

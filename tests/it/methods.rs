@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use coar::concept::{ConceptFile, DeviceConcept};
+use coar::eval::methods::{Evidence, PartRow};
 use coar::model::LuminaMgpt;
 use coar::model::lumina::CheckpointFiles;
 use coar::picture::{PictureLimits, RgbPicture, decode};
@@ -324,11 +325,35 @@ fn the_comparison_is_resumed_and_reported() {
         "{report}"
     );
     assert!(dir.join("report/scene.svg").exists());
+    assert!(!report.contains("Contact sheets"));
     all["rows"][0]["similarity"] = 0.123.into();
     all["rows"][4]["similarity"] = 0.123.into();
     std::fs::write(dir.join("all.json"), all.to_string()).unwrap();
+    // Rows of an earlier file are taken over as they are; with other settings they are not.
+    let from = [&args[..args.len() - 3], &["--from", "all.json", "--json"]].concat();
+    printed(dir, &[&from[..], &["again.json"]].concat());
+    assert_eq!(read("again.json")["rows"], all["rows"]);
+    printed(
+        dir,
+        &[&from[..], &["other.json", "--methods", "real", "--per-scene", "2"]].concat(),
+    );
+    assert_ne!(read("other.json")["rows"][0]["similarity"], 0.123);
+    printed(dir, &[&args[..], &["same.json", "--sheets", "report"]].concat());
+    for subject in ["rex", "minty"] {
+        let sheet = std::fs::read(dir.join(format!("report/sheet-{subject}.webp"))).unwrap();
+        let sheet = decode(&sheet, &PictureLimits::default()).unwrap();
+        assert_eq!(
+            (sheet.width, sheet.height),
+            (9 * 98 - 2, 4 * 98 - 2),
+            "{subject}: 4 methods, 9 scenes"
+        );
+    }
     printed(dir, &["eval", "report", "all.json", "--out", "report.md"]);
     let changed = std::fs::read_to_string(dir.join("report.md")).unwrap();
+    assert!(
+        changed.contains("![sheet-minty.webp](report/sheet-minty.webp)"),
+        "{changed}"
+    );
     assert!(changed.contains("| real | 0.123 [0.123, 0.123] |"), "{changed}");
     for (more, part) in [
         (&["--methods", "magic"][..], "magic"),
@@ -338,4 +363,88 @@ fn the_comparison_is_resumed_and_reported() {
         let told = complaint(dir, &[&["eval", "methods"][..], more].concat());
         assert!(told.contains(part), "{told}");
     }
+}
+
+#[test]
+fn styles_and_compositions_are_cells_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let args = [
+        "eval",
+        "methods",
+        "--subjects",
+        "rex",
+        "--seeds",
+        "1",
+        "--per-scene",
+        "1",
+        "--methods",
+        "real",
+        "--styles",
+        "--settings",
+        r#"{"subject": {"steps": 1, "start_words": []}, "style": {"steps": 1, "start_words": []}}"#,
+        "--dir",
+        "cells",
+        "--json",
+    ];
+    printed(dir, &[&args[..], &["one.json"]].concat());
+    let read = |name: &str| -> Evidence { serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap() };
+    let one = read("one.json");
+    // Two styles with three conditions each, and rex with either in five.
+    let count = |part: &str| one.parts.iter().filter(|row| row.part == part).count();
+    assert_eq!((count("style"), count("composition")), (6, 10));
+    for row in &one.parts {
+        for column in ["style", "class", "scene", "palette"] {
+            assert!((0.0..=1.0).contains(&row.values[column]), "{row:?}");
+        }
+    }
+    let of = |condition: &str| -> Vec<&PartRow> { one.parts.iter().filter(|row| row.condition == condition).collect() };
+    // At half of the layers the mask changes pictures.
+    let (mask, none) = (of("both, N = 3, mask"), of("both, N = 3, none"));
+    assert!(
+        mask.iter()
+            .zip(none)
+            .any(|(with, without)| with.values != without.values)
+    );
+    // Nothing is trained again: the same numbers to the last, seconds of training among them.
+    printed(dir, &[&args[..], &["two.json"]].concat());
+    assert_eq!(read("two.json"), one);
+    printed(dir, &["eval", "report", "one.json", "--out", "report.md"]);
+    let report = std::fs::read_to_string(dir.join("report.md")).unwrap();
+    assert!(
+        report.contains("| blueprint, described |") && report.contains("| both, N = 3, mask |"),
+        "{report}"
+    );
+}
+
+/// What the repository says is what its numbers say.
+#[test]
+fn the_committed_report_is_made_from_the_committed_rows() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let dir = tempfile::tempdir().unwrap();
+    let made = dir.path().join("evidence");
+    std::fs::create_dir(&made).unwrap();
+    let mut plots = Vec::new();
+    for entry in std::fs::read_dir(docs.join("evidence")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        match name.rsplit_once('.').unwrap().1 {
+            "svg" => plots.push(name),
+            _ => drop(std::fs::copy(docs.join("evidence").join(&name), made.join(&name)).unwrap()),
+        }
+    }
+    printed(
+        dir.path(),
+        &["eval", "report", "evidence/results.json", "--out", "evidence.md"],
+    );
+    let same = |name: &str| {
+        let read = |file: std::path::PathBuf| std::fs::read_to_string(file).unwrap_or_default();
+        assert_eq!(
+            read(dir.path().join(name)),
+            read(docs.join(name)),
+            "{name}: run `coar eval report`"
+        );
+    };
+    same("evidence.md");
+    assert!(plots.len() >= 3, "{plots:?}");
+    plots.iter().for_each(|plot| same(&format!("evidence/{plot}")));
 }

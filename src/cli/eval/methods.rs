@@ -1,6 +1,6 @@
 //! `coar eval methods` and `coar eval report`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -25,6 +25,9 @@ pub(in crate::cli) struct MethodsArgs {
     /// Also write every row as JSON to this file; `-` prints it instead of the table.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Rows of an earlier --json are taken over where they would come out the same, and only the others measured.
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
     /// Folder for finished cells: an interrupted run goes on from there.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -86,6 +89,12 @@ fn part(text: &str) -> anyhow::Result<(usize, usize)> {
     }
 }
 
+/// What `--json` has written.
+fn evidence(file: &Path) -> anyhow::Result<Evidence> {
+    let text = std::fs::read_to_string(file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
+    serde_json::from_str(&text).map_err(|error| anyhow::anyhow!("{} is no evidence: {error}", file.display()))
+}
+
 impl MethodsArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let part = self.part.as_deref().map_or(Ok((0, 1)), part)?;
@@ -113,6 +122,7 @@ impl MethodsArgs {
             methods: self.methods.clone(),
             ablations: self.ablations && !self.quick,
             styles: self.styles,
+            from: self.from.as_deref().map(evidence).transpose()?,
             sheets: self.sheets.clone(),
             dir: self.dir.clone(),
             part,
@@ -145,10 +155,7 @@ impl MethodsArgs {
 
 impl ReportArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let text =
-            std::fs::read_to_string(&self.json).map_err(|error| anyhow::anyhow!("{}: {error}", self.json.display()))?;
-        let evidence: Evidence = serde_json::from_str(&text)
-            .map_err(|error| anyhow::anyhow!("{} is no evidence: {error}", self.json.display()))?;
+        let evidence = evidence(&self.json)?;
         for file in write_report(&evidence, &self.out)? {
             println!("{}", file.display());
         }

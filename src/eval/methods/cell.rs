@@ -7,7 +7,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::arms::{Arm, Recipe};
@@ -52,6 +52,9 @@ struct Learned {
 
 /// Counts up when the same spec is judged or drawn otherwise than before.
 pub(super) const INSTRUMENTS: u32 = 1;
+/// Names of the concepts of compositions among the changed settings.
+const SUBJECT: &str = "subject";
+const STYLE: &str = "style";
 /// Pictures of each scene that stand for what another model would supply to proxy tuning.
 const PROXIES_PER_SCENE: usize = 4;
 /// The scene of a sixth reference.
@@ -95,9 +98,15 @@ impl Bench<'_> {
 
     /// Where the cell is kept.
     pub(super) fn file(&self, of: &str, seed: u64, decided_by: &Value) -> Option<PathBuf> {
-        let digest = hex::encode(Sha256::digest(decided_by.to_string()));
-        let name = format!("{of}.{seed}.{}.json", &digest[..16]);
+        let name = format!("{of}.{seed}.{}.json", &digest(decided_by)[..16]);
         self.options.dir.as_ref().map(|dir| dir.join(name))
+    }
+
+    /// A row of the earlier run that was made with the same.
+    fn earlier(&self, cell: &str) -> Option<MethodRow> {
+        let from = self.options.from.as_ref()?;
+        let mut rows = from.rows.iter().chain(&from.ablations);
+        rows.find(|row| row.cell == cell).cloned()
     }
 
     /// The pictures of a finished cell, one for each scene.
@@ -117,6 +126,11 @@ impl Bench<'_> {
         Ok(Some(picture))
     }
 
+    fn changed(&self, name: &str) -> Map<String, Value> {
+        let changed = self.options.settings.get(name).and_then(Value::as_object);
+        changed.cloned().unwrap_or_default()
+    }
+
     pub(super) fn eval_options(&self, seed: u64) -> EvalOptions {
         EvalOptions {
             seed,
@@ -130,8 +144,8 @@ impl Bench<'_> {
             ablation: false,
             styles: false,
             compositions: false,
-            subject_settings: Default::default(),
-            style_settings: Default::default(),
+            subject_settings: self.changed(SUBJECT),
+            style_settings: self.changed(STYLE),
             sheets: None,
         }
     }
@@ -149,9 +163,12 @@ impl Bench<'_> {
     ) -> Result<Option<MethodRow>, ModelError> {
         let made_with = self.decided_by(arm, held_out, seed)?;
         let file = self.file(held_out.name, seed, &made_with);
-        if let Some(row) = file.as_ref().and_then(|file| kept::<MethodRow>(file, &made_with)) {
+        let cell = digest(&made_with);
+        let finished = file.as_ref().and_then(|file| kept::<MethodRow>(file, &made_with));
+        if let Some(row) = finished.or_else(|| self.earlier(&cell)) {
             return Ok(Some(MethodRow {
                 method: arm.name.clone(),
+                cell,
                 ..row
             }));
         }
@@ -159,6 +176,7 @@ impl Bench<'_> {
             return Ok(None);
         }
         let (row, pictures) = self.measure(arm, held_out, seed)?;
+        let row = MethodRow { cell, ..row };
         if let Some(file) = file {
             let sheet = contact_sheet(&pictures, 9);
             let png = crate::picture::encode(&sheet, crate::picture::OutputFormat::Png, &[])
@@ -268,6 +286,7 @@ impl Bench<'_> {
             seconds: learned.as_ref().map_or(0.0, |learned| learned.seconds),
             swap_ms: learned.as_ref().map_or(0.0, |learned| learned.swap_ms),
             mixed_batch: own.is_none(),
+            cell: String::new(),
         };
         let each = pictures.iter().step_by(self.options.per_scene).cloned().collect();
         Ok((row, each))
@@ -327,6 +346,7 @@ impl Bench<'_> {
             seconds: 0.0,
             swap_ms: 0.0,
             mixed_batch: true,
+            cell: String::new(),
         };
         Ok((row, real.into_iter().step_by(2).collect()))
     }
@@ -412,6 +432,13 @@ pub(super) fn replace(file: &Path, bytes: &[u8]) -> Result<(), ModelError> {
         .and_then(|()| std::fs::write(&partial, bytes))
         .and_then(|()| std::fs::rename(&partial, file));
     written.map_err(|error| ModelError::file(file, error))
+}
+
+/// Names what decides a cell, in 32 hexadecimal digits.
+pub(super) fn digest(decided_by: &Value) -> String {
+    let mut digest = hex::encode(Sha256::digest(decided_by.to_string()));
+    digest.truncate(32);
+    digest
 }
 
 /// What a finished cell holds, if it was made with the same.

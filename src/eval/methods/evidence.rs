@@ -424,6 +424,7 @@ mod tests {
             seconds: 2.0,
             swap_ms: 0.1,
             mixed_batch: method != "dreambooth-lora",
+            cell: String::new(),
         }
     }
 

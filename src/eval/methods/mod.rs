@@ -45,11 +45,13 @@ pub struct MethodsOptions {
     pub styles: bool,
     /// Where contact sheets of the first seed's finished cells go.
     pub sheets: Option<PathBuf>,
+    /// Rows of an earlier run, which are not measured again.
+    pub from: Option<Evidence>,
     /// Where finished cells are kept, so that an interrupted run goes on.
     pub dir: Option<PathBuf>,
     /// `(index, count)`: only every count-th cell, for several processes on the same folder.
     pub part: (usize, usize),
-    /// Replaced training settings by arm: `{"dreambooth": {"steps": 30}}`.
+    /// Replaced training settings by arm, and of `subject` and `style` for the compositions: `{"dreambooth": {"steps": 30}}`.
     pub settings: serde_json::Map<String, serde_json::Value>,
 }
 
@@ -81,6 +83,9 @@ pub struct MethodRow {
     pub swap_ms: f64,
     /// Whether one batch of the engine can mix it with others.
     pub mixed_batch: bool,
+    /// Digest of everything that decides the row: a later run takes over rows that it would only make again.
+    #[serde(default)]
+    pub cell: String,
 }
 
 /// Everything that one run measured, with what decides it.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::cell::{Bench, INSTRUMENTS, kept, write};
+use super::cell::{Bench, INSTRUMENTS, digest, kept, write};
 use crate::concept::{ConceptFile, ConceptKind};
 use crate::eval::compositions::Pair;
 use crate::eval::report::Row;
@@ -24,16 +24,20 @@ pub struct PartRow {
     pub seed: u64,
     /// Measured numbers by name.
     pub values: BTreeMap<String, f64>,
+    /// Digest of everything that decides the row.
+    #[serde(default)]
+    pub cell: String,
 }
 
 impl PartRow {
-    fn new(row: Row, seed: u64) -> Self {
+    fn new(row: Row, seed: u64, cell: &str) -> Self {
         Self {
             part: row.part,
             of: row.of,
             condition: row.condition,
             seed,
             values: row.values.into_iter().collect(),
+            cell: cell.to_owned(),
         }
     }
 }
@@ -115,8 +119,11 @@ impl Bench<'_> {
             progress(number, cells.len(), &of);
             let decided_by = self.part_decided_by(&run, subject, style)?;
             let file = self.file(&of, seed, &decided_by);
-            if let Some(found) = file.as_ref().and_then(|file| kept(file, &decided_by)) {
-                rows.extend::<Vec<PartRow>>(found);
+            let cell = format!("{of}.{seed}.{}", digest(&decided_by));
+            let finished = file.as_ref().and_then(|file| kept::<Vec<PartRow>>(file, &decided_by));
+            let found = finished.unwrap_or_else(|| self.earlier_parts(&cell));
+            if !found.is_empty() {
+                rows.extend(found);
                 continue;
             }
             if number % count != index {
@@ -125,7 +132,7 @@ impl Bench<'_> {
             let measured: Vec<PartRow> = concepts
                 .measure(subject, style)?
                 .into_iter()
-                .map(|row| PartRow::new(row, seed))
+                .map(|row| PartRow::new(row, seed, &cell))
                 .collect();
             if let Some(file) = file {
                 write(&file, &json!({"made_with": decided_by, "row": measured}))?;
@@ -133,6 +140,12 @@ impl Bench<'_> {
             rows.extend(measured);
         }
         Ok(rows)
+    }
+
+    /// Rows of the earlier run that were made with the same.
+    fn earlier_parts(&self, cell: &str) -> Vec<PartRow> {
+        let from = self.options.from.iter().flat_map(|from| &from.parts);
+        from.filter(|row| row.cell == cell).cloned().collect()
     }
 
     fn part_decided_by(

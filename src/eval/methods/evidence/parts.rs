@@ -100,6 +100,7 @@ mod tests {
             condition: condition.into(),
             seed: 0,
             values: BTreeMap::from([("feature".to_owned(), feature)]),
+            cell: String::new(),
         };
         let rows = [
             part("a+x", "both, N = 3, mask", 0.9),
