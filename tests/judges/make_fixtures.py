@@ -135,7 +135,10 @@ def as_pickle(source, path):
     from safetensors.torch import load_file
     path.mkdir()
     tensors = load_file(source / "model.safetensors")
-    torch.save(collections.OrderedDict((name, tensor.clone()) for name, tensor in tensors.items()), path / "pytorch_model.bin")
+    state = collections.OrderedDict((name, tensor.clone()) for name, tensor in tensors.items())
+    # As `Module.state_dict` has it, and so every published file.
+    state._metadata = collections.OrderedDict([("", {"version": 1}), ("layernorm", {"version": 1})])
+    torch.save(state, path / "pytorch_model.bin")
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(source / name, path / name)
 
@@ -143,6 +146,7 @@ def as_pickle(source, path):
 def make(out, dino_config, clip_config, half, pictures):
     """Both folders and what is expected of them."""
     expected, told = {}, {"transformers": transformers.__version__, "torch": torch.__version__, "pillow": Image.__version__}
+    torch.manual_seed(0)
     images = [noise(*size) for size in pictures]
     with torch.no_grad():
         side = dino_config.image_size
