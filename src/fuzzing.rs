@@ -15,6 +15,7 @@ use std::path::Path;
 use crate::concept::file::ConceptFile;
 use crate::concept::spec::TrainingSpec;
 use crate::concept::{PromptPiece, concept_names, is_slug, parse_prompt};
+use crate::eval::judges::fuzzing as judges;
 use crate::jobs::AddressPolicy;
 use crate::model::config::ModelConfig;
 use crate::model::tokenizer::{TextTokenizer, Vocabulary};
@@ -39,7 +40,7 @@ const fn target(name: &'static str, memory: usize, run: fn(&[u8])) -> Target {
 const MIB: usize = 1 << 20;
 
 /// All of them.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 19] = [
     target("picture", 96 * MIB, crate::picture::fuzzing::picture),
     target("picture_header", 2 * MIB, crate::picture::fuzzing::header),
     target("concept_file", 4 * MIB, concept_file),
@@ -49,6 +50,8 @@ pub const TARGETS: [Target; 17] = [
     target("tokenizer", 64 * MIB, tokenizer),
     target("model_config", 4 * MIB, model_config),
     target("vqgan_config", 16 * MIB, vqgan_config),
+    target("judge_config", 4 * MIB, judge_config),
+    target("clip_tokenizer", 64 * MIB, clip_tokenizer),
     target("settings", 16 * MIB, settings),
     target("training_spec", 4 * MIB, training_spec),
     target("prompt", 4 * MIB, prompt),
@@ -191,6 +194,21 @@ fn vqgan_config(bytes: &[u8]) {
         in_file(again.as_bytes(), VqganConfig::read).as_ref().ok(),
         Some(&config)
     );
+}
+
+/// The first byte says whose: DINO's or CLIP's `config.json`, or what `preprocessor_config.json` says for one of them.
+fn judge_config(bytes: &[u8]) {
+    let Some((&first, rest)) = bytes.split_first() else {
+        return;
+    };
+    in_file(rest, |file| judges::config(first % 4, file));
+}
+
+/// `vocab.json`, NUL, `merges.txt`.
+fn clip_tokenizer(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let (vocab, merges) = text.split_once('\0').unwrap_or((text, ""));
+    judges::tokenizer(vocab, merges);
 }
 
 /// The operator's TOML file.
@@ -347,6 +365,13 @@ mod tests {
         assert!(in_file(&first("model_config"), ModelConfig::read).is_ok());
         assert!(in_file(&first("vqgan_config"), VqganConfig::read).is_ok());
         assert!(in_file(&first("settings"), crate::config::read_file).is_ok());
+        for seed in seeds("judge_config") {
+            let kind = seed[0] % 4;
+            assert!(in_file(&seed[1..], |file| judges::config(kind, file)), "{kind}");
+        }
+        let text = String::from_utf8(first("clip_tokenizer")).unwrap();
+        let (vocab, merges) = text.split_once('\0').unwrap();
+        assert!(judges::tokenizer(vocab, merges));
         assert!(TextTokenizer::from_bytes(&first("tokenizer")).is_ok());
         assert!(index_of(std::str::from_utf8(&first("checkpoint_index")).unwrap()).is_ok());
         assert!(

@@ -5,6 +5,8 @@ mod compositions;
 pub mod dreambench;
 /// A small network that recognises what the world draws.
 pub mod judge;
+/// DINO and CLIP, which score DreamBench.
+pub mod judges;
 mod measures;
 /// The comparison of methods.
 pub mod methods;

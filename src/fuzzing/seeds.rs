@@ -23,6 +23,8 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "tokenizer" => texts(&[TOKENIZER]),
         "model_config" => texts(&[MODEL]),
         "vqgan_config" => vec![file("assets/pocket/vqgan.yaml")],
+        "judge_config" => judge_configs(),
+        "clip_tokenizer" => texts(&[CLIP]),
         "settings" => texts(&[
             "listen = \"127.0.0.1:0\"\nrows = 4\ntraining_share = 0.25\nmetrics_open = true\ncors_origin = [\"https://a.example\"]\n",
         ]),
@@ -109,6 +111,25 @@ fn concept_file() -> Vec<u8> {
     file.to_bytes().expect("the tensors have their sizes")
 }
 
+fn judge_configs() -> Vec<Vec<u8>> {
+    let files = [
+        "dino/config.json",
+        "clip/config.json",
+        "dino/preprocessor_config.json",
+        "clip/preprocessor_config.json",
+    ];
+    let seed = |(kind, name): (u8, &str)| {
+        let text = String::from_utf8(file(&format!("tests/judges/tiny/{name}"))).expect("JSON is UTF-8");
+        // DINO's other size: the target prepares for one alone.
+        let text = match kind {
+            2 => text.replace("\"size\": 28", "\"size\": 24"),
+            _ => text,
+        };
+        [&[kind], text.as_bytes()].concat()
+    };
+    (0..).zip(files).map(seed).collect()
+}
+
 fn form() -> Vec<u8> {
     let part =
         |name: &str, value: &str| format!("--x\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n");
@@ -150,6 +171,10 @@ fn frames() -> Vec<Vec<u8>> {
 
 /// The least that `tokenizers` takes as a byte-pair tokenizer, with the names that a vocabulary needs.
 const TOKENIZER: &str = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":0,"content":"<s>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":{"type":"NFC"},"pre_tokenizer":{"type":"Sequence","pretokenizers":[{"type":"Split","pattern":{"Regex":"\\w+|[^\\w\\s]+"},"behavior":"Isolated","invert":false},{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":false}]},"post_processor":null,"decoder":{"type":"ByteLevel","add_prefix_space":true,"trim_offsets":true,"use_regex":true},"model":{"type":"BPE","dropout":null,"unk_token":null,"continuing_subword_prefix":null,"end_of_word_suffix":null,"fuse_unk":false,"byte_fallback":false,"vocab":{"<s>":0,"<pad>":1,"<eoss>":2,"<racm3:break>":3,"<reserved08706>":4,"<reserved08799>":5,"<reserved08801>":6,"IMGIMGAZ":7,"IMGIMGBZ":8,"a":9,"c":10,"t":11,"at":12},"merges":["a t"]}}"#;
+
+/// The least that is CLIP's tokenizer, in its two files.
+const CLIP: &str = "{\"<|startoftext|>\": 0, \"<|endoftext|>\": 1, \"a\": 2, \"d\": 3, \"o</w>\": 4, \"g</w>\": 5, \"o\": 6, \"og</w>\": 7, \
+\"dog</w>\": 8, \"a</w>\": 9, \"\u{c3}\": 10}\0#version: 0.2\no g</w>\nd og</w>\n";
 
 /// The least that is a configuration.
 const MODEL: &str = r#"{"model_type":"chameleon","architectures":["ChameleonXLLMXForConditionalGeneration"],"vocab_size":100,"hidden_size":8,"intermediate_size":16,"num_hidden_layers":2,"num_attention_heads":2,"num_key_value_heads":1,"rope_theta":10000.0,"hidden_act":"silu","vocabulary_map":{"<s>":0},"target_size":64,"concept_preset":"pocket"}"#;

@@ -133,6 +133,7 @@ impl CropPlan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Filter {
     Box,
+    Bilinear,
     /// a = -0.5
     Bicubic,
 }
@@ -141,6 +142,7 @@ impl Filter {
     fn support(self) -> f64 {
         match self {
             Self::Box => 0.5,
+            Self::Bilinear => 1.0,
             Self::Bicubic => 2.0,
         }
     }
@@ -148,6 +150,7 @@ impl Filter {
     fn weight(self, x: f64) -> f64 {
         match self {
             Self::Box => f64::from(u8::from(x > -0.5 && x <= 0.5)),
+            Self::Bilinear => (1.0 - x.abs()).max(0.0),
             Self::Bicubic => {
                 const A: f64 = -0.5;
                 let x = x.abs();
@@ -218,6 +221,19 @@ pub fn resize(picture: &RgbPicture, width: u32, height: u32, filter: Filter) -> 
         count: full,
     };
     resize_part(picture, whole(width), whole(height), filter)
+}
+
+/// What [`resize`] to `full` would make, cut to `size` at `(left, upper)`, all as `(width, height)`; only the part that is
+/// kept is computed. The part lies within `full`.
+pub fn resize_and_cut(
+    picture: &RgbPicture,
+    full: (u32, u32),
+    (left, upper): (u32, u32),
+    size: (u32, u32),
+    filter: Filter,
+) -> RgbPicture {
+    let span = |full, from, count| Span { full, from, count };
+    resize_part(picture, span(full.0, left, size.0), span(full.1, upper, size.1), filter)
 }
 
 /// The given columns and rows of what [`resize`] would make. The passes are separable, so leaving the rest out changes

@@ -288,6 +288,18 @@ impl TextTokenizer {
         Ok(Self { tokenizer })
     }
 
+    /// Without the file's own truncation and padding, for callers that have their own.
+    ///
+    /// # Errors
+    /// When the crate refuses.
+    pub fn without_limits(mut self) -> Result<Self, ModelError> {
+        self.tokenizer
+            .with_truncation(None)
+            .map_err(|error| ModelError::invalid("tokenizer", error.to_string()))?;
+        self.tokenizer.with_padding(None);
+        Ok(self)
+    }
+
     /// Every name and its id.
     pub fn names(&self) -> BTreeMap<String, i64> {
         self.tokenizer

@@ -37,7 +37,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("fleet", &[]),
     (
         "fuzzing",
-        &["api", "service", "jobs", "cluster", "client", "concept", "model"],
+        &[
+            "api", "service", "jobs", "cluster", "client", "eval", "concept", "model",
+        ],
     ),
     ("error", &[]),
     ("ids", &[]),

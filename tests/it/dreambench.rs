@@ -16,6 +16,8 @@ use tch::{Device, Kind};
 
 use crate::support::PATIENCE;
 
+mod judges;
+
 const PROMPTS: &str = "Classes\n\nsubject_name,class\nrex,cat\nmy_house,house\n\nPrompts\n\nObject Prompts\n\nprompt_list = [\n\
     'a photo of {0} {1} on the beach'.format(unique_token, class_token),\n\
     'a photo of {0} {1} in the snow & <Wind>'.format(unique_token, class_token),\n]\n\nLive Subject Prompts\n\n\

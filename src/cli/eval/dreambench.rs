@@ -9,16 +9,17 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::settings;
 use crate::cli::model::ModelArgs;
 use crate::eval::dreambench::{
-    self, Choice, DataFolder, Judges, OutFolder, Plan, RunOptions, Settings, numbers, score, write_all,
+    self, Choice, DataFolder, Judges, Networks, OutFolder, Plan, RunOptions, Settings, numbers, score, write_all,
 };
 use crate::training::Preset;
 
-/// Run DreamBench: train a concept for each subject, draw every prompt, write a report.
+/// Run DreamBench: train a concept for each subject, draw every prompt, score, write a report.
 ///
-/// The scores need DINO and CLIP, which this version does not read yet.
+/// The scores need DINO and CLIP (docs/judges.md); without them everything is drawn and nothing scored.
 ///
-/// All of it:      coar eval dreambench --data DIR --out DIR --model DIR
+/// All of it:      coar eval dreambench --data DIR --out DIR --model DIR --dino DIR --clip DIR
 /// A part of it:   coar eval dreambench --data DIR --out DIR --subjects dog,can --prompts 0-4
+/// Scores later:   coar eval dreambench --data DIR --out DIR --report-only --dino DIR --clip DIR
 ///
 /// DIR of --data has a folder of pictures for each subject, as the DreamBooth dataset. The same command goes on where an
 /// interrupted one was; several at once on the same --out share the work.
@@ -90,7 +91,8 @@ impl DreambenchArgs {
         };
         // Before the model is loaded: a wrong name is told at once.
         let plan = Plan::new(&data.catalogue, &choice, self.pictures)?;
-        self.check_judges()?;
+        // Opened before anything is drawn: a broken folder is told at once, not after days.
+        let judges = self.judges()?;
         let bar = ProgressBar::new(plan.total());
         bar.set_style(ProgressStyle::with_template(
             "{wide_msg}\n{wide_bar} {pos}/{len}  eta {eta}",
@@ -106,7 +108,7 @@ impl DreambenchArgs {
                 (folder, settings, plan)
             }
         };
-        let reported = self.report(&data, (&folder, &settings), &plan, &bar);
+        let reported = self.report(&data, (&folder, &settings), (&plan, judges.as_ref()), &bar);
         bar.finish_and_clear();
         reported
     }
@@ -145,19 +147,22 @@ impl DreambenchArgs {
         &self,
         data: &DataFolder,
         (folder, settings): (&OutFolder, &Settings),
-        plan: &Plan,
+        (plan, judges): (&Plan, Option<&Networks>),
         bar: &ProgressBar,
     ) -> anyhow::Result<()> {
         let Some(claim) = folder.claim("report")? else {
             bar.suspend(|| println!("another worker writes the report"));
             return Ok(());
         };
-        let judges = self.judges()?;
         bar.reset();
         bar.set_message("scoring");
-        let results = score(data, (folder, settings), plan, judges.as_deref(), &mut |pictures| {
-            bar.inc(pictures)
-        })?;
+        let results = score(
+            data,
+            (folder, settings),
+            plan,
+            judges.map(|judges| judges as &dyn Judges),
+            &mut |pictures| bar.inc(pictures),
+        )?;
         bar.reset();
         bar.set_message("writing the report");
         let page = write_all(&results, folder, &mut |pictures| bar.inc(pictures))?;
@@ -169,22 +174,18 @@ impl DreambenchArgs {
         Ok(())
     }
 
-    /// A wrong folder is told before anything is drawn.
-    fn check_judges(&self) -> anyhow::Result<()> {
-        for (flag, dir) in [("--dino", &self.dino), ("--clip", &self.clip)] {
-            if let Some(dir) = dir {
-                anyhow::ensure!(dir.is_dir(), "{flag} is {}, which is no folder", dir.display());
-            }
+    /// DINO and CLIP on the model's device, where their folders are named.
+    fn judges(&self) -> anyhow::Result<Option<Networks>> {
+        let (Some(dino), Some(clip)) = (&self.dino, &self.clip) else {
+            return Ok(None);
+        };
+        for (flag, dir) in [("--dino", dino), ("--clip", clip)] {
+            anyhow::ensure!(dir.is_dir(), "{flag} is {}, which is no folder", dir.display());
         }
-        anyhow::ensure!(
-            self.dino.is_none() && self.clip.is_none(),
-            "--dino and --clip: this version does not read the judges yet; leave them out and keep --out, which a later version scores with \
-             --report-only"
-        );
-        Ok(())
-    }
-
-    fn judges(&self) -> anyhow::Result<Option<Box<dyn Judges>>> {
-        Ok(None)
+        // With --report-only no model is loaded, which would have set them.
+        if self.model.threads > 0 {
+            tch::set_num_threads(self.model.threads);
+        }
+        Ok(Some(Networks::open(dino, clip, self.model.device()?)?))
     }
 }

@@ -95,8 +95,8 @@ pub struct Results {
 pub const POCKET: &str = "These figures mean nothing: the base model is the pocket model, which knows the drawings of its \
 own small world and has never seen a photograph. This run shows that the benchmark works from end to end.";
 
-const NO_JUDGES: &str = "Nothing is scored: scores need DINO ViT-S/16 and CLIP ViT-B/32 (--dino and --clip), which this version \
-does not read yet; with --report-only what is drawn is scored later.";
+const NO_JUDGES: &str = "Nothing is scored: scores need DINO ViT-S/16 and CLIP ViT-B/32 (--dino and --clip); with --report-only \
+what is drawn is scored later.";
 
 /// What is known before anything is drawn and makes scores worthless or absent.
 pub fn warnings(settings: &Settings, judges: bool) -> Vec<String> {
