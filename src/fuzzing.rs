@@ -107,7 +107,6 @@ fn same(one: &TrainingSpec, other: &TrainingSpec) -> bool {
         prior_weight: one.prior_weight,
         regularisation_weight: one.regularisation_weight,
         focus: one.focus,
-        guidance: one.guidance,
         ..other.clone()
     };
     rates == *one
@@ -115,7 +114,6 @@ fn same(one: &TrainingSpec, other: &TrainingSpec) -> bool {
         && close(one.prior_weight, other.prior_weight)
         && close(one.regularisation_weight, other.regularisation_weight)
         && close(one.focus, other.focus)
-        && close(one.guidance, other.guidance)
 }
 
 /// Every tensor that is accepted can be read, and has the numbers that its shape asks for.

@@ -65,14 +65,6 @@ impl std::str::FromStr for TokenMethod {
     }
 }
 
-fn one() -> f64 {
-    1.0
-}
-
-fn is_one(number: &f64) -> bool {
-    *number == 1.0
-}
-
 fn is_zero(number: &f64) -> bool {
     *number == 0.0
 }
@@ -113,9 +105,6 @@ pub struct TrainingSpec {
     /// all, 1 in proportion alone. Absent in files: 0.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub focus: f64,
-    /// The loss is of logits with this guidance, as pictures are drawn; 1: of the prompted logits alone. Absent in files: 1.
-    #[serde(default = "one", skip_serializing_if = "is_one")]
-    pub guidance: f64,
     /// For each text context token the words that it may start as, at the frozen model's hidden states there; of
     /// several, the one under which the references are least surprising. Tokens without any: the class noun, or "art".
     /// Lists beyond the last token are ignored. In a finished concept: the chosen ones.
@@ -173,7 +162,6 @@ impl TrainingSpec {
             augment: false,
             decay: false,
             focus: 0.0,
-            guidance: 1.0,
             start_words: vec![],
             captions: vec![],
             seed: 0,
@@ -247,7 +235,6 @@ impl TrainingSpec {
                 prior_weight: 0.0,
                 regularisation_weight: 0.0,
                 focus: 0.0,
-                guidance: 1.0,
                 start_words: vec![],
                 ..self
             },
@@ -360,7 +347,6 @@ impl TrainingSpec {
                 self.focus,
                 if self.kind == ConceptKind::Subject { 1.0 } else { 0.0 },
             ),
-            ("guidance", self.guidance, 100.0),
             ("prior_weight", self.prior_weight, 100.0),
             ("regularisation_weight", self.regularisation_weight, 100.0),
         ] {

@@ -59,3 +59,57 @@ fn weights(model: &LuminaMgpt, view: &Reference, words: &[i64], focus: f64) -> R
     let share = moved.f_div(&moved.f_mean(Kind::Float)?.f_clamp_min(1e-9)?)?;
     Ok(share.f_mul_scalar(focus)?.f_add_scalar(1.0 - focus)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::concept::ConceptKind;
+    use crate::model::lumina::CheckpointFiles;
+    use crate::pocket::checkpoint::unpack_shipped;
+    use crate::pocket::world::{Scene, held_out_subjects, render};
+    use crate::training::Preset;
+    use rand::SeedableRng;
+
+    #[test]
+    fn what_the_words_decide_weighs_most_and_the_mean_stays_one() {
+        let _no_grad = tch::no_grad_guard();
+        let cache = tempfile::tempdir().unwrap();
+        let files = CheckpointFiles::find(&unpack_shipped(cache.path()).unwrap(), None).unwrap();
+        let model = LuminaMgpt::load(&files, Device::Cpu, Kind::Float, None).unwrap();
+        let mut spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
+        spec.captions = vec!["on the beach".to_owned()];
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        let picture = render(&held_out_subjects()[0].spec(Scene::Beach, &mut rng), 96, 96);
+        let references = References::encode(&model, &spec, std::slice::from_ref(&picture)).unwrap();
+        spec.focus = 0.0;
+        assert!(Emphasis::new(&spec, &references).is_none());
+        let words = ["a", "purple", "and", "yellow", "striped", "hat"].map(|word| model.first_token_of(word).unwrap());
+        let weights = |focus: f64| -> Vec<f32> {
+            spec.focus = focus;
+            let mut emphasis = Emphasis::new(&spec, &references).unwrap();
+            Vec::try_from(emphasis.of(&model, &references, &[0], &words).unwrap()).unwrap()
+        };
+        let (mut half, mut full) = (weights(0.5), weights(1.0));
+        let mean = |weights: &[f32]| weights.iter().sum::<f32>() / weights.len() as f32;
+        assert!((mean(&half) - 1.0).abs() < 1e-4 && (mean(&full) - 1.0).abs() < 1e-4);
+        for (half, full) in half.iter().zip(&full) {
+            assert!((half - (0.5 + 0.5 * full)).abs() < 1e-5);
+        }
+        // Row ends and the image end are forced: no word moves them.
+        let codes = references.view(0).codes.len();
+        let columns = (codes as f64).sqrt() as usize;
+        assert!(full[columns] < 0.01 && full[full.len() - 1] < 0.01, "{full:?}");
+        // The subject fills less than half of the picture and has most of the weight.
+        full.sort_by(|a, b| b.total_cmp(a));
+        half.sort_by(|a, b| b.total_cmp(a));
+        let top = |weights: &[f32]| weights[..codes / 2].iter().sum::<f32>() / weights.iter().sum::<f32>();
+        assert!(
+            top(&full) > 0.85 && top(&half) < top(&full),
+            "{} {}",
+            top(&full),
+            top(&half)
+        );
+    }
+}

@@ -2,7 +2,6 @@
 
 mod checkpoint;
 mod emphasis;
-mod guided;
 mod losses;
 mod memory;
 /// The rules that move trainable tensors.

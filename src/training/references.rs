@@ -62,15 +62,6 @@ impl Reference {
         named
     }
 
-    /// The picture alone, as guidance's other branch sees it.
-    pub(super) fn without_prompt(&self) -> Self {
-        Self {
-            prompt: vec![],
-            placeholder_at: vec![],
-            ..self.clone()
-        }
-    }
-
     /// The sequence up to the first code, with `image_tokens` extra positions.
     pub fn layout(&self, model: &LuminaMgpt, image_tokens: i64) -> SequenceLayout {
         SequenceLayout::new(

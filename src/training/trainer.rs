@@ -9,7 +9,6 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
 use super::emphasis::Emphasis;
-use super::guided::Unprompted;
 use super::losses::{divergence_from_frozen, next_token, self_regularisation, weighted_next_token};
 use super::memory::{Estimate, StepSize};
 use super::optimizer::{Optimizer, Parameter, Rule, scheduled_rate};
@@ -63,7 +62,6 @@ pub struct Trainer {
     start: StartSearch,
     anchors: Anchors,
     emphasis: Option<Emphasis>,
-    unprompted: Option<Unprompted>,
     /// `[N, T, D]` and `[N, K, D]`: what the optimizer moves, see [`Parametrisation`].
     text: Tensor,
     image: Tensor,
@@ -119,7 +117,6 @@ impl Trainer {
         let optimizer = Optimizer::new(parameters, (0.9, 0.999))?;
         Ok(Self {
             emphasis: Emphasis::new(&spec, &references),
-            unprompted: Unprompted::new(&spec, &references),
             spec,
             references,
             start,
@@ -261,10 +258,6 @@ impl Trainer {
         let batch: Vec<&Reference> = views.iter().map(|&view| self.references.view(view)).collect();
         let mut passes = Passes::new(model, self.graph);
         let (logits, targets) = passes.logits(&rows(&batch, Some((&concept, true))))?;
-        let logits = match &mut self.unprompted {
-            None => logits,
-            Some(unprompted) => unprompted.guide(model, &self.references, &views, &logits)?,
-        };
         let ntp = match &mut self.emphasis {
             None => next_token(&logits, &targets)?,
             Some(emphasis) => {
