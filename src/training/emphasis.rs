@@ -86,7 +86,7 @@ mod tests {
         spec.focus = 0.0;
         assert!(Emphasis::new(&spec, &references).is_none());
         let words = ["a", "purple", "and", "yellow", "striped", "hat"].map(|word| model.first_token_of(word).unwrap());
-        let weights = |focus: f64| -> Vec<f32> {
+        let mut weights = |focus: f64| -> Vec<f32> {
             spec.focus = focus;
             let mut emphasis = Emphasis::new(&spec, &references).unwrap();
             Vec::try_from(emphasis.of(&model, &references, &[0], &words).unwrap()).unwrap()

@@ -25,7 +25,7 @@ pub enum Recipe {
 pub struct Arm {
     pub name: String,
     pub recipe: Recipe,
-    /// How many of the five references (six: one more scene) are given.
+    /// How many references are given, each in another scene.
     pub references: usize,
 }
 
@@ -57,7 +57,7 @@ fn tokens(method: TokenMethod, changed: Value) -> Recipe {
 fn paper() -> Value {
     json!({
         "layers": 2, "text_tokens": 1, "image_tokens": 1, "parametrisation": "absolute", "learning_rate": 1e-2,
-        "batch_size": 1, "steps": 300, "start_words": [], "decay": false
+        "batch_size": 1, "steps": 300, "start_words": [], "decay": false, "focus": 0.0
     })
 }
 
@@ -103,10 +103,13 @@ pub fn ablation_arms() -> Vec<Arm> {
     for count in [1, 2, 4] {
         vary("K", &count.to_string(), full, json!({"image_tokens": count}));
     }
-    for steps in [15, 30, 60, 120, 240] {
+    for steps in [15, 30, 60, 90, 180] {
         vary("steps", &steps.to_string(), text, json!({"steps": steps}));
     }
-    for references in 1..=6 {
+    for focus in [0.0, 0.5, 1.0] {
+        vary("focus", &format!("{focus:.1}"), text, json!({"focus": focus}));
+    }
+    for references in [1, 2, 3, 4, 5, 6, 9] {
         arms.push(Arm {
             references,
             ..arm(&format!("references: {references}"), tokens(text, json!({})))

@@ -57,7 +57,7 @@ const SUBJECT: &str = "subject";
 const STYLE: &str = "style";
 /// Pictures of each scene that stand for what another model would supply to proxy tuning.
 const PROXIES_PER_SCENE: usize = 4;
-/// The scene of a sixth reference.
+/// The scene of a sixth reference; then come those that are left.
 const SIXTH: Scene = Scene::Forest;
 
 impl Bench<'_> {
@@ -292,12 +292,12 @@ impl Bench<'_> {
         Ok((row, each))
     }
 
-    /// The first `count` references, a sixth in a scene of its own.
+    /// The first `count` references; those beyond the usual are in scenes of their own.
     fn give_references(&self, subject: &mut Subject, count: usize, seed: u64) {
         subject.references.truncate(count);
-        if count > subject.references.len() {
-            let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x6);
-            let spec = subject.held_out.spec(SIXTH, &mut rng);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x6);
+        for scene in scenes(count).skip(REFERENCE_SCENES.len()) {
+            let spec = subject.held_out.spec(scene, &mut rng);
             subject.references.push(render(&spec, SIZE.0, SIZE.1));
         }
     }
@@ -408,7 +408,10 @@ impl Bench<'_> {
 }
 
 fn scenes(count: usize) -> impl Iterator<Item = Scene> {
-    REFERENCE_SCENES.into_iter().chain([SIXTH]).take(count)
+    let first = REFERENCE_SCENES.into_iter().chain([SIXTH]);
+    let others = Scene::ALL.iter().copied();
+    let others = others.filter(|scene| *scene != SIXTH && !REFERENCE_SCENES.contains(scene));
+    first.chain(others).take(count)
 }
 
 fn proxy_scenes() -> impl Iterator<Item = Scene> {

@@ -396,7 +396,8 @@ fn signed(found: Option<Interval>) -> String {
 }
 
 /// Axes whose values are numbers, with their plots' files.
-const PLOTTED: [(&str, &str); 5] = [
+const PLOTTED: [(&str, &str); 6] = [
+    ("focus", "focus.svg"),
     ("N", "layers.svg"),
     ("T", "text-tokens.svg"),
     ("K", "image-tokens.svg"),
