@@ -317,6 +317,13 @@ mod tests {
         }
         let classes: BTreeSet<_> = held_out_subjects().iter().map(|subject| subject.class).collect();
         assert!(held_out_subjects().len() >= 8 && classes.len() >= 8 && held_out_styles().len() >= 2);
+        // Settings are chosen on none of the things that they are reported on.
+        for chosen_on in development_subjects() {
+            let same = |other: &&HeldOutSubject| {
+                (other.class, other.colour1, other.colour2) == (chosen_on.class, chosen_on.colour1, chosen_on.colour2)
+            };
+            assert_eq!(held_out_subjects().iter().find(same), None, "{}", chosen_on.name);
+        }
     }
 
     #[test]
