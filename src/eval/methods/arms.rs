@@ -103,7 +103,7 @@ pub fn ablation_arms() -> Vec<Arm> {
     for count in [1, 2, 4] {
         vary("K", &count.to_string(), full, json!({"image_tokens": count}));
     }
-    for steps in [15, 30, 60, 90, 180] {
+    for steps in [15, 30, 60, 120, 240] {
         vary("steps", &steps.to_string(), text, json!({"steps": steps}));
     }
     for focus in [0.0, 0.5, 1.0] {
