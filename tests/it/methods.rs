@@ -354,7 +354,7 @@ fn the_comparison_is_resumed_and_reported() {
         changed.contains("![sheet-minty.webp](report/sheet-minty.webp)"),
         "{changed}"
     );
-    assert!(changed.contains("| real | 0.123 [0.123, 0.123] |"), "{changed}");
+    assert!(changed.contains("| real | 2 x 1 | 0.123 [0.123, 0.123] |"), "{changed}");
     for (more, part) in [
         (&["--methods", "magic"][..], "magic"),
         (&["--subjects", "nobody"][..], "nobody"),

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::plot::{Axes, Mark, plot};
-use super::statistics::{Interval, by_subject, interval, paired};
+use super::statistics::{Interval, by_subject, interval};
 use super::{Evidence, MethodRow};
 use crate::model::ModelError;
 
@@ -118,7 +118,7 @@ pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &st
         "# Evidence: every method on one frozen backbone\n\n\
          Made by `coar eval report` from `{folder}/results.json`; not written by hand, but for the last part (`{folder}/notes.md`).\n\n\
          {subjects} held-out subjects x {seeds} seeds (a seed decides reference pictures, training and drawing), {} pictures for each \
-         cell, guidance {}, top-k {}; model `{}`. Means over subjects, each averaged over its seeds; in brackets the 95 % bootstrap \
+         cell (`cells`: how many subjects and seeds a method has), guidance {}, top-k {}; model `{}`. Means over subjects, each averaged over its seeds; in brackets the 95 % bootstrap \
          interval over subjects. Only figures of this model: a pocket model on a drawn world says how methods compare on equal \
          terms, not how good a 7B is.\n\n",
         settings["pictures_per_cell"], settings["guidance_scale"], settings["top_k"], evidence.model,
@@ -127,7 +127,7 @@ pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &st
         `similarity`: cosine of the judge's features with unseen pictures of the subject in the same scene; `colour`: intersection of \
         colour histograms with them; `scene`, `class`: share of pictures that show what was asked for; `attributes`: mean over both colours, \
         pattern, accessory; `loss`: nats per code on unseen pictures. `real`: the subject's own pictures, the ceiling.\n\n";
-    text += "| method | similarity | colour | scene | class | attributes | loss |\n|---|---|---|---|---|---|---|\n";
+    text += "| method | cells | similarity | colour | scene | class | attributes | loss |\n|---|---|---|---|---|---|---|---|\n";
     for method in names(rows) {
         let cell = |value: fn(&MethodRow) -> f64| with_interval(mean(rows, method, value));
         let loss = mean(rows, method, |row| row.loss.unwrap_or(f64::NAN)).map_or(f64::NAN, |found| found.mean);
@@ -137,7 +137,8 @@ pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &st
             "-".to_owned()
         };
         text += &format!(
-            "| {method} | {} | {} | {} | {} | {} | {loss} |\n",
+            "| {method} | {} | {} | {} | {} | {} | {} | {loss} |\n",
+            cells(rows, method),
             cell(|row| row.similarity),
             cell(|row| row.colour),
             cell(|row| row.scene),
@@ -189,6 +190,19 @@ pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &st
     (text, plots)
 }
 
+/// How many subjects and seeds a method has.
+fn cells(rows: &[MethodRow], method: &str) -> String {
+    let mut seeds: BTreeMap<&str, usize> = BTreeMap::new();
+    for row in rows.iter().filter(|row| row.method == method) {
+        *seeds.entry(&row.subject).or_default() += 1;
+    }
+    let (least, most) = (seeds.values().min().unwrap_or(&0), seeds.values().max().unwrap_or(&0));
+    match least == most {
+        true => format!("{} x {most}", seeds.len()),
+        false => format!("{} x {least} to {most}", seeds.len()),
+    }
+}
+
 fn with_interval(found: Option<Interval>) -> String {
     found.map_or_else(
         || "-".to_owned(),
@@ -201,12 +215,18 @@ fn of(rows: &[MethodRow], method: &str, value: fn(&MethodRow) -> f64) -> f64 {
     mean(rows, method, value).map_or(f64::NAN, |found| found.mean)
 }
 
+/// The mean over subjects of `a - b`, of the subjects and seeds that both have.
 fn difference(rows: &[MethodRow], a: &str, b: &str, value: fn(&MethodRow) -> f64) -> Option<Interval> {
-    let subjects = |method: &str| -> BTreeMap<&str, f64> {
-        let own = rows.iter().filter(|row| row.method == method);
-        by_subject(own.map(|row| (row.subject.as_str(), value(row))))
-    };
-    paired(&subjects(a), &subjects(b))
+    let of_other = rows.iter().filter(|row| row.method == b);
+    let other: BTreeMap<(&str, u64), f64> = of_other
+        .map(|row| ((row.subject.as_str(), row.seed), value(row)))
+        .collect();
+    let own = rows.iter().filter(|row| row.method == a);
+    let apart = own.filter_map(|row| {
+        let of_both = other.get(&(row.subject.as_str(), row.seed))?;
+        Some((row.subject.as_str(), value(row) - of_both))
+    });
+    interval(&by_subject(apart).into_values().collect::<Vec<_>>())
 }
 
 /// CoAR less each other method, subject by subject: an interval that leaves 0 out is a difference.
@@ -459,13 +479,24 @@ mod tests {
     fn another_json_gives_another_document() {
         let (good, plots) = document(&evidence(0.9), "evidence", &[], "## Notes\n\nnone");
         assert!(good.contains("3 held-out subjects x 1 seeds"));
-        assert!(good.contains("| coar | 0.910 [0.900, 0.920] |"), "{good}");
+        assert!(good.contains("| coar | 3 x 1 | 0.910 [0.900, 0.920] |"), "{good}");
         assert!(good.contains("| coar beats described, pair by pair | yes | yes |"));
         assert!(good.contains("coar has 0.20 % of the low-rank method's trained numbers (wanted at most 1): yes"));
         assert!(good.contains("**+0.100** [+0.100, +0.100]"));
         assert!(good.contains("no, a copy of the model each") && good.ends_with("## Notes\n\nnone\n"));
         assert_eq!(plots.len(), 4);
         assert_eq!(plots[0].1.matches("<circle").count(), 6);
+        // What only one of two methods has does not enter their difference.
+        let mut uneven = evidence(0.9);
+        uneven.rows.push(MethodRow {
+            seed: 1,
+            ..row("coar", "a", 0.0)
+        });
+        let (uneven, _) = document(&uneven, "evidence", &[], "");
+        assert!(
+            uneven.contains("| coar | 3 x 1 to 2 |") && uneven.contains("**+0.100** [+0.100, +0.100]"),
+            "{uneven}"
+        );
         let (bad, _) = document(&evidence(0.8), "evidence", &[], "");
         assert!(bad.contains("| coar beats described, pair by pair | **no** | **no** |"));
         assert!(bad.contains("| coar beats textual-inversion, pair by pair | yes | yes |"));
