@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use rand::SeedableRng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 use tch::Kind;
 
@@ -248,10 +250,10 @@ impl Run<'_> {
 }
 
 /// A spec with some of its JSON fields replaced.
-pub(super) fn with_overrides(
-    spec: &TrainingSpec,
+pub(super) fn with_overrides<T: Serialize + DeserializeOwned>(
+    spec: &T,
     overrides: &serde_json::Map<String, serde_json::Value>,
-) -> Result<TrainingSpec, ModelError> {
+) -> Result<T, ModelError> {
     let fault = |error: serde_json::Error| ModelError::invalid("settings", error.to_string());
     let mut value = serde_json::to_value(spec).map_err(fault)?;
     for (key, wanted) in overrides {

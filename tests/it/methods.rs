@@ -297,6 +297,7 @@ fn the_comparison_is_resumed_and_reported() {
         "--json",
     ];
     // Two processes with a part each, then one that collects: it trains nothing any more.
+    printed(dir, &[&args[..], &["0.json", "--finished"]].concat());
     printed(dir, &[&args[..], &["1.json", "--part", "1/2"]].concat());
     printed(dir, &[&args[..], &["2.json", "--part", "2/2"]].concat());
     let cells = || std::fs::read_dir(dir.join("cells")).unwrap().count();
@@ -305,6 +306,7 @@ fn the_comparison_is_resumed_and_reported() {
     assert_eq!((kept, cells()), (16, 16), "8 rows with their sheets");
     let read =
         |name: &str| -> serde_json::Value { serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap() };
+    assert_eq!(read("0.json")["rows"], serde_json::json!([]));
     let mut all = read("all.json");
     let rows = all["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 8);

@@ -35,6 +35,9 @@ pub(in crate::cli) struct MethodsArgs {
     /// collects them all.
     #[arg(long, value_name = "I/N", requires = "dir")]
     part: Option<String>,
+    /// Measure nothing: only what is finished, in --dir and --from.
+    #[arg(long, conflicts_with = "part")]
+    finished: bool,
     /// Only these methods.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     methods: Vec<String>,
@@ -97,7 +100,11 @@ fn evidence(file: &Path) -> anyhow::Result<Evidence> {
 
 impl MethodsArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let part = self.part.as_deref().map_or(Ok((0, 1)), part)?;
+        let part = match (&self.part, self.finished) {
+            (_, true) => None,
+            (Some(text), _) => Some(part(text)?),
+            (None, false) => Some((0, 1)),
+        };
         let (model, info) = self.model.load()?;
         let files = self.model.files()?;
         let judge = Judge::read(

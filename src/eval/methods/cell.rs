@@ -209,10 +209,7 @@ impl Bench<'_> {
         spec.captions = scenes(arm.references)
             .map(|scene| scene_phrase(scene).to_owned())
             .collect();
-        match self.options.settings.get(&arm.name).and_then(Value::as_object) {
-            Some(changed) => with_overrides(&spec, changed),
-            None => Ok(spec),
-        }
+        with_overrides(&spec, &self.changed(&arm.name))
     }
 
     fn tuning_spec(&self, method: WeightMethod, name: &str, noun: &str, seed: u64) -> Result<TuningSpec, ModelError> {
@@ -224,15 +221,7 @@ impl Bench<'_> {
                 .map(|scene| scene_phrase(scene).to_owned())
                 .collect(),
         };
-        let Some(changed) = self.options.settings.get(method.as_str()).and_then(Value::as_object) else {
-            return Ok(spec);
-        };
-        let fault = |error: serde_json::Error| ModelError::invalid("settings", error.to_string());
-        let mut value = serde_json::to_value(&spec).map_err(fault)?;
-        for (key, wanted) in changed {
-            value[key] = wanted.clone();
-        }
-        serde_json::from_value(value).map_err(fault)
+        with_overrides(&spec, &self.changed(method.as_str()))
     }
 
     fn measure(

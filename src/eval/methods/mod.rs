@@ -49,10 +49,17 @@ pub struct MethodsOptions {
     pub from: Option<Evidence>,
     /// Where finished cells are kept, so that an interrupted run goes on.
     pub dir: Option<PathBuf>,
-    /// `(index, count)`: only every count-th cell, for several processes on the same folder.
-    pub part: (usize, usize),
+    /// `(index, count)`: only every count-th cell, for several processes on the same folder; `None`: nothing is measured.
+    pub part: Option<(usize, usize)>,
     /// Replaced training settings by arm, and of `subject` and `style` for the compositions: `{"dreambooth": {"steps": 30}}`.
     pub settings: serde_json::Map<String, serde_json::Value>,
+}
+
+impl MethodsOptions {
+    /// Whether this process measures a cell.
+    fn is_mine(&self, number: usize) -> bool {
+        self.part.is_some_and(|(index, count)| number % count == index)
+    }
 }
 
 /// One method, subject and seed.
@@ -160,7 +167,6 @@ pub fn evaluate_methods(
         parts: vec![],
     };
     let total = cells.len();
-    let (index, count) = options.part;
     // What an arm of the ablations shares with a method is computed once.
     let mut seen: BTreeMap<String, Option<MethodRow>> = BTreeMap::new();
     for (number, (seed, subject, ablation, arm)) in cells.into_iter().enumerate() {
@@ -172,7 +178,7 @@ pub fn evaluate_methods(
                 ..row
             }),
             None => {
-                let mine = seen.len() % count == index;
+                let mine = options.is_mine(seen.len());
                 let row = bench.row(arm, subject, seed, mine)?;
                 seen.insert(same, row.clone());
                 row

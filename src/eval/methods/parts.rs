@@ -113,7 +113,6 @@ impl Bench<'_> {
             cells.extend(styles.iter().map(|style| (Some(subject), style)));
         }
         let mut rows = Vec::new();
-        let (index, count) = self.options.part;
         for (number, &(subject, style)) in cells.iter().enumerate() {
             let of = subject.map_or_else(|| style.name.to_owned(), |s| format!("{}+{}", s.name, style.name));
             progress(number, cells.len(), &of);
@@ -126,7 +125,7 @@ impl Bench<'_> {
                 rows.extend(found);
                 continue;
             }
-            if number % count != index {
+            if !self.options.is_mine(number) {
                 continue;
             }
             let measured: Vec<PartRow> = concepts
