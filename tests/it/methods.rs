@@ -335,10 +335,12 @@ fn the_comparison_is_resumed_and_reported() {
     let from = [&args[..args.len() - 3], &["--from", "all.json", "--json"]].concat();
     printed(dir, &[&from[..], &["again.json"]].concat());
     assert_eq!(read("again.json")["rows"], all["rows"]);
-    printed(
-        dir,
-        &[&from[..], &["other.json", "--methods", "real", "--per-scene", "2"]].concat(),
-    );
+    let mut other: Vec<&str> = [&from[..], &["other.json"]].concat();
+    let per_scene = other.iter().position(|arg| *arg == "--per-scene").unwrap();
+    other[per_scene + 1] = "2";
+    let methods = other.iter().position(|arg| *arg == "--methods").unwrap();
+    other[methods + 1] = "real";
+    printed(dir, &other);
     assert_ne!(read("other.json")["rows"][0]["similarity"], 0.123);
     printed(dir, &[&args[..], &["same.json", "--sheets", "report"]].concat());
     for subject in ["rex", "minty"] {
