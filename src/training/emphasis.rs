@@ -56,7 +56,12 @@ fn weights(model: &LuminaMgpt, view: &Reference, words: &[i64], focus: f64) -> R
         Ok(logits.f_log_softmax(-1, Kind::Float)?)
     };
     let moved = divergence_each(&predicted(words)?, &predicted(&[article])?)?;
-    let share = moved.f_div(&moved.f_mean(Kind::Float)?.f_clamp_min(1e-9)?)?;
+    let mean = moved.f_mean(Kind::Float)?.f_double_value(&[])?;
+    // A start that says no more than the article, as that of a single token: no token is more the subject's than another.
+    if mean < 1e-6 {
+        return Ok(moved.f_ones_like()?);
+    }
+    let share = moved.f_div_scalar(mean)?;
     Ok(share.f_mul_scalar(focus)?.f_add_scalar(1.0 - focus)?)
 }
 
@@ -86,6 +91,15 @@ mod tests {
         spec.focus = 0.0;
         assert!(Emphasis::new(&spec, &references).is_none());
         let words = ["a", "purple", "and", "yellow", "striped", "hat"].map(|word| model.first_token_of(word).unwrap());
+        spec.focus = 1.0;
+        let mut emphasis = Emphasis::new(&spec, &references).unwrap();
+        let article = [model.first_token_of("a").unwrap()];
+        let nothing = emphasis.of(&model, &references, &[0], &article).unwrap();
+        assert_eq!(
+            nothing,
+            nothing.ones_like(),
+            "words that say nothing leave the loss as it is"
+        );
         let mut weights = |focus: f64| -> Vec<f32> {
             spec.focus = focus;
             let mut emphasis = Emphasis::new(&spec, &references).unwrap();
