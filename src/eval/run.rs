@@ -51,6 +51,13 @@ pub(super) struct Trained {
     pub seconds: f64,
 }
 
+/// The words that a search for start words has found, and how long it took: it counts for every training that begins there.
+#[derive(Debug, Clone)]
+pub(super) struct FoundStart {
+    pub words: Vec<String>,
+    pub seconds: f64,
+}
+
 /// What every part of the run shares.
 pub(super) struct Run<'a> {
     pub model: &'a LuminaMgpt,
@@ -135,12 +142,40 @@ impl Run<'_> {
 
     /// Trains a concept to its end.
     pub(super) fn train(&self, spec: TrainingSpec, pictures: &[RgbPicture]) -> Result<Trained, ModelError> {
-        let started = std::time::Instant::now();
+        self.train_from(spec, pictures, &mut None)
+    }
+
+    /// Trains a concept to its end from the start that an earlier training on the same pictures has found, or finds it.
+    pub(super) fn train_from(
+        &self,
+        spec: TrainingSpec,
+        pictures: &[RgbPicture],
+        start: &mut Option<FoundStart>,
+    ) -> Result<Trained, ModelError> {
+        let begun = std::time::Instant::now();
         let mut trainer = Trainer::new(self.model, spec, pictures)?;
+        let mut saved = 0.0;
+        if trainer.start_words().is_none() {
+            let search = std::time::Instant::now();
+            match start {
+                Some(found) => {
+                    trainer.begin_at(self.model, &found.words)?;
+                    saved = found.seconds;
+                }
+                None => {
+                    while trainer.start_words().is_none() {
+                        trainer.advance(self.model)?;
+                    }
+                    let words = trainer.start_words().unwrap_or_default();
+                    let seconds = search.elapsed().as_secs_f64();
+                    *start = Some(FoundStart { words, seconds });
+                }
+            }
+        }
         while trainer.advance(self.model)? != Advance::Finished {}
         Ok(Trained {
             file: trainer.concept_file(self.model.fingerprint())?,
-            seconds: started.elapsed().as_secs_f64(),
+            seconds: begun.elapsed().as_secs_f64() + saved,
         })
     }
 

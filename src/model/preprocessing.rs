@@ -308,10 +308,11 @@ fn vertical_pass(source: &[u8], stride: usize, offset: usize, taps: &[Taps]) -> 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn noise(width: u32, height: u32) -> RgbPicture {
+    /// The picture that the fixtures' scripts make with the same numbers.
+    pub(crate) fn noise(width: u32, height: u32) -> RgbPicture {
         let mut state = 7u32;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

@@ -1,6 +1,8 @@
 //! Where a training starts: which words the text context tokens begin as, and the frozen model's own hidden states
 //! there and at the references' image tokens.
 
+use std::collections::HashMap;
+
 use tch::{Kind, Tensor};
 
 use super::losses::{next_token, weighted_next_token};
@@ -178,6 +180,8 @@ pub(super) struct StartSearch {
     /// Whether the pictures' first tokens count most, see [`early_loss`].
     early: bool,
     chosen: Vec<usize>,
+    /// Losses of what was tried: later sweeps meet much of it again.
+    tried: HashMap<Vec<usize>, f64>,
     best: f64,
     sweep: usize,
     slot: usize,
@@ -206,6 +210,7 @@ impl StartSearch {
             chosen: vec![0; candidates.len()],
             early: spec.kind == ConceptKind::Style,
             candidates,
+            tried: HashMap::new(),
             best: f64::INFINITY,
             sweep: if settled { SWEEPS } else { 0 },
             slot: 0,
@@ -258,7 +263,7 @@ impl StartSearch {
         self.candidates.iter().zip(&self.chosen).map(|(words, &at)| &words[at])
     }
 
-    /// Tries one candidate.
+    /// Tries one candidate; what was tried before costs nothing.
     ///
     /// # Errors
     /// When the device fails.
@@ -266,18 +271,13 @@ impl StartSearch {
         if self.is_settled() {
             return Ok(());
         }
-        let mut ids = self.ids();
-        ids[self.slot] = self.candidates[self.slot][self.next].1;
-        let named: Vec<_> = references
-            .centred()
-            .map(|reference| reference.with_words(&ids))
-            .collect();
-        let (logits, targets) = token_logits(model, &named.iter().collect::<Vec<_>>(), None)?;
-        let loss = match self.early {
-            false => next_token(&logits, &targets)?,
-            true => early_loss(&logits, &targets, &named)?,
+        let mut choice = self.chosen.clone();
+        choice[self.slot] = self.next;
+        let loss = match self.tried.get(&choice) {
+            Some(&loss) => loss,
+            None => self.loss(model, references, &choice)?,
         };
-        let loss = loss.f_double_value(&[])?;
+        self.tried.insert(choice, loss);
         self.done += 1;
         if loss < self.best {
             self.best = loss;
@@ -287,6 +287,26 @@ impl StartSearch {
         self.next += 1;
         self.skip_settled_slots();
         Ok(())
+    }
+
+    /// How surprising the frozen model finds the references with these words.
+    fn loss(&self, model: &LuminaMgpt, references: &References, choice: &[usize]) -> Result<f64, ModelError> {
+        let ids: Vec<i64> = self
+            .candidates
+            .iter()
+            .zip(choice)
+            .map(|(words, &at)| words[at].1)
+            .collect();
+        let named: Vec<_> = references
+            .centred()
+            .map(|reference| reference.with_words(&ids))
+            .collect();
+        let (logits, targets) = token_logits(model, &named.iter().collect::<Vec<_>>(), None)?;
+        let loss = match self.early {
+            false => next_token(&logits, &targets)?,
+            true => early_loss(&logits, &targets, &named)?,
+        };
+        Ok(loss.f_double_value(&[])?)
     }
 
     /// Moves on to the next slot that has a choice, and to the next sweep after the last.

@@ -205,13 +205,27 @@ impl Trainer {
     fn choose_start(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
         self.start.advance(model, &self.references)?;
         if self.start.is_settled() {
-            self.anchors = Anchors::observe(model, &self.spec, &self.references, &self.start.ids())?;
-            if self.spec.parametrisation == Parametrisation::Absolute {
-                self.text.f_copy_(&self.anchors.text)?;
-            }
+            self.stand_at_start(model)?;
         }
         let (done, total) = self.start.progress();
         Ok(Advance::ChoosingStart { done, total })
+    }
+
+    fn stand_at_start(&mut self, model: &LuminaMgpt) -> Result<(), ModelError> {
+        self.anchors = Anchors::observe(model, &self.spec, &self.references, &self.start.ids())?;
+        if self.spec.parametrisation == Parametrisation::Absolute {
+            self.text.f_copy_(&self.anchors.text)?;
+        }
+        Ok(())
+    }
+
+    /// Begins at the words that a search over the same candidates and references has found, without searching again.
+    ///
+    /// # Errors
+    /// When a word is no candidate, or the device fails.
+    pub(crate) fn begin_at(&mut self, model: &LuminaMgpt, words: &[String]) -> Result<(), ModelError> {
+        self.start.settle(words)?;
+        tch::no_grad(|| self.stand_at_start(model))
     }
 
     fn draw_prior(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {

@@ -292,6 +292,7 @@ fn the_comparison_is_resumed_and_reported() {
         "real,plain,coar-text,dreambooth-lora",
         "--settings",
         r#"{"coar-text": {"steps": 1}, "dreambooth-lora": {"steps": 1, "prior_pictures": 1}}"#,
+        "--between",
         "--dir",
         "cells",
         "--json",
@@ -303,14 +304,21 @@ fn the_comparison_is_resumed_and_reported() {
     let cells = || std::fs::read_dir(dir.join("cells")).unwrap().count();
     let kept = cells();
     printed(dir, &[&args[..], &["all.json"]].concat());
-    assert_eq!((kept, cells()), (16, 16), "8 rows with their sheets");
+    assert_eq!((kept, cells()), (32, 32), "16 rows with their sheets");
     let read =
         |name: &str| -> serde_json::Value { serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap() };
     assert_eq!(read("0.json")["rows"], serde_json::json!([]));
     let mut all = read("all.json");
     let rows = all["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 8);
-    for row in rows {
+    let between = all["between"].as_array().unwrap();
+    assert_eq!(between.len(), 8);
+    assert!(
+        between
+            .iter()
+            .all(|row| row["subject"] == "rex-between" || row["subject"] == "minty-between")
+    );
+    for row in rows.iter().chain(between) {
         for column in ["similarity", "colour", "scene", "class"] {
             assert!((0.0..=1.0).contains(&row[column].as_f64().unwrap()), "{row}");
         }
@@ -326,6 +334,7 @@ fn the_comparison_is_resumed_and_reported() {
         report.contains("2 held-out subjects x 1 seeds") && report.contains("| coar-text |"),
         "{report}"
     );
+    assert!(report.contains("## Shades that no word means"), "{report}");
     assert!(dir.join("report/scene.svg").exists());
     assert!(!report.contains("Contact sheets"));
     all["rows"][0]["similarity"] = 0.123.into();
@@ -335,6 +344,7 @@ fn the_comparison_is_resumed_and_reported() {
     let from = [&args[..args.len() - 3], &["--from", "all.json", "--json"]].concat();
     printed(dir, &[&from[..], &["again.json"]].concat());
     assert_eq!(read("again.json")["rows"], all["rows"]);
+    assert_eq!(read("again.json")["between"], all["between"]);
     let mut other: Vec<&str> = [&from[..], &["other.json"]].concat();
     let per_scene = other.iter().position(|arg| *arg == "--per-scene").unwrap();
     other[per_scene + 1] = "2";

@@ -53,6 +53,9 @@ pub(in crate::cli) struct MethodsArgs {
     /// Also styles from one picture, and every subject with every style.
     #[arg(long)]
     styles: bool,
+    /// Also the same subjects in shades that no word of the captions means.
+    #[arg(long)]
+    between: bool,
     /// Folder for a contact sheet of each subject, from the finished cells: the folder beside the report, for it to show.
     #[arg(long, value_name = "DIR", requires = "dir")]
     sheets: Option<PathBuf>,
@@ -105,6 +108,8 @@ impl MethodsArgs {
             (Some(text), _) => Some(part(text)?),
             (None, false) => Some((0, 1)),
         };
+        let from = self.from.as_deref().map(evidence).transpose()?;
+        let settings = settings(self.settings.as_deref())?;
         let (model, info) = self.model.load()?;
         let files = self.model.files()?;
         let judge = Judge::read(
@@ -129,11 +134,12 @@ impl MethodsArgs {
             methods: self.methods.clone(),
             ablations: self.ablations && !self.quick,
             styles: self.styles,
-            from: self.from.as_deref().map(evidence).transpose()?,
+            between: self.between,
+            from,
             sheets: self.sheets.clone(),
             dir: self.dir.clone(),
             part,
-            settings: settings(self.settings.as_deref())?,
+            settings,
         };
         let style = ProgressStyle::with_template("{msg:40} {wide_bar} {pos}/{len}  eta {eta}")?;
         let bar = ProgressBar::new(0).with_style(style);
@@ -153,8 +159,12 @@ impl MethodsArgs {
             }
             None => print!("{}", table(&evidence.rows)),
         }
-        if !evidence.ablations.is_empty() && self.json.as_ref().is_none_or(|file| file.as_os_str() != "-") {
-            print!("\n{}", table(&evidence.ablations));
+        if self.json.as_ref().is_none_or(|file| file.as_os_str() != "-") {
+            for rows in [&evidence.between, &evidence.ablations] {
+                if !rows.is_empty() {
+                    print!("\n{}", table(rows));
+                }
+            }
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Clip, Dino, Preprocessing};
 use crate::model::ModelError;
+use crate::model::preprocessing::tests::noise;
 use crate::model::preprocessing::{Filter, resize};
 use crate::model::weights::{Checkpoint, Target};
 use crate::picture::RgbPicture;
@@ -17,20 +18,6 @@ mod refusals;
 
 fn tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/judges/tiny")
-}
-
-/// The picture that the script makes with the same numbers.
-fn noise(width: u32, height: u32) -> RgbPicture {
-    let mut state = 7u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 24) as u8
-    };
-    RgbPicture {
-        width,
-        height,
-        rgb: (0..3 * width * height).map(|_| next()).collect(),
-    }
 }
 
 #[derive(Deserialize)]

@@ -76,6 +76,18 @@ pub fn method_arms() -> Vec<Arm> {
     arms
 }
 
+/// What is compared on subjects in shades that no word means: the methods, and untrained the words that the search for
+/// start words finds, which may fit better than those of the colours that the shades lie between.
+pub fn between_arms() -> Vec<Arm> {
+    let untrained = json!({"steps": 1, "learning_rate": 1e-9, "focus": 0.0});
+    let mut arms = method_arms();
+    arms.retain(|arm| arm.name != "coar-paper");
+    let described = arms.iter().position(|arm| arm.recipe == Recipe::Described);
+    let searched = arm("searched", tokens(TokenMethod::CoarText, untrained));
+    arms.insert(described.map_or(0, |at| at + 1), searched);
+    arms
+}
+
 /// One setting of CoAR at a time; everything else is the preset's, with the image context token where the axis is about it.
 pub fn ablation_arms() -> Vec<Arm> {
     let mut arms = Vec::new();
@@ -103,13 +115,16 @@ pub fn ablation_arms() -> Vec<Arm> {
     for count in [1, 2, 4] {
         vary("K", &count.to_string(), full, json!({"image_tokens": count}));
     }
-    for steps in [15, 30, 60, 120, 240] {
+    for steps in [15, 30, 60, 120] {
         vary("steps", &steps.to_string(), text, json!({"steps": steps}));
+    }
+    for rate in [1.5e-3, 3e-3, 4.5e-3, 9e-3] {
+        vary("rate", &rate.to_string(), text, json!({"learning_rate": rate}));
     }
     for focus in [0.0, 0.5, 1.0] {
         vary("focus", &format!("{focus:.1}"), text, json!({"focus": focus}));
     }
-    for references in [1, 2, 3, 4, 5, 6, 9] {
+    for references in 1..=6 {
         arms.push(Arm {
             references,
             ..arm(&format!("references: {references}"), tokens(text, json!({})))
@@ -124,9 +139,14 @@ mod tests {
 
     #[test]
     fn names_are_unique_and_every_changed_field_is_one_of_the_spec() {
-        let arms: Vec<Arm> = method_arms().into_iter().chain(ablation_arms()).collect();
+        let mut arms: Vec<Arm> = method_arms().into_iter().chain(ablation_arms()).collect();
         let names: std::collections::BTreeSet<&str> = arms.iter().map(|arm| arm.name.as_str()).collect();
         assert_eq!(names.len(), arms.len());
+        let between = between_arms();
+        assert_eq!(between[2].name, "described");
+        assert_eq!(between[3].name, "searched");
+        assert_eq!(between.len(), method_arms().len());
+        arms.extend(between);
         let preset = crate::training::TrainingSpec::preset(
             crate::training::Preset::Pocket,
             crate::concept::ConceptKind::Subject,

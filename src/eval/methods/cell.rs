@@ -1,5 +1,7 @@
 //! One cell: a method trained on one subject with one seed, its pictures judged.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -15,7 +17,7 @@ use super::{MethodRow, MethodsOptions};
 use crate::concept::{ConceptFile, ConceptKind, DeviceConcept};
 use crate::eval::judge::Judge;
 use crate::eval::measures::colour_similarity;
-use crate::eval::run::{EvalOptions, REFERENCE_SCENES, Run, SIZE, with_overrides};
+use crate::eval::run::{EvalOptions, FoundStart, REFERENCE_SCENES, Run, SIZE, with_overrides};
 use crate::eval::subjects::{Condition, Subject};
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
@@ -30,6 +32,8 @@ pub struct Bench<'a> {
     pub base: &'a BaseWeights,
     pub judge: &'a Judge,
     pub options: &'a MethodsOptions,
+    /// Start words by what decides them: variations of one training share them.
+    pub(super) starts: RefCell<BTreeMap<String, FoundStart>>,
 }
 
 /// A cell as it is kept on disk: the row, and what it was made with.
@@ -105,7 +109,7 @@ impl Bench<'_> {
     /// A row of the earlier run that was made with the same.
     fn earlier(&self, cell: &str) -> Option<MethodRow> {
         let from = self.options.from.as_ref()?;
-        let mut rows = from.rows.iter().chain(&from.ablations);
+        let mut rows = from.rows.iter().chain(&from.ablations).chain(&from.between);
         rows.find(|row| row.cell == cell).cloned()
     }
 
@@ -150,7 +154,7 @@ impl Bench<'_> {
         }
     }
 
-    /// The cell's row: kept from before, or measured now if it is `mine`.
+    /// The row of the cell that is `decided_by` these: kept from before, or measured now if it is `mine`.
     ///
     /// # Errors
     /// When the device fails or the folder cannot be written.
@@ -159,12 +163,12 @@ impl Bench<'_> {
         arm: &Arm,
         held_out: &'static HeldOutSubject,
         seed: u64,
+        decided_by: &Value,
         mine: bool,
     ) -> Result<Option<MethodRow>, ModelError> {
-        let made_with = self.decided_by(arm, held_out, seed)?;
-        let file = self.file(held_out.name, seed, &made_with);
-        let cell = digest(&made_with);
-        let finished = file.as_ref().and_then(|file| kept::<MethodRow>(file, &made_with));
+        let file = self.file(held_out.name, seed, decided_by);
+        let cell = digest(decided_by);
+        let finished = file.as_ref().and_then(|file| kept::<MethodRow>(file, decided_by));
         if let Some(row) = finished.or_else(|| self.earlier(&cell)) {
             return Ok(Some(MethodRow {
                 method: arm.name.clone(),
@@ -182,7 +186,7 @@ impl Bench<'_> {
             let png = crate::picture::encode(&sheet, crate::picture::OutputFormat::Png, &[])
                 .map_err(|error| ModelError::file(&file, error))?;
             replace(&file.with_extension("png"), &png)?;
-            write(&file, &json!({"made_with": made_with, "row": &row}))?;
+            write(&file, &json!({"made_with": decided_by, "row": &row}))?;
         }
         Ok(Some(row))
     }
@@ -342,7 +346,19 @@ impl Bench<'_> {
 
     fn learn_tokens(&self, run: &Run, arm: &Arm, subject: &Subject, seed: u64) -> Result<Learned, ModelError> {
         let spec = self.token_spec(arm, subject.held_out.name, subject.held_out.class.name(), seed)?;
-        let trained = run.train(spec, &subject.references)?;
+        let search = json!([
+            subject.held_out.name,
+            seed,
+            arm.references,
+            spec.start_candidates(),
+            spec.captions
+        ]);
+        let search = search.to_string();
+        let mut start = self.starts.borrow().get(&search).cloned();
+        let trained = run.train_from(spec, &subject.references, &mut start)?;
+        if let Some(start) = start {
+            self.starts.borrow_mut().insert(search, start);
+        }
         let bytes = trained
             .file
             .to_bytes()

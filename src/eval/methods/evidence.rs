@@ -127,25 +127,7 @@ pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &st
         `similarity`: cosine of the judge's features with unseen pictures of the subject in the same scene; `colour`: intersection of \
         colour histograms with them; `scene`, `class`: share of pictures that show what was asked for; `attributes`: mean over both colours, \
         pattern, accessory; `loss`: nats per code on unseen pictures. `real`: the subject's own pictures, the ceiling.\n\n";
-    text += "| method | cells | similarity | colour | scene | class | attributes | loss |\n|---|---|---|---|---|---|---|---|\n";
-    for method in names(rows) {
-        let cell = |value: fn(&MethodRow) -> f64| with_interval(mean(rows, method, value));
-        let loss = mean(rows, method, |row| row.loss.unwrap_or(f64::NAN)).map_or(f64::NAN, |found| found.mean);
-        let loss = if loss.is_finite() {
-            format!("{loss:.3}")
-        } else {
-            "-".to_owned()
-        };
-        text += &format!(
-            "| {method} | {} | {} | {} | {} | {} | {} | {loss} |\n",
-            cells(rows, method),
-            cell(|row| row.similarity),
-            cell(|row| row.colour),
-            cell(|row| row.scene),
-            cell(|row| row.class),
-            cell(|row| row.attributes),
-        );
-    }
+    text += &fidelity(rows);
     text += "\n## What it costs\n\n\
         `swap`: from the file's bytes to something that can draw; `one batch`: whether the engine mixes it with other customers' in one batch.\n\n\
         | method | trained numbers | file bytes | seconds | swap ms | one batch |\n|---|---|---|---|---|---|\n";
@@ -163,8 +145,13 @@ pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &st
             if mixed { "yes" } else { "no, a copy of the model each" },
         );
     }
+    text += "\n## CoAR less the others, subject by subject\n";
     text += &differences(rows);
+    text += "\n## What was to be shown\n";
     text += &wanted(rows);
+    if !evidence.between.is_empty() {
+        text += &between(&evidence.between);
+    }
     let mut plots = method_plots(rows);
     text += "\n## Plots\n\n";
     for (file, _) in &plots {
@@ -188,6 +175,47 @@ pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &st
         text += &format!("\n{}\n", notes.trim());
     }
     (text, plots)
+}
+
+/// Means of every method, with their intervals.
+fn fidelity(rows: &[MethodRow]) -> String {
+    let mut text =
+        "| method | cells | similarity | colour | scene | class | attributes | loss |\n|---|---|---|---|---|---|---|---|\n"
+            .to_owned();
+    for method in names(rows) {
+        let cell = |value: fn(&MethodRow) -> f64| with_interval(mean(rows, method, value));
+        let loss = mean(rows, method, |row| row.loss.unwrap_or(f64::NAN)).map_or(f64::NAN, |found| found.mean);
+        let loss = if loss.is_finite() {
+            format!("{loss:.3}")
+        } else {
+            "-".to_owned()
+        };
+        text += &format!(
+            "| {method} | {} | {} | {} | {} | {} | {} | {loss} |\n",
+            cells(rows, method),
+            cell(|row| row.similarity),
+            cell(|row| row.colour),
+            cell(|row| row.scene),
+            cell(|row| row.class),
+            cell(|row| row.attributes),
+        );
+    }
+    text
+}
+
+/// The same subjects in shades that no word means.
+fn between(rows: &[MethodRow]) -> String {
+    let mut text = "\n## Shades that no word means\n\n\
+        The subjects above are what their descriptions say, and nothing else: their shades lie within 6 of 255 of the colours that the \
+        captions name. A customer's own thing is not like that. Here both colours of each subject lie halfway to a neighbouring colour \
+        (a teal cat with lime stripes), which pre-training shows on no subject; `described` has the words of the colours that they \
+        started from, `searched` the words that CoAR's search finds in the references, untrained. `attributes` counts against the \
+        starting colours' names and is not wanted here.\n\n"
+        .to_owned();
+    text += &fidelity(rows);
+    text += &differences(rows);
+    text += &wanted(rows);
+    text
 }
 
 /// How many subjects and seeds a method has.
@@ -231,8 +259,7 @@ fn difference(rows: &[MethodRow], a: &str, b: &str, value: fn(&MethodRow) -> f64
 
 /// CoAR less each other method, subject by subject: an interval that leaves 0 out is a difference.
 fn differences(rows: &[MethodRow]) -> String {
-    let mut text = "\n## CoAR less the others, subject by subject\n\n\
-        Means of paired differences with their 95 % bootstrap intervals: one that does not hold 0 is a difference (**bold**).\n\n\
+    let mut text = "\nMeans of paired differences with their 95 % bootstrap intervals: one that does not hold 0 is a difference (**bold**).\n\n\
         | | similarity | colour | scene | class |\n|---|---|---|---|---|\n"
         .to_owned();
     for ours in OURS {
@@ -255,7 +282,7 @@ fn differences(rows: &[MethodRow]) -> String {
 
 /// The figures that this comparison was to reach, each answered from the rows.
 fn wanted(rows: &[MethodRow]) -> String {
-    let mut text = "\n## What was to be shown\n\n| | similarity | colour |\n|---|---|---|\n".to_owned();
+    let mut text = "\n| | similarity | colour |\n|---|---|---|\n".to_owned();
     let answer = |yes: bool| if yes { "yes" } else { "**no**" };
     for ours in OURS {
         for other in ["textual-inversion", DESCRIBED] {
@@ -395,7 +422,7 @@ fn ablations(rows: &[MethodRow], folder: &str) -> (String, Plots) {
                 title: "Similarity",
                 x: axis,
                 y: "similarity",
-                logarithmic: axis == "steps",
+                logarithmic: ["steps", "rate"].contains(&axis),
             };
             plots.push((file, plot(shown, &marks, true)));
             text += &format!("\n![{file}]({folder}/{file})\n");
@@ -416,8 +443,9 @@ fn signed(found: Option<Interval>) -> String {
 }
 
 /// Axes whose values are numbers, with their plots' files.
-const PLOTTED: [(&str, &str); 6] = [
+const PLOTTED: [(&str, &str); 7] = [
     ("focus", "focus.svg"),
+    ("rate", "rate.svg"),
     ("N", "layers.svg"),
     ("T", "text-tokens.svg"),
     ("K", "image-tokens.svg"),
@@ -470,6 +498,7 @@ mod tests {
             model: "m".into(),
             settings: serde_json::json!({"pictures_per_cell": 18, "guidance_scale": 2.0, "top_k": 20}),
             rows,
+            between: vec![],
             ablations: vec![row("N: 1", "a", 0.5), row("N: 2", "a", 0.6), row("N: 3", "a", 0.7)],
             parts: vec![],
         }
@@ -497,6 +526,12 @@ mod tests {
             uneven.contains("| coar | 3 x 1 to 2 |") && uneven.contains("**+0.100** [+0.100, +0.100]"),
             "{uneven}"
         );
+        let mut more = evidence(0.8);
+        more.between = evidence(0.9).rows;
+        let (more, _) = document(&more, "evidence", &[], "");
+        let (first, second) = more.split_once("## Shades that no word means").unwrap();
+        assert!(first.contains("| coar beats described, pair by pair | **no** |"));
+        assert!(second.contains("| coar beats described, pair by pair | yes |"));
         let (bad, _) = document(&evidence(0.8), "evidence", &[], "");
         assert!(bad.contains("| coar beats described, pair by pair | **no** | **no** |"));
         assert!(bad.contains("| coar beats textual-inversion, pair by pair | yes | yes |"));

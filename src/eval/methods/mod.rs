@@ -15,13 +15,15 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use arms::{Arm, ablation_arms, method_arms};
+pub use arms::{Arm, ablation_arms, between_arms, method_arms};
 pub use cell::Bench;
 pub use parts::PartRow;
 
 use super::judge::Judge;
 use crate::model::{LuminaMgpt, ModelError};
-use crate::pocket::world::{HeldOutSubject, development_subjects, held_out_subjects};
+use crate::pocket::world::{
+    HeldOutSubject, development_subjects, development_subjects_between, held_out_subjects, held_out_subjects_between,
+};
 use crate::training::tuning::BaseWeights;
 
 /// What is measured.
@@ -43,6 +45,8 @@ pub struct MethodsOptions {
     pub ablations: bool,
     /// Also styles, and subjects with styles.
     pub styles: bool,
+    /// Also subjects in shades that no word means.
+    pub between: bool,
     /// Where contact sheets of the first seed's finished cells go.
     pub sheets: Option<PathBuf>,
     /// Rows of an earlier run, which are not measured again.
@@ -105,6 +109,9 @@ pub struct Evidence {
     /// Variations of CoAR, one setting at a time; `method` is `axis: value`.
     #[serde(default)]
     pub ablations: Vec<MethodRow>,
+    /// Subjects in shades that no word means.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub between: Vec<MethodRow>,
     /// Styles from one picture, and every subject with every style.
     #[serde(default)]
     pub parts: Vec<PartRow>,
@@ -123,40 +130,57 @@ pub fn evaluate_methods(
 ) -> Result<Evidence, ModelError> {
     let _no_grad = tch::no_grad_guard();
     let base = BaseWeights::read(model, checkpoint)?;
-    let subjects = chosen_subjects(options)?;
-    let known = method_arms();
+    let (named, between) = match options.development {
+        true => (development_subjects(), development_subjects_between()),
+        false => (held_out_subjects(), held_out_subjects_between()),
+    };
+    let subjects = chosen_subjects(options, named)?;
+    let between_subjects: Vec<&'static HeldOutSubject> = match options.between {
+        true => subjects
+            .iter()
+            .filter_map(|subject| named.iter().position(|other| other == *subject))
+            .map(|at| &between[at])
+            .collect(),
+        false => vec![],
+    };
+    let searched = between_arms().into_iter().filter(|_| options.between);
+    let known: Vec<Arm> = method_arms().into_iter().chain(searched).collect();
     if let Some(name) = options
         .methods
         .iter()
         .find(|name| !known.iter().any(|arm| arm.name == **name))
     {
-        let names: Vec<&str> = known.iter().map(|arm| arm.name.as_str()).collect();
+        let mut names: Vec<&str> = Vec::new();
+        for arm in &known {
+            if !names.contains(&arm.name.as_str()) {
+                names.push(&arm.name);
+            }
+        }
         let problem = format!("names `{name}`; expected {}", names.join(", "));
         return Err(ModelError::invalid("methods", problem));
     }
-    let mut arms: Vec<(bool, Arm)> = known
-        .into_iter()
-        .filter(|arm| options.methods.is_empty() || options.methods.contains(&arm.name))
-        .map(|arm| (false, arm))
-        .collect();
-    if options.ablations {
-        arms.extend(ablation_arms().into_iter().map(|arm| (true, arm)));
-    }
+    let wanted = |arm: &Arm| options.methods.is_empty() || options.methods.contains(&arm.name);
+    let methods: Vec<Arm> = method_arms().into_iter().filter(wanted).collect();
+    let ablations = if options.ablations { ablation_arms() } else { vec![] };
+    let between_arms: Vec<Arm> = between_arms().into_iter().filter(wanted).collect();
     let bench = Bench {
         model,
         base: &base,
         judge,
         options,
+        starts: Default::default(),
     };
-    let methods: Vec<Arm> = arms
-        .iter()
-        .filter(|(ablation, _)| !ablation)
-        .map(|(_, arm)| arm.clone())
-        .collect();
     let mut cells = Vec::new();
     for &seed in &options.seeds {
-        for &subject in &subjects {
-            cells.extend(arms.iter().map(|(ablation, arm)| (seed, subject, *ablation, arm)));
+        let sections = [
+            (Section::Methods, &methods, &subjects),
+            (Section::Between, &between_arms, &between_subjects),
+            (Section::Ablations, &ablations, &subjects),
+        ];
+        for (section, arms, subjects) in sections {
+            for &subject in subjects {
+                cells.extend(arms.iter().map(|arm| (seed, subject, section, arm)));
+            }
         }
     }
     let mut evidence = Evidence {
@@ -164,14 +188,16 @@ pub fn evaluate_methods(
         settings: bench.settings(),
         rows: vec![],
         ablations: vec![],
+        between: vec![],
         parts: vec![],
     };
     let total = cells.len();
     // What an arm of the ablations shares with a method is computed once.
     let mut seen: BTreeMap<String, Option<MethodRow>> = BTreeMap::new();
-    for (number, (seed, subject, ablation, arm)) in cells.into_iter().enumerate() {
+    for (number, (seed, subject, section, arm)) in cells.into_iter().enumerate() {
         progress(number, total, &format!("{} {} {seed}", subject.name, arm.name));
-        let same = bench.decided_by(arm, subject, seed)?.to_string();
+        let decided_by = bench.decided_by(arm, subject, seed)?;
+        let same = decided_by.to_string();
         let row = match seen.get(&same) {
             Some(row) => row.clone().map(|row| MethodRow {
                 method: arm.name.clone(),
@@ -179,14 +205,15 @@ pub fn evaluate_methods(
             }),
             None => {
                 let mine = options.is_mine(seen.len());
-                let row = bench.row(arm, subject, seed, mine)?;
+                let row = bench.row(arm, subject, seed, &decided_by, mine)?;
                 seen.insert(same, row.clone());
                 row
             }
         };
-        match ablation {
-            true => evidence.ablations.extend(row),
-            false => evidence.rows.extend(row),
+        match section {
+            Section::Methods => evidence.rows.extend(row),
+            Section::Between => evidence.between.extend(row),
+            Section::Ablations => evidence.ablations.extend(row),
         }
     }
     if options.styles {
@@ -202,11 +229,18 @@ pub fn evaluate_methods(
     Ok(evidence)
 }
 
-fn chosen_subjects(options: &MethodsOptions) -> Result<Vec<&'static HeldOutSubject>, ModelError> {
-    let all = match options.development {
-        true => development_subjects(),
-        false => held_out_subjects(),
-    };
+/// Where a row belongs.
+#[derive(Clone, Copy)]
+enum Section {
+    Methods,
+    Between,
+    Ablations,
+}
+
+fn chosen_subjects(
+    options: &MethodsOptions,
+    all: &'static [HeldOutSubject],
+) -> Result<Vec<&'static HeldOutSubject>, ModelError> {
     if options.named.is_empty() {
         return Ok(all.iter().take(options.subjects).collect());
     }

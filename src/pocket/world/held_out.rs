@@ -14,6 +14,17 @@ pub struct HeldOutSubject {
     pub colour2: Colour,
     pub pattern: Pattern,
     pub accessory: Accessory,
+    pub shades: Shades,
+}
+
+/// Which shades a subject's two colours have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shades {
+    /// Near the colours that the captions name, as pre-training shows them: the words say all that there is to say.
+    Named,
+    /// Halfway from each colour to its neighbour ([`Colour::between`]): no word means them, and pre-training has them on
+    /// no subject.
+    Between,
 }
 
 const fn subject(
@@ -31,6 +42,16 @@ const fn subject(
         colour2,
         pattern,
         accessory,
+        shades: Shades::Named,
+    }
+}
+
+/// The same thing in shades that no word means.
+const fn between(name: &'static str, like: HeldOutSubject) -> HeldOutSubject {
+    HeldOutSubject {
+        name,
+        shades: Shades::Between,
+        ..like
     }
 }
 
@@ -206,6 +227,42 @@ const DEVELOPMENT: [HeldOutSubject; 10] = [
     ),
 ];
 
+const BETWEEN: [HeldOutSubject; 10] = [
+    between("rex-between", SUBJECTS[0]),
+    between("minty-between", SUBJECTS[1]),
+    between("bolt-between", SUBJECTS[2]),
+    between("spot-between", SUBJECTS[3]),
+    between("zoom-between", SUBJECTS[4]),
+    between("tweet-between", SUBJECTS[5]),
+    between("brew-between", SUBJECTS[6]),
+    between("pack-between", SUBJECTS[7]),
+    between("finn-between", SUBJECTS[8]),
+    between("cabin-between", SUBJECTS[9]),
+];
+
+const DEVELOPMENT_BETWEEN: [HeldOutSubject; 10] = [
+    between("dev-cat-between", DEVELOPMENT[0]),
+    between("dev-car-between", DEVELOPMENT[1]),
+    between("dev-mug-between", DEVELOPMENT[2]),
+    between("dev-robot-between", DEVELOPMENT[3]),
+    between("dev-dog-between", DEVELOPMENT[4]),
+    between("dev-bird-between", DEVELOPMENT[5]),
+    between("dev-teapot-between", DEVELOPMENT[6]),
+    between("dev-backpack-between", DEVELOPMENT[7]),
+    between("dev-fish-between", DEVELOPMENT[8]),
+    between("dev-house-between", DEVELOPMENT[9]),
+];
+
+/// The subjects that results are reported on, in shades that no word means.
+pub fn held_out_subjects_between() -> &'static [HeldOutSubject] {
+    &BETWEEN
+}
+
+/// The development subjects in shades that no word means.
+pub fn development_subjects_between() -> &'static [HeldOutSubject] {
+    &DEVELOPMENT_BETWEEN
+}
+
 /// Held-out subjects that results are reported on.
 pub fn held_out_subjects() -> &'static [HeldOutSubject] {
     &SUBJECTS[..FOR_REPORT]
@@ -241,10 +298,10 @@ impl HeldOutSubject {
             scene,
             style: Style::Photo,
             style_colours: None,
-            shades: [
-                jitter(self.colour1.rgb(), &mut own),
-                jitter(self.colour2.rgb(), &mut own),
-            ],
+            shades: [self.colour1, self.colour2].map(|colour| match self.shades {
+                Shades::Named => jitter(colour.rgb(), &mut own),
+                Shades::Between => jitter(colour.between(), &mut own),
+            }),
             layout: Layout::sample(rng),
         }
     }
@@ -303,5 +360,34 @@ impl HeldOutStyle {
     /// Draws `spec` in this style.
     pub fn apply(&self, spec: &mut Spec) {
         (spec.style, spec.style_colours) = (self.style, self.colours);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+
+    #[test]
+    fn no_word_means_a_shade_between() {
+        let apart = |a: [u8; 3], b: [u8; 3]| a.iter().zip(b).map(|(a, b)| a.abs_diff(b)).max().unwrap_or(0);
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+        let pairs = held_out_subjects().iter().zip(held_out_subjects_between());
+        for (named, between) in pairs.chain(development_subjects().iter().zip(development_subjects_between())) {
+            assert_eq!(between.name, format!("{}-between", named.name));
+            let spec = between.spec(Scene::Beach, &mut rng);
+            assert_eq!((spec.class, spec.pattern), (named.class, named.pattern));
+            for shade in spec.shades {
+                let nearest = Colour::ALL.iter().map(|colour| apart(shade, colour.rgb())).min();
+                assert!(
+                    nearest > Some(25),
+                    "{}: {shade:?} is within {nearest:?} of a named colour",
+                    between.name
+                );
+            }
+            let own = named.spec(Scene::Beach, &mut rng).shades;
+            assert!(apart(own[0], named.colour1.rgb()) <= 6 && apart(own[1], named.colour2.rgb()) <= 6);
+        }
     }
 }

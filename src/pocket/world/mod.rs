@@ -18,7 +18,8 @@ use crate::picture::RgbPicture;
 use canvas::{Canvas, Rgb};
 pub use captions::{caption_full, caption_random, scene_phrase, style_phrase, subject_phrase, words};
 pub use held_out::{
-    HeldOutStyle, HeldOutSubject, development_styles, development_subjects, held_out_styles, held_out_subjects,
+    HeldOutStyle, HeldOutSubject, Shades, development_styles, development_subjects, development_subjects_between,
+    held_out_styles, held_out_subjects, held_out_subjects_between,
 };
 
 macro_rules! named {
@@ -97,6 +98,28 @@ impl Colour {
             Self::White => [240, 240, 240],
             Self::Black => [42, 42, 48],
         }
+    }
+
+    /// Its neighbour, on the way to which a shade lies that neither word means.
+    fn neighbour(self) -> Self {
+        match self {
+            Self::Red => Self::Pink,
+            Self::Orange => Self::Brown,
+            Self::Yellow => Self::Green,
+            Self::Green => Self::Blue,
+            Self::Blue => Self::Purple,
+            Self::Purple => Self::Pink,
+            Self::Pink => Self::Orange,
+            Self::Brown => Self::Green,
+            Self::White => Self::Yellow,
+            Self::Black => Self::Blue,
+        }
+    }
+
+    /// Halfway to its neighbour.
+    pub fn between(self) -> Rgb {
+        let (own, other) = (self.rgb(), self.neighbour().rgb());
+        std::array::from_fn(|at| own[at].midpoint(other[at]))
     }
 
     fn luminance(self) -> f32 {
