@@ -222,8 +222,10 @@ pub fn evaluate_methods(
         }
     }
     if let (Some(sheets), Some(&seed)) = (&options.sheets, options.seeds.first()) {
-        for subject in &subjects {
-            bench.sheet(&methods, subject, seed, sheets)?;
+        for (arms, subjects) in [(&methods, &subjects), (&between_arms, &between_subjects)] {
+            for subject in subjects {
+                bench.sheet(arms, subject, seed, sheets)?;
+            }
         }
     }
     Ok(evidence)

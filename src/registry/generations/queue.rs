@@ -1,0 +1,250 @@
+//! Taking, beginning and ending generations; what lost processes have left.
+
+use super::super::db::locking;
+use super::super::webhooks::{NewDelivery, insert_delivery};
+use super::super::{GenerationStatus, Registry, RegistryError};
+use super::{GENERATION_ATTEMPTS, Generation, generation, text};
+use crate::ids::GenerationId;
+
+impl Registry {
+    /// Takes a queued generation that nobody waits for: of the tenant of which the least is being drawn, and among equals of
+    /// the one that has waited the longest, the one with the highest priority, then the oldest.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn claim_generation(&self) -> Result<Option<Generation>, RegistryError> {
+        let at = self.lease_time().await?;
+        // Whoever only looks takes nobody's turn to write.
+        let any = sqlx::query(
+            "SELECT id FROM generations WHERE status = 'queued' AND background = 1 AND owner IS NULL AND not_before <= $1
+             LIMIT 1",
+        )
+        .bind(at)
+        .fetch_optional(&self.pool)
+        .await?;
+        if any.is_none() {
+            return Ok(None);
+        }
+        let mut transaction = self.write().await?;
+        let statement = locking!(
+            self.backend,
+            "WITH busy AS (SELECT tenant_id, count(*) AS n FROM generations
+                           WHERE status IN ('queued', 'running') AND owner IS NOT NULL GROUP BY tenant_id),
+                  oldest AS (SELECT tenant_id, min(id) AS id FROM generations
+                             WHERE status = 'queued' AND owner IS NULL AND not_before <= $1 GROUP BY tenant_id)
+             SELECT g.* FROM generations g JOIN oldest ON oldest.tenant_id = g.tenant_id
+             LEFT JOIN busy ON busy.tenant_id = g.tenant_id
+             WHERE g.status = 'queued' AND g.background = 1 AND g.owner IS NULL AND g.not_before <= $1
+             ORDER BY coalesce(busy.n, 0), oldest.id, g.priority DESC, g.id LIMIT 1",
+            " FOR UPDATE OF g SKIP LOCKED"
+        );
+        let row = sqlx::query(statement)
+            .bind(at)
+            .fetch_optional(&mut *transaction)
+            .await?;
+        let Some(row) = row else { return Ok(None) };
+        let mut taken = generation(&row)?;
+        taken.owner = Some(self.process);
+        sqlx::query("UPDATE generations SET owner = $1 WHERE id = $2")
+            .bind(self.process.to_string())
+            .bind(taken.id.to_string())
+            .execute(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
+        Ok(Some(taken))
+    }
+
+    /// Generations that bear this process's name and have not ended.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn own_generations(&self) -> Result<Vec<Generation>, RegistryError> {
+        let rows = sqlx::query("SELECT * FROM generations WHERE owner = $1 AND status IN ('queued', 'running')")
+            .bind(self.process.to_string())
+            .fetch_all(&self.pool)
+            .await?;
+        rows.iter().map(generation).collect()
+    }
+
+    /// Gives a generation back that was taken and not begun; to be taken again after `wait_ms`.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn return_generation(&self, id: GenerationId, wait_ms: i64) -> Result<(), RegistryError> {
+        sqlx::query(
+            "UPDATE generations SET owner = NULL, not_before = $1 WHERE id = $2 AND owner = $3 AND status = 'queued'",
+        )
+        .bind(self.lease_time().await? + wait_ms)
+        .bind(id.to_string())
+        .bind(self.process.to_string())
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Writes down how many codes are drawn of the generations that this process draws. Those that are its no longer are
+    /// returned: ended by others, deleted, or taken for lost.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn report_drawn(&self, drawn: &[(GenerationId, u32)]) -> Result<Vec<GenerationId>, RegistryError> {
+        let mut gone = Vec::new();
+        for (id, done) in drawn {
+            let changed = sqlx::query(
+                "UPDATE generations SET done = $1 WHERE id = $2 AND owner = $3 AND status IN ('queued', 'running')",
+            )
+            .bind(i64::from(*done))
+            .bind(id.to_string())
+            .bind(self.process.to_string())
+            .execute(&self.pool)
+            .await?;
+            if changed.rows_affected() == 0 {
+                gone.push(*id);
+            }
+        }
+        Ok(gone)
+    }
+
+    /// From now on nobody waits for it; false when it has ended.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn keep_generation(&self, id: GenerationId) -> Result<bool, RegistryError> {
+        let mut transaction = self.write().await?;
+        let kept =
+            sqlx::query("UPDATE generations SET background = 1 WHERE id = $1 AND status IN ('queued', 'running')")
+                .bind(id.to_string())
+                .execute(&mut *transaction)
+                .await?;
+        let kept = kept.rows_affected() > 0;
+        if kept {
+            self.note_made(&mut transaction, &id).await?;
+        }
+        transaction.commit().await?;
+        Ok(kept)
+    }
+
+    /// Its drawing has begun, for the first time after `attempt` others; false when it has ended already, or is another
+    /// process's. Said again, because the answer was lost, it changes nothing.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn begin_generation(&self, id: GenerationId, attempt: u32, at: i64) -> Result<bool, RegistryError> {
+        let begun = sqlx::query(
+            "UPDATE generations SET status = 'running', attempt = $4 + 1, started_at = $1
+             WHERE id = $2 AND owner = $3
+             AND ((status = 'queued' AND attempt = $4) OR (status = 'running' AND attempt = $4 + 1))",
+        )
+        .bind(at)
+        .bind(id.to_string())
+        .bind(self.process.to_string())
+        .bind(i64::from(attempt))
+        .execute(&self.pool)
+        .await?;
+        Ok(begun.rows_affected() > 0)
+    }
+
+    /// Writes down how a generation ended, with the web-hook that tells of it; all or nothing. Where `ended` has an owner,
+    /// only that one's attempt may end it. False when it had ended before, is gone or another's: then nothing is written.
+    ///
+    /// # Errors
+    /// `LeaseLost` where it succeeds under an idempotency key that somebody else has begun anew; when the database fails.
+    pub async fn end_generation(
+        &self,
+        ended: &Generation,
+        delivery: Option<&NewDelivery>,
+    ) -> Result<bool, RegistryError> {
+        let mut transaction = self.write().await?;
+        let changed = sqlx::query(
+            "UPDATE generations SET status = $1, done = $2, usage = $3, error = $4, finished_at = $5
+             WHERE id = $6 AND status IN ('queued', 'running') AND ($7 IS NULL OR (owner = $7 AND attempt = $8))",
+        )
+        .bind(ended.status.as_str())
+        .bind(i64::from(ended.done))
+        .bind(ended.usage.as_ref().map(text).transpose()?)
+        .bind(ended.error.as_ref().map(text).transpose()?)
+        .bind(ended.finished_at)
+        .bind(ended.id.to_string())
+        .bind(ended.owner.map(|id| id.to_string()))
+        .bind(i64::from(ended.attempt))
+        .execute(&mut *transaction)
+        .await?;
+        if changed.rows_affected() == 0 {
+            return Ok(false);
+        }
+        if ended.status == GenerationStatus::Succeeded {
+            self.note_finished(&mut transaction, &ended.id).await?;
+        }
+        if let Some(delivery) = delivery {
+            insert_delivery(&mut transaction, delivery, self.lease_time().await?).await?;
+        }
+        transaction.commit().await?;
+        Ok(true)
+    }
+
+    /// Queues a running generation again, as if it had not been begun; its pictures so far go. Without effect where it is
+    /// no longer its owner's attempt.
+    ///
+    /// # Errors
+    /// When the database or the store fails.
+    pub async fn requeue_generation(&self, left: &Generation) -> Result<(), RegistryError> {
+        let mut transaction = self.write().await?;
+        let changed = sqlx::query(
+            "UPDATE generations SET status = 'queued', started_at = NULL, owner = NULL
+             WHERE id = $1 AND status IN ('queued', 'running') AND attempt = $2 AND ($3 IS NULL OR owner = $3)",
+        )
+        .bind(left.id.to_string())
+        .bind(i64::from(left.attempt))
+        .bind(left.owner.map(|id| id.to_string()))
+        .execute(&mut *transaction)
+        .await?;
+        if changed.rows_affected() == 0 {
+            return Ok(());
+        }
+        let blobs: Vec<(String,)> = sqlx::query_as("DELETE FROM images WHERE generation_id = $1 RETURNING blob")
+            .bind(left.id.to_string())
+            .fetch_all(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
+        let blobs: Vec<String> = blobs.into_iter().map(|(blob,)| blob).collect();
+        self.remove_unreferenced(&blobs).await
+    }
+
+    /// Generations of processes that are gone: those that nobody waits for are queued again, unless they were begun too
+    /// often; the others are returned, to be ended. Nothing while this process [cannot tell](Registry::may_judge).
+    ///
+    /// # Errors
+    /// When the database or the store fails.
+    pub async fn left_generations(&self) -> Result<Vec<Generation>, RegistryError> {
+        if !self.may_judge() {
+            return Ok(vec![]);
+        }
+        // Rows without an owner that run are of a version that knew none.
+        let rows = sqlx::query(
+            "SELECT * FROM generations WHERE status IN ('queued', 'running')
+             AND (owner IS NOT NULL OR status = 'running' OR background = 0)
+             AND coalesce(owner, '') NOT IN (SELECT id FROM processes WHERE seen_at >= $1) ORDER BY id",
+        )
+        .bind(self.lost_before().await?)
+        .fetch_all(&self.pool)
+        .await?;
+        let left = rows.iter().map(generation).collect::<Result<_, _>>()?;
+        self.queue_again(left).await
+    }
+
+    /// Queues generations again that nobody waits for, unless they were begun too often; returns the others.
+    ///
+    /// # Errors
+    /// When the database or the store fails.
+    pub async fn queue_again(&self, all: Vec<Generation>) -> Result<Vec<Generation>, RegistryError> {
+        let mut lost = Vec::new();
+        for left in all {
+            if left.new.background && left.attempt < GENERATION_ATTEMPTS {
+                self.requeue_generation(&left).await?;
+            } else {
+                lost.push(left);
+            }
+        }
+        Ok(lost)
+    }
+}
