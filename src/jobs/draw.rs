@@ -1,44 +1,40 @@
 //! Stored generations, from the engine's events to rows and files. Those that somebody waits for go to the engine at once;
 //! the others wait in the database and are fed to it a few at a time, so that its queue has room for whoever waits.
 
+mod drawing;
+mod watch;
+
 use std::any::Any;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
-use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 
+use drawing::Ending;
+pub use drawing::provenance;
+
 use super::ends::{Ends, Interest};
-use super::{LEASE_LOST, Wake, Wakes, Webhooks};
-use crate::cluster::{EventStream, Executor, Prepared};
-use crate::engine::{EngineError, GenerationEvent};
+use super::{Wake, Wakes, Webhooks};
+use crate::cluster::{Executor, Prepared};
 use crate::error::{Error, ErrorKind};
-use crate::ids::{GenerationId, ImageId};
-use crate::picture::{RgbPicture, encode};
-use crate::registry::{
-    Backend, GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, KeyClaim,
-    NewGeneration, Registry, RegistryError, StoredImage, TokenUsage,
-};
+use crate::ids::GenerationId;
+use crate::picture::RgbPicture;
+use crate::registry::{Generation, NewGeneration, Registry, RegistryError, StoredImage};
 
 /// Events that wait for a slow listener. Progress and unfinished pictures are left out where it is behind; there is
 /// always room for ten pictures and the end.
 const EVENTS: usize = 64;
-const RESERVED: usize = 12;
 /// When the engine's queue was full, it is tried again after this.
 const RETRY: Duration = Duration::from_millis(500);
 /// A registry that does not answer is asked again for this long: for somebody who waits, and for nobody.
 const PATIENCE: Duration = Duration::from_secs(15);
 const LONG_PATIENCE: Duration = Duration::from_secs(600);
-/// How often generations that processes share are looked after.
-const WATCH: Duration = Duration::from_secs(1);
-/// A generation of its own that a process does not know is given back after this: longer than any statement takes.
-const FORGOTTEN: Duration = Duration::from_secs(12);
 /// Without a wake-up the queue is looked at this often.
 const POLL: Duration = Duration::from_secs(5);
 
@@ -115,52 +111,6 @@ pub struct Drawings {
     ends: Ends,
     slots: Arc<Semaphore>,
     tasks: TaskTracker,
-}
-
-/// A generation with an open line to the engine.
-struct Drawing {
-    generation: Generation,
-    stream: EventStream,
-    live: Arc<Live>,
-    listener: Option<mpsc::Sender<DrawEvent>>,
-    /// The key of whoever waits.
-    claim: Option<KeyClaim>,
-    images: Vec<StoredImage>,
-    _slot: Option<OwnedSemaphorePermit>,
-}
-
-/// How a drawing came to its end.
-enum Ending {
-    Succeeded(TokenUsage),
-    Failed(Error),
-    Cancelled,
-    /// The server stops, or the device failed and another attempt is left.
-    Again,
-    /// The row is gone.
-    Deleted,
-}
-
-/// What made a picture, for its own metadata. The prompt stays out: it may be private, the picture is passed around.
-pub fn provenance(model: &str, settings: &GenerationSettings, concepts: &[GenerationConcept], index: u32) -> String {
-    let concepts: Vec<Value> = concepts
-        .iter()
-        .map(|concept| json!({"name": concept.name, "version": concept.version, "hash": concept.hash}))
-        .collect();
-    json!({
-        "software": concat!("coar ", env!("CARGO_PKG_VERSION")),
-        "model": model,
-        "concepts": concepts,
-        "seed": settings.seed,
-        "index": index,
-        "guidance_scale": settings.guidance_scale,
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
-    })
-    .to_string()
-}
-
-fn error_json(error: &Error) -> Value {
-    json!({"code": error.code, "message": error.message, "field": error.field})
 }
 
 impl Drawings {
@@ -289,100 +239,6 @@ impl Drawings {
         self.held().remove(&id);
     }
 
-    /// Ends what a process has left that is gone, and queues the rest again. Before anything else is asked of this.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub async fn recover(&self) -> Result<(), RegistryError> {
-        let left = self.registry.left_generations().await?;
-        self.end_left(left).await
-    }
-
-    async fn end_left(&self, left: Vec<Generation>) -> Result<(), RegistryError> {
-        for mut lost in left {
-            tracing::info!(generation = %lost.id, "its process is gone");
-            let message = match lost.new.background {
-                true => format!("The server ended {GENERATION_ATTEMPTS} times while this was drawn."),
-                false => "The server was restarted while somebody waited for this.".to_owned(),
-            };
-            let images = self.registry.images(lost.new.tenant, lost.id).await?;
-            let error = Error::new(ErrorKind::Unavailable, "interrupted", message);
-            self.end(&mut lost, &images, Ending::Failed(error)).await?;
-        }
-        Ok(())
-    }
-
-    /// Looks after generations that several processes share, until `stop`: lets go of those that are another's or have
-    /// been ended elsewhere, tells how far its own are, and takes care of those whose process is gone; and of those that bear
-    /// this process's name while it knows nothing of them, because an answer of the database was lost.
-    pub async fn watch_over(self, stop: CancellationToken) {
-        let shared = self.registry.backend() == Backend::Postgres;
-        let mut tick = tokio::time::interval(WATCH);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut unknown = HashMap::new();
-        loop {
-            let woken = self.queued.woken();
-            tokio::select! {
-                _ = tick.tick() => {
-                    if let Err(error) = self.forgotten(&mut unknown).await {
-                        tracing::warn!(%error, "generations that this process should know cannot be looked for");
-                    }
-                    // Workers do so too, when they have room: here so that none waits as if it were at work.
-                    if shared && let Err(error) = self.registry.release_lost().await {
-                        tracing::warn!(%error, "trainings of lost processes cannot be looked for");
-                    }
-                    if shared && let Err(error) = self.recover().await {
-                        tracing::warn!(%error, "generations of lost processes cannot be looked for");
-                    }
-                }
-                () = woken => {}
-                () = stop.cancelled() => return,
-            }
-            if shared && let Err(error) = self.let_go().await {
-                tracing::warn!(%error, "generations that others have ended cannot be looked for");
-            }
-        }
-    }
-
-    /// Takes care of generations that bear this process's name and that it has not known for [`FORGOTTEN`]; `unknown` says
-    /// since when.
-    async fn forgotten(&self, unknown: &mut HashMap<GenerationId, Instant>) -> Result<(), RegistryError> {
-        let own = self.registry.own_generations().await?;
-        let taken = *self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = |id: &GenerationId| taken == Some(*id) || self.live().contains_key(id);
-        let strange: Vec<Generation> = own.into_iter().filter(|own| !known(&own.id)).collect();
-        unknown.retain(|id, _| strange.iter().any(|generation| generation.id == *id));
-        let mut forgotten = Vec::new();
-        for generation in strange {
-            if unknown.entry(generation.id).or_insert_with(Instant::now).elapsed() > FORGOTTEN {
-                forgotten.push(generation);
-            }
-        }
-        if forgotten.is_empty() {
-            return Ok(());
-        }
-        tracing::warn!(count = forgotten.len(), "generations were taken whose answer was lost");
-        let left = self.registry.queue_again(forgotten).await?;
-        self.queued.now();
-        self.end_left(left).await
-    }
-
-    /// Takes off the engine what is this process's no longer, and writes down how far the rest is.
-    async fn let_go(&self) -> Result<(), RegistryError> {
-        let drawn: Vec<(GenerationId, u32)> = self
-            .live()
-            .iter()
-            .map(|(id, live)| (*id, live.done.load(Ordering::Relaxed)))
-            .collect();
-        if drawn.is_empty() {
-            return Ok(());
-        }
-        for id in self.registry.report_drawn(&drawn).await? {
-            self.stop(id);
-        }
-        Ok(())
-    }
-
     /// Draws what is queued until `stop`; returns when everything at work has ended.
     pub async fn work(self, stop: CancellationToken) {
         while !stop.is_cancelled() {
@@ -458,250 +314,5 @@ impl Drawings {
             }
         }
         Ok(true)
-    }
-
-    fn start(
-        &self,
-        generation: Generation,
-        stream: EventStream,
-        (listener, slot): (Option<mpsc::Sender<DrawEvent>>, Option<OwnedSemaphorePermit>),
-    ) -> Arc<Live> {
-        let live = Arc::new(Live {
-            cancel: CancellationToken::new(),
-            background: AtomicBool::new(generation.new.background),
-            done: AtomicU32::new(0),
-        });
-        self.live().insert(generation.id, live.clone());
-        let drawing = Drawing {
-            generation,
-            stream,
-            live: live.clone(),
-            listener,
-            claim: KeyClaim::current(),
-            images: vec![],
-            _slot: slot,
-        };
-        // Its span ends when it has ended.
-        self.tasks.spawn(self.clone().run(drawing).in_current_span());
-        live
-    }
-
-    async fn run(self, mut drawing: Drawing) {
-        let id = drawing.generation.id;
-        let ending = match self.follow(&mut drawing).await {
-            Ok(ending) => ending,
-            Err(error) if error.may_pass() && drawing.live.background.load(Ordering::Relaxed) => {
-                tracing::error!(generation = %id, %error, "it is drawn again later");
-                Ending::Again
-            }
-            Err(error) => Ending::Failed(Error::internal(error)),
-        };
-        let told = match &ending {
-            Ending::Succeeded(_) => Ok(()),
-            Ending::Failed(error) => Err(error.clone()),
-            Ending::Cancelled | Ending::Deleted => Err(Error::new(
-                ErrorKind::Conflict,
-                "cancelled",
-                "The generation was cancelled.",
-            )),
-            Ending::Again => Err(EngineError::Stopped.into()),
-        };
-        let mut ended = match drawing.claim.take() {
-            Some(claim) => {
-                let end = self.end(&mut drawing.generation, &drawing.images, ending);
-                claim.under(end).await
-            }
-            None => self.end(&mut drawing.generation, &drawing.images, ending).await,
-        };
-        if matches!(ended, Err(RegistryError::LeaseLost)) {
-            // Whoever has waited has asked again meanwhile, and another process draws it.
-            let again = Ending::Failed(RegistryError::LeaseLost.into());
-            ended = self.end(&mut drawing.generation, &drawing.images, again).await;
-        }
-        if let Err(error) = ended {
-            tracing::error!(generation = %id, %error, "a generation's end cannot be written down");
-        }
-        self.live().remove(&id);
-        self.held().remove(&id);
-        drawing.tell(DrawEvent::Ended(told));
-        self.ends.tell(id);
-        // One at work less: the next may begin.
-        self.queued.now();
-    }
-
-    /// From the first event to the last.
-    async fn follow(&self, drawing: &mut Drawing) -> Result<Ending, RegistryError> {
-        let live = drawing.live.clone();
-        loop {
-            let event = tokio::select! {
-                event = drawing.stream.next() => event,
-                () = live.cancel.cancelled() => return Ok(Ending::Cancelled),
-            };
-            match event {
-                Some(GenerationEvent::Started) => {
-                    let at = patiently!(patience(&live), self.registry.lease_time().await)?;
-                    let (id, attempt) = (drawing.generation.id, drawing.generation.attempt);
-                    if !patiently!(patience(&live), self.registry.begin_generation(id, attempt, at).await)? {
-                        return Ok(Ending::Deleted);
-                    }
-                    drawing.generation.attempt += 1;
-                    drawing.generation.started_at = Some(at);
-                    drawing.generation.status = GenerationStatus::Running;
-                    drawing.tell(DrawEvent::Started);
-                }
-                Some(GenerationEvent::Progress { done, total }) => {
-                    drawing.generation.done = done;
-                    live.done.store(done, Ordering::Relaxed);
-                    drawing.tell(DrawEvent::Progress { done, total });
-                }
-                Some(GenerationEvent::Partial { index, number, picture }) => {
-                    let index = drawing.generation.new.settings.first_index + index;
-                    drawing.tell(DrawEvent::Partial { index, number, picture });
-                }
-                Some(GenerationEvent::Picture { index, picture }) => {
-                    let index = drawing.generation.new.settings.first_index + index;
-                    match self.store(drawing, index, picture).await {
-                        Ok(()) => {}
-                        // The row was deleted meanwhile, or it is another process's by now.
-                        Err(_) if live.cancel.is_cancelled() => return Ok(Ending::Deleted),
-                        Err(error) if error.code == LEASE_LOST => return Ok(Ending::Deleted),
-                        Err(error) => return Ok(Ending::Failed(error)),
-                    }
-                }
-                Some(GenerationEvent::Done {
-                    text_tokens,
-                    image_tokens,
-                }) => {
-                    drawing.generation.done = drawing.generation.new.total;
-                    drawing.images.sort_by_key(|image| image.index);
-                    return Ok(Ending::Succeeded(TokenUsage {
-                        text_tokens,
-                        image_tokens,
-                    }));
-                }
-                Some(GenerationEvent::Failed(error)) => return Ok(failed(drawing, error)),
-                None => return Ok(failed(drawing, EngineError::Stopped)),
-            }
-        }
-    }
-
-    /// A picture as its caller wants it, with what made it.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
-    pub async fn encode(&self, new: &NewGeneration, index: u32, picture: RgbPicture) -> Result<Bytes, Error> {
-        let mut text = vec![];
-        if self.provenance {
-            text.push((
-                "coar",
-                provenance(&self.executor.info().id, &new.settings, &new.concepts, index),
-            ));
-        }
-        let format = new.settings.format();
-        let encoded = tokio::task::spawn_blocking(move || encode(&picture, format, &text)).await;
-        Ok(encoded.map_err(Error::internal)?.map_err(Error::internal)?.into())
-    }
-
-    /// Encodes a picture and stores it.
-    async fn store(&self, drawing: &mut Drawing, index: u32, picture: RgbPicture) -> Result<(), Error> {
-        let new = &drawing.generation.new;
-        let size = (picture.width, picture.height);
-        let file = self.encode(new, index, picture).await?;
-        let patience = patience(&drawing.live);
-        let stored = patiently!(patience, self.registry.store(vec![file.clone()]).await)?;
-        let image = StoredImage {
-            id: ImageId::new(),
-            tenant: new.tenant,
-            generation: Some(drawing.generation.id),
-            index,
-            seed: Some(new.settings.seed),
-            size,
-            blob: stored.first().to_owned(),
-            format: new.settings.output_format,
-            created_at: self.registry.lease_time().await?,
-            expires_at: None,
-        };
-        let attempt = drawing.generation.attempt;
-        let added = patiently!(patience, self.registry.add_image(&image, attempt).await);
-        let hashes = stored.release();
-        if let Err(error) = added {
-            self.registry.remove_unreferenced(&hashes).await?;
-            return Err(error.into());
-        }
-        drawing.images.push(image.clone());
-        drawing.tell(DrawEvent::Image { image, file });
-        Ok(())
-    }
-
-    /// Writes an end down and tells whoever wants to know. False when it had ended before.
-    async fn end(
-        &self,
-        generation: &mut Generation,
-        images: &[StoredImage],
-        ending: Ending,
-    ) -> Result<bool, RegistryError> {
-        let id = generation.id;
-        match ending {
-            Ending::Deleted => return Ok(false),
-            Ending::Again => {
-                patiently!(LONG_PATIENCE, self.registry.requeue_generation(generation).await)?;
-                return Ok(false);
-            }
-            Ending::Succeeded(usage) => {
-                generation.usage = Some(usage);
-                generation.status = GenerationStatus::Succeeded;
-            }
-            Ending::Failed(error) => {
-                generation.error = Some(error_json(&error));
-                generation.status = GenerationStatus::Failed;
-            }
-            Ending::Cancelled => generation.status = GenerationStatus::Cancelled,
-        }
-        generation.finished_at = Some(patiently!(LONG_PATIENCE, self.registry.lease_time().await)?);
-        let delivery = self.webhooks.of_generation(generation, images);
-        // A row that says for ever that it is being drawn would be worse than any wait.
-        let ended = patiently!(
-            LONG_PATIENCE,
-            self.registry.end_generation(generation, delivery.as_ref()).await
-        )?;
-        if ended && delivery.is_some() {
-            self.webhooks.stored();
-        }
-        self.held().remove(&id);
-        self.ends.tell(id);
-        Ok(ended)
-    }
-}
-
-impl Drawing {
-    /// Tells the listener, if there is one; see [`EVENTS`].
-    fn tell(&self, event: DrawEvent) {
-        let Some(listener) = &self.listener else { return };
-        let expendable = matches!(event, DrawEvent::Progress { .. } | DrawEvent::Partial { .. });
-        if !expendable || listener.capacity() > RESERVED {
-            // Who does not listen any more has other ways to ask.
-            let _ = listener.try_send(event);
-        }
-    }
-}
-
-fn patience(live: &Live) -> Duration {
-    match live.background.load(Ordering::Relaxed) {
-        true => LONG_PATIENCE,
-        false => PATIENCE,
-    }
-}
-
-/// What the engine's refusal means for a generation.
-fn failed(drawing: &Drawing, error: EngineError) -> Ending {
-    let background = drawing.live.background.load(Ordering::Relaxed);
-    let again = match error {
-        EngineError::Stopped => true,
-        EngineError::Device(_) | EngineError::Lost => drawing.generation.attempt < GENERATION_ATTEMPTS,
-        EngineError::Invalid { .. } | EngineError::Overloaded { .. } => false,
-    };
-    match background && again {
-        true => Ending::Again,
-        false => Ending::Failed(error.into()),
     }
 }
