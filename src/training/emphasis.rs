@@ -8,7 +8,7 @@ use super::references::{Reference, References};
 use crate::concept::spec::TrainingSpec;
 use crate::model::{LuminaMgpt, ModelError};
 
-/// For each view of each picture the weights of its image tokens, computed when they are first needed.
+/// For each view of each picture the weights of its image tokens, computed before they are first needed.
 ///
 /// A token's weight is `1 - focus + focus * d / mean(d)`, where `d` is how far the frozen model's prediction moves there
 /// when the start words stand in the prompt beside the class noun (`KL(with || without)`). The background, which the
@@ -27,24 +27,43 @@ impl Emphasis {
         })
     }
 
-    /// Weights `[tokens]` of some views one after the other, of mean 1 in each; `words` are the start words' ids.
+    /// How many views have weights, and how many views there are.
+    pub fn progress(&self) -> (u32, u32) {
+        let known = self.weights.iter().flatten().count();
+        (known as u32, self.weights.len() as u32)
+    }
+
+    /// Whether a view has no weights yet.
+    pub fn lacks(&self, view: usize) -> bool {
+        self.weights[view].is_none()
+    }
+
+    /// Computes the weights of one view; `words` are the start words' ids. Two forward passes.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn of(
+    pub fn weigh(
         &mut self,
         model: &LuminaMgpt,
         references: &References,
-        views: &[usize],
+        view: usize,
         words: &[i64],
-    ) -> Result<Tensor, ModelError> {
-        for &view in views {
-            if self.weights[view].is_none() {
-                let weights = tch::no_grad(|| weights(model, references.view(view), words, self.focus))?;
-                self.weights[view] = Some(weights);
-            }
-        }
-        let all: Vec<&Tensor> = views.iter().filter_map(|&view| self.weights[view].as_ref()).collect();
+    ) -> Result<(), ModelError> {
+        let weights = tch::no_grad(|| weights(model, references.view(view), words, self.focus))?;
+        self.weights[view] = Some(weights);
+        Ok(())
+    }
+
+    /// Weights `[tokens]` of some views one after the other, of mean 1 in each.
+    ///
+    /// # Errors
+    /// When a view [lacks](Self::lacks) them, or the device fails.
+    pub fn of(&self, views: &[usize]) -> Result<Tensor, ModelError> {
+        let known = |&view: &usize| {
+            let weights = self.weights[view].as_ref();
+            weights.ok_or_else(|| ModelError::invalid("focus", format!("has no weights for view {view}")))
+        };
+        let all = views.iter().map(known).collect::<Result<Vec<_>, _>>()?;
         Ok(Tensor::f_cat(&all, 0)?)
     }
 }
@@ -92,9 +111,14 @@ mod tests {
         assert!(Emphasis::new(&spec, &references).is_none());
         let words = ["a", "purple", "and", "yellow", "striped", "hat"].map(|word| model.first_token_of(word).unwrap());
         spec.focus = 1.0;
-        let mut emphasis = Emphasis::new(&spec, &references).unwrap();
-        let article = [model.first_token_of("a").unwrap()];
-        let nothing = emphasis.of(&model, &references, &[0], &article).unwrap();
+        let weigh = |spec: &TrainingSpec, words: &[i64]| -> Tensor {
+            let mut emphasis = Emphasis::new(spec, &references).unwrap();
+            assert!(emphasis.lacks(0) && emphasis.of(&[0]).is_err());
+            emphasis.weigh(&model, &references, 0, words).unwrap();
+            assert!(!emphasis.lacks(0) && emphasis.progress() == (1, 1));
+            emphasis.of(&[0]).unwrap()
+        };
+        let nothing = weigh(&spec, &[model.first_token_of("a").unwrap()]);
         assert_eq!(
             nothing,
             nothing.ones_like(),
@@ -102,8 +126,7 @@ mod tests {
         );
         let mut weights = |focus: f64| -> Vec<f32> {
             spec.focus = focus;
-            let mut emphasis = Emphasis::new(&spec, &references).unwrap();
-            Vec::try_from(emphasis.of(&model, &references, &[0], &words).unwrap()).unwrap()
+            Vec::try_from(weigh(&spec, &words)).unwrap()
         };
         let (mut half, mut full) = (weights(0.5), weights(1.0));
         let mean = |weights: &[f32]| weights.iter().sum::<f32>() / weights.len() as f32;

@@ -44,6 +44,11 @@ pub enum Advance {
         done: u32,
         total: u32,
     },
+    /// How much each image token of the coming step's pictures counts is being settled: pictures done, and of how many.
+    Weighing {
+        done: u32,
+        total: u32,
+    },
     Step(StepLosses),
     Finished,
 }
@@ -185,7 +190,8 @@ impl Trainer {
         self.spec.prior_weight > 0.0 && self.spec.image_tokens > 0 && self.spec.class_prompt().is_some()
     }
 
-    /// One unit of work: some tokens of the class pictures, or one optimizer step.
+    /// One unit of work: a candidate for the start, some tokens of the class pictures, a picture's weights, or one
+    /// optimizer step.
     ///
     /// # Errors
     /// When the device fails.
@@ -199,7 +205,33 @@ impl Trainer {
         if self.wants_prior() && self.prior.len() < self.spec.prior_pictures as usize {
             return tch::no_grad(|| self.draw_prior(model));
         }
+        if let Some(view) = self.unweighed() {
+            return self.weigh(model, view);
+        }
         tch::with_grad(|| self.optimize(model))
+    }
+
+    /// A picture of the coming step whose tokens have no weights yet.
+    fn unweighed(&self) -> Option<usize> {
+        let emphasis = self.emphasis.as_ref()?;
+        let views = self.references.batch(&self.spec, &mut self.step_rng());
+        views.into_iter().find(|&view| emphasis.lacks(view))
+    }
+
+    fn weigh(&mut self, model: &LuminaMgpt, view: usize) -> Result<Advance, ModelError> {
+        let (mut done, mut total) = (0, 0);
+        if let Some(emphasis) = &mut self.emphasis {
+            emphasis.weigh(model, &self.references, view, &self.start.ids())?;
+            (done, total) = emphasis.progress();
+        }
+        Ok(Advance::Weighing { done, total })
+    }
+
+    /// What chance decides in the coming step.
+    fn step_rng(&self) -> ChaCha8Rng {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.spec.seed);
+        rng.set_stream(u64::from(self.step()) + 1);
+        rng
     }
 
     fn choose_start(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
@@ -266,18 +298,14 @@ impl Trainer {
     fn optimize(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
         let step = self.step();
         let concept = self.concept()?;
-        let mut rng = ChaCha8Rng::seed_from_u64(self.spec.seed);
-        rng.set_stream(u64::from(step) + 1);
+        let mut rng = self.step_rng();
         let views = self.references.batch(&self.spec, &mut rng);
         let batch: Vec<&Reference> = views.iter().map(|&view| self.references.view(view)).collect();
         let mut passes = Passes::new(model, self.graph);
         let (logits, targets) = passes.logits(&rows(&batch, Some((&concept, true))))?;
-        let ntp = match &mut self.emphasis {
+        let ntp = match &self.emphasis {
             None => next_token(&logits, &targets)?,
-            Some(emphasis) => {
-                let weights = emphasis.of(model, &self.references, &views, &self.start.ids())?;
-                weighted_next_token(&logits, &targets, &weights)?
-            }
+            Some(emphasis) => weighted_next_token(&logits, &targets, &emphasis.of(&views)?)?,
         };
         let mut through = ntp.shallow_clone();
         let value = |tensor: &Tensor| -> Result<f32, ModelError> { Ok(tensor.f_double_value(&[])? as f32) };

@@ -42,9 +42,12 @@ fn an_interrupted_training_ends_with_the_same_tensors() {
     assert_eq!(first.start_words(), None);
     let early = first.checkpoint().unwrap();
     let mut first = Trainer::resume(&model, spec.clone(), &references(), &early).unwrap();
+    let mut weighed = 0;
     while first.step() < 4 {
-        first.advance(&model).unwrap();
+        let advance = first.advance(&model).unwrap();
+        weighed += usize::from(matches!(advance, Advance::Weighing { .. }));
     }
+    assert_eq!(weighed, references().len(), "a unit of work for each picture");
     assert_eq!(first.start_words().unwrap()[..3], ["a", "purple", "and"]);
     let checkpoint = first.checkpoint().unwrap();
     drop(first);

@@ -267,6 +267,12 @@ impl Worker<'_> {
                 Advance::DrawingPrior { done, total } => {
                     self.tell(&format!("training {}: class pictures, {done}/{total}", subject.name));
                 }
+                Advance::Weighing { done, total } => {
+                    self.tell(&format!(
+                        "training {}: weighing its pictures, {done}/{total}",
+                        subject.name
+                    ));
+                }
                 Advance::Step(losses) => {
                     let steps = trainer.spec().steps;
                     self.tell(&format!("training {}: step {}/{steps}", subject.name, losses.step));
