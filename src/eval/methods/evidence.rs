@@ -164,7 +164,7 @@ pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &st
         }
     }
     if !evidence.ablations.is_empty() {
-        let (part, more) = ablations(&evidence.ablations, folder);
+        let (part, more) = ablations(&evidence.ablations, rows, folder);
         text += &part;
         plots.extend(more);
     }
@@ -208,7 +208,7 @@ fn between(rows: &[MethodRow]) -> String {
     let mut text = "\n## Shades that no word means\n\n\
         The subjects above are what their descriptions say, and nothing else: their shades lie within 6 of 255 of the colours that the \
         captions name. A customer's own thing is not like that. Here both colours of each subject lie halfway to a neighbouring colour \
-        (a teal cat with lime stripes), which pre-training shows on no subject; `described` has the words of the colours that they \
+        (rex is an orchid cat with lime stripes), which pre-training shows on no subject; `described` has the words of the colours that they \
         started from, `searched` the words that CoAR's search finds in the references, untrained. `attributes` counts against the \
         starting colours' names and is not wanted here.\n\n"
         .to_owned();
@@ -375,8 +375,21 @@ fn method_plots(rows: &[MethodRow]) -> Plots {
     ]
 }
 
+/// The value of an axis that is the default's own: its cells are those of a method.
+fn default_of<'a>(rows: &'a [MethodRow], axis: &str, methods: &[MethodRow]) -> Option<&'a str> {
+    OURS.iter().rev().find_map(|ours| {
+        let own = methods.iter().filter(|row| row.method == *ours && !row.cell.is_empty());
+        let cells: BTreeSet<&str> = own.map(|row| row.cell.as_str()).collect();
+        let found = rows.iter().find(|row| {
+            let of_axis = row.method.split_once(": ").is_some_and(|(own, _)| own == axis);
+            of_axis && cells.contains(row.cell.as_str())
+        });
+        found.map(|row| row.method.as_str())
+    })
+}
+
 /// One table and, where the values are numbers, one plot for each axis.
-fn ablations(rows: &[MethodRow], folder: &str) -> (String, Plots) {
+fn ablations(rows: &[MethodRow], methods: &[MethodRow], folder: &str) -> (String, Plots) {
     let mut axes: Vec<&str> = Vec::new();
     for name in names(rows) {
         let axis = name.split_once(": ").map_or(name, |(axis, _)| axis);
@@ -385,23 +398,34 @@ fn ablations(rows: &[MethodRow], folder: &str) -> (String, Plots) {
         }
     }
     let mut text = "\n## One setting at a time\n\n\
-        Everything else as in `coar-text` (`terms` and K above 0: as in `coar`).\n"
+        Everything else as in `coar-text` (`terms` and K above 0: as in `coar`). *less*: means of differences from the axis's own default, subject \
+        by subject and seed by seed, with their 95 % bootstrap intervals (**bold**: 0 is outside).\n"
         .to_owned();
     let mut plots = Plots::new();
     for axis in axes {
         text += &format!(
-            "\n| {axis} | similarity | colour | scene | class | loss | seconds |\n|---|---|---|---|---|---|---|\n"
+            "\n| {axis} | cells | similarity | *less* | colour | *less* | scene | *less* | class | loss | seconds |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
         );
+        let default = default_of(rows, axis, methods);
         let mut marks = Vec::new();
         for name in names(rows) {
             let Some((_, value)) = name.split_once(": ").filter(|(own, _)| *own == axis) else {
                 continue;
             };
+            let cell = |of: fn(&MethodRow) -> f64| {
+                let less = match default {
+                    Some(default) if default != name => signed(difference(rows, name, default, of)),
+                    Some(_) => "the default".to_owned(),
+                    None => "-".to_owned(),
+                };
+                format!("{} | {less}", with_interval(mean(rows, name, of)))
+            };
             text += &format!(
-                "| {value} | {} | {} | {} | {} | {:.3} | {:.1} |\n",
-                with_interval(mean(rows, name, |row| row.similarity)),
-                with_interval(mean(rows, name, |row| row.colour)),
-                with_interval(mean(rows, name, |row| row.scene)),
+                "| {value} | {} | {} | {} | {} | {} | {:.3} | {:.1} |\n",
+                cells(rows, name),
+                cell(|row| row.similarity),
+                cell(|row| row.colour),
+                cell(|row| row.scene),
                 with_interval(mean(rows, name, |row| row.class)),
                 of(rows, name, |row| row.loss.unwrap_or(f64::NAN)),
                 of(rows, name, |row| row.seconds),
@@ -514,6 +538,21 @@ mod tests {
         assert!(good.contains("**+0.100** [+0.100, +0.100]"));
         assert!(good.contains("no, a copy of the model each") && good.ends_with("## Notes\n\nnone\n"));
         assert_eq!(plots.len(), 4);
+        // Which value is the default is known by its cells alone.
+        assert!(good.contains("| 3 | 1 x 1 | 0.700 [0.700, 0.700] | - |"), "{good}");
+        let mut known = evidence(0.9);
+        let own = known.rows.iter_mut().find(|row| row.method == "coar-text").unwrap();
+        own.cell = "c".into();
+        known.ablations[2].cell = "c".into();
+        let (known, _) = document(&known, "evidence", &[], "");
+        assert!(
+            known.contains("| 2 | 1 x 1 | 0.600 [0.600, 0.600] | **-0.100** [-0.100, -0.100] |"),
+            "{known}"
+        );
+        assert!(
+            known.contains("| 3 | 1 x 1 | 0.700 [0.700, 0.700] | the default |"),
+            "{known}"
+        );
         assert_eq!(plots[0].1.matches("<circle").count(), 6);
         // What only one of two methods has does not enter their difference.
         let mut uneven = evidence(0.9);

@@ -381,7 +381,7 @@ mod tests {
             for shade in spec.shades {
                 let nearest = Colour::ALL.iter().map(|colour| apart(shade, colour.rgb())).min();
                 assert!(
-                    nearest > Some(25),
+                    nearest > Some(35),
                     "{}: {shade:?} is within {nearest:?} of a named colour",
                     between.name
                 );
