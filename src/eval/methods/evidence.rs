@@ -443,7 +443,7 @@ fn ablations(rows: &[MethodRow], methods: &[MethodRow], folder: &str) -> (String
         let file = PLOTTED.iter().find(|(own, _)| *own == axis).map(|(_, file)| *file);
         if let Some(file) = file.filter(|_| marks.len() > 2) {
             let shown = Axes {
-                title: "Similarity",
+                title: &format!("Similarity against {axis}"),
                 x: axis,
                 y: "similarity",
                 logarithmic: ["steps", "rate"].contains(&axis),

@@ -50,6 +50,23 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
     (first..=last).map(|at| at as f64 * step).collect()
 }
 
+/// Powers of ten between `10^low` and `10^high`, with 2 and 5 times each where that gives fewer than three.
+fn powers(low: f64, high: f64) -> Vec<f64> {
+    let powers = low.floor() as i32..=high.ceil() as i32;
+    let within = |times: &[f64]| -> Vec<f64> {
+        let all = powers
+            .clone()
+            .flat_map(|power| times.iter().map(move |times| times * 10f64.powi(power)));
+        all.filter(|at| (low..=high).contains(&at.log10())).collect()
+    };
+    let whole = within(&[1.0]);
+    if whole.len() < 3 {
+        within(&[1.0, 2.0, 5.0])
+    } else {
+        whole
+    }
+}
+
 /// A number without the noise of binary fractions.
 fn short(number: f64) -> String {
     if number >= 1e6 {
@@ -94,9 +111,7 @@ pub(super) fn plot(axes: Axes, marks: &[Mark], line: bool) -> String {
         r##"<path d="M{LEFT},{TOP}V{floor}H{right}" fill="none" stroke="#444"/>"##
     );
     let across = match axes.logarithmic {
-        true => (x0.ceil() as i32..=x1.floor() as i32)
-            .map(|power| 10f64.powi(power))
-            .collect(),
+        true => powers(x0, x1),
         false => ticks(x0, x1),
     };
     for at in across {
@@ -187,6 +202,8 @@ mod tests {
         assert_eq!(svg.matches("<circle").count(), 2);
         assert!(svg.contains("&lt;one&gt;") && svg.contains("a &lt; b") && !svg.contains("zero"));
         assert!(plot(axes, &[], false).ends_with("</svg>\n"));
+        assert_eq!(powers(0.5, 4.0), [10.0, 100.0, 1000.0, 10_000.0]);
+        assert_eq!(powers(1.1, 2.2), [20.0, 50.0, 100.0]);
         assert_eq!(ticks(0.0, 1.0), [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]);
     }
 }
