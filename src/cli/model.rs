@@ -6,6 +6,7 @@ use tch::{Device, Kind};
 
 pub use crate::config::{EngineArgs, ModelArgs};
 use crate::engine::{EngineHandle, EngineOptions, ModelInfo};
+use crate::model::accelerator::load_cuda;
 use crate::model::cpu::multiplies_bf16;
 use crate::model::lumina::CheckpointFiles;
 use crate::model::{LuminaMgpt, ModelConfig, ModelError};
@@ -43,7 +44,7 @@ fn default_cache() -> PathBuf {
 /// # Errors
 /// When the text is not a device, or the device is absent.
 pub(in crate::cli) fn device(text: &str) -> anyhow::Result<Device> {
-    crate::engine::load_cuda();
+    let loaded = load_cuda();
     let cuda = tch::Cuda::device_count();
     match text {
         "cpu" => Ok(Device::Cpu),
@@ -54,9 +55,13 @@ pub(in crate::cli) fn device(text: &str) -> anyhow::Result<Device> {
                 .or((other == "cuda").then_some("0"))
                 .and_then(|index| index.parse().ok())
                 .ok_or_else(|| anyhow::anyhow!("--device is `{other}`; expected `auto`, `cpu` or `cuda:N`"))?;
+            if let Err(reason) = &loaded {
+                anyhow::bail!("--device is `{other}`; libtorch's CUDA part could not be opened: {reason}");
+            }
             anyhow::ensure!(
                 (index as i64) < cuda,
-                "--device is `{other}`; this machine has {cuda} CUDA devices that libtorch can use"
+                "--device is `{other}`; this machine has {cuda} CUDA devices that libtorch can use (is the driver installed, \
+                 and new enough for CUDA 13.0?)"
             );
             Ok(Device::Cuda(index))
         }

@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::ConceptTensors;
 use crate::model::ModelError;
+use crate::model::accelerator::upload;
 use crate::model::context::{ContextBatch, LayerContext};
 
 /// A concept's numbers as tensors; while it is trained, gradients flow into them.
@@ -153,8 +154,8 @@ pub fn context_batch(
             break;
         }
         layers.push(LayerContext {
-            rows: Tensor::f_from_slice(&rows)?.f_to_device(device)?,
-            positions: Tensor::f_from_slice(&positions)?.f_to_device(device)?,
+            rows: upload(&rows, device)?,
+            positions: upload(&positions, device)?,
             values: Tensor::f_cat(&values, 0)?,
         });
     }

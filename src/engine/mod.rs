@@ -35,23 +35,3 @@ fn end_process() -> ! {
     // SAFETY: takes a number and does not return.
     unsafe { libc::_exit(DEVICE_LOST) }
 }
-
-/// Makes libtorch's CUDA part available where it is installed beside the CPU part: the linker leaves it out of the
-/// binary, so that one binary serves machines with and without it.
-pub fn load_cuda() {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        // SAFETY: the library's initialisers only register kernels with libtorch, which is loaded already.
-        let opened = unsafe {
-            libloading::os::unix::Library::open(
-                Some("libtorch_cuda.so"),
-                libloading::os::unix::RTLD_NOW | libloading::os::unix::RTLD_GLOBAL,
-            )
-        };
-        match opened {
-            // Never unloaded: its kernels stay registered.
-            Ok(library) => std::mem::forget(library),
-            Err(error) => tracing::debug!(%error, "libtorch has no CUDA part here"),
-        }
-    });
-}

@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::accelerator::{self, Ranges};
 use super::kv_cache::KvCache;
 use super::layers::{HeadNorm, Heads, linear};
 use super::rope::rotate;
@@ -20,13 +21,36 @@ pub(super) struct Attention {
     head_dim: i64,
 }
 
+/// How attention is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AttentionKernel {
+    /// Products and softmax one by one: on the CPU faster than libtorch's fused kernel, in its backward pass most of all.
+    Explicit,
+    /// libtorch's fused kernel; a decode step reads all rows to the longest row's length and masks the rest.
+    Fused,
+    /// The same, but a decode step reads each row to its own length. CUDA only, and only without grouped heads.
+    FusedByLength,
+}
+
+/// What queries see.
+#[derive(Debug)]
+pub(super) enum Visible {
+    /// Keys up to the query's own position: whole sequences in which nothing else is blocked. Fused kernels only.
+    Causal,
+    /// Additive mask, broadcastable to `[batch, heads, seq, keys]`: in f32 for the explicit kernel, in the computing kind
+    /// for a fused one.
+    Masked(Tensor),
+    /// Each cached row to its own length.
+    Lengths(Ranges),
+}
+
 /// What every layer's attention shares in one forward pass.
 pub(super) struct Shared<'a> {
     /// Rotary tables at the tokens' positions, `[.., seq, 1, head_dim]`.
     pub cos: Tensor,
     pub sin: Tensor,
-    /// Additive mask in f32, broadcastable to `[batch, heads, seq, keys]`.
-    pub mask: Option<Tensor>,
+    pub kernel: AttentionKernel,
+    pub visible: Visible,
     pub step: Step<'a>,
 }
 
@@ -43,27 +67,165 @@ pub(super) enum Step<'a> {
     },
 }
 
-/// The tokens of one decode step, flat: one for every row of the cache in use, and further ones for some.
+/// The tokens of one decode step, flat: one for every sequence, and further ones for some. All tensors are i64 on the
+/// model's device.
 #[derive(Debug)]
 pub(super) struct StepTokens {
-    /// Rows in use, from the first.
-    pub rows: i64,
-    /// Cached tokens that attention reads.
+    /// Sequences.
+    pub sequences: i64,
+    /// Cached tokens that dense attention reads of each row.
     pub length: i64,
     /// `[tokens]`: cache row and position of each.
-    pub row: Tensor,
+    pub slot: Tensor,
     pub position: Tensor,
-    /// Where some rows have two tokens: how queries are laid out as `[rows, 2]` and back.
+    /// `[sequences, queries]`: position of each query. Where a sequence of a step with two queries has one token, both are
+    /// that token's.
+    pub seen: Tensor,
+    /// Where some sequences have two tokens: how queries are laid out as `[sequences, 2]` and back.
     pub pairs: Option<Pairs>,
+    /// `i32`, for attention by row lengths: `[sequences + 1]` each, see [`Ranges`].
+    pub starts: Option<Starts>,
+}
+
+/// See [`StepTokens::starts`].
+#[derive(Debug)]
+pub(super) struct Starts {
+    pub queries: Tensor,
+    pub keys: Tensor,
+}
+
+impl Starts {
+    /// The same tensors once more.
+    pub(super) fn share(&self) -> Self {
+        Self {
+            queries: self.queries.shallow_clone(),
+            keys: self.keys.shallow_clone(),
+        }
+    }
 }
 
 /// See [`StepTokens::pairs`].
 #[derive(Debug)]
 pub(super) struct Pairs {
-    /// `[rows * 2]`: which token is the row's first and second query; the first again where there is no second.
+    /// `[sequences * 2]`: which token is the sequence's first and second query; the first again where there is no second.
     pub query: Tensor,
-    /// `[tokens]`: where each token's answer stands among `rows * 2`.
+    /// `[tokens]`: where each token's answer stands among `sequences * 2`.
     pub answer: Tensor,
+}
+
+/// An error of more than this, relative to the largest value, is no rounding.
+const LARGEST_DIFFERENCE: f64 = 0.02;
+
+/// The kernel for a model of that shape on `device`. On CUDA, attention by row lengths is compared with the dense form on
+/// random numbers first, and left out with a warning where it fails or differs. `COAR_DECODE_ATTENTION=dense` leaves it
+/// out as well.
+pub(super) fn choose_kernel(config: &ModelConfig, kind: Kind, device: Device) -> AttentionKernel {
+    if !matches!(device, Device::Cuda(_)) {
+        return match device {
+            Device::Cpu => AttentionKernel::Explicit,
+            _ => AttentionKernel::Fused,
+        };
+    }
+    let dense_wanted = std::env::var("COAR_DECODE_ATTENTION").is_ok_and(|choice| choice == "dense");
+    if dense_wanted || config.num_attention_heads != config.num_key_value_heads {
+        return AttentionKernel::Fused;
+    }
+    match tch::no_grad(|| difference_by_length(config, kind, device)) {
+        Ok(difference) if difference <= LARGEST_DIFFERENCE => {
+            tracing::debug!(difference, "decode attention reads each row to its own length");
+            AttentionKernel::FusedByLength
+        }
+        Ok(difference) => {
+            tracing::warn!(
+                difference,
+                "attention by row lengths differs from the dense form and is left out"
+            );
+            AttentionKernel::Fused
+        }
+        Err(error) => {
+            tracing::warn!(%error, "attention by row lengths is not available here; the dense form is used");
+            AttentionKernel::Fused
+        }
+    }
+}
+
+/// Largest difference between both forms of a decode step's attention, relative to the largest value: three rows of
+/// different lengths, out of order in the cache, with one query and with two.
+fn difference_by_length(config: &ModelConfig, kind: Kind, device: Device) -> Result<f64, ModelError> {
+    let (heads, head_dim) = (config.num_attention_heads, config.head_dim());
+    let (slots, lengths, max_seq) = ([2i64, 0, 3], [5i64, 40, 17], 64);
+    let random = |shape: [i64; 4]| Tensor::f_randn(shape, (Kind::Float, device))?.f_to_kind(kind);
+    let (keys, values) = (
+        random([4, heads, max_seq, head_dim])?,
+        random([4, heads, max_seq, head_dim])?,
+    );
+    let scale = 1.0 / (head_dim as f64).sqrt();
+    let upload = |numbers: &[i64]| accelerator::upload(numbers, device);
+    let rows = upload(&slots)?;
+    let mut largest: f64 = 0.0;
+    for queries in [1i64, 2] {
+        let query = random([3, heads, queries, head_dim])?;
+        let seen: Vec<i64> = lengths
+            .iter()
+            .flat_map(|length| (0..queries).map(move |query| length - queries + query))
+            .collect();
+        let mask = super::context::decode_mask(&upload(&seen)?.f_view([3, queries])?, max_seq, kind)?;
+        let pick = |of: &Tensor| of.f_index_select(0, &rows);
+        let dense = fused(&query, (&pick(&keys)?, &pick(&values)?), Some(&mask), false, scale)?;
+        let starts = |step: &dyn Fn(usize) -> i64| -> Result<Tensor, ModelError> {
+            let numbers: Vec<i64> = (0..4).map(step).collect();
+            Ok(upload(&numbers)?.f_to_kind(Kind::Int)?)
+        };
+        let ranges = Ranges {
+            query_starts: starts(&|sequence| sequence as i64 * queries)?,
+            key_starts: starts(&|sequence| slots.get(sequence).map_or(0, |slot| slot * heads * max_seq))?,
+            key_lengths: upload(&lengths)?.f_to_kind(Kind::Int)?,
+            most_queries: queries,
+            most_keys: max_seq,
+        };
+        let flat = query.f_transpose(1, 2)?.f_reshape([1, 3 * queries, heads, head_dim])?;
+        let by_length = accelerator::attend_lengths(
+            &flat,
+            (&super::kv_cache::by_token(&keys)?, &super::kv_cache::by_token(&values)?),
+            &ranges,
+            scale,
+        )?
+        .f_view([3, queries, heads, head_dim])?
+        .f_transpose(1, 2)?;
+        let wide = dense.f_to_kind(Kind::Double)?;
+        let off = by_length.f_to_kind(Kind::Double)?.f_sub(&wide)?.f_abs()?.f_max()?;
+        let off = off.f_double_value(&[])? / wide.f_abs()?.f_max()?.f_double_value(&[])?;
+        // f64::max would drop a NaN.
+        largest = if off.is_nan() { f64::INFINITY } else { largest.max(off) };
+    }
+    Ok(largest)
+}
+
+/// libtorch's fused attention: `query` `[batch, heads, seq, head_dim]`, `key` and `value` `[batch, heads, keys, head_dim]`,
+/// `mask` `[batch or 1, 1, seq, keys]` in the query's kind. On CUDA this names the memory-efficient kernel: the general
+/// entry prefers cuDNN's on recent cards, which builds a plan for every new shape, and the number of keys changes all the
+/// time.
+fn fused(
+    query: &Tensor,
+    (key, value): (&Tensor, &Tensor),
+    mask: Option<&Tensor>,
+    causal: bool,
+    scale: f64,
+) -> Result<Tensor, ModelError> {
+    if !matches!(query.device(), Device::Cuda(_)) {
+        return Ok(Tensor::f_scaled_dot_product_attention(
+            query, key, value, mask, 0.0, causal, scale, false,
+        )?);
+    }
+    let (batch, heads, seq, _) = query.size4()?;
+    let mask = mask
+        .map(|mask| mask.f_expand([batch, heads, seq, key.size()[2]], false))
+        .transpose()?;
+    let backward = query.requires_grad() || key.requires_grad() || value.requires_grad();
+    let (mixed, ..) = Tensor::f_internal_scaled_dot_product_efficient_attention(
+        query, key, value, mask, backward, 0.0, causal, scale,
+    )?;
+    Ok(mixed)
 }
 
 impl Attention {
@@ -112,68 +274,104 @@ impl Attention {
         let (heads, kv_heads) = (self.heads, self.kv_heads);
         let all = linear(x, &self.project)?.f_view([batch, seq, heads + 2 * kv_heads, self.head_dim])?;
         let normed = self.norm.forward(&all.f_narrow(2, 0, heads + kv_heads)?)?;
-        let turned = rotate(&normed, &shared.cos, &shared.sin)?.f_to_kind(all.kind())?;
+        let rotated = rotate(&normed, &shared.cos, &shared.sin)?.f_to_kind(all.kind())?;
         let part = |of: &Tensor, from: i64, count: i64| of.f_narrow(2, from, count)?.f_transpose(1, 2);
-        let query = part(&turned, 0, heads)?;
-        let key = part(&turned, heads, kv_heads)?;
+        let query = part(&rotated, 0, heads)?;
+        let key = part(&rotated, heads, kv_heads)?;
         let value = part(&all, heads + kv_heads, kv_heads)?;
-        let mask = shared.mask.as_ref();
+        let (kernel, visible) = (shared.kernel, &shared.visible);
         let mixed = match &mut shared.step {
-            Step::Plain => self.attend(&query, &key, &value, mask)?.f_transpose(1, 2)?,
+            Step::Plain => self
+                .attend(&query, &key, &value, (kernel, visible))?
+                .f_transpose(1, 2)?,
             Step::Prefill { cache, rows } => {
                 cache.write_prefix(layer, rows, &key, &value)?;
-                self.attend(&query, &key, &value, mask)?.f_transpose(1, 2)?
+                self.attend(&query, &key, &value, (kernel, visible))?
+                    .f_transpose(1, 2)?
             }
             Step::Decode { cache, tokens } => {
-                let (keys, values) = cache.append(layer, tokens, &key, &value)?;
-                match &tokens.pairs {
-                    None => self.attend(&query, &keys, &values, mask)?.f_transpose(1, 2)?,
-                    Some(pairs) => {
-                        let paired = query
-                            .f_index_select(0, &pairs.query)?
-                            .f_view([tokens.rows, 2, heads, self.head_dim])?
-                            .f_transpose(1, 2)?;
-                        self.attend(&paired, &keys, &values, mask)?
-                            .f_transpose(1, 2)?
-                            .f_reshape([tokens.rows * 2, 1, heads, self.head_dim])?
-                            .f_index_select(0, &pairs.answer)?
-                    }
-                }
+                cache.append(layer, tokens, &key, &value)?;
+                self.attend_cached(&query, layer, cache, tokens, (kernel, visible))?
             }
         };
         linear(&mixed.f_reshape([batch, seq, heads * self.head_dim])?, &self.output)
     }
 
+    /// One decode step: `query` `[tokens, heads, 1, head_dim]`, the answer `[tokens, 1, heads, head_dim]`.
+    fn attend_cached(
+        &self,
+        query: &Tensor,
+        layer: usize,
+        cache: &KvCache,
+        tokens: &StepTokens,
+        (kernel, visible): (AttentionKernel, &Visible),
+    ) -> Result<Tensor, ModelError> {
+        let (heads, head_dim, sequences) = (self.heads, self.head_dim, tokens.sequences);
+        // [queries, 1, heads, head_dim], the queries of a sequence side by side.
+        let flat = match &tokens.pairs {
+            None => query.f_transpose(1, 2)?,
+            Some(pairs) => query.f_index_select(0, &pairs.query)?.f_transpose(1, 2)?,
+        };
+        let mixed = match visible {
+            Visible::Lengths(ranges) => {
+                let scale = 1.0 / (head_dim as f64).sqrt();
+                let (keys, values) = cache.by_token(layer);
+                accelerator::attend_lengths(&flat.f_transpose(0, 1)?, (keys, values), ranges, scale)?
+                    .f_transpose(0, 1)?
+            }
+            _ => {
+                let queries = flat.size()[0] / sequences;
+                let grouped = flat
+                    .f_reshape([sequences, queries, heads, head_dim])?
+                    .f_transpose(1, 2)?;
+                let (keys, values) = cache.first(layer, sequences, tokens.length)?;
+                self.attend(&grouped, &keys, &values, (kernel, visible))?
+                    .f_transpose(1, 2)?
+                    .f_reshape([sequences * queries, 1, heads, head_dim])?
+            }
+        };
+        match &tokens.pairs {
+            None => Ok(mixed),
+            Some(pairs) => Ok(mixed.f_index_select(0, &pairs.answer)?),
+        }
+    }
+
     /// `query` `[batch, heads, seq, head_dim]`, `key` and `value` `[batch, kv_heads, keys, head_dim]`; returns the
-    /// query's shape. The heads of a group stand side by side, so a group is one matrix and keys are never repeated.
+    /// query's shape.
     fn attend(
         &self,
         query: &Tensor,
         key: &Tensor,
         value: &Tensor,
-        mask: Option<&Tensor>,
+        (kernel, visible): (AttentionKernel, &Visible),
     ) -> Result<Tensor, ModelError> {
         let (batch, seq, keys) = (query.size()[0], query.size()[2], key.size()[2]);
         let scale = 1.0 / (self.head_dim as f64).sqrt();
-        if query.device() != Device::Cpu {
-            let mask = mask.map(|mask| mask.f_to_kind(query.kind())).transpose()?;
-            let grouped = self.heads != self.kv_heads;
-            return Ok(Tensor::f_scaled_dot_product_attention(
-                query, key, value, mask, 0.0, false, scale, grouped,
-            )?);
-        }
-        // On the CPU the explicit form is faster than the fused one, in its backward pass most of all.
         let group = self.heads / self.kv_heads;
+        let mask = match visible {
+            Visible::Masked(mask) => Some(mask),
+            Visible::Causal => None,
+            Visible::Lengths(_) => return Err(ModelError::invalid("attention", "has lengths but no cache")),
+        };
+        if kernel != AttentionKernel::Explicit {
+            // The memory-efficient kernel knows no groups.
+            let repeat = |of: &Tensor| match group {
+                1 => Ok(of.shallow_clone()),
+                _ => of.f_repeat_interleave_self_int(group, 1, None),
+            };
+            return fused(query, (&repeat(key)?, &repeat(value)?), mask, mask.is_none(), scale);
+        }
+        let Some(mask) = mask else {
+            return Err(ModelError::invalid("attention", "has no mask for the explicit kernel"));
+        };
+        // The heads of a group stand side by side, so a group is one matrix and keys are never repeated.
         let grouped = query
             .f_mul_scalar(scale)?
             .f_reshape([batch, self.kv_heads, group * seq, self.head_dim])?;
         let scores = grouped
             .f_matmul(&key.f_transpose(2, 3)?)?
-            .f_view([batch, self.heads, seq, keys])?;
-        let scores = match mask {
-            Some(mask) => scores.f_add(mask)?,
-            None => scores,
-        };
+            .f_view([batch, self.heads, seq, keys])?
+            .f_add(mask)?;
         let weights = scores.f_softmax(-1, Kind::Float)?.f_to_kind(value.kind())?;
         let mixed = weights
             .f_view([batch, self.kv_heads, group * seq, keys])?

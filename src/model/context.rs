@@ -5,6 +5,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::ModelError;
+use super::accelerator::upload;
 
 /// Replacements of hidden states at the input of one layer.
 #[derive(Debug)]
@@ -39,45 +40,77 @@ impl ContextBatch {
     }
 }
 
-/// Additive mask of a whole sequence, in f32: `[1, 1, seq, seq]` causal, or `[batch, 1, seq, seq]` where pairs are blocked.
+/// Rows of a mask begin at multiples of this many numbers: the memory-efficient kernel reads it in aligned pieces.
+const MASK_STRIDE: i64 = 16;
+
+/// Additive mask of a whole sequence in `kind`: `[1, 1, seq, seq]` causal, or `[batch, 1, seq, seq]` where pairs are
+/// blocked.
 pub(super) fn causal_mask(
     batch: i64,
     seq: i64,
     blocked: &[(i64, i64, i64)],
-    device: Device,
+    (kind, device): (Kind, Device),
 ) -> Result<Tensor, ModelError> {
-    let mask = Tensor::f_full([seq, seq], f64::NEG_INFINITY, (Kind::Float, Device::Cpu))?.f_triu(1)?;
-    let mask = mask.f_view([1, 1, seq, seq])?;
+    let stride = (seq + MASK_STRIDE - 1) / MASK_STRIDE * MASK_STRIDE;
+    let mask = Tensor::f_full([seq, stride], f64::NEG_INFINITY, (kind, device))?
+        .f_triu(1)?
+        .f_view([1, 1, seq, stride])?;
     if blocked.is_empty() {
-        return Ok(mask.f_to_device(device)?);
+        return Ok(mask.f_narrow(3, 0, seq)?);
     }
-    let mut mask = mask.f_repeat([batch, 1, 1, 1])?;
-    let column = |pick: fn(&(i64, i64, i64)) -> i64| {
-        // Both directions of every pair.
-        let forth = blocked.iter().map(pick);
-        forth.collect::<Vec<_>>()
-    };
-    let (rows, ones, others) = (column(|b| b.0), column(|b| b.1), column(|b| b.2));
-    for (queries, keys) in [(&ones, &others), (&others, &ones)] {
-        let zero = Tensor::f_zeros([rows.len() as i64], (Kind::Int64, Device::Cpu))?;
-        let at = [
-            Some(Tensor::f_from_slice(&rows)?),
-            Some(zero),
-            Some(Tensor::f_from_slice(queries)?),
-            Some(Tensor::f_from_slice(keys)?),
-        ];
-        let _ = mask.f_index_put_(&at, &Tensor::f_from_slice(&[f32::NEG_INFINITY])?, false)?;
-    }
-    Ok(mask.f_to_device(device)?)
+    let mask = mask.f_repeat([batch, 1, 1, 1])?;
+    // Both directions of every pair, as indices into the flat mask: one upload for all.
+    let at = |row: i64, query: i64, key: i64| (row * seq + query) * stride + key;
+    let cells: Vec<i64> = blocked
+        .iter()
+        .flat_map(|&(row, one, other)| [at(row, one, other), at(row, other, one)])
+        .collect();
+    let _ = mask
+        .f_view([-1])?
+        .f_index_fill_(0, &upload(&cells, device)?, f64::NEG_INFINITY)?;
+    Ok(mask.f_narrow(3, 0, seq)?)
 }
 
-/// Additive mask for queries that see keys `0..=position`: `positions` `[rows, queries]` gives `[rows, 1, queries, length]`.
-pub(super) fn decode_mask(positions: &Tensor, length: i64) -> Result<Tensor, ModelError> {
+/// Additive mask in `kind` for queries that see keys `0..=position`: `positions` `[rows, queries]` gives
+/// `[rows, 1, queries, length]`.
+pub(super) fn decode_mask(positions: &Tensor, length: i64, kind: Kind) -> Result<Tensor, ModelError> {
     let (rows, queries) = positions.size2()?;
-    let keys = Tensor::f_arange(length, (Kind::Int64, positions.device()))?.f_view([1, 1, 1, length])?;
+    let device = positions.device();
+    let keys = Tensor::f_arange(length, (Kind::Int64, device))?.f_view([1, 1, 1, length])?;
     let hidden = keys.f_gt_tensor(&positions.f_view([rows, 1, queries, 1])?)?;
-    Ok(
-        Tensor::f_zeros([rows, 1, queries, length], (Kind::Float, positions.device()))?
-            .f_masked_fill(&hidden, f64::NEG_INFINITY)?,
-    )
+    Ok(Tensor::f_zeros([rows, 1, queries, length], (kind, device))?.f_masked_fill(&hidden, f64::NEG_INFINITY)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocked_pairs_are_hidden_both_ways_in_their_row_alone() {
+        let mask = causal_mask(2, 5, &[(1, 3, 1)], (Kind::Float, Device::Cpu)).unwrap();
+        assert_eq!((mask.size(), mask.stride()[2]), (vec![2, 1, 5, 5], 16));
+        for row in 0..2 {
+            for query in 0..5 {
+                for key in 0..5 {
+                    let blocked = row == 1 && (query, key) == (3, 1);
+                    let value = mask.double_value(&[row, 0, query, key]);
+                    let expected = if key > query || blocked { f64::NEG_INFINITY } else { 0.0 };
+                    assert_eq!(value, expected, "{row} {query} {key}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_decode_mask_ends_at_each_querys_position() {
+        let positions = Tensor::from_slice(&[0i64, 1, 3, 3]).view([2, 2]);
+        let mask = decode_mask(&positions, 4, Kind::Float).unwrap();
+        let seen: Vec<i64> = Vec::try_from(
+            mask.eq(0.0)
+                .sum_dim_intlist([3i64].as_slice(), false, Kind::Int64)
+                .view(-1),
+        )
+        .unwrap();
+        assert_eq!(seen, [1, 2, 4, 4]);
+    }
 }

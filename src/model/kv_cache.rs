@@ -13,6 +13,8 @@ use super::{ModelConfig, ModelError};
 pub struct KvCache {
     keys: Vec<Tensor>,
     values: Vec<Tensor>,
+    /// The same memory, see [`by_token`].
+    flat: Vec<(Tensor, Tensor)>,
     max_seq: i64,
     rows: i64,
 }
@@ -39,9 +41,14 @@ impl KvCache {
                 .map(|_| Ok(Tensor::f_zeros(shape, (kind, device))?))
                 .collect()
         };
+        let (keys, values) = (allocate()?, allocate()?);
+        let flat = keys.iter().zip(&values);
         Ok(Self {
-            keys: allocate()?,
-            values: allocate()?,
+            flat: flat
+                .map(|(keys, values)| Ok((by_token(keys)?, by_token(values)?)))
+                .collect::<Result<_, ModelError>>()?,
+            keys,
+            values,
             max_seq,
             rows,
         })
@@ -123,20 +130,68 @@ impl KvCache {
         Ok(())
     }
 
-    /// Writes the tokens of one step; `keys`, `values` are `[tokens, kv_heads, 1, head_dim]`. Returns what attention
-    /// reads: the first `length` tokens of the rows in use.
+    /// Writes the tokens of one step; `keys`, `values` are `[tokens, kv_heads, 1, head_dim]`.
     pub(super) fn append(
         &mut self,
         layer: usize,
         tokens: &StepTokens,
         keys: &Tensor,
         values: &Tensor,
-    ) -> Result<(Tensor, Tensor), ModelError> {
-        let at = [Some(&tokens.row), None, Some(&tokens.position)];
-        let put = |block: &mut Tensor, new: &Tensor| -> Result<Tensor, ModelError> {
+    ) -> Result<(), ModelError> {
+        let at = [Some(&tokens.slot), None, Some(&tokens.position)];
+        for (block, new) in [(&mut self.keys[layer], keys), (&mut self.values[layer], values)] {
             let _ = block.f_index_put_(&at, &new.f_squeeze_dim(2)?.f_to_kind(block.kind())?, false)?;
-            Ok(block.f_narrow(0, 0, tokens.rows)?.f_narrow(2, 0, tokens.length)?)
-        };
-        Ok((put(&mut self.keys[layer], keys)?, put(&mut self.values[layer], values)?))
+        }
+        Ok(())
+    }
+
+    /// Keys and values of the first `rows` rows and `length` tokens, `[rows, kv_heads, length, head_dim]` each.
+    pub(super) fn first(&self, layer: usize, rows: i64, length: i64) -> Result<(Tensor, Tensor), ModelError> {
+        let part = |block: &Tensor| block.f_narrow(0, 0, rows)?.f_narrow(2, 0, length);
+        Ok((part(&self.keys[layer])?, part(&self.values[layer])?))
+    }
+
+    /// Keys and values as sequences of tokens, see [`by_token`].
+    pub(super) fn by_token(&self, layer: usize) -> (&Tensor, &Tensor) {
+        let (keys, values) = &self.flat[layer];
+        (keys, values)
+    }
+
+    /// Where row `slot` begins in [`Self::by_token`].
+    pub(super) fn start_of(&self, slot: i64) -> i64 {
+        slot * self.keys.first().map_or(0, |block| block.stride()[0] / block.size()[3])
+    }
+}
+
+/// A block `[rows, kv_heads, max_seq, head_dim]` seen as `[1, tokens, kv_heads, head_dim]`: token t of row r is at
+/// `r * kv_heads * max_seq + t`, for all heads. The view overlaps itself and is only to be read.
+pub(super) fn by_token(block: &Tensor) -> Result<Tensor, ModelError> {
+    let (rows, heads, max_seq, head_dim) = block.size4()?;
+    let tokens = if rows == 0 {
+        0
+    } else {
+        (rows - 1) * heads * max_seq + max_seq
+    };
+    Ok(block.f_as_strided(
+        [1, tokens, heads, head_dim],
+        [tokens * head_dim, head_dim, max_seq * head_dim, 1],
+        None,
+    )?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn by_token_is_the_same_memory_read_along_rows() {
+        let block = Tensor::arange(2 * 3 * 4 * 5, (Kind::Float, Device::Cpu)).view([2, 3, 4, 5]);
+        let flat = by_token(&block).unwrap();
+        assert_eq!(flat.size(), [1, 3 * 4 + 4, 3, 5]);
+        for (row, head, token) in [(0, 0, 0), (0, 2, 3), (1, 0, 0), (1, 1, 2), (1, 2, 3)] {
+            let seen = flat.get(0).get(row * 12 + token).get(head);
+            assert_eq!(seen, block.get(row).get(head).get(token), "{row} {head} {token}");
+        }
+        assert_eq!(flat.data_ptr(), block.data_ptr());
     }
 }

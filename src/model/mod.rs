@@ -1,5 +1,7 @@
 //! Pure tensors in, tensors out. No HTTP, SQL, tokio, clock or environment in this room.
 
+/// Streams, events, memory and uploads of an accelerator.
+pub mod accelerator;
 mod attention;
 /// Serde mirror of a checkpoint's `config.json`.
 pub mod config;

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::attention::{Attention, Pairs, Shared, Step, StepTokens};
+use super::accelerator::{Ranges, upload};
+use super::attention::{Attention, AttentionKernel, Shared, Starts, Step, StepTokens, Visible, choose_kernel};
 use super::context::{ContextBatch, causal_mask, decode_mask};
 use super::cpu::{self, CpuDecoder, LayerTensors};
 use super::kv_cache::{KvCache, whole_blocks};
@@ -42,19 +43,6 @@ pub enum LayerPoint {
     Input(usize),
     /// What decoder layer i returns.
     Output(usize),
-}
-
-/// What a decode step feeds through libtorch.
-#[derive(Debug)]
-pub struct NextTokens<'a> {
-    /// `[rows + forced]` ids on the device: one for each row, then the forced ones.
-    pub ids: &'a Tensor,
-    /// Position of each row's next token.
-    pub positions: &'a [i64],
-    /// Rows that get a forced token as well, right after their next.
-    pub forced: &'a [usize],
-    /// Cached tokens that attention reads at least.
-    pub length: i64,
 }
 
 /// The rows of the head that belong to image codes: nothing else of it is needed to draw.
@@ -166,6 +154,7 @@ pub struct Transformer {
     rope: Rope,
     /// Computes decode steps where this machine's CPU can.
     cpu: Option<CpuDecoder>,
+    kernel: AttentionKernel,
     /// Ids whose logits are masked out where the configuration says so.
     masked_ids: Option<Tensor>,
 }
@@ -207,6 +196,7 @@ impl Transformer {
         )?;
         Ok(Self {
             cpu: cpu_decoder(config, &embedding, &layers, (&norm, &rope))?,
+            kernel: choose_kernel(config, embedding.kind(), device),
             layers,
             norm,
             head: source.tensor("lm_head.weight", &[config.vocab_size, hidden])?,
@@ -219,6 +209,15 @@ impl Transformer {
             config: config.clone(),
             embedding,
         })
+    }
+
+    /// From now on this model computes on the CPU as it does on an accelerator: decode steps, sampling and attention through
+    /// libtorch's general operations. Slower; for checks of that path on a machine without an accelerator.
+    pub fn through_libtorch(&mut self) {
+        self.cpu = None;
+        if self.kernel == AttentionKernel::Explicit {
+            self.kernel = AttentionKernel::Fused;
+        }
     }
 
     /// The configuration that the parameters were read with.
@@ -305,7 +304,7 @@ impl Transformer {
         self.cpu.as_ref()
     }
 
-    /// The final normed hidden state `[1, hidden]` after one more token of row 0, by the way that pictures are drawn.
+    /// The final normed hidden state `[1, hidden]` after one more token of row 0, by the way that images are drawn.
     ///
     /// # Errors
     /// When the cache is full, or the device fails.
@@ -319,103 +318,91 @@ impl Transformer {
             };
             return cpu.run(&tokens, cache, &mut cpu::Workspace::default());
         }
-        let next = NextTokens {
-            ids: &Tensor::f_from_slice(&[id])?.f_to_device(self.device())?,
-            positions: &[position],
-            forced: &[],
-            length: 0,
+        let numbers = upload(&[id, 0, position], self.device())?;
+        let starts = self.reads_by_length().then(|| -> Result<Starts, ModelError> {
+            let numbers = upload(&[0, 1, 0, 0], self.device())?.f_to_kind(Kind::Int)?;
+            Ok(Starts {
+                queries: numbers.f_narrow(0, 0, 2)?,
+                keys: numbers.f_narrow(0, 2, 2)?,
+            })
+        });
+        let tokens = StepTokens {
+            sequences: 1,
+            length: whole_blocks(position + 1).min(cache.max_seq()),
+            slot: numbers.f_narrow(0, 1, 1)?,
+            position: numbers.f_narrow(0, 2, 1)?,
+            seen: numbers.f_narrow(0, 2, 1)?.f_view([1, 1])?,
+            pairs: None,
+            starts: starts.transpose()?,
         };
-        self.decode(&next, cache)
+        self.decode(&numbers.f_narrow(0, 0, 1)?, &tokens, cache, position)
     }
 
-    /// One decode step through libtorch: for each of the first `rows` rows of `cache` its next token, in order, and after
-    /// these a second token for some of them (one that was forced, so that it costs no step of its own). Returns the
-    /// final normed hidden state `[rows, hidden]` that each row's following token is predicted from.
+    /// Whether a decode step reads each row of the cache to its own length, wherever the row is.
+    pub(super) fn reads_by_length(&self) -> bool {
+        self.kernel == AttentionKernel::FusedByLength
+    }
+
+    /// One decode step through libtorch: `ids` `[tokens]` on the device, written to the cache where `tokens` says.
+    /// `highest` is the largest position. Returns the final normed hidden states `[tokens, hidden]`.
     ///
     /// # Errors
     /// When the cache is full, or the device fails.
-    pub fn decode(&self, next: &NextTokens, cache: &mut KvCache) -> Result<Tensor, ModelError> {
-        let all = self.decode_pairs(next, cache)?;
-        if next.forced.is_empty() {
-            return Ok(all);
-        }
-        let rows = next.positions.len() as i64;
-        let mut last: Vec<i64> = (0..rows).collect();
-        for (extra, &of) in (rows..).zip(next.forced) {
-            last[of] = extra;
-        }
-        Ok(all.f_index_select(0, &Tensor::f_from_slice(&last)?.f_to_device(self.device())?)?)
-    }
-
-    /// As [`Self::decode`], but the hidden states of all tokens, `[rows + forced, hidden]`.
-    ///
-    /// # Errors
-    /// As [`Self::decode`].
-    pub fn decode_pairs(&self, next: &NextTokens, cache: &mut KvCache) -> Result<Tensor, ModelError> {
-        let rows = next.positions.len();
-        let device = self.device();
-        let highest = next.positions.iter().copied().max().unwrap_or(0) + i64::from(!next.forced.is_empty());
-        let length = whole_blocks(highest + 1).max(next.length).min(cache.max_seq());
-        if highest >= cache.max_seq() || rows as i64 > cache.rows() {
+    pub(super) fn decode(
+        &self,
+        ids: &Tensor,
+        tokens: &StepTokens,
+        cache: &mut KvCache,
+        highest: i64,
+    ) -> Result<Tensor, ModelError> {
+        if highest >= cache.max_seq() || tokens.sequences > cache.rows() {
             return Err(ModelError::invalid(
                 "sequence",
                 format!(
-                    "needs {rows} rows of {} tokens, the cache holds {} of {}",
+                    "needs {} rows of {} tokens, the cache holds {} of {}",
+                    tokens.sequences,
                     highest + 1,
                     cache.rows(),
                     cache.max_seq()
                 ),
             ));
         }
-        let upload =
-            |numbers: &[i64]| -> Result<Tensor, ModelError> { Ok(Tensor::f_from_slice(numbers)?.f_to_device(device)?) };
-        let mut row: Vec<i64> = (0..rows as i64).collect();
-        let mut position = next.positions.to_vec();
-        let (mut queries, mut query, mut answer) = (1, vec![], vec![]);
-        let mut paired: Vec<[i64; 2]> = next.positions.iter().map(|&at| [at, at]).collect();
-        if !next.forced.is_empty() {
-            queries = 2;
-            query = (0..rows as i64).flat_map(|token| [token, token]).collect();
-            answer = (0..rows as i64).map(|row| 2 * row).collect();
-            for (token, &of) in (rows as i64..).zip(next.forced) {
-                row.push(of as i64);
-                position.push(next.positions[of] + 1);
-                paired[of][1] += 1;
-                query[2 * of + 1] = token;
-                answer.push(2 * of as i64 + 1);
-            }
-        }
-        let position = upload(&position)?;
-        let seen = match queries {
-            1 => upload(next.positions)?,
-            _ => upload(paired.as_flattened())?,
-        };
-        let tokens = StepTokens {
-            rows: rows as i64,
-            length,
-            row: upload(&row)?,
-            position: position.shallow_clone(),
-            pairs: match queries {
-                1 => None,
-                _ => Some(Pairs {
-                    query: upload(&query)?,
-                    answer: upload(&answer)?,
-                }),
-            },
-        };
         let highest_position = self.config.max_position_embeddings - 1;
-        let (cos, sin) = self
-            .rope
-            .at(&position.f_clamp_max(highest_position)?.f_view([-1, 1])?)?;
+        let positions = tokens.position.f_clamp_max(highest_position)?;
+        let (cos, sin) = self.rope.at(&positions.f_view([-1, 1])?)?;
+        let queries = tokens.seen.size()[1];
+        let visible = match &tokens.starts {
+            Some(starts) => Visible::Lengths(Ranges {
+                query_starts: starts.queries.shallow_clone(),
+                key_starts: starts.keys.shallow_clone(),
+                key_lengths: tokens
+                    .seen
+                    .f_select(1, queries - 1)?
+                    .f_add_scalar(1)?
+                    .f_to_kind(Kind::Int)?,
+                most_queries: queries,
+                most_keys: cache.max_seq(),
+            }),
+            None => Visible::Masked(decode_mask(&tokens.seen, tokens.length, self.mask_kind())?),
+        };
         let shared = Shared {
             cos,
             sin,
-            mask: Some(decode_mask(&seen.f_view([rows as i64, queries])?, length)?),
-            step: Step::Decode { cache, tokens: &tokens },
+            kernel: self.kernel,
+            visible,
+            step: Step::Decode { cache, tokens },
         };
         Ok(self
-            .run(&next.ids.f_view([-1, 1])?, None, shared, &mut |_, _| Ok(()))?
+            .run(&ids.f_view([-1, 1])?, None, shared, &mut |_, _| Ok(()))?
             .f_squeeze_dim(1)?)
+    }
+
+    /// The kind of additive masks: a fused kernel wants that of queries.
+    fn mask_kind(&self) -> Kind {
+        match self.kernel {
+            AttentionKernel::Explicit => Kind::Float,
+            _ => self.kind(),
+        }
     }
 
     /// The head's part that predicts image codes.
@@ -463,10 +450,16 @@ impl Transformer {
         }
         let (cos, sin) = self.rope.at(&Tensor::f_arange(seq, (Kind::Int64, self.device()))?)?;
         let blocked = context.map_or(&[][..], |context| &context.blocked);
+        // Right padding needs no mask of its own: no real position sees what comes after it.
+        let visible = match (self.kernel, blocked.is_empty()) {
+            (AttentionKernel::Fused | AttentionKernel::FusedByLength, true) => Visible::Causal,
+            _ => Visible::Masked(causal_mask(batch, seq, blocked, (self.mask_kind(), self.device()))?),
+        };
         Ok(Shared {
             cos,
             sin,
-            mask: Some(causal_mask(batch, seq, blocked, self.device())?),
+            kernel: self.kernel,
+            visible,
             step,
         })
     }

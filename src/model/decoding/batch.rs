@@ -3,7 +3,10 @@
 use tch::Tensor;
 
 use super::DecodingRequest;
-use super::side::{Drawing, Feed, Side};
+use super::device::DeviceStep;
+use super::host::HostStep;
+use super::step::{ImageDraw, Observe, RowFeed, StepPart};
+use crate::model::accelerator::upload;
 use crate::model::kv_cache::KvCache;
 use crate::model::sampling::{Draw, NO_CODE, uniform};
 use crate::model::tokenizer::Vocabulary;
@@ -58,9 +61,9 @@ impl Picture {
         self.rows * self.columns
     }
 
-    /// Tokens drawn or forced so far: what the random stream counts.
-    fn position(&self) -> u64 {
-        (self.done + self.done / self.columns) as u64
+    /// The uniform number that code `index` is drawn by; the stream counts codes and row ends.
+    fn uniform(&self, index: i64) -> f64 {
+        uniform(self.stream.0, self.stream.1, (index + index / self.columns) as u64)
     }
 
     fn own_rows(&self) -> impl Iterator<Item = usize> + use<> {
@@ -78,6 +81,20 @@ struct Row {
     next: i64,
 }
 
+/// How steps are computed.
+#[derive(Debug)]
+enum Backend {
+    Host(HostStep),
+    Device(DeviceStep),
+}
+
+/// Codes of one draw.
+enum Codes {
+    Host(Vec<i64>),
+    /// `[images]` i64 on the device: nothing waits for them.
+    Device(Tensor),
+}
+
 /// Pictures being drawn, and the cache that they share.
 #[derive(Debug)]
 pub struct DecodeBatch {
@@ -88,7 +105,9 @@ pub struct DecodeBatch {
     pictures: Vec<Picture>,
     /// `[rows, hidden]`: what each row's next code is predicted from.
     hidden: Option<Tensor>,
-    side: Side,
+    backend: Backend,
+    /// A step reads the first rows of the cache, and so those in use must be the first ones.
+    reads_first_rows: bool,
     /// Rows of the cache and code buffers that nobody has.
     free_slots: Vec<i64>,
     free_buffers: Vec<usize>,
@@ -111,8 +130,13 @@ impl DecodeBatch {
             model.kind(),
             model.device(),
         )?;
+        let backend = match model.cpu() {
+            Some(_) => Backend::Host(HostStep::new(&head, rows)?),
+            None => Backend::Device(DeviceStep::new(model, options, cache.max_seq())?),
+        };
         Ok(Self {
-            side: Side::new(model, &head, options, cache.max_seq())?,
+            reads_first_rows: model.cpu().is_none() && !model.reads_by_length(),
+            backend,
             head,
             row_end: vocabulary.row_end(),
             cache,
@@ -157,7 +181,10 @@ impl DecodeBatch {
     }
 
     fn codes_of(&self, picture: &Picture) -> Result<Vec<i64>, ModelError> {
-        let codes = self.side.codes(picture.buffer, picture.done)?;
+        let codes = match &self.backend {
+            Backend::Host(host) => host.codes(picture.buffer),
+            Backend::Device(device) => device.codes(picture.buffer, picture.done)?,
+        };
         match codes.contains(&NO_CODE) {
             true => Err(ModelError::invalid("scores", "had no finite largest one")),
             false => Ok(codes),
@@ -184,43 +211,38 @@ impl DecodeBatch {
                 format!("needs {} rows, {} are free", pictures * each, self.free_rows()),
             ));
         }
+        if pictures > self.free_buffers.len() {
+            // There are as many buffers as rows, and an image has one row at least.
+            return Err(ModelError::invalid(
+                "batch",
+                "has free rows but no free buffer for codes",
+            ));
+        }
         let branches = &[&request.prompt, &request.unconditional][..each];
         let slots = self.free_slots[self.free_slots.len() - pictures * each..]
             .iter()
             .rev()
             .copied()
             .collect::<Vec<_>>();
-        let hidden = match self.prefill(model, request, branches, &slots) {
+        let others = self.hidden.as_ref().filter(|_| !self.rows.is_empty());
+        let others = others.map(Tensor::shallow_clone);
+        let prefilled = self.prefill(model, request, branches, &slots);
+        let joined = prefilled.and_then(|hidden| match others {
+            Some(others) => Ok(Tensor::f_cat(&[others, hidden], 0)?),
+            None => Ok(hidden),
+        });
+        let hidden = match joined {
             Ok(hidden) => hidden,
             Err(error) => {
-                for &slot in &slots {
-                    self.cache.wipe(slot, self.cache.max_seq())?;
-                }
+                self.wipe_whole(&slots)?;
                 return Err(error);
             }
         };
-        self.free_slots.truncate(self.free_slots.len() - slots.len());
-        self.hidden = Some(match self.hidden.take().filter(|_| !self.rows.is_empty()) {
-            Some(others) => Tensor::f_cat(&[others, hidden], 0)?,
-            None => hidden,
-        });
-        let mut added = Vec::with_capacity(pictures);
-        for (slots, &stream) in slots.chunks(each).zip(&request.streams) {
-            let id = PictureId(self.next_id);
-            self.next_id += 1;
-            let conditional = self.rows.len();
-            for (own, &slot) in branches.iter().zip(slots) {
-                self.rows.push(Row {
-                    picture: id,
-                    slot,
-                    next: own.len() as i64,
-                });
-            }
-            // There are as many buffers as rows, and a picture has one row at least.
-            let buffer = self.free_buffers.pop().unwrap_or(0);
-            self.side.begin(buffer);
-            self.pictures.push(Picture {
-                id,
+        let mut added: Vec<Picture> = Vec::with_capacity(pictures);
+        for (own_slots, &stream) in slots.chunks(each).zip(&request.streams) {
+            let conditional = self.rows.len() + added.len() * own_slots.len();
+            added.push(Picture {
+                id: PictureId(self.next_id + added.len() as u64),
                 conditional,
                 unconditional: (each == 2).then_some(conditional + 1),
                 rows: request.rows,
@@ -230,12 +252,50 @@ impl DecodeBatch {
                 top_k: request.top_k,
                 stream,
                 done: 0,
-                buffer,
+                buffer: self.free_buffers[self.free_buffers.len() - 1 - added.len()],
                 broken: false,
             });
-            added.push(id);
         }
-        Ok(added)
+        if let Err(error) = self.begin(&added) {
+            self.wipe_whole(&slots)?;
+            return Err(error);
+        }
+        // Nothing fails from here on.
+        self.free_slots.truncate(self.free_slots.len() - slots.len());
+        self.free_buffers.truncate(self.free_buffers.len() - pictures);
+        self.next_id += pictures as u64;
+        self.hidden = Some(hidden);
+        for (picture, own_slots) in added.iter().zip(slots.chunks(each)) {
+            self.rows.extend(branches.iter().zip(own_slots).map(|(own, &slot)| Row {
+                picture: picture.id,
+                slot,
+                next: own.len() as i64,
+            }));
+        }
+        let ids = added.iter().map(|picture| picture.id).collect();
+        self.pictures.extend(added);
+        Ok(ids)
+    }
+
+    /// Makes the buffers of images that are about to enter ready.
+    fn begin(&mut self, added: &[Picture]) -> Result<(), ModelError> {
+        match &mut self.backend {
+            Backend::Host(host) => added.iter().for_each(|picture| host.begin(picture.buffer)),
+            Backend::Device(device) => {
+                for picture in added {
+                    device.begin(picture.buffer, (0..picture.total()).map(|index| picture.uniform(index)))?;
+                }
+                device.members_changed();
+            }
+        }
+        Ok(())
+    }
+
+    fn wipe_whole(&mut self, slots: &[i64]) -> Result<(), ModelError> {
+        for &slot in slots {
+            self.cache.wipe(slot, self.cache.max_seq())?;
+        }
+        Ok(())
     }
 
     /// Fills `slots` with the branches of every picture; returns `[slots, hidden]`.
@@ -254,7 +314,7 @@ impl DecodeBatch {
             ids.extend(std::iter::repeat_n(own[0], seq - own.len()));
             last.push((row * seq + own.len() - 1) as i64);
         }
-        let upload = |numbers: &[i64]| Tensor::f_from_slice(numbers)?.f_to_device(model.device());
+        let upload = |numbers: &[i64]| upload(numbers, model.device());
         let ids = upload(&ids)?.f_view([each as i64, seq as i64])?;
         let all = model.prefill(&ids, request.context.as_ref(), &mut self.cache, &slots[..each])?;
         let hidden = all
@@ -278,8 +338,7 @@ impl DecodeBatch {
         let mut order: Vec<i64> = (0..self.rows.len() as i64).collect();
         self.release(index, &mut order)?;
         if let Some(hidden) = self.hidden.take().filter(|_| !order.is_empty()) {
-            let order = Tensor::f_from_slice(&order)?.f_to_device(hidden.device())?;
-            self.hidden = Some(hidden.f_index_select(0, &order)?);
+            self.hidden = Some(hidden.f_index_select(0, &upload(&order, hidden.device())?)?);
         }
         Ok(())
     }
@@ -289,13 +348,16 @@ impl DecodeBatch {
     fn release(&mut self, index: usize, order: &mut Vec<i64>) -> Result<Picture, ModelError> {
         let picture = self.pictures.swap_remove(index);
         self.free_buffers.push(picture.buffer);
+        if let Backend::Device(device) = &mut self.backend {
+            device.members_changed();
+        }
         let mut freed: Vec<usize> = picture.own_rows().collect();
         freed.sort_unstable();
         for hole in freed.into_iter().rev() {
             let last = self.rows.len() - 1;
             let (gone, mut moved) = (self.rows[hole], self.rows[last]);
             let mut free = gone.slot;
-            if self.side.reads_first_rows() {
+            if self.reads_first_rows {
                 self.cache.wipe(gone.slot, gone.next + 1)?;
                 if hole != last {
                     self.cache.copy_row(moved.slot, gone.slot, moved.next)?;
@@ -330,7 +392,35 @@ impl DecodeBatch {
         self.free_slots = (0..self.cache.rows()).rev().collect();
         self.free_buffers
             .extend(self.pictures.drain(..).map(|picture| picture.buffer));
+        if let Backend::Device(device) = &mut self.backend {
+            device.members_changed();
+        }
         self.cache.wipe_all()
+    }
+
+    /// For benchmarks: every image stands as if `codes` of its codes were drawn, all of them 0. What attention then reads
+    /// of the cache is whatever is there.
+    ///
+    /// # Errors
+    /// When an image has no more than that many codes, or has drawn more.
+    pub fn skip_to(&mut self, codes: i64) -> Result<(), ModelError> {
+        let fits = |picture: &Picture| picture.done <= codes && codes < picture.total();
+        if !self.pictures.iter().all(fits) {
+            let problem = format!("is {codes}, which is not between what every image has drawn and has in all");
+            return Err(ModelError::invalid("codes", problem));
+        }
+        for picture in &mut self.pictures {
+            let skipped = codes + codes / picture.columns - picture.done - picture.done / picture.columns;
+            picture.own_rows().for_each(|row| self.rows[row].next += skipped);
+            picture.done = codes;
+            if let Backend::Host(host) = &mut self.backend {
+                host.skip_to(picture.buffer, codes);
+            }
+        }
+        if let Backend::Device(device) = &mut self.backend {
+            device.members_changed();
+        }
+        Ok(())
     }
 
     /// One more code for every picture; those that are complete leave and are returned.
@@ -338,29 +428,63 @@ impl DecodeBatch {
     /// # Errors
     /// When the device fails; the batch must be cleared then.
     pub fn step(&mut self, model: &Transformer) -> Result<Vec<Drawn>, ModelError> {
+        self.step_observed(model, &mut |_| Ok(()))
+    }
+
+    /// As [`Self::step`], showing `observe` every part of it as soon as it has been given to the device.
+    ///
+    /// # Errors
+    /// As [`Self::step`], and what `observe` returns.
+    pub fn step_observed(&mut self, model: &Transformer, observe: &mut Observe) -> Result<Vec<Drawn>, ModelError> {
         let Some(hidden) = self.hidden.take().filter(|_| !self.pictures.is_empty()) else {
             return Ok(vec![]);
         };
-        let drawings: Vec<Drawing> = self.pictures.iter().map(Drawing::from).collect();
-        let drawn = self.side.draw(&self.head, &hidden, &drawings)?;
+        let drawn = self.draw(model, &hidden, observe)?;
         for (index, picture) in self.pictures.iter_mut().enumerate() {
             picture.done += 1;
-            picture.broken = drawn.is_known_broken(index);
+            // On a device nobody waits to see it: such an image goes on to its end.
+            picture.broken = matches!(&drawn, Codes::Host(codes) if codes[index] == NO_CODE);
         }
-        // Which draw each row goes on with; rows move when pictures leave.
-        let mut drawn_by: Vec<i64> = vec![0; self.rows.len()];
-        for (index, picture) in self.pictures.iter().enumerate() {
-            picture.own_rows().for_each(|row| drawn_by[row] = index as i64);
-        }
+        // Which draw each image goes on with; images move when others leave.
+        let mut stayed: Vec<i64> = (0..self.pictures.len() as i64).collect();
         let mut left = Vec::new();
         while let Some(index) = self.pictures.iter().position(|p| p.broken || p.done == p.total()) {
             let codes = self.codes_of(&self.pictures[index]);
-            let picture = self.release(index, &mut drawn_by)?;
+            let picture = self.release(index, &mut vec![0; self.rows.len()])?;
+            stayed.swap_remove(index);
             left.push(Drawn { id: picture.id, codes });
         }
         if self.rows.is_empty() {
             return Ok(left);
         }
+        self.hidden = Some(self.advance(model, drawn, &stayed, observe)?);
+        Ok(left)
+    }
+
+    /// Draws one code of every image from `hidden` `[rows, hidden]`.
+    fn draw(&mut self, model: &Transformer, hidden: &Tensor, observe: &mut Observe) -> Result<Codes, ModelError> {
+        let images: Vec<ImageDraw> = self.pictures.iter().map(ImageDraw::from).collect();
+        let rows = self.feeds();
+        match &mut self.backend {
+            Backend::Host(host) => Ok(Codes::Host(host.draw(&self.head, hidden, &images, observe)?)),
+            Backend::Device(device) => {
+                let by_length = model.reads_by_length();
+                let batch = (&images[..], &rows[..]);
+                device.refresh(&self.head, batch, &self.free_slots, &self.cache, None, by_length)?;
+                observe(StepPart::Upload)?;
+                Ok(Codes::Device(device.draw(&self.head, hidden, observe)?))
+            }
+        }
+    }
+
+    /// Feeds every row the code that was drawn for its image, of which those at `stayed` are left.
+    fn advance(
+        &mut self,
+        model: &Transformer,
+        drawn: Codes,
+        stayed: &[i64],
+        observe: &mut Observe,
+    ) -> Result<Tensor, ModelError> {
         let mut forced: Vec<usize> = self
             .pictures
             .iter()
@@ -368,23 +492,45 @@ impl DecodeBatch {
             .flat_map(Picture::own_rows)
             .collect();
         forced.sort_unstable();
-        let slots: Vec<i64> = self.rows.iter().map(|row| row.slot).collect();
-        let positions: Vec<i64> = self.rows.iter().map(|row| row.next).collect();
+        let rows = self.feeds();
         self.rows.iter_mut().for_each(|row| row.next += 1);
         forced.iter().for_each(|&row| self.rows[row].next += 1);
-        let feed = Feed {
-            drawn_by: &drawn_by,
-            slots: &slots,
-            positions: &positions,
-            forced: &forced,
-            forced_id: self.row_end,
+        let forced = (&forced[..], self.row_end);
+        match (&mut self.backend, drawn, model.cpu()) {
+            (Backend::Host(host), Codes::Host(codes), Some(decoder)) => {
+                let codes: Vec<i64> = stayed.iter().map(|&draw| codes[draw as usize]).collect();
+                let decoder = (decoder, model.config());
+                host.advance(decoder, &codes, &rows, forced, &mut self.cache, observe)
+            }
+            (Backend::Device(device), Codes::Device(codes), _) => {
+                let images: Vec<ImageDraw> = self.pictures.iter().map(ImageDraw::from).collect();
+                let (batch, by_length) = ((&images[..], &rows[..]), model.reads_by_length());
+                let drawn = Some((codes, stayed));
+                let codes = device
+                    .refresh(&self.head, batch, &self.free_slots, &self.cache, drawn, by_length)?
+                    .ok_or_else(|| ModelError::invalid("batch", "has lost what was drawn"))?;
+                device.advance(model, (&self.head, &codes), &rows, forced, &mut self.cache, observe)
+            }
+            _ => Err(ModelError::invalid("batch", "belongs to another model")),
+        }
+    }
+
+    /// What every row is fed next.
+    fn feeds(&self) -> Vec<RowFeed> {
+        let mut image_of = vec![0; self.rows.len()];
+        for (index, picture) in self.pictures.iter().enumerate() {
+            picture.own_rows().for_each(|row| image_of[row] = index);
+        }
+        let feed = |(row, &image): (&Row, &usize)| RowFeed {
+            image,
+            slot: row.slot,
+            position: row.next,
         };
-        self.hidden = Some(self.side.advance(model, (&self.head, &drawn), &feed, &mut self.cache)?);
-        Ok(left)
+        self.rows.iter().zip(&image_of).map(feed).collect()
     }
 }
 
-impl From<&Picture> for Drawing {
+impl From<&Picture> for ImageDraw {
     fn from(picture: &Picture) -> Self {
         Self {
             conditional: picture.conditional,
@@ -393,7 +539,7 @@ impl From<&Picture> for Drawing {
             draw: Draw {
                 top_k: picture.top_k,
                 temperature: picture.temperature,
-                uniform: uniform(picture.stream.0, picture.stream.1, picture.position()),
+                uniform: picture.uniform(picture.done),
             },
             buffer: picture.buffer,
             done: picture.done,

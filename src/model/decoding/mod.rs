@@ -6,12 +6,15 @@
 //! for a size; a row end rides along with the code before it; the image end is never fed.
 
 mod batch;
-mod side;
+mod device;
+mod host;
+mod step;
 
 use super::context::ContextBatch;
 use super::tokenizer::Vocabulary;
 use super::{ModelError, Transformer};
 pub use batch::{BatchOptions, DecodeBatch, Drawn, PictureId};
+pub use step::{Observe, StepPart};
 
 /// What to draw.
 #[derive(Debug)]

@@ -1,10 +1,13 @@
 //! From logits to drawn codes: top-k with ties, temperature, softmax, and one draw from a stream of the picture's own.
 
+mod device;
 mod host;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::ModelError;
+use super::accelerator::Pack;
+pub(in crate::model) use device::{DeviceSampler, PlannedSampler};
 pub(in crate::model) use host::{HostDraw, draw_on_host};
 
 /// How one code is drawn.
@@ -46,74 +49,20 @@ pub fn uniform(seed: u64, picture: u64, position: u64) -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// What [`draw_codes`] answers for a row that has no finite largest score.
+/// What a draw answers for a row that has no finite largest score.
 pub const NO_CODE: i64 = -1;
 
-/// Draws one index per row of `scores` `[rows, n]`, each in its own way: `[rows]` i64, left on the device so that
-/// nothing waits for it. A row whose largest score is not finite draws [`NO_CODE`]; its neighbours are not touched by it.
+/// Draws one index per row of `scores` `[rows, n]`, each in its own way: `[rows]` i64. A row whose largest score is not
+/// finite draws [`NO_CODE`]; its neighbours are not touched by it.
 ///
 /// # Errors
 /// When the device fails.
 pub fn draw_codes(scores: &Tensor, draws: &[Draw]) -> Result<Tensor, ModelError> {
-    let (rows, n) = scores.size2()?;
-    let device = scores.device();
-    let column = |value: &dyn Fn(&Draw) -> f64| -> Result<Tensor, ModelError> {
-        let values: Vec<f64> = draws.iter().map(value).collect();
-        Ok(Tensor::f_from_slice(&values)?.f_to_device(device)?.f_view([rows, 1])?)
-    };
-    let sound = scores.f_amax([1i64].as_slice(), false)?.f_isfinite()?;
-    let greedy = draws.iter().any(|draw| draw.temperature == 0.0);
-    let largest = if greedy { Some(scores.f_argmax(1, false)?) } else { None };
-    let drawn = if draws.iter().all(|draw| draw.temperature == 0.0) {
-        None
-    } else {
-        let kept = keep_each_top_k(scores, &draws.iter().map(|draw| draw.top_k).collect::<Vec<_>>())?;
-        let warmth = column(&|draw| if draw.temperature == 0.0 { 1.0 } else { draw.temperature })?;
-        let total = kept
-            .f_div(&warmth.f_to_kind(Kind::Float)?)?
-            .f_softmax(1, Kind::Double)?
-            .f_cumsum(1, Kind::Double)?;
-        let sums = total.f_narrow(1, n - 1, 1)?;
-        let at = column(&|draw| draw.uniform)?.f_mul(&sums)?;
-        // The number of cumulative sums at or below the draw is the drawn index.
-        let below = total
-            .f_le_tensor(&at)?
-            .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Int64)?;
-        Some(below.f_clamp_max(n - 1)?)
-    };
-    let codes = match (largest, drawn) {
-        (Some(largest), Some(drawn)) => {
-            let greedy = column(&|draw| draw.temperature)?.f_eq(0.0)?.f_view([rows])?;
-            largest.f_where_self(&greedy, &drawn)?
-        }
-        (Some(codes), None) | (None, Some(codes)) => codes,
-        (None, None) => Tensor::f_zeros([rows], (Kind::Int64, device))?,
-    };
-    Ok(codes.f_masked_fill(&sound.f_logical_not()?, NO_CODE as f64)?)
-}
-
-/// As [`keep_top_k`], with a k for each row.
-fn keep_each_top_k(scores: &Tensor, ks: &[i64]) -> Result<Tensor, ModelError> {
-    let n = scores.size()[1];
-    let Some(&first) = ks.first() else {
-        return Ok(scores.shallow_clone());
-    };
-    if ks.iter().all(|&k| k == first) {
-        return keep_top_k(scores, first);
-    }
-    let drops = |k: i64| k > 0 && k < n;
-    let most = ks.iter().copied().filter(|&k| drops(k)).max().unwrap_or(0);
-    if most == 0 {
-        return Ok(scores.shallow_clone());
-    }
-    let (top, _) = scores.f_topk(most, 1, true, true)?;
-    let last: Vec<i64> = ks.iter().map(|&k| if drops(k) { k - 1 } else { 0 }).collect();
-    let keeps_all: Vec<bool> = ks.iter().map(|&k| !drops(k)).collect();
-    let column = |tensor: Tensor| tensor.f_to_device(scores.device())?.f_view([-1, 1]);
-    let threshold = top
-        .f_gather(1, &column(Tensor::f_from_slice(&last)?)?, false)?
-        .f_masked_fill(&column(Tensor::f_from_slice(&keeps_all)?)?, f64::NEG_INFINITY)?;
-    Ok(scores.f_masked_fill(&scores.f_lt_tensor(&threshold)?, f64::NEG_INFINITY)?)
+    let mut pack = Pack::default();
+    let planned = DeviceSampler::plan(draws, scores.size2()?.1, &mut pack);
+    let uniforms = pack.floats(draws.iter().map(|draw| draw.uniform));
+    let sent = pack.send(scores.device())?;
+    planned.on(&sent)?.draw(scores, &sent.get(&uniforms)?)
 }
 
 #[cfg(test)]
@@ -130,18 +79,6 @@ mod tests {
         let kept = keep_top_k(&scores, 2).unwrap();
         let finite: Vec<bool> = Vec::try_from(kept.isfinite().view(-1)).unwrap();
         assert_eq!(finite, [false, true, true, true, false]);
-        let rows = scores.repeat([3, 1]);
-        let each = keep_each_top_k(&rows, &[2, 0, 1]).unwrap();
-        let finite: Vec<bool> = Vec::try_from(each.isfinite().view(-1)).unwrap();
-        assert_eq!(
-            finite,
-            [
-                [false, true, true, true, false],
-                [true; 5],
-                [false, true, false, false, false]
-            ]
-            .concat()
-        );
     }
 
     #[test]

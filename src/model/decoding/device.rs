@@ -1,0 +1,355 @@
+//! A decode step through libtorch, on whatever device the weights are. What it needs of rows and images lies on the device
+//! and changes there; one copy goes up when images have come or gone, or a row of codes ends, and nothing waits for it.
+
+use tch::{Kind, Tensor};
+
+use super::batch::BatchOptions;
+use super::step::{ImageDraw, Observe, RowFeed, StepPart};
+use crate::model::accelerator::{Pack, Sent, Span};
+use crate::model::attention::{Pairs, Starts, StepTokens};
+use crate::model::kv_cache::{KvCache, whole_blocks};
+use crate::model::sampling::{DeviceSampler, Draw, PlannedSampler};
+use crate::model::transformer::CodeHead;
+use crate::model::{ModelError, Transformer};
+
+#[derive(Debug)]
+pub(super) struct DeviceStep {
+    /// `[buffers, codes]` i64: what is drawn.
+    codes: Tensor,
+    /// `[buffers, codes]` f64: the uniform number that each code is drawn by.
+    uniforms: Tensor,
+    /// With fixed shapes, rows that every step computes: all of the cache.
+    fixed_rows: Option<i64>,
+    /// Images and rows of the next step; `None` when they have changed.
+    members: Option<Members>,
+}
+
+/// The images and rows of a batch, on the device. With fixed shapes both are filled up to the cache's rows: images with
+/// copies of the first, rows with ones that nobody reads.
+#[derive(Debug)]
+struct Members {
+    images: i64,
+    rows: i64,
+    /// Rows that are computed.
+    computed: i64,
+    /// `[images]`: which row predicts an image's next code.
+    conditional: Tensor,
+    /// Where some image is guided: the row of the unconditional branch, the image's own where it has none, and the
+    /// scale `[images, 1]` f32.
+    guidance: Option<(Tensor, Tensor)>,
+    sampler: DeviceSampler,
+    /// `[images]`: where its codes are kept, and how many are drawn.
+    buffer: Tensor,
+    done: Tensor,
+    /// `[rows]`: the image whose code it is fed.
+    image: Tensor,
+    /// `[rows]`: row of the cache, and position of the next token.
+    slot: Tensor,
+    position: Tensor,
+    /// Of a step with one query for each row, and of one with two.
+    single: Option<Starts>,
+    double: Option<Starts>,
+}
+
+/// What of [`Members`] is on its way to the device.
+struct Planned {
+    conditional: Span,
+    guidance: Option<(Span, Span)>,
+    sampler: PlannedSampler,
+    buffer: Span,
+    done: Span,
+    image: Span,
+    slot: Span,
+    position: Span,
+    starts: Option<[Span; 3]>,
+}
+
+impl DeviceStep {
+    pub fn new(model: &Transformer, options: BatchOptions, max_seq: i64) -> Result<Self, ModelError> {
+        let (buffers, device) = (options.rows as i64, model.device());
+        Ok(Self {
+            codes: Tensor::f_zeros([buffers, max_seq], (Kind::Int64, device))?,
+            uniforms: Tensor::f_zeros([buffers, max_seq], (Kind::Double, device))?,
+            fixed_rows: options.fixed_shapes.then_some(buffers),
+            members: None,
+        })
+    }
+
+    /// An image whose codes are drawn by `uniforms` begins in a buffer.
+    pub fn begin(&mut self, buffer: usize, uniforms: impl Iterator<Item = f64>) -> Result<(), ModelError> {
+        let mut pack = Pack::default();
+        let span = pack.floats(uniforms);
+        let numbers = pack.send(self.uniforms.device())?.get(&span)?;
+        let mut place = self.uniforms.f_get(buffer as i64)?.f_narrow(0, 0, numbers.size()[0])?;
+        Ok(place.f_copy_(&numbers)?)
+    }
+
+    /// Images have come or gone, or stand elsewhere.
+    pub fn members_changed(&mut self) {
+        self.members = None;
+    }
+
+    /// The first `count` codes of a buffer. Waits for the device.
+    pub fn codes(&self, buffer: usize, count: i64) -> Result<Vec<i64>, ModelError> {
+        let codes = self.codes.f_get(buffer as i64)?.f_narrow(0, 0, count)?;
+        Ok(Vec::try_from(&codes)?)
+    }
+
+    /// Sends images and rows up where they have changed. Where images have left since `drawn` was drawn, `stayed` says
+    /// which of its codes are left; the answer is those.
+    pub fn refresh(
+        &mut self,
+        head: &CodeHead,
+        (images, rows): (&[ImageDraw], &[RowFeed]),
+        free_slots: &[i64],
+        cache: &KvCache,
+        drawn: Option<(Tensor, &[i64])>,
+        by_length: bool,
+    ) -> Result<Option<Tensor>, ModelError> {
+        if self.members.is_some() {
+            return Ok(drawn.map(|(codes, _)| codes));
+        }
+        let mut pack = Pack::default();
+        let planned = self.plan(&mut pack, (images, rows), free_slots, (head.codes(), cache, by_length));
+        let stayed = drawn.as_ref().map(|(_, stayed)| pack.ints(stayed.iter().copied()));
+        let sent = pack.send(self.codes.device())?;
+        let left = match (drawn, stayed) {
+            (Some((codes, _)), Some(stayed)) => Some(codes.f_index_select(0, &sent.get(&stayed)?)?),
+            _ => None,
+        };
+        self.members = Some(planned.on(&sent, (images.len() as i64, rows.len() as i64))?);
+        Ok(left)
+    }
+
+    fn plan(
+        &self,
+        pack: &mut Pack,
+        (images, rows): (&[ImageDraw], &[RowFeed]),
+        free_slots: &[i64],
+        (codes, cache, by_length): (i64, &KvCache, bool),
+    ) -> Planned {
+        let computed = self.fixed_rows.map_or(rows.len(), |fixed| fixed as usize);
+        let drawn = self.fixed_rows.map_or(images.len(), |fixed| fixed as usize);
+        // With fixed shapes: the first image again and again, and rows of the cache that no image has.
+        let images: Vec<&ImageDraw> = images.iter().chain(images.iter().take(1).cycle()).take(drawn).collect();
+        let slots: Vec<i64> = rows
+            .iter()
+            .map(|row| row.slot)
+            .chain(free_slots.iter().rev().copied())
+            .take(computed)
+            .collect();
+        let row_of = |pick: fn(&RowFeed) -> i64| rows.iter().map(pick).chain(std::iter::repeat(0)).take(computed);
+        let draws: Vec<Draw> = images.iter().map(|image| image.draw).collect();
+        Planned {
+            conditional: pack.ints(images.iter().map(|image| image.conditional as i64)),
+            guidance: images.iter().any(|image| image.unconditional.is_some()).then(|| {
+                // An image without guidance is its own other branch: c + 1 * (c - c).
+                let other = |image: &&ImageDraw| image.unconditional.unwrap_or(image.conditional) as i64;
+                (
+                    pack.ints(images.iter().map(other)),
+                    pack.floats(images.iter().map(|image| image.guidance_scale)),
+                )
+            }),
+            sampler: DeviceSampler::plan(&draws, codes, pack),
+            buffer: pack.ints(images.iter().map(|image| image.buffer as i64)),
+            done: pack.ints(images.iter().map(|image| image.done)),
+            image: pack.ints(row_of(|row| row.image as i64)),
+            position: pack.ints(row_of(|row| row.position)),
+            starts: by_length.then(|| {
+                let starts = |step: i64| (0..=computed as i64).map(move |row| row * step);
+                let keys = slots.iter().map(|&slot| cache.start_of(slot)).chain([0]);
+                [pack.ints(starts(1)), pack.ints(starts(2)), pack.ints(keys)]
+            }),
+            slot: pack.ints(slots.iter().copied()),
+        }
+    }
+
+    /// Draws a code for each image from `hidden` `[rows, hidden]` and keeps it: `[images]`, which nothing waits for.
+    pub fn draw(&mut self, head: &CodeHead, hidden: &Tensor, observe: &mut Observe) -> Result<Tensor, ModelError> {
+        let members = self.members.as_mut().ok_or_else(unprepared)?;
+        // With fixed shapes the head's product has the rows of the whole cache, too: another number of rows may be another
+        // kernel, which rounds differently.
+        let hidden = match members.computed - hidden.size()[0] {
+            0 => hidden.shallow_clone(),
+            missing => hidden.f_constant_pad_nd([0, 0, 0, missing])?,
+        };
+        let logits = head.logits(&hidden)?;
+        observe(StepPart::Head)?;
+        let conditional = logits.f_index_select(0, &members.conditional)?;
+        let scores = match &members.guidance {
+            None => conditional,
+            Some((unconditional, scale)) => {
+                let unconditional = logits.f_index_select(0, unconditional)?;
+                unconditional.f_add(&conditional.f_sub(&unconditional)?.f_mul(scale)?)?
+            }
+        };
+        let place = [Some(&members.buffer), Some(&members.done)];
+        let drawn = members.sampler.draw(&scores, &self.uniforms.f_index(&place)?)?;
+        let of_images = |tensor: &Tensor| tensor.f_narrow(0, 0, members.images);
+        let drawn = of_images(&drawn)?;
+        let place = [Some(of_images(&members.buffer)?), Some(of_images(&members.done)?)];
+        let _ = self.codes.f_index_put_(&place, &drawn, false)?;
+        let _ = members.done.f_add_scalar_(1)?;
+        observe(StepPart::Sampling)?;
+        Ok(drawn)
+    }
+
+    /// Feeds what was drawn, `[images]`; returns `[rows, hidden]`. `rows` are as they were before this step, `forced` those
+    /// that get `row_end` after their code.
+    pub fn advance(
+        &mut self,
+        model: &Transformer,
+        (head, drawn): (&CodeHead, &Tensor),
+        rows: &[RowFeed],
+        (forced, row_end): (&[usize], i64),
+        cache: &mut KvCache,
+        observe: &mut Observe,
+    ) -> Result<Tensor, ModelError> {
+        let fixed = self.fixed_rows.is_some();
+        let members = self.members.as_mut().ok_or_else(unprepared)?;
+        let next = head.ids_of(&drawn.f_clamp_min(0)?.f_index_select(0, &members.image)?)?;
+        let highest = rows.iter().map(|row| row.position).max().unwrap_or(0);
+        if !fixed && forced.is_empty() {
+            let tokens = StepTokens {
+                sequences: members.rows,
+                length: whole_blocks(highest + 1).min(cache.max_seq()),
+                slot: members.slot.shallow_clone(),
+                position: members.position.shallow_clone(),
+                seen: members.position.f_view([-1, 1])?,
+                pairs: None,
+                starts: members.single.as_ref().map(Starts::share),
+            };
+            let hidden = model.decode(&next, &tokens, cache, highest)?;
+            let _ = members.position.f_add_scalar_(1)?;
+            observe(StepPart::Layers)?;
+            return Ok(hidden);
+        }
+        let layout = RowEnd::new(members, rows, forced, fixed)?;
+        observe(StepPart::Upload)?;
+        let extra = layout.tokens - members.computed;
+        let filler = Tensor::f_full([extra], row_end as f64, (Kind::Int64, next.device()))?;
+        let tokens = StepTokens {
+            sequences: members.computed,
+            length: match fixed {
+                true => cache.max_seq(),
+                false => whole_blocks(highest + 2).min(cache.max_seq()),
+            },
+            slot: layout.slot,
+            position: layout.position,
+            seen: layout.seen,
+            pairs: Some(layout.pairs),
+            starts: members.double.as_ref().map(Starts::share),
+        };
+        let all = model.decode(&Tensor::f_cat(&[next, filler], 0)?, &tokens, cache, highest + 1)?;
+        members.position = layout.following;
+        let hidden = all.f_index_select(0, &layout.wanted)?;
+        observe(StepPart::Layers)?;
+        Ok(hidden)
+    }
+}
+
+fn unprepared() -> ModelError {
+    ModelError::invalid("batch", "has changed since it was prepared for a step")
+}
+
+impl Planned {
+    fn on(self, sent: &Sent, (images, rows): (i64, i64)) -> Result<Members, ModelError> {
+        let get = |span: &Span| sent.get(span);
+        let small = |span: &Span| Ok::<_, ModelError>(sent.get(span)?.f_to_kind(Kind::Int)?);
+        let starts = |queries: Option<&Span>, keys: Option<&Span>| match (queries, keys) {
+            (Some(queries), Some(keys)) => Ok::<_, ModelError>(Some(Starts {
+                queries: small(queries)?,
+                keys: small(keys)?,
+            })),
+            _ => Ok(None),
+        };
+        let [single, double, keys] = match &self.starts {
+            Some([single, double, keys]) => [Some(single), Some(double), Some(keys)],
+            None => [None; 3],
+        };
+        let slot = get(&self.slot)?;
+        Ok(Members {
+            images,
+            rows,
+            computed: slot.size()[0],
+            conditional: get(&self.conditional)?,
+            guidance: match &self.guidance {
+                None => None,
+                Some((other, scale)) => Some((get(other)?, get(scale)?.f_to_kind(Kind::Float)?.f_view([-1, 1])?)),
+            },
+            sampler: self.sampler.on(sent)?,
+            buffer: get(&self.buffer)?,
+            done: get(&self.done)?,
+            image: get(&self.image)?,
+            position: get(&self.position)?,
+            single: starts(single, keys)?,
+            double: starts(double, keys)?,
+            slot,
+        })
+    }
+}
+
+/// A step in which rows have two tokens: the forced ones, or with fixed shapes all of them.
+struct RowEnd {
+    tokens: i64,
+    slot: Tensor,
+    position: Tensor,
+    seen: Tensor,
+    pairs: Pairs,
+    /// `[rows]`: the token that each row's following code is predicted from.
+    wanted: Tensor,
+    /// `[computed]`: positions of the step after this one.
+    following: Tensor,
+}
+
+impl RowEnd {
+    fn new(members: &Members, rows: &[RowFeed], forced: &[usize], fixed: bool) -> Result<Self, ModelError> {
+        let computed = members.computed as usize;
+        let position = |row: usize| rows.get(row).map_or(0, |row| row.position);
+        let second: Vec<usize> = match fixed {
+            true => (0..computed).collect(),
+            false => forced.to_vec(),
+        };
+        let mut wanted: Vec<i64> = (0..rows.len() as i64).collect();
+        let mut following: Vec<i64> = (0..computed).map(|row| position(row) + 1).collect();
+        for &row in forced {
+            following[row] += 1;
+        }
+        // Both queries of a row with one token are that token's, and the last one is its answer: where rows are read to
+        // their own length, the one before the last sees one key less.
+        let mut query: Vec<i64> = (0..computed as i64).flat_map(|token| [token, token]).collect();
+        let mut seen: Vec<i64> = (0..computed).flat_map(|row| [position(row); 2]).collect();
+        let mut answer: Vec<i64> = (0..computed as i64).map(|row| 2 * row + 1).collect();
+        for (&row, token) in second.iter().zip(computed as i64..) {
+            answer[row] = 2 * row as i64;
+            answer.push(2 * row as i64 + 1);
+            query[2 * row + 1] = token;
+            seen[2 * row + 1] += 1;
+            if forced.contains(&row) {
+                wanted[row] = token;
+            }
+        }
+        let mut pack = Pack::default();
+        let query = pack.ints(query);
+        let seen = pack.ints(seen);
+        let answer = pack.ints(answer);
+        let wanted = pack.ints(wanted);
+        let following = pack.ints(following);
+        let more_positions = pack.ints(second.iter().map(|&row| position(row) + 1));
+        let second_row = pack.ints(second.iter().map(|&row| row as i64));
+        let sent = pack.send(members.slot.device())?;
+        let more_slots = members.slot.f_index_select(0, &sent.get(&second_row)?)?;
+        Ok(Self {
+            tokens: (computed + second.len()) as i64,
+            slot: Tensor::f_cat(&[&members.slot, &more_slots], 0)?,
+            position: Tensor::f_cat(&[&members.position, &sent.get(&more_positions)?], 0)?,
+            seen: sent.get(&seen)?.f_view([-1, 2])?,
+            pairs: Pairs {
+                query: sent.get(&query)?,
+                answer: sent.get(&answer)?,
+            },
+            wanted: sent.get(&wanted)?,
+            following: sent.get(&following)?,
+        })
+    }
+}

@@ -1,0 +1,154 @@
+// What coar needs of libtorch and tch does not bind, as C functions.
+//
+// Nothing here links to libtorch's CUDA part: streams, events and allocators are reached through c10's registries, which
+// that part fills when it is opened. So one program serves machines with and without it.
+//
+// Every function returns 0, or 1 with the reason in `text` (at most `room` bytes, terminated).
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/ops/_efficient_attention_forward.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <utility>
+
+namespace {
+
+int fail(char* text, size_t room, const char* reason) {
+  std::snprintf(text, room, "%s", reason);
+  return 1;
+}
+
+template <typename Work>
+int guarded(char* text, size_t room, Work&& work) {
+  try {
+    work();
+    return 0;
+  } catch (const c10::Error& error) {
+    return fail(text, room, error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    return fail(text, room, error.what());
+  } catch (...) {
+    return fail(text, room, "an exception of an unknown kind");
+  }
+}
+
+c10::Device cuda(int index) {
+  return c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
+}
+
+c10::Stream current_stream(int index) {
+  return c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(cuda(index));
+}
+
+}  // namespace
+
+extern "C" {
+
+// Makes a new stream the calling thread's current one.
+int coar_stream_use_new(int index, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+    guard.exchangeStream(guard.getNewStream(cuda(index)));
+  });
+}
+
+// Waits until the calling thread's current stream has done all that it was given.
+int coar_stream_synchronize(int index, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+    guard.synchronizeStream(current_stream(index));
+  });
+}
+
+// Records a new event with a time on the calling thread's current stream.
+int coar_event_record(int index, void** event, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    auto made = std::make_unique<c10::Event>(c10::DeviceType::CUDA, c10::EventFlag::BACKEND_DEFAULT);
+    made->record(current_stream(index));
+    *event = made.release();
+  });
+}
+
+// Seconds from one event to a later one; waits for the later one.
+int coar_event_seconds(void* from, void* to, double* seconds, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    auto* later = static_cast<c10::Event*>(to);
+    later->synchronize();
+    *seconds = static_cast<c10::Event*>(from)->elapsedTime(*later) / 1e3;
+  });
+}
+
+void coar_event_free(void* event) {
+  delete static_cast<c10::Event*>(event);
+}
+
+// Bytes of libtorch's allocator: allocated, its peak, reserved, its peak.
+int coar_allocator_memory(int index, int64_t* bytes, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    auto* allocator = c10::getDeviceAllocator(c10::DeviceType::CUDA);
+    const auto stats = allocator->getDeviceStats(static_cast<c10::DeviceIndex>(index));
+    bytes[0] = stats.allocated_bytes[0].current;
+    bytes[1] = stats.allocated_bytes[0].peak;
+    bytes[2] = stats.reserved_bytes[0].current;
+    bytes[3] = stats.reserved_bytes[0].peak;
+  });
+}
+
+int coar_allocator_reset_peak(int index, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    c10::getDeviceAllocator(c10::DeviceType::CUDA)->resetPeakStats(static_cast<c10::DeviceIndex>(index));
+  });
+}
+
+// Gives memory that libtorch holds back and does not use to the driver.
+int coar_allocator_empty(char* text, size_t room) {
+  return guarded(text, room, [&] { c10::getDeviceAllocator(c10::DeviceType::CUDA)->emptyCache(); });
+}
+
+// Whether products and convolutions in f32 may round their inputs to TF32 on CUDA.
+int coar_set_tf32(int allowed, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    const auto precision = allowed != 0 ? at::Float32Precision::TF32 : at::Float32Precision::IEEE;
+    for (const auto op : {at::Float32Op::CONV, at::Float32Op::RNN, at::Float32Op::MATMUL}) {
+      at::globalContext().setFloat32Precision(at::Float32Backend::CUDA, op, precision);
+    }
+  });
+}
+
+// A one-dimensional tensor of 64-bit integers on a CUDA device, sent from pinned memory without waiting. The pinned block
+// goes back to libtorch's host allocator, which does not hand it out again before the copy is done.
+int coar_upload(const int64_t* numbers, size_t count, int index, at::Tensor** out, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(true);
+    auto host = at::empty({static_cast<int64_t>(count)}, options);
+    if (count > 0) {
+      std::memcpy(host.mutable_data_ptr<int64_t>(), numbers, count * sizeof(int64_t));
+    }
+    *out = new at::Tensor(host.to(cuda(index), /*non_blocking=*/true));
+  });
+}
+
+// Attention of rows that each have their own number of keys. `query` is [1, tokens, 1, head_dim], `key` and `value` are
+// [1, all, 1, head_dim]; sequence i has the queries from query_starts[i] to query_starts[i + 1] and the key_lengths[i] keys
+// from key_starts[i] on; its last query sees all of them, the one before one less. The three are 32-bit integers.
+int coar_attend_lengths(const at::Tensor* query, const at::Tensor* key, const at::Tensor* value,
+                        const at::Tensor* query_starts, const at::Tensor* key_starts, const at::Tensor* key_lengths,
+                        int64_t most_queries, int64_t most_keys, double scale, at::Tensor** out, char* text,
+                        size_t room) {
+  return guarded(text, room, [&] {
+    constexpr int64_t causal_from_bottom_right = 2;
+    auto result = at::_efficient_attention_forward(
+        *query, *key, *value, /*bias=*/std::nullopt, *query_starts, *key_starts, most_queries, most_keys,
+        /*dropout_p=*/0.0, causal_from_bottom_right, /*compute_log_sumexp=*/false, scale, *key_lengths);
+    *out = new at::Tensor(std::move(std::get<0>(result)));
+  });
+}
+
+}  // extern "C"
