@@ -150,6 +150,15 @@ impl Memory {
     }
 }
 
+impl std::fmt::Display for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Mebibytes(mebibytes) => write!(f, "{mebibytes}"),
+        }
+    }
+}
+
 fn mebibytes(text: &str) -> Result<Memory, String> {
     match text.parse() {
         _ if text == "auto" => Ok(Memory::Auto),
@@ -236,6 +245,10 @@ pub struct ModelArgs {
     /// `auto` (bf16 on an accelerator, and on a CPU with bf16 instructions for bf16 checkpoints; else f32), `f32`, `bf16` or `f16`.
     #[arg(long, env = "COAR_DTYPE", default_value = "auto")]
     pub dtype: String,
+    /// Let a GPU round f32 to TF32 in image encoding and decoding: faster, but image codes and pixels are then not exactly
+    /// the CPU's.
+    #[arg(long, env = "COAR_TF32", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub tf32: Switch,
     /// Threads for libtorch on the CPU; 0: as many as cores.
     #[arg(long, env = "COAR_THREADS", default_value_t = 0)]
     pub threads: i32,
@@ -261,9 +274,11 @@ pub struct EngineArgs {
     /// same concept.
     #[arg(long, env = "COAR_TRAINING_MEMORY", default_value = "auto", value_name = "MIB", value_parser = mebibytes)]
     pub training_memory: Memory,
-    /// Memory for keys and values in MiB, taken once at the start: it bounds how many pictures are drawn at once.
-    #[arg(long, env = "COAR_KV_MEMORY", default_value_t = 2048, value_name = "MIB")]
-    pub kv_memory: u64,
+    /// Memory for keys and values in MiB, taken once at the start: it bounds how many images are drawn at once. `auto` takes
+    /// what is free on a GPU when the model is loaded, less what image decoding and a training step that recomputes layers
+    /// need, but no more than `--rows` can use; on the CPU 2048.
+    #[arg(long, env = "COAR_KV_MEMORY", default_value = "auto", value_name = "MIB", value_parser = mebibytes)]
+    pub kv_memory: Memory,
     /// The most rows of the batch, whatever the memory admits; a picture with guidance takes two.
     #[arg(long, env = "COAR_ROWS", default_value_t = 64)]
     pub rows: usize,
@@ -315,8 +330,8 @@ impl Config {
         );
         check(
             "kv_memory",
-            self.engine.kv_memory > 0,
-            "1 or more",
+            self.engine.kv_memory.bytes() != Some(0),
+            "`auto`, or 1 or more",
             &self.engine.kv_memory,
         );
         check("rows", self.engine.rows > 1, "2 or more", &self.engine.rows);

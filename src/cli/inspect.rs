@@ -65,6 +65,7 @@ impl InspectArgs {
             Some(dir) => dir.clone(),
             None => {
                 let args = ModelArgs {
+                    tf32: crate::config::Switch::Off,
                     model: None,
                     tokenizer: None,
                     target_size: None,

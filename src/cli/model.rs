@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind};
 
 pub use crate::config::{EngineArgs, ModelArgs};
-use crate::engine::{EngineHandle, EngineOptions, ModelInfo};
-use crate::model::accelerator::load_cuda;
+use crate::engine::{EngineHandle, EngineOptions, KvMemory, ModelInfo};
+use crate::model::accelerator::{load_cuda, set_tf32};
 use crate::model::cpu::multiplies_bf16;
 use crate::model::lumina::CheckpointFiles;
 use crate::model::{LuminaMgpt, ModelConfig, ModelError};
@@ -18,7 +18,7 @@ impl EngineArgs {
     pub fn options(&self) -> EngineOptions {
         EngineOptions {
             queue: self.queue,
-            kv_bytes: self.kv_memory << 20,
+            kv_bytes: self.kv_memory.bytes().map_or(KvMemory::Auto, KvMemory::Bytes),
             rows: self.rows,
             concept_bytes: self.concept_memory << 20,
             training_share: self.training_share,
@@ -74,7 +74,11 @@ impl ModelArgs {
     /// # Errors
     /// When the flag is not a device, or the device is absent.
     pub fn device(&self) -> anyhow::Result<Device> {
-        device(&self.device)
+        let device = device(&self.device)?;
+        if device != Device::Cpu {
+            set_tf32(self.tf32.is_on())?;
+        }
+        Ok(device)
     }
 
     /// The kind that the flag names, for `device`. `auto` is bf16 on an accelerator, and on a CPU that multiplies bf16

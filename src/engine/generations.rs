@@ -1,22 +1,24 @@
 //! The drawing half of the device thread: requests in, rows of one batch, codes out.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::Instant;
 
+use tch::Device;
 use tokio::sync::mpsc;
 
 use super::command::{EngineError, GenerateRequest, GenerationEvent};
 use super::concept_cache::ConceptCache;
+use super::guard::{end_process, guarded};
 use super::handle::Ticket;
 use super::meters::Trace;
 use super::pictures::{Order, Orders, Recipient};
 use super::plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 use super::scheduler::{Admission, Cost, JobId, Scheduler};
-use super::thread::guarded;
 use crate::concept::DeviceConcept;
+use crate::model::accelerator::{self, Event};
 use crate::model::decoding::{DecodeBatch, Drawn, PictureId};
 use crate::model::{LuminaMgpt, ModelError};
 use crate::telemetry::meters;
@@ -48,7 +50,14 @@ pub(super) struct Generations {
     next_job: u64,
     orders: Orders,
     speed: Speed,
+    device: Device,
+    /// Ends of the steps that the device may not have reached.
+    steps: VecDeque<Event>,
 }
+
+/// Steps that the host may be ahead of the device. With one, the next step is prepared while the device computes; with
+/// more, progress would be told and cancellations be seen long before or after the device gets there.
+const STEPS_AHEAD: usize = 1;
 
 /// Tokens per second over the last while, for honest waiting times.
 #[derive(Debug, Default)]
@@ -82,6 +91,9 @@ pub struct Load {
     pub concept_hits: u64,
     pub concept_misses: u64,
     pub concept_bytes: usize,
+    /// Seconds of the device's time for images and for trainings, where they are measured.
+    pub generation_seconds: f64,
+    pub training_seconds: f64,
 }
 
 fn rows_of(request: &GenerateRequest) -> usize {
@@ -89,8 +101,10 @@ fn rows_of(request: &GenerateRequest) -> usize {
 }
 
 impl Generations {
-    pub(super) fn new(batch: DecodeBatch, orders: Orders, concept_bytes: usize) -> Self {
+    pub(super) fn new(device: Device, batch: DecodeBatch, orders: Orders, concept_bytes: usize) -> Self {
         Self {
+            device,
+            steps: VecDeque::new(),
             batch,
             scheduler: Scheduler::default(),
             concepts: ConceptCache::new(concept_bytes),
@@ -121,6 +135,7 @@ impl Generations {
             concept_hits,
             concept_misses,
             concept_bytes,
+            ..Load::default()
         }
     }
 
@@ -132,7 +147,7 @@ impl Generations {
         events: mpsc::Sender<GenerationEvent>,
         ticket: Ticket,
     ) {
-        let plan = match guarded(|| plan(model, &request)) {
+        let plan = match guarded(self.device, || plan(model, &request)) {
             Ok(plan) => plan,
             Err(error) => return drop(events.try_send(GenerationEvent::Failed(error))),
         };
@@ -179,7 +194,7 @@ impl Generations {
             return;
         }
         let (begun, pictures, free) = (Instant::now(), self.batch.len(), self.batch.free_rows());
-        match guarded(|| self.batch.step(&model.transformer)) {
+        match self.step(model) {
             Ok(drawn) => {
                 // Two rows each, mostly; the unit only has to agree with the cost's.
                 let seconds = begun.elapsed().as_secs_f64();
@@ -189,6 +204,29 @@ impl Generations {
                 self.tell_progress();
             }
             Err(error) => self.fail_active(&error),
+        }
+    }
+
+    /// One decode step, at most [`STEPS_AHEAD`] of the device.
+    fn step(&mut self, model: &LuminaMgpt) -> Result<Vec<Drawn>, EngineError> {
+        let (batch, steps, device) = (&mut self.batch, &mut self.steps, self.device);
+        guarded(device, || {
+            while steps.len() > STEPS_AHEAD {
+                if let Some(step) = steps.pop_front() {
+                    step.wait()?;
+                }
+            }
+            let drawn = batch.step(&model.transformer)?;
+            steps.push_back(Event::record(device)?);
+            Ok(drawn)
+        })
+    }
+
+    /// Waits until the device has done the steps that it was given.
+    pub(super) fn settle(&mut self) {
+        self.steps.clear();
+        if let Err(error) = guarded(self.device, || accelerator::synchronize(self.device)) {
+            self.fail_active(&error);
         }
     }
 
@@ -209,7 +247,7 @@ impl Generations {
         self.scheduler.remove(id);
         let job = self.jobs.remove(&id)?;
         for &(picture, _) in &job.active {
-            if let Err(error) = guarded(|| self.batch.remove(picture)) {
+            if let Err(error) = guarded(self.device, || self.batch.remove(picture)) {
                 tracing::error!(%error, "a picture could not be taken out of the batch");
                 self.fail_active(&error);
                 break;
@@ -226,10 +264,10 @@ impl Generations {
 
     /// A step has failed: nobody knows what state it has left, so everybody in it fails; who waits goes on.
     fn fail_active(&mut self, error: &EngineError) {
-        if let Err(beyond) = guarded(|| self.batch.clear()) {
+        if let Err(beyond) = guarded(self.device, || self.batch.clear()) {
             // A poisoned CUDA context fails every later call; only a new process gets a new one.
             tracing::error!(%error, %beyond, "the device does not recover; the process ends so that it can be restarted");
-            super::end_process();
+            end_process();
         }
         let active: Vec<JobId> = self
             .jobs
@@ -257,7 +295,7 @@ impl Generations {
         }
         let (batch, concepts) = (&mut self.batch, &mut self.concepts);
         let prefill = job.trace.prefill();
-        let started = guarded(|| start(model, batch, concepts, job, admission));
+        let started = guarded(self.device, || start(model, batch, concepts, job, admission));
         prefill.end();
         match started {
             Ok(ids) => {

@@ -11,8 +11,8 @@ use crate::concept::{ConceptFile, ConceptFileError};
 use super::command::{EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingRequest};
 use super::cost::{Cost, Counter};
 use super::generations::Load;
+use super::guard::{device_error, end_process};
 use super::meters::{GenerationClock, Trace};
-use super::thread::device;
 use crate::telemetry::meters;
 
 /// Readiness as the device thread last reported it.
@@ -242,7 +242,7 @@ impl Drop for Joined {
         while !thread.is_finished() {
             if since.elapsed() > LAST_WAIT {
                 tracing::error!("the device thread does not end; the process ends without it");
-                super::end_process();
+                end_process();
             }
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -276,7 +276,7 @@ impl EngineHandle {
     /// # Errors
     /// `Invalid` when the prompt cannot be tokenised or is too long for a row of the batch.
     pub fn cost(&self, request: &GenerateRequest) -> Result<Cost, EngineError> {
-        self.counter.count(request).map_err(|error| device(&error))
+        self.counter.count(request).map_err(|error| device_error(&error))
     }
 
     /// Hands a generation to the device thread. Bounded and without waiting.

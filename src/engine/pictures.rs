@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc as sync;
 use std::thread::JoinHandle;
 
-use tch::{Device, Tensor};
+use tch::Device;
 use tokio::sync::mpsc;
 
 use super::command::GenerationEvent;
-use super::thread::guarded;
+use super::guard::guarded;
 use crate::model::cpu::without_pool;
 use crate::model::lumina::pictures;
-use crate::model::{ModelError, Vqgan};
+use crate::model::{ModelError, Vqgan, accelerator};
 use crate::picture::RgbPicture;
 use crate::telemetry::meters;
 
@@ -111,6 +111,10 @@ pub(super) fn start(tokenizers: Vec<Vqgan>) -> std::io::Result<(Orders, Vec<Join
             .name("coar-pictures".to_owned())
             .spawn(move || {
                 without_pool();
+                // Decode steps do not wait for a picture that is decoded beside them.
+                if let Err(error) = accelerator::use_own_stream(vqgan.device()) {
+                    tracing::warn!(%error, "images are decoded on the decode steps' stream");
+                }
                 let _no_grad = tch::no_grad_guard();
                 for order in inbox {
                     deliver(&vqgan, order);
@@ -135,7 +139,7 @@ fn deliver(vqgan: &Vqgan, order: Order) {
     }
     let decoded = recipient
         .span
-        .in_scope(|| guarded(|| decode(vqgan, &codes, recipient.size)));
+        .in_scope(|| guarded(vqgan.device(), || decode(vqgan, &codes, recipient.size)));
     let send = |event| drop(recipient.events.try_send(event));
     match (decoded, partial) {
         (Ok(picture), Some(number)) => send(GenerationEvent::Partial { index, number, picture }),
@@ -164,9 +168,7 @@ fn decode(vqgan: &Vqgan, codes: &[i64], (width, height): (u32, u32)) -> Result<R
     let unit = vqgan.config().pixels_per_code();
     let columns = i64::from(width / unit);
     let rows = codes.len() as i64 / columns.max(1);
-    let codes = Tensor::f_from_slice(codes)?
-        .f_view([1, -1])?
-        .f_to_device(vqgan.device())?;
+    let codes = accelerator::upload(codes, vqgan.device())?.f_view([1, -1])?;
     let mut picture = pictures(&vqgan.decode(&codes, rows, columns)?)?
         .pop()
         .ok_or_else(|| ModelError::invalid("codes", "are empty"))?;

@@ -1,32 +1,33 @@
 //! The device thread: the only owner of model and cache. Pictures advance by one code each turn, trainings by one slice.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::command::EngineError;
 use super::cost::Counter;
+use super::device_time::DeviceTime;
 use super::generations::Generations;
 use super::handle::{Command, EngineHandle, Gauge, Health, Joined, ModelInfo};
+use super::memory::{KvMemory, free_bytes, kv_rows};
 use super::meters::Published;
 use super::pictures;
 use super::scheduler::{DeviceShare, Turn};
 use super::trainings::Trainings;
 use crate::model::decoding::{BatchOptions, DecodeBatch};
 use crate::model::kv_cache::KvCache;
-use crate::model::{LuminaMgpt, ModelError};
+use crate::model::{LuminaMgpt, ModelError, accelerator};
 use crate::telemetry::meters;
+use crate::training::{Estimate, Preset};
 
 /// How the device thread works.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
     /// Requests that may wait for rows; more are refused.
     pub queue: usize,
-    /// Memory for keys and values, in bytes, taken once at the start.
-    pub kv_bytes: u64,
+    /// Memory for keys and values, taken once at the start.
+    pub kv_bytes: KvMemory,
     /// The most rows of the batch, whatever the memory admits; a guided picture takes two.
     pub rows: usize,
     /// Tokens of text that a row has room for.
@@ -45,13 +46,15 @@ pub struct EngineOptions {
     /// A picture's codes do not depend on who shares the batch even where libtorch's kernels depend on its size: every
     /// step has the shapes of the full batch. Needless where the CPU's own decode step is used.
     pub deterministic: bool,
+    /// Measure what the device spends on images and on trainings by its own clock: see [`super::Load`].
+    pub measure_device_time: bool,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
         Self {
             queue: 64,
-            kv_bytes: 2 << 30,
+            kv_bytes: KvMemory::Auto,
             rows: 64,
             prompt_tokens: 256,
             concept_bytes: 256 << 20,
@@ -60,6 +63,7 @@ impl Default for EngineOptions {
             checkpoint_every: Duration::from_secs(5),
             threads: 0,
             deterministic: false,
+            measure_device_time: false,
         }
     }
 }
@@ -86,7 +90,7 @@ pub fn start(
             let _no_grad = tch::no_grad_guard();
             let thread = load().and_then(|(model, info)| {
                 let counter = Counter::new(&model, longest_row(&model, options.prompt_tokens));
-                let thread = Thread::new(model, &options, inbox, own_gauge)?;
+                let thread = Thread::new(model, (&options, info.preset), inbox, own_gauge)?;
                 Ok((thread, (info, counter)))
             });
             match thread {
@@ -127,35 +131,9 @@ struct Thread {
     generations: Generations,
     trainings: Trainings,
     share: DeviceShare,
+    time: Option<DeviceTime>,
     gauge: Arc<Gauge>,
     published: Published,
-}
-
-pub(super) fn device(error: &ModelError) -> EngineError {
-    match error {
-        ModelError::Invalid { field, problem } => EngineError::Invalid {
-            field,
-            problem: problem.clone(),
-        },
-        other => EngineError::Device(other.to_string()),
-    }
-}
-
-/// Runs one unit of work; a panic inside it is that unit's failure, not the thread's end.
-pub(super) fn guarded<T>(work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, EngineError> {
-    match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(result) => result.map_err(|error| device(&error)),
-        Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
-            tracing::error!(panic = text, "a unit of work panicked");
-            Err(EngineError::Device(
-                "an internal error; the server's log has the details".to_owned(),
-            ))
-        }
-    }
 }
 
 /// Tokens of the longest row: text, image start and sizes, context positions, and the largest picture.
@@ -171,22 +149,28 @@ fn longest_row(model: &LuminaMgpt, prompt_tokens: usize) -> i64 {
 impl Thread {
     fn new(
         model: LuminaMgpt,
-        options: &EngineOptions,
+        (options, preset): (&EngineOptions, Preset),
         inbox: mpsc::Receiver<Command>,
         gauge: Arc<Gauge>,
     ) -> Result<Self, ModelError> {
         let max_seq = longest_row(&model, options.prompt_tokens);
         let row = KvCache::row_bytes(model.transformer.config(), max_seq, model.transformer.kind());
-        let rows = usize::try_from(options.kv_bytes / row.max(1)).unwrap_or(usize::MAX);
-        if rows < 2 {
-            tracing::warn!(
-                memory_mib = options.kv_bytes >> 20,
-                needed_mib = (2 * row) >> 20,
-                "--kv-memory is less than one guided picture needs, and so that much is taken"
-            );
-        }
-        let rows = rows.min(options.rows).max(2);
-        tracing::info!(rows, max_seq, bytes = row * rows as u64, "key/value cache");
+        let device = model.transformer.device();
+        // Whatever the loading has put aside and not used.
+        accelerator::synchronize(device)?;
+        accelerator::empty_cache(device);
+        let free = free_bytes(device);
+        let estimate = Estimate::of_preset(&model, preset);
+        let reserve = model.decode_bytes() + estimate.bytes(estimate.recomputed());
+        let rows = kv_rows(options.kv_bytes.bytes(device, free, reserve), row, options.rows, free)?;
+        tracing::info!(
+            rows,
+            max_seq,
+            bytes = row * rows as u64,
+            free,
+            reserve,
+            "key/value cache"
+        );
         let batch = BatchOptions {
             rows,
             max_seq,
@@ -195,6 +179,8 @@ impl Thread {
         meters().kv_rows.set(rows as i64);
         meters().kv_bytes.set((row * rows as u64) as i64);
         let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, batch)?;
+        // Other threads read the weights on streams of their own: what has put them there must be over.
+        accelerator::synchronize(device)?;
         let tokenizers = (0..pictures::threads(model.transformer.device()))
             .map(|_| model.share_vqgan())
             .collect::<Result<_, _>>()?;
@@ -202,9 +188,10 @@ impl Thread {
             .map_err(|error| ModelError::invalid("engine", format!("cannot start its picture thread: {error}")))?;
         let published = Published::new(model.transformer.device());
         Ok(Self {
-            generations: Generations::new(batch, orders, options.concept_bytes),
-            trainings: Trainings::new(options.checkpoint_every, options.training_bytes),
+            generations: Generations::new(device, batch, orders, options.concept_bytes),
+            trainings: Trainings::new(device, options.checkpoint_every, options.training_bytes),
             share: DeviceShare::new(options.training_share),
+            time: options.measure_device_time.then(|| DeviceTime::new(device)),
             model,
             pictures,
             inbox,
@@ -263,7 +250,15 @@ impl Thread {
             let on_cpu = self.model.transformer.device() == tch::Device::Cpu;
             let decoding = on_cpu && training && self.generations.only_decodes();
             let drawing = decoding || !self.generations.is_empty();
-            let (turn, begun) = (self.share.turn(drawing, training), Instant::now());
+            let turn = self.share.turn(drawing, training);
+            if turn == Turn::Training {
+                // What the device still has to do for images is their time.
+                let begun = Instant::now();
+                self.generations.settle();
+                self.share.spent(Turn::Generation, begun.elapsed(), drawing && training);
+            }
+            let measured = self.time.as_ref().map(DeviceTime::begin);
+            let begun = Instant::now();
             match turn {
                 Turn::Generation if decoding => std::thread::sleep(GLANCE),
                 Turn::Generation => self.generations.turn(&self.model),
@@ -272,7 +267,13 @@ impl Thread {
             }
             let spent = begun.elapsed();
             self.share.spent(turn, spent, drawing && training);
-            let load = self.generations.load();
+            let mut load = self.generations.load();
+            if let (Some(time), Some(begun)) = (&mut self.time, measured) {
+                if let Err(error) = begun.and_then(|begun| time.end(turn, begun)) {
+                    tracing::warn!(%error, "the device's time could not be measured");
+                }
+                (load.generation_seconds, load.training_seconds) = (time.generation, time.training);
+            }
             self.published.turn(turn, spent, &load, self.trainings.len());
             self.gauge.tell(load);
         }

@@ -3,12 +3,13 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use tch::Device;
 use tokio::sync::mpsc;
 
 use super::command::{EngineError, TrainingEvent, TrainingProgress, TrainingRequest};
 use super::generations::RESERVED_EVENTS;
-use super::thread::guarded;
-use crate::model::LuminaMgpt;
+use super::guard::guarded;
+use crate::model::{LuminaMgpt, ModelError, accelerator};
 use crate::telemetry::meters;
 use crate::training::{Advance, Graph, StepLosses, Trainer};
 
@@ -18,9 +19,27 @@ struct Training {
     checkpointed: Instant,
     started: Instant,
     first_step: u32,
+    /// What the present step has taken so far.
+    in_step: Duration,
     /// Steps after which the concept is handed out.
     previews: Vec<u32>,
     span: tracing::Span,
+}
+
+/// How long a slice of a training is, about: images pause for as long. A piece of a step is not interrupted.
+const SLICE: Duration = Duration::from_millis(20);
+
+/// Pieces of a training until the slice is over, or something else than a piece is done. On an accelerator each is waited
+/// for: without that a slice would end while the device still computes, and its time be charged to whoever comes next.
+fn slice(trainer: &mut Trainer, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+    let begun = Instant::now();
+    loop {
+        let advance = trainer.advance(model)?;
+        accelerator::synchronize(model.transformer.device())?;
+        if advance != Advance::Piece || begun.elapsed() >= SLICE {
+            return Ok(advance);
+        }
+    }
 }
 
 /// Open trainings.
@@ -31,13 +50,15 @@ pub(super) struct Trainings {
     bytes: Option<u64>,
     /// No more are taken in.
     closed: bool,
+    device: Device,
 }
 
 impl Trainings {
     /// A training's checkpoint is handed out at least every `checkpoint_every`; the graph of its step may take `bytes`,
     /// or half of what is free when it begins.
-    pub(super) fn new(checkpoint_every: Duration, bytes: Option<u64>) -> Self {
+    pub(super) fn new(device: Device, checkpoint_every: Duration, bytes: Option<u64>) -> Self {
         Self {
+            device,
             open: VecDeque::new(),
             checkpoint_every,
             bytes,
@@ -71,13 +92,14 @@ impl Trainings {
             checkpoint,
             previews,
         } = request;
-        let opened = guarded(|| match &checkpoint {
+        let device = model.transformer.device();
+        let opened = guarded(device, || match &checkpoint {
             Some(bytes) => Trainer::resume(model, spec, &pictures, bytes),
             None => Trainer::new(model, spec, &pictures),
         });
         match opened {
             Ok(mut trainer) => {
-                let free = || super::memory::free_bytes(model.transformer.device()).map(|free| free / 2);
+                let free = || super::memory::free_bytes(device).map(|free| free / 2);
                 let estimate = trainer.estimate(model);
                 if let Some(budget) = self.bytes.or_else(free) {
                     let graph = estimate.within(budget);
@@ -92,6 +114,7 @@ impl Trainings {
                     checkpointed: now,
                     started: now,
                     first_step,
+                    in_step: Duration::ZERO,
                     previews,
                     span,
                 });
@@ -108,14 +131,16 @@ impl Trainings {
         if training.events.is_closed() {
             return;
         }
-        let (slice, begun) = (
+        let (span, begun) = (
             tracing::info_span!(parent: &training.span, "train.slice"),
             Instant::now(),
         );
-        let advanced = slice.in_scope(|| guarded(|| training.trainer.advance(model)));
+        let device = model.transformer.device();
+        let advanced = span.in_scope(|| guarded(device, || slice(&mut training.trainer, model)));
+        training.in_step += begun.elapsed();
         match advanced {
             Ok(Advance::Finished) => {
-                let finished = guarded(|| training.trainer.concept_file(model.fingerprint()))
+                let finished = guarded(device, || training.trainer.concept_file(model.fingerprint()))
                     .and_then(|file| file.to_bytes().map_err(|error| EngineError::Device(error.to_string())));
                 let event = match finished {
                     Ok(bytes) => TrainingEvent::Done {
@@ -128,12 +153,15 @@ impl Trainings {
             }
             Ok(advance) => {
                 if let Advance::Step(losses) = advance {
-                    meters().training_step(begun.elapsed().as_secs_f64(), losses.total);
+                    meters().training_step(training.in_step.as_secs_f64(), losses.total);
                     training.tell(losses);
                     training.hand_out_preview(model);
                 }
+                if advance != Advance::Piece {
+                    training.in_step = Duration::ZERO;
+                }
                 if training.checkpointed.elapsed() >= self.checkpoint_every {
-                    training.hand_out_checkpoint();
+                    training.hand_out_checkpoint(device);
                 }
                 self.open.push_back(training);
             }
@@ -145,7 +173,7 @@ impl Trainings {
     pub(super) fn close(&mut self) {
         self.closed = true;
         for mut training in self.open.drain(..) {
-            training.hand_out_checkpoint();
+            training.hand_out_checkpoint(self.device);
         }
     }
 }
@@ -174,7 +202,9 @@ impl Training {
         if !self.previews.contains(&step) || self.events.capacity() <= RESERVED_EVENTS {
             return;
         }
-        let file = guarded(|| self.trainer.concept_file(model.fingerprint()));
+        let file = guarded(model.transformer.device(), || {
+            self.trainer.concept_file(model.fingerprint())
+        });
         match file.map(|file| file.to_bytes()) {
             Ok(Ok(bytes)) => drop(self.events.try_send(TrainingEvent::Preview {
                 step,
@@ -185,8 +215,8 @@ impl Training {
         }
     }
 
-    fn hand_out_checkpoint(&mut self) {
-        match guarded(|| self.trainer.checkpoint()) {
+    fn hand_out_checkpoint(&mut self, device: Device) {
+        match guarded(device, || self.trainer.checkpoint()) {
             Ok(bytes) => {
                 let step = self.trainer.step();
                 let _ = self.events.try_send(TrainingEvent::Checkpoint {

@@ -23,6 +23,7 @@ unsafe extern "C" {
         text: *mut c_char,
         room: usize,
     ) -> c_int;
+    fn coar_event_wait(event: *mut c_void, text: *mut c_char, room: usize) -> c_int;
     fn coar_event_free(event: *mut c_void);
     fn coar_allocator_memory(index: c_int, bytes: *mut i64, text: *mut c_char, room: usize) -> c_int;
     fn coar_allocator_reset_peak(index: c_int, text: *mut c_char, room: usize) -> c_int;
@@ -175,6 +176,18 @@ impl Event {
         // SAFETY: writes a pointer that only `coar_event_free` ends.
         checked(|text, room| unsafe { coar_event_record(index, &raw mut event, text, room) })?;
         Ok(Self(Moment::Device(event)))
+    }
+
+    /// Waits until the device has reached this event.
+    ///
+    /// # Errors
+    /// What went wrong before it.
+    pub fn wait(&self) -> Result<(), ModelError> {
+        match self.0 {
+            // SAFETY: a live event.
+            Moment::Device(event) => checked(|text, room| unsafe { coar_event_wait(event, text, room) }),
+            Moment::Clock(_) => Ok(()),
+        }
     }
 
     /// Seconds of the device's time from this event to a later one of the same device. Waits for the later one.
@@ -334,7 +347,8 @@ pub(super) struct Ranges {
 }
 
 /// Attention of sequences that each have their own number of keys: `query` `[1, tokens, 1, head_dim]`, `key` and `value`
-/// `[1, all, 1, head_dim]`. A sequence's last query sees all of its keys, the one before one less. CUDA only.
+/// `[1, all, heads, head_dim]`. A sequence's last query sees all of its keys, the one before one less. On the CPU, one sequence
+/// after the other: for checks of what is read, not for speed.
 ///
 /// # Errors
 /// When the device fails.
@@ -344,6 +358,9 @@ pub(super) fn attend_lengths(
     ranges: &Ranges,
     scale: f64,
 ) -> Result<Tensor, ModelError> {
+    if index_of(query.device()).is_none() {
+        return attend_one_by_one(query, (key, value), ranges, scale);
+    }
     let mut out = std::ptr::null_mut();
     // SAFETY: reads live tensors, writes a pointer to a new one.
     checked(|text, room| unsafe {
@@ -364,6 +381,38 @@ pub(super) fn attend_lengths(
     })?;
     // SAFETY: the tensor is new and nobody else's.
     Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+fn attend_one_by_one(
+    query: &Tensor,
+    (key, value): (&Tensor, &Tensor),
+    ranges: &Ranges,
+    scale: f64,
+) -> Result<Tensor, ModelError> {
+    let numbers = |tensor: &Tensor| Ok::<_, ModelError>(Vec::<i64>::try_from(&tensor.f_to_kind(Kind::Int64)?)?);
+    let (queries, keys) = (numbers(&ranges.query_starts)?, numbers(&ranges.key_starts)?);
+    let mut mixed = vec![];
+    for (sequence, length) in numbers(&ranges.key_lengths)?.into_iter().enumerate() {
+        let count = queries[sequence + 1] - queries[sequence];
+        let part = |of: &Tensor, from: i64, count: i64| of.f_narrow(1, from, count)?.f_transpose(1, 2);
+        let own = part(query, queries[sequence], count)?;
+        let seen = |of: &Tensor| part(of, keys[sequence], length);
+        // Query i sees the keys up to length - count + i.
+        let mask = Tensor::f_full([count, length], f64::NEG_INFINITY, (query.kind(), query.device()))?
+            .f_triu(length - count + 1)?;
+        let attended = Tensor::f_scaled_dot_product_attention(
+            &own,
+            &seen(key)?,
+            &seen(value)?,
+            Some(&mask),
+            0.0,
+            false,
+            scale,
+            false,
+        )?;
+        mixed.push(attended.f_transpose(1, 2)?);
+    }
+    Ok(Tensor::f_cat(&mixed, 1)?)
 }
 
 #[cfg(test)]

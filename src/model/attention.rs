@@ -28,7 +28,7 @@ pub(super) enum AttentionKernel {
     Explicit,
     /// libtorch's fused kernel; a decode step reads all rows to the longest row's length and masks the rest.
     Fused,
-    /// The same, but a decode step reads each row to its own length. CUDA only, and only without grouped heads.
+    /// The same, but a decode step reads each row to its own length. Only without grouped heads.
     FusedByLength,
 }
 
@@ -377,5 +377,21 @@ impl Attention {
             .f_view([batch, self.kv_heads, group * seq, keys])?
             .f_matmul(value)?;
         Ok(mixed.f_view([batch, self.heads, seq, self.head_dim])?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attention_by_row_lengths_is_the_dense_form() {
+        let config: ModelConfig = serde_json::from_value(serde_json::json!({
+            "model_type": "chameleon", "vocab_size": 64, "hidden_size": 24, "intermediate_size": 32,
+            "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 3,
+        }))
+        .unwrap();
+        let difference = difference_by_length(&config, Kind::Float, Device::Cpu).unwrap();
+        assert!(difference < 1e-5, "{difference}");
     }
 }

@@ -202,6 +202,12 @@ impl LuminaMgpt {
         sizes
     }
 
+    /// Bytes that decoding the largest picture takes beside the weights.
+    pub fn decode_bytes(&self) -> u64 {
+        let bytes = |(width, height): (u32, u32)| self.vqgan.decode_bytes(width, height);
+        self.sizes().into_iter().map(bytes).max().unwrap_or(0)
+    }
+
     /// Rows and columns of codes of a picture.
     pub fn codes_of(&self, width: u32, height: u32) -> (i64, i64) {
         let unit = self.vqgan.config().pixels_per_code();

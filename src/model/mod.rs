@@ -23,11 +23,11 @@ mod layers;
 pub mod lumina;
 /// Crop sizes, Pillow-exact resampling, colour conversion.
 pub mod preprocessing;
-/// A forward pass that keeps little for its backward pass.
-pub mod recompute;
 mod rope;
 /// From logits to drawn codes.
 pub mod sampling;
+/// Forward and backward passes in segments of layers.
+pub mod segments;
 /// Text tokens, image codes and special ids of a checkpoint's vocabulary.
 pub mod tokenizer;
 /// The decoder stack.

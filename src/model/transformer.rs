@@ -110,6 +110,11 @@ impl CodeHead {
         Ok(Vec::try_from(&self.ids)?)
     }
 
+    /// Numbers of a hidden state.
+    pub fn width(&self) -> i64 {
+        self.rows.size()[1]
+    }
+
     /// Number of codes.
     pub fn codes(&self) -> i64 {
         self.ids.size()[0]
@@ -216,6 +221,17 @@ impl Transformer {
     pub fn through_libtorch(&mut self) {
         self.cpu = None;
         if self.kernel == AttentionKernel::Explicit {
+            self.kernel = match self.config.num_attention_heads == self.config.num_key_value_heads {
+                true => AttentionKernel::FusedByLength,
+                false => AttentionKernel::Fused,
+            };
+        }
+    }
+
+    /// From now on decode steps read all rows of the cache to the longest row's length, as they do where attention by row
+    /// lengths is not available. For comparisons.
+    pub fn read_cache_densely(&mut self) {
+        if self.kernel == AttentionKernel::FusedByLength {
             self.kernel = AttentionKernel::Fused;
         }
     }

@@ -85,6 +85,11 @@ int coar_event_seconds(void* from, void* to, double* seconds, char* text, size_t
   });
 }
 
+// Waits until an event has been reached.
+int coar_event_wait(void* event, char* text, size_t room) {
+  return guarded(text, room, [&] { static_cast<c10::Event*>(event)->synchronize(); });
+}
+
 void coar_event_free(void* event) {
   delete static_cast<c10::Event*>(event);
 }

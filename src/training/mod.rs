@@ -9,6 +9,7 @@ pub mod optimizer;
 mod passes;
 mod references;
 mod start;
+mod step;
 mod trainer;
 /// Methods that change the model's weights, on a copy.
 pub mod tuning;

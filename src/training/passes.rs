@@ -1,11 +1,11 @@
-//! Forward and backward passes over references: how they are laid out as one batch, and what is kept in between.
+//! Passes over references: how they are laid out as one batch, and what is predicted there.
 
 use tch::{Kind, Tensor};
 
 use super::references::Reference;
 use crate::concept::{DeviceConcept, Placement, context_batch};
+use crate::model::accelerator::upload;
 use crate::model::context::ContextBatch;
-use crate::model::recompute::Recomputed;
 use crate::model::transformer::LayerPoint;
 use crate::model::{LuminaMgpt, ModelError};
 
@@ -29,18 +29,18 @@ pub struct Row<'a> {
 }
 
 /// Rows as tensors.
-struct Batch {
+pub(super) struct Batch {
     /// `[rows, seq]`, right-padded.
-    ids: Tensor,
+    pub ids: Tensor,
     /// `[tokens]`: where each target is predicted, in `[rows * seq]`.
     at: Tensor,
     /// `[tokens]`
-    targets: Tensor,
-    context: ContextBatch,
+    pub targets: Tensor,
+    pub context: ContextBatch,
 }
 
 impl Batch {
-    fn new(model: &LuminaMgpt, rows: &[Row]) -> Result<Self, ModelError> {
+    pub fn new(model: &LuminaMgpt, rows: &[Row]) -> Result<Self, ModelError> {
         let image_tokens = |row: &Row| row.concept.map_or(0, DeviceConcept::image_tokens);
         let layouts: Vec<_> = rows
             .iter()
@@ -71,7 +71,7 @@ impl Batch {
             }
         }
         let device = model.transformer.device();
-        let upload = |numbers: &[i64]| Tensor::f_from_slice(numbers)?.f_to_device(device);
+        let upload = |numbers: &[i64]| upload(numbers, device);
         Ok(Self {
             ids: upload(&ids)?.f_view([rows.len() as i64, seq as i64])?,
             at: upload(&at)?,
@@ -86,71 +86,14 @@ impl Batch {
         Ok(rows.f_mean_dim([0i64].as_slice(), false, Kind::Float)?)
     }
 
+    /// The states `[tokens, hidden]` of `hidden` `[rows, seq, hidden]` that predict image tokens.
+    pub fn predicting(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(hidden.f_reshape([-1, hidden.size()[2]])?.f_index_select(0, &self.at)?)
+    }
+
     /// Logits `[tokens, vocab]` of hidden states `[rows, seq, hidden]`.
     fn logits(&self, model: &LuminaMgpt, hidden: &Tensor) -> Result<Tensor, ModelError> {
-        let size = hidden.size()[2];
-        let rows = hidden.f_reshape([-1, size])?.f_index_select(0, &self.at)?;
-        model.transformer.logits(&rows)
-    }
-}
-
-/// The forward passes of one step, whose losses are added up and carried back together.
-pub(super) struct Passes<'m> {
-    model: &'m LuminaMgpt,
-    graph: Graph,
-    open: Vec<Recomputed<'m>>,
-}
-
-impl<'m> Passes<'m> {
-    pub fn new(model: &'m LuminaMgpt, graph: Graph) -> Self {
-        Self {
-            model,
-            graph,
-            open: vec![],
-        }
-    }
-
-    pub fn model(&self) -> &'m LuminaMgpt {
-        self.model
-    }
-
-    /// Logits `[tokens, vocab]` that predict every image token of the rows, in order, and those tokens.
-    pub fn logits(&mut self, rows: &[Row]) -> Result<(Tensor, Tensor), ModelError> {
-        let batch = Batch::new(self.model, rows)?;
-        let transformer = &self.model.transformer;
-        let logits = match self.graph {
-            Graph::Kept => batch.logits(self.model, &transformer.forward(&batch.ids, Some(&batch.context))?)?,
-            Graph::Recomputed { segment } => {
-                let pass = transformer.forward_recomputed(&batch.ids, &batch.context, segment)?;
-                let logits = batch.logits(self.model, pass.hidden())?;
-                self.open.push(pass);
-                logits
-            }
-        };
-        Ok((logits, batch.targets))
-    }
-
-    /// Carries a loss back: `through` depends on the concept through the logits alone, `direct` on the concept itself.
-    pub fn backward(self, through: &Tensor, direct: Option<&Tensor>) -> Result<(), ModelError> {
-        let mut sum = match self.graph {
-            Graph::Kept => Some(through.shallow_clone()),
-            Graph::Recomputed { .. } => {
-                through.f_backward()?;
-                None
-            }
-        };
-        let carried = self.open.into_iter().map(Recomputed::backward);
-        for term in carried.chain(direct.map(|direct| Ok(direct.shallow_clone()))) {
-            let term = term?;
-            sum = Some(match sum {
-                Some(sum) => sum.f_add(&term)?,
-                None => term,
-            });
-        }
-        match sum {
-            Some(sum) => Ok(sum.f_backward()?),
-            None => Ok(()),
-        }
+        model.transformer.logits(&self.predicting(hidden)?)
     }
 }
 
@@ -173,7 +116,18 @@ pub fn token_logits(
 /// # Errors
 /// When the device fails.
 pub fn row_logits(model: &LuminaMgpt, rows: &[Row]) -> Result<(Tensor, Tensor), ModelError> {
-    Passes::new(model, Graph::Kept).logits(rows)
+    let batch = Batch::new(model, rows)?;
+    let hidden = model.transformer.forward(&batch.ids, Some(&batch.context))?;
+    Ok((batch.logits(model, &hidden)?, batch.targets))
+}
+
+/// The final hidden states `[tokens, hidden]` that predict every image token of the rows.
+///
+/// # Errors
+/// When the device fails.
+pub(super) fn predicting_states(model: &LuminaMgpt, rows: &[Row]) -> Result<Tensor, ModelError> {
+    let batch = Batch::new(model, rows)?;
+    batch.predicting(&model.transformer.forward(&batch.ids, Some(&batch.context))?)
 }
 
 /// As [`row_logits`], and for each layer the mean of its input `[layers, hidden]` where image tokens are predicted.

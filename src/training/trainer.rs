@@ -9,12 +9,13 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor};
 
 use super::emphasis::Emphasis;
-use super::losses::{divergence_from_frozen, next_token, self_regularisation, weighted_next_token};
+use super::losses::self_regularisation;
 use super::memory::{Estimate, StepSize};
 use super::optimizer::{Optimizer, Parameter, Rule, scheduled_rate};
-use super::passes::{Graph, Passes, rows, token_logits};
+use super::passes::{Graph, predicting_states, rows};
 use super::references::{Reference, References};
 use super::start::{Anchors, StartSearch};
+use super::step::{Objective, Progress, TrainingPass};
 use crate::concept::spec::{PICTURES_LIMIT, Parametrisation, TrainingSpec};
 use crate::concept::{ConceptFile, ConceptHeader, DeviceConcept};
 use crate::model::decoding::Decoding;
@@ -49,6 +50,8 @@ pub enum Advance {
         done: u32,
         total: u32,
     },
+    /// A piece of an optimizer step is done.
+    Piece,
     Step(StepLosses),
     Finished,
 }
@@ -56,8 +59,28 @@ pub enum Advance {
 /// A class picture drawn by the frozen model, and what the frozen model says of it.
 struct PriorPicture {
     reference: Reference,
-    /// Log-probabilities `[tokens, vocab]` without any concept, computed once.
+    /// Final hidden states `[tokens, hidden]` without any concept, computed once. The head makes log-probabilities of
+    /// them, which are exactly those of the whole model and take `vocab / hidden` times the memory, 32 times in f32.
     frozen: Option<Tensor>,
+}
+
+/// An optimizer step that is not at its end.
+struct OpenStep {
+    /// The concept that all its passes use.
+    concept: DeviceConcept,
+    pass: Option<(PassKind, TrainingPass)>,
+    /// Class images of the prior pass, until that begins.
+    prior: Option<Vec<usize>>,
+    next_token: Option<f32>,
+    prior_loss: Option<f32>,
+    /// Sum of the passes' terms: its gradient is the losses'.
+    terms: Option<Tensor>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum PassKind {
+    NextToken,
+    Prior,
 }
 
 /// One concept's training on the frozen model.
@@ -75,6 +98,9 @@ pub struct Trainer {
     drawing: Option<Decoding>,
     losses: Vec<StepLosses>,
     graph: Graph,
+    open: Option<OpenStep>,
+    /// Of the last step, by parameter.
+    gradients: Vec<(&'static str, Tensor)>,
 }
 
 /// Class pictures are drawn a few at a time, so that a slice of drawing stays short.
@@ -133,6 +159,8 @@ impl Trainer {
             drawing: None,
             losses: vec![],
             graph: Graph::Kept,
+            open: None,
+            gradients: vec![],
         })
     }
 
@@ -151,6 +179,12 @@ impl Trainer {
     /// How the backward pass gets what it needs, from the next step on. It changes memory and time, not the result.
     pub fn set_graph(&mut self, graph: Graph) {
         self.graph = graph;
+    }
+
+    /// Gradients of the last optimizer step's loss, by parameter: `text` `[N, T, D]`, and `image` `[N, K, D]` where it is
+    /// trained. Empty before the first step.
+    pub fn gradients(&self) -> &[(&'static str, Tensor)] {
+        &self.gradients
     }
 
     /// What is being trained.
@@ -295,82 +329,154 @@ impl Trainer {
         })
     }
 
+    /// One piece of an optimizer step.
     fn optimize(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
-        let step = self.step();
+        // Taken out: a step that has failed is not gone on with.
+        let mut open = match self.open.take() {
+            Some(open) => open,
+            None => self.open_step(model)?,
+        };
+        if let Some((kind, pass)) = open.pass.take() {
+            let (pass, progress) = pass.advance(model)?;
+            open.pass = pass.map(|pass| (kind, pass));
+            match progress {
+                Progress::More => {}
+                Progress::Loss(loss) => {
+                    self.check_finite(loss)?;
+                    match kind {
+                        PassKind::NextToken => open.next_token = Some(loss),
+                        PassKind::Prior => open.prior_loss = Some(loss),
+                    }
+                }
+                Progress::Done(term) => {
+                    open.terms = Some(match open.terms.take() {
+                        Some(terms) => terms.f_add(&term)?,
+                        None => term,
+                    });
+                }
+            }
+        } else if let Some(which) = open.prior.take() {
+            match which.iter().find(|&&index| self.prior[index].frozen.is_none()) {
+                Some(&index) => {
+                    self.observe_frozen(model, index)?;
+                    open.prior = Some(which);
+                }
+                None => open.pass = Some((PassKind::Prior, self.prior_pass(model, &which, &open.concept)?)),
+            }
+        } else {
+            return Ok(Advance::Step(self.close_step(open)?));
+        }
+        self.open = Some(open);
+        Ok(Advance::Piece)
+    }
+
+    fn open_step(&mut self, model: &LuminaMgpt) -> Result<OpenStep, ModelError> {
         let concept = self.concept()?;
         let mut rng = self.step_rng();
         let views = self.references.batch(&self.spec, &mut rng);
         let batch: Vec<&Reference> = views.iter().map(|&view| self.references.view(view)).collect();
-        let mut passes = Passes::new(model, self.graph);
-        let (logits, targets) = passes.logits(&rows(&batch, Some((&concept, true))))?;
-        let ntp = match &self.emphasis {
-            None => next_token(&logits, &targets)?,
-            Some(emphasis) => weighted_next_token(&logits, &targets, &emphasis.of(&views)?)?,
-        };
-        let mut through = ntp.shallow_clone();
-        let value = |tensor: &Tensor| -> Result<f32, ModelError> { Ok(tensor.f_double_value(&[])? as f32) };
-        let mut prior = None;
-        if self.wants_prior() {
+        let weights = self.emphasis.as_ref().map(|emphasis| emphasis.of(&views)).transpose()?;
+        let objective = (Objective::NextToken { weights }, 1.0);
+        let pass = TrainingPass::new(model, &rows(&batch, Some((&concept, true))), objective, self.graph)?;
+        let prior = self.wants_prior().then(|| {
             let mut order: Vec<usize> = (0..self.prior.len()).collect();
             order.shuffle(&mut rng);
             order.truncate((self.spec.batch_size as usize).div_ceil(2));
-            let term = self.prior_loss(&mut passes, &order, &concept)?;
-            prior = Some(value(&term)?);
-            through = through.f_add(&term.f_mul_scalar(self.spec.prior_weight)?)?;
-        }
-        let (mut regularisation, mut direct) = (None, None);
-        let mut total = through.shallow_clone();
-        if self.spec.regularisation_weight > 0.0 && self.spec.image_tokens > 0 {
-            let term = self_regularisation(&concept.image, &self.anchors.image)?;
-            regularisation = Some(value(&term)?);
-            let term = term.f_mul_scalar(self.spec.regularisation_weight)?;
-            total = total.f_add(&term)?;
-            direct = Some(term);
-        }
-        let losses = StepLosses {
-            step: step + 1,
-            total: value(&total)?,
-            next_token: value(&ntp)?,
+            order
+        });
+        Ok(OpenStep {
+            concept,
+            pass: Some((PassKind::NextToken, pass)),
             prior,
-            regularisation,
-        };
-        if !losses.total.is_finite() {
-            return Err(ModelError::invalid(
+            next_token: None,
+            prior_loss: None,
+            terms: None,
+        })
+    }
+
+    /// What the frozen model predicts of a class image.
+    fn observe_frozen(&mut self, model: &LuminaMgpt, index: usize) -> Result<(), ModelError> {
+        let picture = &mut self.prior[index];
+        let states = tch::no_grad(|| predicting_states(model, &rows(&[&picture.reference], None)))?;
+        picture.frozen = Some(states);
+        Ok(())
+    }
+
+    /// The prior term: only the image context tokens are inserted.
+    fn prior_pass(
+        &self,
+        model: &LuminaMgpt,
+        which: &[usize],
+        concept: &DeviceConcept,
+    ) -> Result<TrainingPass, ModelError> {
+        let pictures = || which.iter().map(|&index| &self.prior[index]);
+        let frozen: Vec<&Tensor> = pictures().filter_map(|picture| picture.frozen.as_ref()).collect();
+        let frozen = Tensor::f_cat(&frozen, 0)?;
+        let picked: Vec<&Reference> = pictures().map(|picture| &picture.reference).collect();
+        let objective = (Objective::Prior { frozen }, self.spec.prior_weight);
+        TrainingPass::new(model, &rows(&picked, Some((concept, false))), objective, self.graph)
+    }
+
+    fn check_finite(&self, loss: f32) -> Result<(), ModelError> {
+        match loss.is_finite() {
+            true => Ok(()),
+            false => Err(ModelError::invalid(
                 "learning_rate",
-                format!("led to a loss of {} at step {}", losses.total, step + 1),
-            ));
+                format!("led to a loss of {loss} at step {}", self.step() + 1),
+            )),
         }
-        passes.backward(&through, direct.as_ref())?;
+    }
+
+    /// All passes are carried back: the remaining term, and the optimizer's step.
+    fn close_step(&mut self, open: OpenStep) -> Result<StepLosses, ModelError> {
+        let (step, mut terms) = (self.step(), open.terms);
+        let next_token = open
+            .next_token
+            .ok_or_else(|| ModelError::invalid("step", "has no next-token loss"))?;
+        let mut total = next_token;
+        if let Some(prior) = open.prior_loss {
+            total += (f64::from(prior) * self.spec.prior_weight) as f32;
+        }
+        let mut regularisation = None;
+        if self.spec.regularisation_weight > 0.0 && self.spec.image_tokens > 0 {
+            let term = self_regularisation(&open.concept.image, &self.anchors.image)?;
+            let value = term.f_double_value(&[])?;
+            regularisation = Some(value as f32);
+            total += (value * self.spec.regularisation_weight) as f32;
+            let term = term.f_mul_scalar(self.spec.regularisation_weight)?;
+            terms = Some(match terms {
+                Some(terms) => terms.f_add(&term)?,
+                None => term,
+            });
+        }
+        self.check_finite(total)?;
+        if let Some(terms) = terms {
+            terms.f_backward()?;
+        }
+        self.gradients = self.copied_gradients()?;
         let (rate, steps) = (self.spec.learning_rate, f64::from(self.spec.steps));
         self.optimizer
             .step(scheduled_rate(rate, f64::from(step), steps, self.spec.decay))?;
+        let losses = StepLosses {
+            step: step + 1,
+            total,
+            next_token,
+            prior: open.prior_loss,
+            regularisation,
+        };
         self.losses.push(losses);
-        Ok(Advance::Step(losses))
+        Ok(losses)
     }
 
-    /// `0.5 * NTP_class + 0.5 * KL(zs || prior)`: only the image context tokens are inserted.
-    fn prior_loss(
-        &mut self,
-        passes: &mut Passes,
-        which: &[usize],
-        concept: &DeviceConcept,
-    ) -> Result<Tensor, ModelError> {
-        for &index in which {
-            let picture = &mut self.prior[index];
-            if picture.frozen.is_none() {
-                let logits = tch::no_grad(|| token_logits(passes.model(), &[&picture.reference], None))?.0;
-                picture.frozen = Some(logits.f_log_softmax(-1, Kind::Float)?.detach());
+    fn copied_gradients(&self) -> Result<Vec<(&'static str, Tensor)>, ModelError> {
+        let mut copies = vec![];
+        for (name, tensor) in [("text", &self.text), ("image", &self.image)] {
+            let gradient = tensor.f_grad()?;
+            if gradient.defined() {
+                copies.push((name, gradient.f_detach_copy()?));
             }
         }
-        let picked: Vec<&Reference> = which.iter().map(|&index| &self.prior[index].reference).collect();
-        let (logits, targets) = passes.logits(&rows(&picked, Some((concept, false))))?;
-        let frozen: Vec<&Tensor> = which
-            .iter()
-            .filter_map(|&index| self.prior[index].frozen.as_ref())
-            .collect();
-        let frozen = Tensor::f_cat(&frozen, 0)?;
-        let class = next_token(&logits, &targets)?;
-        Ok((class + divergence_from_frozen(&frozen, &logits)?).f_mul_scalar(0.5)?)
+        Ok(copies)
     }
 
     /// The finished (or present) concept with its header.

@@ -258,6 +258,7 @@ impl Worker<'_> {
         loop {
             match trainer.advance(self.model)? {
                 Advance::Finished => break,
+                Advance::Piece => {}
                 Advance::ChoosingStart { done, total } => {
                     self.tell(&format!(
                         "training {}: choosing its start, {done}/{total}",

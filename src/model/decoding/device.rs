@@ -167,13 +167,7 @@ impl DeviceStep {
     /// Draws a code for each image from `hidden` `[rows, hidden]` and keeps it: `[images]`, which nothing waits for.
     pub fn draw(&mut self, head: &CodeHead, hidden: &Tensor, observe: &mut Observe) -> Result<Tensor, ModelError> {
         let members = self.members.as_mut().ok_or_else(unprepared)?;
-        // With fixed shapes the head's product has the rows of the whole cache, too: another number of rows may be another
-        // kernel, which rounds differently.
-        let hidden = match members.computed - hidden.size()[0] {
-            0 => hidden.shallow_clone(),
-            missing => hidden.f_constant_pad_nd([0, 0, 0, missing])?,
-        };
-        let logits = head.logits(&hidden)?;
+        let logits = head.logits(&filled_up(hidden, members.computed)?)?;
         observe(StepPart::Head)?;
         let conditional = logits.f_index_select(0, &members.conditional)?;
         let scores = match &members.guidance {
@@ -245,6 +239,15 @@ impl DeviceStep {
         let hidden = all.f_index_select(0, &layout.wanted)?;
         observe(StepPart::Layers)?;
         Ok(hidden)
+    }
+}
+
+/// `hidden` `[used, hidden]` with rows of zeros up to `rows`. With fixed shapes the head's product has the rows of the whole
+/// cache, too: another number of rows may be another kernel, which rounds differently.
+fn filled_up(hidden: &Tensor, rows: i64) -> Result<Tensor, ModelError> {
+    match rows - hidden.size()[0] {
+        0 => Ok(hidden.shallow_clone()),
+        missing => Ok(hidden.f_constant_pad_nd([0, 0, 0, missing])?),
     }
 }
 
@@ -351,5 +354,132 @@ impl RowEnd {
             wanted: sent.get(&wanted)?,
             following: sent.get(&following)?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use tch::Device;
+
+    use super::*;
+    use crate::model::ModelConfig;
+    use crate::model::tokenizer::{TextTokenizer, Vocabulary};
+    use crate::model::weights::{Checkpoint, Target};
+
+    const ROWS: usize = 6;
+
+    fn parts(fixed_shapes: bool) -> (Transformer, CodeHead, KvCache, DeviceStep) {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        let (kind, device) = (Kind::Float, Device::Cpu);
+        let dir = root.join("model/mha");
+        let config = ModelConfig::read(&dir.join("config.json")).unwrap();
+        let mut model =
+            Transformer::load(&config, &Checkpoint::open_dir(&dir, Target { kind, device }).unwrap()).unwrap();
+        model.through_libtorch();
+        let names = TextTokenizer::read(&root.join("tokenizer/text_tokenizer.json"))
+            .unwrap()
+            .names();
+        let head = model.code_head(&Vocabulary::from_names(&names).unwrap()).unwrap();
+        let cache = KvCache::new(&config, ROWS as i64, 32, kind, device).unwrap();
+        let options = BatchOptions {
+            rows: ROWS,
+            max_seq: 32,
+            fixed_shapes,
+        };
+        let step = DeviceStep::new(&model, options, cache.max_seq()).unwrap();
+        (model, head, cache, step)
+    }
+
+    fn image(conditional: usize, buffer: usize) -> ImageDraw {
+        ImageDraw {
+            conditional,
+            unconditional: None,
+            guidance_scale: 1.0,
+            draw: Draw {
+                top_k: 0,
+                temperature: 1.0,
+                uniform: 0.5,
+            },
+            buffer,
+            done: 0,
+        }
+    }
+
+    fn row(image: usize, slot: i64, position: i64) -> RowFeed {
+        RowFeed { image, slot, position }
+    }
+
+    /// Defect of earlier versions: the head's product had as many rows as images were there, so that its rounding could
+    /// depend on the neighbours.
+    #[test]
+    fn with_fixed_shapes_every_product_and_draw_has_the_rows_of_the_whole_cache() {
+        let _no_grad = tch::no_grad_guard();
+        let (_, head, cache, mut step) = parts(true);
+        let batch = (&[image(0, 3)][..], &[row(0, 4, 7)][..]);
+        step.refresh(&head, batch, &[5, 3, 2, 1, 0], &cache, None, true)
+            .unwrap();
+        let members = step.members.as_ref().unwrap();
+        let rows = ROWS as i64;
+        assert_eq!((members.images, members.rows, members.computed), (1, 1, rows));
+        assert_eq!(members.conditional.size(), [rows]);
+        assert_eq!(
+            filled_up(&Tensor::zeros([1, 8], (Kind::Float, Device::Cpu)), members.computed)
+                .unwrap()
+                .size(),
+            [rows, 8]
+        );
+        // No two rows write to the same row of the cache.
+        let mut slots = Vec::<i64>::try_from(&members.slot).unwrap();
+        assert_eq!(slots[0], 4);
+        slots.sort_unstable();
+        assert_eq!(slots, [0, 1, 2, 3, 4, 5]);
+        let hidden = Tensor::randn([1, head.width()], (Kind::Float, Device::Cpu));
+        let drawn = step.draw(&head, &hidden, &mut |_| Ok(())).unwrap();
+        assert_eq!(drawn.size(), [1]);
+        // Only the image's own buffer is written.
+        assert_eq!(
+            step.codes.ne(0).sum(Kind::Int64).int64_value(&[]),
+            step.codes.get(3).ne(0).sum(Kind::Int64).int64_value(&[])
+        );
+    }
+
+    #[test]
+    fn nothing_goes_up_while_the_same_images_go_on_within_a_row() {
+        let _no_grad = tch::no_grad_guard();
+        let (model, head, mut cache, mut step) = parts(false);
+        let (images, rows) = ([image(0, 0)], [row(0, 2, 5)]);
+        step.begin(0, [0.1, 0.2, 0.3].into_iter()).unwrap();
+        step.refresh(&head, (&images, &rows), &[], &cache, None, true).unwrap();
+        let mut parts = vec![];
+        let mut observe = |part: StepPart| {
+            parts.push(part);
+            Ok(())
+        };
+        let hidden = Tensor::randn([1, head.width()], (Kind::Float, Device::Cpu));
+        let drawn = step.draw(&head, &hidden, &mut observe).unwrap();
+        let hidden = step
+            .advance(&model, (&head, &drawn), &rows, (&[], 0), &mut cache, &mut observe)
+            .unwrap();
+        assert_eq!(hidden.size(), [1, head.width()]);
+        assert_eq!(parts, [StepPart::Head, StepPart::Sampling, StepPart::Layers]);
+        let members = step.members.as_ref().unwrap();
+        assert_eq!(
+            (members.done.int64_value(&[0]), members.position.int64_value(&[0])),
+            (1, 6)
+        );
+        // The end of a row of codes: two tokens, one copy.
+        let rows = [row(0, 2, 6)];
+        parts.clear();
+        let mut observe = |part: StepPart| {
+            parts.push(part);
+            Ok(())
+        };
+        let _ = step
+            .advance(&model, (&head, &drawn), &rows, (&[0], 9), &mut cache, &mut observe)
+            .unwrap();
+        assert_eq!(parts, [StepPart::Upload, StepPart::Layers]);
+        assert_eq!(step.members.as_ref().unwrap().position.int64_value(&[0]), 8);
     }
 }
