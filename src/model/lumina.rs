@@ -10,7 +10,7 @@ use super::preprocessing::CropPlan;
 use super::tokenizer::{EncodedPrompt, PromptPart, TextTokenizer, Vocabulary, encode_prompt, image_block};
 use super::transformer::Transformer;
 use super::vqgan::{Vqgan, VqganConfig};
-use super::weights::{Checkpoint, Shared, Target, vqgan_source};
+use super::weights::{Checkpoint, Shared, Target, TensorSource, vqgan_source};
 use super::{ModelConfig, ModelError};
 use crate::picture::RgbPicture;
 
@@ -66,6 +66,21 @@ impl CheckpointFiles {
     }
 }
 
+/// What [`LuminaMgpt::assemble`] puts together.
+pub struct Parts<'a> {
+    pub config: ModelConfig,
+    pub tokenizer: TextTokenizer,
+    pub vqgan_config: VqganConfig,
+    /// The transformer's weights.
+    pub weights: &'a dyn TensorSource,
+    /// The image tokenizer's weights, in f32.
+    pub vqgan_weights: &'a dyn TensorSource,
+    /// Names the weights; concepts carry it.
+    pub fingerprint: String,
+    /// Image size in pixels; 512 where it is not given.
+    pub target_size: Option<u32>,
+}
+
 /// One frozen base model with everything around it.
 #[derive(Debug)]
 pub struct LuminaMgpt {
@@ -114,7 +129,8 @@ impl LuminaMgpt {
                 ),
             });
         }
-        let highest = vocabulary.code_ids().iter().copied().max().unwrap_or(0);
+        // Every id that a prompt can hold is looked up in the embedding, on a device that does not check it.
+        let highest = tokenizer.names().values().copied().max().unwrap_or(0);
         if highest >= config.vocab_size {
             return Err(ModelError::Config {
                 file: files.config.clone(),
@@ -133,8 +149,26 @@ impl LuminaMgpt {
                 device,
             },
         )?;
-        let unit = 2 * vqgan_config.pixels_per_code();
-        let target_size = target_size.or(config.target_size).unwrap_or(DEFAULT_TARGET);
+        Self::assemble(Parts {
+            fingerprint: checkpoint.fingerprint(),
+            target_size: target_size.or(config.target_size),
+            config,
+            tokenizer,
+            vqgan_config,
+            weights: &checkpoint,
+            vqgan_weights: source.as_ref(),
+        })
+    }
+
+    /// Puts a model together from parts that need not be files.
+    ///
+    /// # Errors
+    /// When a part does not fit the others, or a tensor is missing or misshapen.
+    pub fn assemble(parts: Parts) -> Result<Self, ModelError> {
+        let _no_grad = tch::no_grad_guard();
+        let vocabulary = Vocabulary::from_names(&parts.tokenizer.names())?;
+        let unit = 2 * parts.vqgan_config.pixels_per_code();
+        let target_size = parts.target_size.unwrap_or(DEFAULT_TARGET);
         if target_size < unit || u64::from(target_size / unit) > vocabulary.most_grids() as u64 {
             return Err(ModelError::invalid(
                 "target_size",
@@ -144,17 +178,17 @@ impl LuminaMgpt {
                 ),
             ));
         }
-        let transformer = Transformer::load(&config, &checkpoint)?;
+        let transformer = Transformer::load(&parts.config, parts.weights)?;
         let vqgan_tensors = Shared::default();
-        let vqgan = Vqgan::load(&vqgan_config, &vqgan_tensors.remembering(source.as_ref()))?;
+        let vqgan = Vqgan::load(&parts.vqgan_config, &vqgan_tensors.remembering(parts.vqgan_weights))?;
         Ok(Self {
-            fingerprint: checkpoint.fingerprint(),
+            fingerprint: parts.fingerprint,
             transformer,
             vqgan,
             vqgan_tensors,
             crop: CropPlan::new(target_size, unit),
             vocabulary,
-            tokenizer: tokenizer.into(),
+            tokenizer: parts.tokenizer.into(),
             target_size,
         })
     }
@@ -293,8 +327,13 @@ impl LuminaMgpt {
     /// The picture of codes in raster order.
     ///
     /// # Errors
-    /// When the codes do not form the picture, or the device fails.
+    /// When a code is outside the codebook, the codes do not form the picture, or the device fails.
     pub fn decode_picture(&self, codes: &[i64], width: u32, height: u32) -> Result<RgbPicture, ModelError> {
+        let known = 0..self.vqgan.config().n_embed;
+        if let Some(code) = codes.iter().find(|code| !known.contains(code)) {
+            let problem = format!("hold {code}; expected 0 to {}", known.end - 1);
+            return Err(ModelError::invalid("codes", problem));
+        }
         tch::no_grad(|| {
             let (rows, columns) = self.codes_of(width, height);
             let codes = Tensor::f_from_slice(codes)?

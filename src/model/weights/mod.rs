@@ -1,8 +1,10 @@
 mod checkpoint;
 /// PyTorch checkpoints, read without executing anything.
 pub mod pickle;
+mod random;
 
 pub use checkpoint::{Checkpoint, index_of};
+pub use random::RandomWeights;
 use tch::{Device, Kind, Tensor};
 
 use super::ModelError;
