@@ -96,8 +96,10 @@ pub fn load_cuda() -> Result<(), String> {
                 set_tf32(false).map_err(|error| error.to_string())
             }
             Err(error) => {
-                tracing::debug!(%error, "libtorch has no CUDA part here");
-                Err(error.to_string())
+                // What the loader says is the error's source.
+                let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+                tracing::debug!(%reason, "libtorch has no CUDA part here");
+                Err(reason)
             }
         }
     };
