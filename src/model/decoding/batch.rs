@@ -191,6 +191,22 @@ impl DecodeBatch {
         }
     }
 
+    /// What an image's next code is predicted from, `[1 or 2, hidden]`: the final normed hidden states of its conditional row
+    /// and, with guidance, of its unconditional one.
+    ///
+    /// # Errors
+    /// When the image has left, or the device fails.
+    pub fn hidden_of(&self, id: PictureId) -> Result<Tensor, ModelError> {
+        let image = self.pictures.iter().find(|picture| picture.id == id);
+        match image.zip(self.hidden.as_ref()) {
+            Some((image, hidden)) => {
+                let rows = image.own_rows().map(|row| hidden.f_get(row as i64));
+                Ok(Tensor::f_stack(&rows.collect::<Result<Vec<_>, _>>()?, 0)?)
+            }
+            None => Err(ModelError::invalid("picture", "has left the batch")),
+        }
+    }
+
     /// Runs the prompt, once for all its pictures; they advance from the next step on.
     ///
     /// # Errors
