@@ -2,6 +2,7 @@
 
 mod api;
 mod architecture;
+mod device_indices;
 mod dreambench;
 mod engine;
 mod golden;
