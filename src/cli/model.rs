@@ -117,7 +117,7 @@ impl ModelArgs {
     }
 
     /// A name for `/v1/models`: the folder's.
-    fn id(&self) -> String {
+    pub(in crate::cli) fn id(&self) -> String {
         let name = self.model.as_ref().and_then(|dir| dir.canonicalize().ok());
         let name = name
             .as_ref()
@@ -158,7 +158,7 @@ impl ModelArgs {
 }
 
 /// What requests are checked against.
-fn describe(model: &LuminaMgpt, id: String) -> ModelInfo {
+pub(in crate::cli) fn describe(model: &LuminaMgpt, id: String) -> ModelInfo {
     let config: &ModelConfig = model.transformer.config();
     let pocket = config.concept_preset.as_deref() == Some("pocket");
     ModelInfo {

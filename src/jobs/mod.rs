@@ -41,7 +41,7 @@ pub use address::AddressPolicy;
 pub use draw::{DrawEvent, Drawings, Held, Waiting, provenance};
 pub use ends::{Ends, Interest};
 pub use sweeper::sweep;
-pub use webhook::{Describe, Webhooks, deliver};
+pub use webhook::{Describe, Webhooks, deliver, iso_8601};
 
 /// The code of an error that says that another process has taken something over.
 pub(crate) const LEASE_LOST: &str = "lease_lost";

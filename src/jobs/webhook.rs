@@ -119,8 +119,8 @@ fn message(tenant: TenantId, subject: &str, event: &str, url: &str, data: &Value
     }
 }
 
-/// A time in the form that the specification asks for, from Unix seconds.
-fn iso_8601(seconds: i64) -> String {
+/// A time as RFC 3339 has it (`2026-11-27T10:30:45Z`), from Unix seconds.
+pub fn iso_8601(seconds: i64) -> String {
     let (days, of_day) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
     // Years that begin in March have their leap day at the end (Hinnant, "chrono-compatible low-level date algorithms").
     let shifted = days + 719_468;

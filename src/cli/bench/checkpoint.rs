@@ -9,9 +9,13 @@ use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
+use tch::{Device, Kind};
 
+use crate::model::lumina::Parts;
+use crate::model::tokenizer::TextTokenizer;
 use crate::model::vqgan::{EncoderDecoderConfig, VqganConfig};
-use crate::model::{ModelConfig, Vqgan};
+use crate::model::weights::{RandomWeights, Target};
+use crate::model::{LuminaMgpt, ModelConfig, ModelError, Vqgan};
 use crate::pocket::parameters::{Parameters, save};
 use crate::pocket::transformer_training::transformer_config;
 use crate::pocket::vocabulary::tokenizer_with;
@@ -32,7 +36,44 @@ pub(in crate::cli) enum Shape {
 }
 
 impl Shape {
-    fn config(self) -> ModelConfig {
+    /// As `--shape` takes it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::M30 => "30m",
+            Self::M500 => "500m",
+            Self::B7 => "7b",
+        }
+    }
+
+    /// A whole model of random weights, made on `device` in `kind` without a file; the image tokenizer in f32.
+    ///
+    /// # Errors
+    /// When `target_size` has no name, or the device has too little memory.
+    pub(super) fn build(
+        self,
+        device: Device,
+        kind: Kind,
+        target_size: u32,
+        seed: u64,
+    ) -> Result<LuminaMgpt, ModelError> {
+        let vqgan_config = self.vqgan();
+        let tokenizer = tokenizer_with(vqgan_config.n_embed, GRIDS).to_string();
+        let random = |kind| RandomWeights {
+            seed,
+            target: Target { kind, device },
+        };
+        LuminaMgpt::assemble(Parts {
+            config: self.config(),
+            tokenizer: TextTokenizer::from_bytes(tokenizer.as_bytes())?,
+            vqgan_config,
+            weights: &random(kind),
+            vqgan_weights: &random(Kind::Float),
+            fingerprint: format!("random-{}-{seed}", self.name()),
+            target_size: Some(target_size),
+        })
+    }
+
+    pub(super) fn config(self) -> ModelConfig {
         let (hidden, inner, layers, heads, vocabulary) = match self {
             Self::M30 => (384, 1024, 10, 6, 16_384),
             Self::M500 => (1280, 3456, 20, 10, 65_536),
@@ -55,7 +96,7 @@ impl Shape {
     }
 
     /// The image tokenizer: the published one's, or one of the same pixels per code that a CPU is not busy with.
-    fn vqgan(self) -> VqganConfig {
+    pub(super) fn vqgan(self) -> VqganConfig {
         let (ch, z, num_res_blocks) = match self {
             Self::M30 | Self::M500 => (32, 32, 1),
             Self::B7 => (128, 256, 2),
@@ -79,8 +120,11 @@ impl Shape {
     }
 }
 
+/// A tensor's name and shape.
+pub(super) type Named = (String, Vec<i64>);
+
 /// Names and shapes of all parameters.
-fn parameters(config: &ModelConfig) -> Vec<(String, Vec<i64>)> {
+pub(super) fn parameters(config: &ModelConfig) -> Vec<Named> {
     let (h, i, d) = (config.hidden_size, config.intermediate_size, config.head_dim());
     let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, h])];
     for layer in 0..config.num_hidden_layers {
@@ -108,23 +152,53 @@ fn parameters(config: &ModelConfig) -> Vec<(String, Vec<i64>)> {
 
 const SHARD_BYTES: i64 = 2 << 30;
 
-/// Writes tensors one after the other: even the 7B shape needs no more memory than one row of numbers.
-fn write_shard(file: &Path, tensors: &[(String, Vec<i64>)], rng: &mut ChaCha8Rng) -> anyhow::Result<()> {
-    let mut header = Map::new();
+/// The beginning of a safetensors file of bf16 tensors: the header and its length.
+pub(super) fn header(tensors: &[Named]) -> Vec<u8> {
+    let mut entries = Map::new();
     let mut offset = 0;
     for (name, shape) in tensors {
         let end = offset + 2 * shape.iter().product::<i64>();
-        header.insert(
+        entries.insert(
             name.clone(),
             json!({"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}),
         );
         offset = end;
     }
-    let mut header = Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut text = Value::Object(entries).to_string().into_bytes();
+    text.resize(text.len().next_multiple_of(8), b' ');
+    [&(text.len() as u64).to_le_bytes()[..], &text].concat()
+}
+
+/// Tensors in files of about two GiB, each with its name, and the index of all.
+pub(super) fn shards(tensors: &[Named]) -> (Vec<(String, &[Named])>, Value) {
+    let (mut ends, mut bytes) = (vec![], 0);
+    for (at, (_, shape)) in tensors.iter().enumerate() {
+        let size = 2 * shape.iter().product::<i64>();
+        if bytes + size > SHARD_BYTES && bytes > 0 {
+            ends.push(at);
+            bytes = 0;
+        }
+        bytes += size;
+    }
+    ends.push(tensors.len());
+    let (mut files, mut map, mut from) = (vec![], Map::new(), 0);
+    for (index, &end) in ends.iter().enumerate() {
+        let name = format!("model-{:05}-of-{:05}.safetensors", index + 1, ends.len());
+        map.extend(
+            tensors[from..end]
+                .iter()
+                .map(|(tensor, _)| (tensor.clone(), name.clone().into())),
+        );
+        files.push((name, &tensors[from..end]));
+        from = end;
+    }
+    (files, json!({"metadata": {}, "weight_map": map}))
+}
+
+/// Writes tensors one after the other: even the 7B shape needs no more memory than one row of numbers.
+fn write_shard(file: &Path, tensors: &[Named], rng: &mut ChaCha8Rng) -> anyhow::Result<()> {
     let mut out = BufWriter::with_capacity(1 << 20, File::create(file)?);
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
+    out.write_all(&header(tensors))?;
     for (name, shape) in tensors {
         let count = shape.iter().product::<i64>();
         let norm = name.contains("norm");
@@ -163,27 +237,13 @@ fn write(config: &ModelConfig, vqgan: &VqganConfig, out: &Path) -> anyhow::Resul
 
 fn write_transformer(config: &ModelConfig, out: &Path) -> anyhow::Result<()> {
     std::fs::write(out.join("config.json"), serde_json::to_string_pretty(config)?)?;
-    let (mut shards, mut bytes) = (vec![vec![]], 0);
-    for (name, shape) in parameters(config) {
-        let size = 2 * shape.iter().product::<i64>();
-        if bytes + size > SHARD_BYTES && bytes > 0 {
-            shards.push(vec![]);
-            bytes = 0;
-        }
-        bytes += size;
-        if let Some(shard) = shards.last_mut() {
-            shard.push((name, shape));
-        }
-    }
+    let all = parameters(config);
+    let (shards, index) = shards(&all);
     let mut rng = ChaCha8Rng::seed_from_u64(0);
-    let mut map = Map::new();
-    for (index, shard) in shards.iter().enumerate() {
-        let name = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
-        write_shard(&out.join(&name), shard, &mut rng)?;
-        map.extend(shard.iter().map(|(tensor, _)| (tensor.clone(), name.clone().into())));
+    for (name, tensors) in shards {
+        write_shard(&out.join(&name), tensors, &mut rng)?;
         println!("{name}");
     }
-    let index = json!({"metadata": {}, "weight_map": map});
     Ok(std::fs::write(
         out.join("model.safetensors.index.json"),
         index.to_string(),
@@ -192,11 +252,19 @@ fn write_transformer(config: &ModelConfig, out: &Path) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
-
     use super::*;
-    use crate::model::LuminaMgpt;
     use crate::model::lumina::CheckpointFiles;
+
+    #[test]
+    fn weights_that_are_made_draw_and_encode_without_a_file() {
+        let model = Shape::M30.build(Device::Cpu, Kind::BFloat16, 32, 1).unwrap();
+        let mut drawing = model.start_plain("a photo of a red cat", 32, 32, vec![(0, 0)]).unwrap();
+        while !drawing.is_done() {
+            drawing.step(&model.transformer).unwrap();
+        }
+        let image = model.decode_picture(&drawing.codes()[0], 32, 32).unwrap();
+        assert_eq!(model.encode_picture(&image).unwrap().len(), 4);
+    }
 
     #[test]
     fn what_is_written_loads_draws_and_encodes() {

@@ -14,7 +14,7 @@ use crate::concept::{DeviceConcept, Placement, context_batch};
 use crate::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest};
 use crate::model::tokenizer::{PromptPart, TextTokenizer, Vocabulary, encode_prompt};
 use crate::model::weights::{Checkpoint, Target};
-use crate::model::{ModelConfig, Transformer};
+use crate::model::{ModelConfig, Transformer, accelerator};
 
 /// Time decode steps of a checkpoint's transformer and compare them with reading the weights once. A batch without
 /// concepts and one with take steps in turn, so that whatever disturbs the machine meets both.
@@ -40,6 +40,12 @@ pub(in crate::cli) struct DecodeArgs {
     /// Codes along each side: 32 are 512 pixels of the 7B.
     #[arg(long, default_value_t = 32)]
     side: i64,
+    /// Codes that count as drawn at the beginning, so that steps far into an image are measured.
+    #[arg(long, default_value_t = 0)]
+    at: usize,
+    /// Every step has the shapes of the full batch, as `coar serve --deterministic` has it.
+    #[arg(long)]
+    deterministic: bool,
     /// Codes drawn before the clock starts.
     #[arg(long, default_value_t = 8)]
     warm_up: usize,
@@ -55,17 +61,26 @@ pub(in crate::cli) struct DecodeArgs {
 }
 
 /// Bytes per second at which the device's memory is read: the best of several sums over a block that no cache holds.
-fn bandwidth(device: Device) -> anyhow::Result<f64> {
+pub(super) fn bandwidth(device: Device) -> anyhow::Result<f64> {
     let numbers = if device == Device::Cpu { 1 << 27 } else { 1 << 30 };
     let block = Tensor::f_ones([numbers], (Kind::Float, device))?;
     let mut best = 0.0f64;
     for _ in 0..5 {
-        settle(device);
+        settle(device)?;
         let begun = Instant::now();
         let _ = block.f_sum(Kind::Float)?.f_double_value(&[])?;
         best = best.max(4.0 * block.numel() as f64 / begun.elapsed().as_secs_f64());
     }
     Ok(best)
+}
+
+/// Bytes of weights that a step must read: the layers and the part of the head that predicts codes; the embedding is looked
+/// up.
+pub(super) fn step_bytes(config: &ModelConfig, vocabulary: &Vocabulary, kind: Kind) -> f64 {
+    let projections = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim();
+    let layer = config.hidden_size * (projections + 3 * config.intermediate_size);
+    let head = vocabulary.code_count() as i64 * config.hidden_size;
+    (config.num_hidden_layers as i64 * layer + head) as f64 * kind.elt_size_in_bytes() as f64
 }
 
 /// The model and what a prompt is made with.
@@ -84,17 +99,17 @@ struct Timed {
 
 impl Timed {
     fn step(&mut self, model: &Transformer) -> anyhow::Result<()> {
-        settle(model.device());
+        settle(model.device())?;
         let begun = Instant::now();
         self.batch.step(model)?;
-        settle(model.device());
+        settle(model.device())?;
         self.step_ms.push(1e3 * begun.elapsed().as_secs_f64());
         Ok(())
     }
 }
 
 /// Ratio of the means of paired measurements, and its standard error (the delta method's).
-fn ratio(with: &[f64], without: &[f64]) -> (f64, f64) {
+pub(super) fn ratio(with: &[f64], without: &[f64]) -> (f64, f64) {
     let ratio = mean(with) / mean(without);
     let squares: Vec<f64> = with
         .iter()
@@ -112,10 +127,10 @@ impl DecodeArgs {
             tch::set_num_threads(self.threads);
         }
         let (device, kind) = (device(&self.device)?, weight_kind(&self.dtype)?);
-        let total = (self.warm_up + self.steps) as i64;
+        let total = (self.at + self.warm_up + self.steps) as i64;
         anyhow::ensure!(
             self.steps > 0 && total < self.side * self.side,
-            "--steps and --warm-up: expected 1 step or more, and fewer than the {} codes of a picture together",
+            "--steps, --warm-up and --at: expected 1 step or more, and fewer than the {} codes of a picture together",
             self.side * self.side
         );
         let _no_grad = tch::no_grad_guard();
@@ -123,7 +138,7 @@ impl DecodeArgs {
         let config = ModelConfig::read(&self.dir.join("config.json"))?;
         let begun = Instant::now();
         let model = Transformer::load(&config, &Checkpoint::open_dir(&self.dir, Target { kind, device })?)?;
-        settle(device);
+        settle(device)?;
         let load_seconds = begun.elapsed().as_secs_f64();
         let tokenizer = TextTokenizer::read(&self.dir.join("text_tokenizer.json"))?;
         let loaded = Loaded {
@@ -131,12 +146,7 @@ impl DecodeArgs {
             model,
             tokenizer,
         };
-        // What a step must read: the layers and the part of the head that predicts codes; the embedding is looked up.
-        let projections = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim();
-        let layer = config.hidden_size * (projections + 3 * config.intermediate_size);
-        let head = loaded.vocabulary.code_count() as i64 * config.hidden_size;
-        let numbers = config.num_hidden_layers as i64 * layer + head;
-        let weights = numbers as f64 * kind.elt_size_in_bytes() as f64;
+        let weights = step_bytes(&config, &loaded.vocabulary, kind);
         let floor_ms = 1e3 * weights / read;
         let (mut rows, mut costs) = (Vec::new(), Vec::new());
         for &pictures in &self.pictures {
@@ -149,8 +159,11 @@ impl DecodeArgs {
                 costs.push(json!({"pictures": pictures, "with_to_without": ratio, "standard_error": error}));
             }
         }
+        let memory = accelerator::memory(device);
         let report = json!({
             "checkpoint": self.dir,
+            "at": self.at,
+            "deterministic": self.deterministic,
             "dtype": self.dtype,
             "device": format!("{device:?}"),
             "threads": tch::get_num_threads(),
@@ -159,7 +172,8 @@ impl DecodeArgs {
             "floor_ms": floor_ms,
             "load_seconds": load_seconds,
             "peak_memory_mb": megabytes(peak_memory()),
-            "device_memory_mb": megabytes(crate::engine::used_bytes(device)),
+            "allocated_peak_mb": megabytes(memory.map(|memory| memory.allocated_peak)),
+            "reserved_peak_mb": megabytes(memory.map(|memory| memory.reserved_peak)),
             "steps": rows,
             "concept_cost": costs,
         });
@@ -171,7 +185,8 @@ impl DecodeArgs {
     fn row(&self, timed: &Timed, (pictures, concept): (usize, bool), floor_ms: f64) -> Value {
         let step_ms = mean(&timed.step_ms);
         let row_ends = |codes: usize| codes / self.side as usize;
-        let ends = row_ends(self.warm_up + self.steps) - row_ends(self.warm_up);
+        let begun = self.at + self.warm_up;
+        let ends = row_ends(begun + self.steps) - row_ends(begun);
         let codes_per_second = 1e3 * pictures as f64 / step_ms;
         json!({
             "pictures": pictures,
@@ -269,18 +284,20 @@ impl DecodeArgs {
         let options = BatchOptions {
             rows: pictures * each,
             max_seq: tokens,
-            fixed_shapes: false,
+            fixed_shapes: self.deterministic,
         };
         let mut batch = DecodeBatch::new(model, vocabulary, options)?;
-        settle(model.device());
+        settle(model.device())?;
         let begun = Instant::now();
         for _ in 0..pictures {
             batch.add(model, &request()?)?;
         }
-        settle(model.device());
+        settle(model.device())?;
+        let prefill_ms = 1e3 * begun.elapsed().as_secs_f64() / pictures.max(1) as f64;
+        batch.skip_to(self.at as i64)?;
         Ok(Timed {
             batch,
-            prefill_ms: 1e3 * begun.elapsed().as_secs_f64() / pictures.max(1) as f64,
+            prefill_ms,
             step_ms: Vec::with_capacity(self.steps),
         })
     }

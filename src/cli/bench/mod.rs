@@ -2,6 +2,8 @@
 
 mod checkpoint;
 mod decode;
+mod device;
+mod device_report;
 mod logits;
 mod serve;
 mod soak;
@@ -17,7 +19,7 @@ use serde_json::Value;
 use tch::{Device, Kind};
 
 use crate::model::weights::{Checkpoint, Target};
-use crate::model::{ModelConfig, Transformer};
+use crate::model::{ModelConfig, ModelError, Transformer, accelerator};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum BenchCommand {
@@ -30,6 +32,8 @@ pub(super) enum BenchCommand {
         out: PathBuf,
     },
     Decode(decode::DecodeArgs),
+    Device(Box<device::DeviceArgs>),
+    DeviceReport(device_report::DeviceReportArgs),
     Serve(serve::ServeBenchArgs),
     Train(train::TrainBenchArgs),
     Soak(soak::SoakArgs),
@@ -41,6 +45,9 @@ pub(super) enum BenchCommand {
         /// `f32`, `bf16` or `f16`.
         #[arg(long, default_value = "bf16")]
         dtype: String,
+        /// `auto`, `cpu` or `cuda:N`.
+        #[arg(long, default_value = "cpu")]
+        device: String,
     },
 }
 
@@ -67,11 +74,9 @@ fn forget_peak_memory() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
-/// Waits until the device has done what it was told: a clock is read after this.
-fn settle(device: Device) {
-    if let Device::Cuda(index) = device {
-        tch::Cuda::synchronize(index as i64);
-    }
+/// Waits until the device has done what it was given: a clock is read after this.
+fn settle(device: Device) -> Result<(), ModelError> {
+    accelerator::synchronize(device)
 }
 
 fn megabytes(bytes: Option<u64>) -> Option<f64> {
@@ -105,22 +110,24 @@ fn print(report: &Value, names: &[&str]) {
     }
 }
 
-fn load(dir: &Path, dtype: &str) -> anyhow::Result<()> {
-    let kind = weight_kind(dtype)?;
+fn load(dir: &Path, dtype: &str, device: &str) -> anyhow::Result<()> {
+    let (kind, device) = (weight_kind(dtype)?, crate::cli::model::device(device)?);
     let before = peak_memory();
     let started = Instant::now();
     let config = ModelConfig::read(&dir.join("config.json"))?;
-    let checkpoint = Checkpoint::open_dir(
-        dir,
-        Target {
-            kind,
-            device: Device::Cpu,
-        },
-    )?;
+    let checkpoint = Checkpoint::open_dir(dir, Target { kind, device })?;
     let _no_grad = tch::no_grad_guard();
     let model = Transformer::load(&config, &checkpoint)?;
+    settle(device)?;
     let seconds = started.elapsed().as_secs_f64();
     let weights = checkpoint.parameters() * kind.elt_size_in_bytes() as u64;
+    if let Some(memory) = accelerator::memory(device) {
+        println!(
+            "on the device    {:.1} MB allocated, {:.1} MB reserved",
+            memory.allocated as f64 / 1e6,
+            memory.reserved as f64 / 1e6
+        );
+    }
     drop(model);
     println!("weights in {dtype}   {:.1} MB", weights as f64 / 1e6);
     println!("loaded in        {seconds:.2} s");
@@ -142,8 +149,10 @@ impl BenchCommand {
     pub(super) fn run(self) -> anyhow::Result<()> {
         match self {
             Self::MakeCheckpoint { shape, out } => checkpoint::make_checkpoint(shape, &out),
-            Self::Load { dir, dtype } => load(&dir, &dtype),
+            Self::Load { dir, dtype, device } => load(&dir, &dtype, &device),
             Self::Decode(args) => args.run(),
+            Self::Device(args) => args.run(),
+            Self::DeviceReport(args) => args.run(),
             Self::Serve(args) => args.run(),
             Self::Train(args) => args.run(),
             Self::Soak(args) => args.run(),

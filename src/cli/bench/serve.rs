@@ -54,7 +54,7 @@ pub(super) fn concept(info: &ModelInfo, index: usize) -> ConceptUse {
     }
 }
 
-fn request(info: &ModelInfo, index: usize, used: Option<ConceptUse>) -> GenerateRequest {
+pub(super) fn request(info: &ModelInfo, index: usize, used: Option<ConceptUse>) -> GenerateRequest {
     let (width, height) = info.sizes[0];
     GenerateRequest {
         tenant: String::new(),
@@ -75,14 +75,14 @@ fn request(info: &ModelInfo, index: usize, used: Option<ConceptUse>) -> Generate
 }
 
 /// What one condition took.
-struct Run {
-    seconds: f64,
-    first_code: Vec<f64>,
-    latency: Vec<f64>,
+pub(super) struct Run {
+    pub seconds: f64,
+    pub first_code: Vec<f64>,
+    pub latency: Vec<f64>,
 }
 
 /// Sends every request at once, or one after the other, and waits for all pictures.
-async fn draw(engine: &EngineHandle, requests: Vec<GenerateRequest>, at_once: bool) -> anyhow::Result<Run> {
+pub(super) async fn draw(engine: &EngineHandle, requests: Vec<GenerateRequest>, at_once: bool) -> anyhow::Result<Run> {
     async fn one(engine: EngineHandle, request: GenerateRequest) -> anyhow::Result<(f64, f64)> {
         let begun = Instant::now();
         let mut stream = engine.generate(request)?;
@@ -132,7 +132,7 @@ async fn collect(tasks: &mut tokio::task::JoinSet<anyhow::Result<(f64, f64)>>, r
 }
 
 /// A training that does not end by itself while the bench runs; returns the steps it took when dropped.
-fn start_training(engine: &EngineHandle, info: &ModelInfo) -> anyhow::Result<crate::engine::TrainingStream> {
+pub(super) fn start_training(engine: &EngineHandle, info: &ModelInfo) -> anyhow::Result<crate::engine::TrainingStream> {
     let (width, height) = info.sizes[0];
     let request = TrainingRequest {
         spec: TrainingSpec {

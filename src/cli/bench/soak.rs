@@ -49,6 +49,104 @@ pub(in crate::cli) struct SoakArgs {
     model: ModelArgs,
 }
 
+/// Requests of a mixed load.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Mix {
+    pub requests: usize,
+    /// Distinct concepts among them.
+    pub concepts: usize,
+    pub at_once: usize,
+    /// Decides every request.
+    pub seed: u64,
+    /// Send no more after this time.
+    pub time: Option<Duration>,
+}
+
+/// What became of a mixed load.
+#[derive(Debug)]
+pub(super) struct Sent {
+    /// By request.
+    ends: Vec<(usize, End)>,
+    /// Resident memory after the first tenth of the requests.
+    warm: Option<u64>,
+}
+
+impl Sent {
+    fn count(&self, pick: fn(&End) -> bool) -> usize {
+        self.ends.iter().filter(|(_, end)| pick(end)).count()
+    }
+
+    /// Requests that were drawn to their end.
+    pub fn finished(&self) -> usize {
+        self.count(|end| matches!(end, End::Drawn(_)))
+    }
+
+    /// Every request that failed, and why.
+    pub fn failed(&self) -> Vec<String> {
+        let failed = self.ends.iter().filter_map(|(index, end)| match end {
+            End::Failed(error) => Some(format!("request {index}: {error}")),
+            _ => None,
+        });
+        failed.collect()
+    }
+}
+
+impl Mix {
+    /// Sends the requests and waits for the ends of all.
+    pub async fn send(self, engine: &EngineHandle) -> anyhow::Result<Sent> {
+        let begun = Instant::now();
+        let (mut warm, mut ends) = (None, vec![]);
+        let mut tasks = JoinSet::new();
+        for index in 0..self.requests {
+            if self.time.is_some_and(|time| begun.elapsed() >= time) {
+                break;
+            }
+            let (request, fate) = request(engine.info(), self.seed, index, self.concepts);
+            let own = engine.clone();
+            tasks.spawn(async move { (index, send(&own, request, fate).await) });
+            while tasks.len() >= self.at_once.max(1) {
+                ends.extend(tasks.join_next().await.transpose()?);
+            }
+            if index == self.requests / 10 {
+                warm = resident_memory();
+            }
+        }
+        while let Some(ended) = tasks.join_next().await {
+            ends.push(ended?);
+        }
+        ends.sort_by_key(|(index, _)| *index);
+        Ok(Sent { ends, warm })
+    }
+
+    /// Draws `wanted` of the finished requests once more, one after the other, as long as `go_on` says: how many, and which
+    /// came out differently.
+    pub async fn compare(
+        self,
+        engine: &EngineHandle,
+        sent: &Sent,
+        wanted: usize,
+        go_on: impl Fn() -> bool,
+    ) -> (usize, Vec<usize>) {
+        let drawn: Vec<_> = sent
+            .ends
+            .iter()
+            .filter(|(_, end)| matches!(end, End::Drawn(_)))
+            .collect();
+        let wanted = wanted.min(drawn.len());
+        let (mut compared, mut different) = (0, vec![]);
+        for sample in (0..wanted).take_while(|_| go_on()) {
+            // Evenly spread over all of them.
+            let (index, end) = drawn[sample * drawn.len() / wanted];
+            let (request, _) = request(engine.info(), self.seed, *index, self.concepts);
+            compared += 1;
+            if send(engine, request, Fate::Waits).await != *end {
+                different.push(*index);
+            }
+        }
+        (compared, different)
+    }
+}
+
 /// What its sender does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
@@ -142,7 +240,7 @@ async fn send(engine: &EngineHandle, request: GenerateRequest, fate: Fate) -> En
 }
 
 /// Waits until the device thread says that nobody has rows any more.
-async fn idle(engine: &EngineHandle) -> bool {
+pub(super) async fn idle(engine: &EngineHandle) -> bool {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let load = engine.load();
@@ -169,42 +267,24 @@ impl SoakArgs {
         let model = self.model.clone();
         let engine = tokio::task::spawn_blocking(move || model.start_engine(options)).await??;
         let (start, begun) = (resident_memory(), Instant::now());
-        let (mut warm, mut ends) = (None, vec![]);
-        let mut tasks = JoinSet::new();
-        for index in 0..self.requests {
-            if self.seconds > 0 && begun.elapsed().as_secs() >= self.seconds {
-                break;
-            }
-            let (request, fate) = request(engine.info(), self.seed, index, self.concepts);
-            let own = engine.clone();
-            tasks.spawn(async move { (index, send(&own, request, fate).await) });
-            while tasks.len() >= self.at_once.max(1) {
-                ends.extend(tasks.join_next().await.transpose()?);
-            }
-            if index == self.requests / 10 {
-                warm = resident_memory();
-            }
-        }
-        while let Some(ended) = tasks.join_next().await {
-            ends.push(ended?);
-        }
+        let mix = Mix {
+            requests: self.requests,
+            concepts: self.concepts,
+            at_once: self.at_once,
+            seed: self.seed,
+            time: (self.seconds > 0).then_some(Duration::from_secs(self.seconds)),
+        };
+        let sent = mix.send(&engine).await?;
         let freed = idle(&engine).await;
         let (end, seconds, load) = (resident_memory(), begun.elapsed().as_secs_f64(), engine.load());
-        ends.sort_by_key(|(index, _)| *index);
-        let failed: Vec<String> = ends
-            .iter()
-            .filter_map(|(index, end)| match end {
-                End::Failed(error) => Some(format!("request {index}: {error}")),
-                _ => None,
-            })
-            .collect();
-        let (checked, different) = self.compare(&engine, &ends).await;
-        let grown = warm.zip(end).map(|(warm, end)| end.saturating_sub(warm));
-        let count = |pick: fn(&End) -> bool| ends.iter().filter(|(_, end)| pick(end)).count();
+        let failed = sent.failed();
+        let wanted = self.check.unwrap_or(usize::MAX);
+        let (checked, different) = mix.compare(&engine, &sent, wanted, || true).await;
+        let grown = sent.warm.zip(end).map(|(warm, end)| end.saturating_sub(warm));
         let report = json!({
-            "requests": ends.len(),
-            "finished": count(|end| matches!(end, End::Drawn(_))),
-            "given_up": count(|end| *end == End::GivenUp),
+            "requests": sent.ends.len(),
+            "finished": sent.finished(),
+            "given_up": sent.count(|end| *end == End::GivenUp),
             "failed": failed,
             "seconds": seconds,
             "concept_cache_hits": load.concept_hits,
@@ -213,7 +293,7 @@ impl SoakArgs {
             "different_alone": different,
             "all_rows_freed": freed,
             "resident_at_start_mb": megabytes(start),
-            "resident_after_warm_up_mb": megabytes(warm),
+            "resident_after_warm_up_mb": megabytes(sent.warm),
             "resident_at_the_end_mb": megabytes(end),
             "grown_mb": megabytes(grown),
             "growth_bound_mb": megabytes(Some(self.growth << 20)),
@@ -236,22 +316,6 @@ impl SoakArgs {
         let flat = grown.is_none_or(|grown| grown <= self.growth << 20);
         anyhow::ensure!(flat, "resident memory has grown by more than {} MiB", self.growth);
         Ok(())
-    }
-
-    /// Draws finished requests once more, one after the other: how many, and which came out differently.
-    async fn compare(&self, engine: &EngineHandle, ends: &[(usize, End)]) -> (usize, Vec<usize>) {
-        let drawn: Vec<_> = ends.iter().filter(|(_, end)| matches!(end, End::Drawn(_))).collect();
-        let wanted = self.check.unwrap_or(drawn.len()).min(drawn.len());
-        let mut different = vec![];
-        for sample in 0..wanted {
-            // Evenly spread over all of them.
-            let (index, end) = drawn[sample * drawn.len() / wanted];
-            let (request, _) = request(engine.info(), self.seed, *index, self.concepts);
-            if send(engine, request, Fate::Waits).await != *end {
-                different.push(*index);
-            }
-        }
-        (wanted, different)
     }
 }
 

@@ -50,7 +50,7 @@ pub(super) async fn swaps(info: &ModelInfo, device: Device, used: &ConceptUse) -
             ..used.clone()
         };
         cache.get(&fetched, device)?;
-        super::settle(device);
+        super::settle(device)?;
         stored.push(1e3 * begun.elapsed().as_secs_f64());
         let begun = Instant::now();
         cache.get(&fetched, device)?;

@@ -13,9 +13,9 @@ use tch::{Kind, Tensor};
 use super::{forget_peak_memory, mean, megabytes, peak_memory, quantile, resident_memory, settle};
 use crate::cli::model::ModelArgs;
 use crate::concept::{ConceptKind, DeviceConcept};
-use crate::engine::{ModelInfo, used_bytes};
-use crate::model::LuminaMgpt;
+use crate::engine::ModelInfo;
 use crate::model::vqgan::VqganConfig;
+use crate::model::{LuminaMgpt, accelerator};
 use crate::picture::RgbPicture;
 use crate::pocket::world::{Scene, held_out_subjects, render};
 use crate::training::{Advance, Graph, Reference, References, Row, Trainer, TrainingSpec, next_token, row_logits};
@@ -165,16 +165,17 @@ impl TrainBenchArgs {
             // The peak and the memory before are those of the steps, the first one included.
             let now = (resident_memory(), begun.elapsed().as_secs_f64());
             forget_peak_memory();
+            accelerator::reset_peak(device);
             if let Advance::Step(_) = trainer.advance(model)? {
                 break now;
             }
         };
         let mut step_ms = Vec::new();
         for _ in 0..self.steps {
-            settle(device);
+            settle(device)?;
             let begun = Instant::now();
             while !matches!(trainer.advance(model)?, Advance::Step(_) | Advance::Finished) {}
-            settle(device);
+            settle(device)?;
             step_ms.push(1e3 * begun.elapsed().as_secs_f64());
         }
         let step = mean(&step_ms);
@@ -195,7 +196,8 @@ impl TrainBenchArgs {
             "estimated_graph_mb": estimate.bytes(graph) as f64 / 1e6,
             "resident_before_mb": megabytes(before),
             "peak_memory_mb": megabytes(peak_memory()),
-            "device_memory_mb": megabytes(used_bytes(device)),
+            "allocated_peak_mb": megabytes(accelerator::memory(device).map(|memory| memory.allocated_peak)),
+            "reserved_peak_mb": megabytes(accelerator::memory(device).map(|memory| memory.reserved_peak)),
             "last_loss": trainer.losses().last().map(|losses| losses.total),
         }))
     }
@@ -243,10 +245,10 @@ impl TrainBenchArgs {
             for concept in &concepts {
                 step(std::slice::from_ref(concept))?;
             }
-            settle(device);
+            settle(device)?;
             let middle = Instant::now();
             step(&concepts)?;
-            settle(device);
+            settle(device)?;
             if round > 0 {
                 turns.push((middle - begun).as_secs_f64());
                 shared.push(middle.elapsed().as_secs_f64());

@@ -1,0 +1,290 @@
+//! What a run finds, written as it is found: one JSON line for every event, flushed at once, so that a run that is killed
+//! keeps what it had.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+/// The file of JSON lines.
+#[derive(Debug)]
+pub(super) struct Report {
+    file: Mutex<File>,
+    begun: Instant,
+}
+
+impl Report {
+    /// Begins `report.jsonl` in `dir`, which is made where it is missing; an earlier report is replaced.
+    pub fn create(dir: &Path) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(dir)?;
+        Ok(Self {
+            file: Mutex::new(File::create(dir.join("report.jsonl"))?),
+            begun: Instant::now(),
+        })
+    }
+
+    /// Seconds since the run began.
+    pub fn at(&self) -> f64 {
+        self.begun.elapsed().as_secs_f64()
+    }
+
+    /// One line. A disk that is full costs the line, not the run.
+    pub fn line(&self, event: &Value) {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = writeln!(file, "{event}").and_then(|()| file.flush()) {
+            eprintln!("report.jsonl: {error}");
+        }
+    }
+}
+
+/// A measured number against its upper limit.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct Check {
+    pub name: String,
+    /// Not a number where there was nothing to measure: such a check has failed.
+    pub measured: f64,
+    pub limit: f64,
+    pub ok: bool,
+}
+
+/// How a part ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Outcome {
+    Ok,
+    Failed,
+    /// The deadline came first; what was found until then is kept.
+    Late,
+    Skipped,
+}
+
+impl Outcome {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Failed => "failed",
+            Self::Late => "late",
+            Self::Skipped => "skipped",
+        }
+    }
+}
+
+/// A part's end.
+#[derive(Debug, Clone)]
+pub(super) struct Ended {
+    pub part: &'static str,
+    pub outcome: Outcome,
+    pub seconds: f64,
+    pub error: Option<String>,
+    pub found: Found,
+}
+
+/// Checks and figures of one part.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Found {
+    pub checks: Vec<Check>,
+    pub figures: Map<String, Value>,
+    /// What this device cannot show, with the reason.
+    pub skipped: Vec<String>,
+    /// The part has been reported; what comes later is dropped.
+    pub closed: bool,
+}
+
+impl Found {
+    pub fn failed(&self) -> impl Iterator<Item = &Check> {
+        self.checks.iter().filter(|check| !check.ok)
+    }
+}
+
+/// A part stopped because its time was over.
+#[derive(Debug, thiserror::Error)]
+#[error("the deadline came before the end")]
+pub(super) struct Late;
+
+/// A part cannot run on this device.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Skip(pub String);
+
+/// Where one part puts what it finds; clones share it.
+#[derive(Debug, Clone)]
+pub(super) struct Findings {
+    part: &'static str,
+    found: Arc<Mutex<Found>>,
+    report: Arc<Report>,
+    deadline: Instant,
+}
+
+impl Findings {
+    pub fn new(part: &'static str, report: Arc<Report>, time: Duration) -> Self {
+        Self {
+            part,
+            found: Arc::default(),
+            report,
+            deadline: Instant::now() + time,
+        }
+    }
+
+    fn with<T>(&self, change: impl FnOnce(&mut Found) -> T) -> Option<T> {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        (!found.closed).then(|| change(&mut found))
+    }
+
+    /// Records whether `measured` is at most `limit`.
+    pub fn check(&self, name: impl Into<String>, measured: f64, limit: f64) {
+        let check = Check {
+            name: name.into(),
+            measured,
+            limit,
+            ok: measured <= limit,
+        };
+        self.with(|found| found.checks.push(check));
+    }
+
+    /// Runs one comparison: an error or its absence is a check of its own, so that the comparisons after it still run.
+    ///
+    /// # Errors
+    /// [`Late`] alone.
+    pub fn attempt(&self, name: &str, compare: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+        self.in_time()?;
+        match compare() {
+            Err(error) if error.is::<Late>() => Err(error),
+            Err(error) => {
+                self.check(name, f64::NAN, 0.0);
+                self.figure(&format!("{name}: error"), format!("{error:#}"));
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Records a figure, and writes it at once.
+    pub fn figure(&self, name: &str, value: impl Into<Value>) {
+        let value = value.into();
+        self.report
+            .line(&json!({"event": "figure", "part": self.part, "name": name, "value": value}));
+        self.with(|found| found.figures.insert(name.to_owned(), value));
+    }
+
+    /// Adds a row to the table `name`, and writes it at once.
+    pub fn row(&self, name: &str, row: Value) {
+        self.report
+            .line(&json!({"event": "figure", "part": self.part, "name": name, "row": row}));
+        self.with(|found| {
+            let table = found.figures.entry(name).or_insert_with(|| json!([]));
+            if let Value::Array(rows) = table {
+                rows.push(row);
+            }
+        });
+    }
+
+    /// The part's most important figure, in words.
+    pub fn headline(&self, text: String) {
+        self.with(|found| found.figures.insert("headline".to_owned(), text.into()));
+    }
+
+    /// Records something that this device cannot show.
+    pub fn skip(&self, what: &str, reason: &str) {
+        self.with(|found| found.skipped.push(format!("{what}: {reason}")));
+    }
+
+    /// The largest measured number of the checks whose names begin with `prefix`; not a number where there is none.
+    pub fn worst(&self, prefix: &str) -> f64 {
+        let largest = |found: &mut Found| {
+            let named = found.checks.iter().filter(|check| check.name.starts_with(prefix));
+            named.map(|check| check.measured).fold(f64::NAN, f64::max)
+        };
+        self.with(largest).unwrap_or(f64::NAN)
+    }
+
+    /// A figure that was recorded as a number; not a number where it was not.
+    pub fn number(&self, name: &str) -> f64 {
+        let number = |found: &mut Found| found.figures.get(name).and_then(Value::as_f64);
+        self.with(number).flatten().unwrap_or(f64::NAN)
+    }
+
+    /// Time until the deadline.
+    pub fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
+    /// # Errors
+    /// [`Late`] when the deadline is over.
+    pub fn in_time(&self) -> Result<(), Late> {
+        match self.left().is_zero() {
+            true => Err(Late),
+            false => Ok(()),
+        }
+    }
+
+    /// Takes what was found; from now on nothing is added.
+    pub fn close(&self) -> Found {
+        self.with(|found| {
+            let all = found.clone();
+            found.closed = true;
+            all
+        })
+        .unwrap_or_default()
+    }
+}
+
+impl Ended {
+    /// The line of a part's end.
+    pub fn line(&self, at: f64) -> Value {
+        let mut line = json!({
+            "event": "end",
+            "part": self.part,
+            "at_s": at,
+            "seconds": self.seconds,
+            "outcome": self.outcome,
+            "checks": self.found.checks,
+            "figures": self.found.figures,
+        });
+        if let Some(error) = &self.error {
+            line["error"] = error.clone().into();
+        }
+        if !self.found.skipped.is_empty() {
+            line["skipped"] = self.found.skipped.clone().into();
+        }
+        line
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn findings(dir: &Path, time: Duration) -> Findings {
+        Findings::new("parity", Arc::new(Report::create(dir).unwrap()), time)
+    }
+
+    #[test]
+    fn a_number_that_is_none_fails_and_an_error_is_a_failed_check() {
+        let dir = tempfile::tempdir().unwrap();
+        let findings = findings(dir.path(), Duration::from_secs(60));
+        findings.check("good", 0.5, 0.5);
+        findings.check("nothing", f64::NAN, 1.0);
+        findings.attempt("broken", || anyhow::bail!("no kernel")).unwrap();
+        findings.row("steps", json!({"images": 1}));
+        let found = findings.close();
+        findings.check("too late", 0.0, 1.0);
+        let failed: Vec<_> = found.failed().map(|check| check.name.as_str()).collect();
+        assert_eq!(failed, ["nothing", "broken"]);
+        assert_eq!(found.figures["broken: error"], "no kernel");
+        assert!(findings.close().checks.is_empty());
+        let lines = std::fs::read_to_string(dir.path().join("report.jsonl")).unwrap();
+        assert_eq!(lines.lines().count(), 2, "{lines}");
+    }
+
+    #[test]
+    fn a_deadline_ends_a_comparison_and_is_no_failed_check() {
+        let dir = tempfile::tempdir().unwrap();
+        let findings = findings(dir.path(), Duration::ZERO);
+        let error = findings.attempt("any", || Ok(())).unwrap_err();
+        assert!(error.is::<Late>() && findings.close().checks.is_empty());
+    }
+}

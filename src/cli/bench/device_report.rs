@@ -1,0 +1,633 @@
+//! `coar bench device-report`: the document that a report of `coar bench device` yields, from its JSON lines alone.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::{Map, Value};
+
+/// Write docs/performance-gpu.md from a report of `coar bench device`. What the report does not hold is `not measured`.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct DeviceReportArgs {
+    /// Folder of report.jsonl.
+    dir: PathBuf,
+    /// The document.
+    #[arg(long, value_name = "FILE", default_value = "docs/performance-gpu.md")]
+    out: PathBuf,
+}
+
+const ABSENT: &str = "not measured";
+
+const PARTS: [&str; 11] = [
+    "env", "parity", "decode", "image", "train", "concepts", "soak", "faults", "serve", "load", "micro",
+];
+
+/// The figures that were set before any GPU was at hand: what they say, the part, how the names of their checks begin.
+const LIMITS: [(&str, &str, &str); 15] = [
+    (
+        "logits, f32 without TF32: largest difference from the CPU",
+        "parity",
+        "pocket f32: logits",
+    ),
+    (
+        "decode steps, f32 without TF32: largest difference",
+        "parity",
+        "pocket f32: prefill and steps",
+    ),
+    (
+        "gradients, f32 without TF32: relative",
+        "parity",
+        "pocket f32: gradients",
+    ),
+    (
+        "a training step, f32 without TF32: relative",
+        "parity",
+        "pocket f32: training step",
+    ),
+    ("logits, bf16: relative", "parity", "pocket bf16: logits, relative"),
+    (
+        "logits, bf16: share of other likeliest tokens",
+        "parity",
+        "pocket bf16: logits, another likeliest token",
+    ),
+    (
+        "same seed, same image: codes that differ",
+        "image",
+        "codes that differ with the same seed",
+    ),
+    (
+        "alone as in the batch, `--deterministic`: requests that differ",
+        "soak",
+        "deterministic: requests that differ",
+    ),
+    (
+        "growth of the device's memory over the soak, MiB",
+        "soak",
+        "deterministic: growth of the device's memory",
+    ),
+    ("concepts: cost of a step, share", "concepts", "cost of concepts"),
+    (
+        "training at share 0.5: off by",
+        "train",
+        "training's share of the device",
+    ),
+    (
+        "a whole 768 x 768 image of the 7B, seconds",
+        "image",
+        "seconds of a whole image",
+    ),
+    (
+        "1000 training steps of the 7B at 512 pixels, seconds",
+        "train",
+        "seconds of 1000 steps",
+    ),
+    (
+        "peak of a step against the estimate: off by, 512 kept",
+        "train",
+        "512 pixels, kept: peak",
+    ),
+    (
+        "exit status after a lost context: off by",
+        "faults",
+        "exit status after a lost context",
+    ),
+];
+
+/// A column: the key of a row, its heading, decimals of numbers.
+type Column = (&'static str, &'static str, usize);
+
+/// A table of a part: its figure, a heading, the columns.
+struct Table {
+    part: &'static str,
+    figure: &'static str,
+    heading: &'static str,
+    columns: &'static [Column],
+}
+
+const TABLES: [Table; 12] = [
+    Table {
+        part: "decode",
+        figure: "steps",
+        heading: "Decode steps",
+        columns: &[
+            ("images", "images", 0),
+            ("attention", "cache is read", 0),
+            ("tokens", "tokens in the cache", 0),
+            ("step_ms", "step ms", 3),
+            ("host_ms", "host ms", 3),
+            ("upload_ms", "upload", 3),
+            ("layers_ms", "layers", 3),
+            ("head_ms", "head", 3),
+            ("sampling_ms", "sampling", 3),
+            ("floor_ms", "floor ms", 3),
+            ("of_the_floor", "of the floor", 2),
+            ("codes_per_second", "codes/s", 0),
+        ],
+    },
+    Table {
+        part: "image",
+        figure: "prefill",
+        heading: "Prefill",
+        columns: &[("tokens", "tokens", 0), ("ms", "ms", 2)],
+    },
+    Table {
+        part: "image",
+        figure: "image_tokenizer",
+        heading: "Image tokenizer",
+        columns: &[
+            ("side", "side", 0),
+            ("decode_ms", "codes to pixels ms", 1),
+            ("encode_ms", "pixels to codes ms", 1),
+            ("decode_peak_mb", "peak MB", 0),
+        ],
+    },
+    Table {
+        part: "train",
+        figure: "steps",
+        heading: "Training steps",
+        columns: &[
+            ("side", "side", 0),
+            ("graph", "layers", 0),
+            ("rows", "sequences", 0),
+            ("step_seconds", "s a step", 4),
+            ("estimate_mb", "estimate MB", 0),
+            ("allocated_peak_mb", "allocated peak MB", 0),
+            ("reserved_peak_mb", "reserved peak MB", 0),
+        ],
+    },
+    Table {
+        part: "soak",
+        figure: "loads",
+        heading: "Mixed load on the pocket model",
+        columns: &[
+            ("mode", "mode", 0),
+            ("finished", "finished", 0),
+            ("failed", "failed", 0),
+            ("compared", "compared alone", 0),
+            ("different_alone", "of them different", 0),
+            ("host_growth_mib", "host's growth MiB", 1),
+            ("device_growth_mib", "device's growth MiB", 1),
+        ],
+    },
+    Table {
+        part: "serve",
+        figure: "conditions",
+        heading: "Serving 16 requests at once",
+        columns: &[
+            ("condition", "condition", 0),
+            ("images_per_minute", "images/min", 1),
+            ("latency_p50", "p50 s", 2),
+            ("latency_p95", "p95 s", 2),
+            ("first_code_p50", "first code s", 3),
+        ],
+    },
+    Table {
+        part: "micro",
+        figure: "products",
+        heading: "Products of four layers, by rows",
+        columns: &[
+            ("rows", "rows", 0),
+            ("ms", "ms", 3),
+            ("ms_of_all_layers", "all layers ms", 3),
+            ("gb_per_second", "GB/s of weights", 0),
+        ],
+    },
+    Table {
+        part: "micro",
+        figure: "attention",
+        heading: "Attention of one query, one layer",
+        columns: &[
+            ("kernel", "kernel", 0),
+            ("rows", "rows", 0),
+            ("length", "keys", 0),
+            ("first_ms", "first ms", 2),
+            ("ms", "ms", 4),
+            ("gb_per_second", "GB/s", 0),
+            ("error", "error", 0),
+        ],
+    },
+    Table {
+        part: "micro",
+        figure: "new_length",
+        heading: "Attention at a length for the first time",
+        columns: &[
+            ("kernel", "kernel", 0),
+            ("length", "keys", 0),
+            ("ms", "ms", 2),
+            ("error", "error", 0),
+        ],
+    },
+    Table {
+        part: "micro",
+        figure: "narrow_weights",
+        heading: "Weights in narrower kinds, the widest product of a layer",
+        columns: &[
+            ("weights", "weights", 0),
+            ("rows", "rows", 0),
+            ("ms", "ms", 4),
+            ("error", "error", 0),
+        ],
+    },
+    Table {
+        part: "micro",
+        figure: "convolutions",
+        heading: "The image tokenizer's widest convolution",
+        columns: &[
+            ("side", "side", 0),
+            ("kind", "kind", 0),
+            ("ms", "ms", 2),
+            ("tflops", "TFLOP/s", 1),
+            ("error", "error", 0),
+        ],
+    },
+    Table {
+        part: "micro",
+        figure: "selection",
+        heading: "The sampler's parts",
+        columns: &[("operation", "operation", 0), ("ms", "ms", 3), ("error", "error", 0)],
+    },
+];
+
+/// Single figures: part, key, what it is, decimals.
+const FIGURES: [(&str, &str, &str, usize); 27] = [
+    ("decode", "bandwidth_gb_per_second", "memory read, GB/s", 0),
+    ("decode", "weights_read_mb", "weights that a step reads, MB", 0),
+    ("image", "size", "whole image: size", 0),
+    ("image", "seconds", "whole image: seconds, pixels included", 2),
+    ("image", "codes_per_second", "whole image: codes/s", 0),
+    ("train", "seconds_of_1000_steps", "1000 training steps, seconds", 0),
+    (
+        "train",
+        "training_share",
+        "training's share of the device beside images, asked for 0.5",
+        3,
+    ),
+    (
+        "train",
+        "device_busy_share",
+        "share of the time in which the device was busy",
+        3,
+    ),
+    ("concepts", "images", "images with a concept each", 0),
+    ("concepts", "with_to_without", "a step with concepts to one without", 4),
+    ("concepts", "standard_error", "its standard error", 4),
+    (
+        "serve",
+        "free_rows",
+        "free rows of the cache that the engine took, of 32 at most",
+        0,
+    ),
+    (
+        "serve",
+        "kept_beside_training",
+        "serving's speed beside a training, share of its own",
+        3,
+    ),
+    ("load", "written_mb", "checkpoint, MB", 0),
+    ("load", "load_seconds", "loading it, seconds", 2),
+    ("load", "gb_per_second", "loading it, GB/s", 2),
+    ("load", "host_peak_growth_mb", "host's peak while loading, MB", 0),
+    (
+        "load",
+        "allocated_after_weights_mb",
+        "device memory after the weights, MB",
+        0,
+    ),
+    (
+        "load",
+        "allocated_after_a_cache_of_one_image_mb",
+        "after a cache for one image, MB",
+        0,
+    ),
+    (
+        "load",
+        "reserved_after_the_first_step_mb",
+        "reserved after the first step, MB",
+        0,
+    ),
+    (
+        "faults",
+        "error_of_a_cache_too_large",
+        "error of a cache that is too large",
+        0,
+    ),
+    (
+        "faults",
+        "error_of_a_training_too_large",
+        "error of a training that is too large",
+        0,
+    ),
+    (
+        "faults",
+        "lost_context_seconds",
+        "seconds until a process with a lost context ended",
+        1,
+    ),
+    ("micro", "copy_gb_per_second", "copy, GB/s read and written", 0),
+    ("micro", "launch_host_us", "launch, us on the host", 2),
+    ("micro", "upload_blocking_us", "upload from pageable memory, us", 1),
+    ("micro", "upload_pinned_us", "upload from pinned memory, us", 1),
+];
+
+/// A report as its lines have it.
+#[derive(Debug, Default)]
+struct Report {
+    run: Map<String, Value>,
+    /// The last line of each part that ended.
+    ends: BTreeMap<String, Value>,
+    /// Figures of each part, as they were written.
+    figures: BTreeMap<String, Map<String, Value>>,
+}
+
+impl Report {
+    /// Lines that are no JSON objects, as a killed run may leave one, are passed over.
+    fn read(text: &str) -> Self {
+        let mut report = Self::default();
+        for line in text.lines() {
+            let Ok(Value::Object(event)) = serde_json::from_str(line) else {
+                continue;
+            };
+            let part = event.get("part").and_then(Value::as_str).unwrap_or_default().to_owned();
+            match event.get("event").and_then(Value::as_str) {
+                Some("run") => report.run = event,
+                Some("figure") => report.add_figure(part, &event),
+                Some("end") => {
+                    if let Some(Value::Object(figures)) = event.get("figures") {
+                        report.figures.insert(part.clone(), figures.clone());
+                    }
+                    report.ends.insert(part, Value::Object(event));
+                }
+                _ => {}
+            }
+        }
+        report
+    }
+
+    fn add_figure(&mut self, part: String, event: &Map<String, Value>) {
+        let Some(name) = event.get("name").and_then(Value::as_str) else {
+            return;
+        };
+        let figures = self.figures.entry(part).or_default();
+        match (event.get("value"), event.get("row")) {
+            (Some(value), _) => drop(figures.insert(name.to_owned(), value.clone())),
+            (None, Some(row)) => {
+                let rows = figures.entry(name).or_insert_with(|| Value::Array(vec![]));
+                if let Value::Array(rows) = rows {
+                    rows.push(row.clone());
+                }
+            }
+            (None, None) => {}
+        }
+    }
+
+    fn figure(&self, part: &str, name: &str) -> Option<&Value> {
+        self.figures.get(part)?.get(name).filter(|value| !value.is_null())
+    }
+
+    /// Checks of a part whose names begin so.
+    fn checks<'a>(&'a self, part: &str, prefix: &'a str) -> impl Iterator<Item = &'a Value> {
+        let checks = self.ends.get(part).and_then(|end| end["checks"].as_array());
+        checks
+            .into_iter()
+            .flatten()
+            .filter(move |check| check["name"].as_str().is_some_and(|name| name.starts_with(prefix)))
+    }
+}
+
+/// A value in a table.
+fn cell(value: Option<&Value>, decimals: usize) -> String {
+    match value {
+        None | Some(Value::Null) => ABSENT.to_owned(),
+        Some(Value::Number(number)) => match number.as_i64() {
+            Some(whole) => whole.to_string(),
+            None => format!("{:.decimals$}", number.as_f64().unwrap_or(f64::NAN)),
+        },
+        Some(Value::String(text)) => text.replace(['\n', '|'], " "),
+        Some(other) => other.to_string().replace('|', " "),
+    }
+}
+
+/// Lines of a Markdown table.
+fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
+    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let mut text = line(&headings.iter().map(|heading| (*heading).to_owned()).collect::<Vec<_>>());
+    text.push_str(&line(&vec!["---".to_owned(); headings.len()]));
+    rows.iter().for_each(|row| text.push_str(&line(row)));
+    text
+}
+
+impl Report {
+    fn document(&self) -> String {
+        let mut text = String::from(
+            "# Performance on a GPU\n\nWritten by `coar bench device-report` from a report of `coar bench device`; edit neither \
+             by hand. `not measured` stands wherever the\nreport has nothing. How to run it: \
+             [the 7B on a GPU](howto/gpu-7b.md). The figures of a CPU are in [performance](performance.md).\n\n",
+        );
+        // Writing to a string cannot fail.
+        let _ = write!(
+            text,
+            "{}\n## What was wanted\n\n{}\n## Parts\n\n{}",
+            self.head(),
+            self.limits(),
+            self.parts()
+        );
+        text.push_str("\n## Figures\n\n");
+        let figures = FIGURES.map(|(part, name, what, decimals)| {
+            vec![
+                part.to_owned(),
+                what.to_owned(),
+                cell(self.figure(part, name), decimals),
+            ]
+        });
+        text.push_str(&table(&["part", "figure", "measured"], &figures));
+        for one in TABLES {
+            let _ = write!(text, "\n## {}\n\n{}", one.heading, self.table(&one));
+        }
+        text
+    }
+
+    fn head(&self) -> String {
+        let run = |key: &str| cell(self.run.get(key).filter(|value| *value != ""), 0);
+        let rows = [
+            ("card", run("card")),
+            ("device", run("device")),
+            ("driver", run("driver")),
+            ("libtorch", run("libtorch")),
+            ("coar", run("coar")),
+            ("date", run("time")),
+            ("model", run("model")),
+            ("pixels along a side", run("target_size")),
+            ("small", run("small")),
+            ("cuDNN", cell(self.figure("env", "cudnn"), 0)),
+        ];
+        table(&["", ""], &rows.map(|(name, value)| vec![name.to_owned(), value]))
+    }
+
+    fn limits(&self) -> String {
+        let rows = LIMITS.map(|(what, part, prefix)| {
+            let number = |check: &Value, key: &str| check[key].as_f64().unwrap_or(f64::NAN);
+            // Of several checks the one that is nearest to its limit or beyond it; no number is beyond every limit.
+            let worst = self.checks(part, prefix).max_by(|one, other| {
+                let over = |check: &Value| {
+                    let over = number(check, "measured") - number(check, "limit");
+                    if over.is_nan() { f64::INFINITY } else { over }
+                };
+                over(one).total_cmp(&over(other))
+            });
+            match worst {
+                None => vec![what.to_owned(), ABSENT.to_owned(), ABSENT.to_owned(), String::new()],
+                Some(check) => vec![
+                    what.to_owned(),
+                    format!("{}", number(check, "limit")),
+                    match check["measured"].as_f64() {
+                        Some(measured) => format!("{measured:.3e}"),
+                        None => "no number".to_owned(),
+                    },
+                    if check["ok"] == true { "yes" } else { "**no**" }.to_owned(),
+                ],
+            }
+        });
+        table(&["", "at most", "measured", "kept"], &rows)
+    }
+
+    fn parts(&self) -> String {
+        let rows = PARTS.map(|part| {
+            let Some(end) = self.ends.get(part) else {
+                return vec![
+                    part.to_owned(),
+                    ABSENT.to_owned(),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                ];
+            };
+            let checks: Vec<&Value> = self.checks(part, "").collect();
+            let failed: Vec<&str> = checks
+                .iter()
+                .filter(|check| check["ok"] != true)
+                .filter_map(|check| check["name"].as_str())
+                .collect();
+            let skipped = end["skipped"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_str);
+            let notes: Vec<String> = end["error"]
+                .as_str()
+                .map(|error| error.lines().next().unwrap_or("").to_owned())
+                .into_iter()
+                .chain(failed.iter().map(|name| format!("failed: {name}")))
+                .chain(skipped.map(|what| format!("skipped: {what}")))
+                .collect();
+            vec![
+                part.to_owned(),
+                cell(end.get("outcome"), 0),
+                cell(end.get("seconds"), 1),
+                format!("{} of {}", checks.len() - failed.len(), checks.len()),
+                notes.join("; ").replace('|', " "),
+            ]
+        });
+        table(&["part", "outcome", "seconds", "checks kept", ""], &rows)
+    }
+
+    fn table(&self, one: &Table) -> String {
+        let rows = self.figure(one.part, one.figure).and_then(Value::as_array);
+        let Some(rows) = rows.filter(|rows| !rows.is_empty()) else {
+            return format!("{ABSENT}\n");
+        };
+        // A column of errors only where there are some.
+        let columns: Vec<&Column> = one
+            .columns
+            .iter()
+            .filter(|(key, ..)| *key != "error" || rows.iter().any(|row| row.get("error").is_some()))
+            .collect();
+        let headings: Vec<&str> = columns.iter().map(|(_, heading, _)| *heading).collect();
+        let cells = |row: &Value| {
+            let of = |(key, _, decimals): &&Column| match (*key, row.get(key)) {
+                ("error", None) => String::new(),
+                (_, value) => cell(value, *decimals),
+            };
+            columns.iter().map(of).collect::<Vec<_>>()
+        };
+        table(&headings, &rows.iter().map(cells).collect::<Vec<_>>())
+    }
+}
+
+impl DeviceReportArgs {
+    pub(in crate::cli) fn run(self) -> anyhow::Result<()> {
+        let file = self.dir.join("report.jsonl");
+        let text = std::fs::read_to_string(&file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
+        std::fs::write(&self.out, Report::read(&text).document())
+            .map_err(|error| anyhow::anyhow!("{}: {error}", self.out.display()))?;
+        println!("{}", self.out.display());
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LINES: &str = r#"{"event":"run","coar":"0.1.0","time":"2026-11-27T10:30:45Z","device":"cuda:0","card":"NVIDIA H100 80GB HBM3","driver":"580.1","libtorch":"2.11.0","model":"7b random weights","target_size":768,"small":false}
+{"event":"begin","part":"parity","at_s":1,"deadline_s":45}
+{"event":"end","part":"parity","at_s":9,"seconds":8.25,"outcome":"failed","checks":[{"name":"pocket f32: logits, largest difference","measured":3e-5,"limit":1e-3,"ok":true},{"name":"pocket bf16: logits, relative","measured":null,"limit":1e-2,"ok":false}],"figures":{}}
+{"event":"figure","part":"decode","name":"steps","row":{"images":1,"attention":"as chosen","tokens":1100,"step_ms":7.1234,"floor_ms":4.5}}
+{"event":"figure","part":"decode","name":"bandwidth_gb_per_second","value":2990.4}
+{"event":"end","part":"train","at_s":30,"seconds":20.0,"outcome":"ok","checks":[{"name":"512 pixels, kept: peak over estimate, off by","measured":0.11,"limit":0.15,"ok":true}],"figures":{"steps":[{"side":512,"graph":"kept","step_seconds":0.21}],"training_share":0.49},"skipped":["a: b"]}
+{"event":"en"#;
+
+    #[test]
+    fn a_report_yields_its_figures_even_where_a_part_was_killed() {
+        let text = Report::read(LINES).document();
+        for expected in [
+            "| card | NVIDIA H100 80GB HBM3 |",
+            "| driver | 580.1 |",
+            "| date | 2026-11-27T10:30:45Z |",
+            "| logits, f32 without TF32: largest difference from the CPU | 0.001 | 3.000e-5 | yes |",
+            "| logits, bf16: relative | 0.01 | no number | **no** |",
+            "| parity | failed | 8.2 | 1 of 2 | failed: pocket bf16: logits, relative |",
+            "| decode | not measured |",
+            "| decode | memory read, GB/s | 2990 |",
+            "| 1 | as chosen | 1100 | 7.123 |",
+            "| 512 | kept | not measured | 0.2100 |",
+            "| train | ok | 20.0 | 1 of 1 | skipped: a: b |",
+            "| same seed, same image: codes that differ | not measured | not measured |",
+        ] {
+            assert!(text.contains(expected), "{expected}\n{text}");
+        }
+    }
+
+    #[test]
+    fn other_numbers_yield_another_document() {
+        let (before, after) = (
+            Report::read(LINES),
+            Report::read(&LINES.replace("7.1234", "6.5").replace("0.49", "0.61")),
+        );
+        let (before, after) = (before.document(), after.document());
+        let changed: Vec<_> = before.lines().zip(after.lines()).filter(|(a, b)| a != b).collect();
+        assert_eq!(changed.len(), 2, "{changed:?}");
+        assert!(after.contains("| 1 | as chosen | 1100 | 6.500 |") && after.contains("| 0.610 |"));
+    }
+
+    #[test]
+    fn nothing_is_measured_in_an_empty_report() {
+        let text = Report::read("").document();
+        let parts = PARTS.map(|part| format!("| {part} | not measured |"));
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
+        assert!(!text.contains("yes") && !text.contains("NaN"), "{text}");
+    }
+
+    /// Until a GPU's report is committed there, the document says that nothing was measured.
+    #[test]
+    fn the_committed_document_is_that_of_the_committed_report() {
+        let docs = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+        let report = std::fs::read_to_string(docs.join("gpu/report.jsonl")).unwrap_or_default();
+        let document = std::fs::read_to_string(docs.join("performance-gpu.md")).unwrap();
+        assert_eq!(
+            document,
+            Report::read(&report).document(),
+            "write it anew: coar bench device-report docs/gpu"
+        );
+    }
+}
