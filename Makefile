@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers
+.PHONY: serve build test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -25,6 +25,11 @@ test: libtorch
 check: libtorch
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
+
+# Every part of the device benchmark on the CPU, with the accelerator's code path: docs/performance.md.
+bench-device: libtorch
+	cargo build --bin coar
+	$(or $(CARGO_TARGET_DIR),target)/debug/coar bench device --device cpu --small --out $(or $(CARGO_TARGET_DIR),target)/bench-device
 
 # The registry's tests again on PostgreSQL and S3: servers of their own, ended afterwards. Says so and passes where there is no
 # PostgreSQL and none can be installed.
