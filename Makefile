@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers
+.PHONY: serve build test check contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -63,6 +63,16 @@ fuzz-parsers: libtorch
 # Every case of a golden directory, each with its largest difference: COAR_GOLDEN=DIR make golden
 golden: libtorch
 	cargo test --test it golden::every_case -- --nocapture
+
+# Every part of the program on this machine's GPU, in nine minutes at most; the report goes to target/gpu-check: docs/howto/gpu-7b.md.
+# make gpu-check SECONDS=200 ARGS="--parts env,parity"
+gpu-check: build
+	scripts/gpu-check.sh pack
+	scripts/gpu-check.sh run --seconds $(or $(SECONDS),500) $(ARGS)
+
+# The same script without a GPU, and what it must refuse.
+gpu-check-test: libtorch
+	tests/gpu_check/run.sh
 
 # A pocket model from nothing: two to three hours on two cores (estimated from its parts). Each stage continues where it was interrupted.
 pocket: build

@@ -27,7 +27,7 @@ fi
 PATH="$PWD/$venv/bin:$PATH"
 
 # ---- scripts and files
-shellcheck docker/*.sh scripts/*.sh tests/deploy/*.sh
+shellcheck docker/*.sh scripts/*.sh tests/deploy/*.sh tests/gpu_check/*.sh
 pass "shellcheck"
 hadolint docker/Dockerfile
 pass "hadolint"
