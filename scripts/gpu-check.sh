@@ -21,7 +21,6 @@ set -Eeuo pipefail
 invoked=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
-python=${PYTHON:-python3}
 parts=env,parity,decode,image,train,concepts,soak,faults,serve,load,micro
 carried_limit=$((40 << 20))
 files_limit=8
@@ -58,6 +57,9 @@ absolute() {
         *) printf '%s\n' "$invoked/$1" ;;
     esac
 }
+python=${PYTHON:-python3}
+case $python in */*) python=$(absolute "$python") ;; esac
+[ -z "${LIBTORCH:-}" ] || LIBTORCH=$(absolute "$LIBTORCH")
 sha256() { sha256sum "$1" | cut -d ' ' -f 1; }
 megabytes() { awk -v bytes="$1" 'BEGIN { printf "%.1f MB", bytes / 1e6 }'; }
 # field KEY FILE: a value of the manifest.
