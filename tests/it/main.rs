@@ -5,6 +5,7 @@ mod architecture;
 mod dreambench;
 mod engine;
 mod golden;
+mod gpu_memory;
 mod methods;
 mod model;
 mod security;

@@ -1,0 +1,210 @@
+//! The memory tables of `docs/howto/gpu-7b.md`, from the formulas that the program uses.
+
+use std::cell::Cell;
+use std::fmt::Write;
+use std::path::Path;
+
+use coar::concept::ConceptKind;
+use coar::engine::EngineOptions;
+use coar::model::kv_cache::KvCache;
+use coar::model::preprocessing::CropPlan;
+use coar::model::vqgan::VqganConfig;
+use coar::model::weights::TensorSource;
+use coar::model::{ModelConfig, ModelError, Vqgan};
+use coar::training::{Estimate, Graph, Preset, StepSize, TrainingSpec};
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+const DOCUMENT: &str = "docs/howto/gpu-7b.md";
+const SIDES: [u32; 3] = [512, 768, 1024];
+const CARDS: [u64; 5] = [12, 16, 24, 48, 80];
+const KIND: Kind = Kind::BFloat16;
+/// What cards with error correction report of their nominal memory.
+const USABLE: (u64, u64) = (15, 16);
+/// CUDA's context, cuBLAS and cuDNN: an estimate.
+const CONTEXT: u64 = 1 << 30;
+/// Decoding an image of 768 x 768 pixels in f32: an estimate. It grows with the number of pixels.
+const DECODING_768: u64 = 3_000_000_000;
+/// Tokens of a training's prompt, and of a class image's.
+const PROMPT: u64 = 43;
+/// Class images that a training draws at once, two rows each.
+const CLASS_ROWS: u64 = 8;
+
+fn shape_7b() -> ModelConfig {
+    serde_json::from_value(json!({
+        "model_type": "chameleon", "vocab_size": 65_536, "hidden_size": 4096, "intermediate_size": 11_008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    }))
+    .unwrap()
+}
+
+fn image_tokenizer() -> VqganConfig {
+    serde_json::from_value(json!({
+        "embed_dim": 256, "n_embed": 8192,
+        "ddconfig": {
+            "z_channels": 256, "resolution": 512, "in_channels": 3, "out_ch": 3, "ch": 128,
+            "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [], "double_z": false,
+        },
+    }))
+    .unwrap()
+}
+
+/// Counts the parameters that a network asks for.
+#[derive(Default)]
+struct Counting(Cell<u64>);
+
+impl TensorSource for Counting {
+    fn tensor(&self, _: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
+        self.0.set(self.0.get() + shape.iter().product::<i64>() as u64);
+        Ok(Tensor::f_zeros([1], (Kind::Float, Device::Cpu))?.f_expand(shape, false)?)
+    }
+    fn shape_of(&self, _: &str) -> Option<Vec<i64>> {
+        None
+    }
+}
+
+/// Bytes of the weights: the transformer's in bf16, and the image tokenizer's in f32.
+fn weights() -> (u64, u64) {
+    let config = shape_7b();
+    let (hidden, inner) = (config.hidden_size as u64, config.intermediate_size as u64);
+    // Both embeddings; of each layer four products of attention, three of the MLP.
+    let transformer = 2 * config.vocab_size as u64 * hidden
+        + config.num_hidden_layers as u64 * (4 * hidden * hidden + 3 * hidden * inner);
+    let counting = Counting::default();
+    Vqgan::load(&image_tokenizer(), &counting).unwrap();
+    (2 * transformer, 4 * counting.0.get())
+}
+
+/// What a model of that target size takes beside its weights.
+struct Needs {
+    row: u64,
+    decoding: u64,
+    class_images: u64,
+    kept: u64,
+    recomputed: u64,
+}
+
+impl Needs {
+    fn of(side: u32) -> Self {
+        let config = shape_7b();
+        let pixels = image_tokenizer().pixels_per_code();
+        let tokens = |(width, height): (u32, u32)| u64::from(height / pixels * (width / pixels + 1));
+        let longest = CropPlan::new(side, 2 * pixels)
+            .sizes()
+            .iter()
+            .copied()
+            .map(tokens)
+            .max()
+            .unwrap();
+        let prompt = EngineOptions::default().prompt_tokens as u64;
+        let square = tokens((side, side));
+        let row = |tokens: u64| KvCache::row_bytes(&config, tokens as i64, KIND);
+        let spec = TrainingSpec::preset(
+            Preset::Paper,
+            ConceptKind::Subject,
+            "rex",
+            Some("dog"),
+            config.num_hidden_layers,
+        );
+        let predicted = square + 1;
+        let size = StepSize::of(&spec, true, (predicted + PROMPT) as usize, predicted as usize);
+        let estimate = Estimate::new(&config, size, KIND, Device::Cuda(0));
+        Self {
+            row: row(prompt + longest),
+            decoding: DECODING_768 * u64::from(side).pow(2) / 768_u64.pow(2),
+            class_images: CLASS_ROWS * row(square + PROMPT),
+            kept: estimate.bytes(Graph::Kept),
+            recomputed: estimate.bytes(estimate.recomputed()),
+        }
+    }
+
+    /// What a training takes at least: its step, or the class images that it draws before.
+    fn training(&self) -> u64 {
+        self.recomputed.max(self.class_images)
+    }
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
+}
+
+fn parts() -> String {
+    let needs = SIDES.map(Needs::of);
+    let mut text = "| | 512 | 768 | 1024 |\n|---|---|---|---|\n".to_owned();
+    let mut line = |name: &str, cell: &dyn Fn(&Needs) -> String| {
+        let cells = needs.iter().map(cell).collect::<Vec<_>>().join(" | ");
+        writeln!(text, "| {name} | {cells} |").unwrap();
+    };
+    line("one row of keys and values", &|needs| format!("{} MiB", needs.row >> 20));
+    line("one image with guidance: two rows", &|needs| gigabytes(2 * needs.row));
+    line("decoding an image to pixels", &|needs| gigabytes(needs.decoding));
+    line("training: drawing the class images, four at a time", &|needs| {
+        gigabytes(needs.class_images)
+    });
+    line("training step, every layer kept", &|needs| gigabytes(needs.kept));
+    line("training step, layers recomputed", &|needs| gigabytes(needs.recomputed));
+    text
+}
+
+/// Images at once with `--kv-memory auto`, and what is left for a training.
+fn cell(card: u64, needs: &Needs) -> String {
+    let (transformer, tokenizer) = weights();
+    let usable = (card << 30) * USABLE.0 / USABLE.1;
+    let Some(free) = usable.checked_sub(CONTEXT + transformer + tokenizer + needs.decoding) else {
+        return "does not fit".to_owned();
+    };
+    let most = EngineOptions::default().rows as u64;
+    let rows = (free.saturating_sub(needs.training()) / needs.row).min(most).max(2);
+    let Some(left) = free.checked_sub(rows * needs.row) else {
+        return "does not fit".to_owned();
+    };
+    let training = match () {
+        () if left < needs.training() => "no training",
+        // `--training-memory auto` is half of what is free.
+        () if needs.kept <= left / 2 => "layers kept",
+        () => "layers recomputed",
+    };
+    format!("{}; {training}", rows / 2)
+}
+
+fn cards() -> String {
+    let needs = SIDES.map(Needs::of);
+    let mut text = "| card | 512 | 768 | 1024 |\n|---|---|---|---|\n".to_owned();
+    for card in CARDS {
+        let cells = needs.iter().map(|needs| cell(card, needs)).collect::<Vec<_>>();
+        writeln!(text, "| {card} GB | {} |", cells.join(" | ")).unwrap();
+    }
+    text
+}
+
+/// The document with `table` between the two comments of that name.
+fn with_table(document: &str, name: &str, table: &str) -> String {
+    let (begin, end) = (format!("<!-- {name} -->\n"), format!("<!-- /{name} -->"));
+    let (before, rest) = document.split_once(&begin).unwrap();
+    let (_, after) = rest.split_once(&end).unwrap();
+    format!("{before}{begin}\n{table}\n{end}{after}")
+}
+
+#[test]
+fn the_tables_of_the_document_are_those_of_the_formulas() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(DOCUMENT);
+    let document = std::fs::read_to_string(&file).unwrap();
+    let computed = with_table(&document, "memory", &parts());
+    let computed = with_table(&computed, "cards", &cards());
+    if std::env::var_os("COAR_WRITE_DOCS").is_some() {
+        std::fs::write(&file, &computed).unwrap();
+    } else {
+        assert_eq!(
+            document, computed,
+            "{DOCUMENT} is out of date: COAR_WRITE_DOCS=1 cargo test --test it gpu_memory writes it, then edit what its text says of the tables"
+        );
+    }
+}
+
+#[test]
+fn the_weights_take_what_the_document_says() {
+    let (transformer, tokenizer) = weights();
+    assert_eq!(gigabytes(transformer), "14.0 GB");
+    assert_eq!(gigabytes(tokenizer), "0.3 GB");
+    assert_eq!(KvCache::row_bytes(&shape_7b(), 16, KIND) / 16, 512 << 10);
+}
