@@ -135,7 +135,9 @@ fn parts() -> String {
         let cells = needs.iter().map(cell).collect::<Vec<_>>().join(" | ");
         writeln!(text, "| {name} | {cells} |").unwrap();
     };
-    line("one row of keys and values", &|needs| format!("{} MiB", needs.row >> 20));
+    line("one row of keys and values", &|needs| {
+        format!("{} MiB", needs.row >> 20)
+    });
     line("one image with guidance: two rows", &|needs| gigabytes(2 * needs.row));
     line("decoding an image to pixels", &|needs| gigabytes(needs.decoding));
     line("training: drawing the class images, four at a time", &|needs| {
