@@ -351,7 +351,7 @@ run() {
     case $status in
         0) ;;
         124) note "coar was ended by force after $took s; the report holds what was measured until then" ;;
-        *) note "coar ended with status $status after $took s; the report holds what was measured until then" ;;
+        *) note "coar ended with status $status after $took s" ;;
     esac
     if [ "$(stat -c %s "$log")" -gt $((15 << 20)) ]; then
         { head -c $((1 << 20)) "$log" && printf '\n[left out]\n' && tail -c $((13 << 20)) "$log"; } >"$work/log"
