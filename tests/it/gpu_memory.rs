@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use coar::concept::ConceptKind;
-use coar::engine::EngineOptions;
+use coar::engine::{EngineOptions, KvMemory};
 use coar::model::kv_cache::KvCache;
 use coar::model::preprocessing::CropPlan;
 use coar::model::vqgan::VqganConfig;
@@ -23,12 +23,9 @@ const KIND: Kind = Kind::BFloat16;
 const USABLE: (u64, u64) = (15, 16);
 /// CUDA's context, cuBLAS and cuDNN: an estimate.
 const CONTEXT: u64 = 1 << 30;
-/// Decoding an image of 768 x 768 pixels in f32: an estimate. It grows with the number of pixels.
-const DECODING_768: u64 = 3_000_000_000;
-/// Tokens of a training's prompt, and of a class image's.
-const PROMPT: u64 = 43;
-/// Class images that a training draws at once, two rows each.
-const CLASS_ROWS: u64 = 8;
+/// Tokens of a training's prompt.
+const PROMPT: u64 = 48;
+const CUDA: Device = Device::Cuda(0);
 
 fn shape_7b() -> ModelConfig {
     serde_json::from_value(json!({
@@ -38,7 +35,7 @@ fn shape_7b() -> ModelConfig {
     .unwrap()
 }
 
-fn image_tokenizer() -> VqganConfig {
+fn image_tokenizer_shape() -> VqganConfig {
     serde_json::from_value(json!({
         "embed_dim": 256, "n_embed": 8192,
         "ddconfig": {
@@ -63,6 +60,12 @@ impl TensorSource for Counting {
     }
 }
 
+fn image_tokenizer() -> (Vqgan, u64) {
+    let counting = Counting::default();
+    let vqgan = Vqgan::load(&image_tokenizer_shape(), &counting).unwrap();
+    (vqgan, counting.0.get())
+}
+
 /// Bytes of the weights: the transformer's in bf16, and the image tokenizer's in f32.
 fn weights() -> (u64, u64) {
     let config = shape_7b();
@@ -70,34 +73,28 @@ fn weights() -> (u64, u64) {
     // Both embeddings; of each layer four products of attention, three of the MLP.
     let transformer = 2 * config.vocab_size as u64 * hidden
         + config.num_hidden_layers as u64 * (4 * hidden * hidden + 3 * hidden * inner);
-    let counting = Counting::default();
-    Vqgan::load(&image_tokenizer(), &counting).unwrap();
-    (2 * transformer, 4 * counting.0.get())
+    (2 * transformer, 4 * image_tokenizer().1)
 }
 
-/// What a model of that target size takes beside its weights.
+/// What a model of that target size takes beside its weights, for the largest of its sizes.
 struct Needs {
     row: u64,
     decoding: u64,
-    class_images: u64,
+    class_image: u64,
     kept: u64,
     recomputed: u64,
+    /// What a training cannot do without.
+    training: u64,
 }
 
 impl Needs {
     fn of(side: u32) -> Self {
         let config = shape_7b();
-        let pixels = image_tokenizer().pixels_per_code();
-        let tokens = |(width, height): (u32, u32)| u64::from(height / pixels * (width / pixels + 1));
-        let longest = CropPlan::new(side, 2 * pixels)
-            .sizes()
-            .iter()
-            .copied()
-            .map(tokens)
-            .max()
-            .unwrap();
-        let prompt = EngineOptions::default().prompt_tokens as u64;
-        let square = tokens((side, side));
+        let (vqgan, _) = image_tokenizer();
+        let pixels = vqgan.config().pixels_per_code();
+        let plan = CropPlan::new(side, 2 * pixels);
+        let largest = |of: &dyn Fn(u32, u32) -> u64| plan.sizes().iter().map(|&(w, h)| of(w, h)).max().unwrap();
+        let tokens = largest(&|width, height| u64::from(height / pixels * (width / pixels + 1)));
         let row = |tokens: u64| KvCache::row_bytes(&config, tokens as i64, KIND);
         let spec = TrainingSpec::preset(
             Preset::Paper,
@@ -106,21 +103,17 @@ impl Needs {
             Some("dog"),
             config.num_hidden_layers,
         );
-        let predicted = square + 1;
+        let predicted = tokens + 1;
         let size = StepSize::of(&spec, true, (predicted + PROMPT) as usize, predicted as usize);
-        let estimate = Estimate::new(&config, size, KIND, Device::Cuda(0));
+        let estimate = Estimate::new(&config, size, KIND, CUDA);
         Self {
-            row: row(prompt + longest),
-            decoding: DECODING_768 * u64::from(side).pow(2) / 768_u64.pow(2),
-            class_images: CLASS_ROWS * row(square + PROMPT),
+            row: row(EngineOptions::default().prompt_tokens as u64 + tokens),
+            decoding: largest(&|width, height| vqgan.decode_bytes(width, height)),
+            class_image: 2 * row(predicted + PROMPT),
             kept: estimate.bytes(Graph::Kept),
             recomputed: estimate.bytes(estimate.recomputed()),
+            training: estimate.least(),
         }
-    }
-
-    /// What a training takes at least: its step, or the class images that it draws before.
-    fn training(&self) -> u64 {
-        self.recomputed.max(self.class_images)
     }
 }
 
@@ -140,8 +133,8 @@ fn parts() -> String {
     });
     line("one image with guidance: two rows", &|needs| gigabytes(2 * needs.row));
     line("decoding an image to pixels", &|needs| gigabytes(needs.decoding));
-    line("training: drawing the class images, four at a time", &|needs| {
-        gigabytes(needs.class_images)
+    line("training: drawing one class image", &|needs| {
+        gigabytes(needs.class_image)
     });
     line("training step, every layer kept", &|needs| gigabytes(needs.kept));
     line("training step, layers recomputed", &|needs| gigabytes(needs.recomputed));
@@ -151,20 +144,22 @@ fn parts() -> String {
 /// Images at once with `--kv-memory auto`, and what is left for a training.
 fn cell(card: u64, needs: &Needs) -> String {
     let (transformer, tokenizer) = weights();
+    let none = || "does not fit".to_owned();
     let usable = (card << 30) * USABLE.0 / USABLE.1;
-    let Some(free) = usable.checked_sub(CONTEXT + transformer + tokenizer + needs.decoding) else {
-        return "does not fit".to_owned();
+    let Some(free) = usable.checked_sub(CONTEXT + transformer + tokenizer) else {
+        return none();
     };
-    let most = EngineOptions::default().rows as u64;
-    let rows = (free.saturating_sub(needs.training()) / needs.row).min(most).max(2);
+    let cache = KvMemory::Auto.bytes(CUDA, Some(free), needs.decoding + needs.training);
+    let rows = (cache / needs.row).min(EngineOptions::default().rows as u64).max(2);
     let Some(left) = free.checked_sub(rows * needs.row) else {
-        return "does not fit".to_owned();
+        return none();
     };
-    let training = match () {
-        () if left < needs.training() => "no training",
+    let training = match left.checked_sub(needs.decoding) {
+        None => return none(),
+        Some(left) if left < needs.training => "no training",
         // `--training-memory auto` is half of what is free.
-        () if needs.kept <= left / 2 => "layers kept",
-        () => "layers recomputed",
+        Some(_) if needs.kept <= left / 2 => "layers kept",
+        Some(_) => "layers recomputed",
     };
     format!("{}; {training}", rows / 2)
 }
