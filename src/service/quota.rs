@@ -5,6 +5,8 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use tokio_util::task::TaskTracker;
+
 use super::{Caller, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TenantId;
@@ -21,7 +23,11 @@ const NEXT_CONCEPT: Duration = Duration::from_secs(120);
 
 /// What every tenant does at the moment.
 #[derive(Debug, Clone, Default)]
-pub struct Tallies(Arc<Mutex<HashMap<TenantId, Tally>>>);
+pub struct Tallies {
+    all: Arc<Mutex<HashMap<TenantId, Tally>>>,
+    /// Where pictures are given back that were counted in the database; the server's stop waits for it.
+    tasks: TaskTracker,
+}
 
 #[derive(Debug, Default)]
 struct Tally {
@@ -87,7 +93,12 @@ impl Drop for Admitted {
             let tenant = self.tenant;
             // Without a runtime the process ends; the count is a minute's.
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-                runtime.spawn(async move { registry.take_back(tenant, second, pictures).await });
+                let give_back = async move {
+                    if let Err(error) = registry.take_back(tenant, second, pictures).await {
+                        tracing::debug!(%error, "images were not given back; the minute's count expires");
+                    }
+                };
+                self.tallies.tasks.spawn_on(give_back, &runtime);
             }
         }
     }
@@ -175,9 +186,17 @@ impl Tally {
 }
 
 impl Tallies {
+    /// What is done later is done by one of `tasks`.
+    pub fn new(tasks: TaskTracker) -> Self {
+        Self {
+            all: Arc::default(),
+            tasks,
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<TenantId, Tally>> {
         // Nothing in it can be half-written.
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn admit(&self, tenant: TenantId, quotas: Quotas, pictures: u32, now: Instant) -> Result<Admitted, Error> {
