@@ -58,6 +58,7 @@ pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
             "requests with an idempotency key ended with the previous server; they may be sent again"
         );
     }
+    registry.forget_holds().await?;
     let orphans = registry.collect_garbage().await?;
     if orphans > 0 {
         tracing::info!(blobs = orphans, "removed what an interrupted registration left");

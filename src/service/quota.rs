@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 use super::{Caller, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TenantId;
-use crate::registry::{Backend, NameLock, Quotas, Registry};
+use crate::registry::{Backend, Quotas, Registry, Usage};
 
 /// The window of `pictures_per_minute`.
 const MINUTE: Duration = Duration::from_secs(60);
@@ -35,8 +35,6 @@ struct Tally {
     /// Admissions of the last minute, oldest first: at most as many as the quota, each has a picture.
     admitted: VecDeque<Admission>,
     next: u64,
-    /// Held from counting what a tenant has until more of it is stored.
-    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -104,23 +102,6 @@ impl Drop for Admitted {
     }
 }
 
-/// A tenant's turn to add to what it has. To be held until that is stored.
-#[derive(Debug)]
-#[must_use]
-pub struct Turn {
-    _turn: tokio::sync::OwnedMutexGuard<()>,
-    /// Among all processes.
-    _lock: NameLock,
-}
-
-/// What a use case adds to what a tenant has.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Addition {
-    pub concepts: u32,
-    /// Queued ones.
-    pub trainings: u32,
-}
-
 fn exceeded(quota: &'static str, limit: u32, wait: Duration, what: &str) -> Error {
     let message = format!("`{quota}`: {what}; the limit is {limit}.");
     let error = Error {
@@ -128,6 +109,15 @@ fn exceeded(quota: &'static str, limit: u32, wait: Duration, what: &str) -> Erro
         ..Error::new(ErrorKind::Overloaded, "quota_exceeded", message)
     };
     error.limit(limit.into()).retry_after(wait)
+}
+
+/// The refusal of a concept or a training more than the tenant may have.
+pub(super) fn no_room(quota: &'static str, used: u32, limit: u32) -> Error {
+    let (wait, what) = match quota {
+        "concepts" => (NEXT_CONCEPT, format!("there are {used} concepts; delete one")),
+        _ => (NEXT_TRAINING, format!("{used} trainings are queued or running")),
+    };
+    exceeded(quota, limit, wait, &what)
 }
 
 fn too_many(pictures: u32, limit: u32) -> Error {
@@ -237,10 +227,6 @@ impl Tallies {
             shared: None,
         })
     }
-
-    fn turn(&self, tenant: TenantId) -> Arc<tokio::sync::Mutex<()>> {
-        self.lock().entry(tenant).or_default().turn.clone()
-    }
 }
 
 impl Service {
@@ -339,34 +325,15 @@ impl Service {
         Ok(standing)
     }
 
-    /// Waits for the tenant's turn and checks that the addition has room. The turn is held until it is stored, so that
-    /// two requests cannot both take the last place.
+    /// Checks that what a tenant has leaves room for the addition; the quotas that hold for it. The registry checks them again
+    /// in the transaction that adds: of two requests for the last place the second is refused there.
     ///
     /// # Errors
     /// `quota_exceeded`; when the registry fails.
-    pub async fn turn(&self, caller: &Caller, addition: Addition) -> Result<Turn, Error> {
-        let turn = self.tallies.turn(caller.tenant).lock_owned().await;
-        let lock = self.registry.lock_name("tenant", &caller.tenant.to_string()).await?;
+    pub async fn check_room(&self, caller: &Caller, addition: Usage) -> Result<Quotas, Error> {
         let quotas = self.quotas(caller.tenant).await?;
-        let usage = self.registry.usage(caller.tenant).await?;
-        if let Some(limit) = quotas.concepts
-            && addition.concepts > 0
-            && usage.concepts + addition.concepts > limit
-        {
-            let what = format!("there are {} concepts; delete one", usage.concepts);
-            return Err(exceeded("concepts", limit, NEXT_CONCEPT, &what));
-        }
-        if let Some(limit) = quotas.trainings
-            && addition.trainings > 0
-            && usage.trainings + addition.trainings > limit
-        {
-            let what = format!("{} trainings are queued or running", usage.trainings);
-            return Err(exceeded("trainings", limit, NEXT_TRAINING, &what));
-        }
-        Ok(Turn {
-            _turn: turn,
-            _lock: lock,
-        })
+        quotas.check(self.registry.usage(caller.tenant).await?, addition)?;
+        Ok(quotas)
     }
 }
 
