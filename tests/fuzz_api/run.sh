@@ -10,8 +10,7 @@ cd "$(dirname "$0")/../.."
 examples=${1:-10}
 [ $# -eq 0 ] || shift
 coar=${COAR:-target/debug/coar} venv=${FUZZ_VENV:-target/fuzz-venv}
-[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/pip" install --quiet --disable-pip-version-check -r tests/fuzz_api/requirements.txt
+scripts/venv.sh "$venv" tests/fuzz_api/requirements.txt
 work=$(mktemp -d)
 "$coar" keys create --tenant fuzz --scopes read,generate,train,admin --data "$work/data" >"$work/key" 2>"$work/log"
 "$coar" serve --listen 127.0.0.1:0 --device cpu --data "$work/data" >"$work/address" 2>>"$work/log" &

@@ -27,11 +27,7 @@ if ! CHROMIUM=$(find_chromium); then
 fi
 
 VENV=target/ui-venv
-if ! cmp -s tests/ui/requirements.txt "$VENV/requirements.txt"; then
-  python3 -m venv "$VENV"
-  "$VENV/bin/pip" install --quiet --disable-pip-version-check -r tests/ui/requirements.txt
-  cp tests/ui/requirements.txt "$VENV/requirements.txt"
-fi
+scripts/venv.sh "$VENV" tests/ui/requirements.txt
 
 SERVER=${COAR_BIN:-target/debug/coar}
 case " $* " in
