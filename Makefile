@@ -26,10 +26,10 @@ check: libtorch
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 
-# The registry's tests again on PostgreSQL and S3: servers of their own, ended afterwards. Says so and passes where there is no
-# PostgreSQL and none can be installed.
+# The registry's tests again on PostgreSQL and S3, and many callers at once on a server that uses them: servers of their own, ended
+# afterwards. Says so and passes where there is no PostgreSQL and none can be installed.
 contract: libtorch
-	./scripts/with-postgres.sh cargo test --lib registry
+	./scripts/with-postgres.sh sh -c 'cargo test --lib registry && cargo test --test it api::concurrency'
 
 # What an operator does, on real processes: backup, restore, restarts one by one, checksums, a tenant's removal.
 operations: libtorch

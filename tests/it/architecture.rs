@@ -202,3 +202,33 @@ fn only_some_rooms_name_libtorch_and_only_the_registry_names_sql() {
     }
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
 }
+
+/// Lines of a function that ask for a second connection, or for the blob store, while a transaction is open.
+fn outside_of_transaction(code: &str) -> Vec<&str> {
+    let (mut open, mut found) = (false, Vec::new());
+    for line in code.lines() {
+        open |= line.contains("self.write().await");
+        // Committed, given up, or the end of the function.
+        if line.contains("transaction.commit()") || line.contains("drop(transaction)") || line == "    }" {
+            open = false;
+        }
+        let asks = ["self.pools", "self.lease_time()", "self.blobs", "self.store("];
+        if open && asks.iter().any(|what| line.contains(what)) {
+            found.push(line.trim());
+        }
+    }
+    found
+}
+
+#[test]
+fn what_is_read_inside_a_transaction_is_read_through_it() {
+    let wrong = "    fn a() {\n let t = self.write().await?;\n self.lease_time().await?;\n transaction.commit();\n self.pools;\n    }\n";
+    assert_eq!(outside_of_transaction(wrong), ["self.lease_time().await?;"]);
+    let mut transactions = 0;
+    for (file, code) in &rooms()["registry"] {
+        transactions += code.matches("self.write().await").count();
+        let found = outside_of_transaction(code);
+        assert!(found.is_empty(), "{}: {found:#?}", file.display());
+    }
+    assert!(transactions > 20, "the registry's way to begin one has another name");
+}

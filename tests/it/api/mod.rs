@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod command_line;
+mod concurrency;
 mod concepts;
 mod contract;
 mod generations;
