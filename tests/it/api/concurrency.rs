@@ -80,7 +80,11 @@ impl S3 {
         BufReader::new(child.stdout.take().expect("its output is piped"))
             .read_line(&mut line)
             .unwrap();
-        let url = line.trim().strip_prefix("listening on ").expect("it says where").to_owned();
+        let url = line
+            .trim()
+            .strip_prefix("listening on ")
+            .expect("it says where")
+            .to_owned();
         Self { child, url, _dir: dir }
     }
 
@@ -185,6 +189,7 @@ async fn sixteen_tenants_register_while_the_blob_store_is_slow() {
     let refused: Vec<&(u16, Value)> = registered.iter().filter(|(status, _)| *status != 202).collect();
     assert!(refused.is_empty() && deleted == 204, "{deleted} {refused:?}");
     assert!(longest < LONGEST, "a write beside them took {longest:?}");
-    // Three pictures each, one after the other; all tenants at the same time.
+    // All tenants at the same time: three pictures each, one after the other, which may have to wait first until the same three
+    // are removed.
     assert!(took < 8 * SLOW, "they took {took:?}");
 }

@@ -2,8 +2,8 @@
 
 mod bad_input;
 mod command_line;
-mod concurrency;
 mod concepts;
+mod concurrency;
 mod contract;
 mod generations;
 mod guard;
