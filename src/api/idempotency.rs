@@ -85,6 +85,16 @@ pub(super) enum Answers {
     Pictures,
 }
 
+impl Answers {
+    /// How long a first answer is kept, where pictures are kept for `pictures`: one that has them in it no longer than they.
+    fn keep_ms(self, pictures: Duration) -> i64 {
+        match self {
+            Self::Resource => KEPT_MS,
+            Self::Generation | Self::Pictures => KEPT_MS.min(i64::try_from(pictures.as_millis()).unwrap_or(i64::MAX)),
+        }
+    }
+}
+
 /// The caller's key, if one was sent, and the route that it is for.
 #[derive(Debug)]
 pub(super) struct Once {
@@ -175,15 +185,11 @@ impl Once {
             }
             FirstOrAgain::First(claim) => {
                 let (answer, answered) = oneshot::channel();
-                let pictures = i64::try_from(state.config().keep_images().as_millis()).unwrap_or(i64::MAX);
                 let first = First {
                     registry,
                     claim,
                     bears: self.answers != Answers::Pictures,
-                    keep_ms: match self.answers {
-                        Answers::Resource => KEPT_MS,
-                        Answers::Generation | Answers::Pictures => KEPT_MS.min(pictures),
-                    },
+                    keep_ms: self.answers.keep_ms(state.config().keep_images()),
                     answer,
                 };
                 state.tasks().spawn(in_request(first.work(work)).in_current_span());
@@ -407,6 +413,15 @@ mod tests {
             assert!(kept.body.starts_with(b"data: 0\n\ndata: 1\n\n"));
             assert!(kept.body.ends_with(format!("data: {}\n\n", 2 * PIECES - 1).as_bytes()));
             assert_eq!(read.len(), if stays { kept.body.len() } else { 0 });
+        }
+    }
+
+    #[test]
+    fn answers_with_pictures_are_kept_no_longer_than_pictures() {
+        let (hour, week) = (Duration::from_secs(3600), Duration::from_secs(7 * 24 * 3600));
+        assert_eq!(Answers::Resource.keep_ms(hour), KEPT_MS);
+        for answers in [Answers::Generation, Answers::Pictures] {
+            assert_eq!((answers.keep_ms(hour), answers.keep_ms(week)), (3_600_000, KEPT_MS));
         }
     }
 

@@ -1,7 +1,7 @@
 //! First answers to requests with an `Idempotency-Key`, and who works on one that has none yet. Small answers are in the
 //! row, larger ones in the blob store.
 //!
-//! A row without a status is a request that runs: until `expires_at`, its lease, nobody else begins it, and `created_at`
+//! A row without a status and without a blob is a request that runs: until `expires_at`, its lease, nobody else begins it, and `created_at`
 //! is the fence: a later attempt has a later one, so that a worker that lost its lease writes nothing.
 
 use bytes::Bytes;
@@ -118,6 +118,7 @@ impl Registry {
             i64,
             Option<String>,
             Option<String>,
+            Option<i64>,
         );
         let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
@@ -125,7 +126,7 @@ impl Registry {
         self.hold_name(&mut transaction, "idempotency key", &format!("{tenant} {key}"))
             .await?;
         let found: Option<Row> = sqlx::query_as(
-            "SELECT fingerprint, status, location, content_type, body, created_at, expires_at, made, blob
+            "SELECT fingerprint, status, location, content_type, body, created_at, expires_at, made, blob, blob_status
              FROM idempotency_keys WHERE tenant_id = $1 AND key = $2",
         )
         .bind(tenant.to_string())
@@ -133,7 +134,10 @@ impl Registry {
         .fetch_optional(&mut *transaction)
         .await?;
         let (mut began, mut outdated) = (at, None);
-        if let Some((before, status, location, content_type, body, created_at, expires_at, made, blob)) = found {
+        if let Some((before, status, location, content_type, body, created_at, expires_at, made, blob, blob_status)) =
+            found
+        {
+            let status = status.or(blob_status);
             if let (true, None, Some(made)) = (at >= expires_at && at < created_at + MADE_MS, status, made) {
                 return Ok(match before == fingerprint {
                     true => FirstOrAgain::Made(made.parse()?),
@@ -166,7 +170,7 @@ impl Registry {
         sqlx::query(
             "INSERT INTO idempotency_keys (tenant_id, key, fingerprint, created_at, expires_at) VALUES ($1, $2, $3, $4, $5)
              ON CONFLICT (tenant_id, key) DO UPDATE SET fingerprint = excluded.fingerprint, status = NULL, location = NULL,
-             content_type = NULL, body = NULL, blob = NULL, made = NULL, created_at = excluded.created_at, expires_at = excluded.expires_at",
+             content_type = NULL, body = NULL, blob = NULL, blob_status = NULL, made = NULL, created_at = excluded.created_at, expires_at = excluded.expires_at",
         )
         .bind(tenant.to_string())
         .bind(key)
@@ -199,7 +203,7 @@ impl Registry {
         };
         let changed = sqlx::query(
             "UPDATE idempotency_keys SET made = $1
-             WHERE tenant_id = $2 AND key = $3 AND created_at = $4 AND status IS NULL",
+             WHERE tenant_id = $2 AND key = $3 AND created_at = $4 AND status IS NULL AND blob IS NULL",
         )
         .bind(made.to_string())
         .bind(claim.tenant.to_string())
@@ -242,7 +246,7 @@ impl Registry {
     pub async fn renew_key(&self, claim: &KeyClaim, lease_ms: i64) -> Result<(), RegistryError> {
         let changed = sqlx::query(
             "UPDATE idempotency_keys SET expires_at = $1
-             WHERE tenant_id = $2 AND key = $3 AND created_at = $4 AND status IS NULL",
+             WHERE tenant_id = $2 AND key = $3 AND created_at = $4 AND status IS NULL AND blob IS NULL",
         )
         .bind(self.lease_time().await? + lease_ms)
         .bind(claim.tenant.to_string())
@@ -286,10 +290,10 @@ impl Registry {
     ) -> Result<bool, RegistryError> {
         let body = blob.is_none().then(|| answer.body.to_vec());
         let written = sqlx::query(
-            "UPDATE idempotency_keys SET status = $1, location = $2, content_type = $3, body = $4, expires_at = $5, blob = $9
-             WHERE tenant_id = $6 AND key = $7 AND created_at = $8 AND status IS NULL",
+            "UPDATE idempotency_keys SET status = $1, location = $2, content_type = $3, body = $4, expires_at = $5, blob = $9,
+             blob_status = $10 WHERE tenant_id = $6 AND key = $7 AND created_at = $8 AND status IS NULL AND blob IS NULL",
         )
-        .bind(i64::from(answer.status))
+        .bind(blob.is_none().then_some(i64::from(answer.status)))
         .bind(&answer.location)
         .bind(&answer.content_type)
         .bind(body)
@@ -298,6 +302,7 @@ impl Registry {
         .bind(&claim.key)
         .bind(claim.began)
         .bind(blob)
+        .bind(blob.is_some().then_some(i64::from(answer.status)))
         .execute(&self.pools.writes)
         .await?;
         Ok(written.rows_affected() > 0)
@@ -310,7 +315,7 @@ impl Registry {
     pub async fn release_key(&self, claim: &KeyClaim) -> Result<(), RegistryError> {
         sqlx::query(
             "DELETE FROM idempotency_keys
-             WHERE tenant_id = $1 AND key = $2 AND created_at = $3 AND status IS NULL AND made IS NULL",
+             WHERE tenant_id = $1 AND key = $2 AND created_at = $3 AND status IS NULL AND blob IS NULL AND made IS NULL",
         )
         .bind(claim.tenant.to_string())
         .bind(&claim.key)
@@ -326,12 +331,15 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn release_keys(&self) -> Result<u64, RegistryError> {
-        sqlx::query("UPDATE idempotency_keys SET expires_at = 0 WHERE status IS NULL AND made IS NOT NULL")
-            .execute(&self.pools.writes)
-            .await?;
-        let released = sqlx::query("DELETE FROM idempotency_keys WHERE status IS NULL AND made IS NULL")
-            .execute(&self.pools.writes)
-            .await?;
+        sqlx::query(
+            "UPDATE idempotency_keys SET expires_at = 0 WHERE status IS NULL AND blob IS NULL AND made IS NOT NULL",
+        )
+        .execute(&self.pools.writes)
+        .await?;
+        let released =
+            sqlx::query("DELETE FROM idempotency_keys WHERE status IS NULL AND blob IS NULL AND made IS NULL")
+                .execute(&self.pools.writes)
+                .await?;
         Ok(released.rows_affected())
     }
 
@@ -342,7 +350,8 @@ impl Registry {
     pub async fn expire_keys(&self) -> Result<usize, RegistryError> {
         let at = self.lease_time().await?;
         let removed: Vec<(Option<String>,)> = sqlx::query_as(
-            "DELETE FROM idempotency_keys WHERE expires_at < $1 AND (status IS NOT NULL OR created_at < $2) RETURNING blob",
+            "DELETE FROM idempotency_keys
+             WHERE expires_at < $1 AND (status IS NOT NULL OR blob IS NOT NULL OR created_at < $2) RETURNING blob",
         )
         .bind(at)
         .bind(at - MADE_MS)
@@ -481,11 +490,14 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(claim().await.unwrap(), FirstOrAgain::Again(large.clone()));
-        let (inline,): (Option<Vec<u8>>,) = sqlx::query_as("SELECT body FROM idempotency_keys")
-            .fetch_one(&registry.pools.reads)
-            .await
-            .unwrap();
-        assert_eq!((inline, blobs().await), (None, 1));
+        // Programs of the schema before see a request that runs.
+        let (inline, status): (Option<Vec<u8>>, Option<i64>) =
+            sqlx::query_as("SELECT body, status FROM idempotency_keys")
+                .fetch_one(&registry.pools.reads)
+                .await
+                .unwrap();
+        assert_eq!((inline, status, blobs().await), (None, None, 1));
+        assert_eq!(registry.release_keys().await.unwrap(), 0);
         assert_eq!(registry.collect_garbage().await.unwrap(), 0, "a row refers to it");
         let expire = async || {
             sqlx::query("UPDATE idempotency_keys SET expires_at = 1")

@@ -18,7 +18,7 @@ find_chromium() {
   return 1
 }
 if ! find_chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null || true
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null || true
 fi
 if ! CHROMIUM=$(find_chromium); then
   echo "tests/ui: there is no chromium, chromium-browser or google-chrome: THE PAGE IS NOT TESTED." >&2
