@@ -56,7 +56,8 @@ impl Registry {
         let stored = self.hold(hashes).await?;
         for (hash, bytes) in stored.hashes.iter().zip(all) {
             if let Err(error) = self.blobs.put_as(hash, bytes).await {
-                self.settle(stored, false).await;
+                // Not removed now: a store that takes nothing removes nothing either, and the caller has waited long enough.
+                self.expire_hold(&stored.holder).await?;
                 return Err(error.into());
             }
         }
@@ -128,6 +129,15 @@ impl Registry {
         Ok(())
     }
 
+    /// Nobody waits for what is held any more; [`Self::expire_holds`] removes what is there of it.
+    async fn expire_hold(&self, holder: &str) -> Result<(), RegistryError> {
+        sqlx::query("UPDATE blob_holds SET expires_at = 0 WHERE holder = $1")
+            .bind(holder)
+            .execute(&self.pools.writes)
+            .await?;
+        Ok(())
+    }
+
     /// Removes blobs that no row refers to any more.
     ///
     /// # Errors
@@ -156,11 +166,7 @@ impl Registry {
         let unwanted = self.hold_unwanted(hashes, &holder).await?;
         for hash in &unwanted {
             if let Err(error) = self.blobs.remove(hash).await {
-                // Expired at once: nobody waits for them, and they are tried again with the other expired holds.
-                sqlx::query("UPDATE blob_holds SET expires_at = 0 WHERE holder = $1")
-                    .bind(&holder)
-                    .execute(&self.pools.writes)
-                    .await?;
+                self.expire_hold(&holder).await?;
                 return Err(error.into());
             }
         }

@@ -123,7 +123,7 @@ impl RegistryError {
 /// Database and blob store.
 #[derive(Debug, Clone)]
 pub struct Registry {
-    pools: Pools,
+    pools: std::sync::Arc<Pools>,
     backend: Backend,
     clock: Clock,
     presence: processes::Presence,

@@ -77,7 +77,7 @@ impl Registry {
             Some(url) => Blobs::connect(url)?,
         };
         let registry = Self {
-            pools,
+            pools: pools.into(),
             backend,
             clock: Clock::default(),
             presence: super::processes::Presence::default(),

@@ -12,6 +12,10 @@ use super::pool::Transaction;
 use super::{Listed, Page, Registry, RegistryError, now};
 use crate::ids::TenantId;
 
+/// The kind of name that whoever adds to what a tenant has holds. Another one than that of schema 3, whose programs hold it while
+/// they store images.
+const ROOM: &str = "room of a tenant";
+
 /// How much a tenant may have and do at once; `None`: the server's default; 0: any number.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Quotas {
@@ -248,7 +252,7 @@ impl Registry {
         quotas: Quotas,
         addition: Usage,
     ) -> Result<(), RegistryError> {
-        self.hold_name(transaction, "tenant", &id.to_string()).await?;
+        self.hold_name(transaction, ROOM, &id.to_string()).await?;
         quotas.check(usage(&mut **transaction, id).await?, addition)
     }
 
@@ -259,7 +263,7 @@ impl Registry {
     pub async fn delete_tenant(&self, id: TenantId) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
         // In the order of those that add to it: they hold this name first.
-        self.hold_name(&mut transaction, "tenant", &id.to_string()).await?;
+        self.hold_name(&mut transaction, ROOM, &id.to_string()).await?;
         // Whatever is added to the tenant from here on fails, or waits for the end.
         sqlx::query(locking!(
             self.backend,

@@ -143,6 +143,35 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
     assert!(registry.blobs.get(&hashes[1]).await.is_err());
 }
 
+/// The limits of our own end the wait; those of the server end the work too.
+#[tokio::test]
+async fn postgresql_has_limits_of_its_own() {
+    let (_dir, registry) = test_registry().await;
+    if registry.backend() == Backend::Sqlite {
+        return;
+    }
+    for (name, expected) in [
+        ("statement_timeout", "9s"),
+        ("lock_timeout", "5s"),
+        ("idle_in_transaction_session_timeout", "9s"),
+    ] {
+        let (value,): (String,) = sqlx::query_as("SELECT current_setting($1)")
+            .bind(name)
+            .fetch_one(&registry.pools.reads)
+            .await
+            .unwrap();
+        assert_eq!((name, value.as_str()), (name, expected));
+    }
+    let mut holder = registry.write().await.unwrap();
+    registry.hold_name(&mut holder, "test", "name").await.unwrap();
+    let mut second = registry.write().await.unwrap();
+    let refused = registry.hold_name(&mut second, "test", "name").await.unwrap_err();
+    assert!(
+        refused.may_pass() && refused.to_string().contains("lock timeout"),
+        "{refused}"
+    );
+}
+
 #[tokio::test]
 async fn tenants_have_names_of_their_own_and_go_with_all_they_have() {
     let (_dir, registry) = test_registry().await;

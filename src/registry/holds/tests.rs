@@ -159,6 +159,29 @@ async fn what_is_held_stays_and_what_a_dead_process_held_goes() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_stored_holds_nobody_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::open(dir.path()).await.unwrap();
+    let hash = content_hash(b"b");
+    // A folder in the file's place cannot be written like a file.
+    let file = dir.path().join("blobs").join(&hash[..2]).join(&hash);
+    std::fs::create_dir_all(file.join("full")).unwrap();
+    assert!(
+        registry
+            .store(vec!["a".into(), "b".into()])
+            .await
+            .unwrap_err()
+            .may_pass()
+    );
+    // Both can be stored again at once; what was stored of the first attempt goes with the expired holds.
+    std::fs::remove_dir_all(&file).unwrap();
+    let again = registry.store(vec!["b".into()]).await.unwrap();
+    assert_eq!(registry.expire_holds().await.unwrap(), 1);
+    assert_eq!(registry.blobs.all().await.unwrap(), [hash]);
+    registry.settle(again, false).await;
+}
+
+#[tokio::test]
 async fn what_cannot_be_removed_is_removed_later() {
     let dir = tempfile::tempdir().unwrap();
     let registry = Registry::open(dir.path()).await.unwrap();
