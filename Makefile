@@ -26,10 +26,10 @@ check: libtorch
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
 
-# The registry's tests again on PostgreSQL and S3: servers of their own, ended afterwards. Says so and passes where there is no
-# PostgreSQL and none can be installed.
+# The registry's tests again on PostgreSQL and S3, and many callers at once on a server that uses them: servers of their own, ended
+# afterwards. Says so and passes where there is no PostgreSQL and none can be installed.
 contract: libtorch
-	./scripts/with-postgres.sh cargo test --lib registry
+	./scripts/with-postgres.sh sh -c 'cargo test --lib registry && cargo test --test it api::concurrency'
 
 # What an operator does, on real processes: backup, restore, restarts one by one, checksums, a tenant's removal.
 operations: libtorch
@@ -87,15 +87,9 @@ deploy-check:
 	tests/deploy/run.sh
 
 # Licences, sources, duplicates and known faults of the dependencies, by deny.toml. The tool is built on first use, into target/tools
-# (four minutes on two cores). The database of faults comes from the network: without it that part is skipped, loudly.
-deny: target/tools/bin/cargo-deny
-	target/tools/bin/cargo-deny --all-features check bans licenses sources
-	@if target/tools/bin/cargo-deny fetch db; then target/tools/bin/cargo-deny --all-features check --disable-fetch advisories; \
-	else echo "SKIPPED  advisories: the RustSec database could not be fetched" >&2; [ -z "$(NO_SKIP)" ]; fi
-
-target/tools/bin/cargo-deny:
-	cargo install --locked --root target/tools --target-dir target/tools/build --version 0.20.2 cargo-deny
-	rm -rf target/tools/build
+# (four minutes on two cores). Tool and database of faults come from the network: what cannot be fetched is skipped, loudly.
+deny:
+	scripts/deny.sh
 
 # What the program is made of, as CycloneDX 1.5: target/coar.cdx.json.
 sbom: target/tools/bin/cargo-cyclonedx
