@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers
+.PHONY: serve build test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -31,10 +31,10 @@ bench-device: libtorch
 	cargo build --bin coar
 	$(or $(CARGO_TARGET_DIR),target)/debug/coar bench device --device cpu --small --out $(or $(CARGO_TARGET_DIR),target)/bench-device
 
-# The registry's tests again on PostgreSQL and S3: servers of their own, ended afterwards. Says so and passes where there is no
-# PostgreSQL and none can be installed.
+# The registry's tests again on PostgreSQL and S3, and many callers at once on a server that uses them: servers of their own, ended
+# afterwards. Says so and passes where there is no PostgreSQL and none can be installed.
 contract: libtorch
-	./scripts/with-postgres.sh cargo test --lib registry
+	./scripts/with-postgres.sh sh -c 'cargo test --lib registry && cargo test --test it api::concurrency'
 
 # What an operator does, on real processes: backup, restore, restarts one by one, checksums, a tenant's removal.
 operations: libtorch
@@ -69,6 +69,16 @@ fuzz-parsers: libtorch
 golden: libtorch
 	cargo test --test it golden::every_case -- --nocapture
 
+# Every part of the program on this machine's GPU, in nine minutes at most; the report goes to target/gpu-check: docs/howto/gpu-7b.md.
+# make gpu-check SECONDS=200 ARGS="--parts env,parity"
+gpu-check: build
+	scripts/gpu-check.sh pack
+	scripts/gpu-check.sh run --seconds $(or $(SECONDS),500) $(ARGS)
+
+# The same script without a GPU, and what it must refuse.
+gpu-check-test: libtorch
+	tests/gpu_check/run.sh
+
 # A pocket model from nothing: two to three hours on two cores (estimated from its parts). Each stage continues where it was interrupted.
 pocket: build
 	./target/release/coar pocket train --dir runs/pocket --out assets/pocket
@@ -82,15 +92,9 @@ deploy-check:
 	tests/deploy/run.sh
 
 # Licences, sources, duplicates and known faults of the dependencies, by deny.toml. The tool is built on first use, into target/tools
-# (four minutes on two cores). The database of faults comes from the network: without it that part is skipped, loudly.
-deny: target/tools/bin/cargo-deny
-	target/tools/bin/cargo-deny --all-features check bans licenses sources
-	@if target/tools/bin/cargo-deny fetch db; then target/tools/bin/cargo-deny --all-features check --disable-fetch advisories; \
-	else echo "SKIPPED  advisories: the RustSec database could not be fetched" >&2; [ -z "$(NO_SKIP)" ]; fi
-
-target/tools/bin/cargo-deny:
-	cargo install --locked --root target/tools --target-dir target/tools/build --version 0.20.2 cargo-deny
-	rm -rf target/tools/build
+# (four minutes on two cores). Tool and database of faults come from the network: what cannot be fetched is skipped, loudly.
+deny:
+	scripts/deny.sh
 
 # What the program is made of, as CycloneDX 1.5: target/coar.cdx.json.
 sbom: target/tools/bin/cargo-cyclonedx

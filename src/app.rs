@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::{self, AppState, router};
-use crate::cluster::{Executor, Fleet, worker_token};
+use crate::cluster::{Executor, Fleet, Streams, worker_token};
 use crate::config::{Config, Role};
 use crate::engine::EngineHandle;
 use crate::jobs::Wakes;
@@ -100,12 +100,12 @@ async fn serve_api(
         let limits = config.limits;
         tokio::spawn(async move { api::listen(listener, router, &limits, closing).await })
     };
-    let secret = registry.server_secret().await?;
+    let (secret, streams) = (registry.server_secret().await?, Streams::default());
     let (executor, engine) = match config.role {
         Role::Api => {
             let found = async {
                 check_keys(&keys, config.role, address).await?;
-                Fleet::find(registry.clone(), worker_token(&secret)).await
+                Fleet::find(registry.clone(), worker_token(&secret), streams.clone()).await
             };
             let fleet = tokio::select! {
                 fleet = found => fleet?,
@@ -135,7 +135,7 @@ async fn serve_api(
         executor: executor.clone(),
         wake: wakes.trainings.clone(),
         limits: Limits::of(&config).into(),
-        tallies: Tallies::default(),
+        tallies: Tallies::new(tracker.clone()),
         drawings: drawings.clone(),
         links,
     };
@@ -171,7 +171,12 @@ async fn serve_api(
     if tokio::time::timeout(GRACE, state.finish()).await.is_err() {
         tracing::warn!("some requests whose callers are gone did not finish in time");
     }
-    let device = Device { engine, member, ended };
+    let device = Device {
+        engine,
+        member,
+        ended,
+        streams,
+    };
     device.end(&registry, &tracker).await?;
     drop(lock);
     Ok(())

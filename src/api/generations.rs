@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 use super::auth::{Generate, Read};
 use super::drawing::{self, DrawRefusals};
 use super::extract::Fields;
-use super::idempotency::{IdempotencyHeader, Once};
+use super::idempotency::{Answers, IdempotencyHeader, Once};
 use super::openapi::{ErrorBody, List, ServerEvent};
 use super::pagination::{PageQuery, invalid_query};
 use super::{ApiError, AppState};
@@ -130,6 +130,7 @@ async fn create(
         // Nothing is made, so that nothing is to be remembered.
         return work.await;
     }
+    let once = once.answering(Answers::Generation);
     once.run(&state, &caller, &content, work).await
 }
 

@@ -15,9 +15,10 @@
 //! streams included: the events go on to the caller as they come and are kept for the next one. Forms are compared by
 //! what was read of them: [`content_of`].
 //!
-//! Answers of success are kept, in the database, for a day; a refusal frees the key, since nothing was made. What is made
-//! bears the key from its first moment, so that a process that dies before it answers makes nothing twice. The work of
-//! a request with a key goes on when its caller disconnects: whoever sends a key means to come back for the answer.
+//! Answers of success are kept for a day, those with pictures in them no longer than pictures are kept; a refusal frees the
+//! key, since nothing was made. What is made bears the key from its first moment, so that a process that dies before it
+//! answers makes nothing twice. The work of a request with a key goes on when its caller disconnects: whoever sends a key
+//! means to come back for the answer.
 
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
@@ -39,7 +40,7 @@ use super::error::in_request;
 use super::{ApiError, AppState};
 use crate::error::{Error, ErrorKind};
 use crate::registry::blobs::content_hash;
-use crate::registry::{FirstOrAgain, KeyClaim, Registry, RegistryError, StoredAnswer};
+use crate::registry::{FirstOrAgain, KeyClaim, Made, Registry, RegistryError, StoredAnswer};
 use crate::service::Caller;
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -73,12 +74,34 @@ pub(super) struct IdempotencyHeader {
     key: Option<String>,
 }
 
+/// What a route answers with, where it succeeds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answers {
+    /// With what it has made, by its identifier.
+    Resource,
+    /// With a generation, or with its events, which may have pictures in them.
+    Generation,
+    /// With pictures that nothing refers to: there is no identifier that a retry could be answered with.
+    Pictures,
+}
+
+impl Answers {
+    /// How long a first answer is kept, where pictures are kept for `pictures`: one that has them in it no longer than they.
+    fn keep_ms(self, pictures: Duration) -> i64 {
+        match self {
+            Self::Resource => KEPT_MS,
+            Self::Generation | Self::Pictures => KEPT_MS.min(i64::try_from(pictures.as_millis()).unwrap_or(i64::MAX)),
+        }
+    }
+}
+
 /// The caller's key, if one was sent, and the route that it is for.
 #[derive(Debug)]
 pub(super) struct Once {
     key: Option<String>,
     route: String,
     headers: HeaderMap,
+    answers: Answers,
 }
 
 impl<S: Sync> FromRequestParts<S> for Once {
@@ -95,7 +118,12 @@ impl<S: Sync> FromRequestParts<S> for Once {
             Some(_) => parts.headers.clone(),
             None => HeaderMap::new(),
         };
-        Ok(Self { key, route, headers })
+        Ok(Self {
+            key,
+            route,
+            headers,
+            answers: Answers::Resource,
+        })
     }
 }
 
@@ -118,6 +146,12 @@ pub(super) fn content_of(parsed: &impl Serialize) -> Result<String, Error> {
 }
 
 impl Once {
+    /// Says what the route answers with; without it [`Answers::Resource`].
+    pub(super) fn answering(mut self, answers: Answers) -> Self {
+        self.answers = answers;
+        self
+    }
+
     /// Does the work, unless it was done before under the caller's key with the same content. Without a key, just does
     /// it; dropping the future cancels it then.
     ///
@@ -139,7 +173,7 @@ impl Once {
         let refusal = |kind, code, problem| Error::field(code, PARAM, problem).of_kind(kind);
         match registry.claim_key(caller.tenant, &key, &fingerprint, LEASE_MS).await? {
             FirstOrAgain::Again(stored) => Ok(again(stored)?),
-            FirstOrAgain::Made(made) => made_before(state, caller, &self.headers, &made).await,
+            FirstOrAgain::Made(made) => made_before(state, caller, &self.headers, made).await,
             FirstOrAgain::Reused => {
                 let problem = "came before with another request; choose another key";
                 Err(refusal(ErrorKind::Unprocessable, "idempotency_key_reused", problem).into())
@@ -151,12 +185,11 @@ impl Once {
             }
             FirstOrAgain::First(claim) => {
                 let (answer, answered) = oneshot::channel();
-                // What OpenAI's routes make has no identifier that could be answered with.
-                let bears = !self.route.starts_with("POST /v1/images/");
                 let first = First {
                     registry,
                     claim,
-                    bears,
+                    bears: self.answers != Answers::Pictures,
+                    keep_ms: self.answers.keep_ms(state.config().keep_images()),
                     answer,
                 };
                 state.tasks().spawn(in_request(first.work(work)).in_current_span());
@@ -169,16 +202,16 @@ impl Once {
 }
 
 /// What a process has made that died before it could say so, as it stands now.
-async fn made_before(state: &AppState, caller: &Caller, headers: &HeaderMap, made: &str) -> Result<Response, ApiError> {
+async fn made_before(state: &AppState, caller: &Caller, headers: &HeaderMap, made: Made) -> Result<Response, ApiError> {
     let service = state.service()?;
-    let mut response = match made.split_once('_') {
-        Some(("concept", _)) => {
-            let view = service.concept(caller, made).await?;
+    let mut response = match made {
+        Made::Concept(id) => {
+            let view = service.concept(caller, &id.to_string()).await?;
             super::concepts::created(StatusCode::ACCEPTED, (&view).into(), &view.concept.name)
         }
-        Some(("training", _)) => super::trainings::accepted(&service.training(caller, made).await?),
-        _ => {
-            let view = service.generation(caller, made, Duration::ZERO).await?;
+        Made::Training(id) => super::trainings::accepted(&service.training(caller, &id.to_string()).await?),
+        Made::Generation(id) => {
+            let view = service.generation(caller, &id.to_string(), Duration::ZERO).await?;
             super::generations::accepted(service, &view, &super::drawing::base(state, headers))
         }
     };
@@ -212,7 +245,7 @@ fn head_of(response: &Response) -> StoredAnswer {
         status: response.status().as_u16(),
         location: text(response.headers(), header::LOCATION),
         content_type: text(response.headers(), header::CONTENT_TYPE),
-        body: vec![],
+        body: Bytes::new(),
     }
 }
 
@@ -222,6 +255,8 @@ struct First {
     claim: KeyClaim,
     /// What is made bears the key.
     bears: bool,
+    /// How long the answer is kept.
+    keep_ms: i64,
     answer: oneshot::Sender<Result<Response, ApiError>>,
 }
 
@@ -232,8 +267,10 @@ impl First {
             registry,
             claim,
             bears,
+            keep_ms,
             answer,
         } = self;
+        let keep = async |head, body| keep(&registry, &claim, keep_ms, head, body).await;
         let working = async {
             let outcome = match bears {
                 true => AssertUnwindSafe(claim.clone().under(work)).catch_unwind().await,
@@ -249,11 +286,11 @@ impl First {
                         let (pieces, mut onward) = mpsc::channel(PIECES);
                         let onward = futures::stream::poll_fn(move |context| onward.poll_recv(context));
                         let _ = answer.send(Ok(Response::from_parts(parts, Body::from_stream(onward))));
-                        keep(&registry, &claim, head, pass_on(body, pieces).await).await;
+                        keep(head, pass_on(body, pieces).await).await;
                     } else {
                         let whole = axum::body::to_bytes(body, usize::MAX).await;
                         let small = whole.as_ref().ok().filter(|body| body.len() <= ANSWER_LIMIT);
-                        keep(&registry, &claim, head, small.map(|body| body.to_vec())).await;
+                        keep(head, small.cloned()).await;
                         let whole = whole.map(|body| Response::from_parts(parts, Body::from(body)));
                         let _ = answer.send(whole.map_err(|error| Error::internal(error).into()));
                     }
@@ -290,7 +327,7 @@ async fn keep_lease(registry: &Registry, claim: &KeyClaim) -> Infallible {
 
 /// Hands every piece to the caller, as long as there is one, and collects them; `None` where they broke off or are too
 /// many.
-async fn pass_on(body: Body, onward: mpsc::Sender<Result<Bytes, axum::Error>>) -> Option<Vec<u8>> {
+async fn pass_on(body: Body, onward: mpsc::Sender<Result<Bytes, axum::Error>>) -> Option<Bytes> {
     let mut pieces = body.into_data_stream();
     let mut all = Some(Vec::new());
     while let Some(piece) = pieces.next().await {
@@ -304,17 +341,17 @@ async fn pass_on(body: Body, onward: mpsc::Sender<Result<Bytes, axum::Error>>) -
         // A caller that is gone does not end the work.
         let _ = onward.send(piece).await;
     }
-    all
+    all.map(Into::into)
 }
 
-async fn keep(registry: &Registry, claim: &KeyClaim, head: StoredAnswer, body: Option<Vec<u8>>) {
+async fn keep(registry: &Registry, claim: &KeyClaim, keep_ms: i64, head: StoredAnswer, body: Option<Bytes>) {
     let Some(body) = body else {
         tracing::warn!("an answer broke off or is too large to be kept for its idempotency key");
         return release(registry, claim).await;
     };
     let (answer, since) = (StoredAnswer { body, ..head }, Instant::now());
     // The work is done: an answer that is not kept would have it done twice.
-    while let Err(error) = registry.store_answer(claim, &answer, KEPT_MS).await {
+    while let Err(error) = registry.store_answer(claim, &answer, keep_ms).await {
         if !error.may_pass() || since.elapsed() > PATIENCE {
             return tracing::error!(%error, "an answer could not be kept for its idempotency key");
         }
@@ -356,6 +393,7 @@ mod tests {
                 registry: registry.clone(),
                 claim,
                 bears: true,
+                keep_ms: KEPT_MS,
                 answer,
             };
             let pieces = (0..2 * PIECES).map(|i| Ok::<_, Infallible>(Bytes::from(format!("data: {i}\n\n"))));
@@ -378,6 +416,15 @@ mod tests {
         }
     }
 
+    #[test]
+    fn answers_with_pictures_are_kept_no_longer_than_pictures() {
+        let (hour, week) = (Duration::from_secs(3600), Duration::from_secs(7 * 24 * 3600));
+        assert_eq!(Answers::Resource.keep_ms(hour), KEPT_MS);
+        for answers in [Answers::Generation, Answers::Pictures] {
+            assert_eq!((answers.keep_ms(hour), answers.keep_ms(week)), (3_600_000, KEPT_MS));
+        }
+    }
+
     #[tokio::test]
     async fn a_refusal_and_a_panic_free_the_key() {
         for panics in [true, false] {
@@ -387,6 +434,7 @@ mod tests {
                 registry: registry.clone(),
                 claim,
                 bears: true,
+                keep_ms: KEPT_MS,
                 answer,
             };
             let work = async move {

@@ -20,7 +20,7 @@ use super::auth::Generate;
 use super::drawing::{self, DrawRefusals, UsageObject, UsedConceptObject, partial, word};
 use super::error::{error_body, request_id};
 use super::extract::Fields;
-use super::idempotency::{IdempotencyHeader, Once};
+use super::idempotency::{Answers, IdempotencyHeader, Once};
 use super::openapi::ServerEvent;
 use super::{ApiError, AppState, sse};
 use crate::cluster::EventStream;
@@ -298,6 +298,7 @@ async fn generate(
             }
         }
     };
+    let once = once.answering(Answers::Pictures);
     once.run(&state, &caller, &content, work).await
 }
 

@@ -9,7 +9,7 @@ use tokio_util::task::TaskTracker;
 
 use super::GRACE;
 use crate::api;
-use crate::cluster::{Executor, Hot, Member};
+use crate::cluster::{Executor, Hot, Member, Streams};
 use crate::config::Config;
 use crate::engine::EngineHandle;
 use crate::jobs::{AddressPolicy, Drawings, Wakes, Webhooks, Worker, sweep};
@@ -58,6 +58,7 @@ pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
             "requests with an idempotency key ended with the previous server; they may be sent again"
         );
     }
+    registry.forget_holds().await?;
     let orphans = registry.collect_garbage().await?;
     if orphans > 0 {
         tracing::info!(blobs = orphans, "removed what an interrupted registration left");
@@ -185,12 +186,19 @@ pub(super) struct Device {
     pub member: Member,
     /// From then on it does not say any more that it lives.
     pub ended: CancellationToken,
+    /// Events of generations on their way between processes.
+    pub streams: Streams,
 }
 
 impl Device {
     /// Ends the engine and the background work, and tells the others.
     pub(super) async fn end(self, registry: &Registry, tracker: &TaskTracker) -> anyhow::Result<()> {
-        let Self { engine, member, ended } = self;
+        let Self {
+            engine,
+            member,
+            ended,
+            streams,
+        } = self;
         drop(member);
         if let Some(engine) = &engine
             && !engine.drain(GRACE).await
@@ -201,6 +209,7 @@ impl Device {
         if tokio::time::timeout(GRACE, tracker.wait()).await.is_err() {
             tracing::error!("background work does not end; its leases run out by themselves");
         }
+        streams.close().await;
         if let Err(error) = registry.leave().await {
             tracing::warn!(%error, "the others will notice by themselves that this process is gone");
         }

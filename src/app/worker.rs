@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use super::parts::{self, Device, Opened};
 use super::{GRACE, HAND_BACK};
-use crate::cluster::{Executor, WorkerState, worker_router, worker_token};
+use crate::cluster::{Executor, Streams, WorkerState, worker_router, worker_token};
 use crate::config::Config;
 use crate::engine::EngineHandle;
 use crate::jobs::Wakes;
@@ -41,8 +41,8 @@ pub(super) async fn serve(
     let address = config.advertise.clone().unwrap_or_else(|| own_address(listens));
     // Tests and scripts that ask for port 0 read the address from this line.
     println!("worker listening on http://{listens}");
-    let secret = registry.server_secret().await?;
-    let state = WorkerState::new(&worker_token(&secret), config.metrics_open.is_on());
+    let (secret, streams) = (registry.server_secret().await?, Streams::default());
+    let state = WorkerState::new(&worker_token(&secret), config.metrics_open.is_on(), streams.clone());
     let (tracker, closing) = (TaskTracker::new(), CancellationToken::new());
     let http = {
         let router = worker_router(state.clone()).into_make_service_with_connect_info::<SocketAddr>();
@@ -93,6 +93,7 @@ pub(super) async fn serve(
         engine: Some(engine),
         member,
         ended,
+        streams,
     };
     device.end(&registry, &tracker).await?;
     drop(lock);

@@ -210,7 +210,10 @@ fn alone(data: &DataArgs) -> anyhow::Result<Option<DataLock>> {
 
 async fn gc(data: &DataArgs) -> anyhow::Result<()> {
     let registry = existing_registry(data).await?;
-    let _lock = alone(data)?;
+    let lock = alone(data)?;
+    if lock.is_some() {
+        registry.forget_holds().await?;
+    }
     println!("{} blobs removed", registry.collect_garbage().await?);
     Ok(())
 }

@@ -9,6 +9,7 @@ use reqwest::{Client, Response};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::Streams;
 use super::member::{LoadReport, short};
 use super::wire::{Decoder, Order, Quote, Refusal, Said};
 use crate::engine::{Cost, EngineError, GenerationEvent, ModelInfo};
@@ -45,6 +46,7 @@ struct Shared {
     workers: RwLock<Vec<Worker>>,
     /// Workers that have not answered, and since when.
     doubts: Mutex<HashMap<ProcessId, Instant>>,
+    streams: Streams,
 }
 
 #[derive(Debug, Clone)]
@@ -143,7 +145,7 @@ impl Fleet {
     ///
     /// # Errors
     /// When the HTTP client cannot be built.
-    pub async fn find(registry: Registry, token: String) -> anyhow::Result<Self> {
+    pub async fn find(registry: Registry, token: String, streams: Streams) -> anyhow::Result<Self> {
         // Refused where one is chosen already, which then stays.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder()
@@ -167,6 +169,7 @@ impl Fleet {
                             token,
                             workers: RwLock::default(),
                             doubts: Mutex::default(),
+                            streams,
                         }));
                         fleet.update(&processes);
                         return Ok(fleet);
@@ -307,14 +310,14 @@ impl Fleet {
         let asked = self.ask(super::worker::GENERATE, &order, &mut tried).await?;
         let (events, stream) = mpsc::channel(EVENTS);
         let cancel = CancellationToken::new();
+        let stopped = cancel.clone();
         let following = Following {
             fleet: self.clone(),
             order,
             events,
             seen: Seen::default(),
         };
-        let stopped = cancel.clone();
-        tokio::spawn(async move {
+        self.0.streams.spawn(async move {
             tokio::select! {
                 () = following.run(asked) => {}
                 () = stopped.cancelled() => {}

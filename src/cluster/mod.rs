@@ -5,6 +5,7 @@ mod fleet;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 mod member;
+mod streams;
 mod wire;
 mod worker;
 
@@ -18,6 +19,7 @@ use crate::error::{Error, ErrorKind};
 use crate::registry::{BlobError, GenerationConcept, NewGeneration, Registry};
 pub use fleet::{Fleet, RemoteStream};
 pub use member::{Hot, Member};
+pub use streams::Streams;
 pub use worker::{WorkerState, worker_router, worker_token};
 
 /// Where generations are drawn.

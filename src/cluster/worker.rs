@@ -19,7 +19,7 @@ use subtle::ConstantTimeEq;
 use tokio::sync::mpsc;
 
 use super::wire::{Order, Quote, Refusal, alive, encode};
-use super::{Executor, Hot, Member};
+use super::{Executor, Hot, Member, Streams};
 use crate::engine::{GenerationEvent, Health};
 use crate::error::{Error, ErrorKind};
 use crate::telemetry::meters;
@@ -43,6 +43,7 @@ pub struct WorkerState {
     metrics_open: bool,
     /// Empty until the model is loaded.
     ready: Arc<OnceLock<Ready>>,
+    streams: Streams,
 }
 
 #[derive(Debug)]
@@ -54,11 +55,12 @@ struct Ready {
 
 impl WorkerState {
     /// Without a model yet.
-    pub fn new(token: &str, metrics_open: bool) -> Self {
+    pub fn new(token: &str, metrics_open: bool, streams: Streams) -> Self {
         Self {
             token: token.into(),
             metrics_open,
             ready: Arc::default(),
+            streams,
         }
     }
 
@@ -191,7 +193,7 @@ async fn generate(State(state): State<WorkerState>, Json(order): Json<Order>) ->
         Err(error) => return refuse(&error),
     };
     let (frames, body) = mpsc::channel::<Bytes>(FRAMES);
-    tokio::spawn(async move {
+    state.streams.spawn(async move {
         let mut told: Option<Instant> = None;
         loop {
             let (frame, last) = tokio::select! {
@@ -239,7 +241,8 @@ mod tests {
 
     async fn status(method: &str, path: &str, token: Option<&str>) -> StatusCode {
         let peer = SocketAddr::from(([127, 0, 0, 1], 9));
-        let router = worker_router(WorkerState::new(&worker_token("secret"), false)).layer(MockConnectInfo(peer));
+        let router = worker_router(WorkerState::new(&worker_token("secret"), false, Streams::default()))
+            .layer(MockConnectInfo(peer));
         let mut request = Request::builder().method(method).uri(path);
         if let Some(token) = token {
             request = request.header(header::AUTHORIZATION, token);
@@ -259,7 +262,7 @@ mod tests {
             ([10, 0, 0, 7], false, token.as_str(), StatusCode::OK),
             ([10, 0, 0, 7], true, "", StatusCode::OK),
         ] {
-            let state = WorkerState::new(&worker_token("secret"), open);
+            let state = WorkerState::new(&worker_token("secret"), open, Streams::default());
             let router = worker_router(state).layer(MockConnectInfo(SocketAddr::from((peer, 9))));
             let request = Request::get("/metrics").header(header::AUTHORIZATION, authorization);
             let response = router.oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
@@ -293,7 +296,7 @@ mod tests {
             assert_ne!(status("POST", path, Some(&right)).await, StatusCode::UNAUTHORIZED);
         }
         // A worker that has no secret lets nobody in, instead of everybody.
-        let open = worker_router(WorkerState::new("", false));
+        let open = worker_router(WorkerState::new("", false, Streams::default()));
         let request = Request::post(COST)
             .header(header::AUTHORIZATION, "Bearer ")
             .body(Body::empty());

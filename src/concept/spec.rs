@@ -352,9 +352,14 @@ impl TrainingSpec {
             ("prior_weight", self.prior_weight, 100.0),
             ("regularisation_weight", self.regularisation_weight, 100.0),
         ] {
-            let positive = field != "learning_rate" || value > 0.0;
-            if !value.is_finite() || value < 0.0 || value > high || !positive {
-                return fault(field, format!("is {value}; expected a number above 0, at most {high}"));
+            let above_zero = field == "learning_rate";
+            if !value.is_finite() || value < 0.0 || value > high || (above_zero && value == 0.0) {
+                let expected = match above_zero {
+                    true => format!("a number above 0, at most {high}"),
+                    false if high == 0.0 => "0, since the concept is a style".to_owned(),
+                    false => format!("a number from 0 to {high}"),
+                };
+                return fault(field, format!("is {value}; expected {expected}"));
             }
         }
         Ok(())
@@ -439,6 +444,42 @@ mod tests {
         assert_eq!(field(|s| s.class_noun = None), "class");
         assert_eq!(field(|s| s.image_tokens = 17), "image_tokens");
         assert_eq!(field(|s| s.start_words = vec![vec![String::new(); 65]]), "start_words");
+    }
+
+    #[test]
+    fn a_limit_in_a_message_is_the_one_that_is_checked() {
+        let problem = |spec: TrainingSpec| spec.check(32).unwrap_err().problem;
+        let style = TrainingSpec::preset(Preset::Paper, ConceptKind::Style, "ink", None, 32);
+        assert_eq!(
+            problem(TrainingSpec { focus: 0.5, ..style }),
+            "is 0.5; expected 0, since the concept is a style"
+        );
+        assert_eq!(
+            problem(TrainingSpec {
+                focus: 2.0,
+                ..subject()
+            }),
+            "is 2; expected a number from 0 to 1"
+        );
+        let prior_weight = -1.0;
+        let below = TrainingSpec {
+            prior_weight,
+            ..subject()
+        };
+        assert_eq!(problem(below), "is -1; expected a number from 0 to 100");
+        let learning_rate = 0.0;
+        let none = TrainingSpec {
+            learning_rate,
+            ..subject()
+        };
+        assert_eq!(problem(none), "is 0; expected a number above 0, at most 1");
+        let zeros = TrainingSpec {
+            focus: 0.0,
+            prior_weight: 0.0,
+            regularisation_weight: 0.0,
+            ..subject()
+        };
+        assert!(zeros.check(32).is_ok());
     }
 
     #[test]

@@ -160,8 +160,7 @@ impl Thread {
         accelerator::synchronize(device)?;
         accelerator::empty_cache(device);
         let free = free_bytes(device);
-        let estimate = Estimate::of_preset(&model, preset);
-        let reserve = model.decode_bytes() + estimate.bytes(estimate.recomputed());
+        let reserve = model.decode_bytes() + Estimate::of_preset(&model, preset).least();
         let rows = kv_rows(options.kv_bytes.bytes(device, free, reserve), row, options.rows, free)?;
         tracing::info!(
             rows,

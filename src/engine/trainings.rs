@@ -105,6 +105,7 @@ impl Trainings {
                     let graph = estimate.within(budget);
                     tracing::info!(budget, kept = estimate.bytes(Graph::Kept), ?graph, "a training begins");
                     trainer.set_graph(graph);
+                    trainer.set_class_batch(estimate.class_images_at_once(budget));
                 }
                 let now = Instant::now();
                 let first_step = trainer.step();

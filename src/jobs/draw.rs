@@ -222,7 +222,7 @@ impl Drawings {
     /// # Errors
     /// When the database fails.
     pub async fn cancel(&self, mut generation: Generation) -> Result<bool, RegistryError> {
-        let images = self.registry.images(generation.new.tenant, generation.id).await?;
+        let images = self.registry.images(generation.new.tenant, &[generation.id]).await?;
         generation.done = self.progress(generation.id).unwrap_or(generation.done);
         // Whoever draws it: the caller's word counts.
         generation.owner = None;

@@ -3,9 +3,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::mpsc::UnboundedSender;
-
 use super::Wake;
+use super::outbox::{Outbox, Signal};
 use crate::ids::GenerationId;
 
 /// Who waits for which end.
@@ -13,7 +12,7 @@ use crate::ids::GenerationId;
 pub struct Ends {
     awaited: Arc<Mutex<HashMap<GenerationId, Awaited>>>,
     /// `None`: there are no other processes.
-    others: Option<UnboundedSender<String>>,
+    others: Option<Outbox>,
 }
 
 #[derive(Debug, Default)]
@@ -48,7 +47,7 @@ impl Ends {
     }
 
     /// Heard by other processes too.
-    pub(super) fn shared(others: UnboundedSender<String>) -> Self {
+    pub(super) fn shared(others: Outbox) -> Self {
         Self {
             awaited: Arc::default(),
             others: Some(others),
@@ -59,14 +58,22 @@ impl Ends {
     pub(super) fn tell(&self, id: GenerationId) {
         self.here(id);
         if let Some(others) = &self.others {
-            // Closed when the process ends.
-            let _ = others.send(id.to_string());
+            others.add(Signal::End(id));
         }
     }
 
     /// Tells this process alone.
     pub(super) fn here(&self, id: GenerationId) {
         if let Some(awaited) = self.lock().get(&id) {
+            awaited.wake.now();
+        }
+    }
+}
+
+impl Ends {
+    /// Many have ended elsewhere: in this process everybody who waits for one looks.
+    pub(super) fn all_here(&self) {
+        for awaited in self.lock().values() {
             awaited.wake.now();
         }
     }
@@ -105,6 +112,9 @@ mod tests {
         ends.tell(id);
         assert!(first.now_or_never().is_some() && second.now_or_never().is_some());
         assert!(third.now_or_never().is_none());
+        let all = [&one, &two, &other].map(Interest::woken);
+        ends.all_here();
+        assert!(all.into_iter().all(|woken| woken.now_or_never().is_some()));
         drop((one, two, other));
         assert!(ends.lock().is_empty(), "nothing is left of those who have gone");
     }

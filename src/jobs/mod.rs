@@ -21,6 +21,7 @@ macro_rules! patiently {
 mod address;
 mod draw;
 mod ends;
+mod outbox;
 mod previews;
 mod progress;
 mod sweeper;
@@ -31,7 +32,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -40,6 +40,7 @@ use crate::registry::{Backend, LOST_AFTER_MS, Registry, RegistryError};
 pub use address::AddressPolicy;
 pub use draw::{DrawEvent, Drawings, Held, Waiting, provenance};
 pub use ends::{Ends, Interest};
+use outbox::{Outbox, Signal};
 pub use sweeper::sweep;
 pub use webhook::{Describe, Webhooks, deliver, iso_8601};
 
@@ -55,16 +56,15 @@ const POLL: Duration = Duration::from_secs(2);
 pub struct Wake {
     here: Arc<Notify>,
     /// `None`: there are no others.
-    others: Option<(&'static str, UnboundedSender<String>)>,
+    others: Option<(Signal, Outbox)>,
 }
 
 impl Wake {
     /// Something was queued, cancelled, or has ended.
     pub fn now(&self) {
         self.here();
-        if let Some((what, others)) = &self.others {
-            // Closed when the process ends.
-            let _ = others.send((*what).to_owned());
+        if let Some((signal, others)) = &self.others {
+            others.add(*signal);
         }
     }
 
@@ -96,39 +96,34 @@ impl Wakes {
         if registry.backend() == Backend::Sqlite {
             return Self::default();
         }
-        let (others, queue) = unbounded_channel();
-        let wake = |what| Wake {
+        let others = Outbox::default();
+        let wake = |signal| Wake {
             here: Arc::default(),
-            others: Some((what, others.clone())),
+            others: Some((signal, others.clone())),
         };
         let wakes = Self {
-            trainings: wake(TRAININGS),
-            generations: wake(GENERATIONS),
+            trainings: wake(Signal::Trainings),
+            generations: wake(Signal::Generations),
             ends: Ends::shared(others.clone()),
         };
-        tracker.spawn(tell(registry.clone(), queue, stop.clone()));
+        tracker.spawn(tell(registry.clone(), others, stop.clone()));
         tracker.spawn(listen(registry.clone(), wakes.clone(), stop.clone()));
         wakes
     }
 }
 
-const TRAININGS: &str = "trainings";
-const GENERATIONS: &str = "generations";
 /// When the database does not answer, it is tried again after this.
 const AGAIN: Duration = Duration::from_secs(1);
 
-async fn tell(registry: Registry, mut queue: UnboundedReceiver<String>, stop: CancellationToken) {
-    let mut waiting = Vec::new();
+async fn tell(registry: Registry, outbox: Outbox, stop: CancellationToken) {
     loop {
-        tokio::select! {
-            count = queue.recv_many(&mut waiting, 256) => if count == 0 { return },
+        let signals = tokio::select! {
+            signals = outbox.take() => signals,
             () = stop.cancelled() => return,
-        }
-        waiting.sort_unstable();
-        waiting.dedup();
-        for what in waiting.drain(..) {
-            if let Err(error) = registry.signal(&what).await {
-                tracing::debug!(%error, what, "other processes cannot be told; they look by themselves");
+        };
+        for signal in signals {
+            if let Err(error) = registry.signal(&signal.to_string()).await {
+                tracing::debug!(%error, %signal, "other processes were not notified; they poll");
             }
         }
     }
@@ -142,13 +137,13 @@ async fn listen(registry: Registry, wakes: Wakes, stop: CancellationToken) {
                     return Ok(());
                 };
                 loop {
-                    match signals.next().await?.as_str() {
-                        TRAININGS => wakes.trainings.here(),
-                        GENERATIONS => wakes.generations.here(),
-                        other => match other.parse() {
-                            Ok(generation) => wakes.ends.here(generation),
-                            Err(_) => tracing::debug!(other, "an unknown signal"),
-                        },
+                    let text = signals.next().await?;
+                    match text.parse() {
+                        Ok(Signal::Trainings) => wakes.trainings.here(),
+                        Ok(Signal::Generations) => wakes.generations.here(),
+                        Ok(Signal::End(generation)) => wakes.ends.here(generation),
+                        Ok(Signal::Ends) => wakes.ends.all_here(),
+                        Err(()) => tracing::debug!(text, "unknown signal"),
                     }
                 }
             }

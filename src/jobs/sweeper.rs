@@ -24,6 +24,11 @@ pub async fn sweep(registry: Registry, age: Duration, stop: CancellationToken) {
         if let Err(error) = registry.expire_keys().await {
             tracing::warn!(%error, "expired idempotency keys could not be removed");
         }
+        match registry.expire_holds().await {
+            Ok(0) => {}
+            Ok(blobs) => tracing::info!(blobs, "removed what interrupted requests left"),
+            Err(error) => tracing::warn!(%error, "what interrupted requests left could not be removed"),
+        }
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(PERIOD) => {}

@@ -125,8 +125,26 @@ impl Blobs {
     /// When the store fails.
     pub async fn put(&self, bytes: Bytes) -> Result<String, BlobError> {
         let hash = content_hash(&bytes);
-        self.store.put(&self.key(&hash), bytes.into()).await?;
+        self.put_as(&hash, bytes).await?;
         Ok(hash)
+    }
+
+    /// The same for a caller that knows the hash already.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub(super) async fn put_as(&self, hash: &str, bytes: Bytes) -> Result<(), BlobError> {
+        self.store.put(&self.key(hash), bytes.into()).await?;
+        Ok(())
+    }
+
+    /// The same store behind another one: tests make it slow, or let it fail.
+    #[cfg(test)]
+    pub(crate) fn wrap<S: ObjectStore>(&self, wrap: impl FnOnce(Arc<dyn ObjectStore>) -> S) -> Self {
+        Self {
+            store: Arc::new(wrap(self.store.clone())),
+            prefix: self.prefix.clone(),
+        }
     }
 
     /// The bytes of a hash, verified.

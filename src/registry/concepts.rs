@@ -6,10 +6,10 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::blobs::content_hash;
-use super::db::{identifier, list, number, optional_number};
+use super::db::{identifier, list, locking, number, optional_number};
 use super::pool::Transaction;
 use super::trainings::{NewTraining, Training, insert_training};
-use super::{Listed, Page, Registry, RegistryError, now};
+use super::{Listed, Made, Page, Quotas, Registry, RegistryError, Usage, now};
 use crate::concept::ConceptKind;
 use crate::ids::{ConceptId, TenantId};
 use crate::training::TrainingSpec;
@@ -55,6 +55,8 @@ pub struct NewConcept {
     pub webhook_url: Option<String>,
     /// Of the first training.
     pub priority: i32,
+    /// What the tenant may have with it.
+    pub quotas: Quotas,
 }
 
 impl NewConcept {
@@ -69,6 +71,7 @@ impl NewConcept {
             metadata: Metadata::new(),
             webhook_url: None,
             priority: 0,
+            quotas: Quotas::default(),
         }
     }
 }
@@ -164,7 +167,7 @@ impl Registry {
     /// Stores a concept with its training, all or nothing.
     ///
     /// # Errors
-    /// When the name is taken or the database fails.
+    /// `NameTaken`, `QuotaExceeded`; when the database fails.
     pub async fn add_concept(
         &self,
         tenant: TenantId,
@@ -172,6 +175,11 @@ impl Registry {
         spec: &TrainingSpec,
     ) -> Result<(Concept, Training), RegistryError> {
         let mut transaction = self.write().await?;
+        let addition = Usage {
+            concepts: 1,
+            trainings: 1,
+        };
+        self.check_room(&mut transaction, tenant, new.quotas, addition).await?;
         let concept = insert_concept(&mut transaction, tenant, new, None).await?;
         let input = input_fingerprint(&new.pictures, spec)?;
         let first = NewTraining {
@@ -179,9 +187,10 @@ impl Registry {
             input: &input,
             webhook_url: new.webhook_url.as_deref(),
             priority: new.priority,
+            quotas: new.quotas,
         };
         let training = insert_training(&mut transaction, &concept, first).await?;
-        self.note_made(&mut transaction, &concept.id).await?;
+        self.note_made(&mut transaction, Made::Concept(concept.id)).await?;
         transaction.commit().await?;
         Ok((concept, training))
     }
@@ -189,7 +198,7 @@ impl Registry {
     /// Stores a concept whose file is there already.
     ///
     /// # Errors
-    /// When the name is taken or the database fails.
+    /// `NameTaken`, `QuotaExceeded`; when the database fails.
     pub async fn add_ready_concept(
         &self,
         tenant: TenantId,
@@ -197,8 +206,13 @@ impl Registry {
         version: &str,
     ) -> Result<Concept, RegistryError> {
         let mut transaction = self.write().await?;
+        let addition = Usage {
+            concepts: 1,
+            trainings: 0,
+        };
+        self.check_room(&mut transaction, tenant, new.quotas, addition).await?;
         let concept = insert_concept(&mut transaction, tenant, new, Some(version)).await?;
-        self.note_made(&mut transaction, &concept.id).await?;
+        self.note_made(&mut transaction, Made::Concept(concept.id)).await?;
         transaction.commit().await?;
         Ok(concept)
     }
@@ -210,7 +224,7 @@ impl Registry {
     pub async fn concepts(&self, tenant: TenantId) -> Result<Vec<Concept>, RegistryError> {
         let rows = sqlx::query(select!("WHERE c.tenant_id = $1 ORDER BY c.id"))
             .bind(tenant.to_string())
-            .fetch_all(&self.pool)
+            .fetch_all(&self.pools.reads)
             .await?;
         rows.iter().map(concept).collect()
     }
@@ -237,7 +251,7 @@ impl Registry {
         .bind(filter.kind.map(ConceptKind::as_str))
         .bind(filter.status.map(ConceptStatus::as_str))
         .bind(page.fetched())
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.reads)
         .await?;
         Ok(page.cut(rows.iter().map(concept).collect::<Result<_, _>>()?))
     }
@@ -250,7 +264,7 @@ impl Registry {
         let row = sqlx::query(select!("WHERE c.tenant_id = $1 AND (c.name = $2 OR c.id = $2)"))
             .bind(tenant.to_string())
             .bind(name)
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.pools.reads)
             .await?;
         row.as_ref().map(concept).transpose()
     }
@@ -332,7 +346,7 @@ impl Registry {
         .bind(tenant.to_string())
         .bind(input)
         .bind(except.to_string())
-        .fetch_optional(&self.pool)
+        .fetch_optional(&self.pools.reads)
         .await?;
         Ok(row.map(|(name,)| name))
     }
@@ -348,7 +362,7 @@ impl Registry {
         )
         .bind(id.to_string())
         .bind(input)
-        .fetch_optional(&self.pool)
+        .fetch_optional(&self.pools.reads)
         .await?;
         Ok(found.is_some())
     }
@@ -361,7 +375,7 @@ impl Registry {
         let rows: Vec<(String,)> =
             sqlx::query_as("SELECT blob FROM concept_pictures WHERE concept_id = $1 ORDER BY position")
                 .bind(id.to_string())
-                .fetch_all(&self.pool)
+                .fetch_all(&self.pools.reads)
                 .await?;
         Ok(rows.into_iter().map(|(blob,)| blob).collect())
     }
@@ -373,31 +387,37 @@ impl Registry {
     /// When the database or the blob store fails.
     pub async fn delete_concept(&self, tenant: TenantId, name: &str) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
-        // A worker that publishes a version of it right now comes before, or finds nothing.
-        if let Some(found) = self.concept(tenant, name).await? {
-            self.hold_concept(&mut transaction, found.id).await?;
-        }
-        let blobs: Vec<(Option<String>,)> = sqlx::query_as(
-            "WITH wanted AS (SELECT id FROM concepts WHERE tenant_id = $1 AND (name = $2 OR id = $2))
-             SELECT blob FROM concept_pictures WHERE concept_id IN (SELECT id FROM wanted)
-             UNION SELECT hash FROM concept_versions WHERE concept_id IN (SELECT id FROM wanted)
-             UNION SELECT checkpoint FROM trainings WHERE concept_id IN (SELECT id FROM wanted)
-             UNION SELECT p.blob FROM training_previews p JOIN trainings t ON t.id = p.training_id
-                   WHERE t.concept_id IN (SELECT id FROM wanted)",
-        )
-        .bind(tenant.to_string())
-        .bind(name)
-        .fetch_all(&mut *transaction)
-        .await?;
-        let deleted = sqlx::query("DELETE FROM concepts WHERE tenant_id = $1 AND (name = $2 OR id = $2)")
+        // Found and held at once: a worker that publishes a version of it right now comes before, or finds nothing, and
+        // what is deleted below is this concept, whatever it or another is renamed to.
+        let statement = locking!(
+            self.backend,
+            "SELECT id FROM concepts WHERE tenant_id = $1 AND (name = $2 OR id = $2)",
+            " FOR UPDATE"
+        );
+        let found: Option<(String,)> = sqlx::query_as(statement)
             .bind(tenant.to_string())
             .bind(name)
+            .fetch_optional(&mut *transaction)
+            .await?;
+        let Some((id,)) = found else { return Ok(false) };
+        let blobs: Vec<(Option<String>,)> = sqlx::query_as(
+            "SELECT blob FROM concept_pictures WHERE concept_id = $1
+             UNION SELECT hash FROM concept_versions WHERE concept_id = $1
+             UNION SELECT checkpoint FROM trainings WHERE concept_id = $1
+             UNION SELECT p.blob FROM training_previews p JOIN trainings t ON t.id = p.training_id
+                   WHERE t.concept_id = $1",
+        )
+        .bind(&id)
+        .fetch_all(&mut *transaction)
+        .await?;
+        sqlx::query("DELETE FROM concepts WHERE id = $1")
+            .bind(&id)
             .execute(&mut *transaction)
             .await?;
         transaction.commit().await?;
         let blobs: Vec<String> = blobs.into_iter().filter_map(|(blob,)| blob).collect();
         self.remove_unreferenced(&blobs).await?;
-        Ok(deleted.rows_affected() > 0)
+        Ok(true)
     }
 
     /// The newest training of a concept.

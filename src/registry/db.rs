@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
-use sqlx::{AnyPool, Connection as _, Executor, Row};
+use sqlx::migrate::Migrator;
+use sqlx::{Connection as _, Executor, Row};
 
 use super::pool::{Pool, answers};
 use super::{RegistryError, now};
@@ -20,17 +21,24 @@ pub enum Backend {
     Postgres,
 }
 
-/// How long a statement of SQLite waits for another writer.
+/// How long a statement of SQLite waits for a writer in another process: a command beside the server.
 const BUSY: Duration = Duration::from_secs(20);
-/// How long whoever asks for a connection to PostgreSQL waits, a statement may take, and one that waits for a lock.
+/// How long a caller waits for a connection to PostgreSQL, and for the answer to a statement.
 const CONNECT: Duration = Duration::from_secs(10);
 const STATEMENT: Duration = Duration::from_secs(10);
-const LOCK: Duration = Duration::from_secs(60);
-/// A connection that does not answer for so long is given up.
+/// PostgreSQL's own limits for a statement, for a wait for a lock and for an open transaction that is idle. They end the
+/// work on the server, which the limits above cannot; each is below [`STATEMENT`], so that the server's answer, which
+/// names the reason, comes first.
+const SERVER_STATEMENT: Duration = Duration::from_secs(9);
+const SERVER_LOCK: Duration = Duration::from_secs(5);
+const SERVER_IDLE: Duration = Duration::from_secs(9);
+/// A connection that does not answer within this time is given up.
 const PING: Duration = Duration::from_secs(1);
-/// Connections of one process to PostgreSQL, and of those that only hold locks.
-const CONNECTIONS: u32 = 16;
-const LOCKS: u32 = 8;
+/// Connections of one process to PostgreSQL.
+pub(super) const CONNECTIONS: u32 = 16;
+/// Connections of SQLite that only read. One more writes: SQLite has one writer at a time, and those that wait for it do
+/// so in the pool's queue, in order, instead of polling the file's lock.
+const READERS: u32 = 8;
 
 /// A statement with what PostgreSQL needs at its end to keep others from the rows that it reads; a writing transaction of
 /// SQLite keeps everybody out.
@@ -77,6 +85,13 @@ pub(super) fn list<T: std::str::FromStr>(row: &AnyRow, column: &str) -> Result<V
     text.iter().flat_map(|text| text.split(',')).map(read).collect()
 }
 
+/// So many placeholders from `$first` on, for a list of values: neither database takes one as a single value in the other's
+/// way.
+pub(super) fn places(first: usize, count: usize) -> String {
+    let places: Vec<String> = (first..first + count).map(|place| format!("${place}")).collect();
+    places.join(", ")
+}
+
 fn percent_encoded(path: &Path) -> String {
     use std::fmt::Write as _;
     let mut url = String::from("sqlite://");
@@ -90,64 +105,90 @@ fn percent_encoded(path: &Path) -> String {
     url
 }
 
-/// Opens SQLite's file, which is created.
-pub(super) async fn open_sqlite(file: &Path) -> Result<AnyPool, RegistryError> {
+/// The connections of a registry.
+#[derive(Debug, Clone)]
+pub(super) struct Pools {
+    /// For statements that read, outside of transactions.
+    pub reads: Pool,
+    /// For statements that write, and for transactions. On PostgreSQL the same as `reads`.
+    pub writes: Pool,
+}
+
+/// Opens SQLite's file, which is created, and brings it to this version's schema.
+pub(super) async fn open_sqlite(file: &Path, migrations: &Migrator) -> Result<Pools, RegistryError> {
     sqlx::any::install_default_drivers();
+    let pool = |connections: u32, pragmas: &'static str| {
+        AnyPoolOptions::new()
+            .max_connections(connections)
+            .acquire_timeout(BUSY * 2)
+            // SQLite ends a transaction by itself where the disk is full; the driver, whose rollback finds none then, would
+            // refuse to begin another for ever.
+            .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
+            .after_connect(move |connection, _| {
+                Box::pin(async move {
+                    let busy = format!("PRAGMA busy_timeout = {}", BUSY.as_millis());
+                    // Before the other settings, which may have to wait for a writer themselves.
+                    connection.execute(sqlx::AssertSqlSafe(busy)).await?;
+                    connection.execute(pragmas).await?;
+                    Ok(())
+                })
+            })
+    };
     let options: AnyConnectOptions = format!("{}?mode=rwc", percent_encoded(file)).parse()?;
+    // FULL: what was acknowledged survives a power cut too.
+    let writes = pool(
+        1,
+        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;",
+    )
+    .connect_with(options.clone())
+    .await?;
+    migrations.run(&writes).await?;
+    // A statement that writes fails on these: it belongs to the writer.
+    let reads = pool(READERS, "PRAGMA query_only = ON;").connect_with(options).await?;
+    Ok(Pools {
+        reads: Pool::new(reads, BUSY * 3),
+        writes: Pool::new(writes, BUSY * 3),
+    })
+}
+
+/// Connects to PostgreSQL and brings the database to this version's schema.
+pub(super) async fn open_postgres(url: &str, migrations: &Migrator, connections: u32) -> Result<Pools, RegistryError> {
+    sqlx::any::install_default_drivers();
+    let options: AnyConnectOptions = url.parse()?;
+    // Without the limits below: a migration may take longer, and waits while another process migrates.
+    let unlimited = AnyPoolOptions::new()
+        .max_connections(1)
+        .acquire_timeout(CONNECT)
+        .connect_with(options.clone())
+        .await?;
+    migrations.run(&unlimited).await?;
+    unlimited.close().await;
     let pool = AnyPoolOptions::new()
-        .max_connections(8)
-        .acquire_timeout(BUSY * 2)
-        // SQLite ends a transaction by itself where the disk is full; the driver, whose rollback finds none then, would refuse
-        // to begin another for ever.
-        .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
+        .max_connections(connections)
+        .acquire_timeout(CONNECT)
         .after_connect(|connection, _| {
             Box::pin(async move {
-                // FULL: what was acknowledged survives a power cut too.
-                connection
-                    .execute(
-                        "PRAGMA busy_timeout = 20000; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-                         PRAGMA foreign_keys = ON;",
-                    )
-                    .await?;
+                let limits = format!(
+                    "SET statement_timeout = {}; SET lock_timeout = {}; SET idle_in_transaction_session_timeout = {}",
+                    SERVER_STATEMENT.as_millis(),
+                    SERVER_LOCK.as_millis(),
+                    SERVER_IDLE.as_millis()
+                );
+                connection.execute(sqlx::AssertSqlSafe(limits)).await?;
                 Ok(())
             })
         })
+        // Instead of the pool's own question, which has no limit.
+        .test_before_acquire(false)
+        .before_acquire(|connection, _| Box::pin(async move { Ok(answers(connection, PING).await) }))
+        .after_release(|connection, _| Box::pin(async move { Ok(answers(connection, PING).await) }))
         .connect_with(options)
         .await?;
-    Ok(pool)
-}
-
-/// Connects to PostgreSQL: a pool for statements, and one for locks that are held while others wait for statements.
-pub(super) async fn open_postgres(url: &str) -> Result<(AnyPool, AnyPool), RegistryError> {
-    sqlx::any::install_default_drivers();
-    let options: AnyConnectOptions = url.parse()?;
-    let pool = |connections| {
-        AnyPoolOptions::new()
-            .max_connections(connections)
-            .acquire_timeout(CONNECT)
-            // Instead of the pool's own question, which has no limit.
-            .test_before_acquire(false)
-            .before_acquire(|connection, _| Box::pin(async move { Ok(answers(connection, PING).await) }))
-            .after_release(|connection, _| Box::pin(async move { Ok(answers(connection, PING).await) }))
-            .connect_with(options.clone())
-    };
-    Ok((pool(CONNECTIONS).await?, pool(LOCKS).await?))
-}
-
-/// With the time that statements have.
-pub(super) fn bounded(backend: Backend, pool: AnyPool) -> Pool {
-    Pool::new(
-        pool,
-        match backend {
-            Backend::Sqlite => BUSY * 3,
-            Backend::Postgres => STATEMENT,
-        },
-    )
-}
-
-/// The same for connections that wait for locks.
-pub(super) fn bounded_locks(pool: AnyPool) -> Pool {
-    Pool::new(pool, LOCK)
+    let pool = Pool::new(pool, STATEMENT);
+    Ok(Pools {
+        reads: pool.clone(),
+        writes: pool,
+    })
 }
 
 /// The number of an advisory lock for something with a name.
@@ -215,13 +256,16 @@ mod tests {
         assert_ne!(lock_number("blob", "ab"), lock_number("blo", "bab"));
     }
 
+    async fn pools(dir: &Path) -> Pools {
+        open_sqlite(&dir.join("coar.sqlite"), &sqlx::migrate!("migrations/sqlite"))
+            .await
+            .unwrap()
+    }
+
     #[tokio::test]
     async fn a_connection_is_not_spoilt_by_a_disk_that_was_full() {
         let dir = tempfile::tempdir().unwrap();
-        let pool = bounded(
-            Backend::Sqlite,
-            open_sqlite(&dir.path().join("coar.sqlite")).await.unwrap(),
-        );
+        let pool = pools(dir.path()).await.writes;
         sqlx::query("CREATE TABLE t (a BLOB)").execute(&pool).await.unwrap();
         let write = async |limit: &'static str| {
             let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await?;
@@ -231,10 +275,9 @@ mod tests {
                 .await?;
             transaction.commit().await
         };
-        let full = write("PRAGMA max_page_count = 4").await.unwrap_err();
+        let full = write("PRAGMA max_page_count = 1").await.unwrap_err();
         assert!(RegistryError::from(full).may_pass());
-        // More than once: it may have been another connection.
-        for _ in 0..9 {
+        for _ in 0..3 {
             write("PRAGMA max_page_count = 100000").await.unwrap();
         }
     }
@@ -244,9 +287,35 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let odd = dir.path().join("a b?#%&ü");
         std::fs::create_dir(&odd).unwrap();
-        let pool = open_sqlite(&odd.join("coar.sqlite")).await.unwrap();
-        let (mode,): (String,) = sqlx::query_as("PRAGMA journal_mode").fetch_one(&pool).await.unwrap();
+        let pools = pools(&odd).await;
+        let (mode,): (String,) = sqlx::query_as("PRAGMA journal_mode")
+            .fetch_one(&pools.reads)
+            .await
+            .unwrap();
         assert_eq!(mode, "wal");
         assert!(odd.join("coar.sqlite").exists());
+    }
+
+    #[tokio::test]
+    async fn sqlite_has_one_writer_and_readers_that_cannot_write() {
+        let dir = tempfile::tempdir().unwrap();
+        let pools = pools(dir.path()).await;
+        let insert = "INSERT INTO settings (key, value) VALUES ('a', 'b')";
+        assert!(sqlx::query(insert).execute(&pools.reads).await.is_err());
+        let open = pools.writes.begin_with("BEGIN IMMEDIATE").await.unwrap();
+        // Readers go on while somebody writes.
+        let read = sqlx::query("SELECT * FROM settings").fetch_all(&pools.reads);
+        assert!(tokio::time::timeout(PING, read).await.unwrap().is_ok());
+        // The second writer waits for the first one's end.
+        let second = tokio::spawn({
+            let writes = pools.writes.clone();
+            async move { sqlx::query(insert).execute(&writes).await }
+        });
+        drop(open);
+        assert_eq!(second.await.unwrap().unwrap().rows_affected(), 1);
+        for pool in [&pools.reads, &pools.writes] {
+            let (busy,): (i64,) = sqlx::query_as("PRAGMA busy_timeout").fetch_one(pool).await.unwrap();
+            assert_eq!(busy, BUSY.as_millis() as i64);
+        }
     }
 }

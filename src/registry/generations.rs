@@ -8,6 +8,7 @@ mod queue;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -15,8 +16,8 @@ use serde_json::Value;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::db::{identifier, number};
-use super::{GenerationStatus, Listed, Page, Registry, RegistryError};
+use super::db::{identifier, number, places};
+use super::{GenerationStatus, Listed, Made, Page, Registry, RegistryError, StoredImage};
 use crate::concept::ConceptKind;
 use crate::ids::{GenerationId, ProcessId, TenantId};
 use crate::picture::{OutputFormat, PictureFormat};
@@ -183,7 +184,7 @@ impl Registry {
         .await?;
         // What somebody waits for is drawn anew for whoever asks again.
         if new.background {
-            self.note_made(&mut transaction, &id).await?;
+            self.note_made(&mut transaction, Made::Generation(id)).await?;
         }
         transaction.commit().await?;
         Ok(Generation {
@@ -209,7 +210,7 @@ impl Registry {
         let row = sqlx::query("SELECT * FROM generations WHERE tenant_id = $1 AND id = $2")
             .bind(tenant.to_string())
             .bind(id.to_string())
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.pools.reads)
             .await?;
         row.as_ref().map(generation).transpose()
     }
@@ -232,21 +233,55 @@ impl Registry {
         .bind(page.after())
         .bind(status.map(GenerationStatus::as_str))
         .bind(page.fetched())
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.reads)
         .await?;
         Ok(page.cut(rows.iter().map(generation).collect::<Result<_, _>>()?))
     }
 
-    /// How many queued generations of all tenants are older than this one.
+    /// The images of each of a tenant's generations, in order, and of those that are queued how many queued ones of all
+    /// tenants are older. Two statements, however many generations there are.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn generations_before(&self, id: GenerationId) -> Result<u32, RegistryError> {
-        let (count,): (i64,) = sqlx::query_as("SELECT count(*) FROM generations WHERE status = 'queued' AND id < $1")
-            .bind(id.to_string())
-            .fetch_one(&self.pool)
-            .await?;
-        Ok(u32::try_from(count).unwrap_or(u32::MAX))
+    pub async fn generation_details(
+        &self,
+        tenant: TenantId,
+        generations: &[Generation],
+    ) -> Result<Vec<(Vec<StoredImage>, Option<u32>)>, RegistryError> {
+        let all: Vec<GenerationId> = generations.iter().map(|generation| generation.id).collect();
+        let mut images: HashMap<GenerationId, Vec<StoredImage>> = HashMap::new();
+        for image in self.images(tenant, &all).await? {
+            if let Some(generation) = image.generation {
+                images.entry(generation).or_default().push(image);
+            }
+        }
+        let queued = generations
+            .iter()
+            .filter(|generation| generation.status == GenerationStatus::Queued);
+        let queued: Vec<GenerationId> = queued.map(|generation| generation.id).collect();
+        let positions = self.queue_positions(&queued).await?;
+        let details = |id: &GenerationId| (images.remove(id).unwrap_or_default(), positions.get(id).copied());
+        Ok(all.iter().map(details).collect())
+    }
+
+    /// Of each of these how many queued generations of all tenants are older.
+    async fn queue_positions(&self, ids: &[GenerationId]) -> Result<HashMap<GenerationId, u32>, RegistryError> {
+        if ids.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let statement = format!(
+            "SELECT g.id, (SELECT count(*) FROM generations o WHERE o.status = 'queued' AND o.id < g.id) AS position
+             FROM generations g WHERE g.id IN ({})",
+            places(1, ids.len())
+        );
+        let mut query = sqlx::query(sqlx::AssertSqlSafe(statement));
+        for id in ids {
+            query = query.bind(id.to_string());
+        }
+        let rows = query.fetch_all(&self.pools.reads).await?;
+        rows.iter()
+            .map(|row| Ok((identifier(row, "id")?, number(row, "position")?)))
+            .collect()
     }
 
     /// How many generations of all tenants are queued.
@@ -255,7 +290,7 @@ impl Registry {
     /// When the database fails.
     pub async fn waiting_generations(&self) -> Result<i64, RegistryError> {
         let (count,) = sqlx::query_as("SELECT count(*) FROM generations WHERE status = 'queued'")
-            .fetch_one(&self.pool)
+            .fetch_one(&self.pools.reads)
             .await?;
         Ok(count)
     }
@@ -267,7 +302,7 @@ impl Registry {
     pub async fn queued_generations(&self) -> Result<Vec<(GenerationId, TenantId)>, RegistryError> {
         let rows: Vec<(String, String)> =
             sqlx::query_as("SELECT id, tenant_id FROM generations WHERE status = 'queued' AND background = 1")
-                .fetch_all(&self.pool)
+                .fetch_all(&self.pools.reads)
                 .await?;
         let parsed = |(id, tenant): (String, String)| Some((id.parse().ok()?, tenant.parse().ok()?));
         Ok(rows.into_iter().filter_map(parsed).collect())
@@ -279,7 +314,7 @@ impl Registry {
     /// When the database fails.
     pub async fn generation_counts(&self) -> Result<Vec<(GenerationStatus, i64)>, RegistryError> {
         let rows: Vec<(String, i64)> = sqlx::query_as("SELECT status, count(*) FROM generations GROUP BY status")
-            .fetch_all(&self.pool)
+            .fetch_all(&self.pools.reads)
             .await?;
         let counts = |status: GenerationStatus| {
             let row = rows.iter().find(|(word, _)| word == status.as_str());
@@ -324,7 +359,7 @@ impl Registry {
              AND NOT EXISTS (SELECT 1 FROM images WHERE images.generation_id = generations.id)",
         )
         .bind(before)
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         Ok(expired.rows_affected())
     }

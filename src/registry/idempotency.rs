@@ -1,11 +1,14 @@
-//! First answers to requests with an `Idempotency-Key`, and who works on one that has none yet.
+//! First answers to requests with an `Idempotency-Key`, and who works on one that has none yet. Small answers are in the
+//! row, larger ones in the blob store.
 //!
-//! A row without a status is a request that runs: until `expires_at`, its lease, nobody else begins it, and `created_at`
+//! A row without a status and without a blob is a request that runs: until `expires_at`, its lease, nobody else begins it, and `created_at`
 //! is the fence: a later attempt has a later one, so that a worker that lost its lease writes nothing.
+
+use bytes::Bytes;
 
 use super::pool::Transaction;
 use super::{Registry, RegistryError};
-use crate::ids::TenantId;
+use crate::ids::{ConceptId, GenerationId, TenantId, TrainingId};
 
 /// What was answered, to be answered again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,7 +16,40 @@ pub struct StoredAnswer {
     pub status: u16,
     pub location: Option<String>,
     pub content_type: Option<String>,
-    pub body: Vec<u8>,
+    pub body: Bytes,
+}
+
+/// What a request with a key has made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Made {
+    Concept(ConceptId),
+    Training(TrainingId),
+    Generation(GenerationId),
+}
+
+impl std::fmt::Display for Made {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Concept(id) => id.fmt(f),
+            Self::Training(id) => id.fmt(f),
+            Self::Generation(id) => id.fmt(f),
+        }
+    }
+}
+
+impl std::str::FromStr for Made {
+    type Err = RegistryError;
+
+    /// Identifiers of different things differ: at most one of the three can be read.
+    fn from_str(text: &str) -> Result<Self, RegistryError> {
+        let concept = || text.parse().map(Self::Concept).ok();
+        let training = || text.parse().map(Self::Training).ok();
+        let generation = || text.parse().map(Self::Generation).ok();
+        concept()
+            .or_else(training)
+            .or_else(generation)
+            .ok_or_else(|| RegistryError::Row(format!("made `{text}`")))
+    }
 }
 
 /// The right to answer first.
@@ -34,8 +70,8 @@ pub enum FirstOrAgain {
     /// The key came before with something else.
     Reused,
     Again(StoredAnswer),
-    /// What was to be made is there, under this identifier; its process has died before it could say so.
-    Made(String),
+    /// What was to be made is there; its process has died before it could say so.
+    Made(Made),
 }
 
 tokio::task_local! {
@@ -57,6 +93,8 @@ impl KeyClaim {
 
 /// A finished key is kept for so long after its thing was made without an answer.
 const MADE_MS: i64 = 24 * 60 * 60 * 1000;
+/// Larger bodies are blobs. Those that name what was made are far below this; those with pictures in them are above.
+const BODY_LIMIT: usize = 16 << 10;
 
 impl Registry {
     /// Begins a request with a key, unless it was begun before and its lease holds, or has an answer.
@@ -79,6 +117,8 @@ impl Registry {
             i64,
             i64,
             Option<String>,
+            Option<String>,
+            Option<i64>,
         );
         let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
@@ -86,39 +126,51 @@ impl Registry {
         self.hold_name(&mut transaction, "idempotency key", &format!("{tenant} {key}"))
             .await?;
         let found: Option<Row> = sqlx::query_as(
-            "SELECT fingerprint, status, location, content_type, body, created_at, expires_at, made
+            "SELECT fingerprint, status, location, content_type, body, created_at, expires_at, made, blob, blob_status
              FROM idempotency_keys WHERE tenant_id = $1 AND key = $2",
         )
         .bind(tenant.to_string())
         .bind(key)
         .fetch_optional(&mut *transaction)
         .await?;
-        let mut began = at;
-        if let Some((before, status, location, content_type, body, created_at, expires_at, made)) = found {
+        let (mut began, mut outdated) = (at, None);
+        if let Some((before, status, location, content_type, body, created_at, expires_at, made, blob, blob_status)) =
+            found
+        {
+            let status = status.or(blob_status);
             if let (true, None, Some(made)) = (at >= expires_at && at < created_at + MADE_MS, status, made) {
                 return Ok(match before == fingerprint {
-                    true => FirstOrAgain::Made(made),
+                    true => FirstOrAgain::Made(made.parse()?),
                     false => FirstOrAgain::Reused,
                 });
             }
             if at < expires_at {
-                return Ok(match status {
-                    _ if before != fingerprint => FirstOrAgain::Reused,
-                    None => FirstOrAgain::Running,
-                    Some(status) => FirstOrAgain::Again(StoredAnswer {
-                        status: u16::try_from(status).map_err(|error| RegistryError::Row(error.to_string()))?,
-                        location,
-                        content_type,
-                        body: body.unwrap_or_default(),
-                    }),
-                });
+                if before != fingerprint {
+                    return Ok(FirstOrAgain::Reused);
+                }
+                let Some(status) = status else {
+                    return Ok(FirstOrAgain::Running);
+                };
+                // Before the blob store is asked.
+                drop(transaction);
+                return Ok(FirstOrAgain::Again(StoredAnswer {
+                    status: u16::try_from(status).map_err(|error| RegistryError::Row(error.to_string()))?,
+                    location,
+                    content_type,
+                    body: match (body, blob) {
+                        (Some(body), _) => body.into(),
+                        (None, Some(blob)) => self.blobs.get(&blob).await?,
+                        (None, None) => Bytes::new(),
+                    },
+                }));
             }
             began = at.max(created_at + 1);
+            outdated = blob;
         }
         sqlx::query(
             "INSERT INTO idempotency_keys (tenant_id, key, fingerprint, created_at, expires_at) VALUES ($1, $2, $3, $4, $5)
              ON CONFLICT (tenant_id, key) DO UPDATE SET fingerprint = excluded.fingerprint, status = NULL, location = NULL,
-             content_type = NULL, body = NULL, made = NULL, created_at = excluded.created_at, expires_at = excluded.expires_at",
+             content_type = NULL, body = NULL, blob = NULL, blob_status = NULL, made = NULL, created_at = excluded.created_at, expires_at = excluded.expires_at",
         )
         .bind(tenant.to_string())
         .bind(key)
@@ -128,6 +180,12 @@ impl Registry {
         .execute(&mut *transaction)
         .await?;
         transaction.commit().await?;
+        // The next sweep removes what cannot be removed now.
+        if let Some(outdated) = outdated
+            && let Err(error) = self.remove_unreferenced(&[outdated]).await
+        {
+            tracing::warn!(%error, "an expired answer could not be removed");
+        }
         Ok(FirstOrAgain::First(KeyClaim {
             tenant,
             key: key.to_owned(),
@@ -139,17 +197,13 @@ impl Registry {
     ///
     /// # Errors
     /// `LeaseLost` when somebody else has begun it anew: then nothing may be made; when the database fails.
-    pub(super) async fn note_made(
-        &self,
-        transaction: &mut Transaction,
-        made: &impl ToString,
-    ) -> Result<(), RegistryError> {
+    pub(super) async fn note_made(&self, transaction: &mut Transaction, made: Made) -> Result<(), RegistryError> {
         let Ok(claim) = CLAIM.try_with(Clone::clone) else {
             return Ok(());
         };
         let changed = sqlx::query(
             "UPDATE idempotency_keys SET made = $1
-             WHERE tenant_id = $2 AND key = $3 AND created_at = $4 AND status IS NULL",
+             WHERE tenant_id = $2 AND key = $3 AND created_at = $4 AND status IS NULL AND blob IS NULL",
         )
         .bind(made.to_string())
         .bind(claim.tenant.to_string())
@@ -167,11 +221,7 @@ impl Registry {
     ///
     /// # Errors
     /// As [`Self::note_made`].
-    pub(super) async fn note_finished(
-        &self,
-        transaction: &mut Transaction,
-        made: &impl ToString,
-    ) -> Result<(), RegistryError> {
+    pub(super) async fn note_finished(&self, transaction: &mut Transaction, made: Made) -> Result<(), RegistryError> {
         let Some(claim) = KeyClaim::current() else {
             return Ok(());
         };
@@ -196,13 +246,13 @@ impl Registry {
     pub async fn renew_key(&self, claim: &KeyClaim, lease_ms: i64) -> Result<(), RegistryError> {
         let changed = sqlx::query(
             "UPDATE idempotency_keys SET expires_at = $1
-             WHERE tenant_id = $2 AND key = $3 AND created_at = $4 AND status IS NULL",
+             WHERE tenant_id = $2 AND key = $3 AND created_at = $4 AND status IS NULL AND blob IS NULL",
         )
         .bind(self.lease_time().await? + lease_ms)
         .bind(claim.tenant.to_string())
         .bind(&claim.key)
         .bind(claim.began)
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         match changed.rows_affected() {
             0 => Err(RegistryError::LeaseLost),
@@ -213,28 +263,49 @@ impl Registry {
     /// Stores the first answer for `keep_ms`. Without effect where the lease was lost.
     ///
     /// # Errors
-    /// When the database fails.
+    /// When the database or the blob store fails.
     pub async fn store_answer(
         &self,
         claim: &KeyClaim,
         answer: &StoredAnswer,
         keep_ms: i64,
     ) -> Result<(), RegistryError> {
-        sqlx::query(
-            "UPDATE idempotency_keys SET status = $1, location = $2, content_type = $3, body = $4, expires_at = $5
-             WHERE tenant_id = $6 AND key = $7 AND created_at = $8 AND status IS NULL",
+        if answer.body.len() <= BODY_LIMIT {
+            self.write_answer(claim, answer, None, keep_ms).await?;
+            return Ok(());
+        }
+        let stored = self.store(vec![answer.body.clone()]).await?;
+        let written = self.write_answer(claim, answer, Some(stored.first()), keep_ms).await;
+        self.settle(stored, matches!(written, Ok(true))).await;
+        written.map(|_| ())
+    }
+
+    /// False where the lease was lost.
+    async fn write_answer(
+        &self,
+        claim: &KeyClaim,
+        answer: &StoredAnswer,
+        blob: Option<&str>,
+        keep_ms: i64,
+    ) -> Result<bool, RegistryError> {
+        let body = blob.is_none().then(|| answer.body.to_vec());
+        let written = sqlx::query(
+            "UPDATE idempotency_keys SET status = $1, location = $2, content_type = $3, body = $4, expires_at = $5, blob = $9,
+             blob_status = $10 WHERE tenant_id = $6 AND key = $7 AND created_at = $8 AND status IS NULL AND blob IS NULL",
         )
-        .bind(i64::from(answer.status))
+        .bind(blob.is_none().then_some(i64::from(answer.status)))
         .bind(&answer.location)
         .bind(&answer.content_type)
-        .bind(&answer.body)
+        .bind(body)
         .bind(self.lease_time().await? + keep_ms)
         .bind(claim.tenant.to_string())
         .bind(&claim.key)
         .bind(claim.began)
-        .execute(&self.pool)
+        .bind(blob)
+        .bind(blob.is_some().then_some(i64::from(answer.status)))
+        .execute(&self.pools.writes)
         .await?;
-        Ok(())
+        Ok(written.rows_affected() > 0)
     }
 
     /// Frees the key of a request that came to nothing; one that has made something keeps it.
@@ -244,12 +315,12 @@ impl Registry {
     pub async fn release_key(&self, claim: &KeyClaim) -> Result<(), RegistryError> {
         sqlx::query(
             "DELETE FROM idempotency_keys
-             WHERE tenant_id = $1 AND key = $2 AND created_at = $3 AND status IS NULL AND made IS NULL",
+             WHERE tenant_id = $1 AND key = $2 AND created_at = $3 AND status IS NULL AND blob IS NULL AND made IS NULL",
         )
         .bind(claim.tenant.to_string())
         .bind(&claim.key)
         .bind(claim.began)
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         Ok(())
     }
@@ -260,29 +331,35 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn release_keys(&self) -> Result<u64, RegistryError> {
-        sqlx::query("UPDATE idempotency_keys SET expires_at = 0 WHERE status IS NULL AND made IS NOT NULL")
-            .execute(&self.pool)
-            .await?;
-        let released = sqlx::query("DELETE FROM idempotency_keys WHERE status IS NULL AND made IS NULL")
-            .execute(&self.pool)
-            .await?;
+        sqlx::query(
+            "UPDATE idempotency_keys SET expires_at = 0 WHERE status IS NULL AND blob IS NULL AND made IS NOT NULL",
+        )
+        .execute(&self.pools.writes)
+        .await?;
+        let released =
+            sqlx::query("DELETE FROM idempotency_keys WHERE status IS NULL AND blob IS NULL AND made IS NULL")
+                .execute(&self.pools.writes)
+                .await?;
         Ok(released.rows_affected())
     }
 
-    /// Forgets answers that were kept long enough.
+    /// Forgets answers that were kept long enough, and removes their bytes; returns how many.
     ///
     /// # Errors
-    /// When the database fails.
-    pub async fn expire_keys(&self) -> Result<u64, RegistryError> {
+    /// When the database or the blob store fails.
+    pub async fn expire_keys(&self) -> Result<usize, RegistryError> {
         let at = self.lease_time().await?;
-        let removed = sqlx::query(
-            "DELETE FROM idempotency_keys WHERE expires_at < $1 AND (status IS NOT NULL OR created_at < $2)",
+        let removed: Vec<(Option<String>,)> = sqlx::query_as(
+            "DELETE FROM idempotency_keys
+             WHERE expires_at < $1 AND (status IS NOT NULL OR blob IS NOT NULL OR created_at < $2) RETURNING blob",
         )
         .bind(at)
         .bind(at - MADE_MS)
-        .execute(&self.pool)
+        .fetch_all(&self.pools.writes)
         .await?;
-        Ok(removed.rows_affected())
+        let blobs: Vec<String> = removed.iter().filter_map(|(blob,)| blob.clone()).collect();
+        self.remove_unreferenced(&blobs).await?;
+        Ok(removed.len())
     }
 }
 
@@ -295,7 +372,7 @@ mod tests {
             status: 202,
             location: Some("/v1/concepts/rex".into()),
             content_type: Some("application/json".into()),
-            body: body.into(),
+            body: Bytes::copy_from_slice(body.as_bytes()),
         }
     }
 
@@ -350,9 +427,9 @@ mod tests {
         let made = next.clone().under(add("next")).await.unwrap();
         // Its process dies before it answers, or cannot answer.
         registry.release_key(&next).await.unwrap();
-        assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(made.id.to_string()));
+        assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(Made::Concept(made.id)));
         assert_eq!(registry.release_keys().await.unwrap(), 0);
-        assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(made.id.to_string()));
+        assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(Made::Concept(made.id)));
         let other = registry.claim_key(tenant, "k", "b", 60_000).await.unwrap();
         assert_eq!(other, FirstOrAgain::Reused);
         // Without a key nothing is noted.
@@ -364,10 +441,11 @@ mod tests {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
+        let made = Made::Generation(GenerationId::new());
         let finish = |claim: KeyClaim| {
             claim.under(async {
                 let mut transaction = registry.write().await.unwrap();
-                registry.note_finished(&mut transaction, &"generation_1").await?;
+                registry.note_finished(&mut transaction, made).await?;
                 transaction.commit().await.map_err(RegistryError::from)
             })
         };
@@ -376,10 +454,7 @@ mod tests {
         let next = first(claim(0).await.unwrap());
         assert!(matches!(finish(slow).await, Err(RegistryError::LeaseLost)));
         finish(next).await.unwrap();
-        assert_eq!(
-            claim(60_000).await.unwrap(),
-            FirstOrAgain::Made("generation_1".to_owned())
-        );
+        assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(made));
     }
 
     #[tokio::test]
@@ -401,5 +476,49 @@ mod tests {
             registry.claim_key(tenant, "done", "a", 1).await.unwrap(),
             FirstOrAgain::Again(_)
         ));
+    }
+
+    #[tokio::test]
+    async fn large_answers_are_blobs_that_go_with_their_key() {
+        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let tenant = TenantId::DEFAULT;
+        let claim = || registry.claim_key(tenant, "k", "a", 60_000);
+        let large = answer(&"x".repeat(BODY_LIMIT + 1));
+        let blobs = || async { registry.blobs.all().await.unwrap().len() };
+        registry
+            .store_answer(&first(claim().await.unwrap()), &large, 60_000)
+            .await
+            .unwrap();
+        assert_eq!(claim().await.unwrap(), FirstOrAgain::Again(large.clone()));
+        // Programs of the schema before see a request that runs.
+        let (inline, status): (Option<Vec<u8>>, Option<i64>) =
+            sqlx::query_as("SELECT body, status FROM idempotency_keys")
+                .fetch_one(&registry.pools.reads)
+                .await
+                .unwrap();
+        assert_eq!((inline, status, blobs().await), (None, None, 1));
+        assert_eq!(registry.release_keys().await.unwrap(), 0);
+        assert_eq!(registry.collect_garbage().await.unwrap(), 0, "a row refers to it");
+        let expire = async || {
+            sqlx::query("UPDATE idempotency_keys SET expires_at = 1")
+                .execute(&registry.pools.writes)
+                .await
+                .unwrap();
+        };
+        // Expired, and the key is used anew; then expired and swept; then its tenant goes.
+        expire().await;
+        let again = first(claim().await.unwrap());
+        assert_eq!(blobs().await, 0);
+        registry.store_answer(&again, &large, 60_000).await.unwrap();
+        expire().await;
+        assert_eq!((registry.expire_keys().await.unwrap(), blobs().await), (1, 0));
+        let lost = first(claim().await.unwrap());
+        registry.release_key(&lost).await.unwrap();
+        registry.store_answer(&lost, &large, 60_000).await.unwrap();
+        assert_eq!(blobs().await, 0, "whoever lost the lease leaves nothing");
+        let last = first(claim().await.unwrap());
+        registry.store_answer(&last, &large, 60_000).await.unwrap();
+        assert!(registry.delete_tenant(tenant).await.unwrap());
+        assert_eq!(blobs().await, 0);
     }
 }

@@ -3,7 +3,7 @@
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::db::{identifier, locking, number, optional_number};
+use super::db::{identifier, locking, number, optional_number, places};
 use super::{Registry, RegistryError};
 use crate::ids::{GenerationId, ImageId, TenantId};
 use crate::picture::PictureFormat;
@@ -81,7 +81,7 @@ impl Registry {
             .bind(image.tenant.to_string())
             .bind(self.process.to_string())
             .bind(i64::from(attempt))
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?;
         if added.rows_affected() > 0 {
             return Ok(());
@@ -107,7 +107,7 @@ impl Registry {
         )
         .bind(at)
         .bind(before)
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.writes)
         .await?;
         let blobs: Vec<String> = rows.into_iter().map(|(blob,)| blob).collect();
         self.remove_unreferenced(&blobs).await?;
@@ -121,21 +121,32 @@ impl Registry {
     pub async fn signed_image(&self, id: ImageId) -> Result<Option<StoredImage>, RegistryError> {
         let row = sqlx::query("SELECT * FROM images WHERE id = $1")
             .bind(id.to_string())
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.pools.reads)
             .await?;
         row.as_ref().map(image).transpose()
     }
 
-    /// Pictures of a tenant's generation, in order.
+    /// Pictures of some of a tenant's generations, in the order of each.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn images(&self, tenant: TenantId, generation: GenerationId) -> Result<Vec<StoredImage>, RegistryError> {
-        let rows = sqlx::query("SELECT * FROM images WHERE tenant_id = $1 AND generation_id = $2 ORDER BY idx")
-            .bind(tenant.to_string())
-            .bind(generation.to_string())
-            .fetch_all(&self.pool)
-            .await?;
+    pub async fn images(
+        &self,
+        tenant: TenantId,
+        generations: &[GenerationId],
+    ) -> Result<Vec<StoredImage>, RegistryError> {
+        if generations.is_empty() {
+            return Ok(vec![]);
+        }
+        let statement = format!(
+            "SELECT * FROM images WHERE tenant_id = $1 AND generation_id IN ({}) ORDER BY idx",
+            places(2, generations.len())
+        );
+        let mut query = sqlx::query(sqlx::AssertSqlSafe(statement)).bind(tenant.to_string());
+        for generation in generations {
+            query = query.bind(generation.to_string());
+        }
+        let rows = query.fetch_all(&self.pools.reads).await?;
         rows.iter().map(image).collect()
     }
 }

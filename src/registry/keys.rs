@@ -172,7 +172,7 @@ impl Registry {
         .bind(new.scopes.to_string())
         .bind(now())
         .bind(new.expires_at)
-        .fetch_one(&self.pool)
+        .fetch_one(&self.pools.writes)
         .await?;
         key(&row)
     }
@@ -183,7 +183,7 @@ impl Registry {
     /// When the database fails.
     pub async fn has_keys(&self) -> Result<bool, RegistryError> {
         let found = sqlx::query("SELECT id FROM api_keys LIMIT 1")
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.pools.reads)
             .await?;
         Ok(found.is_some())
     }
@@ -197,7 +197,7 @@ impl Registry {
             "SELECT k.*, t.name AS tenant_name FROM api_keys k JOIN tenants t ON t.id = k.tenant_id WHERE k.public_id = $1",
         )
         .bind(public_id)
-        .fetch_optional(&self.pool)
+        .fetch_optional(&self.pools.reads)
         .await?;
         row.as_ref().map(key).transpose()
     }
@@ -213,7 +213,7 @@ impl Registry {
         )
         .bind(page.after())
         .bind(page.fetched())
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.reads)
         .await?;
         Ok(page.cut(rows.iter().map(key).collect::<Result<_, _>>()?))
     }
@@ -226,7 +226,7 @@ impl Registry {
         let changed = sqlx::query("UPDATE api_keys SET revoked_at = coalesce(revoked_at, $1) WHERE id = $2")
             .bind(now())
             .bind(id.to_string())
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?;
         Ok(changed.rows_affected() > 0)
     }
@@ -243,7 +243,7 @@ impl Registry {
         sqlx::query("UPDATE api_keys SET last_used_at = $1 WHERE id = $2")
             .bind(at)
             .bind(key.id.to_string())
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?;
         Ok(())
     }

@@ -1,14 +1,18 @@
 //! Everything that must survive: a database for facts, a content-addressed store for bytes.
 //!
 //! No tensors and no engine in this room. The database is SQLite in one process's folder, or PostgreSQL for many; every
-//! statement runs on both. On SQLite, writing transactions begin IMMEDIATE: a reader that turns writer would not wait for
-//! the busy timeout. On PostgreSQL whoever decides by what it reads holds the rows that it read.
+//! statement runs on both. On SQLite one connection writes and the others read; transactions begin IMMEDIATE, since a
+//! command beside the server may write too. On PostgreSQL whoever decides by what it reads holds the rows that it read.
+//!
+//! Inside a transaction every read goes through that transaction: one that asks the pool for a second connection while it
+//! holds the first waits for ever when all callers do so. No transaction is open while the blob store is asked.
 
 /// Bytes by their hash.
 pub mod blobs;
 mod concepts;
 mod db;
 mod generations;
+mod holds;
 mod idempotency;
 mod images;
 mod keys;
@@ -29,20 +33,20 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub use blobs::{BlobError, Blobs};
 pub use concepts::{Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadata, NewConcept, input_fingerprint};
 pub use db::Backend;
-use db::Clock;
+use db::{Clock, Pools};
 pub use generations::{
     GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage,
 };
-pub use idempotency::{FirstOrAgain, KeyClaim, StoredAnswer};
+pub use holds::Stored;
+pub use idempotency::{FirstOrAgain, KeyClaim, Made, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
 pub use overview::{BlobUse, Job, JobId, QueueCount};
-use pool::{Pool, Transaction};
+use pool::Transaction;
 pub use processes::{Announcement, LOST_AFTER_MS, Process};
 pub use signals::Signals;
 pub use status::{GenerationStatus, JobStatus, TrainingStatus};
-use storage::Gate;
-pub use storage::{NameLock, Storage, Stored};
+pub use storage::Storage;
 pub use tenants::{MinuteFull, Quotas, Tenant, Usage};
 pub use trainings::{ATTEMPTS, Claimed, NewTraining, Progress, TAKEOVERS, Training, TrainingFilter};
 pub use versions::Version;
@@ -77,6 +81,12 @@ pub enum RegistryError {
     /// A later version has changed the database so that this one cannot use it.
     #[error("the database has been changed by a newer coar (schema {0}); use that version")]
     Newer(String),
+    /// The same bytes are being removed, and that takes long.
+    #[error("the blob store is still removing the same bytes")]
+    BlobBusy,
+    /// The tenant has as much as it may have.
+    #[error("the tenant has {used} {quota}; the limit is {limit}")]
+    QuotaExceeded { quota: &'static str, used: u32, limit: u32 },
     #[error("a row of the database cannot be read: {0}")]
     Row(String),
     #[error("{0}: {1}")]
@@ -89,8 +99,9 @@ impl RegistryError {
         match self {
             Self::Database(sqlx::Error::Database(error)) => {
                 let code = error.code().unwrap_or_default();
-                // SQLite: busy, I/O, full. PostgreSQL: connection, rollback, resources, operator, system.
-                let passing = ["08", "40", "53", "55", "57", "58"];
+                // SQLite: busy, I/O, full. PostgreSQL: connection, a transaction that was idle for too long, rollback,
+                // resources, locks, operator and timeouts, system.
+                let passing = ["08", "25P03", "40", "53", "55", "57", "58"];
                 matches!(code.as_ref(), "5" | "10" | "13" | "261" | "517")
                     || passing.iter().any(|class| code.len() == 5 && code.starts_with(class))
             }
@@ -103,7 +114,7 @@ impl RegistryError {
                     | sqlx::Error::WorkerCrashed
                     | sqlx::Error::Protocol(_)
             ),
-            Self::Blob(BlobError::Store(_)) | Self::File(..) => true,
+            Self::Blob(BlobError::Store(_)) | Self::File(..) | Self::BlobBusy => true,
             _ => false,
         }
     }
@@ -112,9 +123,8 @@ impl RegistryError {
 /// Database and blob store.
 #[derive(Debug, Clone)]
 pub struct Registry {
-    pool: Pool,
+    pools: std::sync::Arc<Pools>,
     backend: Backend,
-    gate: Gate,
     clock: Clock,
     presence: processes::Presence,
     process: crate::ids::ProcessId,
@@ -174,11 +184,11 @@ impl Registry {
         sqlx::query("INSERT INTO settings (key, value) VALUES ($1, $2) ON CONFLICT DO NOTHING")
             .bind(key)
             .bind(first)
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?;
         let (value,) = sqlx::query_as("SELECT value FROM settings WHERE key = $1")
             .bind(key)
-            .fetch_one(&self.pool)
+            .fetch_one(&self.pools.reads)
             .await?;
         Ok(value)
     }
@@ -194,8 +204,8 @@ impl Registry {
 
     async fn write(&self) -> Result<Transaction, RegistryError> {
         Ok(match self.backend {
-            Backend::Sqlite => self.pool.begin_with("BEGIN IMMEDIATE").await?,
-            Backend::Postgres => self.pool.begin().await?,
+            Backend::Sqlite => self.pools.writes.begin_with("BEGIN IMMEDIATE").await?,
+            Backend::Postgres => self.pools.writes.begin().await?,
         })
     }
 }

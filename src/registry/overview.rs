@@ -4,7 +4,7 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::db::{identifier, number};
-use super::{JobStatus, Registry, RegistryError};
+use super::{JobStatus, Quotas, Registry, RegistryError};
 use crate::ids::{DeliveryId, GenerationId, TenantId, TrainingId};
 
 /// How many jobs of a kind a tenant has in a status.
@@ -40,9 +40,9 @@ pub struct Job {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlobUse {
     pub hash: String,
-    /// `picture`, `concept`, `checkpoint`, `preview` or `image`.
+    /// `picture`, `concept`, `checkpoint`, `preview`, `image` or `answer`.
     pub role: String,
-    /// The concept's, training's or generation's identifier.
+    /// The concept's, training's or generation's identifier; an answer's idempotency key.
     pub of: String,
     pub tenant: String,
 }
@@ -98,7 +98,7 @@ impl Registry {
                      WHERE status = 'pending') AS j
              JOIN tenants n ON n.id = j.tenant_id GROUP BY j.kind, n.name, j.status ORDER BY j.kind, n.name, j.status",
         )
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.reads)
         .await?;
         let count = |row: &AnyRow| {
             Ok(QueueCount {
@@ -137,7 +137,7 @@ impl Registry {
         .bind(status.as_str())
         .bind(delivery)
         .bind(i64::from(limit))
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.reads)
         .await?;
         rows.iter().map(job).collect()
     }
@@ -153,11 +153,11 @@ impl Registry {
                 let row =
                     sqlx::query("SELECT tenant_id FROM trainings WHERE id = $1 AND status IN ('failed', 'cancelled')")
                         .bind(id.to_string())
-                        .fetch_optional(&self.pool)
+                        .fetch_optional(&self.pools.reads)
                         .await?;
                 let Some(row) = row else { return Ok(false) };
                 let tenant: TenantId = identifier(&row, "tenant_id")?;
-                let queued = self.retry_training(tenant, id).await?;
+                let queued = self.retry_training(tenant, id, Quotas::default()).await?;
                 return Ok(queued.is_some_and(|training| training.status == JobStatus::Queued));
             }
             JobId::Generation(id) => sqlx::query(
@@ -167,7 +167,7 @@ impl Registry {
                      AND NOT EXISTS (SELECT 1 FROM images WHERE images.generation_id = generations.id)",
             )
             .bind(id.to_string())
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?,
             JobId::Delivery(id) => {
                 sqlx::query(
@@ -175,7 +175,7 @@ impl Registry {
                      WHERE id = $1 AND status = 'failed'",
                 )
                 .bind(id.to_string())
-                .execute(&self.pool)
+                .execute(&self.pools.writes)
                 .await?
             }
         };
@@ -196,10 +196,11 @@ impl Registry {
                  UNION ALL SELECT checkpoint, 'checkpoint', id, tenant_id FROM trainings WHERE checkpoint IS NOT NULL
                  UNION ALL SELECT p.blob, 'preview', t.id, t.tenant_id FROM training_previews p
                      JOIN trainings t ON t.id = p.training_id
+                 UNION ALL SELECT blob, 'answer', key, tenant_id FROM idempotency_keys WHERE blob IS NOT NULL
                  UNION ALL SELECT blob, 'image', coalesce(generation_id, id), tenant_id FROM images) AS u
              JOIN tenants n ON n.id = u.tenant_id ORDER BY u.role, u.id",
         )
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.reads)
         .await?;
         let used = |row: &AnyRow| {
             Ok(BlobUse {

@@ -41,12 +41,27 @@ pub(super) async fn answers(connection: &mut sqlx::AnyConnection, within: Durati
 pub(super) struct Pool {
     inner: AnyPool,
     within: Duration,
+    /// Statements so far, outside of transactions.
+    #[cfg(test)]
+    pub statements: std::sync::Arc<std::sync::atomic::AtomicUsize>,
 }
 
 impl Pool {
     /// Statements on it fail after `within`.
     pub(super) fn new(inner: AnyPool, within: Duration) -> Self {
-        Self { inner, within }
+        Self {
+            inner,
+            within,
+            #[cfg(test)]
+            statements: Default::default(),
+        }
+    }
+
+    /// A connection for one statement.
+    fn line(&self) -> (AnyPool, Duration) {
+        #[cfg(test)]
+        self.statements.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        (self.inner.clone(), self.within)
     }
 
     /// Begins a transaction; dropping it rolls it back.
@@ -78,7 +93,7 @@ impl<'p> Executor<'p> for &'_ Pool {
         'p: 'e,
         E: 'q + Execute<'q, Any>,
     {
-        let Pool { inner, within } = self.clone();
+        let (inner, within) = self.line();
         collected(async move {
             let mut connection = inner.acquire().await?;
             in_time(within, connection.fetch_many(query).try_collect()).await
@@ -90,7 +105,7 @@ impl<'p> Executor<'p> for &'_ Pool {
         'p: 'e,
         E: 'q + Execute<'q, Any>,
     {
-        let Pool { inner, within } = self.clone();
+        let (inner, within) = self.line();
         Box::pin(async move {
             let mut connection = inner.acquire().await?;
             in_time(within, connection.fetch_optional(query)).await
@@ -101,7 +116,7 @@ impl<'p> Executor<'p> for &'_ Pool {
     where
         'p: 'e,
     {
-        let Pool { inner, within } = self.clone();
+        let (inner, within) = self.line();
         Box::pin(async move {
             let mut connection = inner.acquire().await?;
             in_time(within, connection.prepare_with(sql, parameters)).await
@@ -113,7 +128,7 @@ impl<'p> Executor<'p> for &'_ Pool {
     where
         'p: 'e,
     {
-        let Pool { inner, within } = self.clone();
+        let (inner, within) = self.line();
         Box::pin(async move {
             let mut connection = inner.acquire().await?;
             in_time(within, connection.describe(sql)).await

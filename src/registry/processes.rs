@@ -105,7 +105,7 @@ impl Registry {
         .bind(&how.load)
         .bind(i64::from(how.draining))
         .bind(self.lease_time().await?)
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         self.presence.said();
         Ok(())
@@ -124,7 +124,7 @@ impl Registry {
     pub async fn processes(&self) -> Result<Vec<Process>, RegistryError> {
         let rows = sqlx::query("SELECT * FROM processes WHERE seen_at >= $1 ORDER BY id")
             .bind(self.lost_before().await?)
-            .fetch_all(&self.pool)
+            .fetch_all(&self.pools.reads)
             .await?;
         rows.iter().map(process).collect()
     }
@@ -141,7 +141,7 @@ impl Registry {
     pub async fn leave(&self) -> Result<(), RegistryError> {
         sqlx::query("DELETE FROM processes WHERE id = $1")
             .bind(self.process.to_string())
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?;
         Ok(())
     }
@@ -153,7 +153,7 @@ impl Registry {
     pub async fn forget_processes(&self) -> Result<(), RegistryError> {
         sqlx::query("DELETE FROM processes WHERE id <> $1")
             .bind(self.process.to_string())
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?;
         Ok(())
     }
@@ -166,7 +166,7 @@ impl Registry {
         let before = self.lease_time().await? - i64::try_from(age.as_millis()).unwrap_or(i64::MAX / 2);
         let gone = sqlx::query("DELETE FROM processes WHERE seen_at < $1")
             .bind(before)
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?;
         Ok(gone.rows_affected())
     }

@@ -55,7 +55,7 @@ impl Registry {
             sqlx::query("SELECT pg_notify($1, $2)")
                 .bind(CHANNEL)
                 .bind(what)
-                .execute(&self.pool)
+                .execute(&self.pools.writes)
                 .await?;
         }
         Ok(())

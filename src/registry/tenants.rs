@@ -8,8 +8,13 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::db::{identifier, locking, optional_number};
+use super::pool::Transaction;
 use super::{Listed, Page, Registry, RegistryError, now};
 use crate::ids::TenantId;
+
+/// The kind of name that whoever adds to what a tenant has holds. Another one than that of schema 3, whose programs hold it while
+/// they store images.
+const ROOM: &str = "room of a tenant";
 
 /// How much a tenant may have and do at once; `None`: the server's default; 0: any number.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -32,6 +37,27 @@ impl Quotas {
             requests_in_flight: self.requests_in_flight.or(default.requests_in_flight),
             pictures_per_minute: self.pictures_per_minute.or(default.pictures_per_minute),
         }
+    }
+}
+
+impl Quotas {
+    /// Whether a tenant that has so much may have the addition too.
+    ///
+    /// # Errors
+    /// `QuotaExceeded`
+    pub fn check(self, usage: Usage, addition: Usage) -> Result<(), RegistryError> {
+        for (quota, used, more, limit) in [
+            ("concepts", usage.concepts, addition.concepts, self.concepts),
+            ("trainings", usage.trainings, addition.trainings, self.trainings),
+        ] {
+            if let Some(limit) = limit
+                && more > 0
+                && used.saturating_add(more) > limit
+            {
+                return Err(RegistryError::QuotaExceeded { quota, used, limit });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -77,6 +103,24 @@ fn tenant(row: &AnyRow) -> Result<Tenant, RegistryError> {
     })
 }
 
+async fn usage<'e>(
+    executor: impl sqlx::Executor<'e, Database = sqlx::Any>,
+    id: TenantId,
+) -> Result<Usage, RegistryError> {
+    let (concepts, trainings): (i64, i64) = sqlx::query_as(
+        "SELECT (SELECT count(*) FROM concepts WHERE tenant_id = $1),
+                (SELECT count(*) FROM trainings WHERE tenant_id = $1 AND status IN ('queued', 'running'))",
+    )
+    .bind(id.to_string())
+    .fetch_one(executor)
+    .await?;
+    let number = |count: i64| u32::try_from(count).unwrap_or(u32::MAX);
+    Ok(Usage {
+        concepts: number(concepts),
+        trainings: number(trainings),
+    })
+}
+
 /// 24 random bytes, as the Standard Webhooks libraries read them.
 fn webhook_secret() -> String {
     format!("whsec_{}", STANDARD.encode(rand::random::<[u8; 24]>()))
@@ -86,13 +130,13 @@ impl Registry {
     /// Gives tenants that a migration made their secrets.
     pub(super) async fn complete_tenants(&self) -> Result<(), RegistryError> {
         let incomplete: Vec<(String,)> = sqlx::query_as("SELECT id FROM tenants WHERE webhook_secret IS NULL")
-            .fetch_all(&self.pool)
+            .fetch_all(&self.pools.reads)
             .await?;
         for (id,) in incomplete {
             sqlx::query("UPDATE tenants SET webhook_secret = $1 WHERE id = $2 AND webhook_secret IS NULL")
                 .bind(webhook_secret())
                 .bind(id)
-                .execute(&self.pool)
+                .execute(&self.pools.writes)
                 .await?;
         }
         Ok(())
@@ -122,7 +166,7 @@ impl Registry {
         .bind(quotas.requests_in_flight.map(i64::from))
         .bind(quotas.pictures_per_minute.map(i64::from))
         .bind(new.created_at)
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await;
         match inserted {
             Err(sqlx::Error::Database(error)) if error.is_unique_violation() => {
@@ -139,7 +183,7 @@ impl Registry {
     pub async fn tenant(&self, name: &str) -> Result<Option<Tenant>, RegistryError> {
         let row = sqlx::query("SELECT * FROM tenants WHERE name = $1")
             .bind(name)
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.pools.reads)
             .await?;
         row.as_ref().map(tenant).transpose()
     }
@@ -151,7 +195,7 @@ impl Registry {
     pub async fn tenant_by_id(&self, id: TenantId) -> Result<Option<Tenant>, RegistryError> {
         let row = sqlx::query("SELECT * FROM tenants WHERE id = $1")
             .bind(id.to_string())
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.pools.reads)
             .await?;
         row.as_ref().map(tenant).transpose()
     }
@@ -164,7 +208,7 @@ impl Registry {
         let rows = sqlx::query("SELECT * FROM tenants WHERE id < $1 ORDER BY id DESC LIMIT $2")
             .bind(page.after())
             .bind(page.fetched())
-            .fetch_all(&self.pool)
+            .fetch_all(&self.pools.reads)
             .await?;
         Ok(page.cut(rows.iter().map(tenant).collect::<Result<_, _>>()?))
     }
@@ -183,7 +227,7 @@ impl Registry {
         .bind(quotas.requests_in_flight.map(i64::from))
         .bind(quotas.pictures_per_minute.map(i64::from))
         .bind(name)
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         self.tenant(name).await
     }
@@ -193,18 +237,23 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn usage(&self, id: TenantId) -> Result<Usage, RegistryError> {
-        let (concepts, trainings): (i64, i64) = sqlx::query_as(
-            "SELECT (SELECT count(*) FROM concepts WHERE tenant_id = $1),
-                    (SELECT count(*) FROM trainings WHERE tenant_id = $1 AND status IN ('queued', 'running'))",
-        )
-        .bind(id.to_string())
-        .fetch_one(&self.pool)
-        .await?;
-        let number = |count: i64| u32::try_from(count).unwrap_or(u32::MAX);
-        Ok(Usage {
-            concepts: number(concepts),
-            trainings: number(trainings),
-        })
+        usage(&self.pools.reads, id).await
+    }
+
+    /// Checks that a tenant may have so much more, and keeps others from adding to it until the transaction ends: two
+    /// requests cannot both take the last place.
+    ///
+    /// # Errors
+    /// `QuotaExceeded`; when the database fails.
+    pub(super) async fn check_room(
+        &self,
+        transaction: &mut Transaction,
+        id: TenantId,
+        quotas: Quotas,
+        addition: Usage,
+    ) -> Result<(), RegistryError> {
+        self.hold_name(transaction, ROOM, &id.to_string()).await?;
+        quotas.check(usage(&mut **transaction, id).await?, addition)
     }
 
     /// Removes a tenant with everything that is its: keys, concepts, trainings, generations, pictures.
@@ -213,6 +262,8 @@ impl Registry {
     /// When the database or the blob store fails.
     pub async fn delete_tenant(&self, id: TenantId) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
+        // In the order of those that add to it: they hold this name first.
+        self.hold_name(&mut transaction, ROOM, &id.to_string()).await?;
         // Whatever is added to the tenant from here on fails, or waits for the end.
         sqlx::query(locking!(
             self.backend,
@@ -228,6 +279,7 @@ impl Registry {
              UNION SELECT hash FROM concept_versions WHERE concept_id IN (SELECT id FROM own)
              UNION SELECT checkpoint FROM trainings WHERE tenant_id = $1
              UNION SELECT p.blob FROM training_previews p JOIN trainings t ON t.id = p.training_id WHERE t.tenant_id = $1
+             UNION SELECT blob FROM idempotency_keys WHERE tenant_id = $1
              UNION SELECT blob FROM images WHERE tenant_id = $1",
         )
         .bind(id.to_string())
@@ -301,7 +353,7 @@ impl Registry {
             .bind(i64::from(pictures))
             .bind(id.to_string())
             .bind(second)
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?;
         Ok(())
     }
@@ -322,7 +374,7 @@ impl Registry {
         .bind(id.to_string())
         .bind(self.process.to_string())
         .bind(second - 60)
-        .fetch_one(&self.pool)
+        .fetch_one(&self.pools.reads)
         .await?;
         let number = |count: i64| u32::try_from(count).unwrap_or(u32::MAX);
         Ok((number(generations), number(pictures)))

@@ -3,6 +3,8 @@
 //! Every test of this room that asks for [`test_registry`] runs on SQLite and files; `scripts/with-postgres.sh` runs them
 //! on PostgreSQL and S3 too, by two variables.
 
+mod concurrency;
+
 use super::*;
 
 /// A registry of its own: on SQLite and files; on PostgreSQL where COAR_TEST_DATABASE has the address of a server on which
@@ -36,6 +38,16 @@ use crate::concept::ConceptKind;
 use crate::ids::{ConceptId, ImageId, TenantId, TrainingId};
 use crate::training::{Preset, TrainingSpec};
 
+/// The writer of a database as it was after so many migrations.
+async fn earlier(dir: &Path, migrations: usize) -> pool::Pool {
+    let mut earlier = sqlx::migrate!("migrations/sqlite");
+    earlier.migrations = earlier.iter().take(migrations).cloned().collect::<Vec<_>>().into();
+    db::open_sqlite(&dir.join("coar.sqlite"), &earlier)
+        .await
+        .unwrap()
+        .writes
+}
+
 #[tokio::test]
 async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
     let dir = tempfile::tempdir().unwrap();
@@ -48,10 +60,7 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
         hashes.push(blobs.put(bytes.into()).await.unwrap());
     }
     {
-        let pool = db::open_sqlite(&dir.path().join("coar.sqlite")).await.unwrap();
-        let mut first = sqlx::migrate!("migrations/sqlite");
-        first.migrations = first.iter().take(1).cloned().collect::<Vec<_>>().into();
-        first.run(&pool).await.unwrap();
+        let pool = earlier(dir.path(), 1).await;
         for (id, name, version) in [(rex, "rex", Some(&hashes[1])), (ink, "ink", None)] {
             sqlx::query("INSERT INTO concepts VALUES ($1, $2, 'subject', 'cat', $3, 1000)")
                 .bind(id.to_string())
@@ -90,7 +99,6 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
             .execute(&pool)
             .await
             .unwrap();
-        pool.close().await;
     }
     let registry = Registry::open(dir.path()).await.unwrap();
     let tenant = TenantId::DEFAULT;
@@ -133,6 +141,35 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
     // Deleting takes the versions' files too.
     assert!(registry.delete_concept(tenant, "rex").await.unwrap());
     assert!(registry.blobs.get(&hashes[1]).await.is_err());
+}
+
+/// The limits of our own end the wait; those of the server end the work too.
+#[tokio::test]
+async fn postgresql_has_limits_of_its_own() {
+    let (_dir, registry) = test_registry().await;
+    if registry.backend() == Backend::Sqlite {
+        return;
+    }
+    for (name, expected) in [
+        ("statement_timeout", "9s"),
+        ("lock_timeout", "5s"),
+        ("idle_in_transaction_session_timeout", "9s"),
+    ] {
+        let (value,): (String,) = sqlx::query_as("SELECT current_setting($1)")
+            .bind(name)
+            .fetch_one(&registry.pools.reads)
+            .await
+            .unwrap();
+        assert_eq!((name, value.as_str()), (name, expected));
+    }
+    let mut holder = registry.write().await.unwrap();
+    registry.hold_name(&mut holder, "test", "name").await.unwrap();
+    let mut second = registry.write().await.unwrap();
+    let refused = registry.hold_name(&mut second, "test", "name").await.unwrap_err();
+    assert!(
+        refused.may_pass() && refused.to_string().contains("lock timeout"),
+        "{refused}"
+    );
 }
 
 #[tokio::test]
@@ -189,10 +226,7 @@ async fn a_database_of_0002_goes_on_with_what_was_queued_and_running() {
     let dir = tempfile::tempdir().unwrap();
     let ids: Vec<crate::ids::GenerationId> = (0..3).map(|_| crate::ids::GenerationId::new()).collect();
     {
-        let pool = db::open_sqlite(&dir.path().join("coar.sqlite")).await.unwrap();
-        let mut earlier = sqlx::migrate!("migrations/sqlite");
-        earlier.migrations = earlier.iter().take(2).cloned().collect::<Vec<_>>().into();
-        earlier.run(&pool).await.unwrap();
+        let pool = earlier(dir.path(), 2).await;
         let settings = serde_json::json!({
             "n": 1, "width": 96, "height": 96, "seed": 1, "first_index": 0, "guidance_scale": 2.0, "temperature": 1.0,
             "top_k": 20, "identity_mask": true, "output_format": "png", "output_compression": 100, "partial_images": 0,
@@ -218,7 +252,6 @@ async fn a_database_of_0002_goes_on_with_what_was_queued_and_running() {
         .execute(&pool)
         .await
         .unwrap();
-        pool.close().await;
     }
     let registry = Registry::open(dir.path()).await.unwrap();
     // Nobody waits any more for the third; the second is drawn again, with the first.
@@ -232,7 +265,7 @@ async fn a_database_of_0002_goes_on_with_what_was_queued_and_running() {
     assert_eq!(registry.release_keys().await.unwrap(), 1);
     // A program that knows less than the database asks for says so, and changes nothing.
     sqlx::query("UPDATE settings SET value = '99' WHERE key = 'schema_requires'")
-        .execute(&registry.pool)
+        .execute(&registry.pools.writes)
         .await
         .unwrap();
     let refused = Registry::open(dir.path()).await;

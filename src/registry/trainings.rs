@@ -4,9 +4,9 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::concepts::Concept;
-use super::db::{identifier, list, number, optional_number};
+use super::db::{identifier, list, number, optional_number, places};
 use super::pool::Transaction;
-use super::{Listed, Page, Registry, RegistryError, TrainingStatus, now};
+use super::{Listed, Made, Page, Quotas, Registry, RegistryError, TrainingStatus, Usage, now};
 use crate::ids::{ConceptId, TenantId, TrainingId};
 use crate::training::{StepLosses, TrainingSpec};
 
@@ -73,8 +73,18 @@ pub struct TrainingFilter {
 
 /// A training that fails is begun at most this often.
 pub const ATTEMPTS: u32 = 3;
-/// A training whose lease runs out this often without a checkpoint in between fails: it takes its workers with it.
+/// A training whose lease runs out more often than this without a checkpoint in between fails: it takes its workers with
+/// it. Counted at most once in [`TAKEOVER_MS`].
 pub const TAKEOVERS: u32 = 5;
+/// A series of kills from outside is one event: in a shorter time no training can be shown to be at fault, since it had
+/// none to run in. One that does take its workers with it still fails, some minutes later.
+pub(super) const TAKEOVER_MS: i64 = 60_000;
+
+/// A training that its tenant has more.
+const ANOTHER: Usage = Usage {
+    concepts: 0,
+    trainings: 1,
+};
 
 /// Every column of a [`Training`]; the loss curve is long and read apart.
 macro_rules! select {
@@ -99,6 +109,8 @@ pub struct NewTraining<'a> {
     pub input: &'a str,
     pub webhook_url: Option<&'a str>,
     pub priority: i32,
+    /// What the tenant may have with it.
+    pub quotas: Quotas,
 }
 
 pub(super) async fn insert_training(
@@ -111,6 +123,7 @@ pub(super) async fn insert_training(
         input,
         webhook_url,
         priority,
+        quotas: _,
     } = new;
     let (id, created_at) = (TrainingId::new(), now());
     sqlx::query(
@@ -208,7 +221,7 @@ impl Registry {
                              AND d.created_at >= t.finished_at) ORDER BY t.finished_at LIMIT 100"
         ))
         .bind(since)
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.reads)
         .await?;
         rows.iter().map(training).collect()
     }
@@ -221,7 +234,7 @@ impl Registry {
         let row = sqlx::query(select!("WHERE t.tenant_id = $1 AND t.id = $2"))
             .bind(tenant.to_string())
             .bind(id.to_string())
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.pools.reads)
             .await?;
         row.as_ref().map(training).transpose()
     }
@@ -245,7 +258,7 @@ impl Registry {
         .bind(filter.concept.map(|id| id.to_string()))
         .bind(filter.status.map(TrainingStatus::as_str))
         .bind(page.fetched())
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.reads)
         .await?;
         Ok(page.cut(rows.iter().map(training).collect::<Result<_, _>>()?))
     }
@@ -262,18 +275,16 @@ impl Registry {
         if concepts.is_empty() {
             return Ok(vec![]);
         }
-        // Neither database takes a list as one value in the other's way. Only numbers of places go into the text.
-        let places: Vec<String> = (2..concepts.len() + 2).map(|place| format!("${place}")).collect();
         let statement = format!(
             "{} (SELECT max(id) FROM trainings WHERE concept_id IN ({}) GROUP BY concept_id)",
             select!("WHERE t.tenant_id = $1 AND t.id IN"),
-            places.join(", ")
+            places(2, concepts.len())
         );
         let mut query = sqlx::query(sqlx::AssertSqlSafe(statement)).bind(tenant.to_string());
         for concept in concepts {
             query = query.bind(concept.to_string());
         }
-        let rows = query.fetch_all(&self.pool).await?;
+        let rows = query.fetch_all(&self.pools.reads).await?;
         rows.iter().map(training).collect()
     }
 
@@ -286,7 +297,7 @@ impl Registry {
             sqlx::query_as("SELECT losses, report FROM trainings WHERE tenant_id = $1 AND id = $2")
                 .bind(tenant.to_string())
                 .bind(id.to_string())
-                .fetch_optional(&self.pool)
+                .fetch_optional(&self.pools.reads)
                 .await?;
         let unreadable = |error: serde_json::Error| RegistryError::Row(error.to_string());
         match row {
@@ -306,13 +317,15 @@ impl Registry {
     /// Queues another training of a concept that has one already or none; `None` where the concept is gone.
     ///
     /// # Errors
-    /// `ConceptBusy` while one is queued or running; when the database fails.
+    /// `ConceptBusy` while one is queued or running; `QuotaExceeded`; when the database fails.
     pub async fn add_training(
         &self,
         concept: &Concept,
         new: NewTraining<'_>,
     ) -> Result<Option<Training>, RegistryError> {
         let mut transaction = self.write().await?;
+        self.check_room(&mut transaction, concept.tenant, new.quotas, ANOTHER)
+            .await?;
         if !self.hold_concept(&mut transaction, concept.id).await? {
             return Ok(None);
         }
@@ -325,7 +338,7 @@ impl Registry {
             return Err(RegistryError::ConceptBusy(concept.name.clone()));
         }
         let training = insert_training(&mut transaction, concept, new).await?;
-        self.note_made(&mut transaction, &training.id).await?;
+        self.note_made(&mut transaction, Made::Training(training.id)).await?;
         transaction.commit().await?;
         Ok(Some(training))
     }
@@ -334,13 +347,26 @@ impl Registry {
     /// training as it stands then, `None` where there is none; one that has not failed stays as it is.
     ///
     /// # Errors
-    /// `ConceptBusy` while another training of the concept is queued or running; when the database fails.
-    pub async fn retry_training(&self, tenant: TenantId, id: TrainingId) -> Result<Option<Training>, RegistryError> {
+    /// `ConceptBusy` while another training of the concept is queued or running; `QuotaExceeded`; when the database fails.
+    pub async fn retry_training(
+        &self,
+        tenant: TenantId,
+        id: TrainingId,
+        quotas: Quotas,
+    ) -> Result<Option<Training>, RegistryError> {
         let mut transaction = self.write().await?;
-        let Some(before) = self.training(tenant, id).await? else {
-            return Ok(None);
-        };
-        self.hold_concept(&mut transaction, before.concept_id).await?;
+        let before = sqlx::query("SELECT concept_id, status FROM trainings WHERE tenant_id = $1 AND id = $2")
+            .bind(tenant.to_string())
+            .bind(id.to_string())
+            .fetch_optional(&mut *transaction)
+            .await?;
+        let Some(before) = before else { return Ok(None) };
+        let status: String = before.try_get("status")?;
+        if matches!(status.parse(), Ok(TrainingStatus::Failed | TrainingStatus::Cancelled)) {
+            self.check_room(&mut transaction, tenant, quotas, ANOTHER).await?;
+        }
+        self.hold_concept(&mut transaction, identifier(&before, "concept_id")?)
+            .await?;
         let busy: Option<(String,)> = sqlx::query_as(
             "SELECT c.name FROM trainings t JOIN trainings o ON o.concept_id = t.concept_id AND o.id != t.id
              JOIN concepts c ON c.id = t.concept_id
@@ -365,7 +391,7 @@ impl Registry {
         .await?;
         let mut gone: Vec<(String,)> = vec![];
         if changed.rows_affected() > 0 {
-            self.note_made(&mut transaction, &id).await?;
+            self.note_made(&mut transaction, Made::Training(id)).await?;
             gone = sqlx::query_as(
                 "DELETE FROM training_previews WHERE training_id = $1
                  AND step > (SELECT coalesce(checkpoint_step, 0) FROM trainings WHERE id = $1) RETURNING blob",
@@ -388,13 +414,15 @@ impl Registry {
         if self.training(tenant, id).await?.is_none() {
             return Ok(None);
         }
+        let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
         let before = self.checkpoint_of(&mut transaction, id).await?;
         sqlx::query(
-            "UPDATE trainings SET status = 'cancelled', finished_at = $1, checkpoint = NULL, checkpoint_step = NULL, lease_token = NULL, lease_until = NULL
+            "UPDATE trainings SET status = 'cancelled', finished_at = $1, checkpoint = NULL, checkpoint_step = NULL,
+             lease_token = NULL, lease_until = NULL
              WHERE tenant_id = $2 AND id = $3 AND status IN ('queued', 'running')",
         )
-        .bind(self.lease_time().await?)
+        .bind(at)
         .bind(tenant.to_string())
         .bind(id.to_string())
         .execute(&mut *transaction)

@@ -44,7 +44,7 @@ impl Registry {
         .bind(concept.to_string())
         .bind(page.after.map(i64::from))
         .bind(page.fetched())
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.reads)
         .await?;
         Ok(page.cut(rows.iter().map(version).collect::<Result<_, _>>()?))
     }
@@ -59,7 +59,7 @@ impl Registry {
         )
         .bind(concept.to_string())
         .bind(i64::from(number))
-        .fetch_optional(&self.pool)
+        .fetch_optional(&self.pools.reads)
         .await?;
         row.as_ref().map(version).transpose()
     }
@@ -71,14 +71,10 @@ impl Registry {
     pub async fn add_preview(&self, training: TrainingId, step: u32, png: Bytes) -> Result<(), RegistryError> {
         let stored = self.store(vec![png]).await?;
         let added = self.replace_preview(training, step, stored.first()).await;
-        let hashes = stored.release();
-        match added {
-            Ok(Some(before)) => self.remove_unreferenced(&before).await,
-            Ok(None) => self.remove_unreferenced(&hashes).await,
-            Err(error) => {
-                self.remove_unreferenced(&hashes).await?;
-                Err(error)
-            }
+        self.settle(stored, matches!(added, Ok(Some(_)))).await;
+        match added? {
+            Some(before) => self.remove_unreferenced(&before).await,
+            None => Ok(()),
         }
     }
 
@@ -137,7 +133,7 @@ impl Registry {
         .bind(tenant.to_string())
         .bind(training.to_string())
         .bind(i64::from(step))
-        .fetch_optional(&self.pool)
+        .fetch_optional(&self.pools.reads)
         .await?;
         Ok(row.map(|(blob,)| blob))
     }

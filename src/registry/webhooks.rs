@@ -171,7 +171,7 @@ impl Registry {
         .bind(&attempt.problem)
         .bind(now())
         .bind(id.to_string())
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         Ok(())
     }
@@ -182,7 +182,7 @@ impl Registry {
     /// When the database fails.
     pub async fn next_delivery(&self) -> Result<Option<i64>, RegistryError> {
         let (at,) = sqlx::query_as("SELECT min(next_at) FROM webhook_deliveries WHERE status = 'pending'")
-            .fetch_one(&self.pool)
+            .fetch_one(&self.pools.reads)
             .await?;
         Ok(at)
     }
@@ -196,7 +196,7 @@ impl Registry {
         let before = self.lease_time().await?.saturating_sub(age);
         let expired = sqlx::query("DELETE FROM webhook_deliveries WHERE finished_at < $1")
             .bind(before)
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?;
         Ok(expired.rows_affected())
     }

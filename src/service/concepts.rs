@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::facts::{check_description, read_metadata};
 use super::trainings::TrainingSettings;
-use super::{Addition, Caller, PRIORITY_LIMIT, Service};
+use super::{Caller, PRIORITY_LIMIT, Service};
 use crate::concept::{ConceptKind, is_slug};
 use crate::error::{Error, ErrorKind};
 use crate::ids::ConceptId;
@@ -13,7 +13,7 @@ use crate::picture::{OutputFormat, PictureError, PictureLimits, decode, encode};
 use crate::registry::blobs::content_hash;
 use crate::registry::{
     Concept, ConceptChange, ConceptFilter, ConceptStatus, Listed, NewConcept, Page, RegistryError, Training,
-    TrainingStatus, Version, input_fingerprint,
+    TrainingStatus, Usage, Version, input_fingerprint,
 };
 use crate::training::{TokenMethod, TrainingSpec};
 
@@ -152,13 +152,14 @@ impl Service {
             .limit(self.limits.pictures as u64));
         }
         let taken = self.registry.concept(caller.tenant, &new.name).await?;
-        let mut _turn = None;
         if taken.is_none() {
-            let addition = Addition {
+            let addition = Usage {
                 concepts: 1,
                 trainings: 1,
             };
-            _turn = Some(self.turn(caller, addition).await?);
+            // Before the pictures are decoded and stored. What counts is asked again where the concept is added: no lock is
+            // held meanwhile.
+            new.quotas = self.check_room(caller, addition).await?;
             self.check_queue().await?;
         }
         let limits = self.limits.picture;
@@ -181,23 +182,16 @@ impl Service {
             .store(cleaned.into_iter().map(Into::into).collect())
             .await?;
         let added = self.registry.add_concept(caller.tenant, &new, &spec).await;
-        drop(stored);
-        match added {
-            Ok((concept, training)) => {
-                self.wake.now();
-                let duplicate_of = self.registry.trained_alike(caller.tenant, &input, concept.id).await?;
-                let training = Some(training);
-                Ok(Registered {
-                    view: ConceptView { concept, training },
-                    duplicate_of,
-                })
-            }
-            Err(error) => {
-                // Another request took the name in between: the pictures of this one go.
-                self.registry.remove_unreferenced(&new.pictures).await?;
-                Err(error.into())
-            }
-        }
+        // Where another request took the name or the last place in between, the pictures of this one go.
+        self.registry.settle(stored, added.is_ok()).await;
+        let (concept, training) = added?;
+        self.wake.now();
+        let duplicate_of = self.registry.trained_alike(caller.tenant, &input, concept.id).await?;
+        let training = Some(training);
+        Ok(Registered {
+            view: ConceptView { concept, training },
+            duplicate_of,
+        })
     }
 
     /// Everything of a registration but its pictures.
@@ -401,13 +395,13 @@ impl Service {
             )
         })?;
         let name = check_name(Some(name.unwrap_or_else(|| file.header.name.clone())))?;
-        let addition = Addition {
+        let addition = Usage {
             concepts: 1,
             trainings: 0,
         };
-        let _turn = self.turn(caller, addition).await?;
         let new = NewConcept {
             class_noun: file.header.class_noun,
+            quotas: self.check_room(caller, addition).await?,
             ..NewConcept::new(name, file.header.kind)
         };
         let stored = self.registry.store(vec![bytes]).await?;
@@ -415,10 +409,7 @@ impl Service {
             .registry
             .add_ready_concept(caller.tenant, &new, stored.first())
             .await;
-        let hashes = stored.release();
-        if added.is_err() {
-            self.registry.remove_unreferenced(&hashes).await?;
-        }
+        self.registry.settle(stored, added.is_ok()).await;
         let concept = added?;
         Ok(ConceptView {
             concept,

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::facts::{read_metadata, webhook_form};
 use super::{Caller, GenerateInput, Plan, Service};
 use crate::error::{Error, ErrorKind};
-use crate::ids::GenerationId;
+use crate::ids::{GenerationId, TenantId};
 use crate::jobs::{DrawEvent, Held, Waiting};
 use crate::registry::{Backend, Generation, GenerationStatus, Listed, Page, StoredImage};
 
@@ -176,19 +176,27 @@ impl Service {
     }
 
     /// A generation, with its pictures and its place.
-    async fn view(&self, mut generation: Generation) -> Result<GenerationView, Error> {
-        let queued = generation.status == GenerationStatus::Queued;
-        if let Some(done) = self.drawings.progress(generation.id) {
-            generation.done = generation.done.max(done);
-        }
-        Ok(GenerationView {
-            images: self.registry.images(generation.new.tenant, generation.id).await?,
-            queue_position: match queued {
-                true => Some(self.registry.generations_before(generation.id).await?),
-                false => None,
-            },
-            generation,
-        })
+    async fn view(&self, generation: Generation) -> Result<GenerationView, Error> {
+        let mut views = self.views(generation.new.tenant, vec![generation]).await?;
+        views
+            .pop()
+            .ok_or_else(|| Error::internal("a generation has no details"))
+    }
+
+    /// Generations of one tenant, each with its pictures and its place.
+    async fn views(&self, tenant: TenantId, generations: Vec<Generation>) -> Result<Vec<GenerationView>, Error> {
+        let details = self.registry.generation_details(tenant, &generations).await?;
+        let view = |(mut generation, (images, queue_position)): (Generation, (Vec<StoredImage>, Option<u32>))| {
+            if let Some(done) = self.drawings.progress(generation.id) {
+                generation.done = generation.done.max(done);
+            }
+            GenerationView {
+                generation,
+                images,
+                queue_position,
+            }
+        };
+        Ok(generations.into_iter().zip(details).map(view).collect())
     }
 
     /// A generation as it stands, or as it stands when it has ended or `within` is over.
@@ -211,12 +219,10 @@ impl Service {
         page: Page<GenerationId>,
     ) -> Result<Listed<GenerationView>, Error> {
         let listed = self.registry.generations(caller.tenant, status, page).await?;
-        let mut rows = Vec::new();
-        for generation in listed.rows {
-            rows.push(self.view(generation).await?);
-        }
-        let has_more = listed.has_more;
-        Ok(Listed { rows, has_more })
+        Ok(Listed {
+            rows: self.views(caller.tenant, listed.rows).await?,
+            has_more: listed.has_more,
+        })
     }
 
     /// Cancels a generation; one that has ended stays as it is, and that is a conflict, unless it was cancelled.

@@ -21,7 +21,7 @@ pub use generate::{GenerateInput, GeneratedImage, NamedConcept, Plan, drawn};
 pub use generations::{Begun, GenerationInput, GenerationView};
 pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};
-pub use quota::{Addition, Admitted, Allowance, Standing, Tallies, Turn};
+pub use quota::{Admitted, Allowance, Standing, Tallies};
 pub use tenants::QuotaChange;
 pub use trainings::{Queued, TrainingQuery, TrainingSettings};
 
@@ -169,6 +169,13 @@ impl From<RegistryError> for Error {
                 Self::field("name_taken", "name", format!("is `{name}`, which another tenant has"))
                     .of_kind(ErrorKind::Conflict)
             }
+            RegistryError::QuotaExceeded { quota, used, limit } => quota::no_room(quota, used, limit),
+            RegistryError::BlobBusy => Self::new(
+                ErrorKind::Unavailable,
+                "storage_busy",
+                "The same bytes are being removed from the blob store; retry shortly.",
+            )
+            .retry_after(std::time::Duration::from_secs(5)),
             RegistryError::LeaseLost => {
                 Self::new(ErrorKind::Conflict, LEASE_LOST, "Another process has taken this over.")
             }

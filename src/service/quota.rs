@@ -5,10 +5,12 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use tokio_util::task::TaskTracker;
+
 use super::{Caller, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TenantId;
-use crate::registry::{Backend, NameLock, Quotas, Registry};
+use crate::registry::{Backend, Quotas, Registry, Usage};
 
 /// The window of `pictures_per_minute`.
 const MINUTE: Duration = Duration::from_secs(60);
@@ -21,7 +23,11 @@ const NEXT_CONCEPT: Duration = Duration::from_secs(120);
 
 /// What every tenant does at the moment.
 #[derive(Debug, Clone, Default)]
-pub struct Tallies(Arc<Mutex<HashMap<TenantId, Tally>>>);
+pub struct Tallies {
+    all: Arc<Mutex<HashMap<TenantId, Tally>>>,
+    /// Where pictures are given back that were counted in the database; the server's stop waits for it.
+    tasks: TaskTracker,
+}
 
 #[derive(Debug, Default)]
 struct Tally {
@@ -29,8 +35,6 @@ struct Tally {
     /// Admissions of the last minute, oldest first: at most as many as the quota, each has a picture.
     admitted: VecDeque<Admission>,
     next: u64,
-    /// Held from counting what a tenant has until more of it is stored.
-    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -87,27 +91,15 @@ impl Drop for Admitted {
             let tenant = self.tenant;
             // Without a runtime the process ends; the count is a minute's.
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-                runtime.spawn(async move { registry.take_back(tenant, second, pictures).await });
+                let give_back = async move {
+                    if let Err(error) = registry.take_back(tenant, second, pictures).await {
+                        tracing::debug!(%error, "images were not given back; the minute's count expires");
+                    }
+                };
+                self.tallies.tasks.spawn_on(give_back, &runtime);
             }
         }
     }
-}
-
-/// A tenant's turn to add to what it has. To be held until that is stored.
-#[derive(Debug)]
-#[must_use]
-pub struct Turn {
-    _turn: tokio::sync::OwnedMutexGuard<()>,
-    /// Among all processes.
-    _lock: NameLock,
-}
-
-/// What a use case adds to what a tenant has.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Addition {
-    pub concepts: u32,
-    /// Queued ones.
-    pub trainings: u32,
 }
 
 fn exceeded(quota: &'static str, limit: u32, wait: Duration, what: &str) -> Error {
@@ -117,6 +109,15 @@ fn exceeded(quota: &'static str, limit: u32, wait: Duration, what: &str) -> Erro
         ..Error::new(ErrorKind::Overloaded, "quota_exceeded", message)
     };
     error.limit(limit.into()).retry_after(wait)
+}
+
+/// The refusal of a concept or a training more than the tenant may have.
+pub(super) fn no_room(quota: &'static str, used: u32, limit: u32) -> Error {
+    let (wait, what) = match quota {
+        "concepts" => (NEXT_CONCEPT, format!("there are {used} concepts; delete one")),
+        _ => (NEXT_TRAINING, format!("{used} trainings are queued or running")),
+    };
+    exceeded(quota, limit, wait, &what)
 }
 
 fn too_many(pictures: u32, limit: u32) -> Error {
@@ -175,9 +176,17 @@ impl Tally {
 }
 
 impl Tallies {
+    /// What is done later is done by one of `tasks`.
+    pub fn new(tasks: TaskTracker) -> Self {
+        Self {
+            all: Arc::default(),
+            tasks,
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<TenantId, Tally>> {
         // Nothing in it can be half-written.
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn admit(&self, tenant: TenantId, quotas: Quotas, pictures: u32, now: Instant) -> Result<Admitted, Error> {
@@ -217,10 +226,6 @@ impl Tallies {
             pictures: id,
             shared: None,
         })
-    }
-
-    fn turn(&self, tenant: TenantId) -> Arc<tokio::sync::Mutex<()>> {
-        self.lock().entry(tenant).or_default().turn.clone()
     }
 }
 
@@ -320,34 +325,15 @@ impl Service {
         Ok(standing)
     }
 
-    /// Waits for the tenant's turn and checks that the addition has room. The turn is held until it is stored, so that
-    /// two requests cannot both take the last place.
+    /// Checks that what a tenant has leaves room for the addition; the quotas that hold for it. The registry checks them again
+    /// in the transaction that adds: of two requests for the last place the second is refused there.
     ///
     /// # Errors
     /// `quota_exceeded`; when the registry fails.
-    pub async fn turn(&self, caller: &Caller, addition: Addition) -> Result<Turn, Error> {
-        let turn = self.tallies.turn(caller.tenant).lock_owned().await;
-        let lock = self.registry.lock_name("tenant", &caller.tenant.to_string()).await?;
+    pub async fn check_room(&self, caller: &Caller, addition: Usage) -> Result<Quotas, Error> {
         let quotas = self.quotas(caller.tenant).await?;
-        let usage = self.registry.usage(caller.tenant).await?;
-        if let Some(limit) = quotas.concepts
-            && addition.concepts > 0
-            && usage.concepts + addition.concepts > limit
-        {
-            let what = format!("there are {} concepts; delete one", usage.concepts);
-            return Err(exceeded("concepts", limit, NEXT_CONCEPT, &what));
-        }
-        if let Some(limit) = quotas.trainings
-            && addition.trainings > 0
-            && usage.trainings + addition.trainings > limit
-        {
-            let what = format!("{} trainings are queued or running", usage.trainings);
-            return Err(exceeded("trainings", limit, NEXT_TRAINING, &what));
-        }
-        Ok(Turn {
-            _turn: turn,
-            _lock: lock,
-        })
+        quotas.check(self.registry.usage(caller.tenant).await?, addition)?;
+        Ok(quotas)
     }
 }
 

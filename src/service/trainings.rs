@@ -3,10 +3,10 @@
 use bytes::Bytes;
 
 use super::concepts::no_concept;
-use super::{Addition, Caller, Service};
+use super::{Caller, Service};
 use crate::error::{Error, ErrorKind};
 use crate::ids::TrainingId;
-use crate::registry::{Listed, NewTraining, Page, Training, TrainingFilter, TrainingStatus, input_fingerprint};
+use crate::registry::{Listed, NewTraining, Page, Training, TrainingFilter, TrainingStatus, Usage, input_fingerprint};
 use crate::training::{StepLosses, TokenMethod, TrainingSpec};
 
 /// Settings of a training; `None` leaves what holds otherwise.
@@ -61,7 +61,7 @@ pub struct TrainingQuery {
 }
 
 /// What a training adds to what its tenant has.
-const ONE: Addition = Addition {
+const ONE: Usage = Usage {
     concepts: 0,
     trainings: 1,
 };
@@ -122,13 +122,14 @@ impl Service {
             return Err(Error::field("invalid_value", "captions", problem).limit(limit as u64));
         }
         let webhook_url = self.webhook_url(how.webhook_url)?;
-        let _turn = self.turn(caller, ONE).await?;
+        let quotas = self.check_room(caller, ONE).await?;
         self.check_queue().await?;
         let new = NewTraining {
             spec: &spec,
             input: &input_fingerprint(&concept.pictures, &spec)?,
             webhook_url: webhook_url.as_deref(),
             priority: how.priority,
+            quotas,
         };
         let queued = self.registry.add_training(&concept, new).await?;
         self.wake.now();
@@ -226,9 +227,9 @@ impl Service {
             let message = format!("The training is {status}; only one that failed or was cancelled is tried again.");
             return Err(Error::new(ErrorKind::Conflict, "training_not_failed", message));
         }
-        let _turn = self.turn(caller, ONE).await?;
+        let quotas = self.check_room(caller, ONE).await?;
         self.check_queue().await?;
-        let after = self.registry.retry_training(caller.tenant, before.id).await?;
+        let after = self.registry.retry_training(caller.tenant, before.id, quotas).await?;
         self.wake.now();
         after.ok_or_else(|| no_training(id))
     }

@@ -6,6 +6,7 @@ use super::passes::Graph;
 use super::spec::{Preset, TrainingSpec};
 use super::step::chunk_tokens;
 use crate::concept::ConceptKind;
+use crate::model::kv_cache::KvCache;
 use crate::model::{LuminaMgpt, ModelConfig};
 
 /// Tokens of a training's prompt that a reserve allows for.
@@ -56,6 +57,8 @@ pub struct Estimate {
     head: u64,
     /// Hidden states of class images.
     class_images: u64,
+    /// Keys and values of one class image while it is drawn, with guidance; 0 where there are none.
+    drawing: u64,
 }
 
 impl Estimate {
@@ -77,6 +80,10 @@ impl Estimate {
             input: tokens * hidden * bytes,
             head: copies * 4 * chunk * config.vocab_size as u64,
             class_images: size.class_images * size.predicted * hidden * bytes,
+            drawing: match size.class_images {
+                0 => 0,
+                _ => 2 * KvCache::row_bytes(config, size.seq as i64, kind),
+            },
         }
     }
 
@@ -107,6 +114,19 @@ impl Estimate {
                 }
             };
         sum + sum / 2 + self.class_images
+    }
+
+    /// What a training cannot do without: a recomputed step, or, before the first, the cache of one class image.
+    pub fn least(&self) -> u64 {
+        self.bytes(self.recomputed()).max(self.drawing)
+    }
+
+    /// Class images that `budget` bytes admit at once; one where they admit none.
+    pub fn class_images_at_once(&self, budget: u64) -> usize {
+        match budget.checked_div(self.drawing) {
+            Some(count) => usize::try_from(count).unwrap_or(usize::MAX).max(1),
+            None => usize::MAX,
+        }
     }
 
     /// The segment length that takes least: about the square root of layers x input / graph.
@@ -150,5 +170,16 @@ mod tests {
         assert_eq!(estimate.within(8 << 30), Graph::Recomputed { segment: 1 });
         let recomputed = estimate.bytes(estimate.within(0));
         assert!(recomputed < kept / 4, "{recomputed}");
+        // A class image has two rows of 1104 tokens, 512 KiB each.
+        assert_eq!(estimate.class_images_at_once(3 << 30), 2);
+        assert_eq!(estimate.class_images_at_once(0), 1);
+        assert!(estimate.least() >= recomputed.max(2 * 1104 * (512 << 10)));
+        let without = Estimate::new(
+            &config,
+            StepSize::of(&spec, false, 1100, 1057),
+            Kind::BFloat16,
+            Device::Cuda(0),
+        );
+        assert_eq!(without.class_images_at_once(0), usize::MAX);
     }
 }

@@ -98,12 +98,14 @@ pub struct Trainer {
     drawing: Option<Decoding>,
     losses: Vec<StepLosses>,
     graph: Graph,
+    /// Class images that are drawn at once.
+    class_batch: usize,
     open: Option<OpenStep>,
     /// Of the last step, by parameter.
     gradients: Vec<(&'static str, Tensor)>,
 }
 
-/// Class pictures are drawn a few at a time, so that a slice of drawing stays short.
+/// The most class images that are drawn at once, so that a slice of drawing stays short.
 const PRIOR_BATCH: usize = 4;
 
 impl Trainer {
@@ -159,6 +161,7 @@ impl Trainer {
             drawing: None,
             losses: vec![],
             graph: Graph::Kept,
+            class_batch: PRIOR_BATCH,
             open: None,
             gradients: vec![],
         })
@@ -179,6 +182,11 @@ impl Trainer {
     /// How the backward pass gets what it needs, from the next step on. It changes memory and time, not the result.
     pub fn set_graph(&mut self, graph: Graph) {
         self.graph = graph;
+    }
+
+    /// How many class images are drawn at once from the next batch on, one at least: each has keys and values of its own.
+    pub fn set_class_batch(&mut self, images: usize) {
+        self.class_batch = images.clamp(1, PRIOR_BATCH);
     }
 
     /// Gradients of the last optimizer step's loss, by parameter: `text` `[N, T, D]`, and `image` `[N, K, D]` where it is
@@ -302,7 +310,7 @@ impl Trainer {
             Some(decoding) => decoding,
             None => {
                 let from = self.prior.len();
-                let count = PRIOR_BATCH.min(total as usize - from);
+                let count = self.class_batch.min(total as usize - from);
                 let streams = (from..from + count)
                     .map(|index| (self.spec.seed ^ PRIOR_SEED, index as u64))
                     .collect();

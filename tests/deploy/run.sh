@@ -19,15 +19,15 @@ skip() { skipped=$((skipped + 1)); echo "SKIPPED  $*"; }
 fail() { echo "FAILED   $*" >&2; exit 1; }
 
 venv=target/deploy-venv
-if ! cmp -s tests/deploy/requirements.txt "$venv/installed"; then
-    python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -r tests/deploy/requirements.txt
-    cp tests/deploy/requirements.txt "$venv/installed"
+if ! scripts/venv.sh "$venv" tests/deploy/requirements.txt; then
+    echo "SKIPPED  the tools cannot be installed: NOTHING IN docker/ IS CHECKED" >&2
+    [ "${NO_SKIP:-0}" != 1 ]
+    exit
 fi
 PATH="$PWD/$venv/bin:$PATH"
 
 # ---- scripts and files
-shellcheck docker/*.sh scripts/*.sh tests/deploy/*.sh
+shellcheck docker/*.sh scripts/*.sh tests/deploy/*.sh tests/gpu_check/*.sh
 pass "shellcheck"
 hadolint docker/Dockerfile
 pass "hadolint"

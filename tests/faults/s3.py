@@ -1,5 +1,5 @@
 """A small S3 server that keeps its promises: an object that was acknowledged is on the disk, so that `kill -9` loses nothing by
-itself (moto keeps objects in memory). One process, one folder: `s3.py FOLDER PORT`.
+itself (moto keeps objects in memory). One process, one folder: `s3.py FOLDER PORT`; it prints its address, so that port 0 may be asked for.
 
 It knows what coar's client asks for: PUT, GET, HEAD, DELETE of objects, ListObjectsV2, and the multi-object delete. Keys are not
 checked. Faults are asked for over HTTP: `POST /-/faults` with {"errors": share of requests that get 500, "delay": seconds}.
@@ -200,4 +200,6 @@ if __name__ == "__main__":
     FOLDER = sys.argv[1]
     for name in ("objects", "parts"):
         os.makedirs(os.path.join(FOLDER, name), exist_ok=True)
-    Server(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+    server = Server(("127.0.0.1", int(sys.argv[2])), Handler)
+    print(f"listening on http://127.0.0.1:{server.server_address[1]}", flush=True)
+    server.serve_forever()

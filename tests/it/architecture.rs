@@ -63,6 +63,55 @@ fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
+/// The code without the items that are for tests alone. What follows such an item counts.
+fn without_tests(text: &str) -> String {
+    let mut code = String::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        let indent = &line[..line.len() - line.trim_start().len()];
+        if line.trim() != "#[cfg(test)]" {
+            code.push_str(line);
+            code.push('\n');
+            continue;
+        }
+        // rustfmt's form: the item goes on with deeper lines, and ends with a line at its own depth that ends a statement or a
+        // block.
+        for line in lines.by_ref() {
+            let depth = &line[..line.len() - line.trim_start().len()];
+            let attribute = line.trim_start().starts_with("#[") || line.trim_start().starts_with("//");
+            if depth == indent && !attribute && line.ends_with([';', '}', ',']) {
+                break;
+            }
+        }
+    }
+    code
+}
+
+#[test]
+fn code_after_a_test_item_is_checked() {
+    let text = "use a;\n#[cfg(test)]\nmod tests;\nfn b() {\n    #[cfg(test)]\n    {\n        c();\n    }\n    d();\n}\n\
+                #[cfg(test)]\n#[derive(Debug)]\npub struct E {\n    f: G,\n}\nstruct H {\n    #[cfg(test)]\n    i: J,\n    k: L,\n}\n\
+                #[cfg(test)]\nmod m {\n    fn n() {\n        o();\n    }\n}\nfn p() {}\n";
+    let kept = "use a;\nfn b() {\n    d();\n}\nstruct H {\n    k: L,\n}\nfn p() {}\n";
+    assert_eq!(without_tests(text), kept);
+    // In the files themselves: nothing but what the attribute stands before is left out.
+    for (file, code) in rooms().into_values().flatten() {
+        let text = std::fs::read_to_string(&file).unwrap();
+        if !text.contains("#[cfg(test)]") {
+            assert_eq!(code, text, "{}", file.display());
+        }
+        let balance = |text: &str, open: char, close: char| text.matches(open).count() == text.matches(close).count();
+        if balance(&text, '{', '}') {
+            assert!(balance(&code, '{', '}'), "{}: cut in the middle", file.display());
+        }
+    }
+    let generations = &rooms()["registry"];
+    let generations = generations
+        .iter()
+        .find(|(file, _)| file.ends_with("registry/generations.rs"));
+    assert!(generations.unwrap().1.contains("pub async fn delete_generation"));
+}
+
 /// Source files by room, without their unit tests.
 fn rooms() -> BTreeMap<String, Vec<(PathBuf, String)>> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
@@ -79,8 +128,7 @@ fn rooms() -> BTreeMap<String, Vec<(PathBuf, String)>> {
             .trim_end_matches(".rs")
             .to_owned();
         let text = std::fs::read_to_string(&file).unwrap();
-        let code = text.split("#[cfg(test)]").next().unwrap_or("").to_owned();
-        rooms.entry(room).or_default().push((file, code));
+        rooms.entry(room).or_default().push((file, without_tests(&text)));
     }
     rooms.remove("main");
     rooms.remove("lib");
@@ -153,4 +201,34 @@ fn only_some_rooms_name_libtorch_and_only_the_registry_names_sql() {
         }
     }
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
+}
+
+/// Lines of a function that ask for a second connection, or for the blob store, while a transaction is open.
+fn outside_of_transaction(code: &str) -> Vec<&str> {
+    let (mut open, mut found) = (false, Vec::new());
+    for line in code.lines() {
+        open |= line.contains("self.write().await");
+        // Committed, given up, or the end of the function.
+        if line.contains("transaction.commit()") || line.contains("drop(transaction)") || line == "    }" {
+            open = false;
+        }
+        let asks = ["self.pools", "self.lease_time()", "self.blobs", "self.store("];
+        if open && asks.iter().any(|what| line.contains(what)) {
+            found.push(line.trim());
+        }
+    }
+    found
+}
+
+#[test]
+fn what_is_read_inside_a_transaction_is_read_through_it() {
+    let wrong = "    fn a() {\n let t = self.write().await?;\n self.lease_time().await?;\n transaction.commit();\n self.pools;\n    }\n";
+    assert_eq!(outside_of_transaction(wrong), ["self.lease_time().await?;"]);
+    let mut transactions = 0;
+    for (file, code) in &rooms()["registry"] {
+        transactions += code.matches("self.write().await").count();
+        let found = outside_of_transaction(code);
+        assert!(found.is_empty(), "{}: {found:#?}", file.display());
+    }
+    assert!(transactions > 20, "the registry's way to begin one has another name");
 }

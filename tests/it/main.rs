@@ -6,6 +6,7 @@ mod device_indices;
 mod dreambench;
 mod engine;
 mod golden;
+mod gpu_memory;
 mod methods;
 mod model;
 mod security;

@@ -4,8 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${SDK_VENV:-target/sdk-venv}
-[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/pip" install --quiet --disable-pip-version-check -r tests/sdk/requirements.txt
+scripts/venv.sh "$venv" tests/sdk/requirements.txt
 if [ -z "${COAR_BIN:-}" ]; then
     cargo build --bin coar
     COAR_BIN=target/debug/coar

@@ -18,7 +18,7 @@ find_chromium() {
   return 1
 }
 if ! find_chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
-  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null || true
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null || true
 fi
 if ! CHROMIUM=$(find_chromium); then
   echo "tests/ui: there is no chromium, chromium-browser or google-chrome: THE PAGE IS NOT TESTED." >&2
@@ -27,11 +27,7 @@ if ! CHROMIUM=$(find_chromium); then
 fi
 
 VENV=target/ui-venv
-if ! cmp -s tests/ui/requirements.txt "$VENV/requirements.txt"; then
-  python3 -m venv "$VENV"
-  "$VENV/bin/pip" install --quiet --disable-pip-version-check -r tests/ui/requirements.txt
-  cp tests/ui/requirements.txt "$VENV/requirements.txt"
-fi
+scripts/venv.sh "$VENV" tests/ui/requirements.txt
 
 SERVER=${COAR_BIN:-target/debug/coar}
 case " $* " in

@@ -220,6 +220,7 @@ impl Drawings {
         let size = (picture.width, picture.height);
         let file = self.encode(new, index, picture).await?;
         let patience = patience(&drawing.live);
+        let created_at = patiently!(patience, self.registry.lease_time().await)?;
         let stored = patiently!(patience, self.registry.store(vec![file.clone()]).await)?;
         let image = StoredImage {
             id: ImageId::new(),
@@ -230,16 +231,13 @@ impl Drawings {
             size,
             blob: stored.first().to_owned(),
             format: new.settings.output_format,
-            created_at: self.registry.lease_time().await?,
+            created_at,
             expires_at: None,
         };
         let attempt = drawing.generation.attempt;
         let added = patiently!(patience, self.registry.add_image(&image, attempt).await);
-        let hashes = stored.release();
-        if let Err(error) = added {
-            self.registry.remove_unreferenced(&hashes).await?;
-            return Err(error.into());
-        }
+        self.registry.settle(stored, added.is_ok()).await;
+        added?;
         drawing.images.push(image.clone());
         drawing.tell(DrawEvent::Image { image, file });
         Ok(())

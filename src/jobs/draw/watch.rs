@@ -35,7 +35,7 @@ impl Drawings {
                 true => format!("The server ended {GENERATION_ATTEMPTS} times while this was drawn."),
                 false => "The server was restarted while somebody waited for this.".to_owned(),
             };
-            let images = self.registry.images(lost.new.tenant, lost.id).await?;
+            let images = self.registry.images(lost.new.tenant, &[lost.id]).await?;
             let error = Error::new(ErrorKind::Unavailable, "interrupted", message);
             self.end(&mut lost, &images, Ending::Failed(error)).await?;
         }

@@ -2,7 +2,7 @@
 
 use super::super::db::locking;
 use super::super::webhooks::{NewDelivery, insert_delivery};
-use super::super::{GenerationStatus, Registry, RegistryError};
+use super::super::{GenerationStatus, Made, Registry, RegistryError};
 use super::{GENERATION_ATTEMPTS, Generation, generation, text};
 use crate::ids::GenerationId;
 
@@ -20,7 +20,7 @@ impl Registry {
              LIMIT 1",
         )
         .bind(at)
-        .fetch_optional(&self.pool)
+        .fetch_optional(&self.pools.reads)
         .await?;
         if any.is_none() {
             return Ok(None);
@@ -61,7 +61,7 @@ impl Registry {
     pub async fn own_generations(&self) -> Result<Vec<Generation>, RegistryError> {
         let rows = sqlx::query("SELECT * FROM generations WHERE owner = $1 AND status IN ('queued', 'running')")
             .bind(self.process.to_string())
-            .fetch_all(&self.pool)
+            .fetch_all(&self.pools.reads)
             .await?;
         rows.iter().map(generation).collect()
     }
@@ -77,7 +77,7 @@ impl Registry {
         .bind(self.lease_time().await? + wait_ms)
         .bind(id.to_string())
         .bind(self.process.to_string())
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         Ok(())
     }
@@ -96,7 +96,7 @@ impl Registry {
             .bind(i64::from(*done))
             .bind(id.to_string())
             .bind(self.process.to_string())
-            .execute(&self.pool)
+            .execute(&self.pools.writes)
             .await?;
             if changed.rows_affected() == 0 {
                 gone.push(*id);
@@ -118,7 +118,7 @@ impl Registry {
                 .await?;
         let kept = kept.rows_affected() > 0;
         if kept {
-            self.note_made(&mut transaction, &id).await?;
+            self.note_made(&mut transaction, Made::Generation(id)).await?;
         }
         transaction.commit().await?;
         Ok(kept)
@@ -139,7 +139,7 @@ impl Registry {
         .bind(id.to_string())
         .bind(self.process.to_string())
         .bind(i64::from(attempt))
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         Ok(begun.rows_affected() > 0)
     }
@@ -154,6 +154,7 @@ impl Registry {
         ended: &Generation,
         delivery: Option<&NewDelivery>,
     ) -> Result<bool, RegistryError> {
+        let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
         let changed = sqlx::query(
             "UPDATE generations SET status = $1, done = $2, usage = $3, error = $4, finished_at = $5
@@ -173,10 +174,10 @@ impl Registry {
             return Ok(false);
         }
         if ended.status == GenerationStatus::Succeeded {
-            self.note_finished(&mut transaction, &ended.id).await?;
+            self.note_finished(&mut transaction, Made::Generation(ended.id)).await?;
         }
         if let Some(delivery) = delivery {
-            insert_delivery(&mut transaction, delivery, self.lease_time().await?).await?;
+            insert_delivery(&mut transaction, delivery, at).await?;
         }
         transaction.commit().await?;
         Ok(true)
@@ -226,7 +227,7 @@ impl Registry {
              AND coalesce(owner, '') NOT IN (SELECT id FROM processes WHERE seen_at >= $1) ORDER BY id",
         )
         .bind(self.lost_before().await?)
-        .fetch_all(&self.pool)
+        .fetch_all(&self.pools.reads)
         .await?;
         let left = rows.iter().map(generation).collect::<Result<_, _>>()?;
         self.queue_again(left).await

@@ -62,10 +62,7 @@ async fn picture(registry: &Registry, generation: &Generation) -> Result<StoredI
         // As when the first answer was lost.
         registry.add_image(&image, generation.attempt).await?;
     }
-    let hashes = stored.release();
-    if added.is_err() {
-        registry.remove_unreferenced(&hashes).await?;
-    }
+    registry.settle(stored, added.is_ok()).await;
     added.map(|()| image)
 }
 
@@ -80,7 +77,7 @@ async fn a_generation_reads_back_and_ends_once() {
     assert!(registry.begin_generation(added.id, 0, 5).await.unwrap());
     added.attempt = 1;
     let image = picture(&registry, &added).await.unwrap();
-    assert_eq!(registry.images(TenantId::DEFAULT, added.id).await.unwrap(), [image]);
+    assert_eq!(registry.images(TenantId::DEFAULT, &[added.id]).await.unwrap(), [image]);
     let ended = Generation {
         status: GenerationStatus::Succeeded,
         usage: Some(TokenUsage {
@@ -114,6 +111,50 @@ async fn a_generation_reads_back_and_ends_once() {
 }
 
 #[tokio::test]
+async fn a_list_takes_the_same_number_of_statements_however_long_it_is() {
+    let (_dir, registry) = registry().await;
+    let tenant = TenantId::DEFAULT;
+    let mut drawn = Vec::new();
+    for number in 0..5 {
+        let added = registry.add_generation(new(number % 2 == 0)).await.unwrap();
+        if !added.new.background {
+            registry.begin_generation(added.id, 0, now()).await.unwrap();
+            let added = Generation { attempt: 1, ..added };
+            drawn.push(picture(&registry, &added).await.unwrap());
+        }
+    }
+    let list = async |limit| {
+        let before = registry
+            .pools
+            .reads
+            .statements
+            .load(std::sync::atomic::Ordering::Relaxed);
+        let listed = registry
+            .generations(tenant, None, Page { limit, after: None })
+            .await
+            .unwrap();
+        let details = registry.generation_details(tenant, &listed.rows).await.unwrap();
+        let after = registry
+            .pools
+            .reads
+            .statements
+            .load(std::sync::atomic::Ordering::Relaxed);
+        (details, after - before)
+    };
+    let (details, statements) = list(5).await;
+    // Newest first: the queued ones have those before them, the others their picture.
+    let expected = [
+        (vec![], Some(2)),
+        (vec![drawn[1].clone()], None),
+        (vec![], Some(1)),
+        (vec![drawn[0].clone()], None),
+        (vec![], Some(0)),
+    ];
+    assert_eq!(details, expected);
+    assert_eq!(list(1).await.1, statements);
+}
+
+#[tokio::test]
 async fn what_a_lost_process_has_left_is_queued_again_or_ended() {
     let (_dir, storage) = crate::registry::tests::test_storage().await;
     let mut registry = Registry::connect(&storage).await.unwrap();
@@ -141,7 +182,11 @@ async fn what_a_lost_process_has_left_is_queued_again_or_ended() {
         }
         assert_eq!(ids, [waited.id]);
         assert!(registry.blobs.all().await.unwrap().is_empty());
-        assert_eq!(registry.generations_before(queued.id).await.unwrap(), 2);
+        let details = registry
+            .generation_details(TenantId::DEFAULT, std::slice::from_ref(&queued))
+            .await
+            .unwrap();
+        assert_eq!(details, [(vec![], Some(2))]);
     }
 }
 
@@ -180,7 +225,7 @@ async fn a_process_that_was_taken_for_lost_writes_nothing() {
     assert!(swift.report_drawn(&[(first.id, 9)]).await.unwrap().is_empty());
     picture(&swift, &second).await.unwrap();
     assert!(swift.end_generation(&ended(&second), None).await.unwrap());
-    assert_eq!(swift.images(TenantId::DEFAULT, added.id).await.unwrap().len(), 1);
+    assert_eq!(swift.images(TenantId::DEFAULT, &[added.id]).await.unwrap().len(), 1);
     assert_eq!(slow.blobs.all().await.unwrap().len(), 1);
 }
 

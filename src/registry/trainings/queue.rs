@@ -6,12 +6,24 @@ use uuid::Uuid;
 use super::super::db::locking;
 use super::super::pool::Transaction;
 use super::super::{Registry, RegistryError, TrainingStatus};
-use super::{ATTEMPTS, Claimed, Progress, TAKEOVERS, training};
+use super::{ATTEMPTS, Claimed, Progress, TAKEOVER_MS, TAKEOVERS, training};
 use crate::ids::{ConceptId, TrainingId};
 use crate::training::StepLosses;
 
 /// How long a training waits after its first failed attempt; each further one makes it four times as long.
 const BACK_OFF_MS: i64 = 2_000;
+
+/// Queues trainings again whose worker is gone. $1 is the time, $2 is [`TAKEOVER_MS`].
+macro_rules! take_over {
+    ($where:literal) => {
+        concat!(
+            "UPDATE trainings SET status = 'queued', lease_token = NULL, lease_until = NULL,
+             takeovers = takeovers + CASE WHEN takeover_at <= $1 - $2 THEN 1 ELSE 0 END,
+             takeover_at = CASE WHEN takeover_at <= $1 - $2 THEN $1 ELSE takeover_at END ",
+            $where
+        )
+    };
+}
 
 /// A fenced write changed no row: the lease is somebody else's.
 fn fenced(changed: u64) -> Result<(), RegistryError> {
@@ -62,7 +74,7 @@ impl Registry {
     /// When the database fails.
     pub async fn waiting_trainings(&self) -> Result<i64, RegistryError> {
         let (count,) = sqlx::query_as("SELECT count(*) FROM trainings WHERE status = 'queued'")
-            .fetch_one(&self.pool)
+            .fetch_one(&self.pools.reads)
             .await?;
         Ok(count)
     }
@@ -73,7 +85,7 @@ impl Registry {
     /// When the database fails.
     pub async fn training_counts(&self) -> Result<Vec<(TrainingStatus, i64)>, RegistryError> {
         let rows: Vec<(String, i64)> = sqlx::query_as("SELECT status, count(*) FROM trainings GROUP BY status")
-            .fetch_all(&self.pool)
+            .fetch_all(&self.pools.reads)
             .await?;
         let counts = |status: TrainingStatus| {
             let row = rows.iter().find(|(word, _)| word == status.as_str());
@@ -87,12 +99,11 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn release_all(&self) -> Result<u64, RegistryError> {
-        let released = sqlx::query(
-            "UPDATE trainings SET status = 'queued', lease_token = NULL, lease_until = NULL, takeovers = takeovers + 1
-             WHERE status = 'running'",
-        )
-        .execute(&self.pool)
-        .await?;
+        let released = sqlx::query(take_over!("WHERE status = 'running'"))
+            .bind(self.lease_time().await?)
+            .bind(TAKEOVER_MS)
+            .execute(&self.pools.writes)
+            .await?;
         Ok(released.rows_affected())
     }
 
@@ -105,13 +116,11 @@ impl Registry {
         if !self.may_judge() {
             return Ok(0);
         }
-        let released = sqlx::query(
-            "UPDATE trainings SET status = 'queued', lease_token = NULL, lease_until = NULL, takeovers = takeovers + 1
-             WHERE status = 'running' AND lease_until < $1",
-        )
-        .bind(self.lease_time().await?)
-        .execute(&self.pool)
-        .await?;
+        let released = sqlx::query(take_over!("WHERE status = 'running' AND lease_until < $1"))
+            .bind(self.lease_time().await?)
+            .bind(TAKEOVER_MS)
+            .execute(&self.pools.writes)
+            .await?;
         Ok(released.rows_affected())
     }
 
@@ -133,7 +142,7 @@ impl Registry {
             )
             .bind(at)
             .bind(lost_before)
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.pools.reads)
             .await?;
             if any.is_none() {
                 return Ok(None);
@@ -141,7 +150,8 @@ impl Registry {
             let mut transaction = self.write().await?;
             let statement = locking!(
                 self.backend,
-                "SELECT t.id, CASE WHEN t.status = 'running' THEN 1 ELSE 0 END AS lost, t.takeovers FROM trainings t
+                "SELECT t.id, CASE WHEN t.status = 'running' AND t.takeover_at <= $3 THEN 1 ELSE 0 END AS lost, t.takeovers
+                 FROM trainings t
                  WHERE (t.status = 'queued' AND t.not_before <= $1) OR (t.status = 'running' AND t.lease_until < $2)
                  ORDER BY (SELECT count(*) FROM trainings r
                            WHERE r.tenant_id = t.tenant_id AND r.status = 'running' AND r.lease_until >= $1),
@@ -153,11 +163,13 @@ impl Registry {
             let found = sqlx::query(statement)
                 .bind(at)
                 .bind(lost_before)
+                .bind(at - TAKEOVER_MS)
                 .fetch_optional(&mut *transaction)
                 .await?;
             let Some(found) = found else { return Ok(None) };
             let id: String = found.try_get("id")?;
-            let takeovers = found.try_get::<i64, _>("takeovers")? + found.try_get::<i64, _>("lost")?;
+            let lost: i64 = found.try_get("lost")?;
+            let takeovers = found.try_get::<i64, _>("takeovers")? + lost;
             if takeovers > i64::from(TAKEOVERS) {
                 let error = serde_json::json!({
                     "code": "interrupted",
@@ -180,14 +192,15 @@ impl Registry {
             sqlx::query(
                 "UPDATE trainings SET status = 'running', lease_token = $1, lease_until = $2, attempt = attempt + 1,
                  resumed_from_step = coalesce(checkpoint_step, 0), step = coalesce(checkpoint_step, 0),
-                 steps_per_second = NULL, started_at = coalesce(started_at, $3), takeovers = $4, worker = $5
-                 WHERE id = $6",
+                 steps_per_second = NULL, started_at = coalesce(started_at, $3), takeovers = $4, worker = $5,
+                 takeover_at = CASE WHEN $6 = 1 THEN $3 ELSE takeover_at END WHERE id = $7",
             )
             .bind(&lease)
             .bind(at + lease_ms)
             .bind(at)
             .bind(takeovers)
             .bind(self.process.to_string())
+            .bind(lost)
             .bind(&id)
             .execute(&mut *transaction)
             .await?;
@@ -225,7 +238,7 @@ impl Registry {
         .bind(progress.and_then(|p| p.steps_per_second).unwrap_or(-1.0))
         .bind(claimed.training.id.to_string())
         .bind(&claimed.lease)
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         fenced(changed.rows_affected())
     }
@@ -241,7 +254,7 @@ impl Registry {
                 .bind(text)
                 .bind(claimed.training.id.to_string())
                 .bind(&claimed.lease)
-                .execute(&self.pool)
+                .execute(&self.pools.writes)
                 .await?;
         fenced(changed.rows_affected())
     }
@@ -258,10 +271,7 @@ impl Registry {
     ) -> Result<(), RegistryError> {
         let stored = self.store(vec![checkpoint]).await?;
         let recorded = self.replace_checkpoint(claimed, step, stored.first()).await;
-        let hashes = stored.release();
-        if recorded.is_err() {
-            self.remove_unreferenced(&hashes).await?;
-        }
+        self.settle(stored, recorded.is_ok()).await;
         self.remove_unreferenced(&recorded?).await
     }
 
@@ -296,10 +306,7 @@ impl Registry {
     ) -> Result<(), RegistryError> {
         let stored = self.store(vec![file]).await?;
         let published = self.publish(claimed, stored.first(), report).await;
-        let hashes = stored.release();
-        if published.is_err() {
-            self.remove_unreferenced(&hashes).await?;
-        }
+        self.settle(stored, published.is_ok()).await;
         self.remove_unreferenced(&published?).await
     }
 
@@ -377,7 +384,7 @@ impl Registry {
         .bind(self.lease_time().await?)
         .bind(claimed.training.id.to_string())
         .bind(&claimed.lease)
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         fenced(changed.rows_affected())
     }
@@ -393,7 +400,7 @@ impl Registry {
         )
         .bind(claimed.training.id.to_string())
         .bind(&claimed.lease)
-        .execute(&self.pool)
+        .execute(&self.pools.writes)
         .await?;
         fenced(changed.rows_affected())
     }

@@ -143,7 +143,7 @@ async fn failures_are_retried_a_few_times_and_permanent_ones_never() {
         // Not at once: whatever failed gets time to recover.
         assert!(attempt == 1 || registry.claim_training(60_000).await.unwrap().is_none());
         sqlx::query("UPDATE trainings SET not_before = 0")
-            .execute(&registry.pool)
+            .execute(&registry.pools.writes)
             .await
             .unwrap();
         let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
@@ -260,7 +260,15 @@ async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
     for step in [15, 30] {
         registry.add_preview(id, step, vec![step as u8].into()).await.unwrap();
     }
-    assert!(registry.retry_training(tenant, id).await.unwrap().unwrap().status == TrainingStatus::Running);
+    assert!(
+        registry
+            .retry_training(tenant, id, Quotas::default())
+            .await
+            .unwrap()
+            .unwrap()
+            .status
+            == TrainingStatus::Running
+    );
     let error = serde_json::json!({"code": "training_failed"});
     registry.fail(&claimed, &error, false).await.unwrap();
     let seen = registry.training(tenant, id).await.unwrap().unwrap();
@@ -272,16 +280,21 @@ async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
         input: "x",
         webhook_url: Some("https://example.com"),
         priority: 0,
+        quotas: Quotas::default(),
     };
     let other = registry.add_training(&concept, new).await.unwrap().unwrap();
     for busy in [
-        registry.retry_training(tenant, id).await,
+        registry.retry_training(tenant, id, Quotas::default()).await,
         registry.add_training(&concept, new).await,
     ] {
         assert!(matches!(busy, Err(RegistryError::ConceptBusy(name)) if name == "rex"));
     }
     registry.cancel_training(tenant, other.id).await.unwrap();
-    let again = registry.retry_training(tenant, id).await.unwrap().unwrap();
+    let again = registry
+        .retry_training(tenant, id, Quotas::default())
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(
         (again.status, again.step, again.attempt),
         (TrainingStatus::Queued, 20, 0)
@@ -301,7 +314,15 @@ async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
 async fn a_training_that_takes_its_workers_with_it_fails_in_the_end() {
     let (_dir, registry) = registry().await;
     let id = add(&registry, "rex").await.id;
-    let lost = || async { registry.claim_training(-1).await.unwrap() };
+    // Each end is a minute after the one before.
+    let lost = async || {
+        sqlx::query("UPDATE trainings SET takeover_at = takeover_at - $1")
+            .bind(TAKEOVER_MS)
+            .execute(&registry.pools.writes)
+            .await
+            .unwrap();
+        registry.claim_training(-1).await.unwrap()
+    };
     for _ in 0..TAKEOVERS {
         lost().await.unwrap();
     }
@@ -318,8 +339,33 @@ async fn a_training_that_takes_its_workers_with_it_fails_in_the_end() {
         (TrainingStatus::Failed, &"interrupted".into())
     );
     // Whoever knows better may try again.
-    registry.retry_training(TenantId::DEFAULT, id).await.unwrap();
+    registry
+        .retry_training(TenantId::DEFAULT, id, Quotas::default())
+        .await
+        .unwrap();
     assert_eq!(registry.claim_training(60_000).await.unwrap().unwrap().training.id, id);
+}
+
+#[tokio::test]
+async fn kills_in_quick_succession_count_once() {
+    let (_dir, registry) = registry().await;
+    let id = add(&registry, "rex").await.id;
+    // Killed three times as often as a training may take its worker with it, seen by the next worker, by the others, and
+    // by the server that starts anew.
+    for _ in 0..TAKEOVERS {
+        registry.claim_training(-1).await.unwrap().unwrap();
+        registry.claim_training(-1).await.unwrap().unwrap();
+        registry.release_lost().await.unwrap();
+        registry.claim_training(60_000).await.unwrap().unwrap();
+        assert_eq!(registry.release_all().await.unwrap(), 1);
+    }
+    let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
+    assert_eq!(claimed.training.id, id);
+    let (counted,): (i64,) = sqlx::query_as("SELECT takeovers FROM trainings")
+        .fetch_one(&registry.pools.reads)
+        .await
+        .unwrap();
+    assert_eq!(counted, 1);
 }
 
 #[tokio::test]

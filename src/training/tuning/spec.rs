@@ -199,8 +199,13 @@ impl TuningSpec {
             ("divergence_weight", self.divergence_weight, 100.0),
             ("regularisation_weight", self.regularisation_weight, 100.0),
         ] {
-            if !value.is_finite() || value < 0.0 || value > high || (value == 0.0 && field.ends_with("rate")) {
-                return fault(field, format!("is {value}; expected a number above 0, at most {high}"));
+            let above_zero = field.ends_with("rate");
+            if !value.is_finite() || value < 0.0 || value > high || (above_zero && value == 0.0) {
+                let expected = match above_zero {
+                    true => format!("a number above 0, at most {high}"),
+                    false => format!("a number from 0 to {high}"),
+                };
+                return fault(field, format!("is {value}; expected {expected}"));
             }
         }
         Ok(())
@@ -224,6 +229,21 @@ impl TuningSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_in_a_message_is_the_one_that_is_checked() {
+        let spec = TuningSpec::preset(Preset::Pocket, WeightMethod::ALL[0], "rex", "cat");
+        let problem = |spec: TuningSpec| spec.check().unwrap_err().problem;
+        let (alpha, learning_rate) = (-1.0, 0.0);
+        assert_eq!(
+            problem(TuningSpec { alpha, ..spec.clone() }),
+            "is -1; expected a number from 0 to 10000"
+        );
+        assert_eq!(
+            problem(TuningSpec { learning_rate, ..spec }),
+            "is 0; expected a number above 0, at most 1"
+        );
+    }
 
     #[test]
     fn every_preset_is_within_its_own_limits_and_faults_name_the_field() {

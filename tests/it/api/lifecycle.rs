@@ -115,6 +115,32 @@ async fn training_survives_kill_nine() {
     .await;
 }
 
+/// Killed more often than a training may take its worker with it, each time before its first checkpoint: the training is not
+/// to blame.
+#[tokio::test(flavor = "multi_thread")]
+async fn quick_kills_end_no_training() {
+    let mut app = TestApp::start().await;
+    let training = app.register_subject(rex(), 400).await;
+    for attempt in 1..=8 {
+        let begun = app
+            .until("the training's next attempt", || async {
+                let (_, body) = app.get(&format!("/v1/trainings/{training}")).await;
+                (body["status"] == "failed" || body["attempt"] == attempt).then_some(body)
+            })
+            .await;
+        assert_eq!(
+            (begun["status"].as_str(), begun["error"].is_null()),
+            (Some("running"), true),
+            "{begun}"
+        );
+        if attempt < 8 {
+            app.kill_nine_and_restart().await;
+        }
+    }
+    let (status, _) = app.post(&format!("/v1/trainings/{training}/cancel"), json!({})).await;
+    assert_eq!(status, 200);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_concept_moves_as_a_file_and_names_are_free_again() {
     let app = TestApp::start().await;

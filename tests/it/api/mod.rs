@@ -3,6 +3,7 @@
 mod bad_input;
 mod command_line;
 mod concepts;
+mod concurrency;
 mod contract;
 mod generations;
 mod guard;

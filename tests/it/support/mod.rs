@@ -22,13 +22,15 @@ pub struct TestApp {
     pub client: reqwest::Client,
     /// Flags beside the usual ones.
     flags: Vec<String>,
+    /// Variables beside this process's own.
+    variables: Vec<(String, String)>,
     /// What is logged, into `server.log` of the folder.
     level: &'static str,
     /// Sent as `Authorization: Bearer` where there is one.
     pub key: Option<String>,
 }
 
-fn launch(dir: &std::path::Path, flags: &[String], level: &str) -> (Child, String) {
+fn launch(dir: &std::path::Path, flags: &[String], variables: &[(String, String)], level: &str) -> (Child, String) {
     let log = std::fs::File::options()
         .create(true)
         .append(true)
@@ -46,6 +48,7 @@ fn launch(dir: &std::path::Path, flags: &[String], level: &str) -> (Child, Strin
         ])
         .arg(dir.join("data"))
         .args(flags)
+        .envs(variables.iter().cloned())
         .stdout(Stdio::piped())
         .env("COAR_LOG", level)
         .stderr(log.expect("the folder can be written"))
@@ -75,16 +78,26 @@ impl TestApp {
 
     /// With more flags, and more in the log.
     pub async fn start_logging(level: &'static str, flags: &[&str]) -> Self {
+        Self::start_in(level, flags, &[]).await
+    }
+
+    /// With more flags and variables.
+    pub async fn start_in(level: &'static str, flags: &[&str], variables: &[(&str, String)]) -> Self {
         coar::client::install_tls();
         let dir = tempfile::tempdir().unwrap();
         let flags: Vec<_> = flags.iter().map(ToString::to_string).collect();
-        let (child, url) = launch(dir.path(), &flags, level);
+        let variables: Vec<_> = variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), value.clone()))
+            .collect();
+        let (child, url) = launch(dir.path(), &flags, &variables, level);
         let app = Self {
             child,
             url,
             dir,
             client: reqwest::Client::new(),
             flags,
+            variables,
             level,
             key: None,
         };
@@ -115,7 +128,7 @@ impl TestApp {
     pub async fn kill_nine_and_restart(&mut self) {
         self.child.kill().expect("SIGKILL is delivered");
         self.child.wait().unwrap();
-        (self.child, self.url) = launch(self.dir.path(), &self.flags, self.level);
+        (self.child, self.url) = launch(self.dir.path(), &self.flags, &self.variables, self.level);
         self.until_ready().await;
     }
 
@@ -124,7 +137,7 @@ impl TestApp {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
         let clean = self.child.wait().unwrap().success();
-        (self.child, self.url) = launch(self.dir.path(), &self.flags, self.level);
+        (self.child, self.url) = launch(self.dir.path(), &self.flags, &self.variables, self.level);
         self.until_ready().await;
         clean
     }

@@ -1,0 +1,284 @@
+//! Blobs between their bytes and the rows that refer to them.
+//!
+//! Bytes are stored before a row refers to them and removed after the last such row is gone, so that for a while no row
+//! tells whether they are wanted. A *hold* does: a row that is written before the first byte is sent and deleted when the
+//! referring row is there. A removal takes a hold too, and only of a blob that no row refers to and nobody stores; whoever
+//! wants to store that blob meanwhile waits for its end.
+//!
+//! Holds are rows and not locks, since the blob store may be slow: no transaction and no connection is kept while it works.
+//! The holds of a process that dies expire; [`Registry::expire_holds`] removes what they have left behind.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::blobs::content_hash;
+use super::{Registry, RegistryError};
+
+/// A hold of bytes that are stored: longer than any retry between the bytes and their row.
+const STORING_MS: i64 = 30 * 60 * 1000;
+/// A hold of bytes that are removed: several times as long as the blob store's client keeps trying.
+const REMOVING_MS: i64 = 5 * 60 * 1000;
+/// How long storing waits for the removal of the same bytes, and how often it looks.
+const REMOVAL: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(20);
+/// Blobs that one transaction looks at.
+const AT_ONCE: usize = 64;
+
+/// Bytes that stay until [`Registry::settle`], whether a row refers to them or not.
+#[derive(Debug)]
+#[must_use]
+pub struct Stored {
+    hashes: Vec<String>,
+    holder: String,
+}
+
+impl Stored {
+    /// Of all of them, as they were given.
+    pub fn hashes(&self) -> &[String] {
+        &self.hashes
+    }
+
+    /// Of the first; empty where nothing was stored.
+    pub fn first(&self) -> &str {
+        self.hashes.first().map_or("", String::as_str)
+    }
+}
+
+impl Registry {
+    /// Stores bytes; they stay until [`Self::settle`], so that a row can be written that refers to them.
+    ///
+    /// # Errors
+    /// When the store or the database fails.
+    pub async fn store(&self, all: Vec<Bytes>) -> Result<Stored, RegistryError> {
+        let hashes: Vec<String> = all.iter().map(|bytes| content_hash(bytes)).collect();
+        let stored = self.hold(hashes).await?;
+        for (hash, bytes) in stored.hashes.iter().zip(all) {
+            if let Err(error) = self.blobs.put_as(hash, bytes).await {
+                // Not removed now: a store that takes nothing removes nothing either, and the caller has waited long enough.
+                self.expire_hold(&stored.holder).await?;
+                return Err(error.into());
+            }
+        }
+        Ok(stored)
+    }
+
+    /// Ends a hold: where `referred`, a row refers to the bytes by now; otherwise those that no row refers to are removed.
+    /// Where the database or the store fails, [`Self::expire_holds`] does the rest later.
+    pub async fn settle(&self, stored: Stored, referred: bool) {
+        let settled = async {
+            self.end_hold(&stored.holder).await?;
+            match referred {
+                true => Ok(()),
+                false => self.remove_unreferenced(&stored.hashes).await,
+            }
+        };
+        if let Err(error) = settled.await {
+            tracing::warn!(%error, "blobs that were stored are still held; the hold expires");
+        }
+    }
+
+    async fn hold(&self, hashes: Vec<String>) -> Result<Stored, RegistryError> {
+        let (holder, since) = (Uuid::new_v4().to_string(), Instant::now());
+        // In one order, so that two callers do not wait for each other.
+        let mut distinct: Vec<&String> = hashes.iter().collect();
+        distinct.sort_unstable();
+        distinct.dedup();
+        while !self.try_hold(&distinct, &holder).await? {
+            if since.elapsed() > REMOVAL {
+                return Err(RegistryError::BlobBusy);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(Stored { hashes, holder })
+    }
+
+    /// False where one of them is being removed.
+    async fn try_hold(&self, hashes: &[&String], holder: &str) -> Result<bool, RegistryError> {
+        let at = self.lease_time().await?;
+        let mut transaction = self.write().await?;
+        for hash in hashes {
+            self.hold_name(&mut transaction, "blob", hash).await?;
+            let removing = sqlx::query(
+                "SELECT holder FROM blob_holds WHERE hash = $1 AND removing = 1 AND expires_at >= $2 LIMIT 1",
+            )
+            .bind(hash.as_str())
+            .bind(at)
+            .fetch_optional(&mut *transaction)
+            .await?;
+            if removing.is_some() {
+                return Ok(false);
+            }
+            sqlx::query("INSERT INTO blob_holds (hash, holder, removing, expires_at) VALUES ($1, $2, 0, $3)")
+                .bind(hash.as_str())
+                .bind(holder)
+                .bind(at + STORING_MS)
+                .execute(&mut *transaction)
+                .await?;
+        }
+        transaction.commit().await?;
+        Ok(true)
+    }
+
+    async fn end_hold(&self, holder: &str) -> Result<(), RegistryError> {
+        sqlx::query("DELETE FROM blob_holds WHERE holder = $1")
+            .bind(holder)
+            .execute(&self.pools.writes)
+            .await?;
+        Ok(())
+    }
+
+    /// Nobody waits for what is held any more; [`Self::expire_holds`] removes what is there of it.
+    async fn expire_hold(&self, holder: &str) -> Result<(), RegistryError> {
+        sqlx::query("UPDATE blob_holds SET expires_at = 0 WHERE holder = $1")
+            .bind(holder)
+            .execute(&self.pools.writes)
+            .await?;
+        Ok(())
+    }
+
+    /// Removes blobs that no row refers to any more.
+    ///
+    /// # Errors
+    /// When the database or the store fails.
+    pub async fn remove_unreferenced(&self, hashes: &[String]) -> Result<(), RegistryError> {
+        self.remove(hashes).await.map(|_| ())
+    }
+
+    /// Removes those of the blobs that no row refers to and nobody stores; returns how many those were.
+    async fn remove(&self, hashes: &[String]) -> Result<usize, RegistryError> {
+        let mut hashes = hashes.to_vec();
+        hashes.sort_unstable();
+        hashes.dedup();
+        let mut removed = 0;
+        for some in hashes.chunks(AT_ONCE) {
+            removed += self.remove_some(some).await?;
+        }
+        Ok(removed)
+    }
+
+    async fn remove_some(&self, hashes: &[String]) -> Result<usize, RegistryError> {
+        if hashes.is_empty() {
+            return Ok(0);
+        }
+        let holder = Uuid::new_v4().to_string();
+        let unwanted = self.hold_unwanted(hashes, &holder).await?;
+        for hash in &unwanted {
+            if let Err(error) = self.blobs.remove(hash).await {
+                self.expire_hold(&holder).await?;
+                return Err(error.into());
+            }
+        }
+        if !unwanted.is_empty() {
+            self.end_hold(&holder).await?;
+        }
+        Ok(unwanted.len())
+    }
+
+    /// Takes the hold of a removal on those that no row refers to and nobody stores.
+    async fn hold_unwanted<'a>(&self, hashes: &'a [String], holder: &str) -> Result<Vec<&'a String>, RegistryError> {
+        let at = self.lease_time().await?;
+        let mut transaction = self.write().await?;
+        let mut unwanted = Vec::new();
+        for hash in hashes {
+            self.hold_name(&mut transaction, "blob", hash).await?;
+            // One statement, one snapshot: a hold ends after its row is written, so that one of the two is seen.
+            let (uses,): (i64,) = sqlx::query_as(
+                "SELECT count(*) FROM (
+                     SELECT 1 AS found FROM blob_holds WHERE hash = $1 AND removing = 0 AND expires_at >= $2
+                     UNION ALL SELECT 1 FROM concept_pictures WHERE blob = $1
+                     UNION ALL SELECT 1 FROM concept_versions WHERE hash = $1
+                     UNION ALL SELECT 1 FROM trainings WHERE checkpoint = $1
+                     UNION ALL SELECT 1 FROM training_previews WHERE blob = $1
+                     UNION ALL SELECT 1 FROM idempotency_keys WHERE blob = $1
+                     UNION ALL SELECT 1 FROM images WHERE blob = $1) AS uses",
+            )
+            .bind(hash)
+            .bind(at)
+            .fetch_one(&mut *transaction)
+            .await?;
+            if uses > 0 {
+                continue;
+            }
+            sqlx::query("INSERT INTO blob_holds (hash, holder, removing, expires_at) VALUES ($1, $2, 1, $3)")
+                .bind(hash)
+                .bind(holder)
+                .bind(at + REMOVING_MS)
+                .execute(&mut *transaction)
+                .await?;
+            unwanted.push(hash);
+        }
+        if !unwanted.is_empty() {
+            transaction.commit().await?;
+        }
+        Ok(unwanted)
+    }
+
+    /// Removes what processes have left behind that died while they stored or removed, and what could not be removed;
+    /// returns how many blobs that were.
+    ///
+    /// # Errors
+    /// When the database or the store fails.
+    pub async fn expire_holds(&self) -> Result<usize, RegistryError> {
+        let at = self.lease_time().await?;
+        let expired: Vec<(String,)> = sqlx::query_as("SELECT DISTINCT hash FROM blob_holds WHERE expires_at < $1")
+            .bind(at)
+            .fetch_all(&self.pools.reads)
+            .await?;
+        let expired: Vec<String> = expired.into_iter().map(|(hash,)| hash).collect();
+        let removed = self.remove(&expired).await?;
+        let mut transaction = self.write().await?;
+        for hash in &expired {
+            sqlx::query("DELETE FROM blob_holds WHERE hash = $1 AND expires_at < $2")
+                .bind(hash)
+                .bind(at)
+                .execute(&mut *transaction)
+                .await?;
+        }
+        transaction.commit().await?;
+        Ok(removed)
+    }
+
+    /// Ends every hold. Only the holder of the data folder's lock may ask, before it stores anything: the others are dead.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn forget_holds(&self) -> Result<(), RegistryError> {
+        sqlx::query("DELETE FROM blob_holds")
+            .execute(&self.pools.writes)
+            .await?;
+        Ok(())
+    }
+
+    /// Removes every blob that no row refers to: what crashes between storing bytes and writing their row have left.
+    /// Safe beside others that store.
+    ///
+    /// # Errors
+    /// When the database or the store fails.
+    pub async fn collect_garbage(&self) -> Result<usize, RegistryError> {
+        let wanted = self.referenced_blobs().await?;
+        let mut unwanted = self.blobs.all().await?;
+        unwanted.retain(|hash| !wanted.contains(hash));
+        self.remove(&unwanted).await
+    }
+
+    /// Hashes of every blob that a row refers to.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn referenced_blobs(&self) -> Result<std::collections::HashSet<String>, RegistryError> {
+        let rows: Vec<(String,)> = sqlx::query_as(
+            "SELECT blob FROM concept_pictures UNION SELECT hash FROM concept_versions
+             UNION SELECT checkpoint FROM trainings WHERE checkpoint IS NOT NULL
+             UNION SELECT blob FROM training_previews UNION SELECT blob FROM images
+             UNION SELECT blob FROM idempotency_keys WHERE blob IS NOT NULL",
+        )
+        .fetch_all(&self.pools.reads)
+        .await?;
+        Ok(rows.into_iter().map(|(blob,)| blob).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,206 @@
+//! Who stores, who removes, and a blob store that is slow.
+
+use object_store::throttle::{ThrottleConfig, ThrottledStore};
+
+use super::*;
+use crate::concept::ConceptKind;
+use crate::ids::TenantId;
+use crate::registry::tests::{test_registry, test_storage};
+use crate::registry::{NewConcept, Quotas};
+use crate::training::{Preset, TrainingSpec};
+
+/// How long the slow store takes for each call.
+const SLOW: Duration = Duration::from_secs(2);
+
+fn slowed(registry: &Registry) -> Registry {
+    let config = ThrottleConfig {
+        wait_put_per_call: SLOW,
+        wait_delete_per_call: SLOW,
+        ..ThrottleConfig::default()
+    };
+    Registry {
+        blobs: registry.blobs.wrap(|store| ThrottledStore::new(store, config)),
+        ..registry.clone()
+    }
+}
+
+fn named(name: &str, pictures: Vec<String>) -> (NewConcept, TrainingSpec) {
+    let new = NewConcept {
+        pictures,
+        ..NewConcept::new(name, ConceptKind::Style)
+    };
+    (
+        new,
+        TrainingSpec::preset(Preset::Pocket, ConceptKind::Style, name, None, 6),
+    )
+}
+
+async fn holds(registry: &Registry) -> i64 {
+    let (count,) = sqlx::query_as("SELECT count(*) FROM blob_holds")
+        .fetch_one(&registry.pools.reads)
+        .await
+        .unwrap();
+    count
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_slow_store_holds_up_neither_other_tenants_nor_the_database() {
+    let (_dir, storage) = test_storage().await;
+    // Fewer connections than tenants: one that is kept while the store works would show.
+    let registry = Registry::connect_with(&storage, 4).await.unwrap();
+    let slow = slowed(&registry);
+    let mut tenants = Vec::new();
+    for number in 0..16 {
+        tenants.push(
+            registry
+                .add_tenant(&format!("t{number}"), Quotas::default())
+                .await
+                .unwrap(),
+        );
+    }
+    let began = Instant::now();
+    let mut callers = tokio::task::JoinSet::new();
+    for tenant in tenants {
+        let slow = slow.clone();
+        callers.spawn(async move {
+            // All register the same picture and one of their own.
+            let own = Bytes::from(tenant.name.clone());
+            let stored = slow.store(vec!["shared".into(), own]).await.unwrap();
+            let (new, spec) = named("ink", stored.hashes().to_vec());
+            let added = slow.add_concept(tenant.id, &new, &spec).await;
+            slow.settle(stored, added.is_ok()).await;
+            added.unwrap();
+        });
+    }
+    // Meanwhile everybody else goes on.
+    let all = tokio::spawn(callers.join_all());
+    let mut longest = Duration::ZERO;
+    while !all.is_finished() {
+        let asked = Instant::now();
+        registry.setting("test", "value").await.unwrap();
+        longest = longest.max(asked.elapsed());
+        tokio::time::sleep(LOOK).await;
+    }
+    all.await.unwrap();
+    let took = began.elapsed();
+    assert!(
+        longest < Duration::from_secs(1),
+        "a write took {longest:?} while the store was slow"
+    );
+    assert!(
+        took < 3 * SLOW,
+        "16 tenants took {took:?}, two calls of the store take {:?}",
+        2 * SLOW
+    );
+    assert_eq!(
+        (holds(&registry).await, registry.blobs.all().await.unwrap().len()),
+        (0, 17)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn bytes_that_are_stored_while_they_are_removed_are_there_afterwards() {
+    let (_dir, registry) = test_registry().await;
+    let (tenant, slow) = (TenantId::DEFAULT, slowed(&registry));
+    let first = registry.store(vec!["picture".into()]).await.unwrap();
+    let (new, spec) = named("first", first.hashes().to_vec());
+    registry.add_concept(tenant, &new, &spec).await.unwrap();
+    registry.settle(first, true).await;
+    let removing = tokio::spawn(async move { slow.delete_concept(tenant, "first").await });
+    let until = Instant::now() + SLOW;
+    while holds(&registry).await == 0 {
+        assert!(Instant::now() < until, "the removal takes no hold");
+        tokio::task::yield_now().await;
+    }
+    // The removal is on its way to the store: this waits for its end, and stores after it.
+    let second = registry.store(vec!["picture".into()]).await.unwrap();
+    assert!(removing.await.unwrap().unwrap());
+    let (new, spec) = named("second", second.hashes().to_vec());
+    registry.add_concept(tenant, &new, &spec).await.unwrap();
+    // Nobody removes what is held, referred to or not.
+    registry.remove_unreferenced(second.hashes()).await.unwrap();
+    let hash = second.first().to_owned();
+    registry.settle(second, true).await;
+    assert_eq!(registry.blobs.get(&hash).await.unwrap(), "picture");
+    assert_eq!(holds(&registry).await, 0);
+}
+
+#[tokio::test]
+async fn what_is_held_stays_and_what_a_dead_process_held_goes() {
+    let (_dir, registry) = test_registry().await;
+    let stored = registry.store(vec!["a".into(), "b".into(), "a".into()]).await.unwrap();
+    assert_eq!(stored.hashes().len(), 3);
+    registry.remove_unreferenced(stored.hashes()).await.unwrap();
+    assert_eq!(
+        (
+            registry.collect_garbage().await.unwrap(),
+            registry.expire_holds().await.unwrap()
+        ),
+        (0, 0)
+    );
+    assert_eq!(registry.blobs.all().await.unwrap().len(), 2);
+    // Its process has died long ago.
+    drop(stored);
+    sqlx::query("UPDATE blob_holds SET expires_at = 1")
+        .execute(&registry.pools.writes)
+        .await
+        .unwrap();
+    assert_eq!(registry.expire_holds().await.unwrap(), 2);
+    assert_eq!(
+        (holds(&registry).await, registry.blobs.all().await.unwrap().len()),
+        (0, 0)
+    );
+    let refused = registry.store(vec!["c".into()]).await.unwrap();
+    registry.settle(refused, false).await;
+    assert_eq!(
+        (holds(&registry).await, registry.blobs.all().await.unwrap().len()),
+        (0, 0)
+    );
+}
+
+#[tokio::test]
+async fn what_cannot_be_stored_holds_nobody_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::open(dir.path()).await.unwrap();
+    let hash = content_hash(b"b");
+    // A folder in the file's place cannot be written like a file.
+    let file = dir.path().join("blobs").join(&hash[..2]).join(&hash);
+    std::fs::create_dir_all(file.join("full")).unwrap();
+    assert!(
+        registry
+            .store(vec!["a".into(), "b".into()])
+            .await
+            .unwrap_err()
+            .may_pass()
+    );
+    // Both can be stored again at once; what was stored of the first attempt goes with the expired holds.
+    std::fs::remove_dir_all(&file).unwrap();
+    let again = registry.store(vec!["b".into()]).await.unwrap();
+    assert_eq!(registry.expire_holds().await.unwrap(), 1);
+    assert_eq!(registry.blobs.all().await.unwrap(), [hash]);
+    registry.settle(again, false).await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_removed_is_removed_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::open(dir.path()).await.unwrap();
+    let stored = registry.store(vec!["a".into()]).await.unwrap();
+    let hash = stored.first().to_owned();
+    registry.settle(stored, true).await;
+    // A folder in the file's place cannot be removed like a file.
+    let file = dir.path().join("blobs").join(&hash[..2]).join(&hash);
+    std::fs::remove_file(&file).unwrap();
+    std::fs::create_dir(&file).unwrap();
+    let failed = registry.remove_unreferenced(std::slice::from_ref(&hash)).await;
+    assert!(failed.unwrap_err().may_pass());
+    std::fs::remove_dir(&file).unwrap();
+    // Nobody waits for a removal that has failed.
+    let again = registry.store(vec!["a".into()]).await.unwrap();
+    sqlx::query("DELETE FROM blob_holds WHERE removing = 0")
+        .execute(&registry.pools.writes)
+        .await
+        .unwrap();
+    drop(again);
+    assert_eq!((registry.expire_holds().await.unwrap(), file.exists()), (1, false));
+}
