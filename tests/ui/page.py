@@ -36,7 +36,7 @@ def running(server: str):
             else:
                 raise AssertionError("the server has not said where it listens; see target/ui/server.log")
             # The page is there at once: it says itself that the model is still loading.
-            with urllib.request.urlopen(found[1], timeout=30) as answer:
+            with urllib.request.urlopen(found[1], timeout=PATIENCE_MS / 1000) as answer:
                 assert answer.headers["Content-Type"].startswith("text/html"), answer.headers
             until_ready(found[1])
             yield found[1]
@@ -60,12 +60,12 @@ def close(url: str) -> str:
     """Makes the server's first key, waits until it asks for one, and gives the key."""
     body = json.dumps({"tenant": "default"}).encode()
     request = urllib.request.Request(f"{url}/v1/admin/keys", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_MS / 1000) as answer:
         secret = json.load(answer)["secret"]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_MS / 1000
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=30):
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=PATIENCE_MS / 1000):
                 assert time.monotonic() < deadline, "the server still lets everybody in"
                 time.sleep(0.1)
         except urllib.error.HTTPError as refused:
@@ -111,7 +111,8 @@ class Visit:
             has_touch=size[0] < 700, reduced_motion="no-preference",
         )
         self.page = self.context.new_page()
-        self.page.set_default_timeout(30_000)
+        # As long as everything else: on two cores that others use too, a screenshot alone has taken more than 30 seconds.
+        self.page.set_default_timeout(PATIENCE_MS)
         self.faults = Faults(self.page)
         self.count = 0
 
@@ -123,7 +124,7 @@ class Visit:
             (missing ?? document.body).scrollIntoView();
             return missing === undefined;
         }"""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_MS / 1000
         while not self.page.evaluate(script, selector):
             assert time.monotonic() < deadline, f"some of `{selector}` have not come"
             self.page.wait_for_timeout(50)

@@ -10,7 +10,7 @@ from playwright.sync_api import expect, sync_playwright
 from page import PATIENCE_MS, ROOT, SHOTS, Visit, close, launch, running
 
 DESKTOP, PHONE, NARROW = (1280, 900), (390, 844), (320, 640)
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=PATIENCE_MS)
 STEPS = "6"
 
 
@@ -100,7 +100,7 @@ def watch(visit, name):
     expect(panel.get_by_role("progressbar")).to_be_visible()
     expect(panel.locator(".state")).to_contain_text(f"of {STEPS}")
     visit.shot("training")
-    expect(panel.locator(".state")).to_contain_text("Trained", timeout=PATIENCE_MS)
+    expect(panel.locator(".state")).to_contain_text("Trained")
     expect(panel.get_by_role("img", name=re.compile(rf"Loss curve: .* at step {STEPS}\."))).to_be_visible()
     expect(panel.locator(".curve path.raw")).to_have_count(1)
     expect(page.locator("#concept-facts .badge")).to_have_text("Ready")
@@ -119,7 +119,7 @@ def retrain_and_go_back(visit):
     form.get_by_label("Seed").fill("1")
     form.get_by_role("button").click()
     versions = page.get_by_role("region", name="Versions")
-    expect(versions.get_by_role("listitem")).to_have_count(2, timeout=PATIENCE_MS)
+    expect(versions.get_by_role("listitem")).to_have_count(2)
     expect(page.locator("#concept-facts")).to_contain_text("version 2")
     versions.get_by_role("button", name="Use this version: 1").click()
     expect(page.locator("#concept-facts")).to_contain_text("version 1")
@@ -162,7 +162,7 @@ def draw(visit, name):
     drawing = page.locator(".drawing").first
     expect(drawing.locator(".tile[data-partials]").first).to_be_visible(timeout=PATIENCE_MS)
     visit.shot("drawing")
-    expect(drawing).to_have_attribute("data-status", "succeeded", timeout=PATIENCE_MS)
+    expect(drawing).to_have_attribute("data-status", "succeeded")
     tiles = drawing.locator(".tile[data-done][data-partials]")
     expect(tiles).to_have_count(2)
     expect(tiles.first).to_contain_text("seed 7 · picture 0")
@@ -189,7 +189,7 @@ def compare(visit, name):
     pair = page.locator(".pair").first
     for side, prompt in [(f"With <{name}>", f"a photo of <{name}> cat on the beach"), ("Without", "a photo of a cat on the beach")]:
         drawing = pair.get_by_role("article", name=side)
-        expect(drawing).to_have_attribute("data-status", "succeeded", timeout=PATIENCE_MS)
+        expect(drawing).to_have_attribute("data-status", "succeeded")
         expect(drawing.locator(".prompt")).to_have_text(prompt)
         expect(drawing.locator(".tile")).to_contain_text("seed 7 · picture 0")
     visit.shot("compared")
@@ -219,7 +219,7 @@ def gallery(visit, name):
     expect(settings(page).get_by_label("Prompt", exact=True)).to_have_value(f"a photo of <{name}> cat on the beach")
     page.get_by_role("button", name="Draw", exact=True).click()
     drawing = page.locator(".drawing").first
-    expect(drawing).to_have_attribute("data-status", "succeeded", timeout=PATIENCE_MS)
+    expect(drawing).to_have_attribute("data-status", "succeeded")
     expect(drawing.locator(".tile")).to_contain_text("seed 7 · picture 1")
     go(page, "Gallery")
     count += 1

@@ -132,3 +132,24 @@ async fn of_concurrent_duplicates_one_works() {
     let (_, listed) = app.get("/v1/concepts").await;
     assert_eq!(listed["data"].as_array().map(Vec::len), Some(1), "{listed}");
 }
+
+/// Pictures in an answer are too much for a row: the answer is a blob, and comes again all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_with_pictures_in_it_comes_again_from_the_blob_store() {
+    let mut app = TestApp::start().await;
+    let body = serde_json::json!({"prompt": "a cat", "n": 2, "seed": 7, "response_format": "b64_json"});
+    let draw = |app: &TestApp| app.request(Method::POST, "/v1/images/generations").json(&body);
+    let first = send(draw(&app), "pictures").await;
+    assert_eq!((first.status, first.replayed), (200, false), "{first:?}");
+    assert!(first.body.len() > 16 << 10, "{} bytes", first.body.len());
+    assert_eq!(app.blobs().len(), 1, "these pictures are stored nowhere else");
+    let replayed = Answer {
+        replayed: true,
+        ..first
+    };
+    assert!(send(draw(&app), "pictures").await == replayed);
+    // Whoever starts next keeps what an answer refers to.
+    app.kill_nine_and_restart().await;
+    assert!(send(draw(&app), "pictures").await == replayed);
+    assert_eq!(app.blobs().len(), 1);
+}
