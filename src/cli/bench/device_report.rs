@@ -408,6 +408,14 @@ fn cell(value: Option<&Value>, decimals: usize) -> String {
     }
 }
 
+/// A limit, without digits that say nothing.
+fn limit(number: f64) -> String {
+    format!("{number:.4}")
+        .trim_end_matches('0')
+        .trim_end_matches('.')
+        .to_owned()
+}
+
 /// Lines of a Markdown table.
 fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
@@ -479,7 +487,7 @@ impl Report {
                 None => vec![what.to_owned(), ABSENT.to_owned(), ABSENT.to_owned(), String::new()],
                 Some(check) => vec![
                     what.to_owned(),
-                    format!("{}", number(check, "limit")),
+                    limit(number(check, "limit")),
                     match check["measured"].as_f64() {
                         Some(measured) => format!("{measured:.3e}"),
                         None => "no number".to_owned(),

@@ -62,6 +62,11 @@ impl Bench {
         matches!(self.device(), Device::Cuda(_))
     }
 
+    /// Whether f32 may be rounded to TF32 outside the comparisons.
+    pub fn tf32(&self) -> bool {
+        self.args.tf32.is_on()
+    }
+
     /// As `--device` names it.
     pub fn device_name(&self) -> String {
         match &self.device {

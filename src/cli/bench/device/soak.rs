@@ -29,9 +29,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
         let time = findings.left().mul_f64(share);
         finished += crate::cli::local::block_on(one(bench, findings, deterministic, time))?;
     }
-    findings.headline(format!(
-        "{finished} requests drawn, those compared equal to the same alone"
-    ));
+    findings.headline(format!("{finished} requests drawn to their end"));
     Ok(())
 }
 

@@ -22,6 +22,8 @@ struct Micro<'a> {
     /// Runs of which the median is taken.
     runs: usize,
     small: bool,
+    /// What f32 is computed with apart from the convolutions.
+    tf32: bool,
 }
 
 pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
@@ -32,6 +34,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
         config: bench.configs()?.0,
         runs: if bench.small { 3 } else { 15 },
         small: bench.small,
+        tf32: bench.tf32(),
     };
     micro.memory()?;
     micro.launches()?;

@@ -124,7 +124,7 @@ impl Micro<'_> {
                     };
                     self.ms(convolve)
                 })();
-                accelerator::set_tf32(false)?;
+                accelerator::set_tf32(self.tf32)?;
                 let flops = (2 * channels * channels * 9 * side * side) as f64;
                 let measured = measured.map(|ms| json!({"ms": ms, "tflops": flops / ms / 1e9}));
                 self.row("convolutions", json!({"side": side, "kind": name}), measured)?;

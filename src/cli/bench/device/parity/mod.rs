@@ -106,20 +106,22 @@ fn reference(files: &CheckpointFiles, kind: Kind) -> anyhow::Result<LuminaMgpt> 
     })?)
 }
 
-/// Allows or forbids TF32 for as long as it lives; after that it is forbidden, as in a server by default.
-struct Tf32;
+/// Allows or forbids TF32 for as long as it lives.
+struct Tf32 {
+    after: bool,
+}
 
 impl Tf32 {
-    fn set(on: bool) -> Result<Self, ModelError> {
+    fn set(on: bool, after: bool) -> Result<Self, ModelError> {
         accelerator::set_tf32(on)?;
-        Ok(Self)
+        Ok(Self { after })
     }
 }
 
 impl Drop for Tf32 {
     fn drop(&mut self) {
-        if let Err(error) = accelerator::set_tf32(false) {
-            eprintln!("TF32 stays on: {error}");
+        if let Err(error) = accelerator::set_tf32(self.after) {
+            eprintln!("TF32 stays as it is: {error}");
         }
     }
 }
@@ -179,7 +181,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     };
     let files = bench.pocket_files()?;
     for mode in modes {
-        let _tf32 = Tf32::set(mode.tf32)?;
+        let _tf32 = Tf32::set(mode.tf32, bench.tf32())?;
         let reference = reference(&files, mode.kind)?;
         let mut device = bench.pocket(mode.kind)?;
         let sequences = Sequences::of_image(&reference)?;
