@@ -12,6 +12,7 @@ mod inspect;
 mod keys;
 mod local;
 mod model;
+mod designers;
 mod pocket;
 mod remote;
 mod serve;
