@@ -46,8 +46,8 @@ const OBJECTS: [ObjectEntry; 48] = [
     object("fish", "fish", "fish", "tropical-fish"),
     object("octopus", "octopus", "octopus", "octopus"),
     object("crab", "crab", "", ""),
-    object("bird", "bird", "bird", "bird-1"),
-    object("penguin", "penguin", "penguin", "penguin-1"),
+    object("bird", "bird", "", ""),
+    object("penguin", "penguin", "penguin", ""),
     object("owl", "owl", "", ""),
     object("fox", "fox", "foxsmiling", "fox-face-1"),
     object("butterfly", "butterfly", "", ""),
@@ -260,6 +260,14 @@ impl Colour {
             Self::Green => 145.0,
             Self::Blue => 256.0,
             Self::Pink => 355.0,
+        }
+    }
+
+    /// The mean lightness in OKLab, 0 to 1, that a dark drawing in this colour is raised towards.
+    pub fn lightness(self) -> f32 {
+        match self {
+            Self::Green | Self::Blue => 0.55,
+            Self::Pink => 0.68,
         }
     }
 }

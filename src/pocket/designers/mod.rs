@@ -15,6 +15,8 @@ mod recolour;
 mod scenes;
 mod sketch;
 mod spec;
+/// Training of the model of this world.
+pub mod training;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -133,11 +135,11 @@ impl World {
             designer: spec.designer.name(),
         })?;
         Ok(match (spec.hue, spec.colour) {
-            (Some(hue), _) => std::borrow::Cow::Owned(recolour(plain, f32::from(hue))),
+            (Some(hue), _) => std::borrow::Cow::Owned(recolour(plain, f32::from(hue), 0.0)),
             (None, Some(colour)) => {
                 let designers = spec.object.index() * Designer::ALL.len() + spec.designer.index();
                 let at = designers * Colour::ALL.len() + colour.index();
-                std::borrow::Cow::Borrowed(self.coloured[at].get_or_init(|| recolour(plain, colour.hue())))
+                std::borrow::Cow::Borrowed(self.coloured[at].get_or_init(|| recolour(plain, colour.hue(), colour.lightness())))
             }
             (None, None) => std::borrow::Cow::Borrowed(plain),
         })

@@ -1,7 +1,8 @@
 //! Turns a drawing to another colour, as if its designer had drawn it so.
 //!
 //! The drawing's dominant hue is rotated to the wanted one in OKLab (Ottosson 2020); every other hue keeps its distance
-//! from it. Grey drawings have no hue to rotate and are tinted; pale ones gain chroma.
+//! from it. Grey drawings have no hue to rotate and are tinted; pale ones gain chroma, and dark ones gain lightness where
+//! the colour's word means a light colour.
 
 use std::f32::consts::PI;
 use std::sync::LazyLock;
@@ -43,6 +44,9 @@ const TINT: f32 = 0.13;
 const LIVELY: f32 = 0.12;
 const MAX_GAIN: f32 = 1.35;
 
+/// Largest gain of lightness at middle lightness; black and white stay.
+const MAX_LIFT: f32 = 0.22;
+
 /// sRGB levels in linear light.
 static LINEAR: LazyLock<[f32; 256]> = LazyLock::new(|| {
     std::array::from_fn(|level| {
@@ -76,8 +80,9 @@ fn srgb(lab: [f32; 3]) -> [f32; 3] {
     })
 }
 
-/// `drawing` with its dominant hue turned to `hue` (degrees of OKLCh).
-pub fn recolour(drawing: &Drawing, hue: f32) -> Drawing {
+/// `drawing` with its dominant hue turned to `hue` (degrees of OKLCh), and its mean lightness raised towards `lightness`
+/// (0 to 1; 0 leaves it).
+pub fn recolour(drawing: &Drawing, hue: f32, lightness: f32) -> Drawing {
     let straight: Vec<Option<([f32; 3], f32)>> = drawing
         .rgba
         .chunks_exact(4)
@@ -89,10 +94,11 @@ pub fn recolour(drawing: &Drawing, hue: f32) -> Drawing {
             })
         })
         .collect();
-    let (mut weight, mut chroma, mut x, mut y) = (0.0f32, 0.0f32, 0.0f32, 0.0f32);
-    for &([_, a, b], alpha) in straight.iter().flatten() {
+    let (mut weight, mut light, mut chroma, mut x, mut y) = (0.0f32, 0.0f32, 0.0f32, 0.0f32, 0.0f32);
+    for &([l, a, b], alpha) in straight.iter().flatten() {
         let c = a.hypot(b);
         weight += alpha;
+        light += alpha * l;
         chroma += alpha * c;
         // Weighted by chroma once more: vivid areas decide which hue dominates.
         x += alpha * c * a;
@@ -102,6 +108,7 @@ pub fn recolour(drawing: &Drawing, hue: f32) -> Drawing {
     let target = hue * PI / 180.0;
     let (sin, cos) = (target - y.atan2(x)).sin_cos();
     let grey = ((GREY_BELOW - mean) / GREY_RANGE).clamp(0.0, 1.0);
+    let lift = (lightness - light / weight.max(1e-3)).clamp(0.0, MAX_LIFT);
     let gain = (LIVELY / mean.max(1e-3)).clamp(1.0, MAX_GAIN);
     let rgba = straight
         .iter()
@@ -112,7 +119,7 @@ pub fn recolour(drawing: &Drawing, hue: f32) -> Drawing {
             let tint = grey * TINT * (4.0 * l * (1.0 - l)).clamp(0.0, 1.0).powf(0.6);
             let turned_a = gain * (cos * a - sin * b) + tint * target.cos();
             let turned_b = gain * (sin * a + cos * b) + tint * target.sin();
-            let l = l - grey * 0.18 * ((l - 0.85) / 0.15).max(0.0);
+            let l = l - grey * 0.18 * ((l - 0.85) / 0.15).max(0.0) + lift * (4.0 * l * (1.0 - l)).clamp(0.0, 1.0);
             let [r, g, b] = srgb([l, turned_a, turned_b]).map(|value| (value * alpha * 255.0 + 0.5) as u8);
             [r, g, b, (alpha * 255.0 + 0.5) as u8]
         })
@@ -153,7 +160,7 @@ mod tests {
     fn vivid_and_grey_drawings_get_the_hue() {
         for rgba in [[220, 60, 40, 255], [128, 128, 128, 255], [90, 90, 94, 255]] {
             for hue in [145.0f32, 256.0] {
-                let turned = hue_of(&recolour(&flat(rgba), hue)).rem_euclid(360.0);
+                let turned = hue_of(&recolour(&flat(rgba), hue, 0.0)).rem_euclid(360.0);
                 assert!((turned - hue).abs() < 12.0, "{rgba:?} to {hue}: {turned}");
             }
         }
@@ -161,11 +168,11 @@ mod tests {
 
     #[test]
     fn alpha_stays_and_nothing_exceeds_it() {
-        let turned = recolour(&flat([60, 20, 10, 100]), 256.0);
+        let turned = recolour(&flat([60, 20, 10, 100]), 256.0, 0.7);
         for pixel in turned.rgba.chunks_exact(4) {
             assert_eq!(pixel[3], 100);
             assert!(pixel[..3].iter().all(|&value| value <= 100), "{pixel:?}");
         }
-        assert_eq!(recolour(&flat([0; 4]), 145.0), flat([0; 4]));
+        assert_eq!(recolour(&flat([0; 4]), 145.0, 0.5), flat([0; 4]));
     }
 }
