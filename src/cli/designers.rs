@@ -7,8 +7,11 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::pocket::save_png;
 use crate::pocket::designers::training::Budget;
+use crate::pocket::designers::training::decoder::{DecoderRecipe, tune_decoder};
 use crate::pocket::designers::training::measure::{Validation, measure, reconstructions};
+use crate::pocket::designers::training::run::saved_state;
 use crate::pocket::designers::training::tokenizer::{TokenizerRecipe, saved_tokenizer, tokenizer_config, train_tokenizer};
+use crate::pocket::designers::training::transformer::{TransformerRecipe, train_transformer};
 use crate::pocket::designers::{Designer, Pack, World, contact, default_dir};
 
 /// The world of designers' drawings: render it, train the model of it, measure it.
@@ -59,12 +62,20 @@ pub(super) struct TrainArgs {
     /// Name of the stage's folder in the world's folder. Default: the stage's name.
     #[arg(long, value_name = "NAME")]
     run: Option<String>,
+    /// The tokenizer's folder in the world's folder, for the stages that need one.
+    #[arg(long, value_name = "NAME", default_value = "tokenizer")]
+    from: String,
 }
 
 /// The stages, in order; each needs the one before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Stage {
+    /// Encoder, codebook and decoder.
     Tokenizer,
+    /// The decoder alone, with frozen codes.
+    Decoder,
+    /// The transformer, on captions and codes.
+    Transformer,
 }
 
 /// Measure the tokenizer on images that training never shows.
@@ -151,6 +162,8 @@ impl Stage {
     fn name(self) -> &'static str {
         match self {
             Self::Tokenizer => "tokenizer",
+            Self::Decoder => "decoder",
+            Self::Transformer => "transformer",
         }
     }
 }
@@ -168,6 +181,18 @@ impl TrainArgs {
                 recipe.steps = self.steps.unwrap_or(recipe.steps);
                 recipe.tie = self.tie.unwrap_or(recipe.tie);
                 train_tokenizer(&recipe, &world, &dir, device, budget)?
+            }
+            Stage::Decoder => {
+                let mut recipe = DecoderRecipe::default();
+                recipe.steps = self.steps.unwrap_or(recipe.steps);
+                let tokenizer = saved_state(&self.files.dir()?.join(&self.from))?;
+                tune_decoder(&recipe, &world, &tokenizer, &dir, device, budget)?
+            }
+            Stage::Transformer => {
+                let mut recipe = TransformerRecipe::default();
+                recipe.steps = self.steps.unwrap_or(recipe.steps);
+                let tokenizer = saved_state(&self.files.dir()?.join(&self.from))?;
+                train_transformer(&recipe, &world, (&tokenizer, &tokenizer_config()), &dir, device, budget)?
             }
         };
         println!("{} steps; state and curve are in {}", steps, dir.display());

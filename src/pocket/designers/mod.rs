@@ -268,7 +268,7 @@ pub(crate) mod tests {
     pub(crate) fn synthetic_pack() -> Pack {
         let mut pack = Pack::default();
         let shape = |index: usize, designer: Designer| {
-            let colour = (index * 0x35_71_9d + designer.index() * 0x1f_a3_47) & 0xff_ff_ff;
+            let colour = (0x40_68_90 + index * 0x35_71_9d + designer.index() * 0x1f_a3_47) & 0xff_ff_ff;
             let corner = 4 + index % 24;
             format!(
                 r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64" width="64" height="64"><rect x="4" y="4" width="56" height="{}" rx="{corner}" fill="#{colour:06x}"/></svg>"##,
