@@ -1,4 +1,4 @@
-//! `coar pocket designers draw|train|measure`: the world of designers' drawings, behind its own command until it is the
+//! `coar pocket designers draw|train|measure|export`: the world of designers' drawings, behind its own command until it is the
 //! default.
 
 use std::path::PathBuf;
@@ -8,9 +8,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::pocket::save_png;
 use crate::pocket::designers::training::Budget;
 use crate::pocket::designers::training::decoder::{DecoderRecipe, tune_decoder};
+use crate::pocket::designers::training::export::export;
 use crate::pocket::designers::training::measure::{Validation, measure, reconstructions};
-use crate::pocket::designers::training::run::saved_state;
-use crate::pocket::designers::training::tokenizer::{TokenizerRecipe, saved_tokenizer, tokenizer_config, train_tokenizer};
+use crate::pocket::designers::training::tokenizer::{TokenizerRecipe, TrainedTokenizer, train_tokenizer};
 use crate::pocket::designers::training::transformer::{TransformerRecipe, train_transformer};
 use crate::pocket::designers::{Designer, Pack, World, contact, default_dir};
 
@@ -20,6 +20,7 @@ pub(super) enum DesignersCommand {
     Draw(DrawArgs),
     Train(TrainArgs),
     Measure(MeasureArgs),
+    Export(ExportArgs),
 }
 
 /// Render the designers' icon sets into a pack, and draw contact sheets.
@@ -62,9 +63,10 @@ pub(super) struct TrainArgs {
     /// Name of the stage's folder in the world's folder. Default: the stage's name.
     #[arg(long, value_name = "NAME")]
     run: Option<String>,
-    /// The tokenizer's folder in the world's folder, for the stages that need one.
-    #[arg(long, value_name = "NAME", default_value = "tokenizer")]
-    from: String,
+    /// The folder, in the world's folder, of the tokenizer that this stage needs. Default: `tokenizer` for the decoder,
+    /// `decoder` for the transformer.
+    #[arg(long, value_name = "NAME")]
+    from: Option<String>,
 }
 
 /// The stages, in order; each needs the one before it.
@@ -97,6 +99,22 @@ pub(super) struct MeasureArgs {
     /// Size of the sheet's images: every pixel is repeated this many times.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4))]
     zoom: u32,
+}
+
+/// Write the trained stages as a checkpoint folder, for `--model`.
+#[derive(Debug, Args)]
+pub(super) struct ExportArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    /// The transformer's folder in the world's folder.
+    #[arg(long, value_name = "NAME", default_value = "transformer")]
+    transformer: String,
+    /// The folder of the tokenizer or of its tuned decoder in the world's folder.
+    #[arg(long, value_name = "NAME", default_value = "decoder")]
+    tokenizer: String,
+    /// Folder of the finished checkpoint.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
 }
 
 /// Where the world's files are.
@@ -135,7 +153,17 @@ impl DesignersCommand {
             Self::Draw(args) => args.run(),
             Self::Train(args) => args.run(),
             Self::Measure(args) => args.run(),
+            Self::Export(args) => args.run(),
         }
+    }
+}
+
+impl ExportArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let dir = self.files.dir()?;
+        export(&dir.join(self.transformer), &dir.join(self.tokenizer), &self.out)?;
+        println!("{}", self.out.display());
+        Ok(())
     }
 }
 
@@ -169,6 +197,11 @@ impl Stage {
 }
 
 impl TrainArgs {
+    fn tokenizer(&self, default: &str) -> anyhow::Result<TrainedTokenizer> {
+        let name = self.from.as_deref().unwrap_or(default);
+        Ok(TrainedTokenizer::open(&self.files.dir()?.join(name))?)
+    }
+
     fn run(self) -> anyhow::Result<()> {
         let device = super::model::device(&self.device)?;
         tch::set_num_threads(self.threads);
@@ -185,14 +218,14 @@ impl TrainArgs {
             Stage::Decoder => {
                 let mut recipe = DecoderRecipe::default();
                 recipe.steps = self.steps.unwrap_or(recipe.steps);
-                let tokenizer = saved_state(&self.files.dir()?.join(&self.from))?;
+                let tokenizer = self.tokenizer("tokenizer")?;
                 tune_decoder(&recipe, &world, &tokenizer, &dir, device, budget)?
             }
             Stage::Transformer => {
                 let mut recipe = TransformerRecipe::default();
                 recipe.steps = self.steps.unwrap_or(recipe.steps);
-                let tokenizer = saved_state(&self.files.dir()?.join(&self.from))?;
-                train_transformer(&recipe, &world, (&tokenizer, &tokenizer_config()), &dir, device, budget)?
+                let tokenizer = self.tokenizer("decoder")?;
+                train_transformer(&recipe, &world, &tokenizer, &dir, device, budget)?
             }
         };
         println!("{} steps; state and curve are in {}", steps, dir.display());
@@ -205,7 +238,7 @@ impl MeasureArgs {
         let device = super::model::device(&self.device)?;
         tch::set_num_threads(self.threads);
         let world = self.files.world()?;
-        let vqgan = saved_tokenizer(&self.files.dir()?.join(&self.run), &tokenizer_config(), device)?;
+        let vqgan = TrainedTokenizer::open(&self.files.dir()?.join(&self.run))?.vqgan(device)?;
         let validation = Validation::draw(&world)?;
         let figures = measure(&vqgan, &validation, device)?;
         for (group, all, rows) in &figures.psnr {
@@ -215,6 +248,7 @@ impl MeasureArgs {
             ("codes in use", figures.codes_used),
             ("covered codes kept", figures.stable_covered),
             ("inner codes kept", figures.stable_inner),
+            ("... 16 pixels right", figures.moved_inner),
         ] {
             println!("{name:<20} {:6.1} %", 100.0 * share);
         }

@@ -75,11 +75,7 @@ pub fn vocabulary_map() -> BTreeMap<String, i64> {
 
 /// Every name and its id in a vocabulary of that many image codes, and of these words.
 pub fn vocabulary_map_of(codes: i64, words: &[&str]) -> BTreeMap<String, i64> {
-    names_and_merges(codes, GRIDS, words)
-        .0
-        .into_iter()
-        .zip(0..)
-        .collect()
+    names_and_merges(codes, GRIDS, words).0.into_iter().zip(0..).collect()
 }
 
 /// The pocket model's tokenizer file.

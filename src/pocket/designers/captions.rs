@@ -143,6 +143,9 @@ mod tests {
 
     #[test]
     fn articles_fit_the_next_word() {
-        assert_eq!((article("apple"), article("unicorn"), article("green")), ("an", "a", "a"));
+        assert_eq!(
+            (article("apple"), article("unicorn"), article("green")),
+            ("an", "a", "a")
+        );
     }
 }

@@ -18,7 +18,10 @@ pub struct Sheet {
 }
 
 fn sheet(world: &World, name: &'static str, specs: &[Spec], columns: usize) -> Result<Sheet, WorldError> {
-    let images = specs.iter().map(|spec| world.render(spec)).collect::<Result<Vec<_>, _>>()?;
+    let images = specs
+        .iter()
+        .map(|spec| world.render(spec))
+        .collect::<Result<Vec<_>, _>>()?;
     Ok(Sheet {
         name,
         image: contact_sheet(&images, columns),

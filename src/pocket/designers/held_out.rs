@@ -179,7 +179,11 @@ mod tests {
             .map(|spec| (spec.object, spec.designer, spec.colour.map(Colour::index)))
             .collect();
         let drawings = Object::all().len() * Designer::TRAINED.len();
-        let whole = REPORTED.iter().chain(&DEVELOPMENT).filter(|s| s.unseen == Unseen::Drawing).count();
+        let whole = REPORTED
+            .iter()
+            .chain(&DEVELOPMENT)
+            .filter(|s| s.unseen == Unseen::Drawing)
+            .count();
         let coloured = REPORTED.len() + DEVELOPMENT.len() - whole;
         assert_eq!(seen.len(), 4 * (drawings - whole) - coloured);
     }

@@ -99,10 +99,15 @@ mod tests {
 
     #[test]
     fn aliases_are_followed_and_cycles_end() {
-        let set = set(r#"{"width": 32, "height": 24, "icons": {"a": {"body": "<path/>", "left": 2}},
-            "aliases": {"b": {"parent": "c"}, "c": {"parent": "a"}, "x": {"parent": "y"}, "y": {"parent": "x"}}}"#);
+        let set = set(
+            r#"{"width": 32, "height": 24, "icons": {"a": {"body": "<path/>", "left": 2}},
+            "aliases": {"b": {"parent": "c"}, "c": {"parent": "a"}, "x": {"parent": "y"}, "y": {"parent": "x"}}}"#,
+        );
         let svg = set.svg("b").unwrap();
-        assert!(svg.contains(r#"viewBox="2 0 32 24""#) && svg.contains("<path/>"), "{svg}");
+        assert!(
+            svg.contains(r#"viewBox="2 0 32 24""#) && svg.contains("<path/>"),
+            "{svg}"
+        );
         assert_eq!(svg, set.svg("a").unwrap());
         assert!(set.svg("x").is_err() && set.svg("absent").is_err());
     }

@@ -62,10 +62,7 @@ pub enum WorldError {
     Missing { what: String, designer: &'static str },
     /// A file that cannot be read or written.
     #[error("{}: {source}", file.display())]
-    File {
-        file: PathBuf,
-        source: std::io::Error,
-    },
+    File { file: PathBuf, source: std::io::Error },
 }
 
 impl WorldError {
@@ -130,16 +127,21 @@ impl World {
     }
 
     fn object(&self, spec: &Spec) -> Result<std::borrow::Cow<'_, Drawing>, WorldError> {
-        let plain = self.pack.object(spec.object, spec.designer).ok_or_else(|| WorldError::Missing {
-            what: spec.object.words().unwrap_or("extra object").to_owned(),
-            designer: spec.designer.name(),
-        })?;
+        let plain = self
+            .pack
+            .object(spec.object, spec.designer)
+            .ok_or_else(|| WorldError::Missing {
+                what: spec.object.words().unwrap_or("extra object").to_owned(),
+                designer: spec.designer.name(),
+            })?;
         Ok(match (spec.hue, spec.colour) {
             (Some(hue), _) => std::borrow::Cow::Owned(recolour(plain, f32::from(hue), 0.0)),
             (None, Some(colour)) => {
                 let designers = spec.object.index() * Designer::ALL.len() + spec.designer.index();
                 let at = designers * Colour::ALL.len() + colour.index();
-                std::borrow::Cow::Borrowed(self.coloured[at].get_or_init(|| recolour(plain, colour.hue(), colour.lightness())))
+                std::borrow::Cow::Borrowed(
+                    self.coloured[at].get_or_init(|| recolour(plain, colour.hue(), colour.lightness())),
+                )
             }
             (None, None) => std::borrow::Cow::Borrowed(plain),
         })
@@ -157,10 +159,13 @@ impl World {
             left,
         }];
         if let Some(accessory) = spec.accessory {
-            let drawing = self.pack.accessory(accessory, spec.designer).ok_or_else(|| WorldError::Missing {
-                what: accessory.name().to_owned(),
-                designer: spec.designer.name(),
-            })?;
+            let drawing = self
+                .pack
+                .accessory(accessory, spec.designer)
+                .ok_or_else(|| WorldError::Missing {
+                    what: accessory.name().to_owned(),
+                    designer: spec.designer.name(),
+                })?;
             let left = match spec.place {
                 Place::Right => 0,
                 Place::Left | Place::Alone(_) => IMAGE_SIDE - ACCESSORY_SIDE,
@@ -234,7 +239,10 @@ fn cast_shadow(rgb: &mut [u8], placed: &Placed) {
     let (rx, ry) = ((last - first) as f32 * 0.5 + 3.0, SHADOW_HEIGHT);
     for y in GROUND - 12..GROUND + 12 {
         for x in 0..IMAGE_SIDE {
-            let (dx, dy) = ((x as f32 + 0.5 - center) / rx, (y as f32 + 0.5 - GROUND as f32 + 1.0) / ry);
+            let (dx, dy) = (
+                (x as f32 + 0.5 - center) / rx,
+                (y as f32 + 0.5 - GROUND as f32 + 1.0) / ry,
+            );
             let inside = ((1.3 - dx.hypot(dy)) / 0.9).clamp(0.0, 1.0);
             let light = 1.0 - SHADOW * inside * inside * (3.0 - 2.0 * inside);
             for value in &mut rgb[(y * IMAGE_SIDE + x) * 3..][..3] {
@@ -248,7 +256,10 @@ fn paste(rgb: &mut [u8], placed: &Placed) {
     let side = placed.drawing.side;
     for (row, line) in placed.drawing.rgba.chunks_exact(side * 4).enumerate() {
         let start = ((placed.top() + row) * IMAGE_SIDE + placed.left) * 3;
-        for (target, source) in rgb[start..start + side * 3].chunks_exact_mut(3).zip(line.chunks_exact(4)) {
+        for (target, source) in rgb[start..start + side * 3]
+            .chunks_exact_mut(3)
+            .zip(line.chunks_exact(4))
+        {
             let through = 255 - u32::from(source[3]);
             for (value, &ink) in target.iter_mut().zip(&source[..3]) {
                 *value = ((u32::from(*value) * through + 127) / 255 + u32::from(ink)).min(255) as u8;
@@ -344,7 +355,13 @@ pub(crate) mod tests {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         for spec in some(4, 60) {
             let other = spec.in_another_scene(&mut rng);
-            assert!(other.scene != spec.scene && Spec { scene: spec.scene, ..other } == spec);
+            assert!(
+                other.scene != spec.scene
+                    && Spec {
+                        scene: spec.scene,
+                        ..other
+                    } == spec
+            );
             let covered = world.covered(&spec).unwrap();
             assert_eq!(covered, world.covered(&other).unwrap());
             let (a, b) = (world.render(&spec).unwrap(), world.render(&other).unwrap());

@@ -28,7 +28,11 @@ pub struct Pack {
 /// # Errors
 /// When neither variable is set.
 pub fn default_dir() -> Result<PathBuf, WorldError> {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     set("XDG_CACHE_HOME")
         .or_else(|| set("HOME").map(|home| home.join(".cache")))
         .map(|cache| cache.join("coar").join("world"))
@@ -132,7 +136,9 @@ impl Pack {
     /// # Errors
     /// When the file is absent, larger than 64 MiB, or no pack.
     pub fn read(file: &Path) -> Result<Self, WorldError> {
-        let size = std::fs::metadata(file).map_err(|error| WorldError::file(file, error))?.len();
+        let size = std::fs::metadata(file)
+            .map_err(|error| WorldError::file(file, error))?
+            .len();
         if size > MAX_BYTES {
             return Err(WorldError::pack(format!(
                 "{} has {size} bytes; at most {MAX_BYTES} are read",
@@ -148,8 +154,7 @@ impl Pack {
     /// # Errors
     /// When the bytes are no pack.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, WorldError> {
-        let mut archive =
-            ZipArchive::new(Cursor::new(bytes)).map_err(|error| WorldError::pack(error.to_string()))?;
+        let mut archive = ZipArchive::new(Cursor::new(bytes)).map_err(|error| WorldError::pack(error.to_string()))?;
         let mut drawings = BTreeMap::new();
         for index in 0..archive.len() {
             let entry = archive
@@ -165,7 +170,11 @@ impl Pack {
                 .read_to_end(&mut png)
                 .map_err(|error| WorldError::pack(format!("{name}: {error}")))?;
             let drawing = Drawing::from_png(&png)?;
-            let expected = if name.ends_with(".small.png") { ACCESSORY_SIDE } else { OBJECT_SIDE };
+            let expected = if name.ends_with(".small.png") {
+                ACCESSORY_SIDE
+            } else {
+                OBJECT_SIDE
+            };
             if drawing.side != expected {
                 return Err(WorldError::pack(format!(
                     "{name} has {} pixels a side; expected {expected}",

@@ -17,6 +17,14 @@ pub enum Place {
 }
 
 impl Place {
+    /// Cells from `self` to `other`, to the right, of an object that stands alone in both; otherwise none.
+    pub fn cells_to(self, other: Self) -> i64 {
+        match (self, other) {
+            (Self::Alone(from), Self::Alone(to)) => i64::from(to) - i64::from(from),
+            _ => 0,
+        }
+    }
+
     /// Places of an object on its own.
     pub const ALONE: &'static [Self] = &[Self::Alone(1), Self::Alone(2), Self::Alone(3), Self::Alone(4)];
     /// Places of an object beside an accessory.
@@ -110,6 +118,18 @@ impl Spec {
         Self {
             scene: Scene::ALL[(self.scene.index() + step) % Scene::ALL.len()],
             ..*self
+        }
+    }
+
+    /// The same thing in another scene and, where it stands alone, at another place.
+    pub fn elsewhere(&self, rng: &mut dyn RngCore) -> Self {
+        let place = match self.place {
+            Place::Alone(_) => Self::some_place(None, rng),
+            beside => beside,
+        };
+        Self {
+            place,
+            ..self.in_another_scene(rng)
         }
     }
 

@@ -10,8 +10,8 @@ use tch::{Device, Kind, Tensor};
 use super::discriminator::Discriminator;
 use super::measure::{Validation, measure};
 use super::pairs::{PairBatch, prefetch};
-use super::run::{Budget, Run, State, steps};
-use super::tokenizer::{network_state, rounded, tokenizer_config, tokenizer_of};
+use super::run::{Budget, Run, State};
+use super::tokenizer::{TrainedTokenizer, network_state, rounded, tokenizer_config, tokenizer_of};
 use crate::model::vqgan::VqganConfig;
 use crate::model::{ModelError, Vqgan};
 use crate::pocket::designers::World;
@@ -74,7 +74,11 @@ fn phase(recipe: &DecoderRecipe, step: i64) -> (bool, f64) {
 /// Warm-up, constant for a third of the phase, then linear to 5 %.
 fn learning_rate(recipe: &DecoderRecipe, step: i64) -> f64 {
     let (adversarial, done) = phase(recipe, step);
-    let rate = if adversarial { recipe.adversarial_rate } else { recipe.learning_rate };
+    let rate = if adversarial {
+        recipe.adversarial_rate
+    } else {
+        recipe.learning_rate
+    };
     let warm_up = ((step + 1) as f64 / WARM_UP).min(1.0);
     rate * warm_up * ((1.0 - done) / 0.67).clamp(0.05, 1.0)
 }
@@ -131,7 +135,7 @@ impl<'a> Trainer<'a> {
     fn step(&mut self, batch: &PairBatch) -> Result<Outcome, ModelError> {
         let step = self.optimizer.steps();
         tch::manual_seed((self.recipe.seed as i64) << 32 ^ step);
-        let (wanted, _) = batch.tensors(self.device)?;
+        let wanted = batch.tensors(self.device)?.images;
         let network = Vqgan::load(&self.recipe.network, &self.parameters.cast(Kind::BFloat16, true))?;
         let quantised = tch::no_grad(|| {
             let latents = network.latents(&wanted)?;
@@ -187,7 +191,7 @@ fn gradient_at(loss: &Tensor, leaf: &Tensor) -> Result<Tensor, ModelError> {
         .ok_or_else(|| ModelError::invalid("gradient", "is absent"))
 }
 
-/// Tunes the decoder of the tokenizer state `tokenizer`, from the state in `dir` if there is one, until the recipe's last
+/// Tunes the decoder of `tokenizer`, from the state in `dir` if there is one, until the recipe's last
 /// step or until the budget is used up. Returns the number of steps taken in all calls.
 ///
 /// # Errors
@@ -195,17 +199,19 @@ fn gradient_at(loss: &Tensor, leaf: &Tensor) -> Result<Tensor, ModelError> {
 pub fn tune_decoder(
     recipe: &DecoderRecipe,
     world: &World,
-    tokenizer: &State,
+    tokenizer: &TrainedTokenizer,
     dir: &Path,
     device: Device,
     budget: Budget,
 ) -> Result<i64, ModelError> {
     let recipe = DecoderRecipe {
-        tokenizer_steps: steps(tokenizer)?,
+        tokenizer_steps: tokenizer.steps,
+        network: tokenizer.network.clone(),
         ..recipe.clone()
     };
     let (mut run, state) = Run::open(dir, &recipe, budget)?;
-    let mut trainer = Trainer::new(&recipe, device, state.as_ref().unwrap_or(tokenizer), state.is_some())?;
+    let start = state.as_ref().unwrap_or(&tokenizer.state);
+    let mut trainer = Trainer::new(&recipe, device, start, state.is_some())?;
     let validation = Validation::draw(world)?;
     let first = trainer.optimizer.steps();
     tracing::info!(step = first, "decoder");
@@ -288,7 +294,11 @@ mod tests {
         let mut first = Trainer::new(&recipe, Device::Cpu, &tokenizer, false).unwrap();
         // Into the adversarial half.
         steps(&mut first, 3);
-        let saved: State = first.state().into_iter().map(|(name, tensor)| (name, tensor.detach().copy())).collect();
+        let saved: State = first
+            .state()
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.detach().copy()))
+            .collect();
         let mut resumed = Trainer::new(&recipe, Device::Cpu, &saved, true).unwrap();
         steps(&mut resumed, 1);
         for ((name, a), (_, b)) in whole.state().into_iter().zip(resumed.state()) {

@@ -133,8 +133,17 @@ fn forward(source: &dyn TensorSource, images: &Tensor) -> Result<Tensor, ModelEr
     Ok(convolve(source, "score", &x, input, &score)?.f_to_kind(Kind::Float)?)
 }
 
-fn convolve(source: &dyn TensorSource, name: &str, x: &Tensor, input: i64, layer: &Layer) -> Result<Tensor, ModelError> {
-    let weight = source.tensor(&format!("{name}.weight"), &[layer.output, input, layer.size, layer.size])?;
+fn convolve(
+    source: &dyn TensorSource,
+    name: &str,
+    x: &Tensor,
+    input: i64,
+    layer: &Layer,
+) -> Result<Tensor, ModelError> {
+    let weight = source.tensor(
+        &format!("{name}.weight"),
+        &[layer.output, input, layer.size, layer.size],
+    )?;
     let bias = source.tensor(&format!("{name}.bias"), &[layer.output])?;
     Ok(x.f_to_kind(weight.kind())?
         .f_conv2d(&weight, Some(&bias), [layer.stride], [1], [1], 1)?)
@@ -151,12 +160,21 @@ mod tests {
         let options = (Kind::Float, Device::Cpu);
         let losses: Vec<f64> = (0..30)
             .map(|_| {
-                let (flat, noise) = (Tensor::zeros([2, 3, 32, 32], options), Tensor::randn([2, 3, 32, 32], options));
+                let (flat, noise) = (
+                    Tensor::zeros([2, 3, 32, 32], options),
+                    Tensor::randn([2, 3, 32, 32], options),
+                );
                 let loss = discriminator.learn(&flat, &noise, 2e-3).unwrap();
                 f64::try_from(loss).unwrap()
             })
             .collect();
         assert!(losses[29] < 0.5 * losses[0], "{losses:?}");
-        assert_eq!(discriminator.score(&Tensor::zeros([2, 3, 32, 32], options)).unwrap().size(), [2, 1, 8, 8]);
+        assert_eq!(
+            discriminator
+                .score(&Tensor::zeros([2, 3, 32, 32], options))
+                .unwrap()
+                .size(),
+            [2, 1, 8, 8]
+        );
     }
 }

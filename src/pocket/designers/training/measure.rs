@@ -6,16 +6,16 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::pairs::PairBatch;
+use super::pairs::{PairBatch, PairTensors};
 use super::tokenizer::rounded;
 use crate::model::lumina::{pictures, pixels};
 use crate::model::{ModelError, Vqgan};
 use crate::picture::RgbPicture;
-use crate::pocket::world::contact_sheet;
 use crate::pocket::designers::{
     CELL, CELLS, Designer, GROUND, IMAGE_SIDE, OBJECT_SIDE, Object, Place, Scene, Spec, World, WorldError, inner,
     reported_subjects,
 };
+use crate::pocket::world::contact_sheet;
 
 /// Seed of every image that is measured on; no training step uses it.
 const SEED: u64 = 0x6d65_6173_7572_6500;
@@ -23,13 +23,40 @@ const UNSEEN: usize = 96;
 const PAIRS: usize = 64;
 const CHUNK: usize = 16;
 
-/// Images by group, and pairs of scenes.
+/// Images by group, and pairs of images of one drawing.
 #[derive(Debug)]
 pub struct Validation {
     groups: Vec<(&'static str, Vec<RgbPicture>)>,
-    pairs: Vec<PairBatch>,
-    /// Inner cells of each pair, `PAIRS * CELLS * CELLS` as 0 and 1.
+    /// The same place in two scenes.
+    scenes: Pairs,
+    /// The same scene at two places.
+    places: Pairs,
+}
+
+#[derive(Debug)]
+struct Pairs {
+    batches: Vec<PairBatch>,
+    /// Inner cells of the first images, `PAIRS * CELLS * CELLS` as 0 and 1.
     inner: Vec<f32>,
+}
+
+impl Pairs {
+    fn draw(world: &World, first: &[Spec], second: &[Spec]) -> Result<Self, WorldError> {
+        let mut inner_cells = Vec::new();
+        for spec in first {
+            let cells = inner(&world.covered(spec)?);
+            inner_cells.extend(cells.iter().map(|&cell| f32::from(u8::from(cell))));
+        }
+        let batches = first
+            .chunks(CHUNK / 2)
+            .zip(second.chunks(CHUNK / 2))
+            .map(|(first, second)| PairBatch::of(world, first, second))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            batches,
+            inner: inner_cells,
+        })
+    }
 }
 
 impl Validation {
@@ -39,7 +66,12 @@ impl Validation {
     /// When the world lacks a drawing.
     pub fn draw(world: &World) -> Result<Self, WorldError> {
         let mut rng = ChaCha8Rng::seed_from_u64(SEED);
-        let render = |specs: &[Spec]| specs.iter().map(|spec| world.render(spec)).collect::<Result<Vec<_>, _>>();
+        let render = |specs: &[Spec]| {
+            specs
+                .iter()
+                .map(|spec| world.render(spec))
+                .collect::<Result<Vec<_>, _>>()
+        };
         let unseen: Vec<_> = (0..UNSEEN).map(|_| Spec::sample(&mut rng)).collect();
         let subjects: Vec<_> = (0..reported_subjects().len() * 6)
             .map(|at| {
@@ -65,20 +97,28 @@ impl Validation {
         if !designers.is_empty() {
             groups.push(("unseen designers", render(&designers)?));
         }
-        let pair_specs: Vec<_> = (0..PAIRS).map(|_| Spec::sample(&mut rng)).collect();
-        let mut inner_cells = Vec::new();
-        for spec in &pair_specs {
-            let cells = inner(&world.covered(spec)?);
-            inner_cells.extend(cells.iter().map(|&cell| f32::from(u8::from(cell))));
-        }
-        let pairs = pair_specs
-            .chunks(CHUNK / 2)
-            .map(|specs| PairBatch::of(world, specs, &mut rng))
-            .collect::<Result<_, _>>()?;
+        let first: Vec<_> = (0..PAIRS).map(|_| Spec::sample(&mut rng)).collect();
+        let second: Vec<_> = first.iter().map(|spec| spec.in_another_scene(&mut rng)).collect();
+        let scenes = Pairs::draw(world, &first, &second)?;
+        let first: Vec<_> = first
+            .iter()
+            .map(|spec| Spec {
+                accessory: None,
+                place: Place::Alone(1),
+                ..*spec
+            })
+            .collect();
+        let second: Vec<_> = first
+            .iter()
+            .map(|spec| Spec {
+                place: Place::Alone(3),
+                ..*spec
+            })
+            .collect();
         Ok(Self {
             groups,
-            pairs,
-            inner: inner_cells,
+            scenes,
+            places: Pairs::draw(world, &first, &second)?,
         })
     }
 }
@@ -94,6 +134,9 @@ pub struct TokenizerMeasure {
     /// Share of covered cells, and of those whose neighbours are covered too, that keep their code in another scene.
     pub stable_covered: f64,
     pub stable_inner: f64,
+    /// The same 16 pixels further to the right.
+    pub moved_covered: f64,
+    pub moved_inner: f64,
 }
 
 impl TokenizerMeasure {
@@ -109,6 +152,8 @@ impl TokenizerMeasure {
             "codes_used": rounded(self.codes_used),
             "stable_covered": rounded(self.stable_covered),
             "stable_inner": rounded(self.stable_inner),
+            "moved_covered": rounded(self.moved_covered),
+            "moved_inner": rounded(self.moved_inner),
         })
     }
 }
@@ -148,47 +193,46 @@ pub fn measure(vqgan: &Vqgan, validation: &Validation, device: Device) -> Result
                 ratio(object_square, OBJECT_SIDE),
             ));
         }
-        let (stable_covered, stable_inner) = stability(vqgan, validation, device, &mut used)?;
+        let (stable_covered, stable_inner) = stability(vqgan, &validation.scenes, device)?;
+        let (moved_covered, moved_inner) = stability(vqgan, &validation.places, device)?;
         let (unique, _, _) = Tensor::f_cat(&used, 0)?.f_unique_dim(0, true, false, false)?;
         Ok(TokenizerMeasure {
             psnr,
             codes_used: unique.numel() as f64 / vqgan.config().n_embed as f64,
             stable_covered,
             stable_inner,
+            moved_covered,
+            moved_inner,
         })
     })
 }
 
-/// Shares of covered and of inner cells whose codes are the same in another scene.
-fn stability(
-    vqgan: &Vqgan,
-    validation: &Validation,
-    device: Device,
-    used: &mut Vec<Tensor>,
-) -> Result<(f64, f64), ModelError> {
-    let inner = Tensor::f_from_slice(&validation.inner)?
-        .f_view([-1, (CELLS * CELLS) as i64])?
+/// Shares of covered and of inner cells that have the same code in both images of a pair.
+fn stability(vqgan: &Vqgan, pairs: &Pairs, device: Device) -> Result<(f64, f64), ModelError> {
+    let side = CELLS as i64;
+    let inner = Tensor::f_from_slice(&pairs.inner)?
+        .f_view([-1, 1, side, side])?
         .f_to_device(device)?;
     let (mut at, mut sums) = (0, [0.0; 4]);
-    for pair in &validation.pairs {
-        let (images, covered) = pair.tensors(device)?;
-        let count = covered.size()[0];
-        let codes = vqgan.encode(&images)?;
+    for batch in &pairs.batches {
+        let PairTensors { images, alignment } = batch.tensors(device)?;
+        let count = images.size()[0] / 2;
+        let codes = vqgan.encode(&images)?.f_view([2 * count, 1, side, side])?;
+        let second = alignment.to_first(&codes.f_narrow(0, count, count)?)?;
         let same = codes
             .f_narrow(0, 0, count)?
-            .f_eq_tensor(&codes.f_narrow(0, count, count)?)?
+            .f_eq_tensor(&second)?
             .f_to_kind(Kind::Float)?;
         let total = |mask: &Tensor| -> Result<(f64, f64), ModelError> {
             let kept = same.f_mul(mask)?.f_sum(Kind::Double)?.f_double_value(&[])?;
             Ok((kept, mask.f_sum(Kind::Double)?.f_double_value(&[])?))
         };
-        let (kept, all) = total(&covered.f_view([count, -1])?)?;
+        let (kept, all) = total(&alignment.covered)?;
         let (inner_kept, inner_all) = total(&inner.f_narrow(0, at, count)?)?;
         for (sum, value) in sums.iter_mut().zip([kept, all, inner_kept, inner_all]) {
             *sum += value;
         }
         at += count;
-        used.push(codes.f_reshape([-1i64])?);
     }
     Ok((sums[0] / sums[1].max(1.0), sums[2] / sums[3].max(1.0)))
 }

@@ -3,6 +3,8 @@
 /// The decoder, with frozen codes.
 pub mod decoder;
 mod discriminator;
+/// The finished checkpoint folder.
+pub mod export;
 /// Figures of a tokenizer.
 pub mod measure;
 mod pairs;

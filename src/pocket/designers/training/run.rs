@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tch::{Device, Tensor};
 
@@ -158,6 +159,16 @@ pub fn saved_state(dir: &Path) -> Result<State, ModelError> {
     }
 }
 
+/// The recipe of the state that a stage saved in `dir`.
+///
+/// # Errors
+/// When there is none, or it is of another stage.
+pub fn saved_recipe<R: DeserializeOwned>(dir: &Path) -> Result<R, ModelError> {
+    let file = dir.join(RECIPE);
+    let text = std::fs::read(&file).map_err(|error| ModelError::file(&file, error))?;
+    serde_json::from_slice(&text).map_err(|error| ModelError::file(&file, error))
+}
+
 /// Compares `recipe` with the file's, and writes it where there is none. The number of steps may change: a stage can be
 /// made longer.
 fn check_recipe(file: &Path, recipe: &impl Serialize, resumed: bool) -> Result<(), ModelError> {
@@ -192,7 +203,9 @@ fn rewind(file: &Path, step: i64) -> Result<File, ModelError> {
     let kept: String = text
         .split_inclusive('\n')
         .filter(|line| {
-            let at = serde_json::from_str::<Value>(line).ok().and_then(|value| value["step"].as_i64());
+            let at = serde_json::from_str::<Value>(line)
+                .ok()
+                .and_then(|value| value["step"].as_i64());
             at.is_some_and(|at| at <= step)
         })
         .collect();
@@ -235,7 +248,9 @@ mod tests {
         let curve = std::fs::read_to_string(dir.path().join(CURVE)).unwrap();
         assert_eq!(curve.lines().count(), 2, "{curve}");
         let other = json!({"steps": 20, "seed": 2});
-        let error = Run::open(dir.path(), &other, Budget::default()).unwrap_err().to_string();
+        let error = Run::open(dir.path(), &other, Budget::default())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("another recipe"), "{error}");
     }
 }

@@ -1,7 +1,7 @@
 //! Trains the tokenizer so that the codes of a drawing do not depend on the scene behind it.
 //!
-//! Every batch shows each drawing in two scenes. Where a drawing covers a whole cell of the grid, both images' latents are
-//! pulled together, and the mean of both is quantised and decoded for both: the decoder cannot learn anything about the
+//! Every batch shows each drawing in two scenes and, where it stands alone, at two places. Where a drawing covers a whole
+//! cell of the grid, both images' latents are pulled together, and the mean of both is quantised and decoded for both: the decoder cannot learn anything about the
 //! scene from these cells, so the encoder has nothing to gain from putting it there.
 
 use std::path::Path;
@@ -11,8 +11,8 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::measure::{Validation, measure};
-use super::pairs::{PairBatch, prefetch};
-use super::run::{Budget, Run, State, saved_state, take};
+use super::pairs::{Alignment, PairBatch, PairTensors, prefetch};
+use super::run::{self, Budget, Run, State, saved_recipe, saved_state, take};
 use crate::model::vqgan::{EncoderDecoderConfig, VqganConfig, nearest};
 use crate::model::{ModelError, Vqgan};
 use crate::pocket::codebook::Codebook;
@@ -27,12 +27,12 @@ pub struct TokenizerRecipe {
     pub seed: u64,
     /// Optimizer steps in all; the learning rate falls towards the last one.
     pub steps: i64,
-    /// Drawings a step, each in two scenes.
+    /// Drawings a step, each in two images.
     pub pairs: usize,
     pub learning_rate: f64,
     /// Steps of plain auto-encoding before the codebook is set by k-means.
     pub autoencoder_steps: i64,
-    /// Weight of the squared distance between the latents of one drawing in two scenes.
+    /// Weight of the squared distance between the latents of one drawing in two images.
     pub tie: f64,
     pub network: VqganConfig,
 }
@@ -87,18 +87,18 @@ fn learning_rate(recipe: &TokenizerRecipe, step: i64) -> f64 {
     recipe.learning_rate * ((step + 1) as f64 / WARM_UP).min(1.0) * decay
 }
 
-/// Latents of both scenes with their mean in the covered cells, and the mean squared distance of both there.
+/// Latents with the mean of both images in the covered cells, and the mean squared distance of both there.
 ///
-/// `latents` are `[2 * pairs, dim, h, w]`, image `pairs + i` showing what image `i` shows; `covered` is
-/// `[pairs, 1, h, w]` of 0 and 1.
+/// `latents` are `[2 * pairs, dim, h, w]`, image `pairs + i` showing what image `i` shows.
 ///
 /// # Errors
 /// When libtorch fails.
-pub(super) fn tie(latents: &Tensor, covered: &Tensor) -> Result<(Tensor, Tensor), ModelError> {
+pub(super) fn tie(latents: &Tensor, alignment: &Alignment) -> Result<(Tensor, Tensor), ModelError> {
     let (images, dim, _, _) = latents.size4()?;
     let pairs = images / 2;
     let (first, second) = (latents.f_narrow(0, 0, pairs)?, latents.f_narrow(0, pairs, pairs)?);
-    let apart = second.f_sub(&first)?.f_mul(covered)?;
+    let covered = &alignment.covered;
+    let apart = alignment.to_first(&second)?.f_sub(&first)?.f_mul(covered)?;
     let cells = covered.f_sum(Kind::Float)?.f_clamp_min(1.0)?;
     let distance = apart
         .f_square()?
@@ -106,7 +106,7 @@ pub(super) fn tie(latents: &Tensor, covered: &Tensor) -> Result<(Tensor, Tensor)
         .f_div(&cells)?
         .f_div_scalar(dim as f64)?;
     let half = apart.f_mul_scalar(0.5)?;
-    let tied = Tensor::f_cat(&[first.f_add(&half)?, second.f_sub(&half)?], 0)?;
+    let tied = Tensor::f_cat(&[first.f_add(&half)?, second.f_sub(&alignment.to_second(&half)?)?], 0)?;
     Ok((tied, distance))
 }
 
@@ -184,8 +184,8 @@ impl<'a> Trainer<'a> {
         let latents = (0..CLUSTERED_BATCHES)
             .map(|index| {
                 let batch = PairBatch::draw(self.world, self.recipe.seed, -2 - index, self.recipe.pairs)?;
-                let (images, covered) = batch.tensors(self.device)?;
-                tch::no_grad(|| rows(&tie(&network.latents(&images)?, &covered)?.0))
+                let batch = batch.tensors(self.device)?;
+                tch::no_grad(|| rows(&tie(&network.latents(&batch.images)?, &batch.alignment)?.0))
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
         tch::no_grad(|| self.codebook.cluster(&Tensor::f_cat(&latents, 0)?))
@@ -198,9 +198,12 @@ impl<'a> Trainer<'a> {
         if step == self.recipe.autoencoder_steps {
             self.cluster()?;
         }
-        let (wanted, covered) = batch.tensors(self.device)?;
+        let PairTensors {
+            images: wanted,
+            alignment,
+        } = batch.tensors(self.device)?;
         let network = self.network()?;
-        let (latents, distance) = tie(&network.latents(&wanted)?, &covered)?;
+        let (latents, distance) = tie(&network.latents(&wanted)?, &alignment)?;
         let (images, dim, h, w) = latents.size4()?;
         let flat = rows(&latents)?;
         let (quantised, commitment) = if step < self.recipe.autoencoder_steps {
@@ -243,7 +246,9 @@ impl<'a> Trainer<'a> {
 
     /// The tokenizer as it is now, in f32.
     fn tokenizer(&self) -> Result<Vqgan, ModelError> {
-        let state = network_state(&self.parameters, &self.codebook.rows).into_iter().collect();
+        let state = network_state(&self.parameters, &self.codebook.rows)
+            .into_iter()
+            .collect();
         tokenizer_of(&self.recipe.network, &state, self.device)
     }
 }
@@ -263,19 +268,54 @@ pub(super) fn network_state(parameters: &Parameters, codebook: &Tensor) -> Vec<(
 ///
 /// # Errors
 /// When the state lacks a tensor.
-pub fn tokenizer_of(config: &VqganConfig, state: &State, device: Device) -> Result<Vqgan, ModelError> {
+pub(super) fn tokenizer_of(config: &VqganConfig, state: &State, device: Device) -> Result<Vqgan, ModelError> {
     let parameters = Parameters::on(device);
     Vqgan::load(config, &parameters)?;
     parameters.restore(&|name| state.get(name).map(|tensor| tensor.detach()))?;
     Vqgan::load(config, &parameters)
 }
 
-/// The tokenizer that a stage saved in `dir`, in f32.
-///
-/// # Errors
-/// When there is none.
-pub fn saved_tokenizer(dir: &Path, config: &VqganConfig, device: Device) -> Result<Vqgan, ModelError> {
-    tokenizer_of(config, &saved_state(dir)?, device)
+/// A tokenizer that a stage saved: the tokenizer itself, or one with a tuned decoder.
+#[derive(Debug)]
+pub struct TrainedTokenizer {
+    pub state: State,
+    pub network: VqganConfig,
+    /// Optimizer steps of encoder and codebook: tokenizers with equal numbers have equal codes.
+    pub steps: i64,
+}
+
+/// What the recipes of both stages have in common.
+#[derive(Deserialize)]
+struct CodesRecipe {
+    network: VqganConfig,
+    tokenizer_steps: Option<i64>,
+}
+
+impl TrainedTokenizer {
+    /// Reads what a stage saved in `dir`.
+    ///
+    /// # Errors
+    /// When there is no saved state.
+    pub fn open(dir: &Path) -> Result<Self, ModelError> {
+        let (state, recipe) = (saved_state(dir)?, saved_recipe::<CodesRecipe>(dir)?);
+        let steps = match recipe.tokenizer_steps {
+            Some(steps) => steps,
+            None => run::steps(&state)?,
+        };
+        Ok(Self {
+            state,
+            network: recipe.network,
+            steps,
+        })
+    }
+
+    /// The network, in f32.
+    ///
+    /// # Errors
+    /// When the state lacks a tensor.
+    pub fn vqgan(&self, device: Device) -> Result<Vqgan, ModelError> {
+        tokenizer_of(&self.network, &self.state, device)
+    }
 }
 
 /// Trains from the state in `dir`, or from nothing, until the recipe's last step or until the budget is used up.
@@ -341,16 +381,20 @@ mod tests {
 
     #[test]
     fn tied_latents_by_hand() {
-        // Two pairs of one-dimensional latents on a grid of 1x2; the left cell of the first pair alone is covered.
+        // Two pairs of one-dimensional latents on a grid of 1x2. In the first pair the left cell is covered, and the second
+        // image shows it in the right one; in the second pair no cell is covered.
         let latents = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]).view([4, 1, 1, 2]);
         let covered = Tensor::from_slice(&[1.0f32, 0.0, 0.0, 0.0]).view([2, 1, 1, 2]);
-        let (tied, distance) = tie(&latents, &covered).unwrap();
-        assert_eq!(
-            Vec::<f32>::try_from(tied.view([-1])).unwrap(),
-            [3.0, 2.0, 3.0, 4.0, 3.0, 6.0, 7.0, 8.0]
-        );
+        let values = |tensor: Tensor| Vec::<f32>::try_from(tensor.view([-1])).unwrap();
+        let same_place = Alignment::new(covered.shallow_clone(), &[0, 0]).unwrap();
+        let (tied, distance) = tie(&latents, &same_place).unwrap();
+        assert_eq!(values(tied), [3.0, 2.0, 3.0, 4.0, 3.0, 6.0, 7.0, 8.0]);
         assert_eq!(distance.double_value(&[]), 16.0);
-        let nothing = covered.zeros_like();
+        let moved = Alignment::new(covered.shallow_clone(), &[1, 0]).unwrap();
+        let (tied, distance) = tie(&latents, &moved).unwrap();
+        assert_eq!(values(tied), [3.5, 2.0, 3.0, 4.0, 5.0, 3.5, 7.0, 8.0]);
+        assert_eq!(distance.double_value(&[]), 25.0);
+        let nothing = Alignment::new(covered.zeros_like(), &[1, 0]).unwrap();
         let (same, zero) = tie(&latents, &nothing).unwrap();
         assert_eq!((same, zero.double_value(&[])), (latents, 0.0));
     }

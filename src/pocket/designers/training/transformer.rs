@@ -8,10 +8,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use super::run::{Budget, Run, State, steps, take};
+use super::run::{Budget, Run, State, take};
 use super::sequences::{Encoder, Shares, draw, held_back, tokens};
-use super::tokenizer::{rounded, tokenizer_of};
-use crate::model::vqgan::VqganConfig;
+use super::tokenizer::{TrainedTokenizer, rounded};
 use crate::model::{ModelConfig, ModelError, Transformer, Vqgan};
 use crate::pocket::designers::{IMAGE_SIDE, World, words};
 use crate::pocket::parameters::Parameters;
@@ -201,16 +200,15 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Encodes in bf16, which changes few codes and costs half; in f32 on the validation images.
-fn encoders(config: &VqganConfig, tokenizer: &State, device: Device) -> Result<(Vqgan, Vqgan), ModelError> {
-    let exact = tokenizer_of(config, tokenizer, device)?;
+/// The tokenizer in bf16, which changes few codes and costs half.
+fn fast_encoder(tokenizer: &TrainedTokenizer, device: Device) -> Result<Vqgan, ModelError> {
     let parameters = Parameters::on(device);
-    Vqgan::load(config, &parameters)?;
-    parameters.restore(&|name| tokenizer.get(name).map(|tensor| tensor.detach()))?;
-    Ok((exact, Vqgan::load(config, &parameters.cast(Kind::BFloat16, true))?))
+    Vqgan::load(&tokenizer.network, &parameters)?;
+    parameters.restore(&|name| tokenizer.state.get(name).map(|tensor| tensor.detach()))?;
+    Vqgan::load(&tokenizer.network, &parameters.cast(Kind::BFloat16, true))
 }
 
-/// Trains on codes of the tokenizer state `tokenizer` (of shape `network`), from the state in `dir` if there is one,
+/// Trains on the codes of `tokenizer`, from the state in `dir` if there is one,
 /// until the recipe's last step or until the budget is used up. Returns the number of steps taken in all calls.
 ///
 /// # Errors
@@ -218,18 +216,18 @@ fn encoders(config: &VqganConfig, tokenizer: &State, device: Device) -> Result<(
 pub fn train_transformer(
     recipe: &TransformerRecipe,
     world: &World,
-    (tokenizer, network): (&State, &VqganConfig),
+    tokenizer: &TrainedTokenizer,
     dir: &Path,
     device: Device,
     budget: Budget,
 ) -> Result<i64, ModelError> {
     let recipe = TransformerRecipe {
-        tokenizer_steps: steps(tokenizer)?,
+        tokenizer_steps: tokenizer.steps,
         ..recipe.clone()
     };
     let (mut run, state) = Run::open(dir, &recipe, budget)?;
-    let mut trainer = Trainer::new(&recipe, network.n_embed, device, state.as_ref())?;
-    let (exact, fast) = encoders(network, tokenizer, device)?;
+    let mut trainer = Trainer::new(&recipe, tokenizer.network.n_embed, device, state.as_ref())?;
+    let (exact, fast) = (tokenizer.vqgan(device)?, fast_encoder(tokenizer, device)?);
     let validation = Encoder::new(&exact, device)?.sequences(&held_back(world, HELD_BACK)?)?;
     let encoder = Encoder::new(&fast, device)?;
     let first = trainer.optimizer.steps();
@@ -310,8 +308,12 @@ mod tests {
                 let step = trainer.optimizer.steps();
                 let (examples, mut rng) = draw(world, recipe.seed, step, recipe.batch, shares).unwrap();
                 let sequences = encoder.sequences(&examples).unwrap();
-                assert!(sequences.iter().all(|s| !s.slots.is_empty() && s.slots.end == s.first_code));
-                trainer.step(&sequences, &mut rng).unwrap();
+                assert!(
+                    sequences
+                        .iter()
+                        .all(|s| !s.slots.is_empty() && s.slots.end == s.first_code)
+                );
+                let _ = trainer.step(&sequences, &mut rng).unwrap();
             }
         };
         let mut whole = Trainer::new(&recipe, 16, Device::Cpu, None).unwrap();
