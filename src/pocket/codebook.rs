@@ -1,5 +1,7 @@
 //! The codebook of a tokenizer in training: moving averages of the latents that each code was assigned.
 
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
 use crate::model::ModelError;
@@ -35,12 +37,9 @@ impl Codebook {
     }
 
     /// k-means over latents `[m, dim]`.
-    pub(super) fn cluster(&mut self, latents: &Tensor) -> Result<(), ModelError> {
+    pub(super) fn cluster(&mut self, latents: &Tensor, rng: &mut ChaCha8Rng) -> Result<(), ModelError> {
         let (codes, device) = (self.rows.size()[0], latents.device());
-        let pick = |n: i64| {
-            let at = Tensor::f_randint(latents.size()[0], [n], (Kind::Int64, device))?;
-            latents.f_index_select(0, &at)
-        };
+        let mut pick = |n: i64| some_rows(latents, n, rng);
         let mut rows = pick(codes)?;
         for _ in 0..KMEANS_ROUNDS {
             let (counts, sums) = tally(latents, &nearest(latents, &rows)?, codes)?;
@@ -56,7 +55,13 @@ impl Codebook {
 
     /// Takes a batch's latents `[m, dim]` and their codes `[m]` into the averages; with `revive`, unused codes take the
     /// place of random latents of the batch.
-    pub(super) fn update(&mut self, latents: &Tensor, codes: &Tensor, revive: bool) -> Result<(), ModelError> {
+    pub(super) fn update(
+        &mut self,
+        latents: &Tensor,
+        codes: &Tensor,
+        revive: bool,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<(), ModelError> {
         let (counts, sums) = tally(latents, codes, self.rows.size()[0])?;
         let _ = self
             .counts
@@ -71,8 +76,7 @@ impl Codebook {
             let dead = self.counts.f_lt(UNUSED)?.f_nonzero()?.f_view([-1i64])?;
             let n = dead.size()[0];
             if n > 0 {
-                let at = Tensor::f_randint(latents.size()[0], [n], (Kind::Int64, latents.device()))?;
-                let fresh = latents.f_index_select(0, &at)?;
+                let fresh = some_rows(latents, n, rng)?;
                 let _ = self.rows.f_index_copy_(0, &dead, &fresh)?;
                 let _ = self.sums.f_index_copy_(0, &dead, &fresh.f_mul_scalar(REVIVED)?)?;
                 let _ = self.counts.f_index_fill_(0, &dead, REVIVED)?;
@@ -93,6 +97,12 @@ impl Codebook {
             ("codebook.sums", self.sums.shallow_clone()),
         ]
     }
+}
+
+/// `n` random rows. The choice does not depend on libtorch's generator, which all threads of the process share.
+fn some_rows(latents: &Tensor, n: i64, rng: &mut ChaCha8Rng) -> Result<Tensor, ModelError> {
+    let at: Vec<i64> = (0..n).map(|_| rng.random_range(0..latents.size()[0])).collect();
+    Ok(latents.f_index_select(0, &Tensor::f_from_slice(&at)?.f_to_device(latents.device())?)?)
 }
 
 /// Per code: how many latents, and their sum.

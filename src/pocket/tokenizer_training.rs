@@ -168,6 +168,8 @@ pub fn train_tokenizer(recipe: &TokenizerRecipe, dir: &Path) -> Result<(), Model
     let mut mean_square = 0.0;
     while optimizer.steps() < recipe.steps {
         let step = optimizer.steps();
+        let mut rng = ChaCha8Rng::seed_from_u64(recipe.seed);
+        rng.set_stream(!(step as u64));
         let pictures = batches
             .recv()
             .map_err(|_| ModelError::invalid("world", "stopped drawing"))?;
@@ -187,11 +189,12 @@ pub fn train_tokenizer(recipe: &TokenizerRecipe, dir: &Path) -> Result<(), Model
                 if latents_seen.is_empty() {
                     latents_seen.push(detached.shallow_clone());
                 }
-                codebook.cluster(&Tensor::f_cat(&latents_seen, 0)?)?;
+                codebook.cluster(&Tensor::f_cat(&latents_seen, 0)?, &mut rng)?;
                 latents_seen.clear();
             }
             let codes = nearest(&detached, &codebook.rows)?;
-            codebook.update(&detached, &codes, step % 20 == 0 && step < recipe.steps * 85 / 100)?;
+            let revive = step % 20 == 0 && step < recipe.steps * 85 / 100;
+            codebook.update(&detached, &codes, revive, &mut rng)?;
             let rows = codebook.rows.f_index_select(0, &codes)?;
             let commitment = flat.f_sub(&rows)?.f_square()?.f_mean(Kind::Float)? * COMMITMENT;
             let through = flat.f_add(&rows.f_sub(&flat)?.detach())?;

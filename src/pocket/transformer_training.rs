@@ -114,7 +114,10 @@ pub(super) fn slot_contexts(
     let spread = Tensor::f_from_slice(&spread)?.f_view([n, 1])?.f_to_device(device)?;
     let layers = (0..layers)
         .map(|layer| {
-            let noise = Tensor::f_randn([n, hidden], (Kind::Float, device))?.f_mul(&spread)?;
+            let noise = normal(n * hidden, rng)?
+                .f_view([n, hidden])?
+                .f_to_device(device)?
+                .f_mul(&spread)?;
             let values = noise
                 .f_mul(&statistics.deviation.f_get(layer)?)?
                 .f_add(&statistics.mean.f_get(layer)?)?;
@@ -129,6 +132,18 @@ pub(super) fn slot_contexts(
         layers,
         blocked: vec![],
     })
+}
+
+/// `count` normally distributed numbers (Box-Muller). They do not depend on libtorch's generator, which all threads of the
+/// process share.
+fn normal(count: i64, rng: &mut ChaCha8Rng) -> Result<Tensor, ModelError> {
+    let numbers: Vec<f32> = (0..count)
+        .map(|_| {
+            let radius = (-2.0 * (1.0 - rng.random::<f32>()).ln()).sqrt();
+            radius * (std::f32::consts::TAU * rng.random::<f32>()).cos()
+        })
+        .collect();
+    Ok(Tensor::f_from_slice(&numbers)?)
 }
 
 /// What the network's own image positions look like at each layer's input.

@@ -6,6 +6,8 @@
 
 use std::path::Path;
 
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -73,6 +75,8 @@ pub fn tokenizer_config() -> VqganConfig {
 
 /// Batches of latents that k-means sees.
 const CLUSTERED_BATCHES: i64 = 40;
+/// The first of them, beyond every training step.
+const CLUSTERED_FROM: i64 = 1 << 40;
 /// Share of the steps after which unused codes are left alone.
 const REVIVE_UNTIL: f64 = 0.85;
 const REVIVE_EVERY: i64 = 20;
@@ -179,24 +183,26 @@ impl<'a> Trainer<'a> {
     }
 
     /// Sets the codebook by k-means over batches that training does not visit.
-    fn cluster(&mut self) -> Result<(), ModelError> {
+    fn cluster(&mut self, rng: &mut ChaCha8Rng) -> Result<(), ModelError> {
         let network = self.network()?;
         let latents = (0..CLUSTERED_BATCHES)
             .map(|index| {
-                let batch = PairBatch::draw(self.world, self.recipe.seed, -2 - index, self.recipe.pairs)?;
+                let batch = PairBatch::draw(self.world, self.recipe.seed, CLUSTERED_FROM + index, self.recipe.pairs)?;
                 let batch = batch.tensors(self.device)?;
                 tch::no_grad(|| rows(&tie(&network.latents(&batch.images)?, &batch.alignment)?.0))
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
-        tch::no_grad(|| self.codebook.cluster(&Tensor::f_cat(&latents, 0)?))
+        tch::no_grad(|| self.codebook.cluster(&Tensor::f_cat(&latents, 0)?, rng))
     }
 
     fn step(&mut self, batch: &PairBatch) -> Result<Outcome, ModelError> {
         let step = self.optimizer.steps();
-        // Random numbers depend on the step alone, so that a resumed run continues as an uninterrupted one.
-        tch::manual_seed((self.recipe.seed as i64) << 32 ^ step);
+        // Random numbers depend on the step alone, so that a resumed run continues as an uninterrupted one. Batches have the
+        // streams from 1 on.
+        let mut rng = ChaCha8Rng::seed_from_u64(self.recipe.seed);
+        rng.set_stream(!(step as u64));
         if step == self.recipe.autoencoder_steps {
-            self.cluster()?;
+            self.cluster(&mut rng)?;
         }
         let PairTensors {
             images: wanted,
@@ -212,8 +218,8 @@ impl<'a> Trainer<'a> {
             let detached = flat.detach();
             let codes = nearest(&detached, &self.codebook.rows)?;
             let early = (step as f64) < REVIVE_UNTIL * self.recipe.steps as f64;
-            self.codebook
-                .update(&detached, &codes, early && step % REVIVE_EVERY == 0)?;
+            let revive = early && step % REVIVE_EVERY == 0;
+            self.codebook.update(&detached, &codes, revive, &mut rng)?;
             let rows = self.codebook.rows.f_index_select(0, &codes)?;
             let commitment = flat.f_sub(&rows)?.f_square()?.f_mean(Kind::Float)?;
             let through = flat.f_add(&rows.f_sub(&flat)?.detach())?;
@@ -411,6 +417,13 @@ mod tests {
         assert!((rate(800) - 0.5).abs() < 1e-9 && rate(999) == 0.02);
     }
 
+    fn copied(state: Vec<(String, Tensor)>) -> State {
+        state
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.detach().copy()))
+            .collect()
+    }
+
     fn tiny() -> TokenizerRecipe {
         let mut network = tokenizer_config();
         network.n_embed = 16;
@@ -437,8 +450,10 @@ mod tests {
             }
         };
         let mut whole = Trainer::new(&recipe, world, Device::Cpu, None).unwrap();
+        // Other tests draw from libtorch's generator, too: both runs start from the same drawn weights.
+        let start = copied(whole.state());
         steps(&mut whole, 5);
-        let mut first = Trainer::new(&recipe, world, Device::Cpu, None).unwrap();
+        let mut first = Trainer::new(&recipe, world, Device::Cpu, Some(&start)).unwrap();
         steps(&mut first, 3);
         let dir = tempfile::tempdir().unwrap();
         let (mut run, _) = Run::open(dir.path(), &recipe, Budget::default()).unwrap();
