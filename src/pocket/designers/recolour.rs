@@ -12,7 +12,7 @@ use super::drawing::Drawing;
 /// Linear RGB to cone responses.
 const TO_CONES: [[f32; 3]; 3] = [
     [0.412_221_47, 0.536_332_54, 0.051_445_993],
-    [0.211_903_5, 0.680_699_55, 0.107_396_96],
+    [0.211_903_5, 0.680_699_5, 0.107_396_96],
     [0.088_302_46, 0.281_718_85, 0.629_978_7],
 ];
 /// Cube roots of cone responses to lightness and the two opponent colours.
