@@ -5,6 +5,7 @@ mod bench;
 mod completions;
 mod concept;
 mod config;
+mod designers;
 mod eval;
 mod form;
 mod generate;

@@ -1,4 +1,4 @@
-//! `coar pocket draw|train|measure`
+//! `coar pocket draw|train|measure|designers`
 
 use std::path::{Path, PathBuf};
 
@@ -6,6 +6,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use super::designers::DesignersCommand;
 use crate::eval::judge::train_judge;
 use crate::picture::{OutputFormat, RgbPicture, encode};
 use crate::pocket::Corpus;
@@ -20,6 +21,8 @@ pub(super) enum PocketCommand {
     Draw(DrawArgs),
     Train(TrainArgs),
     Measure(MeasureArgs),
+    #[command(subcommand)]
+    Designers(DesignersCommand),
 }
 
 /// Draw the world: a contact sheet, or the sample pictures of held-out subjects and styles.
@@ -97,6 +100,7 @@ impl PocketCommand {
             Self::Draw(args) => args.run(),
             Self::Train(args) => args.run(),
             Self::Measure(args) => args.run(),
+            Self::Designers(command) => command.run(),
         }
     }
 }
@@ -156,7 +160,7 @@ impl MeasureArgs {
     }
 }
 
-fn save_png(file: &Path, picture: &RgbPicture) -> anyhow::Result<()> {
+pub(super) fn save_png(file: &Path, picture: &RgbPicture) -> anyhow::Result<()> {
     if let Some(dir) = file.parent() {
         std::fs::create_dir_all(dir)?;
     }

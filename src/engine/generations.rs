@@ -340,16 +340,18 @@ impl Generations {
 
     fn tell_progress(&mut self) {
         for (&id, job) in self.jobs.iter().filter(|(_, job)| !job.active.is_empty()) {
-            if job.events.capacity() <= RESERVED_EVENTS {
-                continue;
-            }
+            let room = job.events.capacity();
+            // An unfinished image takes a place that nothing else needs: not that of an image, of the end or of a failure.
+            let unfinished = (job.request.count - job.finished) as usize;
+            let has_room = room > unfinished + 2 + job.active.len();
             let mut done = u64::from(job.finished) * job.codes_per_picture;
             for &(picture, index) in &job.active {
                 let Some((drawn, total)) = self.batch.progress(picture) else {
                     continue;
                 };
                 done += drawn as u64;
-                if let Some(number) = partial_due(job.request.partial_images, drawn, total, job.columns)
+                if has_room
+                    && let Some(number) = partial_due(job.request.partial_images, drawn, total, job.columns)
                     && let Ok(codes) = self.batch.codes_so_far(picture)
                 {
                     // Where the picture threads are behind, an unfinished picture is the first thing to leave out.
@@ -362,10 +364,12 @@ impl Generations {
                     self.orders.offer(id.0, order);
                 }
             }
-            let _ = job.events.try_send(GenerationEvent::Progress {
-                done: done as u32,
-                total: (u64::from(job.request.count) * job.codes_per_picture) as u32,
-            });
+            if room > RESERVED_EVENTS {
+                let _ = job.events.try_send(GenerationEvent::Progress {
+                    done: done as u32,
+                    total: (u64::from(job.request.count) * job.codes_per_picture) as u32,
+                });
+            }
         }
     }
 

@@ -12,7 +12,8 @@ pub fn free_bytes(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => available(&std::fs::read_to_string("/proc/meminfo").ok()?),
         Device::Cuda(index) => {
-            let held_back = accelerator::memory(device).map_or(0, |memory| memory.reserved.saturating_sub(memory.allocated));
+            let held_back =
+                accelerator::memory(device).map_or(0, |memory| memory.reserved.saturating_sub(memory.allocated));
             cuda(index).map(|(free, _)| free + held_back)
         }
         _ => None,

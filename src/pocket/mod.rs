@@ -2,6 +2,9 @@
 
 /// The checkpoint folder: written, shipped, unpacked.
 pub mod checkpoint;
+mod codebook;
+/// A world of designers' drawings, and the recipe of a model of it.
+pub mod designers;
 /// Measures of the tokenizer and the transformer on fresh pictures.
 pub mod measure;
 /// Trainable parameters and their files.

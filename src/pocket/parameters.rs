@@ -10,12 +10,28 @@ use crate::model::ModelError;
 use crate::model::weights::TensorSource;
 
 /// f32 leaves by name; created when a network first asks for them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Parameters {
     tensors: RefCell<BTreeMap<String, Tensor>>,
+    device: Device,
+}
+
+impl Default for Parameters {
+    fn default() -> Self {
+        Self::on(Device::Cpu)
+    }
 }
 
 impl Parameters {
+    /// No leaves yet; they will be created on `device`. Initial values are drawn on the CPU, so that they do not depend
+    /// on the device.
+    pub fn on(device: Device) -> Self {
+        Self {
+            tensors: RefCell::default(),
+            device,
+        }
+    }
+
     /// Every leaf, by name.
     pub fn all(&self) -> Vec<(String, Tensor)> {
         self.tensors
@@ -76,7 +92,7 @@ fn initial(name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
         }
         _ => Tensor::f_zeros(shape, options)?,
     };
-    Ok(tensor.set_requires_grad(true))
+    Ok(tensor)
 }
 
 impl TensorSource for Parameters {
@@ -85,7 +101,7 @@ impl TensorSource for Parameters {
         if let Some(tensor) = tensors.get(name) {
             return Ok(tensor.shallow_clone());
         }
-        let tensor = initial(name, shape)?;
+        let tensor = initial(name, shape)?.f_to_device(self.device)?.set_requires_grad(true);
         tensors.insert(name.to_owned(), tensor.shallow_clone());
         Ok(tensor)
     }

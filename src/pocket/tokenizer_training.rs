@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use super::codebook::Codebook;
 use super::parameters::{Parameters, load, save};
 use super::world;
 use crate::model::lumina::pixels;
@@ -64,9 +65,8 @@ pub fn tokenizer_config() -> VqganConfig {
     }
 }
 
-const CODEBOOK: &str = "quantize.embedding.weight";
-const DECAY: f64 = 0.99;
-const COMMITMENT: f64 = 0.25;
+pub(super) const CODEBOOK: &str = "quantize.embedding.weight";
+pub(super) const COMMITMENT: f64 = 0.25;
 const CHECKPOINT_SECONDS: u64 = 60;
 
 /// The batch of training step `step`. One step in eight has another aspect ratio.
@@ -98,80 +98,8 @@ fn draw_batch(recipe: &TokenizerRecipe, step: i64) -> Vec<RgbPicture> {
         .collect()
 }
 
-/// The codebook's running statistics (exponential moving averages of assigned latents).
-struct Codebook {
-    rows: Tensor,
-    counts: Tensor,
-    sums: Tensor,
-}
-
-impl Codebook {
-    fn new(codes: i64, dim: i64) -> Result<Self, ModelError> {
-        let zeros = |shape: &[i64]| Tensor::f_zeros(shape, (Kind::Float, Device::Cpu));
-        Ok(Self {
-            rows: zeros(&[codes, dim])?,
-            counts: zeros(&[codes])?,
-            sums: zeros(&[codes, dim])?,
-        })
-    }
-
-    /// k-means over latents `[m, dim]`.
-    fn cluster(&mut self, latents: &Tensor) -> Result<(), ModelError> {
-        let codes = self.rows.size()[0];
-        let pick = |n: i64| {
-            latents.f_index_select(
-                0,
-                &Tensor::f_randint(latents.size()[0], [n], (Kind::Int64, Device::Cpu))?,
-            )
-        };
-        let mut rows = pick(codes)?;
-        for _ in 0..10 {
-            let (counts, sums) = tally(latents, &nearest(latents, &rows)?, codes)?;
-            let empty = counts.f_lt(0.5)?.f_unsqueeze(1)?;
-            let means = sums.f_div(&counts.f_clamp_min(1.0)?.f_unsqueeze(1)?)?;
-            rows = pick(codes)?.f_where_self(&empty, &means)?;
-        }
-        self.sums = rows.f_detach_copy()?;
-        self.counts = Tensor::f_ones([codes], (Kind::Float, Device::Cpu))?;
-        self.rows = rows;
-        Ok(())
-    }
-
-    fn update(&mut self, latents: &Tensor, codes: &Tensor, revive: bool) -> Result<(), ModelError> {
-        let (counts, sums) = tally(latents, codes, self.rows.size()[0])?;
-        let _ = self
-            .counts
-            .f_mul_scalar_(DECAY)?
-            .f_add_(&counts.f_mul_scalar(1.0 - DECAY)?)?;
-        let _ = self
-            .sums
-            .f_mul_scalar_(DECAY)?
-            .f_add_(&sums.f_mul_scalar(1.0 - DECAY)?)?;
-        self.rows = self.sums.f_div(&self.counts.f_clamp_min(1e-4)?.f_unsqueeze(1)?)?;
-        if revive {
-            let dead = self.counts.f_lt(0.03)?.f_nonzero()?.f_view([-1i64])?;
-            let n = dead.size()[0];
-            if n > 0 {
-                let at = Tensor::f_randint(latents.size()[0], [n], (Kind::Int64, Device::Cpu))?;
-                let fresh = latents.f_index_select(0, &at)?;
-                let _ = self.rows.f_index_copy_(0, &dead, &fresh)?;
-                let _ = self.sums.f_index_copy_(0, &dead, &fresh.f_mul_scalar(0.3)?)?;
-                let _ = self.counts.f_index_fill_(0, &dead, 0.3)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Per code: how many latents, and their sum.
-fn tally(latents: &Tensor, codes: &Tensor, n: i64) -> Result<(Tensor, Tensor), ModelError> {
-    let counts = codes.f_bincount(None::<&Tensor>, n)?.f_to_kind(Kind::Float)?;
-    let sums = Tensor::f_zeros([n, latents.size()[1]], (Kind::Float, Device::Cpu))?.f_index_add(0, codes, latents)?;
-    Ok((counts, sums))
-}
-
 /// L1 + L2 + half the L1 of horizontal and vertical differences.
-fn reconstruction_loss(drawn: &Tensor, wanted: &Tensor) -> Result<(Tensor, Tensor), ModelError> {
+pub(super) fn reconstruction_loss(drawn: &Tensor, wanted: &Tensor) -> Result<(Tensor, Tensor), ModelError> {
     let error = drawn.f_sub(wanted)?;
     let slope = |dim: i64| -> Result<Tensor, ModelError> {
         let n = error.size()[dim as usize];
@@ -218,7 +146,7 @@ pub fn train_tokenizer(recipe: &TokenizerRecipe, dir: &Path) -> Result<(), Model
         })
         .collect();
     let mut optimizer = Optimizer::new(trained, (0.9, 0.95))?;
-    let mut codebook = Codebook::new(config.n_embed, config.embed_dim)?;
+    let mut codebook = Codebook::new(config.n_embed, config.embed_dim, Device::Cpu)?;
     let checkpoint = dir.join("tokenizer.checkpoint");
     if checkpoint.exists() {
         let saved = load(&checkpoint)?;
@@ -240,6 +168,8 @@ pub fn train_tokenizer(recipe: &TokenizerRecipe, dir: &Path) -> Result<(), Model
     let mut mean_square = 0.0;
     while optimizer.steps() < recipe.steps {
         let step = optimizer.steps();
+        let mut rng = ChaCha8Rng::seed_from_u64(recipe.seed);
+        rng.set_stream(!(step as u64));
         let pictures = batches
             .recv()
             .map_err(|_| ModelError::invalid("world", "stopped drawing"))?;
@@ -259,11 +189,12 @@ pub fn train_tokenizer(recipe: &TokenizerRecipe, dir: &Path) -> Result<(), Model
                 if latents_seen.is_empty() {
                     latents_seen.push(detached.shallow_clone());
                 }
-                codebook.cluster(&Tensor::f_cat(&latents_seen, 0)?)?;
+                codebook.cluster(&Tensor::f_cat(&latents_seen, 0)?, &mut rng)?;
                 latents_seen.clear();
             }
             let codes = nearest(&detached, &codebook.rows)?;
-            codebook.update(&detached, &codes, step % 20 == 0 && step < recipe.steps * 85 / 100)?;
+            let revive = step % 20 == 0 && step < recipe.steps * 85 / 100;
+            codebook.update(&detached, &codes, revive, &mut rng)?;
             let rows = codebook.rows.f_index_select(0, &codes)?;
             let commitment = flat.f_sub(&rows)?.f_square()?.f_mean(Kind::Float)? * COMMITMENT;
             let through = flat.f_add(&rows.f_sub(&flat)?.detach())?;
@@ -280,7 +211,7 @@ pub fn train_tokenizer(recipe: &TokenizerRecipe, dir: &Path) -> Result<(), Model
         };
         if step % 100 == 0 {
             let rate = (optimizer.steps() - first_step) as f64 / started.elapsed().as_secs_f64();
-            let dead = i64::try_from(codebook.counts.f_lt(0.03)?.f_sum(Kind::Int64)?)?;
+            let dead = codebook.unused()?;
             let psnr = -10.0 * (mean_square / 4.0).log10();
             tracing::info!(step, psnr, dead, steps_per_second = rate, "tokenizer");
         }
@@ -300,8 +231,7 @@ fn state(parameters: &Parameters, optimizer: &Optimizer, codebook: &Codebook) ->
         .collect();
     state.extend(optimizer.state());
     state.push((CODEBOOK.to_owned(), codebook.rows.shallow_clone()));
-    state.push(("codebook.counts".to_owned(), codebook.counts.shallow_clone()));
-    state.push(("codebook.sums".to_owned(), codebook.sums.shallow_clone()));
+    state.extend(codebook.statistics().map(|(name, tensor)| (name.to_owned(), tensor)));
     state
 }
 

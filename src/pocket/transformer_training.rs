@@ -49,11 +49,11 @@ const STATISTICS_EVERY: i64 = 50;
 const WARM_UP: f64 = 150.0;
 
 /// Mean and standard deviation of the model's own image positions at each layer's input.
-struct SlotStatistics {
+pub(super) struct SlotStatistics {
     /// `[layers, hidden]`
-    mean: Tensor,
+    pub(super) mean: Tensor,
     /// `[layers, 1]`: root mean square deviation.
-    deviation: Tensor,
+    pub(super) deviation: Tensor,
 }
 
 fn learning_rate(recipe: &TransformerRecipe, step: i64) -> f64 {
@@ -63,17 +63,18 @@ fn learning_rate(recipe: &TransformerRecipe, step: i64) -> f64 {
 }
 
 /// A padded batch: ids and targets `[batch, seq]`, and where its extra positions are.
-struct Batch {
-    ids: Tensor,
+pub(super) struct Batch {
+    pub(super) ids: Tensor,
     /// Flat indices of positions whose next token counts, and those tokens.
     predict_at: Tensor,
     targets: Tensor,
-    slots: Vec<(i64, i64)>,
+    pub(super) slots: Vec<(i64, i64)>,
     /// Flat indices of image codes.
     image_at: Tensor,
 }
 
-fn collate(sequences: &[Sequence]) -> Result<Batch, ModelError> {
+/// Pads the sequences, on `device`.
+pub(super) fn collate(sequences: &[Sequence], device: Device) -> Result<Batch, ModelError> {
     let seq = sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0) as i64;
     let mut ids = vec![1i64; sequences.len() * seq as usize];
     let (mut predict_at, mut targets, mut slots, mut image_at) = (vec![], vec![], vec![], vec![]);
@@ -88,25 +89,35 @@ fn collate(sequences: &[Sequence]) -> Result<Batch, ModelError> {
         slots.extend(sequence.slots.clone().map(|position| (row as i64, position as i64)));
     }
     Ok(Batch {
-        ids: Tensor::f_from_slice(&ids)?.f_view([sequences.len() as i64, seq])?,
-        predict_at: Tensor::f_from_slice(&predict_at)?,
-        targets: Tensor::f_from_slice(&targets)?,
+        ids: Tensor::f_from_slice(&ids)?
+            .f_view([sequences.len() as i64, seq])?
+            .f_to_device(device)?,
+        predict_at: Tensor::f_from_slice(&predict_at)?.f_to_device(device)?,
+        targets: Tensor::f_from_slice(&targets)?.f_to_device(device)?,
         slots,
-        image_at: Tensor::f_from_slice(&image_at)?,
+        image_at: Tensor::f_from_slice(&image_at)?.f_to_device(device)?,
     })
 }
 
 /// Contexts for the batch's extra positions: `E_l + u * sigma_l * noise`, u drawn in 0..0.3 for each position.
-fn slot_contexts(batch: &Batch, statistics: &SlotStatistics, rng: &mut ChaCha8Rng) -> Result<ContextBatch, ModelError> {
+pub(super) fn slot_contexts(
+    batch: &Batch,
+    statistics: &SlotStatistics,
+    rng: &mut ChaCha8Rng,
+) -> Result<ContextBatch, ModelError> {
+    let device = statistics.mean.device();
     let (layers, hidden) = statistics.mean.size2()?;
     let n = batch.slots.len() as i64;
-    let rows = Tensor::f_from_slice(&batch.slots.iter().map(|s| s.0).collect::<Vec<_>>())?;
-    let positions = Tensor::f_from_slice(&batch.slots.iter().map(|s| s.1).collect::<Vec<_>>())?;
+    let rows = Tensor::f_from_slice(&batch.slots.iter().map(|s| s.0).collect::<Vec<_>>())?.f_to_device(device)?;
+    let positions = Tensor::f_from_slice(&batch.slots.iter().map(|s| s.1).collect::<Vec<_>>())?.f_to_device(device)?;
     let spread: Vec<f32> = (0..n).map(|_| rng.random_range(0.0..0.3)).collect();
-    let spread = Tensor::f_from_slice(&spread)?.f_view([n, 1])?;
+    let spread = Tensor::f_from_slice(&spread)?.f_view([n, 1])?.f_to_device(device)?;
     let layers = (0..layers)
         .map(|layer| {
-            let noise = Tensor::f_randn([n, hidden], (Kind::Float, Device::Cpu))?.f_mul(&spread)?;
+            let noise = normal(n * hidden, rng)?
+                .f_view([n, hidden])?
+                .f_to_device(device)?
+                .f_mul(&spread)?;
             let values = noise
                 .f_mul(&statistics.deviation.f_get(layer)?)?
                 .f_add(&statistics.mean.f_get(layer)?)?;
@@ -123,7 +134,20 @@ fn slot_contexts(batch: &Batch, statistics: &SlotStatistics, rng: &mut ChaCha8Rn
     })
 }
 
-fn statistics(network: &Transformer, batch: &Batch) -> Result<SlotStatistics, ModelError> {
+/// `count` normally distributed numbers (Box-Muller). They do not depend on libtorch's generator, which all threads of the
+/// process share.
+fn normal(count: i64, rng: &mut ChaCha8Rng) -> Result<Tensor, ModelError> {
+    let numbers: Vec<f32> = (0..count)
+        .map(|_| {
+            let radius = (-2.0 * (1.0 - rng.random::<f32>()).ln()).sqrt();
+            radius * (std::f32::consts::TAU * rng.random::<f32>()).cos()
+        })
+        .collect();
+    Ok(Tensor::f_from_slice(&numbers)?)
+}
+
+/// What the network's own image positions look like at each layer's input.
+pub(super) fn statistics(network: &Transformer, batch: &Batch) -> Result<SlotStatistics, ModelError> {
     tch::no_grad(|| {
         let (mut mean, mut deviation) = (vec![], vec![]);
         let _ = network.forward_observed(&batch.ids, None, &mut |point, x| {
@@ -152,7 +176,8 @@ fn statistics(network: &Transformer, batch: &Batch) -> Result<SlotStatistics, Mo
     })
 }
 
-fn loss(network: &Transformer, batch: &Batch, context: Option<&ContextBatch>) -> Result<Tensor, ModelError> {
+/// Mean cross-entropy of image tokens, in nats.
+pub(super) fn loss(network: &Transformer, batch: &Batch, context: Option<&ContextBatch>) -> Result<Tensor, ModelError> {
     let hidden = network.forward(&batch.ids, context)?;
     let size = hidden.size()[2];
     let rows = hidden.f_reshape([-1, size])?.f_index_select(0, &batch.predict_at)?;
@@ -194,7 +219,7 @@ pub fn train_transformer(
         optimizer.restore(&take)?;
         tracing::info!(step = optimizer.steps(), "continuing");
     }
-    let held_back = collate(&corpus.held_back(64, recipe.seed)?)?;
+    let held_back = collate(&corpus.held_back(64, recipe.seed)?, Device::Cpu)?;
     let (send, batches) = mpsc::sync_channel::<(Result<Vec<Sequence>, ModelError>, ChaCha8Rng)>(4);
     let mut slots: Option<SlotStatistics> = None;
     let (mut saved_at, started, first_step) = (Instant::now(), Instant::now(), optimizer.steps());
@@ -215,7 +240,7 @@ pub fn train_transformer(
         while optimizer.steps() < recipe.steps {
             let step = optimizer.steps();
             let (sequences, mut rng) = batches.recv().map_err(|_| ModelError::invalid("corpus", "ended"))?;
-            let batch = collate(&sequences?)?;
+            let batch = collate(&sequences?, Device::Cpu)?;
             let network = Transformer::load(config, &parameters.cast(Kind::BFloat16, false))?;
             if slots.is_none() || step % STATISTICS_EVERY == 0 {
                 slots = Some(statistics(&network, &batch)?);

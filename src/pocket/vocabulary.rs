@@ -28,7 +28,7 @@ fn byte_symbols() -> Vec<char> {
 }
 
 /// Names in the order of their ids, and the merges that make each word of the world, with the space before it, one token.
-fn names_and_merges(codes: i64, grids: usize) -> (Vec<String>, Vec<(String, String)>, Vec<String>) {
+fn names_and_merges(codes: i64, grids: usize, words: &[&str]) -> (Vec<String>, Vec<(String, String)>, Vec<String>) {
     let mut names: Vec<String> = ["<s>", "<pad>", "</s>", "<unk>"].map(str::to_owned).to_vec();
     names.extend((0..codes).map(code_name));
     let mut special: Vec<String> = names[..4].to_vec();
@@ -43,7 +43,7 @@ fn names_and_merges(codes: i64, grids: usize) -> (Vec<String>, Vec<(String, Stri
     names.extend(control);
     names.extend(byte_symbols().into_iter().map(String::from));
     let template = ["an", "image", "of", "according", "to", "the", "following", "prompt"];
-    let mut all: Vec<&str> = words();
+    let mut all: Vec<&str> = words.to_vec();
     all.extend(template);
     all.sort_unstable();
     all.dedup();
@@ -70,11 +70,12 @@ fn names_and_merges(codes: i64, grids: usize) -> (Vec<String>, Vec<(String, Stri
 
 /// Every name and its id.
 pub fn vocabulary_map() -> BTreeMap<String, i64> {
-    names_and_merges(super::IMAGE_CODES, GRIDS)
-        .0
-        .into_iter()
-        .zip(0..)
-        .collect()
+    vocabulary_map_of(super::IMAGE_CODES, &words())
+}
+
+/// Every name and its id in a vocabulary of that many image codes, and of these words.
+pub fn vocabulary_map_of(codes: i64, words: &[&str]) -> BTreeMap<String, i64> {
+    names_and_merges(codes, GRIDS, words).0.into_iter().zip(0..).collect()
 }
 
 /// The pocket model's tokenizer file.
@@ -85,7 +86,16 @@ pub fn tokenizer_json() -> Value {
 /// A tokenizer file in the format of Hugging Face `tokenizers`, with the pre-tokenizer pipeline of the real one: that many
 /// image codes (from id 4 on, as in the real one) and size names, and the words of the pocket model's world.
 pub fn tokenizer_with(codes: i64, grids: usize) -> Value {
-    let (names, merges, special) = names_and_merges(codes, grids);
+    tokenizer_of_words(codes, grids, &words())
+}
+
+/// The tokenizer file of that many image codes, and of these words.
+pub fn tokenizer_of(codes: i64, words: &[&str]) -> Value {
+    tokenizer_of_words(codes, GRIDS, words)
+}
+
+fn tokenizer_of_words(codes: i64, grids: usize, words: &[&str]) -> Value {
+    let (names, merges, special) = names_and_merges(codes, grids, words);
     let vocabulary: serde_json::Map<String, Value> = names
         .iter()
         .enumerate()

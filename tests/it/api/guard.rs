@@ -158,7 +158,7 @@ fn a_flag_wins_over_a_variable_over_the_file_over_the_default() {
         "rows = 11",
         "queue = 22",
         "keep_images = 33",
-        "kv_memory = 2048",
+        "kv_memory = \"auto\"",
         "cors_origin = [\"https://a.example\"]",
     ] {
         assert!(shown.lines().any(|shown| shown == line), "{line}: {shown}");

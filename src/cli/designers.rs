@@ -1,0 +1,260 @@
+//! `coar pocket designers draw|train|measure|export`: the world of designers' drawings, behind its own command until it is the
+//! default.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::pocket::save_png;
+use crate::pocket::designers::training::Budget;
+use crate::pocket::designers::training::decoder::{DecoderRecipe, tune_decoder};
+use crate::pocket::designers::training::export::export;
+use crate::pocket::designers::training::measure::{Validation, measure, reconstructions};
+use crate::pocket::designers::training::tokenizer::{TokenizerRecipe, TrainedTokenizer, train_tokenizer};
+use crate::pocket::designers::training::transformer::{TransformerRecipe, train_transformer};
+use crate::pocket::designers::{Designer, Pack, World, contact, default_dir};
+
+/// The world of designers' drawings: render it, train the model of it, measure it.
+#[derive(Debug, Subcommand)]
+pub(super) enum DesignersCommand {
+    Draw(DrawArgs),
+    Train(TrainArgs),
+    Measure(MeasureArgs),
+    Export(ExportArgs),
+}
+
+/// Render the designers' icon sets into a pack, and draw contact sheets.
+#[derive(Debug, Args)]
+pub(super) struct DrawArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    /// Folder of the icon sets that `scripts/fetch-drawings.sh` fetched. Default: `icons` in the world's folder.
+    #[arg(long, value_name = "DIR")]
+    icons: Option<PathBuf>,
+    /// Write contact sheets (PNG) to this folder.
+    #[arg(long, value_name = "DIR")]
+    sheets: Option<PathBuf>,
+    #[arg(long, default_value_t = 4)]
+    seed: u64,
+}
+
+/// Train a stage. It continues from its saved state, which is written every few minutes.
+#[derive(Debug, Args)]
+pub(super) struct TrainArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    #[arg(value_enum)]
+    stage: Stage,
+    /// `cpu`, `cuda:N`, or `auto`: the first CUDA device where there is one.
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Threads for libtorch on the CPU.
+    #[arg(long, default_value_t = 2)]
+    threads: i32,
+    /// Stop after this many seconds, with the state saved. Default: at the recipe's last step.
+    #[arg(long)]
+    seconds: Option<u64>,
+    /// Optimizer steps of the whole stage. Default: the recipe's. May be changed when a stage continues.
+    #[arg(long)]
+    steps: Option<i64>,
+    /// Weight of the distance between one drawing's latents in two scenes. Default: the recipe's.
+    #[arg(long)]
+    tie: Option<f64>,
+    /// Name of the stage's folder in the world's folder. Default: the stage's name.
+    #[arg(long, value_name = "NAME")]
+    run: Option<String>,
+    /// The folder, in the world's folder, of the tokenizer that this stage needs. Default: `tokenizer` for the decoder,
+    /// `decoder` for the transformer.
+    #[arg(long, value_name = "NAME")]
+    from: Option<String>,
+}
+
+/// The stages, in order; each needs the one before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Stage {
+    /// Encoder, codebook and decoder.
+    Tokenizer,
+    /// The decoder alone, with frozen codes.
+    Decoder,
+    /// The transformer, on captions and codes.
+    Transformer,
+}
+
+/// Measure the tokenizer on images that training never shows.
+#[derive(Debug, Args)]
+pub(super) struct MeasureArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    /// The stage's folder in the world's folder.
+    #[arg(long, default_value = "tokenizer")]
+    run: String,
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Threads for libtorch on the CPU.
+    #[arg(long, default_value_t = 2)]
+    threads: i32,
+    /// Write originals, and below them what the tokenizer keeps of them (PNG).
+    #[arg(long, value_name = "FILE")]
+    sheet: Option<PathBuf>,
+    /// Size of the sheet's images: every pixel is repeated this many times.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4))]
+    zoom: u32,
+}
+
+/// Write the trained stages as a checkpoint folder, for `--model`.
+#[derive(Debug, Args)]
+pub(super) struct ExportArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    /// The transformer's folder in the world's folder.
+    #[arg(long, value_name = "NAME", default_value = "transformer")]
+    transformer: String,
+    /// The folder of the tokenizer or of its tuned decoder in the world's folder.
+    #[arg(long, value_name = "NAME", default_value = "decoder")]
+    tokenizer: String,
+    /// Folder of the finished checkpoint.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+/// Where the world's files are.
+#[derive(Debug, Args)]
+struct FileArgs {
+    /// Folder of icon sets, pack and training state. Default: `coar/world` in the user's cache folder.
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+/// The pack's name in the world's folder.
+const PACK: &str = "drawings.zip";
+
+impl FileArgs {
+    fn dir(&self) -> anyhow::Result<PathBuf> {
+        match &self.dir {
+            Some(dir) => Ok(dir.clone()),
+            None => Ok(default_dir()?),
+        }
+    }
+
+    fn world(&self) -> anyhow::Result<World> {
+        let file = self.dir()?.join(PACK);
+        anyhow::ensure!(
+            file.exists(),
+            "{} is absent; run `coar pocket designers draw` first",
+            file.display()
+        );
+        Ok(World::open(&file)?)
+    }
+}
+
+impl DesignersCommand {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Draw(args) => args.run(),
+            Self::Train(args) => args.run(),
+            Self::Measure(args) => args.run(),
+            Self::Export(args) => args.run(),
+        }
+    }
+}
+
+impl ExportArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let dir = self.files.dir()?;
+        export(&dir.join(self.transformer), &dir.join(self.tokenizer), &self.out)?;
+        println!("{}", self.out.display());
+        Ok(())
+    }
+}
+
+impl DrawArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let dir = self.files.dir()?;
+        let icons = self.icons.unwrap_or_else(|| dir.join("icons"));
+        let pack = Pack::from_icons(&icons, Designer::ALL)?;
+        let file = dir.join(PACK);
+        pack.write(&file)?;
+        println!("{} drawings in {}", pack.len(), file.display());
+        if let Some(sheets) = self.sheets {
+            for sheet in contact::sheets(&World::open(&file)?, self.seed)? {
+                let file = sheets.join(sheet.name).with_extension("png");
+                save_png(&file, &sheet.image)?;
+                println!("{}", file.display());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Stage {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tokenizer => "tokenizer",
+            Self::Decoder => "decoder",
+            Self::Transformer => "transformer",
+        }
+    }
+}
+
+impl TrainArgs {
+    fn tokenizer(&self, default: &str) -> anyhow::Result<TrainedTokenizer> {
+        let name = self.from.as_deref().unwrap_or(default);
+        Ok(TrainedTokenizer::open(&self.files.dir()?.join(name))?)
+    }
+
+    fn run(self) -> anyhow::Result<()> {
+        let device = super::model::device(&self.device)?;
+        tch::set_num_threads(self.threads);
+        let world = self.files.world()?;
+        let dir = self.files.dir()?.join(self.run.as_deref().unwrap_or(self.stage.name()));
+        let budget = Budget { seconds: self.seconds };
+        let steps = match self.stage {
+            Stage::Tokenizer => {
+                let mut recipe = TokenizerRecipe::default();
+                recipe.steps = self.steps.unwrap_or(recipe.steps);
+                recipe.tie = self.tie.unwrap_or(recipe.tie);
+                train_tokenizer(&recipe, &world, &dir, device, budget)?
+            }
+            Stage::Decoder => {
+                let mut recipe = DecoderRecipe::default();
+                recipe.steps = self.steps.unwrap_or(recipe.steps);
+                let tokenizer = self.tokenizer("tokenizer")?;
+                tune_decoder(&recipe, &world, &tokenizer, &dir, device, budget)?
+            }
+            Stage::Transformer => {
+                let mut recipe = TransformerRecipe::default();
+                recipe.steps = self.steps.unwrap_or(recipe.steps);
+                let tokenizer = self.tokenizer("decoder")?;
+                train_transformer(&recipe, &world, &tokenizer, &dir, device, budget)?
+            }
+        };
+        println!("{} steps; state and curve are in {}", steps, dir.display());
+        Ok(())
+    }
+}
+
+impl MeasureArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let device = super::model::device(&self.device)?;
+        tch::set_num_threads(self.threads);
+        let world = self.files.world()?;
+        let vqgan = TrainedTokenizer::open(&self.files.dir()?.join(&self.run))?.vqgan(device)?;
+        let validation = Validation::draw(&world)?;
+        let figures = measure(&vqgan, &validation, device)?;
+        for (group, all, rows) in &figures.psnr {
+            println!("{group:<20} {all:6.2} dB  {rows:6.2} dB where objects stand");
+        }
+        for (name, share) in [
+            ("codes in use", figures.codes_used),
+            ("covered codes kept", figures.stable_covered),
+            ("inner codes kept", figures.stable_inner),
+            ("... 16 pixels right", figures.moved_inner),
+        ] {
+            println!("{name:<20} {:6.1} %", 100.0 * share);
+        }
+        if let Some(file) = self.sheet {
+            save_png(&file, &reconstructions(&vqgan, &validation, device, self.zoom)?)?;
+        }
+        Ok(())
+    }
+}

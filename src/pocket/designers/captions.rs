@@ -1,0 +1,151 @@
+//! Words for an image: everything that it shows, or a random part.
+
+use rand::seq::IndexedRandom;
+use rand::{Rng, RngCore};
+
+use super::{Accessory, Colour, Designer, Object, Scene, Spec};
+
+/// "on the beach"
+pub fn scene_phrase(scene: Scene) -> &'static str {
+    match scene {
+        Scene::Beach => "on the beach",
+        Scene::Snow => "in the snow",
+        Scene::City => "in the city at night",
+        Scene::Grass => "on the grass",
+        Scene::Desert => "in the desert",
+        Scene::Room => "in the room",
+        Scene::Forest => "in the forest",
+        Scene::Space => "in space",
+        Scene::White => "on a white background",
+    }
+}
+
+/// What a caption says of an image.
+struct Mention<'a> {
+    opening: &'a str,
+    determiner: &'a str,
+    colour: bool,
+    accessory: bool,
+    scene: bool,
+    designer: bool,
+}
+
+fn article(word: &str) -> &'static str {
+    if word.starts_with(['a', 'e', 'i', 'o', 'u']) && !word.starts_with("uni") {
+        "an"
+    } else {
+        "a"
+    }
+}
+
+fn compose(spec: &Spec, mention: &Mention) -> String {
+    let object = spec.object.words().unwrap_or("thing");
+    let mut noun = Vec::new();
+    if let Some(colour) = spec.colour.filter(|_| mention.colour) {
+        noun.push(colour.name());
+    }
+    noun.push(object);
+    let determiner = match mention.determiner {
+        "a" => article(noun[0]),
+        other => other,
+    };
+    let mut words = Vec::new();
+    words.extend((!mention.opening.is_empty()).then_some(mention.opening));
+    words.push(determiner);
+    words.extend(noun);
+    if let Some(accessory) = spec.accessory.filter(|_| mention.accessory) {
+        words.extend(["with", article(accessory.name()), accessory.name()]);
+    }
+    if mention.scene {
+        words.push(scene_phrase(spec.scene));
+    }
+    if mention.designer {
+        words.extend(["in", spec.designer.name(), "style"]);
+    }
+    words.join(" ")
+}
+
+/// Everything that words can say of the image.
+pub fn caption_full(spec: &Spec) -> String {
+    let everything = Mention {
+        opening: "a picture of",
+        determiner: "a",
+        colour: true,
+        accessory: true,
+        scene: true,
+        designer: true,
+    };
+    compose(spec, &everything)
+}
+
+/// A caption as training draws it anew at every visit: most of what the image shows, in varying form.
+pub fn caption_random(spec: &Spec, rng: &mut dyn RngCore) -> String {
+    let openings = ["a picture of", "a photo of", "", ""];
+    let determiners = ["a", "a", "a", "my", "the", "this"];
+    let mention = Mention {
+        opening: openings.choose(rng).copied().unwrap_or_default(),
+        determiner: determiners.choose(rng).copied().unwrap_or("a"),
+        colour: rng.random_bool(0.92),
+        accessory: rng.random_bool(0.95),
+        scene: rng.random_bool(0.92),
+        designer: rng.random_bool(0.9),
+    };
+    compose(spec, &mention)
+}
+
+/// Every word of the captions, sorted, without repetition.
+pub fn words() -> Vec<&'static str> {
+    let fixed = "a an my the this picture photo of with in on at style";
+    let mut words: Vec<&str> = fixed.split(' ').collect();
+    words.extend(Object::all().filter_map(Object::words).flat_map(|w| w.split(' ')));
+    words.extend(Designer::TRAINED.iter().map(|designer| designer.name()));
+    words.extend(Colour::ALL.iter().map(|colour| colour.name()));
+    words.extend(Accessory::ALL.iter().map(|accessory| accessory.name()));
+    words.extend(Scene::ALL.iter().flat_map(|&scene| scene_phrase(scene).split(' ')));
+    words.sort_unstable();
+    words.dedup();
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    #[test]
+    fn captions_use_known_words_and_say_what_is_shown() {
+        let (mut rng, words) = (ChaCha8Rng::seed_from_u64(1), words());
+        for _ in 0..3000 {
+            let spec = Spec::sample(&mut rng);
+            let full = caption_full(&spec);
+            for caption in [&full, &caption_random(&spec, &mut rng)] {
+                for word in caption.split(' ') {
+                    assert!(words.contains(&word), "`{word}` in `{caption}`");
+                }
+                for colour in Colour::ALL.iter().filter(|&&colour| spec.colour != Some(colour)) {
+                    assert!(!caption.split(' ').any(|word| word == colour.name()), "{caption}");
+                }
+                for accessory in Accessory::ALL.iter().filter(|&&it| spec.accessory != Some(it)) {
+                    assert!(!caption.contains(accessory.name()), "{caption}");
+                }
+            }
+            let shown = [
+                spec.object.words().unwrap(),
+                scene_phrase(spec.scene),
+                spec.designer.name(),
+            ];
+            assert!(shown.iter().all(|part| full.contains(part)), "{full}");
+            assert_eq!(spec.accessory.is_some(), full.contains(" with "));
+        }
+    }
+
+    #[test]
+    fn articles_fit_the_next_word() {
+        assert_eq!(
+            (article("apple"), article("unicorn"), article("green")),
+            ("an", "a", "a")
+        );
+    }
+}

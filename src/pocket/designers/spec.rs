@@ -1,0 +1,144 @@
+//! One image of the world, fully described, and how training draws them.
+
+use rand::seq::IndexedRandom;
+use rand::{Rng, RngCore};
+use serde::{Deserialize, Serialize};
+
+use super::{Accessory, Colour, Designer, Object, Scene, held_out};
+
+/// Where things stand, in whole cells of the tokenizer's grid (8 pixels): `Alone(n)` puts the object at cell `n`; beside
+/// an accessory the object stands at the left or the right edge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    Alone(u8),
+    Left,
+    Right,
+}
+
+impl Place {
+    /// Cells from `self` to `other`, to the right, of an object that stands alone in both; otherwise none.
+    pub fn cells_to(self, other: Self) -> i64 {
+        match (self, other) {
+            (Self::Alone(from), Self::Alone(to)) => i64::from(to) - i64::from(from),
+            _ => 0,
+        }
+    }
+
+    /// Places of an object on its own.
+    pub const ALONE: &'static [Self] = &[Self::Alone(1), Self::Alone(2), Self::Alone(3), Self::Alone(4)];
+    /// Places of an object beside an accessory.
+    pub const BESIDE: &'static [Self] = &[Self::Left, Self::Right];
+}
+
+/// One image, fully described.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Spec {
+    pub object: Object,
+    pub designer: Designer,
+    /// `None`: the designer's own colours.
+    pub colour: Option<Colour>,
+    /// Another hue, in degrees of OKLCh, in place of `colour`: what no caption names. For the tokenizer alone.
+    pub hue: Option<u16>,
+    pub accessory: Option<Accessory>,
+    pub scene: Scene,
+    pub place: Place,
+}
+
+/// Share of images in the designer's own colours.
+const OWN_COLOURS: f64 = 0.4;
+/// Share of images with an accessory.
+const WITH_ACCESSORY: f64 = 0.25;
+/// Share of the tokenizer's images that show extra objects, and share of those in a hue that no word means.
+const WIDER: f64 = 0.25;
+const WIDER_HUES: f64 = 0.6;
+
+fn pick<T: Copy>(from: &[T], rng: &mut dyn RngCore) -> T {
+    *from.choose(rng).expect("the world's lists are not empty")
+}
+
+impl Spec {
+    /// An image that the transformer may be trained on: never a held-out subject, never an unseen designer.
+    pub fn sample(rng: &mut dyn RngCore) -> Self {
+        loop {
+            let spec = Self {
+                object: pick(&Object::all().collect::<Vec<_>>(), rng),
+                ..Self::surroundings(rng)
+            };
+            if !held_out::is_held_out(&spec) {
+                return spec;
+            }
+        }
+    }
+
+    /// An image that the tokenizer may be trained on: as [`Self::sample`], but a quarter of them show extra objects or
+    /// known ones in hues that no caption names.
+    pub fn sample_for_tokenizer(rng: &mut dyn RngCore) -> Self {
+        if !rng.random_bool(WIDER) {
+            return Self::sample(rng);
+        }
+        loop {
+            let mut spec = Self {
+                object: pick(&Object::all_with_extra().collect::<Vec<_>>(), rng),
+                ..Self::surroundings(rng)
+            };
+            if rng.random_bool(WIDER_HUES) {
+                spec.colour = None;
+                spec.hue = Some(rng.random_range(0..360));
+            }
+            if !held_out::is_held_out(&spec) {
+                return spec;
+            }
+        }
+    }
+
+    fn surroundings(rng: &mut dyn RngCore) -> Self {
+        let accessory = rng.random_bool(WITH_ACCESSORY).then(|| pick(Accessory::ALL, rng));
+        Self {
+            object: Object::all().next().expect("the world has objects"),
+            designer: pick(Designer::TRAINED, rng),
+            colour: (!rng.random_bool(OWN_COLOURS)).then(|| pick(Colour::ALL, rng)),
+            hue: None,
+            accessory,
+            scene: pick(Scene::ALL, rng),
+            place: Self::some_place(accessory, rng),
+        }
+    }
+
+    fn some_place(accessory: Option<Accessory>, rng: &mut dyn RngCore) -> Place {
+        match accessory {
+            Some(_) => pick(Place::BESIDE, rng),
+            None => pick(Place::ALONE, rng),
+        }
+    }
+
+    /// The same thing in another scene, at the same place.
+    pub fn in_another_scene(&self, rng: &mut dyn RngCore) -> Self {
+        let step = rng.random_range(1..Scene::ALL.len());
+        Self {
+            scene: Scene::ALL[(self.scene.index() + step) % Scene::ALL.len()],
+            ..*self
+        }
+    }
+
+    /// The same thing in another scene and, where it stands alone, at another place.
+    pub fn elsewhere(&self, rng: &mut dyn RngCore) -> Self {
+        let place = match self.place {
+            Place::Alone(_) => Self::some_place(None, rng),
+            beside => beside,
+        };
+        Self {
+            place,
+            ..self.in_another_scene(rng)
+        }
+    }
+
+    /// The same thing in `scene`, somewhere.
+    pub fn moved(&self, scene: Scene, rng: &mut dyn RngCore) -> Self {
+        Self {
+            scene,
+            place: Self::some_place(self.accessory, rng),
+            ..*self
+        }
+    }
+}

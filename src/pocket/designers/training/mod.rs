@@ -1,0 +1,19 @@
+//! Training of the model of the designers' world: stage by stage, on whatever device there is, resumable.
+
+/// The decoder, with frozen codes.
+pub mod decoder;
+mod discriminator;
+/// The finished checkpoint folder.
+pub mod export;
+/// Figures of a tokenizer.
+pub mod measure;
+mod pairs;
+/// A stage's folder, state and curve.
+pub mod run;
+mod sequences;
+/// The tokenizer.
+pub mod tokenizer;
+/// The transformer.
+pub mod transformer;
+
+pub use run::Budget;
