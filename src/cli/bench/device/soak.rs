@@ -19,7 +19,7 @@ const HOST_GROWTH: f64 = 64.0;
 const DEVICE_GROWTH: f64 = 1.0;
 const MIB: f64 = (1u64 << 20) as f64;
 /// Rows of the batch: few enough that requests wait and images of mixed ages meet.
-const ROWS: usize = 12;
+const ROWS: usize = 16;
 
 pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let mut finished = 0;
@@ -38,18 +38,18 @@ async fn one(bench: &Bench, findings: &Findings, deterministic: bool, time: Dura
     let until = Instant::now() + time;
     let options = EngineOptions {
         kv_bytes: KvMemory::Bytes(1 << 30),
-        rows: ROWS,
+        rows: if bench.small { ROWS / 2 } else { ROWS },
         deterministic,
         ..EngineOptions::default()
     };
     let own = bench.clone();
     let engine =
         tokio::task::spawn_blocking(move || own.engine(options, |bench| bench.pocket(bench.kind()?))).await??;
-    let (requests, wanted) = if bench.small { (12, 4) } else { (120, 24) };
+    let (requests, wanted) = if bench.small { (9, 3) } else { (120, 24) };
     let mix = Mix {
         requests,
         concepts: 40,
-        at_once: if bench.small { 6 } else { 24 },
+        at_once: if bench.small { 5 } else { 24 },
         seed: u64::from(deterministic),
         time: Some(time / 2),
     };

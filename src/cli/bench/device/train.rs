@@ -26,8 +26,10 @@ use crate::training::{Advance, Graph, Trainer, TrainingSpec};
 const THOUSAND_STEPS: f64 = 300.0;
 /// How far a step's peak may be from its estimate.
 const ESTIMATE: f64 = 0.15;
-/// How far training's share of the device's time may be from what was asked for.
+/// How far training's share of the device's time may be from what was asked for; and on the CPU, whose clock counts what other
+/// processes take, over a window of few steps.
 const SHARE: f64 = 0.05;
+const SHARE_ON_CPU: f64 = 0.15;
 /// Images that are drawn beside the training.
 const BESIDE: usize = 16;
 
@@ -251,10 +253,11 @@ fn beside(bench: &Bench, findings: &Findings) -> anyhow::Result<f64> {
     let training_time = end.training_seconds - begin.training_seconds;
     let generation_time = end.generation_seconds - begin.generation_seconds;
     let share = training_time / (training_time + generation_time);
+    let allowed = if bench.on_cuda() { SHARE } else { SHARE_ON_CPU };
     findings.check(
         "training's share of the device beside images, off by",
         (share - 0.5).abs(),
-        SHARE,
+        allowed,
     );
     findings.figure("training_share", share);
     findings.figure("training_share_window_seconds", seconds);
