@@ -88,7 +88,7 @@ async fn a_slow_store_holds_up_neither_other_tenants_nor_the_database() {
         "a write took {longest:?} while the store was slow"
     );
     assert!(
-        took < 3 * SLOW,
+        took < 5 * SLOW,
         "16 tenants took {took:?}, two calls of the store take {:?}",
         2 * SLOW
     );
