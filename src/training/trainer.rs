@@ -319,6 +319,9 @@ impl Trainer {
         };
         decoding.step(&model.transformer)?;
         let (done, tokens) = decoding.progress();
+        // All of a batch advance together.
+        let batch = decoding.codes().len() as u32;
+        let (per_picture, before) = (tokens.max(1) as u32, self.prior.len() as u32);
         if decoding.is_done() {
             let drawn = decoding.codes().to_vec();
             self.drawing = None;
@@ -330,9 +333,8 @@ impl Trainer {
                 });
             }
         }
-        let per_picture = tokens.max(1) as u32;
         Ok(Advance::DrawingPrior {
-            done: self.prior.len() as u32 * per_picture + done as u32,
+            done: before * per_picture + done as u32 * batch,
             total: total * per_picture,
         })
     }

@@ -112,6 +112,8 @@ fn recomputing_layers_changes_memory_and_nothing_else() {
     (spec.prior_weight, spec.regularisation_weight) = (0.5, 0.1);
     spec.start_words.clear();
     let mut kept = Trainer::new(&model, spec.clone(), &references()).unwrap();
+    // Progress of the class images goes up to their end and not beyond it.
+    let mut drawing = vec![];
     // A step is many pieces of work, so that images need not wait for all of it: six layers forward, the head, and six
     // backward, in the pass of the references and in that of the class images.
     let (mut pieces, mut gradients) = (0, vec![]);
@@ -122,10 +124,12 @@ fn recomputing_layers_changes_memory_and_nothing_else() {
                 assert!(pieces >= 2 * 13, "{pieces} pieces");
                 (pieces, gradients) = (0, kept.gradients().iter().map(|(name, _)| *name).collect());
             }
+            Advance::DrawingPrior { done, total } => drawing.push((done, total)),
             Advance::Finished => break,
             _ => {}
         }
     }
+    assert!(drawing.is_sorted() && drawing.first() == Some(&(2, 288)) && drawing.last() == Some(&(288, 288)));
     assert_eq!(gradients, ["text", "image"]);
     let expected = kept.concept_file("m").unwrap();
     // Segments that divide the six layers, that do not, and one that is all of them.
