@@ -113,6 +113,10 @@ pub(super) struct Pairs {
     pub answer: Tensor,
 }
 
+/// Head sizes that the memory-efficient kernel takes in every kind are multiples of this: 16 bytes in the narrow ones. All
+/// published models have one.
+const HEAD_STEP: i64 = 8;
+
 /// An error of more than this, relative to the largest value, is no rounding.
 const LARGEST_DIFFERENCE: f64 = 0.02;
 
@@ -127,7 +131,8 @@ pub(super) fn choose_kernel(config: &ModelConfig, kind: Kind, device: Device) ->
         };
     }
     let dense_wanted = std::env::var("COAR_DECODE_ATTENTION").is_ok_and(|choice| choice == "dense");
-    if dense_wanted || config.num_attention_heads != config.num_key_value_heads {
+    let grouped = config.num_attention_heads != config.num_key_value_heads;
+    if dense_wanted || grouped || config.head_dim() % HEAD_STEP != 0 {
         return AttentionKernel::Fused;
     }
     match tch::no_grad(|| difference_by_length(config, kind, device)) {
@@ -204,7 +209,7 @@ fn difference_by_length(config: &ModelConfig, kind: Kind, device: Device) -> Res
 /// libtorch's fused attention: `query` `[batch, heads, seq, head_dim]`, `key` and `value` `[batch, heads, keys, head_dim]`,
 /// `mask` `[batch or 1, 1, seq, keys]` in the query's kind. On CUDA this names the memory-efficient kernel: the general
 /// entry prefers cuDNN's on recent cards, which builds a plan for every new shape, and the number of keys changes all the
-/// time.
+/// time. It is left to choose for head sizes that the memory-efficient kernel does not take.
 fn fused(
     query: &Tensor,
     (key, value): (&Tensor, &Tensor),
@@ -212,7 +217,7 @@ fn fused(
     causal: bool,
     scale: f64,
 ) -> Result<Tensor, ModelError> {
-    if !matches!(query.device(), Device::Cuda(_)) {
+    if !matches!(query.device(), Device::Cuda(_)) || query.size()[3] % HEAD_STEP != 0 {
         return Ok(Tensor::f_scaled_dot_product_attention(
             query, key, value, mask, 0.0, causal, scale, false,
         )?);
