@@ -26,17 +26,23 @@ struct Training {
     span: tracing::Span,
 }
 
-/// How long a slice of a training is, about: images pause for as long. A piece of a step is not interrupted.
-const SLICE: Duration = Duration::from_millis(20);
+/// How long a slice of a training is, about: images pause for as long. A piece of a step is not interrupted. On the CPU images
+/// and trainings take the caches from each other at every change, and slices are longer (docs/performance.md).
+fn slice_time(device: Device) -> Duration {
+    match device {
+        Device::Cpu => Duration::from_millis(250),
+        _ => Duration::from_millis(20),
+    }
+}
 
 /// Pieces of a training until the slice is over, or something else than a piece is done. On an accelerator each is waited
 /// for: without that a slice would end while the device still computes, and its time be charged to whoever comes next.
 fn slice(trainer: &mut Trainer, model: &LuminaMgpt) -> Result<Advance, ModelError> {
-    let begun = Instant::now();
+    let (device, begun) = (model.transformer.device(), Instant::now());
     loop {
         let advance = trainer.advance(model)?;
-        accelerator::synchronize(model.transformer.device())?;
-        if advance != Advance::Piece || begun.elapsed() >= SLICE {
+        accelerator::synchronize(device)?;
+        if advance != Advance::Piece || begun.elapsed() >= slice_time(device) {
             return Ok(advance);
         }
     }
