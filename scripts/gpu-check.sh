@@ -158,7 +158,7 @@ pack() {
     list_carried "$out"
 }
 
-# Everything in the folder is carried, whoever put it there.
+# Everything in the folder is carried.
 list_carried() {
     local total
     echo "program: $(field version "$1/manifest.txt"), $(field build "$1/manifest.txt") build, commit $(field commit "$1/manifest.txt"), libtorch $(field libtorch "$1/manifest.txt")"

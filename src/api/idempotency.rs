@@ -17,8 +17,8 @@
 //!
 //! Answers of success are kept for a day, those with pictures in them no longer than pictures are kept; a refusal frees the
 //! key, since nothing was made. What is made bears the key from its first moment, so that a process that dies before it
-//! answers makes nothing twice. The work of a request with a key goes on when its caller disconnects: whoever sends a key
-//! means to come back for the answer.
+//! answers makes nothing twice. The work of a request with a key goes on when its caller disconnects: a caller that
+//! sends a key intends to come back for the answer.
 
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;

@@ -36,7 +36,7 @@ fn slice_time(device: Device) -> Duration {
 }
 
 /// Pieces of a training until the slice is over, or something else than a piece is done. On an accelerator each is waited
-/// for: without that a slice would end while the device still computes, and its time be charged to whoever comes next.
+/// for: otherwise a slice ends while the device still computes, and its time is charged to the next unit of work.
 fn slice(trainer: &mut Trainer, model: &LuminaMgpt) -> Result<Advance, ModelError> {
     let (device, begun) = (model.transformer.device(), Instant::now());
     loop {

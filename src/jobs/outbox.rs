@@ -1,4 +1,4 @@
-//! What other processes are to be told, until it is sent.
+//! Signals to other processes that are not sent yet.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use crate::ids::GenerationId;
 /// waits for.
 const ENDS: usize = 1024;
 
-/// Something that other processes are told.
+/// A signal to other processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Signal {
     /// Trainings were queued or cancelled, or have ended.
@@ -117,7 +117,7 @@ mod tests {
         outbox.add(Signal::Generations);
         let taken = outbox.take().await;
         assert!(taken.contains(&Signal::Ends) && taken.contains(&Signal::Generations));
-        // Whoever waits for a signal is woken by the next one.
+        // A waiting task is woken by the next signal.
         let waiting = tokio::spawn({
             let outbox = outbox.clone();
             async move { outbox.take().await }

@@ -458,7 +458,7 @@ impl DecodeBatch {
         let drawn = self.draw(model, &hidden, observe)?;
         for (index, picture) in self.pictures.iter_mut().enumerate() {
             picture.done += 1;
-            // On a device nobody waits to see it: such an image goes on to its end.
+            // On a device this would need a wait: such an image goes on to its end.
             picture.broken = matches!(&drawn, Codes::Host(codes) if codes[index] == NO_CODE);
         }
         // Which draw each image goes on with; images move when others leave.
