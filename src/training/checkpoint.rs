@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::{Kind, Tensor};
 
+use super::references::References;
 use super::trainer::{StepLosses, Trainer};
 use crate::concept::spec::TrainingSpec;
 use crate::model::{LuminaMgpt, ModelError};
@@ -81,6 +82,28 @@ impl Trainer {
         pictures: &[RgbPicture],
         bytes: &[u8],
     ) -> Result<Self, ModelError> {
+        Self::resume_as(model, spec, bytes, |spec| Self::new(model, spec, pictures))
+    }
+
+    /// As [`Self::resume`], with references that are encoded already.
+    ///
+    /// # Errors
+    /// As [`Self::resume`].
+    pub(crate) fn resume_with_references(
+        model: &LuminaMgpt,
+        spec: TrainingSpec,
+        references: References,
+        bytes: &[u8],
+    ) -> Result<Self, ModelError> {
+        Self::resume_as(model, spec, bytes, |spec| Self::of_references(model, spec, references))
+    }
+
+    fn resume_as(
+        model: &LuminaMgpt,
+        spec: TrainingSpec,
+        bytes: &[u8],
+        begin: impl FnOnce(TrainingSpec) -> Result<Self, ModelError>,
+    ) -> Result<Self, ModelError> {
         let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(fault)?;
         let meta = metadata.metadata().clone().unwrap_or_default();
         let get = |key: &str| meta.get(key).ok_or_else(|| fault(format!("lacks `{key}`")));
@@ -124,7 +147,7 @@ impl Trainer {
                 other => return Err(fault(format!("`{name}` is {other:?}"))),
             }
         }
-        let mut trainer = Self::new(model, spec, pictures)?;
+        let mut trainer = begin(spec)?;
         trainer.restore(model, &tensors, &prior, losses, start_words.as_deref())?;
         Ok(trainer)
     }

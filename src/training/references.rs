@@ -75,7 +75,7 @@ impl Reference {
 }
 
 /// All references of one concept; where augmentation is on, several views of each.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct References {
     views: Vec<Reference>,
     of_picture: Vec<Range<usize>>,
@@ -128,6 +128,16 @@ impl References {
             of_picture,
             size,
         })
+    }
+
+    /// The same with other codes in the centred view of picture `index`.
+    #[cfg(test)]
+    pub(crate) fn with_codes(&self, model: &LuminaMgpt, index: usize, codes: Vec<i64>) -> Self {
+        let mut other = self.clone();
+        let view = &mut other.views[self.of_picture[index].start];
+        view.image = model.image_ids(&codes, self.size.0, self.size.1).unwrap().1;
+        view.codes = codes;
+        other
     }
 
     /// How many pictures.

@@ -105,6 +105,11 @@ pub struct Trainer {
     gradients: Vec<(&'static str, Tensor)>,
 }
 
+fn check(model: &LuminaMgpt, spec: &TrainingSpec) -> Result<(), ModelError> {
+    spec.check(model.transformer.config().num_hidden_layers)
+        .map_err(|fault| ModelError::invalid(fault.field, fault.problem))
+}
+
 /// The most class images that are drawn at once, so that a slice of drawing stays short.
 const PRIOR_BATCH: usize = 4;
 
@@ -114,13 +119,25 @@ impl Trainer {
     /// # Errors
     /// When the spec does not fit the model, or the device fails.
     pub fn new(model: &LuminaMgpt, spec: TrainingSpec, pictures: &[RgbPicture]) -> Result<Self, ModelError> {
-        spec.check(model.transformer.config().num_hidden_layers)
-            .map_err(|fault| ModelError::invalid(fault.field, fault.problem))?;
+        check(model, &spec)?;
         if pictures.len() > PICTURES_LIMIT {
             let problem = format!("has {} pictures; expected 1 to {PICTURES_LIMIT}", pictures.len());
             return Err(ModelError::invalid("images", problem));
         }
         let references = References::encode(model, &spec, pictures)?;
+        Self::of_references(model, spec, references)
+    }
+
+    /// As [`Self::new`], with references that are encoded already.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(crate) fn of_references(
+        model: &LuminaMgpt,
+        spec: TrainingSpec,
+        references: References,
+    ) -> Result<Self, ModelError> {
+        check(model, &spec)?;
         let start = StartSearch::new(model, &spec)?;
         let anchors = tch::no_grad(|| Anchors::observe(model, &spec, &references, &start.ids()))?;
         let (layers, hidden) = (i64::from(spec.layers), model.transformer.config().hidden_size);

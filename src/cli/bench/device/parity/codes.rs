@@ -16,6 +16,11 @@ const PIXEL: f64 = 1e-3;
 /// Share of codes that TF32 may choose differently: those of two rows of the codebook that are about as near.
 const TF32_CODES: f64 = 0.05;
 
+/// Share of codes that may be others than the CPU's.
+pub(super) fn code_share(mode: &Mode) -> f64 {
+    if mode.tf32 { TF32_CODES } else { 0.0 }
+}
+
 pub(super) fn compare(
     findings: &Findings,
     mode: &Mode,
@@ -36,11 +41,7 @@ pub(super) fn compare(
         let found = codes_of(device)?;
         let other = found.iter().zip(&expected).filter(|(a, b)| a != b).count();
         let share = other as f64 / expected.len() as f64;
-        findings.check(
-            format!("{name}, share that differs"),
-            share,
-            if mode.tf32 { TF32_CODES } else { 0.0 },
-        );
+        findings.check(format!("{name}, share that differs"), share, code_share(mode));
         Ok(())
     })?;
     let (rows, columns) = reference.codes_of(width, height);
