@@ -281,7 +281,7 @@ run() {
     log=$out/log.txt
     describe_machine >>"$log"
 
-    local program wanted
+    local program wanted commit=
     wanted=$(pinned)
     if [ -n "${COAR_BIN:-}" ]; then
         program=$(absolute "$COAR_BIN")
@@ -294,7 +294,8 @@ run() {
         wanted=${wanted%%+*}
         [ "$(field build .gpu/manifest.txt)" = release ] || [ -n "$dry_run" ] ||
             die "the packed program is a debug build, whose speed says nothing; run make build and scripts/gpu-check.sh pack"
-        note "program: $(field version .gpu/manifest.txt), commit $(field commit .gpu/manifest.txt), sha256 checked"
+        commit=$(field commit .gpu/manifest.txt)
+        note "program: $(field version .gpu/manifest.txt), commit $commit, sha256 checked"
     fi
 
     local torch torch_version nvrtc
@@ -326,7 +327,7 @@ run() {
     local grace=${GPU_CHECK_GRACE:-30} status=0 follower lines begun=$EPOCHSECONDS took
     lines=$(wc -l <"$log")
     # Straight into files: no pipe that a child of a stuck program could hold open.
-    LD_LIBRARY_PATH=$libraries COAR_CACHE=${COAR_CACHE:-$work/cache} \
+    LD_LIBRARY_PATH=$libraries COAR_CACHE=${COAR_CACHE:-$work/cache} GPU_CHECK_COMMIT=$commit \
         timeout --kill-after=15 "$((seconds + grace))" \
         "$program" bench device "${arguments[@]}" >"$out/stdout.txt" 2>>"$log" </dev/null &
     child=$!

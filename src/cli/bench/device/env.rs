@@ -13,9 +13,8 @@ use crate::model::cpu::multiplies_bf16;
 /// The release of libtorch that this program is linked against; its build refuses any other.
 pub(super) const LIBTORCH: &str = "2.11.0";
 
-/// Variables that decide where libraries are found and how they compute.
-const VARIABLES: [&str; 9] = [
-    "LD_LIBRARY_PATH",
+/// Variables that decide which device there is and how libraries compute.
+const VARIABLES: [&str; 8] = [
     "CUDA_VISIBLE_DEVICES",
     "CUDA_LAUNCH_BLOCKING",
     "NVIDIA_TF32_OVERRIDE",
@@ -25,7 +24,7 @@ const VARIABLES: [&str; 9] = [
     "GOMP_SPINCOUNT",
     "OMP_NUM_THREADS",
 ];
-/// Libraries whose files are worth knowing.
+/// Libraries whose file names, and so whose versions, are worth knowing.
 const LIBRARIES: [&str; 8] = [
     "libtorch_cpu",
     "libtorch_cuda",
@@ -93,16 +92,13 @@ fn variables() -> Value {
     Value::Object(set.collect::<Map<_, _>>())
 }
 
-/// Files of the libraries that the process has mapped.
+/// File names of the libraries that the process has mapped.
 fn loaded_libraries() -> Value {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let mut files: Vec<&str> = maps
         .lines()
-        .filter_map(|line| line.split_whitespace().nth(5))
-        .filter(|file| {
-            let name = file.rsplit('/').next().unwrap_or("");
-            LIBRARIES.iter().any(|library| name.starts_with(library))
-        })
+        .filter_map(|line| line.split_whitespace().nth(5)?.rsplit('/').next())
+        .filter(|name| LIBRARIES.iter().any(|library| name.starts_with(library)))
         .collect();
     files.sort_unstable();
     files.dedup();

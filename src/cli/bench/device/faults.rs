@@ -168,7 +168,11 @@ fn lost_context(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let status = wait(&mut child, CHILD.min(findings.left()))?;
     let seconds = begun.elapsed().as_secs_f64();
     let text = reader.join().unwrap_or_default();
-    let tail: Vec<&str> = text.lines().rev().take(6).collect();
+    // libtorch's error ends with a stack of addresses, which say nothing.
+    let said = text
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with("frame #"));
+    let tail: Vec<&str> = said.rev().take(6).collect();
     findings.figure(
         "lost_context_last_words",
         tail.into_iter().rev().collect::<Vec<_>>().join(" | "),

@@ -32,13 +32,41 @@ impl Report {
         self.begun.elapsed().as_secs_f64()
     }
 
-    /// One line. A disk that is full costs the line, not the run.
+    /// One line, with file names in the place of paths. A disk that is full costs the line, not the run.
     pub fn line(&self, event: &Value) {
+        let event = named(event);
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = writeln!(file, "{event}").and_then(|()| file.flush()) {
             eprintln!("report.jsonl: {error}");
         }
     }
+}
+
+/// The same with every path in its texts reduced to the file's name: a report is published, and where a machine keeps its
+/// files says nothing of the device.
+fn named(value: &Value) -> Value {
+    match value {
+        Value::String(text) => without_paths(text).into(),
+        Value::Array(list) => list.iter().map(named).collect(),
+        Value::Object(fields) => fields.iter().map(|(key, value)| (key.clone(), named(value))).collect(),
+        other => other.clone(),
+    }
+}
+
+/// A text whose absolute paths are file names.
+fn without_paths(text: &str) -> String {
+    let ends = |c: char| c.is_whitespace() || "\"'`()[]{}<>=:,;|".contains(c);
+    text.split_inclusive(ends)
+        .map(|piece| {
+            let word = piece.trim_end_matches(ends);
+            match word.rsplit_once('/') {
+                Some((_, name)) if word.starts_with('/') && !word.starts_with("//") && !name.is_empty() => {
+                    format!("{name}{}", &piece[word.len()..])
+                }
+                _ => piece.to_owned(),
+            }
+        })
+        .collect()
 }
 
 /// A measured number against its upper limit.
@@ -278,6 +306,27 @@ mod tests {
         assert!(findings.close().checks.is_empty());
         let lines = std::fs::read_to_string(dir.path().join("report.jsonl")).unwrap();
         assert_eq!(lines.lines().count(), 2, "{lines}");
+    }
+
+    #[test]
+    fn a_report_names_files_and_no_folders() {
+        for (text, expected) in [
+            ("0x1ec9 in /tmp/a.0y/coar) | frame", "0x1ec9 in coar) | frame"),
+            ("/usr/lib/libcuda.so.580.1", "libcuda.so.580.1"),
+            ("open `/data/x.json`: no such file", "open `x.json`: no such file"),
+            ("--model=/models/7b --seconds=9", "--model=7b --seconds=9"),
+            (
+                "3.7 GB/s of 4 GB/s, https://example.org/a, a / b",
+                "3.7 GB/s of 4 GB/s, https://example.org/a, a / b",
+            ),
+        ] {
+            assert_eq!(without_paths(text), expected);
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let report = Report::create(dir.path()).unwrap();
+        report.line(&json!({"libraries": ["/opt/torch/lib/libgomp.so.1"], "cores": 16}));
+        let line = std::fs::read_to_string(dir.path().join("report.jsonl")).unwrap();
+        assert_eq!(line.trim(), r#"{"cores":16,"libraries":["libgomp.so.1"]}"#);
     }
 
     #[test]

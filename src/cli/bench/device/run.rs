@@ -19,6 +19,27 @@ const GRACE: Duration = Duration::from_secs(8);
 /// A part does not begin with less than this share of its seconds left.
 const LEAST_SHARE: f64 = 0.2;
 
+/// Names the commit that the program was built from; scripts/gpu-check.sh sets it.
+const COMMIT: &str = "GPU_CHECK_COMMIT";
+
+/// Arguments as a report has them: without the report's own folder, and of other paths the last name.
+fn told(mut arguments: impl Iterator<Item = String>) -> Vec<String> {
+    let mut told = vec![];
+    while let Some(argument) = arguments.next() {
+        if argument == "--out" {
+            arguments.next();
+        } else if !argument.starts_with("--out=") {
+            let (flag, value) = match argument.split_once('=') {
+                Some((flag, value)) => (format!("{flag}="), value),
+                None => (String::new(), &*argument),
+            };
+            let name = value.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+            told.push(format!("{flag}{name}"));
+        }
+    }
+    told
+}
+
 /// Runs every part that `args` names, prints the table, and fails where a check has.
 pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
     let report = Arc::new(Report::create(&args.out)?);
@@ -39,7 +60,8 @@ pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
         "model": bench.model_name(),
         "target_size": bench.target_size(),
         "small": bench.small,
-        "arguments": std::env::args().skip(1).collect::<Vec<_>>(),
+        "commit": std::env::var(COMMIT).ok().filter(|commit| !commit.is_empty()),
+        "arguments": told(std::env::args().skip(1)),
     });
     report.line(&run);
     let (mut ended, mut abandoned) = (vec![], false);
@@ -213,6 +235,15 @@ mod tests {
         assert_eq!(time(Part::Parity, WHOLE, 480.0), Some(20.0));
         assert_eq!(time(Part::Parity, WHOLE, 495.0), None);
         assert_eq!(time(Part::Env, WHOLE, 600.0), None);
+    }
+
+    #[test]
+    fn arguments_are_told_without_folders() {
+        let told = |line: &str| told(line.split(' ').map(str::to_owned)).join(" ");
+        assert_eq!(
+            told("bench device --parts env,load --out /x/y --model models/7b/ --golden=/a/golden --out=z --tf32"),
+            "bench device --parts env,load --model 7b --golden=golden --tf32"
+        );
     }
 
     const TENTH: Duration = Duration::from_millis(100);
