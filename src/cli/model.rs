@@ -6,7 +6,7 @@ use tch::{Device, Kind};
 
 pub use crate::config::{EngineArgs, ModelArgs};
 use crate::engine::{EngineHandle, EngineOptions, KvMemory, ModelInfo};
-use crate::model::accelerator::{load_cuda, set_tf32};
+use crate::model::accelerator::{load_cuda, set_tf32, synchronize, use_own_stream};
 use crate::model::cpu::multiplies_bf16;
 use crate::model::lumina::CheckpointFiles;
 use crate::model::{LuminaMgpt, ModelConfig, ModelError};
@@ -137,6 +137,9 @@ impl ModelArgs {
         }
         let files = self.files()?;
         let model = LuminaMgpt::load(&files, device, self.kind(device, &files)?, self.target_size)?;
+        // Graphs are recorded on a thread's own stream alone.
+        synchronize(device)?;
+        use_own_stream(device)?;
         let info = describe(&model, self.id());
         Ok((model, info))
     }

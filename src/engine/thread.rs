@@ -158,6 +158,8 @@ impl Thread {
         let device = model.transformer.device();
         // Whatever the loading has put aside and not used.
         accelerator::synchronize(device)?;
+        // Graphs are recorded on a thread's own stream alone.
+        accelerator::use_own_stream(device)?;
         accelerator::empty_cache(device);
         let free = free_bytes(device);
         let reserve = model.decode_bytes() + Estimate::of_preset(&model, preset).least();

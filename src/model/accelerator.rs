@@ -1,5 +1,5 @@
-//! What the engine needs of an accelerator and tch does not bind: streams, events, the allocator, uploads that do not
-//! wait, attention by row lengths. On the CPU each of them is nothing, or the clock.
+//! What the engine needs of an accelerator and tch does not bind: streams, events, graphs, the allocator, uploads that do
+//! not wait, attention by row lengths. On the CPU each of them is nothing, or the clock.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
@@ -14,6 +14,7 @@ use super::ModelError;
 // torch-sys passes them.
 unsafe extern "C" {
     fn coar_stream_use_new(index: c_int, text: *mut c_char, room: usize) -> c_int;
+    fn coar_stream_is_own(index: c_int, own: *mut c_int, text: *mut c_char, room: usize) -> c_int;
     fn coar_stream_synchronize(index: c_int, text: *mut c_char, room: usize) -> c_int;
     fn coar_event_record(index: c_int, event: *mut *mut c_void, text: *mut c_char, room: usize) -> c_int;
     fn coar_event_seconds(
@@ -25,6 +26,10 @@ unsafe extern "C" {
     ) -> c_int;
     fn coar_event_wait(event: *mut c_void, text: *mut c_char, room: usize) -> c_int;
     fn coar_event_free(event: *mut c_void);
+    fn coar_graph_begin(index: c_int, graph: *mut *mut c_void, text: *mut c_char, room: usize) -> c_int;
+    fn coar_graph_end(graph: *mut c_void, text: *mut c_char, room: usize) -> c_int;
+    fn coar_graph_replay(graph: *mut c_void, text: *mut c_char, room: usize) -> c_int;
+    fn coar_graph_free(graph: *mut c_void);
     fn coar_allocator_memory(index: c_int, bytes: *mut i64, text: *mut c_char, room: usize) -> c_int;
     fn coar_allocator_reset_peak(index: c_int, text: *mut c_char, room: usize) -> c_int;
     fn coar_allocator_empty(text: *mut c_char, room: usize) -> c_int;
@@ -37,6 +42,23 @@ unsafe extern "C" {
         text: *mut c_char,
         room: usize,
     ) -> c_int;
+    fn coar_adamw(
+        parameters: *const *const C_tensor,
+        gradients: *const *const C_tensor,
+        first: *const *const C_tensor,
+        second: *const *const C_tensor,
+        count: usize,
+        step: *const C_tensor,
+        rate: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+        text: *mut c_char,
+        room: usize,
+    ) -> c_int;
+    fn coar_clip(gradients: *const *const C_tensor, count: usize, limit: f64, text: *mut c_char, room: usize) -> c_int;
+    fn coar_zero(tensors: *const *const C_tensor, count: usize, text: *mut c_char, room: usize) -> c_int;
     fn coar_attend_lengths(
         query: *const C_tensor,
         key: *const C_tensor,
@@ -129,6 +151,18 @@ pub fn use_own_stream(device: Device) -> Result<(), ModelError> {
     }
 }
 
+/// Whether the calling thread has a stream of its own on `device`, as [`Graph`]s need.
+pub(super) fn has_own_stream(device: Device) -> bool {
+    let mut own = 0;
+    match index_of(device) {
+        // SAFETY: writes a number.
+        Some(index) => {
+            checked(|text, room| unsafe { coar_stream_is_own(index, &raw mut own, text, room) }).is_ok() && own == 1
+        }
+        None => false,
+    }
+}
+
 /// Waits until `device` has done everything that the calling thread has given it. Nothing on the CPU.
 ///
 /// # Errors
@@ -216,6 +250,58 @@ impl Drop for Event {
             // SAFETY: the pointer was made by `coar_event_record` and is freed once.
             unsafe { coar_event_free(event) };
         }
+    }
+}
+
+/// Work for a device that was recorded once, with its tensors, and is given to it as a whole (a CUDA graph): one call where
+/// the work itself is a thousand.
+#[derive(Debug)]
+pub(super) struct Graph {
+    pointer: *mut c_void,
+    device: Device,
+}
+
+// SAFETY: the pointer is an object of its own that any thread may use, one at a time.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Records what `work` gives to `device`; none of it runs. The thread must have a stream of its own
+    /// ([`use_own_stream`]), and `work` must neither wait for the device nor send anything to it. Tensors that `work` reads or
+    /// changes must live as long as the graph.
+    ///
+    /// # Errors
+    /// When the device has no graphs, `work` fails, or does what cannot be recorded.
+    pub fn record(device: Device, work: impl FnOnce() -> Result<(), ModelError>) -> Result<Self, ModelError> {
+        let Some(index) = index_of(device) else {
+            return Err(ModelError::invalid("device", "has no graphs"));
+        };
+        let mut pointer = std::ptr::null_mut();
+        // SAFETY: writes a pointer that only `coar_graph_free` ends.
+        checked(|text, room| unsafe { coar_graph_begin(index, &raw mut pointer, text, room) })?;
+        let graph = Self { pointer, device };
+        let worked = work();
+        // SAFETY: a live graph whose recording has begun. It must end in any case: until then nothing runs.
+        let ended = checked(|text, room| unsafe { coar_graph_end(graph.pointer, text, room) });
+        worked.and(ended).map(|()| graph)
+    }
+
+    /// Gives the recorded work to the calling thread's stream.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn replay(&self) -> Result<(), ModelError> {
+        // SAFETY: a live graph.
+        checked(|text, room| unsafe { coar_graph_replay(self.pointer, text, room) })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if let Err(error) = synchronize(self.device) {
+            tracing::debug!(%error, "a graph is freed on a device that fails");
+        }
+        // SAFETY: the pointer was made by `coar_graph_begin` and is freed once, when no stream runs it any more.
+        unsafe { coar_graph_free(self.pointer) };
     }
 }
 
@@ -417,6 +503,87 @@ fn attend_one_by_one(
     Ok(Tensor::f_cat(&mixed, 1)?)
 }
 
+/// A step of AdamW.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamW {
+    pub rate: f64,
+    pub betas: (f64, f64),
+    pub weight_decay: f64,
+    pub eps: f64,
+}
+
+impl AdamW {
+    /// Moves `parameters` along `gradients` in a few kernels for all of them; `first` and `second` are their moments, `step`
+    /// the number of this step as a scalar in f32 on their device.
+    ///
+    /// # Errors
+    /// When shapes or devices differ, or the device fails.
+    pub fn step(
+        &self,
+        (parameters, gradients): (&[&Tensor], &[Tensor]),
+        (first, second): (&[&Tensor], &[&Tensor]),
+        step: &Tensor,
+    ) -> Result<(), ModelError> {
+        let own: Vec<_> = parameters.iter().map(|tensor| tensor.as_ptr()).collect();
+        let gradients = pointers(gradients);
+        let first: Vec<_> = first.iter().map(|tensor| tensor.as_ptr()).collect();
+        let second: Vec<_> = second.iter().map(|tensor| tensor.as_ptr()).collect();
+        let count = own.len();
+        if [gradients.len(), first.len(), second.len()] != [count; 3] {
+            return Err(ModelError::invalid("optimizer", "has lists of different lengths"));
+        }
+        let (beta1, beta2) = self.betas;
+        // SAFETY: pointers to live tensors, `count` in each list.
+        checked(|text, room| unsafe {
+            coar_adamw(
+                own.as_ptr(),
+                gradients.as_ptr(),
+                first.as_ptr(),
+                second.as_ptr(),
+                count,
+                step.as_ptr(),
+                self.rate,
+                beta1,
+                beta2,
+                self.weight_decay,
+                self.eps,
+                text,
+                room,
+            )
+        })
+    }
+}
+
+fn pointers(tensors: &[Tensor]) -> Vec<*const C_tensor> {
+    tensors.iter().map(|tensor| tensor.as_ptr()).collect()
+}
+
+/// Scales `gradients` down where their joint norm exceeds `limit`. Nothing waits for the device.
+///
+/// # Errors
+/// When the device fails.
+pub fn clip(gradients: &[Tensor], limit: f64) -> Result<(), ModelError> {
+    let all = pointers(gradients);
+    match all.is_empty() {
+        true => Ok(()),
+        // SAFETY: pointers to live tensors.
+        false => checked(|text, room| unsafe { coar_clip(all.as_ptr(), all.len(), limit, text, room) }),
+    }
+}
+
+/// Sets `tensors` to zero, all at once.
+///
+/// # Errors
+/// When the device fails.
+pub fn zero(tensors: &[Tensor]) -> Result<(), ModelError> {
+    let all = pointers(tensors);
+    match all.is_empty() {
+        true => Ok(()),
+        // SAFETY: pointers to live tensors.
+        false => checked(|text, room| unsafe { coar_zero(all.as_ptr(), all.len(), text, room) }),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -430,6 +597,7 @@ mod tests {
         let seconds = from.seconds_until(&to).unwrap();
         assert!((0.0..60.0).contains(&seconds), "{seconds}");
         assert_eq!(memory(Device::Cpu), None);
+        assert!(Graph::record(Device::Cpu, || Ok(())).is_err() && !has_own_stream(Device::Cpu));
         let sent = upload(&[3, -1, i64::MAX], Device::Cpu).unwrap();
         assert_eq!(Vec::<i64>::try_from(&sent).unwrap(), [3, -1, i64::MAX]);
         let mut pack = Pack::default();
@@ -454,6 +622,7 @@ mod tests {
             assert!(reason.contains("CUDA") || reason.contains("cuda"), "{reason}");
         }
         assert!(Event::record(absent).is_err() && upload(&[1], absent).is_err());
+        assert!(Graph::record(absent, || Ok(())).is_err());
         assert_eq!(memory(absent), None);
     }
 }

@@ -7,16 +7,28 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/_efficient_attention_forward.h>
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_foreach_zero.h>
+#include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <memory>
+#include <stdexcept>
+#include <string>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -47,15 +59,124 @@ c10::Stream current_stream(int index) {
   return c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(cuda(index));
 }
 
+// at::cuda::CUDAGraph is in libtorch's CUDA part and in no registry. Its members are looked up there by name, as of the
+// version that this program is built with; where one is missing there are no graphs.
+struct GraphCalls {
+  using Pool = std::pair<unsigned long long, unsigned long long>;
+  void (*construct)(void*, bool) = nullptr;
+  void (*destroy)(void*) = nullptr;
+  void (*begin)(void*, Pool, int) = nullptr;
+  void (*end)(void*) = nullptr;
+  void (*replay)(void*) = nullptr;
+};
+
+template <typename Call>
+void look_up(void* library, Call& call, const char* name) {
+  call = reinterpret_cast<Call>(dlsym(library, name));
+  if (call == nullptr) {
+    throw std::runtime_error(std::string("libtorch_cuda.so lacks ") + name);
+  }
+}
+
+const GraphCalls& graph_calls() {
+  static const GraphCalls calls = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) {
+      throw std::runtime_error("libtorch_cuda.so is not loaded");
+    }
+    GraphCalls found;
+    look_up(library, found.construct, "_ZN2at4cuda9CUDAGraphC1Eb");
+    look_up(library, found.destroy, "_ZN2at4cuda9CUDAGraphD1Ev");
+    look_up(library, found.begin, "_ZN2at4cuda9CUDAGraph13capture_beginESt4pairIyyE21cudaStreamCaptureMode");
+    look_up(library, found.end, "_ZN2at4cuda9CUDAGraph11capture_endEv");
+    look_up(library, found.replay, "_ZN2at4cuda9CUDAGraph6replayEv");
+    return found;
+  }();
+  return calls;
+}
+
+std::vector<at::Tensor> list(const at::Tensor* const* tensors, size_t count) {
+  std::vector<at::Tensor> all;
+  all.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    all.push_back(*tensors[i]);
+  }
+  return all;
+}
+
+// A CUDAGraph and its device. The object takes about 200 bytes in 2.11.
+struct Graph {
+  alignas(std::max_align_t) unsigned char object[2048];
+  c10::Device device;
+
+  explicit Graph(c10::Device its) : device(its) {
+    c10::DeviceGuard guard(device);
+    graph_calls().construct(object, /*keep_graph=*/false);
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  ~Graph() {
+    try {
+      c10::DeviceGuard guard(device);
+      graph_calls().destroy(object);
+    } catch (...) {
+      // The device is lost: there is nothing to free.
+    }
+  }
+};
+
 }  // namespace
 
 extern "C" {
+
+// Begins to record what the calling thread gives to its current stream, which must be one of its own, instead of running it.
+int coar_graph_begin(int index, void** graph, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    // cudaStreamCaptureModeThreadLocal: other threads go on with what they do.
+    constexpr int thread_local_mode = 1;
+    auto made = std::make_unique<Graph>(cuda(index));
+    c10::DeviceGuard guard(made->device);
+    graph_calls().begin(made->object, GraphCalls::Pool(0, 0), thread_local_mode);
+    *graph = made.release();
+  });
+}
+
+// Ends the recording and makes it ready to run.
+int coar_graph_end(void* graph, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    auto* made = static_cast<Graph*>(graph);
+    c10::DeviceGuard guard(made->device);
+    graph_calls().end(made->object);
+  });
+}
+
+// Gives everything that was recorded to the calling thread's current stream.
+int coar_graph_replay(void* graph, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    auto* made = static_cast<Graph*>(graph);
+    c10::DeviceGuard guard(made->device);
+    graph_calls().replay(made->object);
+  });
+}
+
+// Frees a graph that no stream is running.
+void coar_graph_free(void* graph) {
+  delete static_cast<Graph*>(graph);
+}
 
 // Makes a new stream the calling thread's current one.
 int coar_stream_use_new(int index, char* text, size_t room) {
   return guarded(text, room, [&] {
     c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
     guard.exchangeStream(guard.getNewStream(cuda(index)));
+  });
+}
+
+// Whether the calling thread's current stream is another than the device's default one.
+int coar_stream_is_own(int index, int* own, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+    *own = guard.getStream(cuda(index)) != guard.getDefaultStream(cuda(index)) ? 1 : 0;
   });
 }
 
@@ -153,6 +274,41 @@ int coar_attend_lengths(const at::Tensor* query, const at::Tensor* key, const at
         *query, *key, *value, /*bias=*/std::nullopt, *query_starts, *key_starts, most_queries, most_keys,
         /*dropout_p=*/0.0, causal_from_bottom_right, /*compute_log_sumexp=*/false, scale, *key_lengths);
     *out = new at::Tensor(std::move(std::get<0>(result)));
+  });
+}
+
+// One step of AdamW for many parameters at once; `step` is a scalar in f32 on their device, the number of this step.
+int coar_adamw(const at::Tensor* const* parameters, const at::Tensor* const* gradients, const at::Tensor* const* first,
+               const at::Tensor* const* second, size_t count, const at::Tensor* step, double rate, double beta1,
+               double beta2, double weight_decay, double eps, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    at::NoGradGuard no_grad;
+    auto own = list(parameters, count);
+    auto gradient = list(gradients, count);
+    auto means = list(first, count);
+    auto squares = list(second, count);
+    const std::vector<at::Tensor> steps(count, *step);
+    at::_fused_adamw_(own, gradient, means, squares, {}, steps, rate, beta1, beta2, weight_decay, eps,
+                      /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+
+// Scales gradients down where their joint norm exceeds `limit`, without waiting for it.
+int coar_clip(const at::Tensor* const* gradients, size_t count, double limit, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    at::NoGradGuard no_grad;
+    auto all = list(gradients, count);
+    const auto norm = at::stack(at::_foreach_norm(all)).norm();
+    at::_foreach_mul_(all, norm.clamp_min(limit).reciprocal().mul(limit));
+  });
+}
+
+// Sets tensors to zero.
+int coar_zero(const at::Tensor* const* tensors, size_t count, char* text, size_t room) {
+  return guarded(text, room, [&] {
+    at::NoGradGuard no_grad;
+    auto all = list(tensors, count);
+    at::_foreach_zero_(all);
   });
 }
 

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Map, Value};
 
-/// Write docs/performance-gpu.md from a report of `coar bench device`. What the report does not hold is `not measured`.
+/// Write docs/performance-gpu.md from a report of `coar bench device`. What the report does not hold is `not measured`. Where
+/// reports of several runs are joined in one file, each part is that of the last run that began it.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct DeviceReportArgs {
     /// Folder of report.jsonl.
@@ -334,8 +335,9 @@ const FIGURES: [(&str, &str, &str, usize); 28] = [
 /// A report as its lines have it.
 #[derive(Debug, Default)]
 struct Report {
-    run: Map<String, Value>,
-    /// The last line of each part that ended.
+    /// The first line of each run.
+    runs: Vec<Map<String, Value>>,
+    /// The last line of each part that ended, with the number of its run.
     ends: BTreeMap<String, Value>,
     /// Figures of each part, as they were written.
     figures: BTreeMap<String, Map<String, Value>>,
@@ -351,12 +353,18 @@ impl Report {
             };
             let part = event.get("part").and_then(Value::as_str).unwrap_or_default().to_owned();
             match event.get("event").and_then(Value::as_str) {
-                Some("run") => report.run = event,
+                Some("run") => report.runs.push(event),
+                Some("begin") => {
+                    report.figures.remove(&part);
+                    report.ends.remove(&part);
+                }
                 Some("figure") => report.add_figure(part, &event),
                 Some("end") => {
                     if let Some(Value::Object(figures)) = event.get("figures") {
                         report.figures.insert(part.clone(), figures.clone());
                     }
+                    let mut event = event;
+                    event.insert("run".to_owned(), report.runs.len().into());
                     report.ends.insert(part, Value::Object(event));
                 }
                 _ => {}
@@ -484,7 +492,15 @@ impl Report {
     }
 
     fn head(&self) -> String {
-        let run = |key: &str| cell(self.run.get(key).filter(|value| *value != ""), 0);
+        let none = Map::new();
+        let runs: Vec<_> = match &self.runs[..] {
+            [] => vec![&none],
+            runs => runs.iter().collect(),
+        };
+        let run = |key: &str| -> Vec<String> {
+            let of = |run: &&Map<String, Value>| cell(run.get(key).filter(|value| *value != ""), 0);
+            runs.iter().map(of).collect()
+        };
         let rows = [
             ("card", run("card")),
             ("device", run("device")),
@@ -496,9 +512,20 @@ impl Report {
             ("model", run("model")),
             ("pixels along a side", run("target_size")),
             ("small", run("small")),
-            ("cuDNN", cell(self.figure("env", "cudnn"), 0)),
         ];
-        table(&["", ""], &rows.map(|(name, value)| vec![name.to_owned(), value]))
+        let mut rows: Vec<Vec<String>> = rows
+            .into_iter()
+            .map(|(name, values)| std::iter::once(name.to_owned()).chain(values).collect())
+            .collect();
+        let mut cudnn = vec!["cuDNN".to_owned(), cell(self.figure("env", "cudnn"), 0)];
+        cudnn.resize(runs.len() + 1, String::new());
+        rows.push(cudnn);
+        let numbers: Vec<String> = (1..=runs.len()).map(|number| format!("run {number}")).collect();
+        let headings = match runs.len() {
+            1 => vec!["", ""],
+            _ => std::iter::once("").chain(numbers.iter().map(String::as_str)).collect(),
+        };
+        table(&headings, &rows)
     }
 
     fn limits(&self) -> String {
@@ -543,10 +570,12 @@ impl Report {
                 .into_iter()
                 .flatten()
                 .filter_map(Value::as_str);
+            let run = (self.runs.len() > 1).then(|| format!("run {}", cell(end.get("run"), 0)));
             let notes: Vec<String> = end["error"]
                 .as_str()
                 .map(|error| error.lines().next().unwrap_or("").to_owned())
                 .into_iter()
+                .chain(run)
                 .chain(skipped.map(|what| format!("skipped: {what}")))
                 .collect();
             vec![
@@ -651,6 +680,29 @@ mod tests {
         ] {
             assert!(text.contains(expected), "{expected}\n{text}");
         }
+    }
+
+    #[test]
+    fn of_joined_reports_the_last_run_of_a_part_counts() {
+        let second = r#"
+{"event":"run","coar":"0.1.0","commit":"abc","card":"NVIDIA H200","driver":"","model":"7b random weights"}
+{"event":"begin","part":"decode","at_s":1,"deadline_s":45}
+{"event":"figure","part":"decode","name":"steps","row":{"images":1,"attention":"as chosen","tokens":1100,"step_ms":5.5,"floor_ms":4.5}}
+{"event":"end","part":"decode","at_s":9,"seconds":4.0,"outcome":"ok","checks":[],"figures":{"steps":[{"images":1,"attention":"as chosen","tokens":1100,"step_ms":5.5}]}}
+{"event":"begin","part":"parity","at_s":1,"deadline_s":45}"#;
+        let text = Report::read(&format!("{LINES}{second}")).document();
+        for expected in [
+            "|  | run 1 | run 2 |",
+            "| card | NVIDIA H100 80GB HBM3 | NVIDIA H200 |",
+            "| driver | 580.1 | not measured |",
+            "| 1 | as chosen | 1100 | 5.500 |",
+            "| decode | ok | 4.0 | 0 of 0 | run 2 |",
+            "| train | ok | 20.0 | 1 of 1 | run 1; skipped: a: b |",
+            "| parity | not measured |",
+        ] {
+            assert!(text.contains(expected), "{expected}\n{text}");
+        }
+        assert!(!text.contains("7.123"), "{text}");
     }
 
     #[test]

@@ -85,7 +85,7 @@ struct Row {
 #[derive(Debug)]
 enum Backend {
     Host(HostStep),
-    Device(DeviceStep),
+    Device(Box<DeviceStep>),
 }
 
 /// Codes of one draw.
@@ -132,7 +132,7 @@ impl DecodeBatch {
         )?;
         let backend = match model.cpu() {
             Some(_) => Backend::Host(HostStep::new(&head, rows)?),
-            None => Backend::Device(DeviceStep::new(model, options, cache.max_seq())?),
+            None => Backend::Device(Box::new(DeviceStep::new(model, options, cache.max_seq())?)),
         };
         Ok(Self {
             reads_first_rows: model.cpu().is_none() && !model.reads_by_length(),
@@ -444,10 +444,43 @@ impl DecodeBatch {
     /// # Errors
     /// When the device fails; the batch must be cleared then.
     pub fn step(&mut self, model: &Transformer) -> Result<Vec<Drawn>, ModelError> {
-        self.step_observed(model, &mut |_| Ok(()))
+        match self.step_whole(model)? {
+            true => Ok(vec![]),
+            false => self.step_observed(model, &mut |_| Ok(())),
+        }
     }
 
-    /// As [`Self::step`], showing `observe` every part of it as soon as it has been given to the device.
+    /// For benchmarks: from now on steps are given to the device call by call, never as a graph.
+    pub fn without_graphs(&mut self) {
+        if let Backend::Device(device) = &mut self.backend {
+            device.without_graphs();
+        }
+    }
+
+    /// Takes a step as one piece of work where that is possible; whether it was taken.
+    fn step_whole(&mut self, model: &Transformer) -> Result<bool, ModelError> {
+        let (Backend::Device(device), Some(hidden)) = (&mut self.backend, &self.hidden) else {
+            return Ok(false);
+        };
+        // An image's end is the end of a row, too.
+        if self
+            .pictures
+            .iter()
+            .any(|picture| (picture.done + 1) % picture.columns == 0)
+        {
+            return Ok(false);
+        }
+        let highest = self.rows.iter().map(|row| row.next).max().unwrap_or(0);
+        let Some(next) = device.whole((model, &self.head), hidden, highest, &mut self.cache)? else {
+            return Ok(false);
+        };
+        self.pictures.iter_mut().for_each(|picture| picture.done += 1);
+        self.rows.iter_mut().for_each(|row| row.next += 1);
+        self.hidden = Some(next);
+        Ok(true)
+    }
+
+    /// As [`Self::step`], call by call, showing `observe` every part of it as soon as it has been given to the device.
     ///
     /// # Errors
     /// As [`Self::step`], and what `observe` returns.

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::batch::BatchOptions;
 use super::step::{ImageDraw, Observe, RowFeed, StepPart};
-use crate::model::accelerator::{Pack, Sent, Span};
+use crate::model::accelerator::{Graph, Pack, Sent, Span, has_own_stream};
 use crate::model::attention::{Pairs, Starts, StepTokens};
 use crate::model::kv_cache::{KvCache, whole_blocks};
 use crate::model::sampling::{DeviceSampler, Draw, PlannedSampler};
@@ -22,7 +22,33 @@ pub(super) struct DeviceStep {
     fixed_rows: Option<i64>,
     /// Images and rows of the next step; `None` when they have changed.
     members: Option<Members>,
+    recording: Recording,
+    /// Whether a recorded step was compared with the same step taken call by call.
+    compared: bool,
 }
+
+/// The step of the present images and rows as a graph.
+#[derive(Debug)]
+enum Recording {
+    /// Steps are given to the device call by call.
+    Off,
+    /// Steps of the present images so far.
+    Waiting(u32),
+    Ready(Recorded),
+}
+
+#[derive(Debug)]
+struct Recorded {
+    graph: Graph,
+    /// `[rows, hidden]`: what the step draws from, and then what it leaves.
+    hidden: Tensor,
+}
+
+/// Steps of the same images that are taken call by call before one is recorded: a recording takes as long as a few of them.
+const BEFORE_RECORDING: u32 = 2;
+/// A recorded step that differs from the same step taken call by call by more, relative to the largest value, is wrong: the
+/// kernels are the same ones.
+const LARGEST_DIFFERENCE: f64 = 0.02;
 
 /// The images and rows of a batch, on the device. With fixed shapes both are filled up to the cache's rows: images with
 /// copies of the first, rows with ones that nobody reads.
@@ -72,7 +98,17 @@ impl DeviceStep {
             uniforms: Tensor::f_zeros([buffers, max_seq], (Kind::Double, device))?,
             fixed_rows: options.fixed_shapes.then_some(buffers),
             members: None,
+            recording: match graphs_wanted() && has_own_stream(device) {
+                true => Recording::Waiting(0),
+                false => Recording::Off,
+            },
+            compared: false,
         })
+    }
+
+    /// From now on steps are given to the device call by call.
+    pub fn without_graphs(&mut self) {
+        self.recording = Recording::Off;
     }
 
     /// An image whose codes are drawn by `uniforms` begins in a buffer.
@@ -86,7 +122,119 @@ impl DeviceStep {
 
     /// Images have come or gone, or stand elsewhere.
     pub fn members_changed(&mut self) {
+        if !matches!(self.recording, Recording::Off) {
+            self.recording = Recording::Waiting(0);
+        }
         self.members = None;
+    }
+
+    /// Draws a code for each image from `hidden` `[rows, hidden]` and feeds it, in one piece: [`Self::draw`] and
+    /// [`Self::advance`] of a step in which no image leaves and no row of codes ends. Returns `[rows, hidden]`, which the next
+    /// step overwrites, or `None` where the step has to be taken call by call. `highest` is the largest position.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn whole(
+        &mut self,
+        (model, head): (&Transformer, &CodeHead),
+        hidden: &Tensor,
+        highest: i64,
+        cache: &mut KvCache,
+    ) -> Result<Option<Tensor>, ModelError> {
+        let by_length = self.members.as_ref().is_some_and(|members| members.single.is_some());
+        if !by_length || self.fixed_rows.is_some() || highest >= cache.max_seq() {
+            return Ok(None);
+        }
+        match &mut self.recording {
+            Recording::Off => Ok(None),
+            Recording::Waiting(steps) if *steps < BEFORE_RECORDING => {
+                *steps += 1;
+                Ok(None)
+            }
+            Recording::Waiting(_) => match self.record((model, head), hidden, cache) {
+                Ok(recorded) if self.compared => {
+                    self.recording = Recording::Ready(recorded);
+                    self.replay(hidden).map(Some)
+                }
+                Ok(recorded) => self
+                    .compare(recorded, (model, head), (hidden, highest), cache)
+                    .map(Some),
+                Err(error) => {
+                    tracing::warn!(%error, "decode steps cannot be recorded as a graph and are taken call by call");
+                    self.recording = Recording::Off;
+                    Ok(None)
+                }
+            },
+            Recording::Ready(_) => self.replay(hidden).map(Some),
+        }
+    }
+
+    /// Takes one step by its graph and again call by call. Graphs are used from then on if both agree.
+    fn compare(
+        &mut self,
+        recorded: Recorded,
+        (model, head): (&Transformer, &CodeHead),
+        (hidden, highest): (&Tensor, i64),
+        cache: &mut KvCache,
+    ) -> Result<Tensor, ModelError> {
+        self.compared = true;
+        recorded.graph.replay()?;
+        let by_graph = recorded.hidden.f_detach_copy()?;
+        let members = self.members.as_mut().ok_or_else(unprepared)?;
+        let _ = members.done.f_sub_scalar_(1)?;
+        let _ = members.position.f_sub_scalar_(1)?;
+        let place = [&members.buffer, &members.done].map(|at| at.f_narrow(0, 0, members.images));
+        let [buffer, done] = place;
+        let codes_by_graph = self.codes.f_index(&[Some(buffer?), Some(done?)])?;
+        // What this writes replaces what the graph wrote, all of it.
+        let drawn = self.draw(head, hidden, &mut |_| Ok(()))?;
+        let next = self.feed(model, (head, &drawn), highest, cache)?;
+        let largest = |of: &Tensor| -> Result<f64, ModelError> {
+            Ok(of.f_to_kind(Kind::Double)?.f_abs()?.f_max()?.f_double_value(&[])?)
+        };
+        let difference = largest(&by_graph.f_sub(&next)?)? / largest(&next)?;
+        let other_codes = i64::try_from(&codes_by_graph.f_ne_tensor(&drawn)?.f_sum(Kind::Int64)?)?;
+        self.recording = match other_codes == 0 && difference <= LARGEST_DIFFERENCE {
+            true => {
+                tracing::debug!(difference, "decode steps are recorded as graphs");
+                Recording::Ready(recorded)
+            }
+            false => {
+                tracing::warn!(
+                    difference,
+                    other_codes,
+                    "a step recorded as a graph differs from the same step taken call by call: graphs are left out"
+                );
+                Recording::Off
+            }
+        };
+        Ok(next)
+    }
+
+    fn replay(&mut self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        let Recording::Ready(recorded) = &mut self.recording else {
+            return Err(unprepared());
+        };
+        if recorded.hidden.data_ptr() != hidden.data_ptr() {
+            recorded.hidden.f_copy_(hidden)?;
+        }
+        recorded.graph.replay()?;
+        Ok(recorded.hidden.shallow_clone())
+    }
+
+    fn record(
+        &mut self,
+        (model, head): (&Transformer, &CodeHead),
+        hidden: &Tensor,
+        cache: &mut KvCache,
+    ) -> Result<Recorded, ModelError> {
+        let mut kept = hidden.f_detach_copy()?;
+        let graph = Graph::record(hidden.device(), || {
+            let drawn = self.draw(head, &kept, &mut |_| Ok(()))?;
+            let next = self.feed(model, (head, &drawn), 0, cache)?;
+            Ok(kept.f_copy_(&next)?)
+        })?;
+        Ok(Recorded { graph, hidden: kept })
     }
 
     /// The first `count` codes of a buffer. Waits for the device.
@@ -200,24 +348,14 @@ impl DeviceStep {
         observe: &mut Observe,
     ) -> Result<Tensor, ModelError> {
         let fixed = self.fixed_rows.is_some();
-        let members = self.members.as_mut().ok_or_else(unprepared)?;
-        let next = head.ids_of(&drawn.f_clamp_min(0)?.f_index_select(0, &members.image)?)?;
         let highest = rows.iter().map(|row| row.position).max().unwrap_or(0);
         if !fixed && forced.is_empty() {
-            let tokens = StepTokens {
-                sequences: members.rows,
-                length: whole_blocks(highest + 1).min(cache.max_seq()),
-                slot: members.slot.shallow_clone(),
-                position: members.position.shallow_clone(),
-                seen: members.position.f_view([-1, 1])?,
-                pairs: None,
-                starts: members.single.as_ref().map(Starts::share),
-            };
-            let hidden = model.decode(&next, &tokens, cache, highest)?;
-            let _ = members.position.f_add_scalar_(1)?;
+            let hidden = self.feed(model, (head, drawn), highest, cache)?;
             observe(StepPart::Layers)?;
             return Ok(hidden);
         }
+        let members = self.members.as_mut().ok_or_else(unprepared)?;
+        let next = head.ids_of(&drawn.f_clamp_min(0)?.f_index_select(0, &members.image)?)?;
         let layout = RowEnd::new(members, rows, forced, fixed)?;
         observe(StepPart::Upload)?;
         let extra = layout.tokens - members.computed;
@@ -235,11 +373,42 @@ impl DeviceStep {
             starts: members.double.as_ref().map(Starts::share),
         };
         let all = model.decode(&Tensor::f_cat(&[next, filler], 0)?, &tokens, cache, highest + 1)?;
-        members.position = layout.following;
+        // In place: a graph adds to it.
+        members.position.f_copy_(&layout.following)?;
         let hidden = all.f_index_select(0, &layout.wanted)?;
         observe(StepPart::Layers)?;
         Ok(hidden)
     }
+
+    /// Feeds one token to every row: [`Self::advance`] without row ends. `highest` is the largest position; where rows are
+    /// read to their own length no shape depends on it.
+    fn feed(
+        &mut self,
+        model: &Transformer,
+        (head, drawn): (&CodeHead, &Tensor),
+        highest: i64,
+        cache: &mut KvCache,
+    ) -> Result<Tensor, ModelError> {
+        let members = self.members.as_mut().ok_or_else(unprepared)?;
+        let next = head.ids_of(&drawn.f_clamp_min(0)?.f_index_select(0, &members.image)?)?;
+        let tokens = StepTokens {
+            sequences: members.rows,
+            length: whole_blocks(highest + 1).min(cache.max_seq()),
+            slot: members.slot.shallow_clone(),
+            position: members.position.shallow_clone(),
+            seen: members.position.f_view([-1, 1])?,
+            pairs: None,
+            starts: members.single.as_ref().map(Starts::share),
+        };
+        let hidden = model.decode(&next, &tokens, cache, highest)?;
+        let _ = members.position.f_add_scalar_(1)?;
+        Ok(hidden)
+    }
+}
+
+/// Whether decode steps may be recorded as CUDA graphs: not with `COAR_CUDA_GRAPHS=off`.
+fn graphs_wanted() -> bool {
+    std::env::var("COAR_CUDA_GRAPHS").map_or(true, |choice| choice != "off")
 }
 
 /// `hidden` `[used, hidden]` with rows of zeros up to `rows`. With fixed shapes the head's product has the rows of the whole

@@ -20,7 +20,10 @@ const OBSERVED: i64 = 6;
 /// Bytes by which the allocator's blocks may grow over a batch's steps.
 const GROWTH: f64 = 1e6;
 
-/// Seconds of the parts of a step.
+/// A step without a graph.
+const CALL_BY_CALL: &str = "call by call";
+
+/// Seconds of the parts of a step, taken call by call.
 #[derive(Debug, Default)]
 struct Parts {
     upload: f64,
@@ -55,8 +58,11 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     for &images in counts {
         plan.cells(findings, (&model, &info), (images, "as chosen"), positions)?;
     }
-    // What the two other ways of reading the cache cost, where it is long.
+    // What the other ways cost, where the cache is long.
     let last = &positions[positions.len() - 1..];
+    for images in [1, most] {
+        plan.cells(findings, (&model, &info), (images, CALL_BY_CALL), last)?;
+    }
     plan.cells(findings, (&model, &info), (most.min(4), "fixed shapes"), last)?;
     model.transformer.read_cache_densely();
     for images in [1, most] {
@@ -104,6 +110,9 @@ impl Plan {
     ) -> anyhow::Result<()> {
         let device = model.transformer.device();
         let (mut drawn, ids) = batch(model, info, images, attention == "fixed shapes")?;
+        if attention == CALL_BY_CALL {
+            drawn.without_graphs();
+        }
         let before = accelerator::memory(device).map(|memory| memory.allocated);
         let mut stands = 0;
         for &position in positions {

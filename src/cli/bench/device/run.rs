@@ -73,7 +73,8 @@ pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
             (None, _) => (skipped(part.name(), &report, "no time was left"), false),
             (_, Some(reason)) => (skipped(part.name(), &report, reason), false),
             (Some(time), None) => one(part.name(), &report, (time, GRACE), move |findings| {
-                let result = part.run(&own, findings);
+                // As the engine's thread: graphs are recorded on a stream of its own.
+                let result = own_stream(&own).and_then(|()| part.run(&own, findings));
                 accelerator::empty_cache(own.device());
                 result
             }),
@@ -109,6 +110,14 @@ pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
     }
     anyhow::ensure!(!failed, "a check of the device has failed");
     Ok(())
+}
+
+/// Gives the calling thread a stream of its own, where there is a device.
+fn own_stream(bench: &Bench) -> anyhow::Result<()> {
+    match bench.absent() {
+        Some(_) => Ok(()),
+        None => Ok(accelerator::use_own_stream(bench.device())?),
+    }
 }
 
 /// Ends the process without destructors: those of libtorch's CUDA part fail at a process's end, and a part that hangs may
