@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::pocket::save_png;
-use crate::pocket::designers::training::Budget;
 use crate::pocket::designers::training::decoder::{DecoderRecipe, tune_decoder};
 use crate::pocket::designers::training::export::export;
 use crate::pocket::designers::training::measure::{Validation, measure, reconstructions};
 use crate::pocket::designers::training::tokenizer::{TokenizerRecipe, TrainedTokenizer, train_tokenizer};
 use crate::pocket::designers::training::transformer::{TransformerRecipe, train_transformer};
+use crate::pocket::designers::training::{Budget, Scale};
 use crate::pocket::designers::{Designer, Pack, World, contact, default_dir};
 
 /// The world of designers' drawings: render it, train the model of it, measure it.
@@ -54,6 +54,15 @@ pub(super) struct TrainArgs {
     /// Stop after this many seconds, with the state saved. Default: at the recipe's last step.
     #[arg(long)]
     seconds: Option<u64>,
+    /// Let the last step fall at the end of `--seconds`, at the speed that is measured: the learning rate falls until then.
+    #[arg(long, requires = "seconds", conflicts_with = "steps")]
+    fit: bool,
+    /// Drawings a step. Default: by the device.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    batch: Option<u16>,
+    /// Default: by the device.
+    #[arg(long)]
+    learning_rate: Option<f64>,
     /// Optimizer steps of the whole stage. Default: the recipe's. May be changed when a stage continues.
     #[arg(long)]
     steps: Option<i64>,
@@ -202,27 +211,45 @@ impl TrainArgs {
         Ok(TrainedTokenizer::open(&self.files.dir()?.join(name))?)
     }
 
+    /// The recipe's batch and rate, or those that were asked for.
+    fn scale(&self, batch: usize, learning_rate: f64) -> Scale {
+        Scale {
+            batch: self.batch.map_or(batch, usize::from),
+            learning_rate: self.learning_rate.unwrap_or(learning_rate),
+        }
+    }
+
     fn run(self) -> anyhow::Result<()> {
         let device = super::model::device(&self.device)?;
         tch::set_num_threads(self.threads);
         let world = self.files.world()?;
         let dir = self.files.dir()?.join(self.run.as_deref().unwrap_or(self.stage.name()));
-        let budget = Budget { seconds: self.seconds };
+        let budget = Budget {
+            seconds: self.seconds,
+            fitted: self.fit,
+        };
+        if device.is_cuda() {
+            // Batches have one shape: the fastest convolutions are searched for once.
+            tch::Cuda::cudnn_set_benchmark(true);
+        }
         let steps = match self.stage {
             Stage::Tokenizer => {
-                let mut recipe = TokenizerRecipe::default();
+                let mut recipe = TokenizerRecipe::on(device);
+                recipe.scale(self.scale(recipe.pairs, recipe.learning_rate));
                 recipe.steps = self.steps.unwrap_or(recipe.steps);
                 recipe.tie = self.tie.unwrap_or(recipe.tie);
                 train_tokenizer(&recipe, &world, &dir, device, budget)?
             }
             Stage::Decoder => {
-                let mut recipe = DecoderRecipe::default();
+                let mut recipe = DecoderRecipe::on(device);
+                recipe.scale(self.scale(recipe.pairs, recipe.learning_rate));
                 recipe.steps = self.steps.unwrap_or(recipe.steps);
                 let tokenizer = self.tokenizer("tokenizer")?;
                 tune_decoder(&recipe, &world, &tokenizer, &dir, device, budget)?
             }
             Stage::Transformer => {
-                let mut recipe = TransformerRecipe::default();
+                let mut recipe = TransformerRecipe::on(device);
+                recipe.scale(self.scale(recipe.batch, recipe.learning_rate));
                 recipe.steps = self.steps.unwrap_or(recipe.steps);
                 let tokenizer = self.tokenizer("decoder")?;
                 train_transformer(&recipe, &world, &tokenizer, &dir, device, budget)?

@@ -390,9 +390,7 @@ impl LuminaMgpt {
 /// # Errors
 /// When the pictures are of several sizes.
 pub fn pixels(pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
-    let levels: Vec<f32> = (0..=255)
-        .map(|level| (f64::from(level) / 255.0 * 2.0 - 1.0) as f32)
-        .collect();
+    let levels = levels();
     let stack = pictures
         .iter()
         .map(|p| {
@@ -401,6 +399,28 @@ pub fn pixels(pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
         })
         .collect::<Result<Vec<_>, ModelError>>()?;
     Ok(Tensor::f_stack(&stack, 0)?.f_permute([0, 3, 1, 2])?.f_contiguous()?)
+}
+
+/// What each 8-bit level is in -1..1.
+fn levels() -> Vec<f32> {
+    (0..=255)
+        .map(|level| (f64::from(level) / 255.0 * 2.0 - 1.0) as f32)
+        .collect()
+}
+
+/// The bytes of pictures of one size, one after the other, as pixels `[batch, 3, height, width]` in -1..1 on `device`: the
+/// same numbers as [`pixels`], computed there.
+///
+/// # Errors
+/// When libtorch fails.
+pub fn pixels_on(rgb: &[u8], (height, width): (usize, usize), device: Device) -> Result<Tensor, ModelError> {
+    let at = Tensor::f_from_slice(rgb)?.f_to_device(device)?.f_to_kind(Kind::Int64)?;
+    let levels = Tensor::f_from_slice(&levels())?.f_to_device(device)?;
+    Ok(levels
+        .f_index_select(0, &at)?
+        .f_view([-1, height as i64, width as i64, 3])?
+        .f_permute([0, 3, 1, 2])?
+        .f_contiguous()?)
 }
 
 /// Pixels `[batch, 3, H, W]` as 8-bit pictures, as the reference writes them: clamped, scaled, truncated.

@@ -25,6 +25,14 @@ impl Rope {
         })
     }
 
+    /// The same tables once more.
+    pub(super) fn share(&self) -> Self {
+        Self {
+            cos: self.cos.shallow_clone(),
+            sin: self.sin.shallow_clone(),
+        }
+    }
+
     /// The whole tables, `[positions, head_dim]` each.
     pub(super) fn tables(&self) -> (&Tensor, &Tensor) {
         (&self.cos, &self.sin)

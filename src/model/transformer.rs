@@ -164,15 +164,19 @@ pub struct Transformer {
     masked_ids: Option<Tensor>,
 }
 
-impl Transformer {
-    /// Takes every parameter from `source`.
-    ///
-    /// # Errors
-    /// When a tensor is absent or misshapen.
-    pub fn load(config: &ModelConfig, source: &dyn TensorSource) -> Result<Self, ModelError> {
+/// Everything that is read from a checkpoint.
+struct Parts {
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: Tensor,
+}
+
+impl Parts {
+    fn load(config: &ModelConfig, source: &dyn TensorSource) -> Result<Self, ModelError> {
         let hidden = config.hidden_size;
+        // First, as ever: parameters that are not read but drawn are drawn in this order.
         let embedding = source.tensor("model.embed_tokens.weight", &[config.vocab_size, hidden])?;
-        let device = embedding.device();
         let layers = (0..config.num_hidden_layers)
             .map(|index| {
                 let name = format!("model.layers.{index}");
@@ -186,13 +190,34 @@ impl Transformer {
                 })
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
+        Ok(Self {
+            embedding,
+            layers,
+            norm: RmsNorm::load(source, "model.norm", hidden, config.rms_norm_eps)?,
+            head: source.tensor("lm_head.weight", &[config.vocab_size, hidden])?,
+        })
+    }
+}
+
+impl Transformer {
+    /// Takes every parameter from `source`.
+    ///
+    /// # Errors
+    /// When a tensor is absent or misshapen.
+    pub fn load(config: &ModelConfig, source: &dyn TensorSource) -> Result<Self, ModelError> {
+        let Parts {
+            embedding,
+            layers,
+            norm,
+            head,
+        } = Parts::load(config, source)?;
+        let device = embedding.device();
         let masked: Vec<i64> = config
             .vocabulary_map
             .iter()
             .filter(|(name, _)| config.mask_image_logits && name.starts_with("IMGIMG"))
             .map(|(_, &id)| id)
             .collect();
-        let norm = RmsNorm::load(source, "model.norm", hidden, config.rms_norm_eps)?;
         let rope = Rope::new(
             config.head_dim(),
             config.rope_theta,
@@ -204,7 +229,7 @@ impl Transformer {
             kernel: choose_kernel(config, embedding.kind(), device),
             layers,
             norm,
-            head: source.tensor("lm_head.weight", &[config.vocab_size, hidden])?,
+            head,
             rope,
             masked_ids: if masked.is_empty() {
                 None
@@ -213,6 +238,31 @@ impl Transformer {
             },
             config: config.clone(),
             embedding,
+        })
+    }
+
+    /// The same network with the parameters of `source`, on the same device: what does not depend on them is shared. For the
+    /// steps of a training; its own decode steps go through libtorch.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn with_parameters(&self, source: &dyn TensorSource) -> Result<Self, ModelError> {
+        let Parts {
+            embedding,
+            layers,
+            norm,
+            head,
+        } = Parts::load(&self.config, source)?;
+        Ok(Self {
+            config: self.config.clone(),
+            embedding,
+            layers,
+            norm,
+            head,
+            rope: self.rope.share(),
+            cpu: None,
+            kernel: self.kernel,
+            masked_ids: self.masked_ids.as_ref().map(Tensor::shallow_clone),
         })
     }
 

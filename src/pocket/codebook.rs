@@ -107,8 +107,10 @@ fn some_rows(latents: &Tensor, n: i64, rng: &mut ChaCha8Rng) -> Result<Tensor, M
 
 /// Per code: how many latents, and their sum.
 fn tally(latents: &Tensor, codes: &Tensor, n: i64) -> Result<(Tensor, Tensor), ModelError> {
-    let counts = codes.f_bincount(None::<&Tensor>, n)?.f_to_kind(Kind::Float)?;
-    let sums =
-        Tensor::f_zeros([n, latents.size()[1]], (Kind::Float, latents.device()))?.f_index_add(0, codes, latents)?;
+    let zeros = |shape: &[i64]| Tensor::f_zeros(shape, (Kind::Float, latents.device()));
+    // `bincount` would wait for the device.
+    let one = Tensor::f_ones([codes.size()[0]], (Kind::Float, latents.device()))?;
+    let counts = zeros(&[n])?.f_index_add(0, codes, &one)?;
+    let sums = zeros(&[n, latents.size()[1]])?.f_index_add(0, codes, latents)?;
     Ok((counts, sums))
 }

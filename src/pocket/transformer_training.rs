@@ -99,31 +99,75 @@ pub(super) fn collate(sequences: &[Sequence], device: Device) -> Result<Batch, M
     })
 }
 
-/// Contexts for the batch's extra positions: `E_l + u * sigma_l * noise`, u drawn in 0..0.3 for each position.
-pub(super) fn slot_contexts(
+/// Random numbers for extra positions, before they are on a device.
+pub(super) struct SlotNumbers {
+    count: usize,
+    /// For each position the scale of its noise, in 0..0.3.
+    spread: Vec<f32>,
+    /// `[layers, positions, hidden]`, normally distributed.
+    noise: Vec<f32>,
+}
+
+impl SlotNumbers {
+    /// Draws them for `count` positions.
+    pub(super) fn draw(count: usize, (layers, hidden): (i64, i64), rng: &mut ChaCha8Rng) -> Self {
+        let spread = (0..count).map(|_| rng.random_range(0.0..0.3)).collect();
+        Self {
+            count,
+            spread,
+            noise: normal(layers * count as i64 * hidden, rng),
+        }
+    }
+}
+
+/// What is drawn for a batch's extra positions.
+pub(super) struct SlotNoise {
+    /// `[positions]`
+    rows: Tensor,
+    positions: Tensor,
+    /// Scaled noise, `[layers, positions, hidden]`.
+    noise: Tensor,
+}
+
+/// The noise of the batch's extra positions, on the batch's device.
+pub(super) fn slot_noise(
     batch: &Batch,
-    statistics: &SlotStatistics,
-    rng: &mut ChaCha8Rng,
-) -> Result<ContextBatch, ModelError> {
-    let device = statistics.mean.device();
-    let (layers, hidden) = statistics.mean.size2()?;
+    (layers, hidden): (i64, i64),
+    numbers: &SlotNumbers,
+) -> Result<SlotNoise, ModelError> {
+    let device = batch.ids.device();
     let n = batch.slots.len() as i64;
+    if n != numbers.count as i64 {
+        let problem = format!("were drawn for {} positions, the batch has {n}", numbers.count);
+        return Err(ModelError::invalid("random numbers", problem));
+    }
     let rows = Tensor::f_from_slice(&batch.slots.iter().map(|s| s.0).collect::<Vec<_>>())?.f_to_device(device)?;
     let positions = Tensor::f_from_slice(&batch.slots.iter().map(|s| s.1).collect::<Vec<_>>())?.f_to_device(device)?;
-    let spread: Vec<f32> = (0..n).map(|_| rng.random_range(0.0..0.3)).collect();
-    let spread = Tensor::f_from_slice(&spread)?.f_view([n, 1])?.f_to_device(device)?;
-    let layers = (0..layers)
+    let spread = Tensor::f_from_slice(&numbers.spread)?
+        .f_view([n, 1])?
+        .f_to_device(device)?;
+    let noise = Tensor::f_from_slice(&numbers.noise)?
+        .f_view([layers, n, hidden])?
+        .f_to_device(device)?;
+    Ok(SlotNoise {
+        rows,
+        positions,
+        noise: noise.f_mul(&spread)?,
+    })
+}
+
+/// Contexts for a batch's extra positions: `E_l + sigma_l * noise`.
+pub(super) fn slot_contexts(noise: &SlotNoise, statistics: &SlotStatistics) -> Result<ContextBatch, ModelError> {
+    let layers = (0..noise.noise.size()[0])
         .map(|layer| {
-            let noise = normal(n * hidden, rng)?
-                .f_view([n, hidden])?
-                .f_to_device(device)?
-                .f_mul(&spread)?;
             let values = noise
+                .noise
+                .f_get(layer)?
                 .f_mul(&statistics.deviation.f_get(layer)?)?
                 .f_add(&statistics.mean.f_get(layer)?)?;
             Ok(LayerContext {
-                rows: rows.shallow_clone(),
-                positions: positions.shallow_clone(),
+                rows: noise.rows.shallow_clone(),
+                positions: noise.positions.shallow_clone(),
                 values,
             })
         })
@@ -136,14 +180,13 @@ pub(super) fn slot_contexts(
 
 /// `count` normally distributed numbers (Box-Muller). They do not depend on libtorch's generator, which all threads of the
 /// process share.
-fn normal(count: i64, rng: &mut ChaCha8Rng) -> Result<Tensor, ModelError> {
-    let numbers: Vec<f32> = (0..count)
+fn normal(count: i64, rng: &mut ChaCha8Rng) -> Vec<f32> {
+    (0..count)
         .map(|_| {
             let radius = (-2.0 * (1.0 - rng.random::<f32>()).ln()).sqrt();
             radius * (std::f32::consts::TAU * rng.random::<f32>()).cos()
         })
-        .collect();
-    Ok(Tensor::f_from_slice(&numbers)?)
+        .collect()
 }
 
 /// What the network's own image positions look like at each layer's input.
@@ -246,7 +289,11 @@ pub fn train_transformer(
                 slots = Some(statistics(&network, &batch)?);
             }
             let context = match &slots {
-                Some(slots) if !batch.slots.is_empty() => Some(slot_contexts(&batch, slots, &mut rng)?),
+                Some(slots) if !batch.slots.is_empty() => {
+                    let shape = (config.num_hidden_layers as i64, config.hidden_size);
+                    let numbers = SlotNumbers::draw(batch.slots.len(), shape, &mut rng);
+                    Some(slot_contexts(&slot_noise(&batch, shape, &numbers)?, slots)?)
+                }
                 _ => None,
             };
             let loss = loss(&network, &batch, context.as_ref())?;

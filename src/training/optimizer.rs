@@ -1,8 +1,9 @@
 //! AdamW, and Muon for matrices, over named parameters; their state can be saved and restored exactly.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::model::ModelError;
+use crate::model::accelerator::AdamW;
+use crate::model::{ModelError, accelerator};
 
 /// Which rule moves a parameter.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,6 +32,27 @@ pub struct Optimizer {
     second: Vec<Option<Tensor>>,
     step: i64,
     betas: (f64, f64),
+    /// On an accelerator, where a call costs more than its work: parameters that are moved together.
+    groups: Option<Groups>,
+}
+
+#[derive(Debug)]
+struct Groups {
+    /// Of AdamW, by weight decay.
+    adam: Vec<(f64, Vec<usize>)>,
+    /// Of Muon, by shape and weight decay.
+    muon: Vec<Stack>,
+    /// The number of the last step, a scalar in f32 on the device.
+    step: Tensor,
+}
+
+/// Matrices of one shape.
+#[derive(Debug)]
+struct Stack {
+    members: Vec<usize>,
+    weight_decay: f64,
+    /// `[members, rows, columns]`: momentum, of which each member's is a view.
+    first: Tensor,
 }
 
 const EPS: f64 = 1e-8;
@@ -54,13 +76,116 @@ impl Optimizer {
                 Rule::Muon { .. } => Ok(None),
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self {
+        let mut own = Self {
             parameters,
             first,
             second,
             step: 0,
             betas,
-        })
+            groups: None,
+        };
+        let device = own.parameters.first().map(|parameter| parameter.tensor.device());
+        if device.is_some_and(|device| device != Device::Cpu) {
+            own.group()?;
+        }
+        Ok(own)
+    }
+
+    /// Moves parameters together from now on.
+    fn group(&mut self) -> Result<(), ModelError> {
+        let (mut adam, mut stacks): (Vec<(f64, Vec<usize>)>, Vec<Stack>) = (vec![], vec![]);
+        for (index, parameter) in self.parameters.iter().enumerate() {
+            match parameter.rule {
+                Rule::AdamW { weight_decay } => match adam.iter_mut().find(|(decay, _)| *decay == weight_decay) {
+                    Some((_, members)) => members.push(index),
+                    None => adam.push((weight_decay, vec![index])),
+                },
+                Rule::Muon { weight_decay } => {
+                    let size = parameter.tensor.size();
+                    let alike = |stack: &&mut Stack| {
+                        stack.weight_decay == weight_decay && self.parameters[stack.members[0]].tensor.size() == size
+                    };
+                    match stacks.iter_mut().find(alike) {
+                        Some(stack) => stack.members.push(index),
+                        None => stacks.push(Stack {
+                            members: vec![index],
+                            weight_decay,
+                            first: self.first[index].shallow_clone(),
+                        }),
+                    }
+                }
+            }
+        }
+        for stack in &mut stacks {
+            let own: Vec<_> = stack.members.iter().map(|&index| &self.first[index]).collect();
+            stack.first = Tensor::f_stack(&own, 0)?;
+            for (place, &index) in (0..).zip(&stack.members) {
+                self.first[index] = stack.first.f_get(place)?;
+            }
+        }
+        let device = self.first.first().map_or(Device::Cpu, Tensor::device);
+        self.groups = Some(Groups {
+            adam,
+            muon: stacks,
+            step: Tensor::f_zeros([] as [i64; 0], (Kind::Float, device))?,
+        });
+        Ok(())
+    }
+
+    fn step_grouped(&mut self, learning_rate: f64) -> Result<(), ModelError> {
+        let Some(groups) = &mut self.groups else {
+            return Ok(());
+        };
+        let _ = groups.step.f_fill_(self.step as f64)?;
+        let gradient = |index: usize| Ok::<_, ModelError>(self.parameters[index].tensor.f_grad()?);
+        for (weight_decay, members) in &groups.adam {
+            let (mut used, mut gradients) = (vec![], vec![]);
+            for &index in members {
+                let grad = gradient(index)?;
+                if grad.defined() {
+                    used.push(index);
+                    gradients.push(grad);
+                }
+            }
+            let own: Vec<&Tensor> = used.iter().map(|&index| &self.parameters[index].tensor).collect();
+            let first: Vec<&Tensor> = used.iter().map(|&index| &self.first[index]).collect();
+            let second: Vec<&Tensor> = used.iter().filter_map(|&index| self.second[index].as_ref()).collect();
+            let rule = AdamW {
+                rate: learning_rate,
+                betas: self.betas,
+                weight_decay: *weight_decay,
+                eps: EPS,
+            };
+            if !used.is_empty() {
+                rule.step((&own, &gradients), (&first, &second), &groups.step)?;
+                accelerator::zero(&gradients)?;
+            }
+        }
+        for stack in &mut groups.muon {
+            let gradients = stack
+                .members
+                .iter()
+                .map(|&index| gradient(index))
+                .collect::<Result<Vec<_>, _>>()?;
+            if gradients.iter().any(|grad| !grad.defined()) {
+                continue;
+            }
+            let grad = Tensor::f_stack(&gradients, 0)?;
+            let _ = stack.first.f_lerp_(&grad, 1.0 - MUON_MOMENTUM)?;
+            let nesterov = grad.f_lerp(&stack.first, MUON_MOMENTUM)?;
+            let size = nesterov.size();
+            let scale = MUON_RMS * (size[1].max(size[2]) as f64).sqrt();
+            let update = orthogonalise(&nesterov)?.f_mul_scalar(-learning_rate * scale)?;
+            for (place, &index) in (0..).zip(&stack.members) {
+                let mut tensor = self.parameters[index].tensor.shallow_clone();
+                if stack.weight_decay > 0.0 {
+                    let _ = tensor.f_mul_scalar_(1.0 - learning_rate * stack.weight_decay)?;
+                }
+                let _ = tensor.f_add_(&update.f_get(place)?)?;
+            }
+            accelerator::zero(&gradients)?;
+        }
+        Ok(())
     }
 
     /// Steps taken.
@@ -78,23 +203,39 @@ impl Optimizer {
     /// # Errors
     /// When the device fails.
     pub fn clip(&self, limit: f64) -> Result<f64, ModelError> {
-        let mut total = 0.0;
-        for parameter in &self.parameters {
-            let grad = parameter.tensor.f_grad()?;
-            if grad.defined() {
-                total += grad.f_square()?.f_sum(Kind::Float)?.f_double_value(&[])?;
-            }
+        let gradients = self.gradients()?;
+        let sums = gradients
+            .iter()
+            .map(|grad| Ok(grad.f_square()?.f_sum(Kind::Float)?))
+            .collect::<Result<Vec<_>, ModelError>>()?;
+        if sums.is_empty() {
+            return Ok(0.0);
         }
-        let norm = total.sqrt();
+        // One read for all: each waits for the device.
+        let sums = Vec::<f32>::try_from(&Tensor::f_stack(&sums, 0)?)?;
+        let norm = sums.into_iter().map(f64::from).sum::<f64>().sqrt();
         if norm > limit {
-            for parameter in &self.parameters {
-                let mut grad = parameter.tensor.f_grad()?;
-                if grad.defined() {
-                    let _ = grad.f_mul_scalar_(limit / norm)?;
-                }
+            for mut grad in gradients {
+                let _ = grad.f_mul_scalar_(limit / norm)?;
             }
         }
         Ok(norm)
+    }
+
+    /// As [`Self::clip`], but computes the factor on the device, in f32, and does not wait for it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn clip_on_device(&self, limit: f64) -> Result<(), ModelError> {
+        accelerator::clip(&self.gradients()?, limit)
+    }
+
+    /// The gradients that there are.
+    fn gradients(&self) -> Result<Vec<Tensor>, ModelError> {
+        let gradients = self.parameters.iter().map(|parameter| Ok(parameter.tensor.f_grad()?));
+        gradients
+            .filter(|grad: &Result<Tensor, ModelError>| grad.as_ref().map_or(true, Tensor::defined))
+            .collect()
     }
 
     /// One step along the gradients, which are cleared.
@@ -103,6 +244,9 @@ impl Optimizer {
     /// When the device fails.
     pub fn step(&mut self, learning_rate: f64) -> Result<(), ModelError> {
         self.step += 1;
+        if self.groups.is_some() {
+            return tch::no_grad(|| self.step_grouped(learning_rate));
+        }
         tch::no_grad(|| {
             for index in 0..self.parameters.len() {
                 let parameter = &self.parameters[index];
@@ -174,27 +318,33 @@ impl Optimizer {
     }
 }
 
-/// The nearest semi-orthogonal matrix, about, by five quintic Newton-Schulz iterations.
-fn orthogonalise(matrix: &Tensor) -> Result<Tensor, ModelError> {
+/// The nearest semi-orthogonal matrices, about, of `[.., rows, columns]`, by five quintic Newton-Schulz iterations.
+fn orthogonalise(matrices: &Tensor) -> Result<Tensor, ModelError> {
     let (a, b, c) = (3.4445, -4.7750, 2.0315);
-    let tall = matrix.size()[0] > matrix.size()[1];
+    let size = matrices.size();
+    let tall = size[size.len() - 2] > size[size.len() - 1];
     let mut x = if tall {
-        matrix.f_transpose(0, 1)?
+        matrices.f_transpose(-2, -1)?
     } else {
-        matrix.shallow_clone()
+        matrices.shallow_clone()
+    };
+    let norm = match size.len() {
+        2 => x.f_norm()?,
+        _ => x.f_norm_scalaropt_dim(2.0, [-2i64, -1].as_slice(), true)?,
     };
     // The iteration only has to bring singular values near one: half the digits are enough and twice as fast.
-    x = x.f_div(&x.f_norm()?.f_add_scalar(1e-7)?)?.f_to_kind(Kind::BFloat16)?;
+    x = x.f_div(&norm.f_add_scalar(1e-7)?)?.f_to_kind(Kind::BFloat16)?;
     for _ in 0..5 {
-        let square = x.f_matmul(&x.f_transpose(0, 1)?)?;
+        let square = x.f_matmul(&x.f_transpose(-2, -1)?)?;
         let inner = square
             .f_mul_scalar(b)?
             .f_add(&square.f_matmul(&square)?.f_mul_scalar(c)?)?;
         x = x.f_mul_scalar(a)?.f_add(&inner.f_matmul(&x)?)?;
     }
-    let x = x.f_to_kind(matrix.kind())?;
-    Ok(if tall { x.f_transpose(0, 1)? } else { x })
+    let x = x.f_to_kind(matrices.kind())?;
+    Ok(if tall { x.f_transpose(-2, -1)? } else { x })
 }
+
 /// Steps over which a learning rate rises from nothing.
 const WARM_UP: f64 = 10.0;
 /// Share of the rate that the last steps have.
@@ -209,4 +359,104 @@ pub(super) fn scheduled_rate(rate: f64, step: f64, steps: f64, decay: bool) -> f
         false => 1.0,
     };
     rate * warm_up * falling
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two matrices of one shape and a tall one under Muon, a vector and a matrix under AdamW, one without a gradient.
+    fn some() -> Vec<Parameter> {
+        let parameter = |name: &str, shape: &[i64], rule| {
+            let count: i64 = shape.iter().product();
+            let values = Tensor::arange(count, (Kind::Float, Device::Cpu));
+            Parameter {
+                name: name.to_owned(),
+                tensor: (values * 0.7 + name.len() as f64)
+                    .sin()
+                    .view(shape)
+                    .set_requires_grad(true),
+                rule,
+            }
+        };
+        let (muon, adam) = (Rule::Muon { weight_decay: 0.05 }, Rule::AdamW { weight_decay: 1e-2 });
+        vec![
+            parameter("a", &[6, 8], muon),
+            parameter("bb", &[6, 8], muon),
+            parameter("ccc", &[9, 4], muon),
+            parameter("dddd", &[11], adam),
+            parameter("eeeee", &[3, 5], Rule::AdamW { weight_decay: 0.0 }),
+            parameter("unused", &[4], adam),
+        ]
+    }
+
+    fn descend(optimizer: &mut Optimizer) {
+        for step in 0..4 {
+            let mut loss = Tensor::from(0.0f32);
+            for parameter in optimizer
+                .parameters
+                .iter()
+                .filter(|parameter| parameter.name != "unused")
+            {
+                loss += (&parameter.tensor + f64::from(step) * 0.1).square().sum(Kind::Float) * 3.0;
+            }
+            loss.backward();
+            optimizer.clip_on_device(1.0).unwrap();
+            optimizer.step(0.05).unwrap();
+        }
+    }
+
+    #[test]
+    fn parameters_moved_together_move_as_those_moved_one_by_one() {
+        let mut single = Optimizer::new(some(), (0.9, 0.95)).unwrap();
+        let mut grouped = Optimizer::new(some(), (0.9, 0.95)).unwrap();
+        grouped.group().unwrap();
+        descend(&mut single);
+        descend(&mut grouped);
+        for ((name, a), (_, b)) in single.state().iter().zip(grouped.state()) {
+            let difference = f64::try_from((a - b).abs().max()).unwrap();
+            assert!(difference < 1e-5, "{name}: {difference}");
+        }
+        let before = some();
+        for ((a, b), before) in single.parameters.iter().zip(&grouped.parameters).zip(&before) {
+            // Muon rounds to half the digits.
+            let difference = f64::try_from((&a.tensor - &b.tensor).abs().max()).unwrap();
+            assert!(difference < 2e-3, "{}: {difference}", a.name);
+            let moved = f64::try_from((&a.tensor - &before.tensor).abs().max()).unwrap();
+            assert_eq!(moved > 0.05, a.name != "unused", "{}: {moved}", a.name);
+        }
+        // What is saved of one goes on in the other.
+        let state: std::collections::BTreeMap<_, _> = single
+            .state()
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.copy()))
+            .collect();
+        grouped
+            .restore(&|name| state.get(name).map(Tensor::shallow_clone))
+            .unwrap();
+        let stacked = grouped.groups.as_ref().unwrap().muon[0].first.get(1);
+        assert_eq!(stacked, state["optimizer.first.bb"]);
+    }
+
+    #[test]
+    fn both_ways_of_clipping_agree_and_leave_small_gradients_alone() {
+        for (limit, clipped) in [(1.0, true), (1e4, false)] {
+            let (host, device) = (
+                Optimizer::new(some(), (0.9, 0.95)).unwrap(),
+                Optimizer::new(some(), (0.9, 0.95)).unwrap(),
+            );
+            for optimizer in [&host, &device] {
+                for parameter in &optimizer.parameters[..5] {
+                    parameter.tensor.square().sum(Kind::Float).backward();
+                }
+            }
+            let norm = host.clip(limit).unwrap();
+            device.clip_on_device(limit).unwrap();
+            assert_eq!(norm > limit, clipped);
+            for (a, b) in host.gradients().unwrap().iter().zip(device.gradients().unwrap()) {
+                assert!(a.allclose(&b, 1e-5, 1e-7, false));
+            }
+            assert!(host.clip(f64::INFINITY).unwrap() <= limit * 1.001);
+        }
+    }
 }

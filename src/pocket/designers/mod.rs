@@ -201,7 +201,13 @@ impl World {
     /// # Errors
     /// As [`Self::render`].
     pub fn covered(&self, spec: &Spec) -> Result<Vec<bool>, WorldError> {
-        let placed = self.placed(spec)?;
+        // Colours leave alpha as it is.
+        let plain = Spec {
+            colour: None,
+            hue: None,
+            ..*spec
+        };
+        let placed = self.placed(&plain)?;
         let hidden = |x: usize, y: usize| {
             placed.iter().any(|placed| {
                 let (dx, dy) = (x.wrapping_sub(placed.left), y.wrapping_sub(placed.top()));

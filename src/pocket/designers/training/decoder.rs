@@ -8,9 +8,10 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::discriminator::Discriminator;
+use super::feed::Average;
 use super::measure::{Validation, measure};
-use super::pairs::{PairBatch, prefetch};
-use super::run::{Budget, Run, State};
+use super::pairs::{PairBatch, PairTensors};
+use super::run::{Budget, Run, Scale, State};
 use super::tokenizer::{TrainedTokenizer, network_state, rounded, tokenizer_config, tokenizer_of};
 use crate::model::vqgan::VqganConfig;
 use crate::model::{ModelError, Vqgan};
@@ -56,6 +57,22 @@ impl Default for DecoderRecipe {
     }
 }
 
+impl DecoderRecipe {
+    /// The recipe for a device: on an accelerator a larger batch takes no longer.
+    pub fn on(device: Device) -> Self {
+        let mut recipe = Self::default();
+        if device != Device::Cpu {
+            recipe.pairs = 32;
+        }
+        recipe
+    }
+
+    /// With another batch and rate.
+    pub fn scale(&mut self, scale: Scale) {
+        (self.pairs, self.learning_rate) = (scale.batch, scale.learning_rate);
+    }
+}
+
 /// Share of the adversarial steps in which the discriminator learns alone.
 const HEAD_START: f64 = 0.08;
 const WARM_UP: f64 = 50.0;
@@ -63,8 +80,8 @@ const LOG_EVERY: i64 = 100;
 const MEASURE_EVERY: i64 = 1000;
 
 /// The phase of a step, and how far the phase has come, 0 to 1.
-fn phase(recipe: &DecoderRecipe, step: i64) -> (bool, f64) {
-    let done = step as f64 / recipe.steps as f64;
+fn phase(recipe: &DecoderRecipe, step: i64, steps: i64) -> (bool, f64) {
+    let done = step as f64 / steps as f64;
     match done < recipe.plain {
         true => (false, done / recipe.plain),
         false => (true, (done - recipe.plain) / (1.0 - recipe.plain)),
@@ -72,8 +89,8 @@ fn phase(recipe: &DecoderRecipe, step: i64) -> (bool, f64) {
 }
 
 /// Warm-up, constant for a third of the phase, then linear to 5 %.
-fn learning_rate(recipe: &DecoderRecipe, step: i64) -> f64 {
-    let (adversarial, done) = phase(recipe, step);
+fn learning_rate(recipe: &DecoderRecipe, step: i64, steps: i64) -> f64 {
+    let (adversarial, done) = phase(recipe, step, steps);
     let rate = if adversarial {
         recipe.adversarial_rate
     } else {
@@ -90,6 +107,8 @@ struct Trainer<'a> {
     codebook: Tensor,
     optimizer: Optimizer,
     discriminator: Discriminator,
+    /// Steps of the whole stage, as far as is known.
+    steps: i64,
 }
 
 /// What one step reports; detached scalars.
@@ -129,15 +148,16 @@ impl<'a> Trainer<'a> {
             codebook: codebook.ok_or_else(|| ModelError::invalid("tokenizer", format!("lacks `{CODEBOOK}`")))?,
             optimizer,
             discriminator,
+            steps: recipe.steps,
         })
     }
 
-    fn step(&mut self, batch: &PairBatch) -> Result<Outcome, ModelError> {
+    fn step(&mut self, batch: &PairTensors) -> Result<Outcome, ModelError> {
         let step = self.optimizer.steps();
-        let wanted = batch.tensors(self.device)?.images;
+        let wanted = &batch.images;
         let network = Vqgan::load(&self.recipe.network, &self.parameters.cast(Kind::BFloat16, true))?;
         let quantised = tch::no_grad(|| {
-            let latents = network.latents(&wanted)?;
+            let latents = network.latents(wanted)?;
             let (images, dim, h, w) = latents.size4()?;
             let codes = network.quantize(&latents)?.f_reshape([-1i64])?;
             let rows = self.codebook.f_index_select(0, &codes)?;
@@ -145,16 +165,16 @@ impl<'a> Trainer<'a> {
         })?;
         let drawn = network.decode_latents(&quantised)?;
         let leaf = drawn.f_detach()?.set_requires_grad(true);
-        let (loss, square) = reconstruction_loss(&leaf, &wanted)?;
+        let (loss, square) = reconstruction_loss(&leaf, wanted)?;
         let mut gradient = gradient_at(&loss, &leaf)?;
-        let (adversarial, done) = phase(self.recipe, step);
+        let (adversarial, done) = phase(self.recipe, step, self.steps);
         let mut outcome = Outcome {
             square,
             discriminator: None,
         };
         if adversarial {
             let rate = self.recipe.discriminator_rate;
-            outcome.discriminator = Some(self.discriminator.learn(&wanted, &leaf, rate)?);
+            outcome.discriminator = Some(self.discriminator.learn(wanted, &leaf, rate)?);
             if done > HEAD_START {
                 let fooling = self.discriminator.score(&leaf)?.f_mean(Kind::Float)?.f_neg()?;
                 let sharper = gradient_at(&fooling, &leaf)?;
@@ -163,8 +183,8 @@ impl<'a> Trainer<'a> {
             }
         }
         drawn.f_mul(&gradient)?.f_sum(Kind::Float)?.f_backward()?;
-        self.optimizer.clip(1.0)?;
-        self.optimizer.step(learning_rate(self.recipe, step))?;
+        self.optimizer.clip_on_device(1.0)?;
+        self.optimizer.step(learning_rate(self.recipe, step, self.steps))?;
         Ok(outcome)
     }
 
@@ -215,28 +235,26 @@ pub fn tune_decoder(
     let first = trainer.optimizer.steps();
     tracing::info!(step = first, "decoder");
     std::thread::scope(|scope| {
-        let batches = prefetch(scope, world, recipe.seed, first, recipe.pairs);
-        let mut average = None;
-        while trainer.optimizer.steps() < recipe.steps && !run.over() {
-            let batch = batches
-                .recv()
-                .map_err(|_| ModelError::invalid("world", "stopped drawing"))??;
-            let outcome = trainer.step(&batch)?;
+        let mut batches = PairBatch::feed(scope, device, world, first, recipe.seed, recipe.pairs);
+        let mut average = Average::default();
+        let mut done = first >= trainer.steps || run.over();
+        while !done {
+            let outcome = trainer.step(&*batches.next()?)?;
+            average.add(&outcome.square)?;
             let step = trainer.optimizer.steps();
-            let square = f64::try_from(&outcome.square)?;
-            let mean = average.map_or(square, |average| 0.98 * average + 0.02 * square);
-            average = Some(mean);
             if step % LOG_EVERY == 0 {
-                let mut line = json!({"psnr": rounded(-10.0 * (mean / 4.0).log10())});
+                trainer.steps = run.steps(step, recipe.steps);
+                let mut line = json!({"psnr": rounded(-10.0 * (average.get()? / 4.0).log10())});
                 if let Some(loss) = &outcome.discriminator {
                     line["discriminator"] = rounded(f64::try_from(loss)?).into();
                 }
                 run.log(step, line)?;
             }
-            if step % MEASURE_EVERY == 0 || step == recipe.steps {
+            done = step >= trainer.steps || run.over();
+            if step % MEASURE_EVERY == 0 || done {
                 run.log(step, measure(&trainer.tokenizer()?, &validation, device)?.summary())?;
             }
-            if run.due() || step == recipe.steps || run.over() {
+            if run.due() || done {
                 run.save(trainer.state())?;
             }
         }
@@ -292,7 +310,7 @@ mod tests {
             for _ in 0..count {
                 let step = trainer.optimizer.steps();
                 let batch = PairBatch::draw(world, recipe.seed, step, recipe.pairs).unwrap();
-                trainer.step(&batch).unwrap();
+                trainer.step(&batch.tensors(Device::Cpu).unwrap()).unwrap();
             }
         };
         let mut whole = Trainer::new(&recipe, Device::Cpu, &tokenizer, false).unwrap();

@@ -87,7 +87,7 @@ impl Discriminator {
         };
         let loss = margin(self.score(real)?, -1.0)? + margin(self.score(&decoded.f_detach()?)?, 1.0)?;
         loss.f_backward()?;
-        self.optimizer.clip(1.0)?;
+        self.optimizer.clip_on_device(1.0)?;
         self.optimizer.step(learning_rate)?;
         Ok(loss.detach())
     }

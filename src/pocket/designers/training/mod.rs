@@ -5,6 +5,7 @@ pub mod decoder;
 mod discriminator;
 /// The finished checkpoint folder.
 pub mod export;
+mod feed;
 /// Figures of a tokenizer.
 pub mod measure;
 mod pairs;
@@ -16,4 +17,4 @@ pub mod tokenizer;
 /// The transformer.
 pub mod transformer;
 
-pub use run::Budget;
+pub use run::{Budget, Scale};

@@ -1,20 +1,21 @@
 //! Training images in pairs: one drawing in two scenes and, where it stands alone, at two places, drawn anew at every step.
 
-use std::sync::mpsc;
+use std::thread::Scope;
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
+use super::feed::Feed;
 use crate::model::ModelError;
-use crate::model::lumina::pixels;
-use crate::picture::RgbPicture;
-use crate::pocket::designers::{CELLS, Spec, World, WorldError};
+use crate::model::lumina::pixels_on;
+use crate::pocket::designers::{CELLS, IMAGE_SIDE, Spec, World, WorldError};
 
 /// `2 * pairs` images; image `pairs + i` shows what image `i` shows, in another scene or at another place.
 #[derive(Debug)]
 pub struct PairBatch {
-    images: Vec<RgbPicture>,
+    /// 8-bit RGB, image after image.
+    rgb: Vec<u8>,
     /// `pairs * CELLS * CELLS`: which cells of the first image's grid show nothing of the scene.
     covered: Vec<f32>,
     /// For each pair: how many cells further to the right the second image shows the same.
@@ -92,11 +93,10 @@ impl PairBatch {
     /// # Errors
     /// When the world lacks a drawing.
     pub fn of(world: &World, first: &[Spec], second: &[Spec]) -> Result<Self, WorldError> {
-        let images = first
-            .iter()
-            .chain(second)
-            .map(|spec| world.render(spec))
-            .collect::<Result<_, _>>()?;
+        let mut rgb = Vec::with_capacity((first.len() + second.len()) * IMAGE_SIDE * IMAGE_SIDE * 3);
+        for spec in first.iter().chain(second) {
+            rgb.extend(world.render(spec)?.rgb);
+        }
         let mut covered = Vec::with_capacity(first.len() * CELLS * CELLS);
         for spec in first {
             covered.extend(world.covered(spec)?.iter().map(|&cell| f32::from(u8::from(cell))));
@@ -106,11 +106,7 @@ impl PairBatch {
             .zip(second)
             .map(|(a, b)| a.place.cells_to(b.place))
             .collect();
-        Ok(Self {
-            images,
-            covered,
-            shifts,
-        })
+        Ok(Self { rgb, covered, shifts })
     }
 
     /// The batch of a training step: the same in every run with this seed.
@@ -125,6 +121,19 @@ impl PairBatch {
         Self::of(world, &specs, &others)
     }
 
+    /// The batches of training steps `from..`, on `device`.
+    pub(super) fn feed<'scope>(
+        scope: &'scope Scope<'scope, '_>,
+        device: Device,
+        world: &'scope World,
+        from: i64,
+        seed: u64,
+        pairs: usize,
+    ) -> Feed<'scope, PairTensors> {
+        let draw = move |step| Self::draw(world, seed, step, pairs);
+        Feed::new(scope, device, from, draw, move |batch: Self| batch.tensors(device))
+    }
+
     /// The batch on `device`.
     ///
     /// # Errors
@@ -135,29 +144,10 @@ impl PairBatch {
             .f_view([-1, 1, side, side])?
             .f_to_kind(Kind::Float)?;
         Ok(PairTensors {
-            images: pixels(&self.images)?.f_to_device(device)?,
+            images: pixels_on(&self.rgb, (IMAGE_SIDE, IMAGE_SIDE), device)?,
             alignment: Alignment::new(covered.f_to_device(device)?, &self.shifts)?,
         })
     }
-}
-
-/// Draws the batches of steps `from..` on a thread of the scope, a few ahead.
-pub fn prefetch<'scope>(
-    scope: &'scope std::thread::Scope<'scope, '_>,
-    world: &'scope World,
-    seed: u64,
-    from: i64,
-    pairs: usize,
-) -> mpsc::Receiver<Result<PairBatch, WorldError>> {
-    let (send, receive) = mpsc::sync_channel(4);
-    scope.spawn(move || {
-        for step in from.. {
-            if send.send(PairBatch::draw(world, seed, step, pairs)).is_err() {
-                return;
-            }
-        }
-    });
-    receive
 }
 
 #[cfg(test)]

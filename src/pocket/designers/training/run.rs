@@ -14,6 +14,8 @@ use tch::{Device, Tensor};
 use crate::model::ModelError;
 use crate::pocket::parameters::{load, save};
 
+/// How long a call trains before its speed counts, and how long that is measured before it is relied on.
+const SETTLING: Duration = Duration::from_secs(5);
 /// Time between two saves of the state.
 const SAVE_EVERY: Duration = Duration::from_secs(150);
 const STATE: &str = "state.safetensors";
@@ -26,6 +28,16 @@ const SECONDS: &str = "training.seconds";
 pub struct Budget {
     /// Seconds of this call.
     pub seconds: Option<u64>,
+    /// Whether the recipe's last step is to fall at the end of these seconds, at the speed that this call reaches.
+    pub fitted: bool,
+}
+
+/// What a device is given to do in one step: a larger batch where it would idle with a small one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scale {
+    /// Images a step, of pairs counted once.
+    pub batch: usize,
+    pub learning_rate: f64,
 }
 
 /// One stage's folder, held by one process.
@@ -38,6 +50,8 @@ pub struct Run {
     saved: Instant,
     seconds_before: f64,
     budget: Budget,
+    /// A step and its time, from which this call's speed is measured.
+    pace: Option<(i64, Instant)>,
 }
 
 /// Tensors by name.
@@ -75,6 +89,7 @@ impl Run {
             saved: Instant::now(),
             seconds_before,
             budget,
+            pace: None,
         };
         Ok((run, state))
     }
@@ -89,6 +104,30 @@ impl Run {
         self.budget
             .seconds
             .is_some_and(|seconds| self.started.elapsed().as_secs() >= seconds)
+    }
+
+    /// Steps of the whole stage: `planned`, or as many as this call can take, once its speed is known after `step`.
+    pub fn steps(&mut self, step: i64, planned: i64) -> i64 {
+        let Budget {
+            seconds: Some(seconds),
+            fitted: true,
+        } = self.budget
+        else {
+            return planned;
+        };
+        let elapsed = self.started.elapsed();
+        let (first, since) = match self.pace {
+            Some(pace) => pace,
+            // The first seconds are slower: libtorch chooses its kernels.
+            None if elapsed >= SETTLING => *self.pace.insert((step, Instant::now())),
+            None => return planned,
+        };
+        let (took, done) = (since.elapsed().as_secs_f64(), step - first);
+        if took < SETTLING.as_secs_f64() {
+            return planned;
+        }
+        let left = (seconds as f64 - elapsed.as_secs_f64()).max(0.0);
+        step + (done as f64 / took * left) as i64
     }
 
     /// Whether it is time to save.
@@ -169,14 +208,16 @@ pub fn saved_recipe<R: DeserializeOwned>(dir: &Path) -> Result<R, ModelError> {
     serde_json::from_slice(&text).map_err(|error| ModelError::file(&file, error))
 }
 
-/// Compares `recipe` with the file's, and writes it where there is none. The number of steps may change: a stage can be
-/// made longer.
+/// Compares `recipe` with the file's, and writes it. What may change: the number of steps, since a stage can be made longer,
+/// and what depends on the device, since a stage can go on on another.
 fn check_recipe(file: &Path, recipe: &impl Serialize, resumed: bool) -> Result<(), ModelError> {
     let fault = |error: String| ModelError::file(file, error);
     let wanted = serde_json::to_value(recipe).map_err(|error| fault(error.to_string()))?;
     let comparable = |mut value: Value| {
         if let Some(fields) = value.as_object_mut() {
-            fields.remove("steps");
+            for free in ["steps", "pairs", "batch", "learning_rate"] {
+                fields.remove(free);
+            }
         }
         value
     };
@@ -241,7 +282,15 @@ mod tests {
         run.save(state_at(4)).unwrap();
         drop(run);
         let longer = json!({"steps": 20, "seed": 1});
-        let (run, state) = Run::open(dir.path(), &longer, Budget { seconds: Some(0) }).unwrap();
+        let (run, state) = Run::open(
+            dir.path(),
+            &longer,
+            Budget {
+                seconds: Some(0),
+                fitted: false,
+            },
+        )
+        .unwrap();
         assert_eq!(steps(&state.unwrap()).unwrap(), 4);
         assert!(run.over());
         drop(run);

@@ -4,10 +4,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Tensor};
 
-use crate::model::lumina::pixels;
+use crate::model::lumina::pixels_on;
 use crate::model::tokenizer::{PromptPart, TextTokenizer, Vocabulary, encode_prompt, image_block};
 use crate::model::{ModelError, Vqgan};
-use crate::picture::RgbPicture;
 use crate::pocket::designers::{CELLS, IMAGE_SIDE, Spec, World, WorldError, caption_random, words};
 use crate::pocket::sequences::Sequence;
 use crate::pocket::vocabulary::tokenizer_of;
@@ -19,14 +18,27 @@ pub(super) struct Shares {
     pub slots: f64,
 }
 
-/// One image with its caption, before it is encoded.
-#[derive(Debug)]
-pub(super) struct Example {
-    pub image: RgbPicture,
+/// Images with their captions, before they are encoded.
+#[derive(Debug, Default)]
+pub(super) struct Examples {
+    /// 8-bit RGB, image after image.
+    rgb: Vec<u8>,
+    own: Vec<Example>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Example {
     /// `None`: no text at all, for guidance.
-    pub caption: Option<String>,
+    caption: Option<String>,
     /// Extra positions before the first code.
-    pub slots: usize,
+    slots: usize,
+}
+
+impl Examples {
+    /// Extra positions of all of them.
+    pub(super) fn slots(&self) -> usize {
+        self.own.iter().map(|example| example.slots).sum()
+    }
 }
 
 /// The examples of training step `step`, and the generator for what else the step draws: the same in every run with this
@@ -40,41 +52,40 @@ pub(super) fn draw(
     step: i64,
     batch: usize,
     shares: Shares,
-) -> Result<(Vec<Example>, ChaCha8Rng), WorldError> {
+) -> Result<(Examples, ChaCha8Rng), WorldError> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(step as u64 + 1);
-    let examples = (0..batch)
-        .map(|_| {
-            let spec = Spec::sample(&mut rng);
-            let caption = caption_random(&spec, &mut rng);
-            Ok(Example {
-                image: world.render(&spec)?,
-                caption: (!rng.random_bool(shares.caption_dropout)).then_some(caption),
-                slots: match rng.random_bool(shares.slots) {
-                    true => rng.random_range(1..=2),
-                    false => 0,
-                },
-            })
-        })
-        .collect::<Result<_, WorldError>>()?;
+    let mut examples = Examples::default();
+    for _ in 0..batch {
+        let spec = Spec::sample(&mut rng);
+        let caption = caption_random(&spec, &mut rng);
+        examples.rgb.extend(world.render(&spec)?.rgb);
+        examples.own.push(Example {
+            caption: (!rng.random_bool(shares.caption_dropout)).then_some(caption),
+            slots: match rng.random_bool(shares.slots) {
+                true => rng.random_range(1..=2),
+                false => 0,
+            },
+        });
+    }
     Ok((examples, rng))
 }
 
 /// Turns examples into token sequences.
 #[derive(Debug)]
-pub(super) struct Encoder<'a> {
-    vqgan: &'a Vqgan,
+pub(super) struct Encoder {
+    vqgan: Vqgan,
     device: Device,
     tokenizer: TextTokenizer,
     vocabulary: Vocabulary,
 }
 
-impl<'a> Encoder<'a> {
+impl Encoder {
     /// With the codes of `vqgan`, which is on `device`.
     ///
     /// # Errors
     /// When the vocabulary cannot be built.
-    pub(super) fn new(vqgan: &'a Vqgan, device: Device) -> Result<Self, ModelError> {
+    pub(super) fn new(vqgan: Vqgan, device: Device) -> Result<Self, ModelError> {
         let file = tokenizer_of(vqgan.config().n_embed, &words()).to_string();
         let tokenizer = TextTokenizer::from_bytes(file.as_bytes())?;
         let vocabulary = Vocabulary::from_names(&tokenizer.names())?;
@@ -90,11 +101,12 @@ impl<'a> Encoder<'a> {
     ///
     /// # Errors
     /// When a caption cannot be tokenised or libtorch fails.
-    pub(super) fn sequences(&self, examples: &[Example]) -> Result<Vec<Sequence>, ModelError> {
-        let images: Vec<_> = examples.iter().map(|example| example.image.clone()).collect();
-        let codes = tch::no_grad(|| self.vqgan.encode(&pixels(&images)?.f_to_device(self.device)?))?;
+    pub(super) fn sequences(&self, examples: &Examples) -> Result<Vec<Sequence>, ModelError> {
+        let pixels = pixels_on(&examples.rgb, (IMAGE_SIDE, IMAGE_SIDE), self.device)?;
+        let codes = tch::no_grad(|| self.vqgan.encode(&pixels))?;
         let codes = Vec::<i64>::try_from(&codes.f_to_device(Device::Cpu)?.f_reshape([-1i64])?)?;
         examples
+            .own
             .iter()
             .zip(codes.chunks_exact(CELLS * CELLS))
             .map(|(example, codes)| self.sequence(example, codes))
@@ -128,7 +140,7 @@ impl<'a> Encoder<'a> {
 ///
 /// # Errors
 /// When the world lacks a drawing.
-pub(super) fn held_back(world: &World, count: usize) -> Result<Vec<Example>, WorldError> {
+pub(super) fn held_back(world: &World, count: usize) -> Result<Examples, WorldError> {
     let shares = Shares {
         caption_dropout: 0.0,
         slots: 0.0,
@@ -157,11 +169,9 @@ mod tests {
         };
         let draw = |step| draw(synthetic_world(), 5, step, 12, shares).unwrap().0;
         let (first, again, other) = (draw(0), draw(0), draw(1));
-        for (a, b) in first.iter().zip(&again) {
-            assert_eq!((&a.image, &a.caption, a.slots), (&b.image, &b.caption, b.slots));
-        }
-        assert!(first.iter().zip(&other).any(|(a, b)| a.image != b.image));
-        let examples: Vec<_> = (0..10).flat_map(draw).collect();
+        assert_eq!((&first.rgb, &first.own), (&again.rgb, &again.own));
+        assert!(first.rgb != other.rgb && first.rgb.len() == other.rgb.len());
+        let examples: Vec<_> = (0..10).flat_map(|step| draw(step).own).collect();
         assert!(examples.iter().any(|e| e.caption.is_none()) && examples.iter().any(|e| e.slots == 2));
     }
 }

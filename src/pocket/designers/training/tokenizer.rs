@@ -12,9 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
+use super::feed::Average;
 use super::measure::{Validation, measure};
-use super::pairs::{Alignment, PairBatch, PairTensors, prefetch};
-use super::run::{self, Budget, Run, State, saved_recipe, saved_state, take};
+use super::pairs::{Alignment, PairBatch, PairTensors};
+use super::run::{self, Budget, Run, Scale, State, saved_recipe, saved_state, take};
 use crate::model::vqgan::{EncoderDecoderConfig, VqganConfig, nearest};
 use crate::model::{ModelError, Vqgan};
 use crate::pocket::codebook::Codebook;
@@ -53,6 +54,25 @@ impl Default for TokenizerRecipe {
     }
 }
 
+impl TokenizerRecipe {
+    /// The recipe for a device: on an accelerator a larger batch takes no longer.
+    pub fn on(device: Device) -> Self {
+        let mut recipe = Self::default();
+        if device != Device::Cpu {
+            recipe.scale(Scale {
+                batch: 32,
+                learning_rate: 2e-3,
+            });
+        }
+        recipe
+    }
+
+    /// With another batch and rate.
+    pub fn scale(&mut self, scale: Scale) {
+        (self.pairs, self.learning_rate) = (scale.batch, scale.learning_rate);
+    }
+}
+
 /// The tokenizer's shape: the real network around a space-to-depth of 4, 8 pixels per code, 2048 codes.
 pub fn tokenizer_config() -> VqganConfig {
     VqganConfig {
@@ -73,8 +93,8 @@ pub fn tokenizer_config() -> VqganConfig {
     }
 }
 
-/// Batches of latents that k-means sees.
-const CLUSTERED_BATCHES: i64 = 40;
+/// Pairs of images whose latents k-means sees.
+const CLUSTERED_PAIRS: usize = 160;
 /// The first of them, beyond every training step.
 const CLUSTERED_FROM: i64 = 1 << 40;
 /// Share of the steps after which unused codes are left alone.
@@ -85,8 +105,8 @@ const MEASURE_EVERY: i64 = 1000;
 const WARM_UP: f64 = 100.0;
 
 /// Warm-up, constant to 60 %, then linear to 2 %.
-fn learning_rate(recipe: &TokenizerRecipe, step: i64) -> f64 {
-    let done = step as f64 / recipe.steps as f64;
+fn learning_rate(recipe: &TokenizerRecipe, step: i64, steps: i64) -> f64 {
+    let done = step as f64 / steps as f64;
     let decay = ((1.0 - done) / 0.4).clamp(0.02, 1.0);
     recipe.learning_rate * ((step + 1) as f64 / WARM_UP).min(1.0) * decay
 }
@@ -127,6 +147,8 @@ struct Trainer<'a> {
     parameters: Parameters,
     optimizer: Optimizer,
     codebook: Codebook,
+    /// Steps of the whole stage, as far as is known.
+    steps: i64,
 }
 
 /// What one step reports; detached scalars.
@@ -175,6 +197,7 @@ impl<'a> Trainer<'a> {
             parameters,
             optimizer,
             codebook,
+            steps: recipe.steps,
         })
     }
 
@@ -185,7 +208,8 @@ impl<'a> Trainer<'a> {
     /// Sets the codebook by k-means over batches that training does not visit.
     fn cluster(&mut self, rng: &mut ChaCha8Rng) -> Result<(), ModelError> {
         let network = self.network()?;
-        let latents = (0..CLUSTERED_BATCHES)
+        let batches = (CLUSTERED_PAIRS / self.recipe.pairs).max(1) as i64;
+        let latents = (0..batches)
             .map(|index| {
                 let batch = PairBatch::draw(self.world, self.recipe.seed, CLUSTERED_FROM + index, self.recipe.pairs)?;
                 let batch = batch.tensors(self.device)?;
@@ -195,7 +219,7 @@ impl<'a> Trainer<'a> {
         tch::no_grad(|| self.codebook.cluster(&Tensor::f_cat(&latents, 0)?, rng))
     }
 
-    fn step(&mut self, batch: &PairBatch) -> Result<Outcome, ModelError> {
+    fn step(&mut self, batch: &PairTensors) -> Result<Outcome, ModelError> {
         let step = self.optimizer.steps();
         // Random numbers depend on the step alone, so that a resumed run continues as an uninterrupted one. Batches have the
         // streams from 1 on.
@@ -207,9 +231,9 @@ impl<'a> Trainer<'a> {
         let PairTensors {
             images: wanted,
             alignment,
-        } = batch.tensors(self.device)?;
+        } = batch;
         let network = self.network()?;
-        let (latents, distance) = tie(&network.latents(&wanted)?, &alignment)?;
+        let (latents, distance) = tie(&network.latents(wanted)?, alignment)?;
         let (images, dim, h, w) = latents.size4()?;
         let flat = rows(&latents)?;
         let (quantised, commitment) = if step < self.recipe.autoencoder_steps {
@@ -217,7 +241,7 @@ impl<'a> Trainer<'a> {
         } else {
             let detached = flat.detach();
             let codes = nearest(&detached, &self.codebook.rows)?;
-            let early = (step as f64) < REVIVE_UNTIL * self.recipe.steps as f64;
+            let early = (step as f64) < REVIVE_UNTIL * self.steps as f64;
             let revive = early && step % REVIVE_EVERY == 0;
             self.codebook.update(&detached, &codes, revive, &mut rng)?;
             let rows = self.codebook.rows.f_index_select(0, &codes)?;
@@ -228,10 +252,10 @@ impl<'a> Trainer<'a> {
                 commitment * COMMITMENT,
             )
         };
-        let (loss, square) = reconstruction_loss(&network.decode_latents(&quantised)?, &wanted)?;
+        let (loss, square) = reconstruction_loss(&network.decode_latents(&quantised)?, wanted)?;
         (loss + &commitment + &distance * self.recipe.tie).f_backward()?;
-        self.optimizer.clip(1.0)?;
-        self.optimizer.step(learning_rate(self.recipe, step))?;
+        self.optimizer.clip_on_device(1.0)?;
+        self.optimizer.step(learning_rate(self.recipe, step, self.steps))?;
         Ok(Outcome {
             square,
             tie: distance.detach(),
@@ -342,21 +366,18 @@ pub fn train_tokenizer(
     let first = trainer.optimizer.steps();
     tracing::info!(parameters = trainer.parameters.count(), step = first, "tokenizer");
     std::thread::scope(|scope| {
-        let batches = prefetch(scope, world, recipe.seed, first, recipe.pairs);
-        let (mut average, started) = (None, run.seconds());
-        while trainer.optimizer.steps() < recipe.steps && !run.over() {
-            let batch = batches
-                .recv()
-                .map_err(|_| ModelError::invalid("world", "stopped drawing"))??;
-            let outcome = trainer.step(&batch)?;
+        let mut batches = PairBatch::feed(scope, device, world, first, recipe.seed, recipe.pairs);
+        let (mut average, started) = (Average::default(), run.seconds());
+        let mut done = first >= trainer.steps || run.over();
+        while !done {
+            let outcome = trainer.step(&*batches.next()?)?;
+            average.add(&outcome.square)?;
             let step = trainer.optimizer.steps();
-            let square = f64::try_from(&outcome.square)?;
-            let mean = average.map_or(square, |average| 0.98 * average + 0.02 * square);
-            average = Some(mean);
             if step % LOG_EVERY == 0 {
+                trainer.steps = run.steps(step, recipe.steps);
                 let rate = (step - first) as f64 / (run.seconds() - started).max(1e-3);
                 let line = json!({
-                    "psnr": rounded(-10.0 * (mean / 4.0).log10()),
+                    "psnr": rounded(-10.0 * (average.get()? / 4.0).log10()),
                     "tie": rounded(f64::try_from(&outcome.tie)?),
                     "commitment": rounded(f64::try_from(&outcome.commitment)?),
                     "unused_codes": trainer.codebook.unused()?,
@@ -364,10 +385,11 @@ pub fn train_tokenizer(
                 });
                 run.log(step, line)?;
             }
-            if step % MEASURE_EVERY == 0 || step == recipe.steps {
+            done = step >= trainer.steps || run.over();
+            if step % MEASURE_EVERY == 0 || done {
                 run.log(step, measure(&trainer.tokenizer()?, &validation, device)?.summary())?;
             }
-            if run.due() || step == recipe.steps || run.over() {
+            if run.due() || done {
                 run.save(trainer.state())?;
             }
         }
@@ -412,7 +434,7 @@ mod tests {
             learning_rate: 1.0,
             ..TokenizerRecipe::default()
         };
-        let rate = |step| learning_rate(&recipe, step);
+        let rate = |step| learning_rate(&recipe, step, recipe.steps);
         assert!(rate(0) < 0.02 && rate(100) == 1.0 && rate(600) == 1.0);
         assert!((rate(800) - 0.5).abs() < 1e-9 && rate(999) == 0.02);
     }
@@ -446,7 +468,7 @@ mod tests {
             for _ in 0..count {
                 let step = trainer.optimizer.steps();
                 let batch = PairBatch::draw(world, recipe.seed, step, recipe.pairs).unwrap();
-                trainer.step(&batch).unwrap();
+                trainer.step(&batch.tensors(Device::Cpu).unwrap()).unwrap();
             }
         };
         let mut whole = Trainer::new(&recipe, world, Device::Cpu, None).unwrap();

@@ -2,20 +2,22 @@
 //! network memorises what it sees twice.
 
 use std::path::Path;
-use std::sync::mpsc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
-use super::run::{Budget, Run, State, take};
-use super::sequences::{Encoder, Shares, draw, held_back, tokens};
+use super::feed::{Average, Feed};
+use super::run::{Budget, Run, Scale, State, take};
+use super::sequences::{Encoder, Examples, Shares, draw, held_back, tokens};
 use super::tokenizer::{TrainedTokenizer, rounded};
 use crate::model::{ModelConfig, ModelError, Transformer, Vqgan};
-use crate::pocket::designers::{IMAGE_SIDE, World, words};
+use crate::pocket::designers::{IMAGE_SIDE, World, WorldError, words};
 use crate::pocket::parameters::Parameters;
 use crate::pocket::sequences::Sequence;
-use crate::pocket::transformer_training::{SlotStatistics, collate, loss, slot_contexts, statistics};
+use crate::pocket::transformer_training::{
+    Batch, SlotNoise, SlotNumbers, SlotStatistics, collate, loss, slot_contexts, slot_noise, statistics,
+};
 use crate::pocket::vocabulary::vocabulary_map_of;
 use crate::training::optimizer::{Optimizer, Parameter, Rule};
 
@@ -58,6 +60,42 @@ impl Default for TransformerRecipe {
     }
 }
 
+impl TransformerRecipe {
+    /// The recipe for a device: on an accelerator a larger batch takes little longer.
+    pub fn on(device: Device) -> Self {
+        let mut recipe = Self::default();
+        if device != Device::Cpu {
+            recipe.scale(Scale {
+                batch: 96,
+                learning_rate: 3e-3,
+            });
+        }
+        recipe
+    }
+
+    /// Layers and hidden size.
+    fn shape(&self) -> (i64, i64) {
+        (self.layers as i64, self.hidden)
+    }
+
+    /// What step `step` trains on. Random numbers depend on the step alone, so that a resumed run continues as an
+    /// uninterrupted one.
+    fn draw(&self, world: &World, step: i64) -> Result<(Examples, SlotNumbers), WorldError> {
+        let shares = Shares {
+            caption_dropout: self.caption_dropout,
+            slots: self.slot_share,
+        };
+        let (examples, mut rng) = draw(world, self.seed, step, self.batch, shares)?;
+        let numbers = SlotNumbers::draw(examples.slots(), self.shape(), &mut rng);
+        Ok((examples, numbers))
+    }
+
+    /// With another batch and rate.
+    pub fn scale(&mut self, scale: Scale) {
+        (self.batch, self.learning_rate) = (scale.batch, scale.learning_rate);
+    }
+}
+
 const STATISTICS_EVERY: i64 = 50;
 const WARM_UP: f64 = 150.0;
 const LOG_EVERY: i64 = 100;
@@ -70,8 +108,8 @@ const SLOT_DEVIATION: &str = "slots.deviation";
 const TOKENS: &str = "training.tokens";
 
 /// Warm-up, constant to 40 %, then linear to 0.
-fn learning_rate(recipe: &TransformerRecipe, step: i64) -> f64 {
-    let done = step as f64 / recipe.steps as f64;
+fn learning_rate(recipe: &TransformerRecipe, step: i64, steps: i64) -> f64 {
+    let done = step as f64 / steps as f64;
     let decay = ((1.0 - done) / 0.6).clamp(0.0, 1.0);
     recipe.learning_rate * ((step + 1) as f64 / WARM_UP).min(1.0) * decay
 }
@@ -94,12 +132,38 @@ pub fn transformer_config(recipe: &TransformerRecipe, codes: i64) -> ModelConfig
 
 struct Trainer<'a> {
     recipe: &'a TransformerRecipe,
-    config: ModelConfig,
+    /// What every step's network has in common.
+    base: Transformer,
     device: Device,
     parameters: Parameters,
     optimizer: Optimizer,
     slots: Option<SlotStatistics>,
     tokens: i64,
+    /// Steps of the whole stage, as far as is known.
+    steps: i64,
+}
+
+/// What one step trains on, on its device.
+struct Material {
+    batch: Batch,
+    /// For the extra positions, if there are any.
+    noise: Option<SlotNoise>,
+}
+
+impl Material {
+    fn new(
+        sequences: &[Sequence],
+        numbers: &SlotNumbers,
+        recipe: &TransformerRecipe,
+        device: Device,
+    ) -> Result<Self, ModelError> {
+        let batch = collate(sequences, device)?;
+        let noise = match batch.slots.is_empty() {
+            true => None,
+            false => Some(slot_noise(&batch, recipe.shape(), numbers)?),
+        };
+        Ok(Self { batch, noise })
+    }
 }
 
 impl<'a> Trainer<'a> {
@@ -112,7 +176,7 @@ impl<'a> Trainer<'a> {
         tch::manual_seed(recipe.seed as i64);
         let config = transformer_config(recipe, codes);
         let parameters = Parameters::on(device);
-        Transformer::load(&config, &parameters)?;
+        let base = Transformer::load(&config, &parameters)?;
         let trained = parameters
             .all()
             .into_iter()
@@ -141,36 +205,36 @@ impl<'a> Trainer<'a> {
         }
         Ok(Self {
             recipe,
-            config,
+            base,
             device,
             parameters,
             optimizer,
             slots,
             tokens,
+            steps: recipe.steps,
         })
     }
 
     fn network(&self) -> Result<Transformer, ModelError> {
-        Transformer::load(&self.config, &self.parameters.cast(Kind::BFloat16, false))
+        self.base.with_parameters(&self.parameters.cast(Kind::BFloat16, false))
     }
 
-    /// One step; returns the loss in nats per image token, detached. `rng` is the step's own, so that a resumed run continues
-    /// as an uninterrupted one.
-    fn step(&mut self, sequences: &[Sequence], rng: &mut rand_chacha::ChaCha8Rng) -> Result<Tensor, ModelError> {
+    /// One step; returns the loss in nats per image token, detached.
+    fn step(&mut self, material: &Material) -> Result<Tensor, ModelError> {
         let step = self.optimizer.steps();
-        let batch = collate(sequences, self.device)?;
+        let Material { batch, noise } = material;
         let network = self.network()?;
         if self.slots.is_none() || step % STATISTICS_EVERY == 0 {
-            self.slots = Some(statistics(&network, &batch)?);
+            self.slots = Some(statistics(&network, batch)?);
         }
-        let context = match &self.slots {
-            Some(slots) if !batch.slots.is_empty() => Some(slot_contexts(&batch, slots, rng)?),
+        let context = match (&self.slots, noise) {
+            (Some(slots), Some(noise)) => Some(slot_contexts(noise, slots)?),
             _ => None,
         };
-        let loss = loss(&network, &batch, context.as_ref())?;
+        let loss = loss(&network, batch, context.as_ref())?;
         loss.f_backward()?;
-        self.optimizer.clip(1.0)?;
-        self.optimizer.step(learning_rate(self.recipe, step))?;
+        self.optimizer.clip_on_device(1.0)?;
+        self.optimizer.step(learning_rate(self.recipe, step, self.steps))?;
         self.tokens += tokens(&batch.ids);
         Ok(loss.detach())
     }
@@ -227,46 +291,39 @@ pub fn train_transformer(
     let (mut run, state) = Run::open(dir, &recipe, budget)?;
     let mut trainer = Trainer::new(&recipe, tokenizer.network.n_embed, device, state.as_ref())?;
     let (exact, fast) = (tokenizer.vqgan(device)?, fast_encoder(tokenizer, device)?);
-    let validation = Encoder::new(&exact, device)?.sequences(&held_back(world, HELD_BACK)?)?;
-    let encoder = Encoder::new(&fast, device)?;
+    let validation = Encoder::new(exact, device)?.sequences(&held_back(world, HELD_BACK)?)?;
+    let encoder = Encoder::new(fast, device)?;
     let first = trainer.optimizer.steps();
     tracing::info!(parameters = trainer.parameters.count(), step = first, "transformer");
-    let shares = Shares {
-        caption_dropout: recipe.caption_dropout,
-        slots: recipe.slot_share,
-    };
     std::thread::scope(|scope| {
-        let (send, batches) = mpsc::sync_channel(4);
         let recipe = &recipe;
-        scope.spawn(move || {
-            for step in first..recipe.steps {
-                if send.send(draw(world, recipe.seed, step, recipe.batch, shares)).is_err() {
-                    return;
-                }
-            }
-        });
-        let (mut average, started, tokens_before) = (None, run.seconds(), trainer.tokens);
-        while trainer.optimizer.steps() < recipe.steps && !run.over() {
-            let (examples, mut rng) = batches
-                .recv()
-                .map_err(|_| ModelError::invalid("world", "stopped drawing"))??;
-            let value = f64::try_from(&trainer.step(&encoder.sequences(&examples)?, &mut rng)?)?;
+        let mut batches = Feed::new(
+            scope,
+            device,
+            first,
+            move |step| recipe.draw(world, step),
+            move |(examples, numbers)| Material::new(&encoder.sequences(&examples)?, &numbers, recipe, device),
+        );
+        let (mut average, started, tokens_before) = (Average::default(), run.seconds(), trainer.tokens);
+        let mut done = first >= trainer.steps || run.over();
+        while !done {
+            average.add(&trainer.step(&*batches.next()?)?)?;
             let step = trainer.optimizer.steps();
-            let mean = average.map_or(value, |average| 0.98 * average + 0.02 * value);
-            average = Some(mean);
             if step % LOG_EVERY == 0 {
+                trainer.steps = run.steps(step, recipe.steps);
                 let rate = (trainer.tokens - tokens_before) as f64 / (run.seconds() - started).max(1e-3);
                 let line = json!({
-                    "loss": rounded(mean),
+                    "loss": rounded(average.get()?),
                     "tokens": trainer.tokens,
                     "tokens_per_second": rate.round(),
                 });
                 run.log(step, line)?;
             }
-            if step % MEASURE_EVERY == 0 || step == recipe.steps {
+            done = step >= trainer.steps || run.over();
+            if step % MEASURE_EVERY == 0 || done {
                 run.log(step, json!({"validation": rounded(trainer.validate(&validation)?)}))?;
             }
-            if run.due() || step == recipe.steps || run.over() {
+            if run.due() || done {
                 run.save(trainer.state())?;
             }
         }
@@ -304,22 +361,19 @@ mod tests {
         tch::manual_seed(4);
         let parameters = Parameters::default();
         let vqgan = Vqgan::load(&network, &parameters).unwrap();
-        let (world, encoder) = (synthetic_world(), Encoder::new(&vqgan, Device::Cpu).unwrap());
-        let shares = Shares {
-            caption_dropout: recipe.caption_dropout,
-            slots: recipe.slot_share,
-        };
+        let (world, encoder) = (synthetic_world(), Encoder::new(vqgan, Device::Cpu).unwrap());
         let steps = |trainer: &mut Trainer, count: i64| {
             for _ in 0..count {
                 let step = trainer.optimizer.steps();
-                let (examples, mut rng) = draw(world, recipe.seed, step, recipe.batch, shares).unwrap();
+                let (examples, numbers) = recipe.draw(world, step).unwrap();
                 let sequences = encoder.sequences(&examples).unwrap();
                 assert!(
                     sequences
                         .iter()
                         .all(|s| !s.slots.is_empty() && s.slots.end == s.first_code)
                 );
-                let _ = trainer.step(&sequences, &mut rng).unwrap();
+                let material = Material::new(&sequences, &numbers, &recipe, Device::Cpu).unwrap();
+                let _ = trainer.step(&material).unwrap();
             }
         };
         let mut whole = Trainer::new(&recipe, 16, Device::Cpu, None).unwrap();
