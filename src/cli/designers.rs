@@ -1,18 +1,21 @@
-//! `coar pocket designers draw|train|measure|export`: the world of designers' drawings, behind its own command until it is the
+//! `coar pocket designers draw|train|measure|export|judge|report`: the world of designers' drawings, behind its own command until it is the
 //! default.
 
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::model::ModelArgs;
 use super::pocket::save_png;
+use crate::eval::designers::{Judge, JudgeRecipe, ReportOptions, Sampling, report, train_judge};
+use crate::eval::judges::EfficientNet;
 use crate::pocket::designers::training::decoder::{DecoderRecipe, tune_decoder};
 use crate::pocket::designers::training::export::export;
 use crate::pocket::designers::training::measure::{Validation, measure, reconstructions};
 use crate::pocket::designers::training::tokenizer::{TokenizerRecipe, TrainedTokenizer, train_tokenizer};
 use crate::pocket::designers::training::transformer::{TransformerRecipe, train_transformer};
 use crate::pocket::designers::training::{Budget, Scale};
-use crate::pocket::designers::{Designer, Pack, World, contact, default_dir};
+use crate::pocket::designers::{Designer, EFFICIENTNET, Pack, World, contact, default_dir};
 
 /// The world of designers' drawings: render it, train the model of it, measure it.
 #[derive(Debug, Subcommand)]
@@ -21,6 +24,10 @@ pub(super) enum DesignersCommand {
     Train(TrainArgs),
     Measure(MeasureArgs),
     Export(ExportArgs),
+    /// The judge of this project's own.
+    #[command(subcommand)]
+    Judge(JudgeCommand),
+    Report(Box<ReportArgs>),
 }
 
 /// Render the designers' icon sets into a pack, and draw contact sheets.
@@ -126,6 +133,65 @@ pub(super) struct ExportArgs {
     out: PathBuf,
 }
 
+#[derive(Debug, Subcommand)]
+pub(super) enum JudgeCommand {
+    Train(JudgeArgs),
+}
+
+/// Train the judge on true images, on the CPU, and print how often it is right. It continues from its saved state.
+#[derive(Debug, Args)]
+pub(super) struct JudgeArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    /// Threads for libtorch.
+    #[arg(long, default_value_t = 2)]
+    threads: i32,
+    /// Stop after this many seconds, with the state saved. Default: at the last step.
+    #[arg(long)]
+    seconds: Option<u64>,
+    /// Optimizer steps. Default: the recipe's. May be changed when training continues.
+    #[arg(long)]
+    steps: Option<i64>,
+}
+
+/// Draw images from full captions and say what judges see in them, and in the true images.
+///
+/// Needs the published judge (`scripts/fetch-judge.sh`) and the own one (`coar pocket designers judge train`).
+#[derive(Debug, Args)]
+pub(super) struct ReportArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    /// Images to draw.
+    #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    images: u32,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// How strongly captions count; 1: no guidance. Of this and the next two several, separated by commas, are measured one
+    /// after the other: the first of each, the second of each; one alone holds for all. Default: the model's.
+    #[arg(long, value_delimiter = ',')]
+    guidance: Vec<f64>,
+    /// Default: 1.
+    #[arg(long, value_delimiter = ',')]
+    temperature: Vec<f64>,
+    /// Codes to choose from. Default: the model's.
+    #[arg(long, value_delimiter = ',')]
+    top_k: Vec<i64>,
+    /// Write true images, and below them what was drawn (PNG).
+    #[arg(long, value_name = "FILE")]
+    sheet: Option<PathBuf>,
+    /// Images on the sheet.
+    #[arg(long, default_value_t = 64)]
+    shown: usize,
+    /// Also write every number as JSON to this file; `-` prints it instead of the table.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Weights of EfficientNet-Lite0. Default: `efficientnet-lite0.pth` in the world's folder.
+    #[arg(long, value_name = "FILE")]
+    efficientnet: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
 /// Where the world's files are.
 #[derive(Debug, Args)]
 struct FileArgs {
@@ -136,6 +202,8 @@ struct FileArgs {
 
 /// The pack's name in the world's folder.
 const PACK: &str = "drawings.zip";
+/// The own judge's folder in the world's folder.
+const JUDGE: &str = "judge";
 
 impl FileArgs {
     fn dir(&self) -> anyhow::Result<PathBuf> {
@@ -163,6 +231,8 @@ impl DesignersCommand {
             Self::Train(args) => args.run(),
             Self::Measure(args) => args.run(),
             Self::Export(args) => args.run(),
+            Self::Judge(JudgeCommand::Train(args)) => args.run(),
+            Self::Report(args) => args.run(),
         }
     }
 }
@@ -283,5 +353,117 @@ impl MeasureArgs {
             save_png(&file, &reconstructions(&vqgan, &validation, device, self.zoom)?)?;
         }
         Ok(())
+    }
+}
+
+impl JudgeArgs {
+    fn run(self) -> anyhow::Result<()> {
+        tch::set_num_threads(self.threads);
+        let dir = self.files.dir()?.join(JUDGE);
+        let mut recipe = JudgeRecipe::default();
+        recipe.steps = self.steps.unwrap_or(recipe.steps);
+        let budget = Budget {
+            seconds: self.seconds,
+            fitted: false,
+        };
+        let (judge, accuracy) = train_judge(&recipe, &self.files.world()?, &dir, budget)?;
+        for (head, share) in accuracy {
+            println!("{head:<10} {share}");
+        }
+        println!("{} steps; the judge is in {}", judge.steps, dir.display());
+        Ok(())
+    }
+}
+
+/// The settings to measure: the first of each list, the second of each; a list of one holds for all.
+fn samplings(guidance: &[f64], temperature: &[f64], top_k: &[i64]) -> anyhow::Result<Vec<Sampling>> {
+    let lengths = [guidance.len(), temperature.len(), top_k.len()];
+    let count = lengths.into_iter().max().unwrap_or(0);
+    anyhow::ensure!(
+        lengths.iter().all(|&length| length == 1 || length == count),
+        "--guidance, --temperature and --top-k have {} values; expected equally many, or one",
+        lengths.map(|length| length.to_string()).join(", ")
+    );
+    let valid = guidance.iter().all(|value| (1.0..=100.0).contains(value))
+        && temperature.iter().all(|value| (0.0..=10.0).contains(value))
+        && top_k.iter().all(|&value| value > 0);
+    anyhow::ensure!(
+        valid,
+        "expected --guidance from 1 to 100, --temperature from 0 to 10, --top-k from 1"
+    );
+    let at = |values: &[f64], index: usize| values[index.min(values.len() - 1)];
+    Ok((0..count)
+        .map(|index| Sampling {
+            guidance: at(guidance, index),
+            temperature: at(temperature, index),
+            top_k: top_k[index.min(top_k.len() - 1)],
+        })
+        .collect())
+}
+
+fn or_default<T>(values: Vec<T>, default: T) -> Vec<T> {
+    if values.is_empty() { vec![default] } else { values }
+}
+
+impl ReportArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let dir = self.files.dir()?;
+        let efficientnet = self.efficientnet.unwrap_or_else(|| dir.join(EFFICIENTNET));
+        anyhow::ensure!(
+            efficientnet.exists(),
+            "{} is absent; run scripts/fetch-judge.sh first",
+            efficientnet.display()
+        );
+        let (world, judge) = (self.files.world()?, Judge::open(&dir.join(JUDGE))?);
+        let (model, info) = self.model.load()?;
+        let options = ReportOptions {
+            images: self.images as usize,
+            seed: self.seed,
+            samplings: samplings(
+                &or_default(self.guidance, info.default_guidance_scale),
+                &or_default(self.temperature, info.default_temperature),
+                &or_default(self.top_k, i64::from(info.default_top_k)),
+            )?,
+            shown: self.shown,
+        };
+        let efficientnet = EfficientNet::open(&efficientnet, model.transformer.device())?;
+        let bar = indicatif::ProgressBar::new_spinner();
+        bar.enable_steady_tick(std::time::Duration::from_millis(200));
+        let (report, sheet) = report(&model, &world, &efficientnet, &judge, &options, &mut |what| {
+            bar.set_message(what.to_owned());
+        })?;
+        bar.finish_and_clear();
+        if let Some(file) = self.sheet {
+            save_png(&file, &sheet)?;
+        }
+        let json = serde_json::to_string_pretty(&report)?;
+        match &self.json {
+            Some(file) if file.as_os_str() == "-" => println!("{json}"),
+            Some(file) => {
+                std::fs::write(file, json)?;
+                print!("{report}");
+            }
+            None => print!("{report}"),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_taken_in_turn_and_one_holds_for_all() {
+        let found = samplings(&[1.0, 1.0, 1.5], &[0.7, 1.0, 1.0], &[20]).unwrap();
+        let of = |guidance, temperature| Sampling {
+            guidance,
+            temperature,
+            top_k: 20,
+        };
+        assert_eq!(found, [of(1.0, 0.7), of(1.0, 1.0), of(1.5, 1.0)]);
+        assert!(samplings(&[1.0, 2.0], &[0.7, 1.0, 1.0], &[20]).is_err());
+        assert!(samplings(&[0.5], &[1.0], &[20]).is_err());
+        assert!(samplings(&[1.0], &[1.0], &[0]).is_err());
     }
 }

@@ -8,6 +8,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::{Device, Kind, Tensor};
 
+use super::judges::{Classifier, ClassifierShape};
 use crate::model::lumina::pixels;
 use crate::model::weights::{Checkpoint, Target, TensorSource};
 use crate::model::{ModelError, Vqgan};
@@ -27,7 +28,12 @@ pub const HEADS: [(&str, i64); 7] = [
     ("scene", 9),
     ("style", 7),
 ];
-const WIDTHS: [i64; 6] = [12, 40, 64, 96, 128, 192];
+const SHAPE: ClassifierShape = ClassifierShape {
+    patch: 2,
+    widths: &[40, 64, 96, 128, 192],
+    strides: &[1, 2, 1, 2, 2],
+    heads: &HEADS,
+};
 
 /// The right answers for a picture, in the order of [`HEADS`].
 pub fn answers(spec: &Spec) -> [i64; 7] {
@@ -51,19 +57,8 @@ const _: () = assert!(
         && Style::ALL.len() == 7
 );
 
-struct Block {
-    weight: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    stride: i64,
-}
-
 /// The network.
-pub struct Judge {
-    blocks: Vec<Block>,
-    heads: Vec<(Tensor, Tensor)>,
-}
+pub struct Judge(Classifier);
 
 /// What the judge says of a batch.
 pub struct Judgement {
@@ -79,28 +74,7 @@ impl Judge {
     /// # Errors
     /// When a tensor is absent or misshapen.
     pub fn load(source: &dyn TensorSource) -> Result<Self, ModelError> {
-        let blocks = WIDTHS
-            .windows(2)
-            .enumerate()
-            .map(|(index, widths)| {
-                Ok(Block {
-                    weight: source.tensor(&format!("blocks.{index}.conv.weight"), &[widths[1], widths[0], 3, 3])?,
-                    bias: source.tensor(&format!("blocks.{index}.conv.bias"), &[widths[1]])?,
-                    norm_weight: source.tensor(&format!("blocks.{index}.norm.weight"), &[widths[1]])?,
-                    norm_bias: source.tensor(&format!("blocks.{index}.norm.bias"), &[widths[1]])?,
-                    stride: if index % 2 == 1 || index == 4 { 2 } else { 1 },
-                })
-            })
-            .collect::<Result<_, ModelError>>()?;
-        let width = WIDTHS[WIDTHS.len() - 1];
-        let heads = HEADS
-            .iter()
-            .map(|(name, count)| {
-                let weight = source.tensor(&format!("heads.{name}.weight"), &[*count, width])?;
-                Ok((weight, source.tensor(&format!("heads.{name}.bias"), &[*count])?))
-            })
-            .collect::<Result<_, ModelError>>()?;
-        Ok(Self { blocks, heads })
+        Ok(Self(Classifier::load(&SHAPE, source)?))
     }
 
     /// Reads a trained judge.
@@ -115,38 +89,14 @@ impl Judge {
         tch::no_grad(|| Self::load(&Checkpoint::open_file(file, target)?))
     }
 
-    /// Pooled features `[batch, 192]` of pixels `[batch, 3, 96, 96]` in -1..1.
-    fn features(&self, pixels: &Tensor) -> Result<Tensor, ModelError> {
-        let mut x = pixels.f_pixel_unshuffle(2)?;
-        for block in &self.blocks {
-            let y = x.f_conv2d(&block.weight, Some(&block.bias), [block.stride], [1], [1], 1)?;
-            x = y
-                .f_group_norm(8, Some(&block.norm_weight), Some(&block.norm_bias), 1e-5, false)?
-                .f_silu()?;
-        }
-        let mean = x.f_mean_dim([2i64, 3].as_slice(), false, Kind::Float)?;
-        Ok(mean.f_add(&x.f_amax([2i64, 3].as_slice(), false)?)?.f_mul_scalar(0.5)?)
-    }
-
-    fn logits(&self, features: &Tensor) -> Result<Vec<Tensor>, ModelError> {
-        self.heads
-            .iter()
-            .map(|(weight, bias)| Ok(features.f_linear(weight, Some(bias))?))
-            .collect()
-    }
-
     /// Judges pictures of 96x96 pixels.
     ///
     /// # Errors
     /// When libtorch fails.
     pub fn judge(&self, pictures: &[RgbPicture]) -> Result<Judgement, ModelError> {
         tch::no_grad(|| {
-            let features = self.features(&pixels(pictures)?)?;
-            let answers = self
-                .logits(&features)?
-                .iter()
-                .map(|logits| Ok(Vec::<i64>::try_from(&logits.f_argmax(1, false)?)?))
-                .collect::<Result<_, ModelError>>()?;
+            let features = self.0.features(&pixels(pictures)?)?;
+            let answers = self.0.answers(&features)?;
             let length = features
                 .f_norm_scalaropt_dim(2.0, [1i64].as_slice(), true)?
                 .f_clamp_min(1e-6)?;
@@ -215,7 +165,7 @@ pub fn train_judge(vqgan: &Vqgan, steps: i64, file: &Path) -> Result<Vec<(String
         // Small noise: generated pictures are not quite like decoded ones.
         let input = pixels(&batch)?;
         let input = input.f_add(&input.f_randn_like()?.f_mul_scalar(0.03)?)?;
-        let logits = judge.logits(&judge.features(&input)?)?;
+        let logits = judge.0.logits(&judge.0.features(&input)?)?;
         let mut loss = Tensor::f_zeros([1], (Kind::Float, Device::Cpu))?;
         for (head, logits) in logits.iter().enumerate() {
             let wanted: Vec<i64> = picked.iter().map(|&index| answers(&specs[index])[head]).collect();

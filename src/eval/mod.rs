@@ -1,6 +1,8 @@
 //! Measures of fidelity and prompt following on the pocket world.
 
 mod compositions;
+/// The designers' world: its own judge, the published one, and the report of both.
+pub mod designers;
 /// Thirty subjects, twenty-five prompts each: the benchmark of the DreamBooth paper.
 pub mod dreambench;
 /// A small network that recognises what the world draws.

@@ -1,9 +1,13 @@
-//! The networks that DreamBench scores with: DINO ViT-S/16 and CLIP ViT-B/32, of whatever size their folders state.
-//! `docs/judges.md` says what is read and how it was compared with `transformers`.
+//! Networks of others that judge images. DreamBench scores with DINO ViT-S/16 and CLIP ViT-B/32, of whatever size their
+//! folders state; the designers' world with EfficientNet-Lite0. [`Classifier`] is the
+//! shape of the judges that this project trains itself. `docs/judges.md` says what is read and how each was compared
+//! with an independent implementation.
 
+mod classifier;
 mod clip;
 mod config;
 mod dino;
+pub(crate) mod efficientnet;
 mod encoder;
 mod fields;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -12,8 +16,10 @@ mod preprocessor;
 mod tokenizer;
 mod weights;
 
+pub use classifier::{Classifier, ClassifierShape};
 pub use clip::Clip;
 pub use dino::Dino;
+pub use efficientnet::{EfficientNet, Outputs};
 pub use preprocessor::Preprocessing;
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ pub use captions::{caption_full, caption_random, scene_phrase, words};
 pub use catalogue::{Accessory, Colour, Designer, Object, Scene};
 pub use drawing::{ACCESSORY_SIDE, Drawing, OBJECT_SIDE};
 pub use held_out::{HeldOutSubject, Unseen, development_subjects, is_held_out, reported_subjects};
-pub use pack::{Pack, default_dir};
+pub use pack::{EFFICIENTNET, Pack, default_dir};
 pub use recolour::recolour;
 pub use spec::{Place, Spec};
 

@@ -23,6 +23,9 @@ pub struct Pack {
     drawings: BTreeMap<String, Drawing>,
 }
 
+/// Name of the published judge's weights in the world's folder; `scripts/fetch-judge.sh` fetches them.
+pub const EFFICIENTNET: &str = "efficientnet-lite0.pth";
+
 /// Where training finds its files and leaves its state: `$XDG_CACHE_HOME/coar/world`, or `~/.cache/coar/world`.
 ///
 /// # Errors

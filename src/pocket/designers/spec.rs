@@ -4,7 +4,7 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, RngCore};
 use serde::{Deserialize, Serialize};
 
-use super::{Accessory, Colour, Designer, Object, Scene, held_out};
+use super::{Accessory, CELL, Colour, Designer, IMAGE_SIDE, OBJECT_SIDE, Object, Scene, held_out};
 
 /// Where things stand, in whole cells of the tokenizer's grid (8 pixels): `Alone(n)` puts the object at cell `n`; beside
 /// an accessory the object stands at the left or the right edge.
@@ -24,6 +24,9 @@ impl Place {
             _ => 0,
         }
     }
+
+    /// The last cell that an object fits at.
+    pub const LAST: u8 = ((IMAGE_SIDE - OBJECT_SIDE) / CELL) as u8;
 
     /// Places of an object on its own.
     pub const ALONE: &'static [Self] = &[Self::Alone(1), Self::Alone(2), Self::Alone(3), Self::Alone(4)];
@@ -90,6 +93,18 @@ impl Spec {
                 return spec;
             }
         }
+    }
+
+    /// An image of the whole grid, held-out subjects included, at any place: for judges, and never for what they judge.
+    pub fn sample_for_judge(rng: &mut dyn RngCore) -> Self {
+        let mut spec = Self {
+            object: pick(&Object::all().collect::<Vec<_>>(), rng),
+            ..Self::surroundings(rng)
+        };
+        if spec.accessory.is_none() {
+            spec.place = Place::Alone(rng.random_range(0..=Place::LAST));
+        }
+        spec
     }
 
     fn surroundings(rng: &mut dyn RngCore) -> Self {

@@ -122,23 +122,33 @@ fn read_legacy(file: File, key: &str) -> Result<BTreeMap<String, HostTensor>, St
     }
     let (machine, root) = Machine::run(&mut input)?;
     let (keys_machine, keys) = Machine::run(&mut input)?;
-    let mut sizes: HashMap<&str, usize> = machine.storages().map(|s| (&*s.key, size_of(s.dtype))).collect();
+    let mut described: HashMap<&str, &StorageRef> = HashMap::new();
+    for storage in machine.storages() {
+        let same = *described.entry(&storage.key).or_insert(storage);
+        if same != storage {
+            return Err(format!("describes the storage `{}` in two ways", storage.key));
+        }
+    }
     let mut storages: HashMap<Rc<str>, &[u8]> = HashMap::new();
     for key in keys_machine.strings(keys).ok_or("holds no list of storages")? {
+        let storage = described
+            .remove(&*key)
+            .ok_or_else(|| format!("lists the storage `{key}`, which cannot be read"))?;
         let mut count = [0u8; 8];
         input
             .read_exact(&mut count)
-            .map_err(|_| "is truncated before a storage".to_owned())?;
-        let size = sizes
-            .remove(&*key)
-            .ok_or_else(|| format!("lists the storage `{key}`, which cannot be read"))?;
-        let length = usize::try_from(i64::from_le_bytes(count))
-            .ok()
-            .and_then(|n| n.checked_mul(size));
+            .map_err(|_| format!("is truncated before the storage `{key}`"))?;
+        let (count, wanted) = (i64::from_le_bytes(count), storage.numel);
+        if count != wanted {
+            return Err(format!(
+                "has {count} numbers in the storage `{key}`, which is described as {wanted}"
+            ));
+        }
         let from = input.position() as usize;
-        let data = length
-            .and_then(|n| bytes.get(from..from.checked_add(n)?))
-            .ok_or("is truncated inside a storage")?;
+        let data = usize::try_from(bytes_of(storage)?)
+            .ok()
+            .and_then(|length| bytes.get(from..from.checked_add(length)?))
+            .ok_or_else(|| format!("is truncated inside the storage `{key}`"))?;
         input.set_position((from + data.len()) as u64);
         storages.insert(key, data);
     }

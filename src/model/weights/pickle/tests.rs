@@ -99,6 +99,30 @@ fn state_dict(entries: &[(&str, Vec<u8>)]) -> Vec<u8> {
     pickle
 }
 
+/// The container from before PyTorch 1.6: each storage with its key, the count of its numbers as the file says, and bytes.
+fn legacy(dir: &Path, little_endian: bool, pickle: &[u8], storages: &[(&str, i64, &[u8])]) -> PathBuf {
+    let order = if little_endian { b"\x88s." } else { b"\x89s." };
+    let mut bytes = [
+        &b"\x80\x02\x8a\x0a"[..],
+        &LEGACY_MAGIC,
+        b".\x80\x02M\xe9\x03.\x80\x02}",
+        &text("little_endian"),
+        order,
+        pickle,
+        b"\x80\x02](",
+    ]
+    .concat();
+    storages.iter().for_each(|(key, ..)| bytes.extend(text(key)));
+    bytes.extend(b"e.");
+    for (_, count, data) in storages {
+        bytes.extend(count.to_le_bytes());
+        bytes.extend(*data);
+    }
+    let file = dir.join("legacy.ckpt");
+    std::fs::write(&file, bytes).unwrap();
+    file
+}
+
 fn problem(file: &Path) -> String {
     read(file, "state_dict")
         .expect_err("a broken checkpoint was read")
@@ -274,4 +298,69 @@ fn pickles_that_make_no_sense_are_errors() {
     // Longer than any checkpoint's: the number of operations is bounded.
     let endless = [&b"\x80\x02"[..], &b"N0".repeat(5_000_000)].concat();
     assert!(problem(&container(dir.path(), &endless, &[], false)).contains("operations"));
+}
+
+#[test]
+fn the_old_container_is_read_and_every_lie_in_it_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    // The dictionary itself, without a key around it, as published weights have it.
+    let pickle = [
+        b"\x80\x02}(".to_vec(),
+        text("w"),
+        tensor("ShortStorage", "17", 2),
+        text("v"),
+        tensor("ByteStorage", "4", 3),
+        b"u.".to_vec(),
+    ]
+    .concat();
+    let of = |storages: &[(&str, i64, &[u8])]| legacy(dir.path(), true, &pickle, storages);
+    let whole: [(&str, i64, &[u8]); 2] = [("4", 3, &[1, 2, 3]), ("17", 2, &[4, 0, 5, 0])];
+    let found = read(&of(&whole), "state_dict").unwrap();
+    assert_eq!(
+        (&found["w"].bytes[..], &found["v"].bytes[..]),
+        (&[4, 0, 5, 0][..], &[1, 2, 3][..])
+    );
+    assert!(problem(&legacy(dir.path(), false, &pickle, &whole)).contains("big-endian"));
+    for (storages, named) in [
+        (
+            &[("4", 3, &[1, 2, 3][..]), ("17", 2, &[4, 0, 5])][..],
+            "inside the storage `17`",
+        ),
+        (
+            &[("4", 2, &[1, 2]), ("17", 2, &[4, 0, 5, 0])],
+            "2 numbers in the storage `4`",
+        ),
+        (
+            &[("4", -1, &[]), ("17", 2, &[4, 0, 5, 0])],
+            "-1 numbers in the storage `4`",
+        ),
+        (
+            &[("4", i64::MAX, &[]), ("17", 2, &[4, 0, 5, 0])],
+            "numbers in the storage `4`",
+        ),
+        (
+            &[("4", 3, &[1, 2, 3]), ("18", 2, &[4, 0, 5, 0])],
+            "lists the storage `18`",
+        ),
+        (&[("4", 3, &[1, 2, 3]), ("4", 3, &[1, 2, 3])], "lists the storage `4`"),
+        (&[("4", 3, &[1, 2, 3])], "lacks the storage `17`"),
+    ] {
+        let problem = problem(&of(storages));
+        assert!(problem.contains(named), "{problem}; expected {named}");
+    }
+    let cut = std::fs::read(of(&whole)).unwrap();
+    std::fs::write(dir.path().join("cut"), &cut[..cut.len() - 8]).unwrap();
+    assert!(problem(&dir.path().join("cut")).contains("before the storage `17`"));
+    // One storage as two kinds of numbers, and one that no memory could hold.
+    let twice = state_dict(&[
+        ("a", tensor("ByteStorage", "4", 3)),
+        ("b", tensor("CharStorage", "4", 3)),
+    ]);
+    assert!(problem(&legacy(dir.path(), true, &twice, &whole[..1])).contains("in two ways"));
+    let huge = state_dict(&[("a", tensor("DoubleStorage", "4", i64::MAX))]);
+    let file = legacy(dir.path(), true, &huge, &[("4", i64::MAX, &[0; 8])]);
+    assert!(problem(&file).contains("storage `4`"), "{}", problem(&file));
+    // What would have to be executed is named.
+    let call = state_dict(&[("a", b"cposix\nsystem\n)R".to_vec())]);
+    assert!(problem(&legacy(dir.path(), true, &call, &[])).contains("posix.system"));
 }

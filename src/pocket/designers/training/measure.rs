@@ -166,6 +166,19 @@ fn through(vqgan: &Vqgan, images: &Tensor) -> Result<(Tensor, Tensor), ModelErro
     Ok((decoded.f_clamp(-1.0, 1.0)?, codes))
 }
 
+/// Images of one size as the tokenizer, which is on `device`, keeps them.
+///
+/// # Errors
+/// When libtorch fails.
+pub fn as_kept(vqgan: &Vqgan, images: &[RgbPicture], device: Device) -> Result<Vec<RgbPicture>, ModelError> {
+    let mut kept = Vec::with_capacity(images.len());
+    for chunk in images.chunks(CHUNK) {
+        let drawn = tch::no_grad(|| through(vqgan, &pixels(chunk)?.f_to_device(device)?))?.0;
+        kept.extend(pictures(&drawn)?);
+    }
+    Ok(kept)
+}
+
 /// Measures a tokenizer.
 ///
 /// # Errors
@@ -257,10 +270,8 @@ pub fn reconstructions(
         // Spread over the whole group.
         let picked: Vec<_> = (0..shown).map(|at| images[at * images.len() / shown].clone()).collect();
         for row in picked.chunks(SHEET_COLUMNS) {
-            let wanted = pixels(row)?.f_to_device(device)?;
-            let drawn = tch::no_grad(|| through(vqgan, &wanted))?.0;
             sheet.extend(row.iter().cloned());
-            sheet.extend(pictures(&drawn)?);
+            sheet.extend(as_kept(vqgan, row, device)?);
         }
     }
     let enlarged: Vec<_> = sheet.iter().map(|image| enlarge(image, zoom as usize)).collect();
