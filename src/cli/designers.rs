@@ -182,6 +182,9 @@ pub(super) struct ReportArgs {
     /// Images on the sheet.
     #[arg(long, default_value_t = 64)]
     shown: usize,
+    /// Compare with references that have not been through the tokenizer, too: what the tokenizer costs. Takes longer.
+    #[arg(long)]
+    true_references: bool,
     /// Also write every number as JSON to this file; `-` prints it instead of the table.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -425,6 +428,7 @@ impl ReportArgs {
                 &or_default(self.top_k, i64::from(info.default_top_k)),
             )?,
             shown: self.shown,
+            true_references: self.true_references,
         };
         let efficientnet = EfficientNet::open(&efficientnet, model.transformer.device())?;
         let bar = indicatif::ProgressBar::new_spinner();

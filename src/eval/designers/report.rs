@@ -15,7 +15,7 @@ use crate::eval::judges::{EfficientNet, Outputs};
 use crate::model::{LuminaMgpt, ModelError};
 use crate::picture::RgbPicture;
 use crate::pocket::designers::training::measure::as_kept;
-use crate::pocket::designers::{IMAGE_SIDE, Spec, World, caption_full};
+use crate::pocket::designers::{IMAGE_SIDE, Spec, World, caption_full, is_held_out};
 use crate::pocket::world::contact_sheet;
 
 /// How codes are chosen.
@@ -46,6 +46,8 @@ pub struct ReportOptions {
     pub samplings: Vec<Sampling>,
     /// Images on the sheet.
     pub shown: usize,
+    /// Compare with references that have not been through the tokenizer, too; costs half as much again.
+    pub true_references: bool,
 }
 
 /// One kind of images.
@@ -79,6 +81,8 @@ const TOP5: &str = "top-5";
 const DESIGNER: &str = "designer";
 const TRUE_OBJECT: &str = "object, true";
 
+/// Images that differ in object and place alone, and so share their references.
+const TOGETHER_JUDGED: usize = 5;
 /// Images of one batch at most: as many as are the same, bit for bit, as each alone on a CPU.
 const TOGETHER: usize = 40;
 const TOKENIZER: &str = "tokenizer";
@@ -130,6 +134,28 @@ fn drawn(
     Ok(all)
 }
 
+/// Images that training may show, the same for every model. Some after the other differ in object and place alone.
+fn specs(count: usize, seed: u64) -> Vec<Spec> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed ^ SEED);
+    let mut specs: Vec<Spec> = Vec::with_capacity(count);
+    while specs.len() < count {
+        let alike = specs.len() / TOGETHER_JUDGED * TOGETHER_JUDGED;
+        let sampled = Spec::sample(&mut rng);
+        let spec = match specs.get(alike) {
+            None => sampled,
+            Some(first) => Spec {
+                object: sampled.object,
+                ..first.moved(first.scene, &mut rng)
+            },
+        };
+        let known = specs[alike..].iter().any(|other| other.object == spec.object);
+        if !known && !is_held_out(&spec) {
+            specs.push(spec);
+        }
+    }
+    specs
+}
+
 /// Draws and judges; returns the figures and the sheet, where images are below the truth, one row for each sampling.
 /// `progress` is told what is being done.
 ///
@@ -151,8 +177,7 @@ pub fn report(
             format!("must draw images of {side}x{side} pixels, one at least"),
         ));
     }
-    let mut rng = ChaCha8Rng::seed_from_u64(options.seed ^ SEED);
-    let specs: Vec<_> = (0..options.images).map(|_| Spec::sample(&mut rng)).collect();
+    let specs = specs(options.images, options.seed);
     let captions: Vec<_> = specs.iter().map(caption_full).collect();
 
     let truth = rendered(world, &specs)?;
@@ -172,15 +197,26 @@ pub fn report(
             efficientnet,
         )?);
     }
-    for (row, spec) in specs.iter().enumerate() {
-        let references = rendered(world, &Rivals::specs(spec))?;
-        let own = Rivals::new(spec, &efficientnet.judge(&references)?)?;
-        let as_kept = Rivals::new(spec, &efficientnet.judge(&kept(model, &references)?)?)?;
-        for group in &mut groups {
-            group.kept.push(as_kept.recognise(&group.outputs, row as i64)?);
-            group.own.push(own.recognise(&group.outputs, row as i64)?);
+    let mut row = 0;
+    for alike in specs.chunks(TOGETHER_JUDGED) {
+        let references = rendered(world, &Rivals::specs(alike))?;
+        let as_kept = Rivals::new(alike, &efficientnet.judge(&kept(model, &references)?)?)?;
+        let own = match options.true_references {
+            true => Some(Rivals::new(alike, &efficientnet.judge(&references)?)?),
+            false => None,
+        };
+        for spec in alike {
+            for group in &mut groups {
+                // Captions do not say where things stand: what is drawn may be anywhere.
+                let left_out = group.sampling.is_none().then_some(spec.place);
+                group.kept.push(as_kept.recognise(&group.outputs, row, spec, left_out)?);
+                if let Some(own) = &own {
+                    group.own.push(own.recognise(&group.outputs, row, spec, left_out)?);
+                }
+            }
+            row += 1;
         }
-        progress(&format!("{} of {} images judged", row + 1, specs.len()));
+        progress(&format!("{row} of {} images judged", specs.len()));
     }
     let sheet = sheet(&groups, options.shown);
     let rows = groups
@@ -191,7 +227,7 @@ pub fn report(
         model: model.fingerprint().to_owned(),
         seed: options.seed,
         images: options.images,
-        efficientnet: efficientnet.digest()?,
+        efficientnet: efficientnet.digest().to_owned(),
         judge_steps: judge.steps,
         rows,
     };
@@ -231,11 +267,11 @@ impl Judged {
                 DESIGNER.to_owned(),
                 Share::of(self.kept.iter().map(|found| found.designer)),
             ),
-            (
-                TRUE_OBJECT.to_owned(),
-                Share::of(self.own.iter().map(|found| found.rank == 1)),
-            ),
         ];
+        if !self.own.is_empty() {
+            let share = Share::of(self.own.iter().map(|found| found.rank == 1));
+            figures.push((TRUE_OBJECT.to_owned(), share));
+        }
         let by_judge = judge.accuracy(&self.pictures, specs)?;
         figures.extend(
             by_judge
@@ -334,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_has_every_kind_of_images_and_knows_true_ones() {
+    fn a_report_has_every_kind_of_images_and_figures() {
         let dir = tempfile::tempdir().unwrap();
         let recipe = JudgeRecipe {
             steps: 1,
@@ -353,6 +389,7 @@ mod tests {
             seed: 5,
             samplings: vec![of(0.5), of(1.0)],
             shown: 3,
+            true_references: true,
         };
         let model = model();
         let (report, sheet) =
@@ -363,14 +400,29 @@ mod tests {
             let found = report.rows[row].figures.iter().find(|(own, _)| own == name);
             found.unwrap_or_else(|| panic!("{name}")).1
         };
-        // Each is its own reference.
-        assert_eq!(figure(0, TRUE_OBJECT).share, 1.0);
-        assert_eq!((figure(1, OBJECT).share, figure(1, DESIGNER).share), (1.0, 1.0));
+        for name in [OBJECT, TOP5, DESIGNER, TRUE_OBJECT] {
+            assert!((0..4).all(|row| figure(row, name).of == 3), "{name}");
+        }
         assert_eq!(figure(2, "judge: scene").of, 3);
         assert!(report.rows[3].seconds_per_image.is_some());
         assert_eq!((sheet.width, sheet.height), (3 * 128 + 4, 3 * 128 + 4));
         options.images = 0;
         assert!(super::report(&model, world, &network, &judge, &options, &mut |_| ()).is_err());
+    }
+
+    #[test]
+    fn images_are_those_of_training_and_alike_in_fives() {
+        let specs = specs(33, 7);
+        assert_eq!(specs.len(), 33);
+        assert_eq!(specs[..12], super::specs(12, 7));
+        assert!(specs[..5] != super::specs(5, 8));
+        assert!(!specs.iter().any(is_held_out));
+        for alike in specs.chunks(5) {
+            let common = |spec: &Spec| (spec.designer, spec.scene, spec.colour, spec.accessory);
+            assert!(alike.iter().all(|spec| common(spec) == common(&alike[0])));
+            let objects: std::collections::BTreeSet<_> = alike.iter().map(|spec| spec.object).collect();
+            assert_eq!(objects.len(), alike.len());
+        }
     }
 
     fn figures(shares: &[bool]) -> Vec<(String, Share)> {
