@@ -40,6 +40,9 @@ const SHAPE: ClassifierShape = ClassifierShape {
     heads: &HEADS,
 };
 
+/// By head: the share of right answers.
+pub type Accuracy = Vec<(&'static str, Share)>;
+
 /// The right answers for an image, in the order of [`HEADS`].
 pub fn answers(spec: &Spec) -> [i64; HEADS.len()] {
     [
@@ -131,7 +134,7 @@ impl Judge {
     ///
     /// # Errors
     /// As [`Self::judge`].
-    pub fn accuracy(&self, images: &[RgbPicture], specs: &[Spec]) -> Result<Vec<(&'static str, Share)>, ModelError> {
+    pub fn accuracy(&self, images: &[RgbPicture], specs: &[Spec]) -> Result<Accuracy, ModelError> {
         let found = self.judge(images)?;
         let wanted: Vec<_> = specs.iter().map(answers).collect();
         Ok(HEADS
@@ -182,7 +185,7 @@ pub fn train_judge(
     world: &World,
     dir: &Path,
     budget: Budget,
-) -> Result<(Judge, Vec<(&'static str, Share)>), ModelError> {
+) -> Result<(Judge, Accuracy), ModelError> {
     let (mut run, state) = Run::open(dir, recipe, budget)?;
     tch::manual_seed(recipe.seed as i64);
     let parameters = Parameters::default();

@@ -330,8 +330,6 @@ impl std::fmt::Display for DesignersReport {
 mod tests {
     use super::*;
 
-    use tch::Device;
-
     use crate::eval::designers::{JudgeRecipe, train_judge};
     use crate::eval::judges::efficientnet::tests::small;
     use crate::model::lumina::Parts;
