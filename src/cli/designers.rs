@@ -1,4 +1,4 @@
-//! `coar pocket designers draw|train|measure|export`: the world of designers' drawings, behind its own command until it is the
+//! `coar pocket designers draw|train|measure|export|bundle|unbundle`: the world of designers' drawings, behind its own command until it is the
 //! default.
 
 use std::path::PathBuf;
@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::pocket::save_png;
+use crate::pocket::designers::training::bundle::{bundle, unbundle};
 use crate::pocket::designers::training::decoder::{DecoderRecipe, tune_decoder};
 use crate::pocket::designers::training::export::export;
 use crate::pocket::designers::training::measure::{Validation, measure, reconstructions};
@@ -21,6 +22,8 @@ pub(super) enum DesignersCommand {
     Train(TrainArgs),
     Measure(MeasureArgs),
     Export(ExportArgs),
+    Bundle(BundleArgs),
+    Unbundle(UnbundleArgs),
 }
 
 /// Render the designers' icon sets into a pack, and draw contact sheets.
@@ -126,6 +129,27 @@ pub(super) struct ExportArgs {
     out: PathBuf,
 }
 
+/// Write the trained stages, without the optimizers' moments, to a few files of at most 16 MB: to be carried from the machine
+/// that trained them.
+#[derive(Debug, Args)]
+pub(super) struct BundleArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    /// Folder of the files.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+/// Put the stages of `bundle` into the world's folder.
+#[derive(Debug, Args)]
+pub(super) struct UnbundleArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    /// Folder of the files.
+    #[arg(value_name = "DIR")]
+    from: PathBuf,
+}
+
 /// Where the world's files are.
 #[derive(Debug, Args)]
 struct FileArgs {
@@ -163,6 +187,8 @@ impl DesignersCommand {
             Self::Train(args) => args.run(),
             Self::Measure(args) => args.run(),
             Self::Export(args) => args.run(),
+            Self::Bundle(args) => args.run(),
+            Self::Unbundle(args) => args.run(),
         }
     }
 }
@@ -172,6 +198,25 @@ impl ExportArgs {
         let dir = self.files.dir()?;
         export(&dir.join(self.transformer), &dir.join(self.tokenizer), &self.out)?;
         println!("{}", self.out.display());
+        Ok(())
+    }
+}
+
+impl BundleArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let stages = [Stage::Tokenizer, Stage::Transformer, Stage::Decoder].map(Stage::name);
+        for file in bundle(&self.files.dir()?, &stages, &self.out)? {
+            println!("{}", file.display());
+        }
+        Ok(())
+    }
+}
+
+impl UnbundleArgs {
+    fn run(self) -> anyhow::Result<()> {
+        for (run, steps) in unbundle(&self.from, &self.files.dir()?)? {
+            println!("{run}: {steps} steps");
+        }
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ mod catalogue;
 /// Contact sheets of the world.
 pub mod contact;
 mod drawing;
+mod extra;
 mod held_out;
 mod icons;
 mod pack;

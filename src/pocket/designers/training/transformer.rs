@@ -8,7 +8,7 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::feed::{Average, Feed};
-use super::run::{Budget, Run, Scale, State, take};
+use super::run::{Budget, Run, Scale, State, restore, take};
 use super::sequences::{Encoder, Examples, Shares, draw, held_back, tokens};
 use super::tokenizer::{TrainedTokenizer, rounded};
 use crate::model::{ModelConfig, ModelError, Transformer, Vqgan};
@@ -193,7 +193,7 @@ impl<'a> Trainer<'a> {
         if let Some(state) = state {
             let find = |name: &str| state.get(name).map(Tensor::shallow_clone);
             parameters.restore(&find)?;
-            optimizer.restore(&find)?;
+            restore(&mut optimizer, state)?;
             tokens = take(state, TOKENS)?.f_int64_value(&[0])?;
             slots = match find(SLOT_MEAN) {
                 Some(mean) => Some(SlotStatistics {
