@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::pocket::save_png;
+use crate::pocket::designers::samples::samples;
 use crate::pocket::designers::training::bundle::{bundle, unbundle};
 use crate::pocket::designers::training::decoder::{DecoderRecipe, tune_decoder};
 use crate::pocket::designers::training::export::export;
@@ -37,6 +38,10 @@ pub(super) struct DrawArgs {
     /// Write contact sheets (PNG) to this folder.
     #[arg(long, value_name = "DIR")]
     sheets: Option<PathBuf>,
+    /// Write references of the held-out subjects and unseen designers to this folder: a folder of images each, and a file
+    /// `captions.txt` with a line for each.
+    #[arg(long, value_name = "DIR")]
+    samples: Option<PathBuf>,
     #[arg(long, default_value_t = 4)]
     seed: u64,
 }
@@ -229,6 +234,19 @@ impl DrawArgs {
         let file = dir.join(PACK);
         pack.write(&file)?;
         println!("{} drawings in {}", pack.len(), file.display());
+        if let Some(dir) = &self.samples {
+            for sample in samples(&World::open(&file)?, self.seed)? {
+                let own = dir.join(&sample.name);
+                let mut captions = String::new();
+                for (index, (image, caption)) in sample.references.iter().enumerate() {
+                    save_png(&own.join(format!("{}.png", index + 1)), image)?;
+                    captions.push_str(caption);
+                    captions.push('\n');
+                }
+                std::fs::write(own.join("captions.txt"), captions)?;
+                println!("{} {}", own.display(), sample.class_noun.unwrap_or("(style)"));
+            }
+        }
         if let Some(sheets) = self.sheets {
             for sheet in contact::sheets(&World::open(&file)?, self.seed)? {
                 let file = sheets.join(sheet.name).with_extension("png");

@@ -242,6 +242,7 @@ fn concepts_and_snapshots_of_other_models_are_refused_on_the_host() {
         steps: 1,
         image_tokens: 1,
         start_words: vec![],
+        search_words: false,
         ..preset
     };
     let trainer = Trainer::new(&model, spec.clone(), &images).unwrap();

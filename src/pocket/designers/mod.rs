@@ -13,6 +13,8 @@ mod held_out;
 mod icons;
 mod pack;
 mod recolour;
+/// References of held-out subjects and styles.
+pub mod samples;
 mod scenes;
 mod sketch;
 mod spec;

@@ -126,6 +126,8 @@ pub fn transformer_config(recipe: &TransformerRecipe, codes: i64) -> ModelConfig
         num_key_value_heads: recipe.heads,
         vocabulary_map,
         target_size: Some(IMAGE_SIDE as u32),
+        concept_preset: Some("designers".to_owned()),
+        caption_words: words().into_iter().map(str::to_owned).collect(),
         ..crate::pocket::transformer_training::transformer_config()
     }
 }
