@@ -82,6 +82,7 @@ impl TransformerRecipe {
     /// uninterrupted one.
     fn draw(&self, world: &World, step: i64) -> Result<(Examples, SlotNumbers), WorldError> {
         let shares = Shares {
+            widely: true,
             caption_dropout: self.caption_dropout,
             slots: self.slot_share,
         };
