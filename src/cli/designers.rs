@@ -1,5 +1,5 @@
-//! `coar pocket designers draw|train|measure|export|judge|report`: the world of designers' drawings, behind its own command until it is the
-//! default.
+//! `coar pocket designers draw|train|measure|export|bundle|unbundle|judge|report`: the world of designers' drawings, behind its
+//! own command until it is the default.
 
 use std::path::PathBuf;
 
@@ -9,6 +9,8 @@ use super::model::ModelArgs;
 use super::pocket::save_png;
 use crate::eval::designers::{Judge, JudgeRecipe, ReportOptions, Sampling, report, train_judge};
 use crate::eval::judges::EfficientNet;
+use crate::pocket::designers::samples::samples;
+use crate::pocket::designers::training::bundle::{bundle, unbundle};
 use crate::pocket::designers::training::decoder::{DecoderRecipe, tune_decoder};
 use crate::pocket::designers::training::export::export;
 use crate::pocket::designers::training::measure::{Validation, measure, reconstructions};
@@ -24,6 +26,8 @@ pub(super) enum DesignersCommand {
     Train(TrainArgs),
     Measure(MeasureArgs),
     Export(ExportArgs),
+    Bundle(BundleArgs),
+    Unbundle(UnbundleArgs),
     /// The judge of this project's own.
     #[command(subcommand)]
     Judge(JudgeCommand),
@@ -41,6 +45,10 @@ pub(super) struct DrawArgs {
     /// Write contact sheets (PNG) to this folder.
     #[arg(long, value_name = "DIR")]
     sheets: Option<PathBuf>,
+    /// Write references of the held-out subjects and unseen designers to this folder: a folder of images each, and a file
+    /// `captions.txt` with a line for each.
+    #[arg(long, value_name = "DIR")]
+    samples: Option<PathBuf>,
     #[arg(long, default_value_t = 4)]
     seed: u64,
 }
@@ -133,6 +141,27 @@ pub(super) struct ExportArgs {
     out: PathBuf,
 }
 
+/// Write the trained stages, without the optimizers' moments, to a few files of at most 16 MB: to be carried from the machine
+/// that trained them.
+#[derive(Debug, Args)]
+pub(super) struct BundleArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    /// Folder of the files.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+/// Put the stages of `bundle` into the world's folder.
+#[derive(Debug, Args)]
+pub(super) struct UnbundleArgs {
+    #[command(flatten)]
+    files: FileArgs,
+    /// Folder of the files.
+    #[arg(value_name = "DIR")]
+    from: PathBuf,
+}
+
 #[derive(Debug, Subcommand)]
 pub(super) enum JudgeCommand {
     Train(JudgeArgs),
@@ -170,7 +199,7 @@ pub(super) struct ReportArgs {
     /// after the other: the first of each, the second of each; one alone holds for all. Default: the model's.
     #[arg(long, value_delimiter = ',')]
     guidance: Vec<f64>,
-    /// Default: 1.
+    /// 0 takes the most likely code every time. Default: the model's.
     #[arg(long, value_delimiter = ',')]
     temperature: Vec<f64>,
     /// Codes to choose from. Default: the model's.
@@ -234,6 +263,8 @@ impl DesignersCommand {
             Self::Train(args) => args.run(),
             Self::Measure(args) => args.run(),
             Self::Export(args) => args.run(),
+            Self::Bundle(args) => args.run(),
+            Self::Unbundle(args) => args.run(),
             Self::Judge(JudgeCommand::Train(args)) => args.run(),
             Self::Report(args) => args.run(),
         }
@@ -249,6 +280,25 @@ impl ExportArgs {
     }
 }
 
+impl BundleArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let stages = [Stage::Tokenizer, Stage::Transformer, Stage::Decoder].map(Stage::name);
+        for file in bundle(&self.files.dir()?, &stages, &self.out)? {
+            println!("{}", file.display());
+        }
+        Ok(())
+    }
+}
+
+impl UnbundleArgs {
+    fn run(self) -> anyhow::Result<()> {
+        for (run, steps) in unbundle(&self.from, &self.files.dir()?)? {
+            println!("{run}: {steps} steps");
+        }
+        Ok(())
+    }
+}
+
 impl DrawArgs {
     fn run(self) -> anyhow::Result<()> {
         let dir = self.files.dir()?;
@@ -257,6 +307,19 @@ impl DrawArgs {
         let file = dir.join(PACK);
         pack.write(&file)?;
         println!("{} drawings in {}", pack.len(), file.display());
+        if let Some(dir) = &self.samples {
+            for sample in samples(&World::open(&file)?, self.seed)? {
+                let own = dir.join(&sample.name);
+                let mut captions = String::new();
+                for (index, (image, caption)) in sample.references.iter().enumerate() {
+                    save_png(&own.join(format!("{}.png", index + 1)), image)?;
+                    captions.push_str(caption);
+                    captions.push('\n');
+                }
+                std::fs::write(own.join("captions.txt"), captions)?;
+                println!("{} {}", own.display(), sample.class_noun.unwrap_or("(style)"));
+            }
+        }
         if let Some(sheets) = self.sheets {
             for sheet in contact::sheets(&World::open(&file)?, self.seed)? {
                 let file = sheets.join(sheet.name).with_extension("png");

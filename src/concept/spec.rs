@@ -10,6 +10,8 @@ pub enum Preset {
     Paper,
     /// What the measurements favour on the pocket model.
     Pocket,
+    /// The same for the model of the designers' world.
+    Designers,
 }
 
 /// How a context token's values depend on the trained parameters.
@@ -110,6 +112,10 @@ pub struct TrainingSpec {
     /// Lists beyond the last token are ignored. In a finished concept: the chosen ones.
     #[serde(default)]
     pub start_words: Vec<Vec<String>>,
+    /// Every token may start as any word that the model's captions have, instead of `start_words`. In a finished concept:
+    /// off, with the chosen words there. Absent in files: off.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub search_words: bool,
     /// What else is to be seen in each reference, in words: after a subject's noun ("on the beach"), before a style's
     /// "in ... style" ("a cat in the snow"). May be shorter than the references.
     #[serde(default)]
@@ -163,6 +169,7 @@ impl TrainingSpec {
             decay: false,
             focus: 0.0,
             start_words: vec![],
+            search_words: false,
             captions: vec![],
             seed: 0,
         };
@@ -206,6 +213,32 @@ impl TrainingSpec {
                 start_words: words(&POCKET_STYLE_WORDS),
                 ..base
             },
+            (Preset::Designers, ConceptKind::Subject) => Self {
+                layers: all,
+                steps: 60,
+                learning_rate: 4.5e-3,
+                batch_size: 5,
+                text_tokens: 6,
+                image_tokens: 0,
+                parametrisation: Parametrisation::LayerRelative,
+                decay: true,
+                focus: 1.0,
+                search_words: true,
+                ..base
+            },
+            (Preset::Designers, ConceptKind::Style) => Self {
+                layers: all,
+                steps: 60,
+                learning_rate: 1e-2,
+                image_tokens: 0,
+                batch_size: 4,
+                text_tokens: 4,
+                parametrisation: Parametrisation::LayerRelative,
+                augment: true,
+                decay: true,
+                search_words: true,
+                ..base
+            },
         }
     }
 }
@@ -238,6 +271,7 @@ impl TrainingSpec {
                 regularisation_weight: 0.0,
                 focus: 0.0,
                 start_words: vec![],
+                search_words: false,
                 ..self
             },
         }

@@ -52,9 +52,13 @@ pub struct ModelConfig {
     /// file, where only the repository's name tells it; written by `coar pocket train`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_size: Option<u32>,
-    /// Which defaults of concept training fit the checkpoint ("pocket"); not a field of the reference's file either.
+    /// Which defaults of concept training fit the checkpoint ("pocket", "designers"); not a field of the reference's file either.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub concept_preset: Option<String>,
+    /// Every word of the captions that the checkpoint was trained on, where they are few; not a field of the reference's file
+    /// either.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub caption_words: Vec<String>,
 }
 
 fn default_max_positions() -> i64 {

@@ -376,5 +376,6 @@ pub fn transformer_config() -> ModelConfig {
         vocabulary_map,
         target_size: Some(96),
         concept_preset: Some("pocket".to_owned()),
+        caption_words: vec![],
     }
 }

@@ -301,6 +301,11 @@ impl Optimizer {
         state
     }
 
+    /// Counts steps on from `steps`, with fresh moments.
+    pub fn go_on_from(&mut self, steps: i64) {
+        self.step = steps;
+    }
+
     /// Takes over what [`Self::state`] gave.
     ///
     /// # Errors

@@ -8,8 +8,8 @@ use tch::{Kind, Tensor};
 use super::losses::{next_token, weighted_next_token};
 use super::passes::token_logits;
 use super::references::{Reference, References};
-use crate::concept::ConceptKind;
 use crate::concept::spec::{Parametrisation, TrainingSpec};
+use crate::concept::{ConceptKind, DeviceConcept};
 use crate::model::transformer::LayerPoint;
 use crate::model::{LuminaMgpt, ModelError};
 
@@ -171,12 +171,18 @@ fn early_loss(logits: &Tensor, targets: &Tensor, pictures: &[Reference]) -> Resu
 /// Sweeps over all slots before the search settles for what it has.
 const SWEEPS: usize = 3;
 
+/// Words that are tried for a token where every word of the model's captions is a candidate: those that the loss's gradient
+/// at the token's embedding favours most.
+const SHORTLIST: usize = 6;
+
 /// Chooses a start word for every text context token among its candidates: one token at a time, the word under which
 /// the frozen model finds the references least surprising, until a sweep changes nothing. One candidate is one unit of
-/// work.
+/// work, and so is one gradient.
 pub(super) struct StartSearch {
     /// For each text token: words and their ids.
     candidates: Vec<Vec<(String, i64)>>,
+    /// Whether only a shortlist of a token's candidates is tried.
+    shortlisted: bool,
     /// Whether the pictures' first tokens count most, see [`early_loss`].
     early: bool,
     chosen: Vec<usize>,
@@ -185,15 +191,21 @@ pub(super) struct StartSearch {
     best: f64,
     sweep: usize,
     slot: usize,
-    next: usize,
+    /// What is still to be tried for the present token, the next one last; `None` when that is not known yet.
+    queue: Option<Vec<usize>>,
     changed: bool,
     done: u32,
 }
 
 impl StartSearch {
     pub fn new(model: &LuminaMgpt, spec: &TrainingSpec) -> Result<Self, ModelError> {
-        let candidates = spec
-            .start_candidates()
+        let words = &model.transformer.config().caption_words;
+        let shortlisted = spec.search_words && !words.is_empty();
+        let lists = match shortlisted {
+            true => vec![words.clone(); spec.text_tokens as usize],
+            false => spec.start_candidates(),
+        };
+        let candidates = lists
             .into_iter()
             .map(|words| {
                 words
@@ -208,13 +220,14 @@ impl StartSearch {
         let settled = candidates.iter().all(|words| words.len() == 1);
         Ok(Self {
             chosen: vec![0; candidates.len()],
+            shortlisted,
             early: spec.kind == ConceptKind::Style,
             candidates,
             tried: HashMap::new(),
             best: f64::INFINITY,
             sweep: if settled { SWEEPS } else { 0 },
             slot: 0,
-            next: 0,
+            queue: None,
             changed: false,
             done: 0,
         })
@@ -245,8 +258,12 @@ impl StartSearch {
 
     /// Candidates tried, and how many there are at most.
     pub fn progress(&self) -> (u32, u32) {
-        let each: usize = self.candidates.iter().map(Vec::len).filter(|&n| n > 1).sum();
-        (self.done, (each * SWEEPS) as u32)
+        let each = |words: &Vec<_>| match self.shortlisted {
+            true => 1 + SHORTLIST.min(words.len()),
+            false => words.len(),
+        };
+        let all: usize = self.candidates.iter().filter(|words| words.len() > 1).map(each).sum();
+        (self.done, (all * SWEEPS) as u32)
     }
 
     /// The chosen words, one for each text token.
@@ -263,7 +280,7 @@ impl StartSearch {
         self.candidates.iter().zip(&self.chosen).map(|(words, &at)| &words[at])
     }
 
-    /// Tries one candidate; what was tried before costs nothing.
+    /// Takes one unit of work; what was tried before costs nothing.
     ///
     /// # Errors
     /// When the device fails.
@@ -271,8 +288,20 @@ impl StartSearch {
         if self.is_settled() {
             return Ok(());
         }
+        let Some(next) = self.queue.as_mut().and_then(Vec::pop) else {
+            // The first token may be one that has no choice.
+            self.queue = Some(match self.shortlisted {
+                true => self.shortlist(model, references)?,
+                false => (0..self.candidates[self.slot].len()).rev().collect(),
+            });
+            self.done += u32::from(self.shortlisted);
+            return match self.shortlisted {
+                true => Ok(()),
+                false => self.advance(model, references),
+            };
+        };
         let mut choice = self.chosen.clone();
-        choice[self.slot] = self.next;
+        choice[self.slot] = next;
         let loss = match self.tried.get(&choice) {
             Some(&loss) => loss,
             None => self.loss(model, references, &choice)?,
@@ -281,12 +310,46 @@ impl StartSearch {
         self.done += 1;
         if loss < self.best {
             self.best = loss;
-            self.changed |= self.chosen[self.slot] != self.next;
-            self.chosen[self.slot] = self.next;
+            self.changed |= self.chosen[self.slot] != next;
+            self.chosen[self.slot] = next;
         }
-        self.next += 1;
         self.skip_settled_slots();
         Ok(())
+    }
+
+    /// The candidates of the present token under which the loss falls most by its gradient at the token's embedding (as
+    /// HotFlip, arXiv 1712.06751), the best one last.
+    fn shortlist(&self, model: &LuminaMgpt, references: &References) -> Result<Vec<usize>, ModelError> {
+        let embeddings = |ids: &mut dyn Iterator<Item = i64>| -> Result<Tensor, ModelError> {
+            let rows = ids
+                .map(|id| model.transformer.embedding_of(id))
+                .collect::<Result<Vec<_>, _>>()?;
+            Ok(Tensor::f_stack(&rows, 0)?.f_to_kind(Kind::Float)?)
+        };
+        let present = embeddings(&mut self.ids().into_iter())?;
+        let (tokens, hidden) = present.size2()?;
+        let concept = DeviceConcept {
+            text: present.f_unsqueeze(0)?.set_requires_grad(true),
+            image: Tensor::f_zeros([1, 0, hidden], (Kind::Float, present.device()))?,
+        };
+        let gradient = tch::with_grad(|| {
+            let all: Vec<_> = references.centred().collect();
+            let (logits, targets) = token_logits(model, &all, Some((&concept, true)))?;
+            let loss = match self.early {
+                false => next_token(&logits, &targets)?,
+                true => early_loss(&logits, &targets, &references.centred().cloned().collect::<Vec<_>>())?,
+            };
+            let gradients = Tensor::f_run_backward(&[loss], &[&concept.text], false, false)?;
+            let gradient = gradients.into_iter().next();
+            gradient.ok_or_else(|| ModelError::invalid("gradient", "is absent"))
+        })?;
+        let gradient = gradient.f_view([tokens, hidden])?.f_get(self.slot as i64)?;
+        let own = embeddings(&mut self.candidates[self.slot].iter().map(|(_, id)| *id))?;
+        let falls = own.f_sub(&present.f_get(self.slot as i64)?)?.f_mv(&gradient)?.f_neg()?;
+        let count = SHORTLIST.min(self.candidates[self.slot].len()) as i64;
+        let (_, best) = falls.f_topk(count, 0, true, true)?;
+        let best: Vec<i64> = Vec::try_from(&best)?;
+        Ok(best.into_iter().rev().map(|index| index as usize).collect())
     }
 
     /// How surprising the frozen model finds the references with these words.
@@ -311,10 +374,10 @@ impl StartSearch {
 
     /// Moves on to the next slot that has a choice, and to the next sweep after the last.
     fn skip_settled_slots(&mut self) {
-        if self.next < self.candidates[self.slot].len() {
+        if self.queue.as_ref().is_some_and(|queue| !queue.is_empty()) {
             return;
         }
-        self.next = 0;
+        self.queue = None;
         loop {
             self.slot += 1;
             if self.slot == self.candidates.len() {

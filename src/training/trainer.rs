@@ -528,6 +528,7 @@ impl Trainer {
                 method: self.spec.method,
                 spec: TrainingSpec {
                     start_words: self.start.words().into_iter().map(|word| vec![word]).collect(),
+                    search_words: false,
                     ..self.spec.clone()
                 },
                 losses,

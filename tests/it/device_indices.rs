@@ -51,7 +51,7 @@ const INDEXED: &[(&str, usize, &str)] = &[
     ),
     (
         "model/decoding/device.rs",
-        8,
+        10,
         "rows, images and buffers of the batch; codes that were drawn, at least 0 (NO_CODE is clamped)",
     ),
     (
@@ -59,6 +59,7 @@ const INDEXED: &[(&str, usize, &str)] = &[
         1,
         "slots of the batch; positions below the cache's length, which `decode` checks",
     ),
+    ("model/lumina.rs", 1, "8-bit levels, in a table of 256"),
     ("model/rope.rs", 2, "positions clamped to the table's last"),
     (
         "model/sampling/device.rs",
@@ -242,6 +243,7 @@ fn concepts_and_snapshots_of_other_models_are_refused_on_the_host() {
         steps: 1,
         image_tokens: 1,
         start_words: vec![],
+        search_words: false,
         ..preset
     };
     let trainer = Trainer::new(&model, spec.clone(), &images).unwrap();

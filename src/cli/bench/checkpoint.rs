@@ -91,6 +91,7 @@ impl Shape {
             vocabulary_map: Default::default(),
             target_size: None,
             concept_preset: None,
+            caption_words: vec![],
             ..transformer_config()
         }
     }

@@ -110,10 +110,10 @@ const TABLES: [Table; 12] = [
     Table {
         part: "decode",
         figure: "steps",
-        heading: "Decode steps",
+        heading: "Decode steps, and the parts of a step taken call by call",
         columns: &[
             ("images", "images", 0),
-            ("attention", "cache is read", 0),
+            ("attention", "way", 0),
             ("tokens", "tokens in the cache", 0),
             ("step_ms", "step ms", 3),
             ("host_ms", "host ms", 3),

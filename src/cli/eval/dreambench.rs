@@ -72,6 +72,7 @@ fn preset(text: &str) -> Result<Preset, String> {
     match text {
         "paper" => Ok(Preset::Paper),
         "pocket" => Ok(Preset::Pocket),
+        "designers" => Ok(Preset::Designers),
         other => Err(format!("is `{other}`; expected `paper` or `pocket`")),
     }
 }

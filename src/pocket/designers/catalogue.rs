@@ -3,10 +3,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::extra::EXTRA_ICONS;
+
 /// The world's objects. `extra` objects are drawn for the tokenizer alone, so that it knows more shapes than the
 /// transformer has words for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Object(u8);
+pub struct Object(u16);
 
 struct ObjectEntry {
     words: &'static str,
@@ -84,67 +86,15 @@ const OBJECTS: [ObjectEntry; 48] = [
     object("cactus", "cactus", "cactus", "cactus-1"),
 ];
 
-/// Icons that the tokenizer alone is trained on.
-const EXTRA_ICONS: [&str; 48] = [
-    "mouse",
-    "camel",
-    "tiger",
-    "dolphin",
-    "rooster",
-    "snake",
-    "crocodile",
-    "ant",
-    "monkey",
-    "koala",
-    "bat",
-    "shark",
-    "goat",
-    "gorilla",
-    "front-facing-baby-chick",
-    "fire-engine",
-    "ambulance",
-    "taxi",
-    "motor-scooter",
-    "locomotive",
-    "racing-car",
-    "delivery-truck",
-    "airplane",
-    "watermelon",
-    "grapes",
-    "cherries",
-    "lemon",
-    "carrot",
-    "french-fries",
-    "cookie",
-    "croissant",
-    "lollipop",
-    "hot-dog",
-    "taco",
-    "cheese-wedge",
-    "top-hat",
-    "trophy",
-    "key",
-    "hot-beverage",
-    "alarm-clock",
-    "bell",
-    "running-shoe",
-    "light-bulb",
-    "soccer-ball",
-    "jack-o-lantern",
-    "castle",
-    "palm-tree",
-    "sunflower",
-];
-
 impl Object {
     /// Every object with a caption word, in a fixed order.
     pub fn all() -> impl ExactSizeIterator<Item = Self> {
-        (0..OBJECTS.len() as u8).map(Self)
+        (0..OBJECTS.len() as u16).map(Self)
     }
 
     /// Every object that the tokenizer is trained on: those with a caption word first.
     pub fn all_with_extra() -> impl ExactSizeIterator<Item = Self> {
-        (0..(OBJECTS.len() + EXTRA_ICONS.len()) as u8).map(Self)
+        (0..(OBJECTS.len() + EXTRA_ICONS.len()) as u16).map(Self)
     }
 
     /// The object that captions call `words`.

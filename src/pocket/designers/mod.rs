@@ -8,10 +8,13 @@ mod catalogue;
 /// Contact sheets of the world.
 pub mod contact;
 mod drawing;
+mod extra;
 mod held_out;
 mod icons;
 mod pack;
 mod recolour;
+/// References of held-out subjects and styles.
+pub mod samples;
 mod scenes;
 mod sketch;
 mod spec;

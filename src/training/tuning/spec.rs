@@ -106,7 +106,7 @@ const RANK_LIMIT: u32 = 1024;
 impl TuningSpec {
     /// The defaults of `preset`.
     pub fn preset(preset: Preset, method: WeightMethod, name: &str, class_noun: &str) -> Self {
-        let pocket = preset == Preset::Pocket;
+        let pocket = preset != Preset::Paper;
         let low_rank = method.is_low_rank();
         // The pocket's were chosen on the development subjects (docs/methods.md); the others are what the methods' papers
         // and their implementations for 7B models use.

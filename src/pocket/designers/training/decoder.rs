@@ -11,7 +11,7 @@ use super::discriminator::Discriminator;
 use super::feed::Average;
 use super::measure::{Validation, measure};
 use super::pairs::{PairBatch, PairTensors};
-use super::run::{Budget, Run, Scale, State};
+use super::run::{Budget, Run, Scale, State, is_moment, restore};
 use super::tokenizer::{TrainedTokenizer, network_state, rounded, tokenizer_config, tokenizer_of};
 use crate::model::vqgan::VqganConfig;
 use crate::model::{ModelError, Vqgan};
@@ -138,8 +138,10 @@ impl<'a> Trainer<'a> {
         let mut optimizer = Optimizer::new(trained, (0.9, 0.95))?;
         let mut discriminator = Discriminator::new(device)?;
         if resumed {
-            optimizer.restore(&find)?;
-            discriminator.restore(&find)?;
+            restore(&mut optimizer, state)?;
+            if state.keys().any(|name| is_moment(name)) {
+                discriminator.restore(&find)?;
+            }
         }
         Ok(Self {
             recipe,

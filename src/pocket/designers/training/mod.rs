@@ -1,5 +1,7 @@
 //! Training of the model of the designers' world: stage by stage, on whatever device there is, resumable.
 
+/// Trained stages in files to be carried.
+pub mod bundle;
 /// The decoder, with frozen codes.
 pub mod decoder;
 mod discriminator;

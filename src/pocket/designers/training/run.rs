@@ -13,14 +13,15 @@ use tch::{Device, Tensor};
 
 use crate::model::ModelError;
 use crate::pocket::parameters::{load, save};
+use crate::training::optimizer::Optimizer;
 
 /// How long a call trains before its speed counts, and how long that is measured before it is relied on.
 const SETTLING: Duration = Duration::from_secs(5);
 /// Time between two saves of the state.
 const SAVE_EVERY: Duration = Duration::from_secs(150);
-const STATE: &str = "state.safetensors";
-const CURVE: &str = "curve.jsonl";
-const RECIPE: &str = "recipe.json";
+pub(super) const STATE: &str = "state.safetensors";
+pub(super) const CURVE: &str = "curve.jsonl";
+pub(super) const RECIPE: &str = "recipe.json";
 const SECONDS: &str = "training.seconds";
 
 /// When a call returns before the recipe's end; the state is saved first.
@@ -173,6 +174,28 @@ impl Run {
 /// When the state lacks them.
 pub fn steps(state: &State) -> Result<i64, ModelError> {
     Ok(take(state, "optimizer.step")?.f_int64_value(&[0])?)
+}
+
+/// Whether a tensor of a saved state is needed to go on bit by bit alone: moments of optimizers, and the discriminator.
+pub(super) fn is_moment(name: &str) -> bool {
+    ["optimizer.first.", "optimizer.second.", "adversary."]
+        .iter()
+        .any(|prefix| name.starts_with(prefix))
+}
+
+/// Takes an optimizer's moments over from a saved state. A state that was carried from another machine has none: it goes
+/// on from its step with fresh ones.
+///
+/// # Errors
+/// When a tensor is absent or misshapen.
+pub(super) fn restore(optimizer: &mut Optimizer, state: &State) -> Result<(), ModelError> {
+    match state.keys().any(|name| is_moment(name)) {
+        true => optimizer.restore(&|name| state.get(name).map(Tensor::shallow_clone)),
+        false => {
+            optimizer.go_on_from(steps(state)?);
+            Ok(())
+        }
+    }
 }
 
 /// A tensor of a saved state.

@@ -11,9 +11,11 @@ use crate::pocket::designers::{CELLS, IMAGE_SIDE, Spec, World, WorldError, capti
 use crate::pocket::sequences::Sequence;
 use crate::pocket::vocabulary::tokenizer_of;
 
-/// Shares of a batch: without any text, and with one or two extra positions before the first code.
+/// How images of a batch are drawn and laid out: whether some show what no caption describes, the share without any text, and
+/// the share with one or two extra positions before the first code.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shares {
+    pub widely: bool,
     pub caption_dropout: f64,
     pub slots: f64,
 }
@@ -57,7 +59,10 @@ pub(super) fn draw(
     rng.set_stream(step as u64 + 1);
     let mut examples = Examples::default();
     for _ in 0..batch {
-        let spec = Spec::sample(&mut rng);
+        let spec = match shares.widely {
+            true => Spec::sample_for_transformer(&mut rng),
+            false => Spec::sample(&mut rng),
+        };
         let caption = caption_random(&spec, &mut rng);
         examples.rgb.extend(world.render(&spec)?.rgb);
         examples.own.push(Example {
@@ -142,6 +147,7 @@ impl Encoder {
 /// When the world lacks a drawing.
 pub(super) fn held_back(world: &World, count: usize) -> Result<Examples, WorldError> {
     let shares = Shares {
+        widely: false,
         caption_dropout: 0.0,
         slots: 0.0,
     };
@@ -164,6 +170,7 @@ mod tests {
     #[test]
     fn steps_draw_the_same_examples_again_and_never_those_of_another_step() {
         let shares = Shares {
+            widely: true,
             caption_dropout: 0.3,
             slots: 0.5,
         };

@@ -184,7 +184,7 @@ impl<'a> Trainer<'a> {
         if let Some(state) = state {
             let find = |name: &str| state.get(name).map(Tensor::shallow_clone);
             parameters.restore(&find)?;
-            optimizer.restore(&find)?;
+            run::restore(&mut optimizer, state)?;
             codebook.rows.f_copy_(&take(state, CODEBOOK)?)?;
             for (name, mut tensor) in codebook.statistics() {
                 tensor.f_copy_(&take(state, name)?)?;

@@ -8,7 +8,7 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::feed::{Average, Feed};
-use super::run::{Budget, Run, Scale, State, take};
+use super::run::{Budget, Run, Scale, State, restore, take};
 use super::sequences::{Encoder, Examples, Shares, draw, held_back, tokens};
 use super::tokenizer::{TrainedTokenizer, rounded};
 use crate::model::{ModelConfig, ModelError, Transformer, Vqgan};
@@ -82,6 +82,7 @@ impl TransformerRecipe {
     /// uninterrupted one.
     fn draw(&self, world: &World, step: i64) -> Result<(Examples, SlotNumbers), WorldError> {
         let shares = Shares {
+            widely: true,
             caption_dropout: self.caption_dropout,
             slots: self.slot_share,
         };
@@ -126,6 +127,8 @@ pub fn transformer_config(recipe: &TransformerRecipe, codes: i64) -> ModelConfig
         num_key_value_heads: recipe.heads,
         vocabulary_map,
         target_size: Some(IMAGE_SIDE as u32),
+        concept_preset: Some("designers".to_owned()),
+        caption_words: words().into_iter().map(str::to_owned).collect(),
         ..crate::pocket::transformer_training::transformer_config()
     }
 }
@@ -193,7 +196,7 @@ impl<'a> Trainer<'a> {
         if let Some(state) = state {
             let find = |name: &str| state.get(name).map(Tensor::shallow_clone);
             parameters.restore(&find)?;
-            optimizer.restore(&find)?;
+            restore(&mut optimizer, state)?;
             tokens = take(state, TOKENS)?.f_int64_value(&[0])?;
             slots = match find(SLOT_MEAN) {
                 Some(mean) => Some(SlotStatistics {

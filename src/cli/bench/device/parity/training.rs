@@ -26,6 +26,7 @@ fn spec(layers: usize) -> TrainingSpec {
         regularisation_weight: 1e-2,
         prior_pictures: 1,
         start_words: vec![],
+        search_words: false,
         ..preset
     }
 }
