@@ -70,7 +70,7 @@ pub(super) const SIZE: (u32, u32) = (96, 96);
 /// Pictures of one batch at most: as many as are the same, bit for bit, as each alone on a CPU.
 const BATCH: usize = 40;
 
-/// Runs the parts that the options ask for. `progress` is told what is being done.
+/// Runs the parts that the options ask for. Calls `progress` with what is being done.
 ///
 /// # Errors
 /// When libtorch fails or a sheet cannot be written.

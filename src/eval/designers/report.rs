@@ -157,7 +157,7 @@ fn specs(count: usize, seed: u64) -> Vec<Spec> {
 }
 
 /// Draws and judges; returns the figures and the sheet, where images are below the truth, one row for each sampling.
-/// `progress` is told what is being done.
+/// Calls `progress` with what is being done.
 ///
 /// # Errors
 /// When the model does not draw the world's images, the world lacks drawings, or libtorch fails.
