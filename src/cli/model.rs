@@ -137,7 +137,7 @@ impl ModelArgs {
         }
         let files = self.files()?;
         let model = LuminaMgpt::load(&files, device, self.kind(device, &files)?, self.target_size)?;
-        // Graphs are recorded on a thread's own stream alone.
+        // CUDA graphs cannot be captured on the default stream.
         synchronize(device)?;
         use_own_stream(device)?;
         let info = describe(&model, self.id());

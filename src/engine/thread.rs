@@ -158,7 +158,7 @@ impl Thread {
         let device = model.transformer.device();
         // Whatever the loading has put aside and not used.
         accelerator::synchronize(device)?;
-        // Graphs are recorded on a thread's own stream alone.
+        // CUDA graphs cannot be captured on the default stream.
         accelerator::use_own_stream(device)?;
         accelerator::empty_cache(device);
         let free = free_bytes(device);

@@ -253,8 +253,8 @@ impl Drop for Event {
     }
 }
 
-/// Work for a device that was recorded once, with its tensors, and is given to it as a whole (a CUDA graph): one call where
-/// the work itself is a thousand.
+/// A CUDA graph: work that was captured once, with its tensors, and is launched as a whole. One call replaces about a
+/// thousand kernel launches.
 #[derive(Debug)]
 pub(super) struct Graph {
     pointer: *mut c_void,
@@ -265,13 +265,13 @@ pub(super) struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Records what `work` gives to `device`; none of it runs. The thread must have a stream of its own
+    /// Captures what `work` launches on `device`; none of it runs. The thread must have a stream of its own
     /// ([`use_own_stream`]), and `work` must neither wait for the device nor send anything to it. Tensors that `work` reads or
     /// changes must live as long as the graph.
     ///
     /// # Errors
-    /// When the device has no graphs, `work` fails, or does what cannot be recorded.
-    pub fn record(device: Device, work: impl FnOnce() -> Result<(), ModelError>) -> Result<Self, ModelError> {
+    /// When the device has no graphs, `work` fails, or does what cannot be captured.
+    pub fn capture(device: Device, work: impl FnOnce() -> Result<(), ModelError>) -> Result<Self, ModelError> {
         let Some(index) = index_of(device) else {
             return Err(ModelError::invalid("device", "has no graphs"));
         };
@@ -280,12 +280,12 @@ impl Graph {
         checked(|text, room| unsafe { coar_graph_begin(index, &raw mut pointer, text, room) })?;
         let graph = Self { pointer, device };
         let worked = work();
-        // SAFETY: a live graph whose recording has begun. It must end in any case: until then nothing runs.
+        // SAFETY: a live graph whose capture has begun. It must end in any case: until then nothing runs.
         let ended = checked(|text, room| unsafe { coar_graph_end(graph.pointer, text, room) });
         worked.and(ended).map(|()| graph)
     }
 
-    /// Gives the recorded work to the calling thread's stream.
+    /// Launches the captured work on the calling thread's stream.
     ///
     /// # Errors
     /// When the device fails.
@@ -597,7 +597,7 @@ mod tests {
         let seconds = from.seconds_until(&to).unwrap();
         assert!((0.0..60.0).contains(&seconds), "{seconds}");
         assert_eq!(memory(Device::Cpu), None);
-        assert!(Graph::record(Device::Cpu, || Ok(())).is_err() && !has_own_stream(Device::Cpu));
+        assert!(Graph::capture(Device::Cpu, || Ok(())).is_err() && !has_own_stream(Device::Cpu));
         let sent = upload(&[3, -1, i64::MAX], Device::Cpu).unwrap();
         assert_eq!(Vec::<i64>::try_from(&sent).unwrap(), [3, -1, i64::MAX]);
         let mut pack = Pack::default();
@@ -622,7 +622,7 @@ mod tests {
             assert!(reason.contains("CUDA") || reason.contains("cuda"), "{reason}");
         }
         assert!(Event::record(absent).is_err() && upload(&[1], absent).is_err());
-        assert!(Graph::record(absent, || Ok(())).is_err());
+        assert!(Graph::capture(absent, || Ok(())).is_err());
         assert_eq!(memory(absent), None);
     }
 }

@@ -175,7 +175,7 @@ struct Parts {
 impl Parts {
     fn load(config: &ModelConfig, source: &dyn TensorSource) -> Result<Self, ModelError> {
         let hidden = config.hidden_size;
-        // First, as ever: parameters that are not read but drawn are drawn in this order.
+        // First: freshly initialised parameters draw their random numbers in this order.
         let embedding = source.tensor("model.embed_tokens.weight", &[config.vocab_size, hidden])?;
         let layers = (0..config.num_hidden_layers)
             .map(|index| {

@@ -129,7 +129,7 @@ struct Graph {
 
 extern "C" {
 
-// Begins to record what the calling thread gives to its current stream, which must be one of its own, instead of running it.
+// Begins to capture what the calling thread launches on its current stream, which must not be the default one.
 int coar_graph_begin(int index, void** graph, char* text, size_t room) {
   return guarded(text, room, [&] {
     // cudaStreamCaptureModeThreadLocal: other threads go on with what they do.
@@ -141,7 +141,7 @@ int coar_graph_begin(int index, void** graph, char* text, size_t room) {
   });
 }
 
-// Ends the recording and makes it ready to run.
+// Ends the capture and instantiates the graph.
 int coar_graph_end(void* graph, char* text, size_t room) {
   return guarded(text, room, [&] {
     auto* made = static_cast<Graph*>(graph);
@@ -150,7 +150,7 @@ int coar_graph_end(void* graph, char* text, size_t room) {
   });
 }
 
-// Gives everything that was recorded to the calling thread's current stream.
+// Launches the graph on the calling thread's current stream.
 int coar_graph_replay(void* graph, char* text, size_t room) {
   return guarded(text, room, [&] {
     auto* made = static_cast<Graph*>(graph);

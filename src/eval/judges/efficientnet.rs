@@ -512,7 +512,8 @@ pub(crate) mod tests {
         }
     }
 
-    /// The published network where its file is in the user's cache. Says so past the test harness where it is not.
+    /// Compares the published network if its file is in the user's cache; otherwise prints SKIPPED to the real standard error,
+    /// which the test harness does not capture.
     pub(crate) fn published() -> Option<EfficientNet> {
         let file = default_dir().ok()?.join(EFFICIENTNET);
         if !file.exists() {

@@ -444,21 +444,21 @@ impl DecodeBatch {
     /// # Errors
     /// When the device fails; the batch must be cleared then.
     pub fn step(&mut self, model: &Transformer) -> Result<Vec<Drawn>, ModelError> {
-        match self.step_whole(model)? {
+        match self.step_by_graph(model)? {
             true => Ok(vec![]),
             false => self.step_observed(model, &mut |_| Ok(())),
         }
     }
 
-    /// For benchmarks: from now on steps are given to the device call by call, never as a graph.
-    pub fn without_graphs(&mut self) {
+    /// For benchmarks: from now on steps run eagerly, never as a CUDA graph.
+    pub fn disable_graphs(&mut self) {
         if let Backend::Device(device) = &mut self.backend {
-            device.without_graphs();
+            device.disable_graphs();
         }
     }
 
-    /// Takes a step as one piece of work where that is possible; whether it was taken.
-    fn step_whole(&mut self, model: &Transformer) -> Result<bool, ModelError> {
+    /// Runs a step as a CUDA graph where that is possible; returns whether it did.
+    fn step_by_graph(&mut self, model: &Transformer) -> Result<bool, ModelError> {
         let (Backend::Device(device), Some(hidden)) = (&mut self.backend, &self.hidden) else {
             return Ok(false);
         };
@@ -471,7 +471,7 @@ impl DecodeBatch {
             return Ok(false);
         }
         let highest = self.rows.iter().map(|row| row.next).max().unwrap_or(0);
-        let Some(next) = device.whole((model, &self.head), hidden, highest, &mut self.cache)? else {
+        let Some(next) = device.step_by_graph((model, &self.head), hidden, highest, &mut self.cache)? else {
             return Ok(false);
         };
         self.pictures.iter_mut().for_each(|picture| picture.done += 1);
@@ -480,7 +480,7 @@ impl DecodeBatch {
         Ok(true)
     }
 
-    /// As [`Self::step`], call by call, showing `observe` every part of it as soon as it has been given to the device.
+    /// As [`Self::step`], eagerly; calls `observe` after each part has been launched.
     ///
     /// # Errors
     /// As [`Self::step`], and what `observe` returns.

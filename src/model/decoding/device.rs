@@ -22,32 +22,32 @@ pub(super) struct DeviceStep {
     fixed_rows: Option<i64>,
     /// Images and rows of the next step; `None` when they have changed.
     members: Option<Members>,
-    recording: Recording,
-    /// Whether a recorded step was compared with the same step taken call by call.
-    compared: bool,
+    graph: StepGraph,
+    /// Whether a captured step was compared with the same step run eagerly.
+    verified: bool,
 }
 
-/// The step of the present images and rows as a graph.
+/// The decode step of the present images and rows as a CUDA graph.
 #[derive(Debug)]
-enum Recording {
-    /// Steps are given to the device call by call.
+enum StepGraph {
+    /// Steps run eagerly.
     Off,
-    /// Steps of the present images so far.
-    Waiting(u32),
-    Ready(Recorded),
+    /// Eager steps of the present images so far.
+    WarmUp(u32),
+    Captured(CapturedStep),
 }
 
 #[derive(Debug)]
-struct Recorded {
+struct CapturedStep {
     graph: Graph,
     /// `[rows, hidden]`: what the step draws from, and then what it leaves.
     hidden: Tensor,
 }
 
-/// Steps of the same images that are taken call by call before one is recorded: a recording takes as long as a few of them.
-const BEFORE_RECORDING: u32 = 2;
-/// A recorded step that differs from the same step taken call by call by more, relative to the largest value, is wrong: the
-/// kernels are the same ones.
+/// Eager steps of the same images before one is captured: a capture takes as long as a few of them.
+const WARM_UP_STEPS: u32 = 2;
+/// A captured step that differs from the same step run eagerly by more, relative to the largest value, is wrong: the
+/// kernels are the same.
 const LARGEST_DIFFERENCE: f64 = 0.02;
 
 /// The images and rows of a batch, on the device. With fixed shapes both are filled up to the cache's rows: images with
@@ -98,17 +98,17 @@ impl DeviceStep {
             uniforms: Tensor::f_zeros([buffers, max_seq], (Kind::Double, device))?,
             fixed_rows: options.fixed_shapes.then_some(buffers),
             members: None,
-            recording: match graphs_wanted() && has_own_stream(device) {
-                true => Recording::Waiting(0),
-                false => Recording::Off,
+            graph: match graphs_wanted() && has_own_stream(device) {
+                true => StepGraph::WarmUp(0),
+                false => StepGraph::Off,
             },
-            compared: false,
+            verified: false,
         })
     }
 
-    /// From now on steps are given to the device call by call.
-    pub fn without_graphs(&mut self) {
-        self.recording = Recording::Off;
+    /// From now on steps run eagerly.
+    pub fn disable_graphs(&mut self) {
+        self.graph = StepGraph::Off;
     }
 
     /// An image whose codes are drawn by `uniforms` begins in a buffer.
@@ -122,19 +122,19 @@ impl DeviceStep {
 
     /// Images have come or gone, or stand elsewhere.
     pub fn members_changed(&mut self) {
-        if !matches!(self.recording, Recording::Off) {
-            self.recording = Recording::Waiting(0);
+        if !matches!(self.graph, StepGraph::Off) {
+            self.graph = StepGraph::WarmUp(0);
         }
         self.members = None;
     }
 
     /// Draws a code for each image from `hidden` `[rows, hidden]` and feeds it, in one piece: [`Self::draw`] and
-    /// [`Self::advance`] of a step in which no image leaves and no row of codes ends. Returns `[rows, hidden]`, which the next
-    /// step overwrites, or `None` where the step has to be taken call by call. `highest` is the largest position.
+    /// [`Self::advance`] of a step in which no image leaves and no row of codes ends, as a CUDA graph. Returns `[rows, hidden]`, which the next
+    /// step overwrites, or `None` where the step must run eagerly. `highest` is the largest position.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn whole(
+    pub fn step_by_graph(
         &mut self,
         (model, head): (&Transformer, &CodeHead),
         hidden: &Tensor,
@@ -145,41 +145,39 @@ impl DeviceStep {
         if !by_length || self.fixed_rows.is_some() || highest >= cache.max_seq() {
             return Ok(None);
         }
-        match &mut self.recording {
-            Recording::Off => Ok(None),
-            Recording::Waiting(steps) if *steps < BEFORE_RECORDING => {
+        match &mut self.graph {
+            StepGraph::Off => Ok(None),
+            StepGraph::WarmUp(steps) if *steps < WARM_UP_STEPS => {
                 *steps += 1;
                 Ok(None)
             }
-            Recording::Waiting(_) => match self.record((model, head), hidden, cache) {
-                Ok(recorded) if self.compared => {
-                    self.recording = Recording::Ready(recorded);
+            StepGraph::WarmUp(_) => match self.capture((model, head), hidden, cache) {
+                Ok(captured) if self.verified => {
+                    self.graph = StepGraph::Captured(captured);
                     self.replay(hidden).map(Some)
                 }
-                Ok(recorded) => self
-                    .compare(recorded, (model, head), (hidden, highest), cache)
-                    .map(Some),
+                Ok(captured) => self.verify(captured, (model, head), (hidden, highest), cache).map(Some),
                 Err(error) => {
-                    tracing::warn!(%error, "decode steps cannot be recorded as a graph and are taken call by call");
-                    self.recording = Recording::Off;
+                    tracing::warn!(%error, "cannot capture a decode step as a CUDA graph: steps run eagerly");
+                    self.graph = StepGraph::Off;
                     Ok(None)
                 }
             },
-            Recording::Ready(_) => self.replay(hidden).map(Some),
+            StepGraph::Captured(_) => self.replay(hidden).map(Some),
         }
     }
 
-    /// Takes one step by its graph and again call by call. Graphs are used from then on if both agree.
-    fn compare(
+    /// Runs one step by its graph and again eagerly. Graphs are used from then on if both agree.
+    fn verify(
         &mut self,
-        recorded: Recorded,
+        captured: CapturedStep,
         (model, head): (&Transformer, &CodeHead),
         (hidden, highest): (&Tensor, i64),
         cache: &mut KvCache,
     ) -> Result<Tensor, ModelError> {
-        self.compared = true;
-        recorded.graph.replay()?;
-        let by_graph = recorded.hidden.f_detach_copy()?;
+        self.verified = true;
+        captured.graph.replay()?;
+        let by_graph = captured.hidden.f_detach_copy()?;
         let members = self.members.as_mut().ok_or_else(unprepared)?;
         let _ = members.done.f_sub_scalar_(1)?;
         let _ = members.position.f_sub_scalar_(1)?;
@@ -194,47 +192,47 @@ impl DeviceStep {
         };
         let difference = largest(&by_graph.f_sub(&next)?)? / largest(&next)?;
         let other_codes = i64::try_from(&codes_by_graph.f_ne_tensor(&drawn)?.f_sum(Kind::Int64)?)?;
-        self.recording = match other_codes == 0 && difference <= LARGEST_DIFFERENCE {
+        self.graph = match other_codes == 0 && difference <= LARGEST_DIFFERENCE {
             true => {
-                tracing::debug!(difference, "decode steps are recorded as graphs");
-                Recording::Ready(recorded)
+                tracing::debug!(difference, "decode steps run as CUDA graphs");
+                StepGraph::Captured(captured)
             }
             false => {
                 tracing::warn!(
                     difference,
                     other_codes,
-                    "a step recorded as a graph differs from the same step taken call by call: graphs are left out"
+                    "a captured decode step differs from the eager one: CUDA graphs are disabled"
                 );
-                Recording::Off
+                StepGraph::Off
             }
         };
         Ok(next)
     }
 
     fn replay(&mut self, hidden: &Tensor) -> Result<Tensor, ModelError> {
-        let Recording::Ready(recorded) = &mut self.recording else {
+        let StepGraph::Captured(captured) = &mut self.graph else {
             return Err(unprepared());
         };
-        if recorded.hidden.data_ptr() != hidden.data_ptr() {
-            recorded.hidden.f_copy_(hidden)?;
+        if captured.hidden.data_ptr() != hidden.data_ptr() {
+            captured.hidden.f_copy_(hidden)?;
         }
-        recorded.graph.replay()?;
-        Ok(recorded.hidden.shallow_clone())
+        captured.graph.replay()?;
+        Ok(captured.hidden.shallow_clone())
     }
 
-    fn record(
+    fn capture(
         &mut self,
         (model, head): (&Transformer, &CodeHead),
         hidden: &Tensor,
         cache: &mut KvCache,
-    ) -> Result<Recorded, ModelError> {
+    ) -> Result<CapturedStep, ModelError> {
         let mut kept = hidden.f_detach_copy()?;
-        let graph = Graph::record(hidden.device(), || {
+        let graph = Graph::capture(hidden.device(), || {
             let drawn = self.draw(head, &kept, &mut |_| Ok(()))?;
             let next = self.feed(model, (head, &drawn), 0, cache)?;
             Ok(kept.f_copy_(&next)?)
         })?;
-        Ok(Recorded { graph, hidden: kept })
+        Ok(CapturedStep { graph, hidden: kept })
     }
 
     /// The first `count` codes of a buffer. Waits for the device.
@@ -406,7 +404,7 @@ impl DeviceStep {
     }
 }
 
-/// Whether decode steps may be recorded as CUDA graphs: not with `COAR_CUDA_GRAPHS=off`.
+/// Whether decode steps may be captured as CUDA graphs: not with `COAR_CUDA_GRAPHS=off`.
 fn graphs_wanted() -> bool {
     std::env::var("COAR_CUDA_GRAPHS").map_or(true, |choice| choice != "off")
 }

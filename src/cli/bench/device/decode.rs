@@ -111,7 +111,7 @@ impl Plan {
         let device = model.transformer.device();
         let (mut drawn, ids) = batch(model, info, images, attention == "fixed shapes")?;
         if attention == CALL_BY_CALL {
-            drawn.without_graphs();
+            drawn.disable_graphs();
         }
         let before = accelerator::memory(device).map(|memory| memory.allocated);
         let mut stands = 0;

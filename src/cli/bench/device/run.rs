@@ -73,7 +73,7 @@ pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
             (None, _) => (skipped(part.name(), &report, "no time was left"), false),
             (_, Some(reason)) => (skipped(part.name(), &report, reason), false),
             (Some(time), None) => one(part.name(), &report, (time, GRACE), move |findings| {
-                // As the engine's thread: graphs are recorded on a stream of its own.
+                // As the engine's thread: CUDA graphs cannot be captured on the default stream.
                 let result = own_stream(&own).and_then(|()| part.run(&own, findings));
                 accelerator::empty_cache(own.device());
                 result
