@@ -15,10 +15,10 @@ use tokio_util::task::TaskTracker;
 use crate::api::{self, AppState, router};
 use crate::cluster::{Executor, Fleet, Streams, worker_token};
 use crate::config::{Config, Role};
-use crate::engine::EngineHandle;
 use crate::jobs::Wakes;
 use crate::registry::Backend;
 use crate::service::{Keys, Limits, Links, Service, Tallies};
+use coar_engine::device::EngineHandle;
 use parts::{Device, Opened};
 
 /// Running generations get this long to finish when the server stops.
@@ -180,4 +180,20 @@ async fn serve_api(
     device.end(&registry, &tracker).await?;
     drop(lock);
     Ok(())
+}
+
+/// Cancels when the process is asked to end.
+pub async fn signalled(stop: CancellationToken) {
+    let mut terminate = match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+        Ok(signal) => signal,
+        Err(error) => {
+            tracing::warn!(%error, "SIGTERM cannot be handled; it will end the server at once");
+            return;
+        }
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+    stop.cancel();
 }

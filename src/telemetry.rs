@@ -3,8 +3,6 @@
 //! Spans stand at the doors of the rooms only: `http.request`, `service.generate`, `engine.queue`, `engine.prefill`,
 //! `engine.decode`, `vqgan.decode`, `job.run`, `train.slice`. A prompt or a key is never logged.
 
-/// The metrics: one table of names and help texts, and their values.
-pub mod meters;
 #[cfg(feature = "otel")]
 mod otel;
 
@@ -13,8 +11,6 @@ use std::io::IsTerminal;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt};
-
-pub use meters::meters;
 
 /// How log lines are written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -70,7 +66,7 @@ fn lines(format: LogFormat) -> Box<dyn Layer<Registry> + Send + Sync> {
 /// `OTEL_EXPORTER_OTLP_ENDPOINT` names a collector, spans go there too.
 pub fn start(format: LogFormat) -> Telemetry {
     // The clock of the uptime starts here.
-    let _ = meters();
+    let _ = coar_core::metrics::meters();
     let subscriber = tracing_subscriber::registry().with(lines(format));
     #[cfg(feature = "otel")]
     {

@@ -16,7 +16,7 @@ use http_body::{Frame, SizeHint};
 use tracing::Instrument;
 
 use super::error::REQUEST_ID;
-use crate::telemetry::meters;
+use coar_core::metrics::meters;
 
 /// Who a request is from, once that is known. The key's identifier, never its secret.
 #[derive(Debug)]

@@ -15,10 +15,10 @@ use super::idempotency::{IdempotencyHeader, Once};
 use super::openapi::{ErrorBody, List};
 use super::pagination::Paged;
 use super::{ApiError, AppState};
-use crate::error::Error;
-use crate::ids::{KeyId, TenantId};
 use crate::registry::{ApiKey, Tenant};
 use crate::service::{KeyRequest, QuotaChange, Scope, Scopes};
+use coar_core::error::Error;
+use coar_core::ids::{KeyId, TenantId};
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

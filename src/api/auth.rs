@@ -11,8 +11,8 @@ use axum::response::{IntoResponse, Response};
 
 use super::access::identify;
 use super::{ApiError, AppState};
-use crate::error::Error;
 use crate::service::{Caller, Scope};
+use coar_core::error::Error;
 
 /// Paths that anybody may ask for. Their answers tell nothing of any tenant.
 pub(super) fn is_public(path: &str) -> bool {

@@ -18,13 +18,13 @@ use super::openapi::{ErrorBody, List};
 use super::pagination::{PageQuery, Paged, invalid_query};
 use super::trainings::object::TrainingObject;
 use super::{ApiError, AppState, multipart};
-use crate::concept::file::FILE_LIMIT;
 use crate::config::Config;
-use crate::error::{Error, ErrorKind};
-use crate::ids::ConceptId;
 use crate::registry::ConceptFilter;
 use crate::registry::blobs::content_hash;
 use crate::service::{Change, Queued, TrainingSettings};
+use coar_core::concept::file::FILE_LIMIT;
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::ConceptId;
 use object::{ChangeConcept, ConceptObject, File, RegisterConcept, TrainConcept, VersionObject};
 
 pub(super) mod object;

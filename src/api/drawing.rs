@@ -9,10 +9,10 @@ use utoipa::{IntoResponses, ToSchema};
 use super::AppState;
 use super::extract::Fields;
 use super::openapi::ErrorBody;
-use crate::error::Error;
-use crate::picture::{OutputFormat, PictureFormat, RgbPicture, encode};
 use crate::registry::{GenerationConcept, TokenUsage};
 use crate::service::{GenerateInput, NamedConcept, PRIORITY_LIMIT};
+use coar_core::error::Error;
+use coar_core::picture::{OutputFormat, PictureFormat, RgbPicture, encode};
 
 /// A concept that was used.
 #[derive(Debug, Serialize, ToSchema)]

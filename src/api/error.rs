@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use uuid::Uuid;
 
 use super::openapi::{ErrorBody, ErrorFacts};
-use crate::error::{Error, ErrorKind};
+use coar_core::error::{Error, ErrorKind};
 
 /// An error as an answer.
 #[derive(Debug)]

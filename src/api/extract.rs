@@ -5,8 +5,8 @@ use axum::http::{HeaderMap, header};
 use serde_json::{Map, Value};
 
 use super::{ApiError, AppState};
-use crate::error::{Error, ErrorKind};
 use crate::registry::blobs::content_hash;
+use coar_core::error::{Error, ErrorKind};
 
 /// Up to here a 64-bit float is exact.
 const EXACT: f64 = 9_007_199_254_740_992.0;

@@ -11,9 +11,9 @@ use super::generations::mode::{LONGEST_WAIT, Mode, mode};
 use super::idempotency::{Once, content_of};
 use super::pagination::Paged;
 use super::{drawing, generations, multipart};
-use crate::ids::ConceptId;
-use crate::picture::PictureLimits;
 use crate::service::{Limits, Links, Signed};
+use coar_core::ids::ConceptId;
+use coar_core::picture::PictureLimits;
 
 /// What is needed of a future that waits for nothing.
 fn done<T>(future: impl Future<Output = T>) -> T {
@@ -22,7 +22,7 @@ fn done<T>(future: impl Future<Output = T>) -> T {
 
 /// A form with the boundary `x`, in pieces of a length that its first byte says. It is refused, or within its limits,
 /// and says the same in other pieces.
-pub(crate) fn form(bytes: &[u8]) {
+pub fn form(bytes: &[u8]) {
     let Some((&first, bytes)) = bytes.split_first() else {
         return;
     };
@@ -58,7 +58,7 @@ pub(crate) fn form(bytes: &[u8]) {
 }
 
 /// The JSON body of a generation, and of everything that is read field by field.
-pub(crate) fn json_body(bytes: &[u8]) {
+pub fn json_body(bytes: &[u8]) {
     let Ok(mut fields) = Fields::parse(bytes) else { return };
     let content = fields.content();
     assert_eq!(content.len(), 64);
@@ -80,7 +80,7 @@ pub(crate) fn json_body(bytes: &[u8]) {
 
 /// A request's head: lines of it are `Idempotency-Key`, `Prefer`, `Accept`, `Content-Type`, the query, and a picture's
 /// file name with its signature.
-pub(crate) fn head(bytes: &[u8]) {
+pub fn head(bytes: &[u8]) {
     let mut lines = bytes.split(|byte| *byte == b'\n');
     let mut next = || lines.next().unwrap_or_default();
     let mut headers = HeaderMap::new();

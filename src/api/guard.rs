@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use super::{ApiError, AppState};
-use crate::error::{Error, ErrorKind};
+use coar_core::error::{Error, ErrorKind};
 
 /// Nothing that the API answers is a page.
 const API_POLICY: &str = "default-src 'none'; frame-ancestors 'none'";

@@ -9,8 +9,8 @@ use utoipa_axum::routes;
 
 use super::openapi::ErrorBody;
 use super::{ApiError, AppState};
-use crate::engine::Health;
-use crate::error::{Error, ErrorKind};
+use coar_core::engine::Health;
+use coar_core::error::{Error, ErrorKind};
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(live)).routes(routes!(ready))

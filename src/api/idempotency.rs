@@ -38,10 +38,10 @@ use utoipa::IntoParams;
 
 use super::error::in_request;
 use super::{ApiError, AppState};
-use crate::error::{Error, ErrorKind};
 use crate::registry::blobs::content_hash;
 use crate::registry::{FirstOrAgain, KeyClaim, Made, Registry, RegistryError, StoredAnswer};
 use crate::service::Caller;
+use coar_core::error::{Error, ErrorKind};
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
@@ -370,7 +370,7 @@ mod tests {
     use axum::response::IntoResponse as _;
 
     use super::*;
-    use crate::ids::TenantId;
+    use coar_core::ids::TenantId;
 
     const TENANT: TenantId = TenantId::DEFAULT;
 

@@ -10,9 +10,9 @@ use utoipa_axum::routes;
 
 use super::openapi::ErrorBody;
 use super::{ApiError, AppState};
-use crate::error::Error;
 use crate::registry::now;
 use crate::service::Signed;
+use coar_core::error::Error;
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(download))

@@ -8,8 +8,9 @@ mod describe;
 mod drawing;
 mod error;
 mod extract;
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) mod fuzzing;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod generations;
 mod guard;
 mod health;
@@ -44,9 +45,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::config::Config;
-use crate::error::{Error, ErrorKind};
 use crate::service::Service;
-use crate::telemetry::meters;
+use coar_core::error::{Error, ErrorKind};
+use coar_core::metrics::meters;
 pub use describe::describe;
 pub(crate) use error::ApiError;
 pub use listen::listen;

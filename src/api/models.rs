@@ -11,9 +11,9 @@ use super::auth::Read;
 use super::concepts::object::{InUse, KindName};
 use super::openapi::ErrorBody;
 use super::{ApiError, AppState};
-use crate::engine::ModelInfo;
-use crate::error::{Error, ErrorKind};
 use crate::registry::Concept;
+use coar_core::engine::ModelInfo;
+use coar_core::error::{Error, ErrorKind};
 
 pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(list)).routes(routes!(show))

@@ -5,8 +5,8 @@ use axum::extract::multipart::{Field, MultipartError};
 use bytes::{Bytes, BytesMut};
 
 use super::extract::too_slow;
-use crate::error::{Error, ErrorKind};
 use crate::service::{Limits, Registration};
+use coar_core::error::{Error, ErrorKind};
 
 /// The largest text field, in bytes.
 const TEXT_LIMIT: usize = 4096;

@@ -24,13 +24,13 @@ use super::idempotency::{Answers, IdempotencyHeader, Once};
 use super::openapi::ServerEvent;
 use super::{ApiError, AppState, sse};
 use crate::cluster::EventStream;
-use crate::concept::is_slug;
-use crate::engine::GenerationEvent;
-use crate::error::{Error, ErrorKind};
 use crate::jobs::DrawEvent;
-use crate::picture::RgbPicture;
 use crate::registry::{TokenUsage, now};
 use crate::service::{Admitted, Caller, GenerateInput, NamedConcept, Plan, Service, drawn};
+use coar_core::concept::is_slug;
+use coar_core::engine::GenerationEvent;
+use coar_core::error::{Error, ErrorKind};
+use coar_core::picture::RgbPicture;
 
 pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
     OpenApiRouter::new()

@@ -8,8 +8,8 @@ use serde::Deserialize;
 use utoipa::IntoParams;
 
 use super::ApiError;
-use crate::error::{Error, ErrorKind};
 use crate::registry::Page;
+use coar_core::error::{Error, ErrorKind};
 
 const LIMIT: u32 = 100;
 const DEFAULT: u32 = 20;

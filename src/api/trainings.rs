@@ -16,8 +16,8 @@ use super::idempotency::{IdempotencyHeader, Once};
 use super::openapi::{ErrorBody, List, ServerEvent};
 use super::pagination::{PageQuery, Paged, invalid_query};
 use super::{ApiError, AppState, sse};
-use crate::ids::TrainingId;
 use crate::service::TrainingQuery;
+use coar_core::ids::TrainingId;
 use object::{TrainingObject, TrainingWithLosses};
 
 mod events;

@@ -11,11 +11,11 @@ use super::GRACE;
 use crate::api;
 use crate::cluster::{Executor, Hot, Member, Streams};
 use crate::config::Config;
-use crate::engine::EngineHandle;
 use crate::jobs::{AddressPolicy, Drawings, Wakes, Webhooks, Worker, sweep};
 use crate::registry::{Backend, DataLock, Registry, Storage};
 use crate::service::Links;
-use crate::telemetry::meters;
+use coar_core::metrics::meters;
+use coar_engine::device::EngineHandle;
 
 /// Background generations take a quarter of the engine's queue, at most so many of its places: the rest is for whoever
 /// waits.

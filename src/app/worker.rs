@@ -12,9 +12,9 @@ use super::parts::{self, Device, Opened};
 use super::{GRACE, HAND_BACK};
 use crate::cluster::{Executor, Streams, WorkerState, worker_router, worker_token};
 use crate::config::Config;
-use crate::engine::EngineHandle;
 use crate::jobs::Wakes;
 use crate::service::Links;
+use coar_engine::device::EngineHandle;
 
 /// Where the others reach this machine, where nobody has said it.
 fn own_address(listens: SocketAddr) -> String {

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use clap::Subcommand;
 
 use super::local::{DataArgs, block_on, existing_registry};
-use crate::concept::ConceptFile;
 use crate::registry::{BlobError, DataLock, Job, JobId, JobStatus, Registry, now};
+use coar_core::concept::ConceptFile;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum AdminCommand {

@@ -91,7 +91,7 @@ async fn names() -> anyhow::Result<Vec<String>> {
     };
     let concepts = existing_registry(&data)
         .await?
-        .concepts(crate::ids::TenantId::DEFAULT)
+        .concepts(coar_core::ids::TenantId::DEFAULT)
         .await?;
     Ok(concepts.into_iter().map(|concept| concept.name).collect())
 }

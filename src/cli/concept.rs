@@ -8,13 +8,13 @@ use clap_complete::engine::ArgValueCompleter;
 use super::completions::concept_names;
 use super::form::FormArgs;
 use super::local::{DataArgs, block_on, existing_registry, service};
-use super::model::ModelArgs;
 use super::remote;
 use crate::client::Client;
-use crate::concept::ConceptFile;
-use crate::ids::TenantId;
+use crate::config::ModelArgs;
 use crate::registry::Registry;
 use crate::service::Caller;
+use coar_core::concept::ConceptFile;
+use coar_core::ids::TenantId;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConceptCommand {

@@ -25,9 +25,7 @@ pub(super) struct FormArgs {
     /// What else each picture shows ("on the beach"), in the order of the pictures; may be given fewer times.
     #[arg(long = "caption", value_name = "TEXT")]
     pub captions: Vec<String>,
-    /// How it is learned: coar, coar-text or textual-inversion on the frozen model; with `coar train` also dreambooth,
-    /// dreambooth-lora, personalar, personalar-lora and proxy-tuning, which change weights and leave a file for `coar
-    /// generate --tuned`. Default: the model's preset of coar.
+    /// How it is learned: coar, coar-text or textual-inversion. Default: the model's preset of coar.
     #[arg(long)]
     pub method: Option<String>,
     /// Optimizer steps. Default: the model's preset.

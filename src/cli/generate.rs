@@ -6,13 +6,11 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::local::{DataArgs, block_on, service};
-use super::model::ModelArgs;
 use super::remote;
 use crate::client::{Client, Draw};
-use crate::engine::{DrawSettings, GenerationEvent, draw_alone};
-use crate::picture::{OutputFormat, encode};
+use crate::config::ModelArgs;
 use crate::service::{Caller, GenerateInput};
-use crate::training::tuning::{BaseWeights, TuningFile};
+use coar_core::engine::GenerationEvent;
 
 /// Draw pictures, here or with --server there.
 ///
@@ -50,10 +48,6 @@ pub(super) struct GenerateArgs {
     /// Folder for the pictures.
     #[arg(short, long, default_value = ".", value_name = "DIR")]
     out: PathBuf,
-    /// A file that `coar train --method dreambooth` and others that change weights have left: drawn on a copy of the model.
-    /// Its own <name> can be written in the prompt, and no other.
-    #[arg(long, value_name = "FILE", conflicts_with = "no_identity_mask")]
-    tuned: Option<PathBuf>,
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
@@ -63,10 +57,6 @@ pub(super) struct GenerateArgs {
 impl GenerateArgs {
     pub(super) fn run(self, server: Option<&Client>) -> anyhow::Result<()> {
         match server {
-            Some(_) if self.tuned.is_some() => {
-                anyhow::bail!("--tuned draws with weights of its own, which no server has; leave --server out")
-            }
-            None if self.tuned.is_some() => self.generate_tuned(),
             Some(client) => block_on(remote::generate::run(client, &self.draw(), &self.out)),
             None => block_on(self.generate()),
         }
@@ -94,40 +84,6 @@ impl GenerateArgs {
             .and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
         size.map(Some)
             .ok_or_else(|| anyhow::anyhow!("--size is `{text}`; expected WIDTHxHEIGHT, such as 96x96"))
-    }
-
-    /// Draws with changed weights, without the engine: nothing else could be in the same batch.
-    fn generate_tuned(self) -> anyhow::Result<()> {
-        let file = self.tuned.as_deref().unwrap_or(std::path::Path::new(""));
-        anyhow::ensure!((1..=64).contains(&self.count), "-n is {}; expected 1 to 64", self.count);
-        let (model, info) = self.model.load()?;
-        let base = BaseWeights::read(&model, &self.model.files()?.dir)?;
-        let (tuned, concept) = TuningFile::read(file)?.apply(&model, &base)?;
-        let size = self.size()?.unwrap_or(info.sizes[0]);
-        anyhow::ensure!(
-            info.sizes.contains(&size),
-            "--size is {}x{}, which this model does not draw",
-            size.0,
-            size.1
-        );
-        let seed = self.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
-        let settings = DrawSettings {
-            size,
-            guidance_scale: self.guidance_scale.unwrap_or(info.default_guidance_scale),
-            temperature: self.temperature.unwrap_or(info.default_temperature),
-            top_k: i64::from(self.top_k.unwrap_or(info.default_top_k)),
-            identity_mask: true,
-            streams: (0..u64::from(self.count)).map(|index| (seed, index)).collect(),
-        };
-        let pictures = draw_alone(&tuned, &self.prompt, &[&concept], &settings)?;
-        std::fs::create_dir_all(&self.out)?;
-        for (index, picture) in pictures.iter().enumerate() {
-            let file = self.out.join(format!("coar-{seed}-{index}.png"));
-            std::fs::write(&file, encode(picture, OutputFormat::Png, &[])?)?;
-            println!("{}", file.display());
-        }
-        println!("seed {seed}");
-        Ok(())
     }
 
     async fn generate(self) -> anyhow::Result<()> {

@@ -3,9 +3,9 @@
 use clap::Subcommand;
 
 use super::local::{DataArgs, block_on, keep_files_private, storage};
-use crate::ids::KeyId;
 use crate::registry::{Page, Registry, now};
 use crate::service::{KeyRequest, Keys, Scopes};
+use coar_core::ids::KeyId;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum KeysCommand {

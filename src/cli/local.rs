@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::model::ModelArgs;
 use crate::cluster::Executor;
-use crate::engine::{EngineHandle, EngineOptions};
+use crate::config::ModelArgs;
 use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, Worker};
 use crate::registry::{DataLock, Registry, Storage};
 use crate::service::{Keys, Limits, Links, Service, Tallies};
+use coar_engine::device::{EngineHandle, EngineOptions};
 
 /// Where concepts are kept: the same that `coar serve` uses.
 pub(super) type DataArgs = crate::config::StorageArgs;

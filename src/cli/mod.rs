@@ -1,22 +1,18 @@
 //! The command line: one file per command.
 
 mod admin;
-mod bench;
 mod completions;
 mod concept;
 mod config;
-mod designers;
-mod eval;
 mod form;
 mod generate;
 mod inspect;
 mod keys;
 mod local;
-mod model;
-mod pocket;
+/// The flags of commands that need a base model, as the engine takes them.
+pub mod model;
 mod remote;
 mod serve;
-mod simulate;
 mod train;
 
 use std::ffi::OsString;
@@ -67,18 +63,6 @@ enum Command {
     Models,
     Completions(completions::CompletionsArgs),
     Inspect(inspect::InspectArgs),
-    /// Measure speed and memory; make checkpoints of random weights for it.
-    #[command(subcommand)]
-    Bench(bench::BenchCommand),
-    /// How many workers for which load, on paper: simulate a fleet from measured or estimated step times.
-    #[command(subcommand)]
-    Simulate(simulate::SimulateCommand),
-    /// Measure fidelity and prompt following.
-    #[command(subcommand)]
-    Eval(eval::EvalCommand),
-    /// Draw the pocket model's world, train the pocket model, measure it.
-    #[command(subcommand)]
-    Pocket(pocket::PocketCommand),
 }
 
 /// The file that `--config` or `COAR_CONFIG` names, for the commands that know it.
@@ -149,10 +133,6 @@ impl Cli {
             Command::Keys(command) => command.run(),
             Command::Admin(command) => command.run(),
             Command::Inspect(args) => args.run(),
-            Command::Bench(command) => command.run(),
-            Command::Simulate(command) => command.run(),
-            Command::Eval(command) => command.run(),
-            Command::Pocket(command) => command.run(),
         }
     }
 }

@@ -31,25 +31,9 @@ impl ServeArgs {
                 anyhow::anyhow!("cannot listen on {address}: {error}; choose another address with {flag}")
             })?;
             let stop = CancellationToken::new();
-            tokio::spawn(signalled(stop.clone()));
+            tokio::spawn(crate::app::signalled(stop.clone()));
             let (model, options) = (config.model.clone(), config.engine.options());
-            crate::app::serve(config, listener, move || model.start_engine(options), stop).await
+            crate::app::serve(config, listener, move || Ok(model.start_engine(options)?), stop).await
         })
     }
-}
-
-/// Cancels when the process is asked to end.
-pub(super) async fn signalled(stop: CancellationToken) {
-    let mut terminate = match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-        Ok(signal) => signal,
-        Err(error) => {
-            tracing::warn!(%error, "SIGTERM cannot be handled; it will end the server at once");
-            return;
-        }
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
-    }
-    stop.cancel();
 }

@@ -1,6 +1,5 @@
 //! `coar train`
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -8,14 +7,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::form::FormArgs;
 use super::local::{DataArgs, Workshop, block_on};
-use super::model::ModelArgs;
 use super::remote;
 use crate::client::Client;
-use crate::picture::{PictureLimits, decode};
+use crate::config::ModelArgs;
 use crate::registry::TrainingStatus;
 use crate::service::Caller;
-use crate::training::Advance;
-use crate::training::tuning::{BaseWeights, Tuner, TuningSpec, WeightMethod};
 
 /// Train a concept from pictures, here or with --server there.
 ///
@@ -29,12 +25,6 @@ use crate::training::tuning::{BaseWeights, Tuner, TuningSpec, WeightMethod};
 pub(super) struct TrainArgs {
     #[command(flatten)]
     form: FormArgs,
-    /// Where a method that changes weights leaves its file. Default: NAME.METHOD.safetensors.
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
-    /// Rank of low-rank updates.
-    #[arg(long)]
-    rank: Option<u32>,
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
@@ -43,91 +33,10 @@ pub(super) struct TrainArgs {
 
 impl TrainArgs {
     pub(super) fn run(self, server: Option<&Client>) -> anyhow::Result<()> {
-        if let Some(method) = self
-            .form
-            .method
-            .as_deref()
-            .and_then(|name| name.parse::<WeightMethod>().ok())
-        {
-            anyhow::ensure!(
-                server.is_none(),
-                "--method is `{}`, which changes the model's weights: a server shares one copy of them; leave --server out",
-                method.as_str()
-            );
-            return self.tune(method);
-        }
-        for (flag, given) in [("--out", self.out.is_some()), ("--rank", self.rank.is_some())] {
-            anyhow::ensure!(
-                !given,
-                "{flag} is for methods that change weights; concepts are kept in the data folder"
-            );
-        }
         match server {
             Some(client) => block_on(remote::concept::add(client, &self.form, true)),
             None => block_on(self.train()),
         }
-    }
-
-    /// Changes weights on a copy, here and now.
-    fn tune(self, method: WeightMethod) -> anyhow::Result<()> {
-        let form = &self.form;
-        let name = &form.name;
-        anyhow::ensure!(
-            form.kind == "subject",
-            "--kind is `{}`; `{}` learns subjects",
-            form.kind,
-            method.as_str()
-        );
-        let class = form.class.as_deref();
-        let class = class.ok_or_else(|| anyhow::anyhow!("--class is missing: what the subject is, in one noun"))?;
-        for (flag, given) in [
-            ("--layers", form.layers.is_some()),
-            ("--text-tokens", form.text_tokens.is_some()),
-            ("--image-tokens", form.image_tokens.is_some()),
-        ] {
-            anyhow::ensure!(!given, "{flag} is for context tokens; `{}` has none", method.as_str());
-        }
-        let pictures = form
-            .read_images()?
-            .into_iter()
-            .map(|(file, bytes)| {
-                let limits = PictureLimits::default();
-                decode(&bytes, &limits).map_err(|error| anyhow::anyhow!("{file}: {error}"))
-            })
-            .collect::<anyhow::Result<Vec<_>>>()?;
-        let (model, info) = self.model.load()?;
-        let preset = TuningSpec::preset(info.preset, method, name, class);
-        let spec = TuningSpec {
-            steps: form.steps.unwrap_or(preset.steps),
-            learning_rate: form.learning_rate.unwrap_or(preset.learning_rate),
-            rank: self.rank.unwrap_or(preset.rank),
-            seed: form.seed.unwrap_or(preset.seed),
-            captions: form.captions.clone(),
-            ..preset
-        };
-        let base = BaseWeights::read(&model, &self.model.files()?.dir)?;
-        let mut tuner = Tuner::new(&model, &base, info.preset, spec, &pictures)?;
-        let style = ProgressStyle::with_template("{msg:12} {wide_bar} {pos}/{len}  eta {eta}")?;
-        let bar = ProgressBar::new(tuner.progress().1.into()).with_style(style);
-        while tuner.advance(&model)? != Advance::Finished {
-            bar.set_position(tuner.progress().0.into());
-            if let Some(losses) = tuner.losses().last() {
-                bar.set_message(format!("loss {:.3}", losses.total));
-            }
-        }
-        bar.finish();
-        let out = self
-            .out
-            .clone()
-            .unwrap_or_else(|| PathBuf::from(format!("{name}.{}.safetensors", method.as_str())));
-        tuner.file()?.write(&out)?;
-        println!(
-            "{} has {} trained numbers; draw with it:\n  coar generate --tuned {0} \"{}\"",
-            out.display(),
-            tuner.parameters(),
-            form.example()
-        );
-        Ok(())
     }
 
     async fn train(self) -> anyhow::Result<()> {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use super::sse::Parser;
 
 /// Events are the same however their bytes are cut.
-pub(crate) fn events(bytes: &[u8]) {
+pub fn events(bytes: &[u8]) {
     let read = |pieces: &[&[u8]]| {
         let (mut parser, mut events) = (Parser::default(), VecDeque::new());
         for piece in pieces {

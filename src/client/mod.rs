@@ -2,8 +2,9 @@
 
 mod api;
 mod error;
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) mod fuzzing;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod sse;
 
 use std::time::Duration;

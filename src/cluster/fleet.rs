@@ -12,10 +12,10 @@ use tokio_util::sync::CancellationToken;
 use super::Streams;
 use super::member::{LoadReport, short};
 use super::wire::{Decoder, Order, Quote, Refusal, Said};
-use crate::engine::{Cost, EngineError, GenerationEvent, ModelInfo};
-use crate::error::{Error, ErrorKind};
-use crate::ids::ProcessId;
 use crate::registry::{Process, Registry};
+use coar_core::engine::{Cost, EngineError, GenerationEvent, ModelInfo};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::ProcessId;
 
 /// How often the list of workers is read.
 const REFRESH: Duration = Duration::from_millis(500);
@@ -503,7 +503,7 @@ mod tests {
         assert!(seen.is_new(&progress(5)));
         assert!(!seen.is_new(&progress(3)));
         assert!(seen.is_new(&progress(6)));
-        let picture = || crate::picture::RgbPicture {
+        let picture = || coar_core::picture::RgbPicture {
             width: 0,
             height: 0,
             rgb: vec![],

@@ -1,7 +1,7 @@
 //! What processes say to each other.
 
 use super::wire::{Decoder, Order, Refusal, Said, encode};
-use crate::error::Error;
+use coar_core::error::Error;
 
 fn decoded(pieces: &[&[u8]]) -> (Vec<String>, bool) {
     let (mut decoder, mut events) = (Decoder::default(), Vec::new());
@@ -27,14 +27,14 @@ fn decoded(pieces: &[&[u8]]) -> (Vec<String>, bool) {
 }
 
 /// Frames are the same however they are cut, and what they say can be said again.
-pub(crate) fn frames(bytes: &[u8]) {
+pub fn frames(bytes: &[u8]) {
     let whole = decoded(&[bytes]);
     let (left, right) = bytes.split_at(bytes.len() / 2);
     assert_eq!(decoded(&[left, right]), whole);
 }
 
 /// Orders and refusals.
-pub(crate) fn messages(bytes: &[u8]) {
+pub fn messages(bytes: &[u8]) {
     if let Ok(order) = serde_json::from_slice::<Order>(bytes) {
         let _ = order.into_generation();
     }

@@ -8,8 +8,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use crate::engine::{EngineHandle, ModelInfo};
 use crate::registry::{Announcement, Registry};
+use coar_core::engine::ModelInfo;
+use coar_engine::device::EngineHandle;
 
 /// How often a process says that it lives: a sixth of what makes it lost.
 const BEAT: Duration = Duration::from_secs(1);

@@ -2,8 +2,9 @@
 //! means does not change: the same request gives the same pictures, and the same events in between.
 
 mod fleet;
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) mod fuzzing;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod member;
 mod streams;
 mod wire;
@@ -11,12 +12,11 @@ mod worker;
 
 use std::sync::Arc;
 
-use crate::concept::ConceptFileError;
-use crate::engine::{
-    ConceptUse, Cost, EngineHandle, GenerateRequest, GenerationEvent, GenerationStream, Health, ModelInfo,
-};
-use crate::error::{Error, ErrorKind};
 use crate::registry::{BlobError, GenerationConcept, NewGeneration, Registry};
+use coar_core::concept::ConceptFileError;
+use coar_core::engine::{ConceptUse, Cost, GenerateRequest, GenerationEvent, Health, ModelInfo};
+use coar_core::error::{Error, ErrorKind};
+use coar_engine::device::{EngineHandle, GenerationStream};
 pub use fleet::{Fleet, RemoteStream};
 pub use member::{Hot, Member};
 pub use streams::Streams;

@@ -8,10 +8,10 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::engine::{EngineError, GenerationEvent};
-use crate::error::{Error, ErrorKind};
-use crate::picture::RgbPicture;
 use crate::registry::{GenerationConcept, GenerationSettings, NewGeneration};
+use coar_core::engine::{EngineError, GenerationEvent};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::picture::RgbPicture;
 
 /// What is to be drawn.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -38,7 +38,7 @@ impl Order {
     /// When the tenant is none.
     pub(super) fn into_generation(self) -> Result<NewGeneration, Error> {
         let tenant = self.tenant.parse();
-        let wrong = |error: crate::ids::InvalidId| Error::field("invalid_value", "tenant", error.to_string());
+        let wrong = |error: coar_core::ids::InvalidId| Error::field("invalid_value", "tenant", error.to_string());
         Ok(NewGeneration {
             tenant: tenant.map_err(wrong)?,
             background: false,

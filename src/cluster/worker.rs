@@ -20,10 +20,10 @@ use tokio::sync::mpsc;
 
 use super::wire::{Order, Quote, Refusal, alive, encode};
 use super::{Executor, Hot, Member, Streams};
-use crate::engine::{GenerationEvent, Health};
-use crate::error::{Error, ErrorKind};
-use crate::telemetry::meters;
-use crate::telemetry::meters::CONTENT_TYPE;
+use coar_core::engine::{GenerationEvent, Health};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::metrics::CONTENT_TYPE;
+use coar_core::metrics::meters;
 
 pub(super) const COST: &str = "/internal/v1/cost";
 pub(super) const GENERATE: &str = "/internal/v1/generations";
@@ -206,7 +206,7 @@ async fn generate(State(state): State<WorkerState>, Json(order): Json<Order>) ->
                         let last = matches!(event, GenerationEvent::Done { .. } | GenerationEvent::Failed(_));
                         (encode(&event), last)
                     }
-                    None => (encode(&GenerationEvent::Failed(crate::engine::EngineError::Stopped)), true),
+                    None => (encode(&GenerationEvent::Failed(coar_core::engine::EngineError::Stopped)), true),
                 },
                 () = tokio::time::sleep(ALIVE) => (alive(), false),
                 () = frames.closed() => return,

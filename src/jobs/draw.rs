@@ -22,10 +22,10 @@ pub use drawing::provenance;
 use super::ends::{Ends, Interest};
 use super::{Wake, Wakes, Webhooks};
 use crate::cluster::{Executor, Prepared};
-use crate::error::{Error, ErrorKind};
-use crate::ids::GenerationId;
-use crate::picture::RgbPicture;
 use crate::registry::{Generation, NewGeneration, Registry, RegistryError, StoredImage};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::GenerationId;
+use coar_core::picture::RgbPicture;
 
 /// Events that wait for a slow listener. Progress and unfinished pictures are left out where it is behind; there is
 /// always room for ten pictures and the end.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Wake;
 use super::outbox::{Outbox, Signal};
-use crate::ids::GenerationId;
+use coar_core::ids::GenerationId;
 
 /// Who waits for which end.
 #[derive(Debug, Clone, Default)]

@@ -35,9 +35,9 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::engine::EngineHandle;
 use crate::registry::{Backend, LOST_AFTER_MS, Registry, RegistryError};
 pub use address::AddressPolicy;
+use coar_engine::device::EngineHandle;
 pub use draw::{DrawEvent, Drawings, Held, Waiting, provenance};
 pub use ends::{Ends, Interest};
 use outbox::{Outbox, Signal};

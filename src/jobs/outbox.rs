@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-use crate::ids::GenerationId;
+use coar_core::ids::GenerationId;
 
 /// Generations whose ends are kept apart. Beyond that one signal stands for all of them: each process then looks at what it
 /// waits for.

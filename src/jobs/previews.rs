@@ -9,10 +9,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use super::Worker;
-use crate::engine::{ConceptUse, GenerateRequest, GenerationEvent};
-use crate::picture::{OutputFormat, RgbPicture, encode};
 use crate::registry::blobs::content_hash;
 use crate::registry::{Claimed, Training};
+use coar_core::engine::{ConceptUse, GenerateRequest, GenerationEvent};
+use coar_core::picture::{OutputFormat, RgbPicture, encode};
 
 /// The training's end waits for its last picture, but not for longer.
 const PATIENCE: Duration = Duration::from_secs(5);

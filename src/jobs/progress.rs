@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 
 use tokio::time::Instant;
 
-use crate::engine::TrainingProgress;
 use crate::registry::Progress;
-use crate::training::StepLosses;
+use coar_core::engine::TrainingProgress;
+use coar_core::training::StepLosses;
 
 /// The rate is that of the last so many steps.
 const WINDOW: usize = 20;

@@ -10,11 +10,12 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use super::previews::{Previews, preview_steps};
 use super::progress::{Meter, thin};
 use super::{LEASE_MS, Worker};
-use crate::concept::ConceptFile;
-use crate::engine::{EngineError, TrainingEvent, TrainingRequest, TrainingStream};
-use crate::picture::{PictureLimits, RgbPicture, decode};
 use crate::registry::{Claimed, Progress, Registry, RegistryError};
-use crate::training::StepLosses;
+use coar_core::concept::ConceptFile;
+use coar_core::engine::{EngineError, TrainingEvent, TrainingRequest};
+use coar_core::picture::{PictureLimits, RgbPicture, decode};
+use coar_core::training::StepLosses;
+use coar_engine::device::TrainingStream;
 
 /// How often progress is written down; also how soon a cancellation is noticed.
 const TICK: Duration = Duration::from_millis(500);

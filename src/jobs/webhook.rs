@@ -15,10 +15,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::Wake;
 use super::address::AddressPolicy;
-use crate::ids::TenantId;
 use crate::registry::{
     Attempt, Delivery, Generation, NewDelivery, Registry, RegistryError, StoredImage, Training, now,
 };
+use coar_core::ids::TenantId;
 
 /// Waits after the first, second, … failed attempt: five attempts in all, the last within an hour of the first.
 const WAITS: [Duration; 4] = [

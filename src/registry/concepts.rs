@@ -10,9 +10,9 @@ use super::db::{identifier, list, locking, number, optional_number};
 use super::pool::Transaction;
 use super::trainings::{NewTraining, Training, insert_training};
 use super::{Listed, Made, Page, Quotas, Registry, RegistryError, Usage, now};
-use crate::concept::ConceptKind;
-use crate::ids::{ConceptId, TenantId};
-use crate::training::TrainingSpec;
+use coar_core::concept::ConceptKind;
+use coar_core::ids::{ConceptId, TenantId};
+use coar_core::training::TrainingSpec;
 
 /// What callers write beside an object, for themselves.
 pub type Metadata = BTreeMap<String, String>;

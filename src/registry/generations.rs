@@ -18,9 +18,9 @@ use sqlx::any::AnyRow;
 
 use super::db::{identifier, number, places};
 use super::{GenerationStatus, Listed, Made, Page, Registry, RegistryError, StoredImage};
-use crate::concept::ConceptKind;
-use crate::ids::{GenerationId, ProcessId, TenantId};
-use crate::picture::{OutputFormat, PictureFormat};
+use coar_core::concept::ConceptKind;
+use coar_core::ids::{GenerationId, ProcessId, TenantId};
+use coar_core::picture::{OutputFormat, PictureFormat};
 
 /// Every setting, resolved: the same again draw the same pictures.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

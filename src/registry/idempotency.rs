@@ -8,7 +8,7 @@ use bytes::Bytes;
 
 use super::pool::Transaction;
 use super::{Registry, RegistryError};
-use crate::ids::{ConceptId, GenerationId, TenantId, TrainingId};
+use coar_core::ids::{ConceptId, GenerationId, TenantId, TrainingId};
 
 /// What was answered, to be answered again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -413,7 +413,7 @@ mod tests {
     #[tokio::test]
     async fn what_was_made_before_the_answer_is_not_made_again() {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
-        let (tenant, style) = (TenantId::DEFAULT, crate::concept::ConceptKind::Style);
+        let (tenant, style) = (TenantId::DEFAULT, coar_core::concept::ConceptKind::Style);
         let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
         let add = |name: &str| {
             let (registry, new) = (registry.clone(), super::super::NewConcept::new(name, style));

@@ -5,8 +5,8 @@ use sqlx::any::AnyRow;
 
 use super::db::{identifier, locking, number, optional_number, places};
 use super::{Registry, RegistryError};
-use crate::ids::{GenerationId, ImageId, TenantId};
-use crate::picture::PictureFormat;
+use coar_core::ids::{GenerationId, ImageId, TenantId};
+use coar_core::picture::PictureFormat;
 
 /// A stored picture.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use sqlx::any::AnyRow;
 
 use super::db::identifier;
 use super::{Listed, Page, Registry, RegistryError, now};
-use crate::ids::{KeyId, TenantId};
+use coar_core::ids::{KeyId, TenantId};
 
 /// A kind of request that a key may be allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -127,7 +127,7 @@ pub struct Registry {
     backend: Backend,
     clock: Clock,
     presence: processes::Presence,
-    process: crate::ids::ProcessId,
+    process: coar_core::ids::ProcessId,
     /// PostgreSQL's address.
     database: Option<std::sync::Arc<str>>,
     pub blobs: Blobs,

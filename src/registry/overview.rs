@@ -5,7 +5,7 @@ use sqlx::any::AnyRow;
 
 use super::db::{identifier, number};
 use super::{JobStatus, Quotas, Registry, RegistryError};
-use crate::ids::{DeliveryId, GenerationId, TenantId, TrainingId};
+use coar_core::ids::{DeliveryId, GenerationId, TenantId, TrainingId};
 
 /// How many jobs of a kind a tenant has in a status.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -217,10 +217,10 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::concept::ConceptKind;
     use crate::registry::tests::test_registry;
     use crate::registry::{Attempt, NewConcept, NewDelivery};
-    use crate::training::{Preset, TrainingSpec};
+    use coar_core::concept::ConceptKind;
+    use coar_core::training::{Preset, TrainingSpec};
 
     #[tokio::test]
     async fn dead_letters_are_seen_and_replayed() {

@@ -9,7 +9,7 @@ use sqlx::any::AnyRow;
 
 use super::db::{identifier, number};
 use super::{Backend, Registry, RegistryError};
-use crate::ids::ProcessId;
+use coar_core::ids::ProcessId;
 
 /// A process that has not been seen for this long is lost.
 pub const LOST_AFTER_MS: i64 = 6_000;

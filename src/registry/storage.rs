@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::db::{self, Backend, Clock, lock_number};
 use super::pool::Transaction;
 use super::{Blobs, Registry, RegistryError};
-use crate::ids::ProcessId;
+use coar_core::ids::ProcessId;
 
 /// This program's schema: the number of the last migration.
 const SCHEMA: i64 = 4;

@@ -10,7 +10,7 @@ use sqlx::any::AnyRow;
 use super::db::{identifier, locking, optional_number};
 use super::pool::Transaction;
 use super::{Listed, Page, Registry, RegistryError, now};
-use crate::ids::TenantId;
+use coar_core::ids::TenantId;
 
 /// The kind of name that whoever adds to what a tenant has holds. Another one than that of schema 3, whose programs hold it while
 /// they store images.

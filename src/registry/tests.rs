@@ -34,9 +34,9 @@ pub(crate) async fn test_storage() -> (tempfile::TempDir, Storage) {
     }
     (dir, storage)
 }
-use crate::concept::ConceptKind;
-use crate::ids::{ConceptId, ImageId, TenantId, TrainingId};
-use crate::training::{Preset, TrainingSpec};
+use coar_core::concept::ConceptKind;
+use coar_core::ids::{ConceptId, ImageId, TenantId, TrainingId};
+use coar_core::training::{Preset, TrainingSpec};
 
 /// The writer of a database as it was after so many migrations.
 async fn earlier(dir: &Path, migrations: usize) -> pool::Pool {
@@ -224,7 +224,7 @@ fn equal_inputs_have_equal_fingerprints_whatever_the_name() {
 #[tokio::test]
 async fn a_database_of_0002_goes_on_with_what_was_queued_and_running() {
     let dir = tempfile::tempdir().unwrap();
-    let ids: Vec<crate::ids::GenerationId> = (0..3).map(|_| crate::ids::GenerationId::new()).collect();
+    let ids: Vec<coar_core::ids::GenerationId> = (0..3).map(|_| coar_core::ids::GenerationId::new()).collect();
     {
         let pool = earlier(dir.path(), 2).await;
         let settings = serde_json::json!({

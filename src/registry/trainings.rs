@@ -7,8 +7,8 @@ use super::concepts::Concept;
 use super::db::{identifier, list, number, optional_number, places};
 use super::pool::Transaction;
 use super::{Listed, Made, Page, Quotas, Registry, RegistryError, TrainingStatus, Usage, now};
-use crate::ids::{ConceptId, TenantId, TrainingId};
-use crate::training::{StepLosses, TrainingSpec};
+use coar_core::ids::{ConceptId, TenantId, TrainingId};
+use coar_core::training::{StepLosses, TrainingSpec};
 
 /// One training.
 #[derive(Debug, Clone, PartialEq)]

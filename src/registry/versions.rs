@@ -6,7 +6,7 @@ use sqlx::any::AnyRow;
 
 use super::db::number;
 use super::{Listed, Page, Registry, RegistryError, now};
-use crate::ids::{ConceptId, TenantId, TrainingId};
+use coar_core::ids::{ConceptId, TenantId, TrainingId};
 
 /// One version of a concept.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use sqlx::any::AnyRow;
 use super::db::{identifier, locking, number};
 use super::pool::Transaction;
 use super::{Registry, RegistryError, now};
-use crate::ids::{DeliveryId, TenantId};
+use coar_core::ids::{DeliveryId, TenantId};
 
 /// Something to tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -211,9 +211,10 @@ mod tests {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
         let new = crate::registry::NewConcept {
             webhook_url: Some("https://example.com/".to_owned()),
-            ..crate::registry::NewConcept::new("ink", crate::concept::ConceptKind::Style)
+            ..crate::registry::NewConcept::new("ink", coar_core::concept::ConceptKind::Style)
         };
-        let spec = crate::training::TrainingSpec::preset(crate::training::Preset::Pocket, new.kind, "ink", None, 6);
+        let spec =
+            coar_core::training::TrainingSpec::preset(coar_core::training::Preset::Pocket, new.kind, "ink", None, 6);
         registry.add_concept(TenantId::DEFAULT, &new, &spec).await.unwrap();
         let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
         registry.fail(&claimed, &serde_json::json!({}), false).await.unwrap();

@@ -6,16 +6,16 @@ use serde::Serialize;
 use super::facts::{check_description, read_metadata};
 use super::trainings::TrainingSettings;
 use super::{Caller, PRIORITY_LIMIT, Service};
-use crate::concept::{ConceptKind, is_slug};
-use crate::error::{Error, ErrorKind};
-use crate::ids::ConceptId;
-use crate::picture::{OutputFormat, PictureError, PictureLimits, decode, encode};
 use crate::registry::blobs::content_hash;
 use crate::registry::{
     Concept, ConceptChange, ConceptFilter, ConceptStatus, Listed, NewConcept, Page, RegistryError, Training,
     TrainingStatus, Usage, Version, input_fingerprint,
 };
-use crate::training::{TokenMethod, TrainingSpec};
+use coar_core::concept::{ConceptKind, is_slug};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::ConceptId;
+use coar_core::picture::{OutputFormat, PictureError, PictureLimits, decode, encode};
+use coar_core::training::{TokenMethod, TrainingSpec};
 
 /// What a caller wants to register, as parsed; values are checked here.
 #[derive(Debug, Clone, Default, Serialize)]

@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use crate::error::Error;
 use crate::registry::Metadata;
+use coar_core::error::Error;
 
 const DESCRIPTION_LIMIT: usize = 1000;
 const PAIRS_LIMIT: usize = 16;

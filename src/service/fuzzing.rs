@@ -1,11 +1,11 @@
 //! Prompts and what is put into them.
 
 use super::placement::{Placeable, place};
-use crate::concept::{ConceptKind, concept_names, parse_prompt};
+use coar_core::concept::{ConceptKind, concept_names, parse_prompt};
 
 /// Every concept that is placed is found in the prompt afterwards, with those that were there, and placing again
 /// changes nothing.
-pub(crate) fn placement(prompt: &str, class: &str) {
+pub fn placement(prompt: &str, class: &str) {
     let before = parse_prompt(prompt)
         .map(|pieces| concept_names(&pieces).join(" "))
         .unwrap_or_default();

@@ -6,11 +6,11 @@ use super::concepts::{no_concept, not_ready};
 use super::placement::{Placeable, place};
 use super::{Caller, ConceptView, Service};
 use crate::cluster::{EventStream, Prepared};
-use crate::concept::{concept_names, parse_prompt};
-use crate::engine::{Cost, GenerationEvent};
-use crate::error::{Error, ErrorKind};
-use crate::picture::{PictureFormat, RgbPicture};
 use crate::registry::{Concept, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage};
+use coar_core::concept::{concept_names, parse_prompt};
+use coar_core::engine::{Cost, GenerationEvent};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::picture::{PictureFormat, RgbPicture};
 
 /// A concept that is named beside the prompt, and the parameter that names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -191,7 +191,8 @@ impl Service {
 
     /// The prompt with every concept in it, and the concepts.
     async fn placed(&self, caller: &Caller, input: &GenerateInput) -> Result<(String, Vec<Concept>), Error> {
-        let unusable = |error: crate::concept::PromptError| Error::field("invalid_value", "prompt", error.to_string());
+        let unusable =
+            |error: coar_core::concept::PromptError| Error::field("invalid_value", "prompt", error.to_string());
         let written = parse_prompt(&input.prompt).map_err(unusable)?;
         let mut found: Vec<Concept> = Vec::new();
         let beside = input.concepts.iter().map(|named| (named.name.as_str(), named.field));

@@ -8,10 +8,10 @@ use tokio::time::Instant;
 
 use super::facts::{read_metadata, webhook_form};
 use super::{Caller, GenerateInput, Plan, Service};
-use crate::error::{Error, ErrorKind};
-use crate::ids::{GenerationId, TenantId};
 use crate::jobs::{DrawEvent, Held, Waiting};
 use crate::registry::{Backend, Generation, GenerationStatus, Listed, Page, StoredImage};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::{GenerationId, TenantId};
 
 /// A generation that another process may end is looked at this often.
 const LOOK: Duration = Duration::from_secs(1);

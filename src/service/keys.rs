@@ -10,11 +10,11 @@ use rand::Rng as _;
 use subtle::ConstantTimeEq as _;
 
 use super::Caller;
-use crate::concept::is_slug;
-use crate::error::{Error, ErrorKind};
-use crate::ids::KeyId;
 use crate::registry::blobs::content_hash;
 use crate::registry::{ApiKey, Listed, NewKey, Page, Quotas, Registry, RegistryError, Scopes, Tenant, now};
+use coar_core::concept::is_slug;
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::KeyId;
 
 /// What was read from the database is believed for so long: a revocation acts within a second.
 const BELIEVED: Duration = Duration::from_millis(500);
@@ -345,7 +345,7 @@ mod tests {
     fn an_expired_key_is_not_valid() {
         let key = ApiKey {
             id: KeyId::new(),
-            tenant: crate::ids::TenantId::DEFAULT,
+            tenant: coar_core::ids::TenantId::DEFAULT,
             tenant_name: "default".into(),
             public_id: String::new(),
             hash: String::new(),

@@ -3,9 +3,9 @@
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
-use crate::error::{Error, ErrorKind};
-use crate::ids::ImageId;
 use crate::registry::{StoredImage, now};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::ImageId;
 
 /// Signs addresses, and checks them.
 #[derive(Clone)]
@@ -111,8 +111,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::ids::TenantId;
-    use crate::picture::PictureFormat;
+    use coar_core::ids::TenantId;
+    use coar_core::picture::PictureFormat;
 
     fn image(created_at: i64) -> StoredImage {
         StoredImage {

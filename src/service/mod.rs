@@ -2,8 +2,9 @@
 
 mod concepts;
 mod facts;
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) mod fuzzing;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod generate;
 mod generations;
 mod keys;
@@ -27,13 +28,12 @@ pub use trainings::{Queued, TrainingQuery, TrainingSettings};
 
 use crate::cluster::Executor;
 use crate::config::Config;
-use crate::engine::EngineError;
-use crate::error::{Error, ErrorKind};
-use crate::ids::{KeyId, TenantId};
 use crate::jobs::{Drawings, Wake};
-use crate::picture::PictureLimits;
 use crate::registry::{Quotas, Registry, RegistryError};
 pub use crate::registry::{Scope, Scopes};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::{KeyId, TenantId};
+use coar_core::picture::PictureLimits;
 
 /// Who asks. Every use case takes one, and nothing of another tenant's is seen through it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,7 +134,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             picture: PictureLimits::default(),
-            pictures: crate::training::spec::PICTURES_LIMIT,
+            pictures: coar_core::training::spec::PICTURES_LIMIT,
             count: 10,
             prompt: 4000,
             queued_trainings: 100,
@@ -187,34 +187,5 @@ impl From<RegistryError> for Error {
 impl From<crate::registry::BlobError> for Error {
     fn from(error: crate::registry::BlobError) -> Self {
         Self::internal(error)
-    }
-}
-
-impl From<EngineError> for Error {
-    fn from(error: EngineError) -> Self {
-        match error {
-            EngineError::Invalid { field, problem } => Self::field("invalid_value", field, problem),
-            EngineError::Overloaded { limit, retry_after } => Self::new(
-                ErrorKind::Overloaded,
-                "overloaded",
-                "Too many requests are waiting; try again soon.",
-            )
-            .limit(limit as u64)
-            .retry_after(retry_after),
-            EngineError::Stopped => Self::new(ErrorKind::Unavailable, "stopping", "The server is stopping."),
-            EngineError::Lost => Self::new(
-                ErrorKind::Unavailable,
-                "worker_lost",
-                "The workers that drew this were lost, and no other can be reached; try again soon.",
-            )
-            .retry_after(std::time::Duration::from_secs(5)),
-            EngineError::Device(cause) => Self::internal(cause),
-        }
-    }
-}
-
-impl From<crate::concept::spec::SpecFault> for Error {
-    fn from(fault: crate::concept::spec::SpecFault) -> Self {
-        Self::field("invalid_value", fault.field, fault.problem)
     }
 }

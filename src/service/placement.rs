@@ -5,7 +5,7 @@
 //! beginning: "a photo of <rex> cat, on a beach". A style goes to the end: "a cat in <ink> style". A concept that the
 //! prompt names already stays where it is. Subjects come first, each kind in the order in which it was named.
 
-use crate::concept::{ConceptKind, PromptPiece, parse_prompt};
+use coar_core::concept::{ConceptKind, PromptPiece, parse_prompt};
 
 /// A concept to be placed.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use tokio_util::task::TaskTracker;
 
 use super::{Caller, Service};
-use crate::error::{Error, ErrorKind};
-use crate::ids::TenantId;
 use crate::registry::{Backend, Quotas, Registry, Usage};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::TenantId;
 
 /// The window of `pictures_per_minute`.
 const MINUTE: Duration = Duration::from_secs(60);

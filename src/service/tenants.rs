@@ -2,9 +2,9 @@
 
 use super::keys::{check_tenant_name, no_tenant};
 use super::{Caller, Service};
-use crate::error::{Error, ErrorKind};
-use crate::ids::TenantId;
 use crate::registry::{Listed, Page, Quotas, Tenant};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::TenantId;
 
 /// A change of quotas: absent ones stay, `Some(None)` goes back to the server's default.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

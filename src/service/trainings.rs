@@ -4,10 +4,10 @@ use bytes::Bytes;
 
 use super::concepts::no_concept;
 use super::{Caller, Service};
-use crate::error::{Error, ErrorKind};
-use crate::ids::TrainingId;
 use crate::registry::{Listed, NewTraining, Page, Training, TrainingFilter, TrainingStatus, Usage, input_fingerprint};
-use crate::training::{StepLosses, TokenMethod, TrainingSpec};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::TrainingId;
+use coar_core::training::{StepLosses, TokenMethod, TrainingSpec};
 
 /// Settings of a training; `None` leaves what holds otherwise.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -10,7 +10,7 @@ use coar::registry::Registry;
 use reqwest::multipart::Form;
 use serde_json::json;
 
-use crate::support::{TestApp, answer, form_named, picture_part, pictures, rex};
+use crate::support::{REX, TestApp, answer, form_named, picture_part, pictures};
 
 /// Sends bytes as they are, which a client would not; the whole answer.
 fn raw(app: &TestApp, request: &[u8]) -> String {
@@ -96,7 +96,7 @@ async fn use_every_secret(app: &mut TestApp) -> Vec<String> {
     // Where a key does not belong.
     assert_eq!(app.get(&format!("/v1/models/{customer}")).await.0, 404);
     assert_eq!(app.get(&format!("/v1/models?api_key={customer}")).await.0, 200);
-    let form = form_named(rex(), "rex").text("steps", "2").text("webhook_url", hook);
+    let form = form_named(&REX, "rex").text("steps", "2").text("webhook_url", hook);
     let (status, body) = app.register(form).await;
     assert_eq!(status, 202, "{body}");
     let ended = app.until_ended(body["training"]["id"].as_str().unwrap()).await;
@@ -257,10 +257,10 @@ async fn paths_lead_nowhere_else() {
         }
     }
     // Names that would be paths, wherever a name is taken.
-    let training = app.register_subject(rex(), 1).await;
+    let training = app.register_subject(&REX, 1).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let file = app
-        .request(reqwest::Method::GET, &format!("/v1/concepts/{}/weights", rex().name))
+        .request(reqwest::Method::GET, &format!("/v1/concepts/{}/weights", REX.name))
         .send()
         .await
         .unwrap()
@@ -290,7 +290,7 @@ async fn paths_lead_nowhere_else() {
         let form = Form::new()
             .text("name", name)
             .text("kind", "style")
-            .part("images", picture_part(pictures(rex(), 1).remove(0)));
+            .part("images", picture_part(pictures(&REX, 1).remove(0)));
         assert_eq!(app.register(form).await.0, 400, "{name:?}");
     }
     assert_eq!(app.blobs().len(), stored);
@@ -448,10 +448,10 @@ async fn headers_are_not_made_of_what_callers_send() {
         }
     }
     // A file's name in `Content-Disposition` is the concept's, whatever it was asked by.
-    let training = app.register_subject(rex(), 1).await;
+    let training = app.register_subject(&REX, 1).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
-    let (_, concept) = app.get(&format!("/v1/concepts/{}", rex().name)).await;
-    for name in [rex().name, concept["id"].as_str().unwrap()] {
+    let (_, concept) = app.get(&format!("/v1/concepts/{}", REX.name)).await;
+    for name in [REX.name, concept["id"].as_str().unwrap()] {
         let answer = app
             .request(reqwest::Method::GET, &format!("/v1/concepts/{name}/weights"))
             .send()

@@ -5,9 +5,9 @@ use utoipa::ToSchema;
 
 use super::super::trainings::object::TrainingObject;
 use crate::api::openapi::metadata_schema;
-use crate::concept::ConceptKind;
 use crate::registry::{Concept, ConceptStatus, Metadata, Version};
 use crate::service::ConceptView;
+use coar_core::concept::ConceptKind;
 
 /// Bytes of a file.
 #[derive(ToSchema)]

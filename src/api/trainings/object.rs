@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::registry::{Training, TrainingStatus};
-use crate::training::{StepLosses, TrainingSpec};
+use coar_core::training::{StepLosses, TrainingSpec};
 
 /// How a training is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]

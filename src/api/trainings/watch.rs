@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio::sync::watch::{self, Receiver, Sender};
 use tokio_util::task::TaskTracker;
 
-use crate::ids::TrainingId;
 use crate::registry::Training;
+use coar_core::ids::TrainingId;
 
 /// Progress is written down about that often, by whichever process trains, and as often looked for.
 pub(super) const LOOK: Duration = Duration::from_millis(500);
@@ -124,11 +124,11 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::concept::ConceptKind;
-    use crate::ids::TenantId;
     use crate::registry::{NewConcept, Registry, TrainingStatus};
-    use crate::training::TrainingSpec;
-    use crate::training::spec::Preset;
+    use coar_core::concept::ConceptKind;
+    use coar_core::ids::TenantId;
+    use coar_core::training::TrainingSpec;
+    use coar_core::training::spec::Preset;
 
     async fn queued() -> (tempfile::TempDir, Training) {
         let dir = tempfile::tempdir().unwrap();

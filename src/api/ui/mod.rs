@@ -12,7 +12,7 @@ use axum::routing::get;
 use sha2::{Digest, Sha256};
 
 use super::{ApiError, AppState};
-use crate::error::{Error, ErrorKind};
+use coar_core::error::{Error, ErrorKind};
 
 const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";

@@ -12,15 +12,15 @@ use tracing::Instrument as _;
 
 use super::{DrawEvent, Drawings, LONG_PATIENCE, Live, PATIENCE};
 use crate::cluster::EventStream;
-use crate::engine::{EngineError, GenerationEvent};
-use crate::error::{Error, ErrorKind};
-use crate::ids::ImageId;
 use crate::jobs::LEASE_LOST;
-use crate::picture::{RgbPicture, encode};
 use crate::registry::{
     GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, GenerationStatus, KeyClaim, NewGeneration,
     RegistryError, StoredImage, TokenUsage,
 };
+use coar_core::engine::{EngineError, GenerationEvent};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::ImageId;
+use coar_core::picture::{RgbPicture, encode};
 
 /// Of a listener's places those that progress and unfinished pictures leave free.
 const RESERVED: usize = 12;

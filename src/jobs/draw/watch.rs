@@ -9,9 +9,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::Drawings;
 use super::drawing::Ending;
-use crate::error::{Error, ErrorKind};
-use crate::ids::GenerationId;
 use crate::registry::{Backend, GENERATION_ATTEMPTS, Generation, RegistryError};
+use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::GenerationId;
 
 /// How often generations that processes share are looked after.
 const WATCH: Duration = Duration::from_secs(1);

@@ -4,7 +4,7 @@ use super::super::db::locking;
 use super::super::webhooks::{NewDelivery, insert_delivery};
 use super::super::{GenerationStatus, Made, Registry, RegistryError};
 use super::{GENERATION_ATTEMPTS, Generation, generation, text};
-use crate::ids::GenerationId;
+use coar_core::ids::GenerationId;
 
 impl Registry {
     /// Takes a queued generation that nobody waits for: of the tenant of which the least is being drawn, and among equals of

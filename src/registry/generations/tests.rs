@@ -3,8 +3,8 @@
 use serde_json::json;
 
 use super::*;
-use crate::ids::ImageId;
 use crate::registry::{Backend, StoredImage, now};
+use coar_core::ids::ImageId;
 
 fn new(background: bool) -> NewGeneration {
     NewGeneration {

@@ -3,11 +3,11 @@
 use object_store::throttle::{ThrottleConfig, ThrottledStore};
 
 use super::*;
-use crate::concept::ConceptKind;
-use crate::ids::TenantId;
 use crate::registry::tests::{test_registry, test_storage};
 use crate::registry::{NewConcept, Quotas};
-use crate::training::{Preset, TrainingSpec};
+use coar_core::concept::ConceptKind;
+use coar_core::ids::TenantId;
+use coar_core::training::{Preset, TrainingSpec};
 
 /// How long the slow store takes for each call.
 const SLOW: Duration = Duration::from_secs(2);

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use super::*;
-use crate::ids::GenerationId;
-use crate::picture::PictureFormat;
-use crate::training::StepLosses;
+use coar_core::ids::GenerationId;
+use coar_core::picture::PictureFormat;
+use coar_core::training::StepLosses;
 
 /// No call may take longer, however many there are.
 const LONGEST: Duration = Duration::from_secs(1);

@@ -7,8 +7,8 @@ use super::super::db::locking;
 use super::super::pool::Transaction;
 use super::super::{Registry, RegistryError, TrainingStatus};
 use super::{ATTEMPTS, Claimed, Progress, TAKEOVER_MS, TAKEOVERS, training};
-use crate::ids::{ConceptId, TrainingId};
-use crate::training::StepLosses;
+use coar_core::ids::{ConceptId, TrainingId};
+use coar_core::training::StepLosses;
 
 /// How long a training waits after its first failed attempt; each further one makes it four times as long.
 const BACK_OFF_MS: i64 = 2_000;

@@ -1,10 +1,10 @@
 //! The queue: leases, attempts, checkpoints, and what deleting leaves.
 
 use super::*;
-use crate::concept::ConceptKind;
 use crate::registry::NewConcept;
 use crate::registry::blobs::content_hash;
-use crate::training::Preset;
+use coar_core::concept::ConceptKind;
+use coar_core::training::Preset;
 
 async fn registry() -> (tempfile::TempDir, Registry) {
     crate::registry::tests::test_registry().await

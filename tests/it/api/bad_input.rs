@@ -1,10 +1,10 @@
 //! Every bad input gets its 4xx with a stable code, and leaves nothing behind.
 
-use coar::picture::{OutputFormat, RgbPicture, encode};
+use coar_core::picture::{OutputFormat, RgbPicture, encode};
 use reqwest::multipart::Form;
 use serde_json::{Value, json};
 
-use crate::support::{TestApp, answer, picture_part, pictures, rex};
+use crate::support::{REX, TestApp, answer, picture_part, pictures};
 
 fn form(fields: &[(&'static str, &'static str)]) -> Form {
     let base = [("name", "rex"), ("kind", "subject"), ("class", "cat")];
@@ -16,7 +16,7 @@ fn form(fields: &[(&'static str, &'static str)]) -> Form {
 }
 
 fn png() -> Vec<u8> {
-    pictures(rex(), 1).remove(0)
+    pictures(&REX, 1).remove(0)
 }
 
 /// A PNG header that claims 16000x16000 pixels, and no pixels.

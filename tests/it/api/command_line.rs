@@ -2,9 +2,9 @@
 
 use std::process::{Command, Output};
 
-use coar::picture::{PictureLimits, decode};
+use coar_core::picture::{PictureLimits, decode};
 
-use crate::support::{TestApp, pictures, rex};
+use crate::support::{REX, TestApp, pictures};
 
 /// Runs the program against a server; its status and what it has written.
 async fn coar(app: &TestApp, args: &[&str]) -> Output {
@@ -42,12 +42,12 @@ async fn complaint(app: &TestApp, args: &[&str]) -> String {
 async fn a_concept_is_added_watched_listed_moved_and_deleted() {
     let app = TestApp::start().await;
     let mut files = Vec::new();
-    for (index, bytes) in pictures(rex(), 3).into_iter().enumerate() {
+    for (index, bytes) in pictures(&REX, 3).into_iter().enumerate() {
         let file = app.dir.path().join(format!("{index}.png"));
         std::fs::write(&file, bytes).unwrap();
         files.push(file.to_str().unwrap().to_owned());
     }
-    let class = rex().class.name();
+    let class = &REX.class;
     let mut add = vec!["concept", "add", "rex", "--class", class, "--steps", "4"];
     add.extend(files.iter().map(String::as_str));
     let out = printed(&app, &add).await;
@@ -127,7 +127,7 @@ async fn pictures_are_written_by_seed_and_index() {
 #[tokio::test(flavor = "multi_thread")]
 async fn shells_complete_the_names_of_concepts() {
     let app = TestApp::start().await;
-    let training = app.register_subject(rex(), 2).await;
+    let training = app.register_subject(&REX, 2).await;
     app.until_ended(&training).await;
     let script = printed(&app, &["completions", "bash"]).await;
     assert!(
@@ -145,5 +145,5 @@ async fn shells_complete_the_names_of_concepts() {
         .output()
         .unwrap();
     let names = String::from_utf8(asked.stdout).unwrap();
-    assert_eq!(names.trim(), rex().name, "{}", String::from_utf8_lossy(&asked.stderr));
+    assert_eq!(names.trim(), REX.name, "{}", String::from_utf8_lossy(&asked.stderr));
 }

@@ -1,12 +1,11 @@
 //! What a concept is over its life: listed, changed, trained again, rolled back, moved, deleted.
 
-use coar::picture::{PictureLimits, decode};
-use coar::pocket::world::held_out_subjects;
+use coar_core::picture::{PictureLimits, decode};
 use reqwest::Method;
 use reqwest::multipart::Form;
 use serde_json::{Value, json};
 
-use crate::support::{TestApp, answer, form_named, picture_part, pictures, rex, subject_form};
+use crate::support::{REX, SPOT, TestApp, answer, form_named, picture_part, pictures, subject_form};
 
 fn code(body: &Value) -> &str {
     body["error"]["code"].as_str().unwrap_or("")
@@ -30,7 +29,7 @@ fn names(list: &Value) -> Vec<&str> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_concept_is_trained_again_and_rolled_back() {
     let app = TestApp::start().await;
-    let training = app.register_subject(rex(), 2).await;
+    let training = app.register_subject(&REX, 2).await;
     assert_eq!(app.until_ended(&training).await["version"], 1);
     let (_, first) = app.get("/v1/concepts/rex").await;
     assert_eq!(
@@ -116,7 +115,7 @@ async fn a_concept_is_trained_again_and_rolled_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn concepts_are_listed_described_renamed_and_looked_at() {
     let app = TestApp::start().await;
-    let form = subject_form(rex())
+    let form = subject_form(&REX)
         .text("steps", "2")
         .text("description", "The cat of the shop")
         .text("metadata", "{\"order\": \"4711\"}")
@@ -136,23 +135,23 @@ async fn concepts_are_listed_described_renamed_and_looked_at() {
         .text("name", "ink")
         .text("kind", "style")
         .text("steps", "5000")
-        .part("images", picture_part(pictures(rex(), 1).remove(0)));
+        .part("images", picture_part(pictures(&REX, 1).remove(0)));
     let (_, style) = app.register(style).await;
     let done = app.until_ended(registered["training"]["id"].as_str().unwrap()).await;
     assert_eq!(done["status"], "succeeded");
     // The very same again: under its name a conflict that says so, under another accepted.
-    let (status, same) = app.register(subject_form(rex()).text("steps", "2")).await;
+    let (status, same) = app.register(subject_form(&REX).text("steps", "2")).await;
     assert_eq!((status, code(&same)), (409, "name_taken"));
     assert!(
         same["error"]["message"].as_str().unwrap().contains("same pictures"),
         "{same}"
     );
-    let (_, other) = app.register(subject_form(rex()).text("steps", "3")).await;
+    let (_, other) = app.register(subject_form(&REX).text("steps", "3")).await;
     assert!(
         !other["error"]["message"].as_str().unwrap().contains("same pictures"),
         "{other}"
     );
-    let (status, twin) = app.register(form_named(rex(), "twin").text("steps", "2")).await;
+    let (status, twin) = app.register(form_named(&REX, "twin").text("steps", "2")).await;
     assert_eq!((status, twin["duplicate_of"].as_str()), (202, Some("rex")), "{twin}");
     assert!(style.get("duplicate_of").is_none(), "{style}");
     for (query, expected) in [
@@ -196,11 +195,11 @@ async fn concepts_are_listed_described_renamed_and_looked_at() {
 #[tokio::test(flavor = "multi_thread")]
 async fn models_are_the_base_model_and_every_concept_that_is_ready() {
     let app = TestApp::start().await;
-    let training = app.register_subject(rex(), 2).await;
+    let training = app.register_subject(&REX, 2).await;
     let (_, early) = app.get("/v1/models").await;
     assert_eq!(early["data"].as_array().unwrap().len(), 2, "{early}");
     app.until_ended(&training).await;
-    let subject = &held_out_subjects()[1];
+    let subject = &SPOT;
     let training = app.register_subject(subject, 2).await;
     app.until_ended(&training).await;
     let (_, list) = app.get("/v1/models").await;
@@ -235,7 +234,7 @@ async fn models_are_the_base_model_and_every_concept_that_is_ready() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_imported_concept_has_a_version_and_no_pictures_to_train_from() {
     let app = TestApp::start().await;
-    let training = app.register_subject(rex(), 2).await;
+    let training = app.register_subject(&REX, 2).await;
     app.until_ended(&training).await;
     let (_, file) = bytes(&app, "/v1/concepts/rex/weights").await;
     let import = app

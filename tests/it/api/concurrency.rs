@@ -8,7 +8,7 @@ use futures::future::join_all;
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 
-use crate::support::{TestApp, answer, form_named, rex};
+use crate::support::{REX, TestApp, answer, form_named};
 
 /// No answer may take longer.
 const LONGEST: Duration = Duration::from_secs(1);
@@ -27,7 +27,7 @@ async fn at_once(requests: Vec<RequestBuilder>) -> Vec<(u16, Duration)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn thirty_two_callers_change_delete_and_import() {
     let app = TestApp::start().await;
-    let training = app.register_subject(rex(), 1).await;
+    let training = app.register_subject(&REX, 1).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let weights = app.request(Method::GET, "/v1/concepts/rex/weights");
     let file = weights.send().await.unwrap().bytes().await.unwrap();
@@ -154,12 +154,12 @@ async fn sixteen_tenants_register_while_the_blob_store_is_slow() {
         }
     }
     // Something to delete meanwhile, whose bytes are slow to go.
-    let (status, body) = app.register(form_named(rex(), "gone")).await;
+    let (status, body) = app.register(form_named(&REX, "gone")).await;
     assert_eq!(status, 202, "{body}");
     s3.slow_down(&app, SLOW).await;
     let began = Instant::now();
     let register = keys.iter().map(|key| {
-        let form = form_named(rex(), "rex").text("steps", "1");
+        let form = form_named(&REX, "rex").text("steps", "1");
         let request = app.client.post(format!("{}/v1/concepts", app.url)).bearer_auth(key);
         answer(request.multipart(form))
     });

@@ -3,7 +3,7 @@
 use reqwest::{Method, RequestBuilder};
 use serde_json::Value;
 
-use crate::support::{TestApp, form_named, picture_part, pictures, rex};
+use crate::support::{REX, TestApp, form_named, picture_part, pictures};
 
 /// What came back: status, `idempotency-replayed`, `location`, body.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,7 +43,7 @@ async fn send(request: RequestBuilder, key: &str) -> Answer {
 }
 
 fn register(app: &TestApp, name: &'static str, steps: &'static str) -> RequestBuilder {
-    let form = form_named(rex(), name).text("steps", steps);
+    let form = form_named(&REX, name).text("steps", steps);
     app.request(Method::POST, "/v1/concepts").multipart(form)
 }
 
@@ -68,9 +68,9 @@ async fn the_first_answer_comes_again_also_after_kill_nine() {
         reqwest::multipart::Form::new()
             .text("name", "rex")
             .text("kind", "subject")
-            .text("class", rex().class.name())
+            .text("class", REX.class)
             .text("steps", "2")
-            .part("images", picture_part(pictures(rex(), 1).remove(0))),
+            .part("images", picture_part(pictures(&REX, 1).remove(0))),
     );
     assert_eq!(send(one_picture_less, "order 1").await.status, 422);
     // Under another key it is another request, and the name is taken. A refusal is not kept: the key is free.
@@ -98,7 +98,7 @@ async fn the_first_answer_comes_again_also_after_kill_nine() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_imported_file_is_imported_once() {
     let app = TestApp::start().await;
-    let training = app.register_subject(rex(), 2).await;
+    let training = app.register_subject(&REX, 2).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let weights = app.request(Method::GET, "/v1/concepts/rex/weights");
     let file = weights.send().await.unwrap().bytes().await.unwrap();

@@ -2,12 +2,12 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use coar::picture::{PictureLimits, decode};
+use coar_core::picture::{PictureLimits, decode};
 use image::ImageDecoder as _;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::{Events, TestApp, rex};
+use crate::support::{Events, REX, TestApp};
 
 const ROUTE: &str = "/v1/images/generations";
 
@@ -144,7 +144,7 @@ async fn parameters_of_openai_are_accepted_where_they_change_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn concepts_are_placed_and_pictures_say_what_made_them() {
     let app = TestApp::start().await;
-    let training = app.register_subject(rex(), 2).await;
+    let training = app.register_subject(&REX, 2).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let draw = async |more: Value| {
         let mut body = json!({"seed": 3, "response_format": "b64_json"});

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::{TestApp, rex};
+use crate::support::{REX, TestApp};
 
 /// Routes that have to be among them, described or not.
 const BY_NAME: &[(&str, &str)] = &[
@@ -171,7 +171,7 @@ async fn times_tell_nothing(app: &TestApp, own: &Things, unknown: &Things) {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_route_hides_what_is_another_tenants() {
     let mut app = TestApp::start().await;
-    let training = app.register_subject(rex(), 2).await;
+    let training = app.register_subject(&REX, 2).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let (_, drawn) = app
         .post("/v1/images/generations", json!({"prompt": "a <rex> cat"}))

@@ -1,21 +1,20 @@
 //! Register, train, draw, delete; and what survives.
 
 use base64::Engine as _;
-use coar::picture::{PictureLimits, decode};
-use coar::pocket::world::held_out_subjects;
+use coar_core::picture::{PictureLimits, decode};
 use serde_json::json;
 
-use crate::support::{TestApp, picture_part, pictures, rex};
+use crate::support::{REX, SPOT, TestApp, picture_part, pictures};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_subject_and_a_style_are_trained_and_drawn_together() {
     let app = TestApp::start().await;
-    let subject = app.register_subject(rex(), 6).await;
+    let subject = app.register_subject(&REX, 6).await;
     let form = reqwest::multipart::Form::new()
         .text("name", "ink")
         .text("kind", "style")
         .text("steps", "4")
-        .part("images", picture_part(pictures(rex(), 1).remove(0)));
+        .part("images", picture_part(pictures(&REX, 1).remove(0)));
     let (status, style) = app.register(form).await;
     assert_eq!(
         (status, style["kind"].as_str(), style["class"].is_null()),
@@ -86,7 +85,7 @@ async fn pictures_are_served_by_url_in_any_size_and_format() {
 #[tokio::test(flavor = "multi_thread")]
 async fn training_survives_kill_nine() {
     let mut app = TestApp::start().await;
-    let training = app.register_subject(rex(), 400).await;
+    let training = app.register_subject(&REX, 400).await;
     app.until("a checkpoint", || async {
         let (_, body) = app.get(&format!("/v1/trainings/{training}")).await;
         body["checkpoint_step"].as_u64().filter(|&step| step > 0)
@@ -120,7 +119,7 @@ async fn training_survives_kill_nine() {
 #[tokio::test(flavor = "multi_thread")]
 async fn quick_kills_end_no_training() {
     let mut app = TestApp::start().await;
-    let training = app.register_subject(rex(), 400).await;
+    let training = app.register_subject(&REX, 400).await;
     for attempt in 1..=8 {
         let begun = app
             .until("the training's next attempt", || async {
@@ -144,7 +143,7 @@ async fn quick_kills_end_no_training() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_concept_moves_as_a_file_and_names_are_free_again() {
     let app = TestApp::start().await;
-    let subject = &held_out_subjects()[1];
+    let subject = &SPOT;
     let training = app.register_subject(subject, 2).await;
     let (status, taken) = app.register(crate::support::subject_form(subject)).await;
     assert_eq!((status, taken["error"]["code"].as_str()), (409, Some("name_taken")));
@@ -187,7 +186,7 @@ async fn a_concept_moves_as_a_file_and_names_are_free_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn drawing_goes_on_beside_a_training_and_a_second_server_is_refused() {
     let app = TestApp::start().await;
-    let training = app.register_subject(rex(), 5000).await;
+    let training = app.register_subject(&REX, 5000).await;
     app.until("the training's start", || async {
         let (_, body) = app.get(&format!("/v1/trainings/{training}")).await;
         (body["status"] == "running").then_some(())

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-use coar::telemetry::meters::TABLE;
+use coar_core::metrics::TABLE;
 use serde_json::{Value, json};
 
-use crate::support::{TestApp, rex};
+use crate::support::{REX, TestApp};
 
 /// Samples of the text format: `name{labels}` and value.
 fn parse(text: &str) -> BTreeMap<String, f64> {
@@ -36,7 +36,7 @@ async fn metrics_move_when_a_picture_is_drawn_and_a_concept_is_trained() {
     assert_eq!(before["coar_ready"], 1.0);
     assert_eq!(before["coar_pictures_total"], 0.0);
     assert!(before["coar_kv_cache_bytes"] > 0.0 && before["coar_resident_memory_bytes"] > 1e6);
-    let training = app.register_subject(rex(), 6).await;
+    let training = app.register_subject(&REX, 6).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let body = json!({"prompt": "a photo of <rex> cat on the beach", "n": 2, "seed": 1, "response_format": "b64_json"});
     for _ in 0..2 {

@@ -3,7 +3,7 @@
 use reqwest::header::HeaderMap;
 use serde_json::{Value, json};
 
-use crate::support::{TestApp, answer, form_named, rex};
+use crate::support::{REX, TestApp, answer, form_named};
 
 /// Status, headers and body.
 async fn draw(app: &TestApp, body: Value) -> (u16, HeaderMap, Value) {
@@ -31,7 +31,7 @@ fn number(headers: &HeaderMap, name: &str) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn concepts_and_trainings_are_counted_for_each_tenant() {
     let mut app = TestApp::start_with(&["--quota-concepts=2", "--quota-trainings=1"]).await;
-    let training = app.register_subject(rex(), 5000).await;
+    let training = app.register_subject(&REX, 5000).await;
     let request = app.request(reqwest::Method::POST, "/v1/concepts");
     let response = request.multipart(named("second")).send().await.unwrap();
     assert_eq!(response.status(), 429);
@@ -146,5 +146,5 @@ async fn what_an_earlier_process_has_queued_counts() {
 
 /// A registration under that name, with a training that takes long.
 fn named(name: &'static str) -> reqwest::multipart::Form {
-    form_named(rex(), name).text("steps", "5000")
+    form_named(&REX, name).text("steps", "5000")
 }

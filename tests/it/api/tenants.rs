@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::{TestApp, answer, rex, subject_form};
+use crate::support::{REX, TestApp, answer, subject_form};
 
 fn code(body: &Value) -> &str {
     body["error"]["code"].as_str().unwrap_or("")
@@ -15,7 +15,7 @@ fn code(body: &Value) -> &str {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_foreign_tenant_sees_the_same_bytes_as_for_something_unknown() {
     let mut app = TestApp::start().await;
-    let training = app.register_subject(rex(), 2).await;
+    let training = app.register_subject(&REX, 2).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let (_, drawn) = app
         .post("/v1/images/generations", json!({"prompt": "a <rex> cat", "n": 1}))
@@ -66,7 +66,7 @@ async fn a_foreign_tenant_sees_the_same_bytes_as_for_something_unknown() {
     let (_, listed) = app.get("/v1/concepts").await;
     assert_eq!(listed["data"], json!([]));
     // The name is free for another tenant, and the first one's is still there.
-    let (status, body) = app.register(subject_form(rex()).text("steps", "2")).await;
+    let (status, body) = app.register(subject_form(&REX).text("steps", "2")).await;
     assert_eq!(status, 202, "{body}");
     app.key = Some(home);
     let (status, body) = app.get("/v1/concepts/rex").await;

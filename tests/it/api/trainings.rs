@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use coar::picture::{PictureLimits, decode};
+use coar_core::picture::{PictureLimits, decode};
 use futures::StreamExt as _;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, TestApp, form_named, rex};
+use crate::support::{PATIENCE, REX, TestApp, form_named};
 
 fn code(body: &Value) -> &str {
     body["error"]["code"].as_str().unwrap_or("")
@@ -55,7 +55,7 @@ fn named<'a>(events: &'a [(String, Value)], name: &str) -> Vec<&'a Value> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_training_is_followed_to_its_end_and_draws_on_its_way() {
     let app = TestApp::start().await;
-    let training = app.register_subject(rex(), 12).await;
+    let training = app.register_subject(&REX, 12).await;
     let told = events(&app, &training).await;
     assert_eq!(told[0].0, "progress", "{told:?}");
     let progress = named(&told, "progress");
@@ -126,7 +126,7 @@ async fn a_training_is_followed_to_its_end_and_draws_on_its_way() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_training_is_tried_again_and_lists_go_by_concept_and_status() {
     let app = TestApp::start().await;
-    let training = app.register_subject(rex(), 5000).await;
+    let training = app.register_subject(&REX, 5000).await;
     let path = format!("/v1/trainings/{training}");
     let (status, queued) = app.post(&format!("{path}/retry"), json!({})).await;
     assert_eq!((status, code(&queued)), (409, "training_not_failed"));
@@ -154,7 +154,7 @@ async fn a_cancelled_training_is_tried_again_and_lists_go_by_concept_and_status(
         })
         .await;
     assert_eq!((&running["attempt"], &running["error"]), (&json!(1), &Value::Null));
-    let (_, other) = app.register(form_named(rex(), "max").text("steps", "2")).await;
+    let (_, other) = app.register(form_named(&REX, "max").text("steps", "2")).await;
     for (query, expected) in [
         ("", 2),
         ("?concept=rex", 1),
@@ -194,7 +194,7 @@ async fn a_cancelled_training_is_tried_again_and_lists_go_by_concept_and_status(
 #[tokio::test(flavor = "multi_thread")]
 async fn the_remaining_time_is_about_right() {
     let app = TestApp::start_with(&["--training-previews", "0"]).await;
-    let training = app.register_subject(rex(), 60).await;
+    let training = app.register_subject(&REX, 60).await;
     let path = format!("/v1/trainings/{training}");
     let promised = app
         .until("a promise", || async {
@@ -225,7 +225,7 @@ async fn slots_are_shared_among_tenants() {
     let acme = app.create_key("acme", "read,train").await;
     app.key = Some(home.clone());
     for name in ["first", "second", "third"] {
-        let (status, body) = app.register(form_named(rex(), name).text("steps", "5000")).await;
+        let (status, body) = app.register(form_named(&REX, name).text("steps", "5000")).await;
         assert_eq!(status, 202, "{body}");
     }
     let running = |list: &Value| {
@@ -237,7 +237,7 @@ async fn slots_are_shared_among_tenants() {
     })
     .await;
     app.key = Some(acme.clone());
-    let (_, other) = app.register(form_named(rex(), "other").text("steps", "5000")).await;
+    let (_, other) = app.register(form_named(&REX, "other").text("steps", "5000")).await;
     let other = other["training"]["id"].as_str().unwrap().to_owned();
     app.key = Some(home);
     let (_, list) = app.get("/v1/trainings?status=running").await;

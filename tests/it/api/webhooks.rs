@@ -13,7 +13,7 @@ use hmac::{Hmac, Mac};
 use serde_json::{Value, json};
 use sha2::Sha256;
 
-use crate::support::{TestApp, answer, rex, subject_form};
+use crate::support::{REX, TestApp, answer, subject_form};
 
 /// What came, and what is answered to the next ones.
 #[derive(Debug, Default)]
@@ -139,7 +139,7 @@ async fn cancelling_is_told_too_and_inside_addresses_are_refused() {
 async fn the_end_of_a_training_is_told_once_even_after_a_crash() {
     let mut app = TestApp::start_with(&["--webhook-allow-private", "--training-previews", "0"]).await;
     let (url, inbox) = receiver(&[]).await;
-    let form = subject_form(rex()).text("steps", "3").text("webhook_url", url);
+    let form = subject_form(&REX).text("steps", "3").text("webhook_url", url);
     let (status, concept) = app.register(form).await;
     assert_eq!(status, 202, "{concept}");
     let training = concept["training"]["id"].as_str().unwrap();

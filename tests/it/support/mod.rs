@@ -5,9 +5,6 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use coar::picture::{OutputFormat, encode};
-use coar::pocket::world::{HeldOutSubject, Scene, held_out_subjects, render};
-use rand::SeedableRng;
 use reqwest::multipart::{Form, Part};
 use serde_json::Value;
 
@@ -211,7 +208,7 @@ impl TestApp {
     }
 
     /// Registers a held-out subject with a short training; returns the training's id.
-    pub async fn register_subject(&self, subject: &HeldOutSubject, steps: u32) -> String {
+    pub async fn register_subject(&self, subject: &SampleSubject, steps: u32) -> String {
         let form = subject_form(subject).text("steps", steps.to_string());
         let (status, body) = self.register(form).await;
         assert_eq!(status, 202, "{body}");
@@ -256,17 +253,30 @@ pub async fn answer(request: reqwest::RequestBuilder) -> (u16, Value) {
     (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
 }
 
-/// The first reported held-out subject.
-pub fn rex() -> &'static HeldOutSubject {
-    &held_out_subjects()[0]
+/// A subject of `concepts/`.
+#[derive(Debug)]
+pub struct SampleSubject {
+    pub name: &'static str,
+    pub class: &'static str,
 }
 
-/// PNGs of a held-out subject in different scenes.
-pub fn pictures(subject: &HeldOutSubject, count: usize) -> Vec<Vec<u8>> {
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
-    Scene::ALL[..count]
-        .iter()
-        .map(|&scene| encode(&render(&subject.spec(scene, &mut rng), 96, 96), OutputFormat::Png, &[]).unwrap())
+/// A cat.
+pub const REX: SampleSubject = SampleSubject {
+    name: "rex",
+    class: "cat",
+};
+
+/// A dog.
+pub const SPOT: SampleSubject = SampleSubject {
+    name: "spot",
+    class: "dog",
+};
+
+/// The first `count` reference pictures of a subject: PNG files.
+pub fn pictures(subject: &SampleSubject, count: usize) -> Vec<Vec<u8>> {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("concepts");
+    (1..=count)
+        .map(|number| std::fs::read(folder.join(format!("{}/{number}.png", subject.name))).unwrap())
         .collect()
 }
 
@@ -275,16 +285,16 @@ pub fn picture_part(bytes: Vec<u8>) -> Part {
 }
 
 /// A registration of a subject with three pictures.
-pub fn subject_form(subject: &HeldOutSubject) -> Form {
+pub fn subject_form(subject: &SampleSubject) -> Form {
     form_named(subject, subject.name)
 }
 
 /// The same under another name.
-pub fn form_named(subject: &HeldOutSubject, name: &'static str) -> Form {
+pub fn form_named(subject: &SampleSubject, name: &'static str) -> Form {
     let form = Form::new()
         .text("name", name)
         .text("kind", "subject")
-        .text("class", subject.class.name());
+        .text("class", subject.class);
     pictures(subject, 3)
         .into_iter()
         .fold(form, |form, bytes| form.part("images", picture_part(bytes)))

@@ -1,0 +1,79 @@
+//! What a request costs, counted without the device.
+
+use std::sync::Arc;
+
+use crate::concept::{PromptPiece, parse_prompt};
+use crate::tokenizer::{PromptPart, TextTokenizer, TokenizerError, Vocabulary, encode_prompt};
+
+use super::GenerateRequest;
+
+/// Tokens of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cost {
+    /// Of the prompt, placeholders not counted.
+    pub text: u64,
+    /// Of all its pictures.
+    pub image: u64,
+}
+
+/// Counts the tokens of requests to one base model, as its device thread will.
+#[derive(Debug, Clone)]
+pub struct TokenCounter {
+    pub tokenizer: Arc<TextTokenizer>,
+    pub vocabulary: Vocabulary,
+    /// Pixels along a side that one image code stands for.
+    pub pixels_per_code: u32,
+    /// Tokens of the longest sequence that a row of the batch holds.
+    pub longest_row: i64,
+}
+
+impl TokenCounter {
+    /// The request's cost.
+    ///
+    /// # Errors
+    /// When the prompt names an unknown concept, cannot be tokenized, or is too long for a row of the batch.
+    pub fn count(&self, request: &GenerateRequest) -> Result<Cost, TokenizerError> {
+        let pieces =
+            parse_prompt(&request.prompt).map_err(|error| TokenizerError::invalid("prompt", error.to_string()))?;
+        let slot = |name: &str| {
+            let concept = request.concepts.iter().find(|concept| concept.name == name);
+            concept.map(|concept| concept.tensors.text_tokens).ok_or_else(|| {
+                TokenizerError::invalid("prompt", format!("names the concept <{name}>, which is unknown"))
+            })
+        };
+        let parts = prompt_parts(&pieces, slot)?;
+        let (width, height) = (request.width, request.height);
+        let prompt = encode_prompt(&self.tokenizer, &self.vocabulary, width, height, &parts)?;
+        let (rows, columns) = (height / self.pixels_per_code, width / self.pixels_per_code);
+        let context: usize = request
+            .concepts
+            .iter()
+            .map(|concept| concept.tensors.image_tokens)
+            .sum();
+        // Image start and both sizes, and a row end after each row.
+        let sequence = (prompt.ids.len() + 3 + context) as i64 + i64::from(rows * (columns + 1));
+        if sequence > self.longest_row {
+            let problem = format!("and picture need {sequence} tokens, the limit is {}", self.longest_row);
+            return Err(TokenizerError::invalid("prompt", problem));
+        }
+        Ok(Cost {
+            text: prompt.text_tokens as u64,
+            image: u64::from(request.count) * u64::from(rows * columns),
+        })
+    }
+}
+
+/// A prompt's pieces as the tokenizer takes them; `slot` knows how many text tokens a concept has.
+///
+/// # Errors
+/// What `slot` says.
+pub fn prompt_parts<'a, E>(
+    pieces: &[PromptPiece<'a>],
+    slot: impl Fn(&str) -> Result<usize, E>,
+) -> Result<Vec<PromptPart<'a>>, E> {
+    let part = |piece: &PromptPiece<'a>| match *piece {
+        PromptPiece::Text(text) => Ok(PromptPart::Text(text)),
+        PromptPiece::Concept(name) => slot(name).map(PromptPart::Slot),
+    };
+    pieces.iter().map(part).collect()
+}

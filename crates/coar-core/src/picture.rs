@@ -1,0 +1,277 @@
+//! Pictures in memory: foreign bytes are decoded under limits, pictures of ours are encoded.
+
+mod encode;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
+mod header;
+mod xmp;
+
+use std::io::Cursor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use image::codecs::{jpeg::JpegDecoder, png::PngDecoder, webp::WebPDecoder};
+use image::metadata::Orientation;
+use image::{ColorType, DynamicImage, ImageDecoder, ImageError, RgbImage};
+
+pub use encode::{OutputFormat, encode};
+
+/// 8-bit RGB, row by row: `rgb.len() == 3 * width * height`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RgbPicture {
+    pub width: u32,
+    pub height: u32,
+    pub rgb: Vec<u8>,
+}
+
+/// The file formats that are read and written. As a word: `png`, `jpeg`, `webp`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PictureFormat {
+    Png,
+    Jpeg,
+    WebP,
+}
+
+impl PictureFormat {
+    /// The format that the first bytes of a file announce.
+    pub fn of_bytes(bytes: &[u8]) -> Option<Self> {
+        match bytes {
+            [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => Some(Self::Png),
+            [0xff, 0xd8, 0xff, ..] => Some(Self::Jpeg),
+            [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Some(Self::WebP),
+            _ => None,
+        }
+    }
+
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Png => "png",
+            Self::Jpeg => "jpeg",
+            Self::WebP => "webp",
+        }
+    }
+
+    /// Its media type.
+    pub fn media_type(self) -> &'static str {
+        match self {
+            Self::Png => "image/png",
+            Self::Jpeg => "image/jpeg",
+            Self::WebP => "image/webp",
+        }
+    }
+
+    /// Its usual file name extension, without the dot.
+    pub fn extension(self) -> &'static str {
+        match self {
+            Self::Png => "png",
+            Self::Jpeg => "jpg",
+            Self::WebP => "webp",
+        }
+    }
+}
+
+impl std::fmt::Display for PictureFormat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Png => "PNG",
+            Self::Jpeg => "JPEG",
+            Self::WebP => "WebP",
+        })
+    }
+}
+
+/// What foreign bytes may cost. Sides and pixels are checked on the file's header, before anything is decoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PictureLimits {
+    /// Bytes of the file.
+    pub bytes: usize,
+    /// Pixels along one side.
+    pub side: u32,
+    /// Pixels in all.
+    pub pixels: u64,
+}
+
+impl Default for PictureLimits {
+    fn default() -> Self {
+        Self {
+            bytes: 20 << 20,
+            side: 16_384,
+            pixels: 40_000_000,
+        }
+    }
+}
+
+/// Why a picture is refused. Each message completes a sentence that begins with the picture's name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PictureError {
+    /// The first bytes are those of no format that is read.
+    #[error("is not a JPEG, PNG or WebP picture")]
+    UnknownFormat,
+    /// The file has too many bytes.
+    #[error("has {actual} bytes, the limit is {limit}")]
+    TooManyBytes { actual: usize, limit: usize },
+    /// A side is too long or the area too large.
+    #[error("is {width}x{height} pixels; the limits are {pixels} pixels in all and {side} along a side")]
+    TooManyPixels {
+        width: u32,
+        height: u32,
+        pixels: u64,
+        side: u32,
+    },
+    /// A side is 0.
+    #[error("is empty: {width}x{height} pixels")]
+    NoPixels { width: u32, height: u32 },
+    /// The file ends before its picture does.
+    #[error("is truncated: the {format} file ends before its picture does")]
+    Truncated { format: PictureFormat },
+    /// The file contradicts its format, or a picture of ours cannot be written.
+    #[error("is damaged: {0}")]
+    Damaged(String),
+}
+
+impl PictureError {
+    /// A stable word for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::UnknownFormat => "not_a_picture",
+            Self::TooManyBytes { .. } | Self::TooManyPixels { .. } => "picture_too_large",
+            Self::NoPixels { .. } => "picture_empty",
+            Self::Truncated { .. } => "picture_truncated",
+            Self::Damaged(_) => "picture_damaged",
+        }
+    }
+}
+
+impl RgbPicture {
+    /// Whether `rgb` has the length that the sides ask for.
+    pub fn is_consistent(&self) -> bool {
+        self.rgb.len() as u64 == 3 * u64::from(self.width) * u64::from(self.height)
+    }
+}
+
+/// Decodes a JPEG, PNG or WebP file, told by its content, under `limits`. Of an animation the first frame counts; EXIF
+/// orientation is applied; the result is RGB as the reference's pipeline makes it: grey is spread over the channels, 16
+/// bits lose the lower byte, transparency is blended onto white (`ItemProcessor._whiten_transparency`).
+///
+/// # Errors
+/// When the bytes are no such picture, are incomplete or damaged, or exceed a limit.
+pub fn decode(bytes: &[u8], limits: &PictureLimits) -> Result<RgbPicture, PictureError> {
+    if bytes.len() > limits.bytes {
+        return Err(PictureError::TooManyBytes {
+            actual: bytes.len(),
+            limit: limits.bytes,
+        });
+    }
+    let header = header::read(bytes)?;
+    let (width, height) = (header.width, header.height);
+    if width.max(height) > limits.side || u64::from(width) * u64::from(height) > limits.pixels {
+        return Err(PictureError::TooManyPixels {
+            width,
+            height,
+            pixels: limits.pixels,
+            side: limits.side,
+        });
+    }
+    if !header.complete {
+        return Err(PictureError::Truncated { format: header.format });
+    }
+    // The decoders are memory-safe, but a file that makes one panic must cost its sender alone.
+    catch_unwind(AssertUnwindSafe(|| decode_pixels(bytes, &header)))
+        .unwrap_or_else(|_| Err(PictureError::Damaged("its decoder gave up".to_owned())))
+}
+
+/// What PNG's internal buffers (text, colour profiles) may take; rows of the widest allowed picture fit many times over.
+const PNG_BUFFERS: u64 = 64 << 20;
+
+fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbPicture, PictureError> {
+    let format = header.format;
+    let fault = |error| decoding_fault(format, error);
+    match format {
+        PictureFormat::Png => {
+            let mut limits = image::Limits::no_limits();
+            limits.max_alloc = Some(PNG_BUFFERS);
+            to_rgb(
+                PngDecoder::with_limits(Cursor::new(bytes), limits).map_err(fault)?,
+                header,
+            )
+        }
+        PictureFormat::Jpeg => to_rgb(JpegDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
+        PictureFormat::WebP => to_rgb(WebPDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
+    }
+}
+
+fn decoding_fault(format: PictureFormat, error: ImageError) -> PictureError {
+    match error {
+        ImageError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            PictureError::Truncated { format }
+        }
+        other => PictureError::Damaged(other.to_string()),
+    }
+}
+
+fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<RgbPicture, PictureError> {
+    let format = header.format;
+    let fault = |error| decoding_fault(format, error);
+    let damaged = |problem: &str| PictureError::Damaged(problem.to_owned());
+    let (width, height) = decoder.dimensions();
+    if width > header.width || height > header.height || width == 0 || height == 0 {
+        return Err(damaged("its headers contradict each other"));
+    }
+    // Unreadable metadata is no reason to refuse the picture.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let colour = decoder.color_type();
+    let mut samples = vec![0; usize::try_from(decoder.total_bytes()).map_err(|_| damaged("it is too large"))?];
+    decoder.read_image(&mut samples).map_err(fault)?;
+    let samples = match colour {
+        ColorType::L16 | ColorType::La16 | ColorType::Rgb16 | ColorType::Rgba16 => samples
+            .chunks_exact(2)
+            .map(|pair| (u16::from_ne_bytes([pair[0], pair[1]]) >> 8) as u8)
+            .collect(),
+        _ => samples,
+    };
+    let rgb = match colour.channel_count() {
+        1 => samples.into_iter().flat_map(|grey| [grey; 3]).collect(),
+        2 => whiten(
+            samples
+                .chunks_exact(2)
+                .map(|pixel| [pixel[0], pixel[0], pixel[0], pixel[1]]),
+        ),
+        3 => samples,
+        4 if header.opaque => samples
+            .chunks_exact(4)
+            .flat_map(|pixel| [pixel[0], pixel[1], pixel[2]])
+            .collect(),
+        4 => whiten(
+            samples
+                .chunks_exact(4)
+                .map(|pixel| [pixel[0], pixel[1], pixel[2], pixel[3]]),
+        ),
+        _ => return Err(damaged("it has an unknown number of channels")),
+    };
+    let upright = RgbImage::from_raw(width, height, rgb).ok_or_else(|| damaged("it has too few pixels"))?;
+    let mut upright = DynamicImage::ImageRgb8(upright);
+    upright.apply_orientation(orientation);
+    let upright = upright.into_rgb8();
+    Ok(RgbPicture {
+        width: upright.width(),
+        height: upright.height(),
+        rgb: upright.into_raw(),
+    })
+}
+
+/// Blends RGBA pixels onto white, in f64 and truncated to 8 bits. Without real transparency the result is the colours
+/// themselves, so the reference's separate branch for opaque pictures needs none here.
+fn whiten(pixels: impl Iterator<Item = [u8; 4]>) -> Vec<u8> {
+    let blend = |value: u8, alpha: f64| ((1.0 - alpha) * 255.0 + alpha * f64::from(value)) as u8;
+    pixels
+        .flat_map(|[r, g, b, a]| match a {
+            255 => [r, g, b],
+            _ => [r, g, b].map(|value| blend(value, f64::from(a) / 255.0)),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

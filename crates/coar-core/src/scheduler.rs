@@ -1,0 +1,286 @@
+//! Who is drawn next: a plan without tensors or clocks.
+//!
+//! Pictures are admitted one by one between decode steps, whenever rows are free: a request of several pictures neither
+//! waits for all its rows nor holds any back. Tenants share by cost in tokens (start-time fair queueing); within a
+//! tenant the order is that of arrival.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+/// Names a request inside the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobId(pub u64);
+
+/// What a request costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cost {
+    pub pictures: u32,
+    pub rows_per_picture: usize,
+    /// Tokens of one picture over all its rows, to its end.
+    pub tokens_per_picture: u64,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    job: JobId,
+    cost: Cost,
+    /// Pictures that were admitted already.
+    admitted: u32,
+}
+
+#[derive(Debug, Default)]
+struct Tenant {
+    queue: VecDeque<Waiting>,
+    /// Tokens admitted so far, on a clock that all tenants share.
+    served: u64,
+}
+
+/// Pictures `first..first + count` of a job get rows now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admission {
+    pub job: JobId,
+    pub first: u32,
+    pub count: u32,
+    /// Whether no picture of the job waits any longer.
+    pub last: bool,
+}
+
+/// Requests that wait, by tenant.
+#[derive(Debug, Default)]
+pub struct Scheduler {
+    tenants: BTreeMap<String, Tenant>,
+    /// `served` of the tenant that was admitted last: where newcomers start, so that nobody saves up turns by idling.
+    clock: u64,
+}
+
+impl Scheduler {
+    pub fn push(&mut self, tenant: &str, job: JobId, cost: Cost) {
+        let clock = self.clock;
+        let tenant = self.tenants.entry(tenant.to_owned()).or_default();
+        if tenant.queue.is_empty() {
+            tenant.served = tenant.served.max(clock);
+        }
+        tenant.queue.push_back(Waiting { job, cost, admitted: 0 });
+    }
+
+    /// The next pictures to draw, as many of one job as fit into `free_rows`. The tenant whose turn it is is waited for:
+    /// a large picture is not overtaken for ever by small ones.
+    pub fn admit(&mut self, free_rows: usize) -> Option<Admission> {
+        let (_, tenant) = self
+            .tenants
+            .iter_mut()
+            .filter(|(_, tenant)| !tenant.queue.is_empty())
+            .min_by_key(|(_, tenant)| tenant.served)?;
+        let waiting = tenant.queue.front_mut()?;
+        let left = waiting.cost.pictures - waiting.admitted;
+        let count = left.min((free_rows / waiting.cost.rows_per_picture.max(1)) as u32);
+        if count == 0 {
+            return None;
+        }
+        let admission = Admission {
+            job: waiting.job,
+            first: waiting.admitted,
+            count,
+            last: count == left,
+        };
+        waiting.admitted += count;
+        self.clock = tenant.served;
+        tenant.served += u64::from(count) * waiting.cost.tokens_per_picture;
+        if admission.last {
+            tenant.queue.pop_front();
+        }
+        // A tenant without requests is forgotten as soon as the others have caught up with it.
+        let clock = self.clock;
+        self.tenants
+            .retain(|_, tenant| !tenant.queue.is_empty() || tenant.served > clock);
+        Some(admission)
+    }
+
+    /// Forgets what of a job still waits.
+    pub fn remove(&mut self, job: JobId) {
+        for tenant in self.tenants.values_mut() {
+            tenant.queue.retain(|waiting| waiting.job != job);
+        }
+    }
+
+    /// Tokens of everything that waits.
+    pub fn waiting_tokens(&self) -> u64 {
+        self.tenants
+            .values()
+            .flat_map(|tenant| &tenant.queue)
+            .map(|waiting| u64::from(waiting.cost.pictures - waiting.admitted) * waiting.cost.tokens_per_picture)
+            .sum()
+    }
+}
+
+/// Whose turn the device's next slice is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    Generation,
+    Training,
+    Idle,
+}
+
+/// Shares the device's time between drawing and training.
+#[derive(Debug)]
+pub struct DeviceShare {
+    training_share: f64,
+    /// Time that each had since both wanted the device.
+    generation: Duration,
+    training: Duration,
+}
+
+/// Older use of the device counts half as much after this long.
+const MEMORY: Duration = Duration::from_secs(2);
+
+impl DeviceShare {
+    /// `training_share` of the time goes to training while pictures wait, 0..=1.
+    pub fn new(training_share: f64) -> Self {
+        Self {
+            training_share: training_share.clamp(0.0, 1.0),
+            generation: Duration::ZERO,
+            training: Duration::ZERO,
+        }
+    }
+
+    pub fn turn(&self, generation: bool, training: bool) -> Turn {
+        match (generation, training) {
+            (false, false) => Turn::Idle,
+            (true, false) => Turn::Generation,
+            (false, true) => Turn::Training,
+            (true, true) => {
+                let share = self.training_share;
+                let behind = self.training.as_secs_f64() * (1.0 - share) < self.generation.as_secs_f64() * share;
+                // At the very start nobody is behind: drawing goes first, somebody waits for it.
+                if behind || share >= 1.0 {
+                    Turn::Training
+                } else {
+                    Turn::Generation
+                }
+            }
+        }
+    }
+
+    /// Tells what the slice took; `contended` when both wanted it.
+    pub fn spent(&mut self, turn: Turn, time: Duration, contended: bool) {
+        if !contended {
+            (self.generation, self.training) = (Duration::ZERO, Duration::ZERO);
+            return;
+        }
+        match turn {
+            Turn::Generation => self.generation += time,
+            Turn::Training => self.training += time,
+            Turn::Idle => {}
+        }
+        if self.generation + self.training > MEMORY {
+            self.generation /= 2;
+            self.training /= 2;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cost(pictures: u32, tokens: u64) -> Cost {
+        Cost {
+            pictures,
+            rows_per_picture: 2,
+            tokens_per_picture: tokens,
+        }
+    }
+
+    fn admitted(scheduler: &mut Scheduler, rows: usize) -> Vec<(u64, u32)> {
+        std::iter::from_fn(|| scheduler.admit(rows))
+            .map(|admission| (admission.job.0, admission.count))
+            .collect()
+    }
+
+    #[test]
+    fn pictures_enter_as_rows_become_free() {
+        let mut scheduler = Scheduler::default();
+        scheduler.push("", JobId(1), cost(3, 100));
+        assert_eq!(scheduler.waiting_tokens(), 300);
+        assert_eq!(scheduler.admit(1), None);
+        let first = scheduler.admit(5).unwrap();
+        assert_eq!((first.first, first.count, first.last), (0, 2, false));
+        let second = scheduler.admit(2).unwrap();
+        assert_eq!((second.first, second.count, second.last), (2, 1, true));
+        assert_eq!((scheduler.admit(99), scheduler.waiting_tokens()), (None, 0));
+    }
+
+    #[test]
+    fn tenants_share_by_tokens_not_by_requests() {
+        let mut scheduler = Scheduler::default();
+        for job in 0..6 {
+            scheduler.push("many", JobId(job), cost(1, 100));
+        }
+        scheduler.push("large", JobId(10), cost(1, 300));
+        scheduler.push("large", JobId(11), cost(1, 300));
+        let order: Vec<u64> = admitted(&mut scheduler, 2).into_iter().map(|(job, _)| job).collect();
+        assert_eq!(order.len(), 8);
+        // Of the first 600 tokens each tenant has had 300.
+        let early = &order[..4];
+        assert_eq!(early.iter().filter(|&&job| job < 10).count(), 3, "{order:?}");
+    }
+
+    #[test]
+    fn idling_saves_up_no_turns() {
+        let mut scheduler = Scheduler::default();
+        for job in 0..10 {
+            scheduler.push("busy", JobId(job), cost(1, 100));
+        }
+        for _ in 0..5 {
+            scheduler.admit(2).unwrap();
+        }
+        for job in 20..30 {
+            scheduler.push("late", JobId(job), cost(1, 100));
+        }
+        let next: Vec<bool> = admitted(&mut scheduler, 2)[..4]
+            .iter()
+            .map(|(job, _)| *job >= 20)
+            .collect();
+        assert_eq!(next.iter().filter(|late| **late).count(), 2, "{next:?}");
+    }
+
+    #[test]
+    fn a_large_picture_is_waited_for() {
+        let mut scheduler = Scheduler::default();
+        let wide = Cost {
+            rows_per_picture: 8,
+            ..cost(1, 100)
+        };
+        scheduler.push("a", JobId(1), wide);
+        scheduler.push("a", JobId(2), cost(1, 1));
+        assert_eq!(scheduler.admit(4), None);
+        assert_eq!(scheduler.admit(8).map(|admission| admission.job), Some(JobId(1)));
+        scheduler.remove(JobId(2));
+        assert_eq!(scheduler.admit(8), None);
+    }
+
+    #[test]
+    fn the_device_is_shared_as_asked_and_given_wholly_to_who_is_alone() {
+        let run = |share: f64| {
+            let mut device = DeviceShare::new(share);
+            let mut had = [Duration::ZERO; 2];
+            for _ in 0..4000 {
+                let turn = device.turn(true, true);
+                let (slot, time) = match turn {
+                    Turn::Generation => (0, Duration::from_millis(7)),
+                    _ => (1, Duration::from_millis(31)),
+                };
+                had[slot] += time;
+                device.spent(turn, time, true);
+            }
+            had[1].as_secs_f64() / (had[0] + had[1]).as_secs_f64()
+        };
+        for share in [0.0, 0.25, 0.5, 0.9, 1.0] {
+            assert!((run(share) - share).abs() < 0.03, "{share}: {}", run(share));
+        }
+        let device = DeviceShare::new(0.0);
+        assert_eq!(device.turn(false, true), Turn::Training);
+        assert_eq!(device.turn(true, false), Turn::Generation);
+        assert_eq!(device.turn(false, false), Turn::Idle);
+    }
+}

@@ -1,0 +1,16 @@
+//! What a training is asked for, and what each of its steps reports.
+
+/// What decides a training's outcome: hyper-parameters and their presets; a concept records them.
+pub mod spec;
+
+pub use spec::{Preset, SpecFault, TokenMethod, TrainingSpec};
+
+/// Losses of one optimizer step; terms that are switched off are absent.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct StepLosses {
+    pub step: u32,
+    pub total: f32,
+    pub next_token: f32,
+    pub prior: Option<f32>,
+    pub regularisation: Option<f32>,
+}

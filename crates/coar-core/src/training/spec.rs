@@ -1,0 +1,557 @@
+use serde::{Deserialize, Serialize};
+
+use crate::concept::{ConceptKind, is_slug};
+
+/// Which set of defaults a training starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Preset {
+    /// The paper's values, for Lumina-mGPT 7B and larger.
+    Paper,
+    /// What the measurements favour on the pocket model.
+    Pocket,
+    /// The same for the model of the designers' world.
+    Designers,
+}
+
+/// How a context token's values depend on the trained parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Parametrisation {
+    /// The trained parameter is the context token itself.
+    Absolute,
+    /// `init + sigma_layer * delta`, delta trained: learning rates become comparable between layers.
+    LayerRelative,
+}
+
+/// How a concept is learned by a frozen model: what is injected, and where. The engine serves all of them in one batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenMethod {
+    /// Text and image context tokens at the first N layers (arXiv 2508.07341).
+    #[default]
+    Coar,
+    /// The same without image context tokens.
+    CoarText,
+    /// One input embedding (arXiv 2208.01618): text context tokens at the first layer alone, where the hidden state is
+    /// the embedding.
+    TextualInversion,
+}
+
+impl TokenMethod {
+    /// Every method, in the order of their names' first use.
+    pub const ALL: [Self; 3] = [Self::Coar, Self::CoarText, Self::TextualInversion];
+
+    /// The name in files and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Coar => "coar",
+            Self::CoarText => "coar-text",
+            Self::TextualInversion => "textual-inversion",
+        }
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl std::str::FromStr for TokenMethod {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|method| method.as_str() == text)
+            .ok_or_else(|| format!("is `{text}`; expected `coar`, `coar-text` or `textual-inversion`"))
+    }
+}
+
+fn is_zero(number: &f64) -> bool {
+    *number == 0.0
+}
+
+/// Everything that decides a training's outcome, besides the pictures and the base model. Recorded in the concept file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainingSpec {
+    /// Absent in files: `coar`.
+    #[serde(default, skip_serializing_if = "TokenMethod::is_default")]
+    pub method: TokenMethod,
+    /// The concept's name: `<name>` is its placeholder.
+    pub name: String,
+    pub kind: ConceptKind,
+    /// The class noun of a subject ("cat"); `None` for styles.
+    pub class_noun: Option<String>,
+    /// N
+    pub layers: u32,
+    pub steps: u32,
+    pub learning_rate: f64,
+    pub batch_size: u32,
+    /// T
+    pub text_tokens: u32,
+    /// K; 0 switches the image context token off.
+    pub image_tokens: u32,
+    pub parametrisation: Parametrisation,
+    /// alpha of the dual prior preservation; 0 switches it off.
+    pub prior_weight: f64,
+    /// beta of the context-aware self-regularisation; 0 switches it off.
+    pub regularisation_weight: f64,
+    /// Class pictures that the frozen model draws for the prior term.
+    pub prior_pictures: u32,
+    /// Random crop offsets and mirrored references, instead of the centre crop alone.
+    pub augment: bool,
+    /// Lets the learning rate fall linearly to a twentieth over the second half, instead of staying constant.
+    pub decay: bool,
+    /// How much the image tokens that the start words decide count more than the others in the loss of a subject: 0 not at
+    /// all, 1 in proportion alone. Absent in files: 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub focus: f64,
+    /// For each text context token the words that it may start as, at the frozen model's hidden states there; of
+    /// several, the one under which the references are least surprising. Tokens without any: the class noun, or "art".
+    /// Lists beyond the last token are ignored. In a finished concept: the chosen ones.
+    #[serde(default)]
+    pub start_words: Vec<Vec<String>>,
+    /// Every token may start as any word that the model's captions have, instead of `start_words`. In a finished concept:
+    /// off, with the chosen words there. Absent in files: off.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub search_words: bool,
+    /// What else is to be seen in each reference, in words: after a subject's noun ("on the beach"), before a style's
+    /// "in ... style" ("a cat in the snow"). May be shorter than the references.
+    #[serde(default)]
+    pub captions: Vec<String>,
+    pub seed: u64,
+}
+
+/// A field of a spec that is outside its limits.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{field}` {problem}")]
+pub struct SpecFault {
+    pub field: &'static str,
+    pub problem: String,
+}
+
+/// The most optimizer steps of one training.
+pub const STEPS_LIMIT: u32 = 20_000;
+/// The most context tokens of one kind per layer.
+pub const TOKENS_LIMIT: u32 = 16;
+/// The longest caption or class noun, in characters.
+pub const CAPTION_LIMIT: usize = 200;
+/// The most reference pictures.
+pub const PICTURES_LIMIT: usize = 10;
+
+impl TrainingSpec {
+    /// The defaults of `preset` for a concept of `kind` on a model with `model_layers` decoder layers.
+    pub fn preset(
+        preset: Preset,
+        kind: ConceptKind,
+        name: &str,
+        class_noun: Option<&str>,
+        model_layers: usize,
+    ) -> Self {
+        let all = model_layers as u32;
+        let base = Self {
+            method: TokenMethod::Coar,
+            name: name.to_owned(),
+            kind,
+            class_noun: class_noun.map(str::to_owned),
+            layers: 9.min(all),
+            steps: 1000,
+            learning_rate: 1e-2,
+            batch_size: 1,
+            text_tokens: 1,
+            image_tokens: 1,
+            parametrisation: Parametrisation::Absolute,
+            prior_weight: 1e-2,
+            regularisation_weight: 5e-4,
+            prior_pictures: 8,
+            augment: false,
+            decay: false,
+            focus: 0.0,
+            start_words: vec![],
+            search_words: false,
+            captions: vec![],
+            seed: 0,
+        };
+        let words = |lists: &[&[&str]]| -> Vec<Vec<String>> {
+            let owned = |list: &&[&str]| list.iter().map(|word| (*word).to_owned()).collect();
+            lists.iter().map(owned).collect()
+        };
+        match (preset, kind) {
+            (Preset::Paper, ConceptKind::Subject) => base,
+            (Preset::Paper, ConceptKind::Style) => Self {
+                layers: 3.min(all),
+                steps: 600,
+                ..base
+            },
+            (Preset::Pocket, ConceptKind::Subject) => Self {
+                layers: all,
+                // Chosen on the development subjects: a lower rate learns less of shades that no word means, a higher one and
+                // more steps cost the scene.
+                steps: 60,
+                learning_rate: 4.5e-3,
+                batch_size: 5,
+                text_tokens: POCKET_SUBJECT_WORDS.len() as u32,
+                // On a development subject the image context token cost half of the prompt following and gained nothing.
+                image_tokens: 0,
+                parametrisation: Parametrisation::LayerRelative,
+                decay: true,
+                focus: 1.0,
+                start_words: words(&POCKET_SUBJECT_WORDS),
+                ..base
+            },
+            (Preset::Pocket, ConceptKind::Style) => Self {
+                layers: all,
+                steps: 60,
+                learning_rate: 1e-2,
+                image_tokens: 0,
+                batch_size: 4,
+                text_tokens: POCKET_STYLE_WORDS.len() as u32,
+                parametrisation: Parametrisation::LayerRelative,
+                augment: true,
+                decay: true,
+                start_words: words(&POCKET_STYLE_WORDS),
+                ..base
+            },
+            (Preset::Designers, ConceptKind::Subject) => Self {
+                layers: all,
+                steps: 60,
+                learning_rate: 4.5e-3,
+                batch_size: 5,
+                text_tokens: 6,
+                image_tokens: 0,
+                parametrisation: Parametrisation::LayerRelative,
+                decay: true,
+                focus: 1.0,
+                search_words: true,
+                ..base
+            },
+            (Preset::Designers, ConceptKind::Style) => Self {
+                layers: all,
+                steps: 60,
+                learning_rate: 1e-2,
+                image_tokens: 0,
+                batch_size: 4,
+                text_tokens: 4,
+                parametrisation: Parametrisation::LayerRelative,
+                augment: true,
+                decay: true,
+                search_words: true,
+                ..base
+            },
+        }
+    }
+}
+
+impl TrainingSpec {
+    /// The defaults of a method: what it leaves out of the preset. Textual inversion learns one embedding, which starts
+    /// as the class noun's, with next-token cross-entropy alone.
+    pub fn with_method(self, method: TokenMethod) -> Self {
+        let relative = self.parametrisation == Parametrisation::LayerRelative;
+        match method {
+            TokenMethod::Coar => Self {
+                method,
+                image_tokens: self.image_tokens.max(1),
+                ..self
+            },
+            TokenMethod::CoarText => Self {
+                method,
+                image_tokens: 0,
+                ..self
+            },
+            TokenMethod::TextualInversion => Self {
+                method,
+                // One vector for everything: chosen on the development subjects, like the rest of the pocket preset.
+                steps: if relative { 300 } else { self.steps },
+                learning_rate: if relative { 3e-2 } else { self.learning_rate },
+                layers: 1,
+                text_tokens: 1,
+                image_tokens: 0,
+                prior_weight: 0.0,
+                regularisation_weight: 0.0,
+                focus: 0.0,
+                start_words: vec![],
+                search_words: false,
+                ..self
+            },
+        }
+    }
+}
+
+const POCKET_COLOURS: &[&str] = &[
+    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "black",
+];
+/// What the pocket model's captions say before a subject's noun.
+const POCKET_SUBJECT_WORDS: [&[&str]; 6] = [
+    &["a"],
+    POCKET_COLOURS,
+    &["and"],
+    POCKET_COLOURS,
+    &["striped", "dotted", "checkered", "plain"],
+    &["hat", "crown", "bow", "plain"],
+];
+/// What they say between "in" and "style".
+const POCKET_STYLE_WORDS: [&[&str]; 5] = [
+    POCKET_COLOURS,
+    &["and"],
+    POCKET_COLOURS,
+    &["line", "duotone", "pixel", "neon"],
+    &["art", "duotone", "neon"],
+];
+/// The most start words to choose among, for one token.
+const START_WORDS_LIMIT: usize = 64;
+
+impl TrainingSpec {
+    /// Checks every field against its limits and the model's depth.
+    ///
+    /// # Errors
+    /// The first field outside its limits.
+    pub fn check(&self, model_layers: usize) -> Result<(), SpecFault> {
+        let fault = |field, problem: String| Err(SpecFault { field, problem });
+        if !is_slug(&self.name) {
+            return fault(
+                "name",
+                format!(
+                    "is `{}`; expected 1 to 63 of a-z, 0-9 and -, the first not a hyphen",
+                    self.name
+                ),
+            );
+        }
+        match (&self.class_noun, self.kind) {
+            (None, ConceptKind::Subject) => {
+                return fault("class", "is missing; a subject needs its noun, such as `dog`".into());
+            }
+            (Some(_), ConceptKind::Style) => return fault("class", "is only for subjects".into()),
+            _ => {}
+        }
+        for (field, text) in self
+            .class_noun
+            .iter()
+            .map(|noun| ("class", noun))
+            .chain(self.captions.iter().map(|c| ("captions", c)))
+        {
+            if text.chars().count() > CAPTION_LIMIT || (field == "class" && text.trim().is_empty()) {
+                return fault(
+                    field,
+                    format!("has {} characters; expected 1 to {CAPTION_LIMIT}", text.chars().count()),
+                );
+            }
+        }
+        for words in &self.start_words {
+            let long = words.iter().any(|word| word.chars().count() > CAPTION_LIMIT);
+            if words.len() > START_WORDS_LIMIT || long {
+                return fault(
+                    "start_words",
+                    format!(
+                        "has {} words for one token; expected at most {START_WORDS_LIMIT}, each of at most {CAPTION_LIMIT} characters",
+                        words.len()
+                    ),
+                );
+            }
+        }
+        let allowed = |field, is: u32, most: u32| match is <= most {
+            true => Ok(()),
+            false => Err(SpecFault {
+                field,
+                problem: format!("is {is}; `{}` has at most {most}", self.method.as_str()),
+            }),
+        };
+        match self.method {
+            TokenMethod::Coar => {}
+            TokenMethod::CoarText => allowed("image_tokens", self.image_tokens, 0)?,
+            TokenMethod::TextualInversion => {
+                allowed("layers", self.layers, 1)?;
+                allowed("image_tokens", self.image_tokens, 0)?;
+            }
+        }
+        for (field, value, low, high) in [
+            ("layers", self.layers, 1, model_layers as u32),
+            ("steps", self.steps, 1, STEPS_LIMIT),
+            ("batch_size", self.batch_size, 1, 64),
+            ("text_tokens", self.text_tokens, 1, TOKENS_LIMIT),
+            ("image_tokens", self.image_tokens, 0, TOKENS_LIMIT),
+            ("prior_pictures", self.prior_pictures, 0, 64),
+        ] {
+            if !(low..=high).contains(&value) {
+                return fault(field, format!("is {value}; expected {low} to {high}"));
+            }
+        }
+        for (field, value, high) in [
+            ("learning_rate", self.learning_rate, 1.0),
+            (
+                "focus",
+                self.focus,
+                if self.kind == ConceptKind::Subject { 1.0 } else { 0.0 },
+            ),
+            ("prior_weight", self.prior_weight, 100.0),
+            ("regularisation_weight", self.regularisation_weight, 100.0),
+        ] {
+            let above_zero = field == "learning_rate";
+            if !value.is_finite() || value < 0.0 || value > high || (above_zero && value == 0.0) {
+                let expected = match above_zero {
+                    true => format!("a number above 0, at most {high}"),
+                    false if high == 0.0 => "0, since the concept is a style".to_owned(),
+                    false => format!("a number from 0 to {high}"),
+                };
+                return fault(field, format!("is {value}; expected {expected}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The prompt of one reference, cut at the placeholder: text before and after it.
+    pub fn reference_prompt(&self, picture: usize) -> (String, String) {
+        let caption = self.captions.get(picture).map_or("", |caption| caption.trim());
+        match (&self.class_noun, self.kind) {
+            (Some(noun), ConceptKind::Subject) if caption.is_empty() => ("a photo of ".to_owned(), format!(" {noun}")),
+            (Some(noun), ConceptKind::Subject) => ("a photo of ".to_owned(), format!(" {noun} {caption}")),
+            _ if caption.is_empty() => ("a picture in ".to_owned(), " style".to_owned()),
+            _ => (format!("{caption} in "), " style".to_owned()),
+        }
+    }
+
+    /// What is drawn to see how far the concept is: its kind's plainest prompt, with the placeholder.
+    pub fn preview_prompt(&self) -> String {
+        match &self.class_noun {
+            Some(noun) => format!("a photo of <{}> {noun}", self.name),
+            None => format!("a picture in <{}> style", self.name),
+        }
+    }
+
+    /// The prompt of the class pictures; `None` for styles, which have no class to preserve.
+    pub fn class_prompt(&self) -> Option<String> {
+        self.class_noun.as_ref().map(|noun| format!("a photo of a {noun}"))
+    }
+
+    /// For each text context token the words that it may start as, at least one.
+    pub fn start_candidates(&self) -> Vec<Vec<String>> {
+        let default = self.class_noun.as_deref().unwrap_or("art");
+        (0..self.text_tokens as usize)
+            .map(|token| match self.start_words.get(token) {
+                Some(words) if !words.is_empty() => words.clone(),
+                _ => vec![default.to_owned()],
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn subject() -> TrainingSpec {
+        TrainingSpec::preset(Preset::Paper, ConceptKind::Subject, "rex", Some("dog"), 32)
+    }
+
+    #[test]
+    fn the_paper_preset_has_the_papers_values() {
+        let spec = subject();
+        assert_eq!(
+            (
+                spec.layers,
+                spec.steps,
+                spec.text_tokens,
+                spec.image_tokens,
+                spec.batch_size
+            ),
+            (9, 1000, 1, 1, 1)
+        );
+        let style = TrainingSpec::preset(Preset::Paper, ConceptKind::Style, "ink", None, 32);
+        assert_eq!((style.layers, style.steps), (3, 600));
+        assert!(spec.check(32).is_ok() && style.check(32).is_ok());
+        assert_eq!(spec.class_prompt().as_deref(), Some("a photo of a dog"));
+        assert_eq!(style.class_prompt(), None);
+    }
+
+    #[test]
+    fn faults_name_the_field() {
+        let field = |change: fn(&mut TrainingSpec)| {
+            let mut spec = subject();
+            change(&mut spec);
+            spec.check(32).unwrap_err().field
+        };
+        assert_eq!(field(|s| s.name = "Rex!".into()), "name");
+        assert_eq!(field(|s| s.layers = 33), "layers");
+        assert_eq!(field(|s| s.steps = 0), "steps");
+        assert_eq!(field(|s| s.learning_rate = f64::NAN), "learning_rate");
+        assert_eq!(field(|s| s.learning_rate = 0.0), "learning_rate");
+        assert_eq!(field(|s| s.class_noun = None), "class");
+        assert_eq!(field(|s| s.image_tokens = 17), "image_tokens");
+        assert_eq!(field(|s| s.start_words = vec![vec![String::new(); 65]]), "start_words");
+    }
+
+    #[test]
+    fn a_limit_in_a_message_is_the_one_that_is_checked() {
+        let problem = |spec: TrainingSpec| spec.check(32).unwrap_err().problem;
+        let style = TrainingSpec::preset(Preset::Paper, ConceptKind::Style, "ink", None, 32);
+        assert_eq!(
+            problem(TrainingSpec { focus: 0.5, ..style }),
+            "is 0.5; expected 0, since the concept is a style"
+        );
+        assert_eq!(
+            problem(TrainingSpec {
+                focus: 2.0,
+                ..subject()
+            }),
+            "is 2; expected a number from 0 to 1"
+        );
+        let prior_weight = -1.0;
+        let below = TrainingSpec {
+            prior_weight,
+            ..subject()
+        };
+        assert_eq!(problem(below), "is -1; expected a number from 0 to 100");
+        let learning_rate = 0.0;
+        let none = TrainingSpec {
+            learning_rate,
+            ..subject()
+        };
+        assert_eq!(problem(none), "is 0; expected a number above 0, at most 1");
+        let zeros = TrainingSpec {
+            focus: 0.0,
+            prior_weight: 0.0,
+            regularisation_weight: 0.0,
+            ..subject()
+        };
+        assert!(zeros.check(32).is_ok());
+    }
+
+    #[test]
+    fn methods_leave_out_what_they_lack_and_refuse_it() {
+        let inversion = subject().with_method(TokenMethod::TextualInversion);
+        assert_eq!(
+            (inversion.layers, inversion.text_tokens, inversion.image_tokens),
+            (1, 1, 0)
+        );
+        assert!(inversion.check(32).is_ok());
+        let deeper = TrainingSpec { layers: 2, ..inversion };
+        assert_eq!(deeper.check(32).unwrap_err().field, "layers");
+        let text = subject().with_method(TokenMethod::CoarText);
+        assert!(text.check(32).is_ok());
+        let with_image = TrainingSpec {
+            image_tokens: 1,
+            ..text
+        };
+        assert_eq!(with_image.check(32).unwrap_err().field, "image_tokens");
+        let pocket = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
+        assert_eq!(pocket.with_method(TokenMethod::Coar).image_tokens, 1);
+        for method in TokenMethod::ALL {
+            assert_eq!(method.as_str().parse(), Ok(method));
+            assert_eq!(serde_json::to_value(method).unwrap(), method.as_str());
+        }
+        // Files of before have no such field, and files of the method of before do not gain one.
+        assert!(serde_json::to_value(subject()).unwrap().get("method").is_none());
+    }
+
+    #[test]
+    fn every_text_token_has_a_start_word_whatever_their_number() {
+        let mut spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
+        for tokens in [1, 6, 9] {
+            spec.text_tokens = tokens;
+            spec.check(6).unwrap();
+            let candidates = spec.start_candidates();
+            assert_eq!(candidates.len(), tokens as usize);
+            assert_eq!(candidates.get(8), (tokens == 9).then_some(&vec!["cat".to_owned()]));
+        }
+    }
+}

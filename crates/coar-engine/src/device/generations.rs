@@ -1,0 +1,437 @@
+//! The drawing half of the device thread: requests in, rows of one batch, codes out.
+
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::time::Instant;
+
+use tch::Device;
+use tokio::sync::mpsc;
+
+use super::concept_cache::ConceptCache;
+use super::guard::{end_process, guarded};
+use super::handle::Ticket;
+use super::meters::Trace;
+use super::pictures::{Order, Orders, Recipient};
+use crate::injection::DeviceConcept;
+use crate::model::accelerator::{self, Event};
+use crate::model::decoding::{DecodeBatch, Drawn, PictureId};
+use crate::model::{LuminaMgpt, ModelError};
+use crate::plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
+use coar_core::engine::{EngineError, GenerateRequest, GenerationEvent, Load};
+use coar_core::metrics::meters;
+use coar_core::scheduler::{Admission, Cost, JobId, Scheduler};
+
+/// Places in an event channel that progress leaves free for pictures, checkpoints and ends.
+pub(super) const RESERVED_EVENTS: usize = 24;
+
+struct Job {
+    request: GenerateRequest,
+    plan: PlannedSequence,
+    events: mpsc::Sender<GenerationEvent>,
+    recipient: Arc<Recipient>,
+    /// Pictures in the batch, with their index in the request.
+    active: Vec<(PictureId, u32)>,
+    finished: u32,
+    codes_per_picture: u64,
+    columns: i64,
+    /// Held until every picture has rows.
+    ticket: Option<Ticket>,
+    trace: Trace,
+}
+
+/// Requests waiting and being drawn.
+pub(super) struct Generations {
+    batch: DecodeBatch,
+    scheduler: Scheduler,
+    concepts: ConceptCache,
+    jobs: HashMap<JobId, Job>,
+    next_job: u64,
+    orders: Orders,
+    speed: Speed,
+    device: Device,
+    /// Ends of the steps that the device may not have reached.
+    steps: VecDeque<Event>,
+}
+
+/// Steps that the host may be ahead of the device. With one, the next step is prepared while the device computes; with
+/// more, progress would be told and cancellations be seen long before or after the device gets there.
+const STEPS_AHEAD: usize = 1;
+
+/// Tokens per second over the last while, for honest waiting times.
+#[derive(Debug, Default)]
+struct Speed {
+    tokens_per_second: f64,
+}
+
+impl Speed {
+    fn saw(&mut self, tokens: f64, seconds: f64) {
+        let now = tokens / seconds.max(1e-6);
+        self.tokens_per_second = if self.tokens_per_second == 0.0 {
+            now
+        } else {
+            0.95 * self.tokens_per_second + 0.05 * now
+        };
+    }
+}
+
+fn rows_of(request: &GenerateRequest) -> usize {
+    if request.guidance_scale == 1.0 { 1 } else { 2 }
+}
+
+impl Generations {
+    pub(super) fn new(device: Device, batch: DecodeBatch, orders: Orders, concept_bytes: usize) -> Self {
+        Self {
+            device,
+            steps: VecDeque::new(),
+            batch,
+            scheduler: Scheduler::default(),
+            concepts: ConceptCache::new(concept_bytes),
+            jobs: HashMap::new(),
+            next_job: 0,
+            orders,
+            speed: Speed::default(),
+        }
+    }
+
+    /// Whether anything waits or is drawn.
+    pub(super) fn is_empty(&self) -> bool {
+        self.jobs.is_empty()
+    }
+
+    /// Whether nothing is drawn or waits, but pictures are still being decoded.
+    pub(super) fn only_decodes(&self) -> bool {
+        self.is_empty() && self.orders.open() > 0
+    }
+
+    pub(super) fn load(&self) -> Load {
+        let (concept_hits, concept_misses, concept_bytes) = self.concepts.counts();
+        Load {
+            waiting_tokens: self.scheduler.waiting_tokens(),
+            tokens_per_second: self.speed.tokens_per_second,
+            pictures: self.batch.len(),
+            free_rows: self.batch.free_rows(),
+            concept_hits,
+            concept_misses,
+            concept_bytes,
+            ..Load::default()
+        }
+    }
+
+    /// Lays a request out and lets it wait for rows.
+    pub(super) fn take_in(
+        &mut self,
+        model: &LuminaMgpt,
+        request: GenerateRequest,
+        events: mpsc::Sender<GenerationEvent>,
+        ticket: Ticket,
+    ) {
+        let plan = match guarded(self.device, || plan(model, &request)) {
+            Ok(plan) => plan,
+            Err(error) => return drop(events.try_send(GenerationEvent::Failed(error))),
+        };
+        let (rows, columns) = model.codes_of(request.width, request.height);
+        let job = JobId(self.next_job);
+        self.next_job += 1;
+        let per_row = plan.layout.ids.len() as u64 + (rows * (columns + 1)) as u64;
+        let cost = Cost {
+            pictures: request.count,
+            rows_per_picture: rows_of(&request),
+            tokens_per_picture: per_row * rows_of(&request) as u64,
+        };
+        self.scheduler.push(&request.tenant, job, cost);
+        let recipient = Arc::new(Recipient {
+            events: events.clone(),
+            size: (request.width, request.height),
+            left: AtomicU32::new(request.count),
+            text_tokens: plan.text_tokens as u64,
+            image_tokens: u64::from(request.count) * (rows * columns) as u64,
+            span: ticket.trace().request().clone(),
+        });
+        let job_state = Job {
+            recipient,
+            request,
+            plan,
+            events,
+            active: vec![],
+            finished: 0,
+            codes_per_picture: (rows * columns) as u64,
+            columns,
+            trace: ticket.trace(),
+            ticket: Some(ticket),
+        };
+        self.jobs.insert(job, job_state);
+    }
+
+    /// One turn: whoever hung up leaves, whoever waits and fits enters, every picture gets one code.
+    pub(super) fn turn(&mut self, model: &LuminaMgpt) {
+        self.drop_cancelled();
+        while let Some(admission) = self.scheduler.admit(self.batch.free_rows()) {
+            self.admit(model, admission);
+        }
+        if self.batch.is_empty() {
+            return;
+        }
+        let (begun, pictures, free) = (Instant::now(), self.batch.len(), self.batch.free_rows());
+        match self.step(model) {
+            Ok(drawn) => {
+                // Two rows each, mostly; the unit only has to agree with the cost's.
+                let seconds = begun.elapsed().as_secs_f64();
+                self.speed.saw(2.0 * pictures as f64, seconds);
+                meters().decode_step(seconds, pictures, free);
+                drawn.into_iter().for_each(|drawn| self.leave(drawn));
+                self.tell_progress();
+            }
+            Err(error) => self.fail_active(&error),
+        }
+    }
+
+    /// One decode step, at most [`STEPS_AHEAD`] of the device.
+    fn step(&mut self, model: &LuminaMgpt) -> Result<Vec<Drawn>, EngineError> {
+        let (batch, steps, device) = (&mut self.batch, &mut self.steps, self.device);
+        guarded(device, || {
+            while steps.len() > STEPS_AHEAD {
+                if let Some(step) = steps.pop_front() {
+                    step.wait()?;
+                }
+            }
+            let drawn = batch.step(&model.transformer)?;
+            steps.push_back(Event::record(device)?);
+            Ok(drawn)
+        })
+    }
+
+    /// Waits until the device has done the steps that it was given.
+    pub(super) fn settle(&mut self) {
+        self.steps.clear();
+        if let Err(error) = guarded(self.device, || accelerator::synchronize(self.device)) {
+            self.fail_active(&error);
+        }
+    }
+
+    fn drop_cancelled(&mut self) {
+        let gone: Vec<JobId> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| job.events.is_closed())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in gone {
+            self.end(id);
+        }
+    }
+
+    /// Takes a job out, with everything of it that waits or is being drawn.
+    fn end(&mut self, id: JobId) -> Option<Job> {
+        self.scheduler.remove(id);
+        let job = self.jobs.remove(&id)?;
+        for &(picture, _) in &job.active {
+            if let Err(error) = guarded(self.device, || self.batch.remove(picture)) {
+                tracing::error!(%error, "a picture could not be taken out of the batch");
+                self.fail_active(&error);
+                break;
+            }
+        }
+        Some(job)
+    }
+
+    fn fail(&mut self, id: JobId, error: &EngineError) {
+        if let Some(job) = self.end(id) {
+            let _ = job.events.try_send(GenerationEvent::Failed(error.clone()));
+        }
+    }
+
+    /// A step has failed: nobody knows what state it has left, so everybody in it fails; who waits goes on.
+    fn fail_active(&mut self, error: &EngineError) {
+        if let Err(beyond) = guarded(self.device, || self.batch.clear()) {
+            // A poisoned CUDA context fails every later call; only a new process gets a new one.
+            tracing::error!(%error, %beyond, "the device does not recover; the process ends so that it can be restarted");
+            end_process();
+        }
+        let active: Vec<JobId> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| !job.active.is_empty())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in active {
+            self.scheduler.remove(id);
+            if let Some(job) = self.jobs.remove(&id) {
+                let _ = job.events.try_send(GenerationEvent::Failed(error.clone()));
+            }
+        }
+    }
+
+    fn admit(&mut self, model: &LuminaMgpt, admission: Admission) {
+        let Some(job) = self.jobs.get_mut(&admission.job) else {
+            return;
+        };
+        if admission.last {
+            job.ticket = None;
+        }
+        if admission.first == 0 {
+            let _ = job.events.try_send(GenerationEvent::Started);
+        }
+        let (batch, concepts) = (&mut self.batch, &mut self.concepts);
+        let prefill = job.trace.prefill();
+        let started = guarded(self.device, || start(model, batch, concepts, job, admission));
+        prefill.end();
+        match started {
+            Ok(ids) => {
+                job.trace.decode();
+                job.active.extend(ids.into_iter().zip(admission.first..));
+            }
+            Err(error) => self.fail(admission.job, &error),
+        }
+    }
+
+    fn leave(&mut self, drawn: Drawn) {
+        let owner = self
+            .jobs
+            .iter()
+            .find_map(|(&id, job)| Some((id, job.active.iter().position(|(p, _)| *p == drawn.id)?)));
+        let Some((id, at)) = owner else { return };
+        let codes = match drawn.codes {
+            Ok(codes) => codes,
+            Err(error) => {
+                let error = EngineError::Device(format!("{error}; the model's weights or the concept's are at fault"));
+                return self.fail(id, &error);
+            }
+        };
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        let (_, index) = job.active.swap_remove(at);
+        job.finished += 1;
+        let order = Order {
+            recipient: job.recipient.clone(),
+            index,
+            codes,
+            partial: None,
+        };
+        let complete = job.finished == job.request.count;
+        if !self.orders.send(id.0, order) {
+            let error = EngineError::Device("a thread that decodes pictures has ended".to_owned());
+            return self.fail(id, &error);
+        }
+        if complete {
+            self.jobs.remove(&id);
+        }
+    }
+
+    fn tell_progress(&mut self) {
+        for (&id, job) in self.jobs.iter().filter(|(_, job)| !job.active.is_empty()) {
+            let room = job.events.capacity();
+            // An unfinished image takes a place that nothing else needs: not that of an image, of the end or of a failure.
+            let unfinished = (job.request.count - job.finished) as usize;
+            let has_room = room > unfinished + 2 + job.active.len();
+            let mut done = u64::from(job.finished) * job.codes_per_picture;
+            for &(picture, index) in &job.active {
+                let Some((drawn, total)) = self.batch.progress(picture) else {
+                    continue;
+                };
+                done += drawn as u64;
+                if has_room
+                    && let Some(number) = partial_due(job.request.partial_images, drawn, total, job.columns)
+                    && let Ok(codes) = self.batch.codes_so_far(picture)
+                {
+                    // Where the picture threads are behind, an unfinished picture is the first thing to leave out.
+                    let order = Order {
+                        recipient: job.recipient.clone(),
+                        index,
+                        codes,
+                        partial: Some(number),
+                    };
+                    self.orders.offer(id.0, order);
+                }
+            }
+            if room > RESERVED_EVENTS {
+                let _ = job.events.try_send(GenerationEvent::Progress {
+                    done: done as u32,
+                    total: (u64::from(job.request.count) * job.codes_per_picture) as u32,
+                });
+            }
+        }
+    }
+
+    /// Tells everybody that the engine stops.
+    pub(super) fn stop(&mut self) {
+        for (_, job) in self.jobs.drain() {
+            let _ = job.events.try_send(GenerationEvent::Failed(EngineError::Stopped));
+        }
+    }
+}
+
+/// Which of `wanted` unfinished pictures is due when `drawn` of `total` codes are there: evenly spread, at row ends.
+fn partial_due(wanted: u32, drawn: i64, total: i64, columns: i64) -> Option<u32> {
+    if wanted == 0 || drawn % columns != 0 {
+        return None;
+    }
+    let (row, rows) = (drawn / columns, total / columns);
+    (0..wanted).find(|&number| rows * i64::from(number + 1) / i64::from(wanted + 1) == row && row > 0)
+}
+
+fn plan(model: &LuminaMgpt, request: &GenerateRequest) -> Result<PlannedSequence, ModelError> {
+    let size = (request.width, request.height);
+    if !model.sizes().contains(&size) {
+        return Err(ModelError::invalid(
+            "size",
+            format!("is {}x{}, which this model does not draw", size.0, size.1),
+        ));
+    }
+    let planned: Vec<PlannedConcept> = request
+        .concepts
+        .iter()
+        .map(|concept| PlannedConcept {
+            name: concept.name.clone(),
+            kind: concept.kind,
+            text_tokens: concept.tensors.text_tokens,
+            image_tokens: concept.tensors.image_tokens,
+        })
+        .collect();
+    plan_sequence(model, &request.prompt, &planned, size)
+}
+
+/// Puts some of a job's pictures into the batch.
+fn start(
+    model: &LuminaMgpt,
+    batch: &mut DecodeBatch,
+    cache: &mut ConceptCache,
+    job: &Job,
+    admission: Admission,
+) -> Result<Vec<PictureId>, ModelError> {
+    let request = &job.request;
+    let concepts = request
+        .concepts
+        .iter()
+        .map(|concept| cache.get(concept, model.transformer.device()))
+        .collect::<Result<Vec<Rc<DeviceConcept>>, _>>()?;
+    let settings = DrawSettings {
+        size: (request.width, request.height),
+        guidance_scale: request.guidance_scale,
+        temperature: request.temperature,
+        top_k: i64::from(request.top_k),
+        identity_mask: request.identity_mask,
+        streams: (admission.first..admission.first + admission.count)
+            .map(|index| (request.seed, u64::from(request.first_index) + u64::from(index)))
+            .collect(),
+    };
+    let concepts: Vec<&DeviceConcept> = concepts.iter().map(Rc::as_ref).collect();
+    batch.add(&model.transformer, &job.plan.request(model, &concepts, &settings)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unfinished_pictures_are_spread_over_the_rows() {
+        let due = |wanted: u32| -> Vec<(i64, u32)> {
+            (1..144)
+                .filter_map(|drawn| Some((drawn, partial_due(wanted, drawn, 144, 12)?)))
+                .collect()
+        };
+        assert_eq!(due(0), []);
+        assert_eq!(due(1), [(72, 0)]);
+        assert_eq!(due(3), [(36, 0), (72, 1), (108, 2)]);
+    }
+}

@@ -1,0 +1,169 @@
+//! What the engine measures of itself. The device thread adds to counters after its turns and is never asked; a turn costs
+//! it well below a microsecond. Spans are opened for requests and slices, never for a decode step.
+
+use std::time::{Duration, Instant};
+
+use tch::Device;
+use tracing::Span;
+
+use super::memory::used_bytes;
+use coar_core::engine::GenerationEvent;
+use coar_core::engine::Load;
+use coar_core::metrics::meters;
+use coar_core::scheduler::Turn;
+
+/// What the device thread has told so far.
+#[derive(Debug)]
+pub(super) struct Published {
+    device: Device,
+    /// When the device's memory was last looked up.
+    looked: Option<Instant>,
+    concept_hits: u64,
+    concept_misses: u64,
+}
+
+/// How often the driver is asked for the device's memory, at most: it takes longer than a counter.
+const LOOK: Duration = Duration::from_secs(2);
+
+impl Published {
+    pub(super) fn new(device: Device) -> Self {
+        let mut published = Self {
+            device,
+            looked: None,
+            concept_hits: 0,
+            concept_misses: 0,
+        };
+        published.memory();
+        published
+    }
+
+    fn memory(&mut self) {
+        if self.looked.is_some_and(|looked| looked.elapsed() < LOOK) {
+            return;
+        }
+        self.looked = Some(Instant::now());
+        if let Some(bytes) = used_bytes(self.device) {
+            meters().device_memory.set(bytes as i64);
+        }
+    }
+
+    /// A turn is over: `load` is what is left to do, `open` the trainings on the device.
+    pub(super) fn turn(&mut self, turn: Turn, spent: Duration, load: &Load, open: usize) {
+        let meters = meters();
+        match turn {
+            Turn::Generation => meters.generation_busy.inc_by(spent.as_secs_f64()),
+            Turn::Training => meters.training_busy.inc_by(spent.as_secs_f64()),
+            Turn::Idle => {}
+        }
+        meters.waiting_tokens.set(load.waiting_tokens as i64);
+        meters.token_rate.set(load.tokens_per_second);
+        meters.batch_pictures.set(load.pictures as i64);
+        meters.kv_rows_used.set(meters.kv_rows.get() - load.free_rows as i64);
+        meters.concept_hits.inc_by(load.concept_hits - self.concept_hits);
+        meters.concept_misses.inc_by(load.concept_misses - self.concept_misses);
+        meters.concept_bytes.set(load.concept_bytes as i64);
+        meters.trainings_open.set(open as i64);
+        self.memory();
+        (self.concept_hits, self.concept_misses) = (load.concept_hits, load.concept_misses);
+    }
+}
+
+/// The spans of one generation on the device thread, under the span of whoever asked for it.
+#[derive(Debug, Clone)]
+pub(super) struct Trace {
+    request: Span,
+    /// From the first picture's start to the last one's end.
+    decode: Option<Span>,
+}
+
+impl Trace {
+    /// Under the span that the caller is in.
+    pub(super) fn current() -> Self {
+        Self {
+            request: Span::current(),
+            decode: None,
+        }
+    }
+
+    /// The span of whoever asked.
+    pub(super) fn request(&self) -> &Span {
+        &self.request
+    }
+
+    /// The prompt is read from here to the answer's `end`.
+    pub(super) fn prefill(&self) -> Prefill {
+        Prefill {
+            begun: Instant::now(),
+            _span: tracing::info_span!(parent: &self.request, "engine.prefill"),
+        }
+    }
+
+    /// Pictures advance from here until the trace is dropped.
+    pub(super) fn decode(&mut self) {
+        let request = &self.request;
+        self.decode
+            .get_or_insert_with(|| tracing::info_span!(parent: request, "engine.decode"));
+    }
+}
+
+/// A prompt being read.
+#[derive(Debug)]
+pub(super) struct Prefill {
+    begun: Instant,
+    _span: Span,
+}
+
+impl Prefill {
+    pub(super) fn end(self) {
+        meters().prefill.observe(self.begun.elapsed().as_secs_f64());
+    }
+}
+
+/// Times of one generation as its reader sees them, outside the device thread.
+#[derive(Debug)]
+pub(super) struct GenerationClock {
+    begun: Instant,
+    started: bool,
+    drawing: bool,
+    /// How it ended; one that is dropped before was cancelled.
+    outcome: Option<&'static str>,
+}
+
+impl GenerationClock {
+    pub(super) fn start() -> Self {
+        Self {
+            begun: Instant::now(),
+            started: false,
+            drawing: false,
+            outcome: None,
+        }
+    }
+
+    pub(super) fn saw(&mut self, event: Option<&GenerationEvent>) {
+        let seconds = || self.begun.elapsed().as_secs_f64();
+        match event {
+            Some(GenerationEvent::Started) if !self.started => {
+                meters().generation_queue.observe(seconds());
+                self.started = true;
+            }
+            Some(GenerationEvent::Progress { .. } | GenerationEvent::Partial { .. }) if !self.drawing => {
+                meters().first_code.observe(seconds());
+                self.drawing = true;
+            }
+            Some(GenerationEvent::Done { .. }) => self.outcome = Some("succeeded"),
+            Some(GenerationEvent::Failed(_)) => self.outcome = Some("failed"),
+            // The engine has stopped under it.
+            None if self.outcome.is_none() => self.outcome = Some("failed"),
+            _ => {}
+        }
+    }
+}
+
+impl Drop for GenerationClock {
+    fn drop(&mut self) {
+        meters()
+            .generation
+            .with_label_values(&[self.outcome.unwrap_or("cancelled")])
+            .observe(self.begun.elapsed().as_secs_f64());
+    }
+}

@@ -1,0 +1,178 @@
+//! Codes to pictures, on threads of their own, so that drawing goes on meanwhile. They share the image tokenizer's weights
+//! with the device thread.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::mpsc as sync;
+use std::thread::JoinHandle;
+
+use tch::Device;
+use tokio::sync::mpsc;
+
+use super::guard::guarded;
+use crate::model::cpu::without_pool;
+use crate::model::lumina::pictures;
+use crate::model::{ModelError, Vqgan, accelerator};
+use coar_core::engine::GenerationEvent;
+use coar_core::metrics::meters;
+use coar_core::picture::RgbPicture;
+
+/// Where a request's pictures go.
+#[derive(Debug)]
+pub(super) struct Recipient {
+    pub events: mpsc::Sender<GenerationEvent>,
+    /// Width and height in pixels.
+    pub size: (u32, u32),
+    /// Pictures that are not delivered; with the last one the request is done.
+    pub left: AtomicU32,
+    /// The request's cost, which its end tells.
+    pub text_tokens: u64,
+    pub image_tokens: u64,
+    /// The request's span.
+    pub span: tracing::Span,
+}
+
+/// One picture to decode.
+#[derive(Debug)]
+pub(super) struct Order {
+    pub recipient: Arc<Recipient>,
+    /// The picture's index in its request.
+    pub index: u32,
+    /// Codes in raster order: all of them, or for an unfinished picture whole rows.
+    pub codes: Vec<i64>,
+    /// For an unfinished picture its number, from 0.
+    pub partial: Option<u32>,
+}
+
+/// Orders that may wait for each thread; a device thread that is faster than these threads waits for them.
+const QUEUE: usize = 64;
+
+/// How many threads decode pictures: on the CPU a few, since each computes alone; another device does one thing after the
+/// other anyway.
+pub(super) fn threads(device: Device) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    match device {
+        Device::Cpu => cores.min(2.max(cores / 4)),
+        _ => 1,
+    }
+}
+
+/// The door to the threads. One picture's orders all go to the same thread, so that they stay in order.
+#[derive(Debug)]
+pub(super) struct Orders {
+    senders: Vec<sync::SyncSender<Order>>,
+    /// Orders that are not delivered.
+    open: Arc<AtomicUsize>,
+}
+
+impl Orders {
+    fn of(&self, shard: u64, order: &Order) -> &sync::SyncSender<Order> {
+        let at = (shard + u64::from(order.index)) % self.senders.len().max(1) as u64;
+        &self.senders[at as usize]
+    }
+
+    /// Pictures that are being decoded or wait for it.
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Hands a picture over and waits where that thread is far behind; false when it has ended. `shard` is the same for
+    /// all orders of a request.
+    pub fn send(&self, shard: u64, order: Order) -> bool {
+        self.open.fetch_add(1, Ordering::AcqRel);
+        let sent = self.of(shard, &order).send(order).is_ok();
+        if !sent {
+            self.open.fetch_sub(1, Ordering::AcqRel);
+        }
+        sent
+    }
+
+    /// As [`Self::send`], but leaves the picture out where the thread is behind.
+    pub fn offer(&self, shard: u64, order: Order) {
+        self.open.fetch_add(1, Ordering::AcqRel);
+        if self.of(shard, &order).try_send(order).is_err() {
+            self.open.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+/// Starts a thread for each tokenizer; they end when the door is dropped, and must be joined before the process ends.
+///
+/// # Errors
+/// When the system has no thread left.
+pub(super) fn start(tokenizers: Vec<Vqgan>) -> std::io::Result<(Orders, Vec<JoinHandle<()>>)> {
+    let (mut senders, mut threads) = (vec![], vec![]);
+    let open = Arc::new(AtomicUsize::new(0));
+    for vqgan in tokenizers {
+        let open = open.clone();
+        let (sender, inbox) = sync::sync_channel::<Order>(QUEUE);
+        senders.push(sender);
+        let thread = std::thread::Builder::new()
+            .name("coar-pictures".to_owned())
+            .spawn(move || {
+                without_pool();
+                // Decode steps do not wait for a picture that is decoded beside them.
+                if let Err(error) = accelerator::use_own_stream(vqgan.device()) {
+                    tracing::warn!(%error, "images are decoded on the decode steps' stream");
+                }
+                let _no_grad = tch::no_grad_guard();
+                for order in inbox {
+                    deliver(&vqgan, order);
+                    open.fetch_sub(1, Ordering::AcqRel);
+                }
+            })?;
+        threads.push(thread);
+    }
+    Ok((Orders { senders, open }, threads))
+}
+
+fn deliver(vqgan: &Vqgan, order: Order) {
+    let Order {
+        recipient,
+        index,
+        codes,
+        partial,
+    } = order;
+    // A reader that is gone wants nothing.
+    if recipient.events.is_closed() {
+        return;
+    }
+    let decoded = recipient
+        .span
+        .in_scope(|| guarded(vqgan.device(), || decode(vqgan, &codes, recipient.size)));
+    let send = |event| drop(recipient.events.try_send(event));
+    match (decoded, partial) {
+        (Ok(picture), Some(number)) => send(GenerationEvent::Partial { index, number, picture }),
+        (Err(_), Some(_)) => {}
+        (Ok(picture), None) => {
+            meters().pictures.inc();
+            send(GenerationEvent::Picture { index, picture });
+            if recipient.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                send(GenerationEvent::Done {
+                    text_tokens: recipient.text_tokens,
+                    image_tokens: recipient.image_tokens,
+                });
+            }
+        }
+        // The request has failed; as this picture stays undelivered, its end is not told twice.
+        (Err(error), None) => send(GenerationEvent::Failed(error)),
+    }
+}
+
+const GREY: u8 = 128;
+
+/// The picture of as many whole rows of codes as there are.
+fn decode(vqgan: &Vqgan, codes: &[i64], (width, height): (u32, u32)) -> Result<RgbPicture, ModelError> {
+    let _span = tracing::info_span!("vqgan.decode").entered();
+    let _timer = meters().picture_decode.start_timer();
+    let unit = vqgan.config().pixels_per_code();
+    let columns = i64::from(width / unit);
+    let rows = codes.len() as i64 / columns.max(1);
+    let codes = accelerator::upload(codes, vqgan.device())?.f_view([1, -1])?;
+    let mut picture = pictures(&vqgan.decode(&codes, rows, columns)?)?
+        .pop()
+        .ok_or_else(|| ModelError::invalid("codes", "are empty"))?;
+    picture.height = height;
+    picture.rgb.resize(3 * (width * height) as usize, GREY);
+    Ok(picture)
+}

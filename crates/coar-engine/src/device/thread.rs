@@ -1,0 +1,291 @@
+//! The device thread: the only owner of model and cache. Pictures advance by one code each turn, trainings by one slice.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::device_time::DeviceTime;
+use super::generations::Generations;
+use super::handle::{Command, EngineHandle, Gauge, Joined};
+use super::memory::{KvMemory, free_bytes, kv_rows};
+use super::meters::Published;
+use super::pictures;
+use super::trainings::Trainings;
+use crate::model::decoding::{BatchOptions, DecodeBatch};
+use crate::model::kv_cache::KvCache;
+use crate::model::{LuminaMgpt, ModelError, accelerator};
+use crate::training::Estimate;
+use coar_core::engine::{Health, ModelInfo};
+use coar_core::metrics::meters;
+use coar_core::scheduler::{DeviceShare, Turn};
+use coar_core::training::Preset;
+
+/// How the device thread works.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Requests that may wait for rows; more are refused.
+    pub queue: usize,
+    /// Memory for keys and values, taken once at the start.
+    pub kv_bytes: KvMemory,
+    /// The most rows of the batch, whatever the memory admits; a guided picture takes two.
+    pub rows: usize,
+    /// Tokens of text that a row has room for.
+    pub prompt_tokens: usize,
+    /// Memory for concepts that are not in use at the moment, in bytes.
+    pub concept_bytes: usize,
+    /// Share of the device's time for trainings while pictures wait, 0..=1. Without pictures they have all of it.
+    pub training_share: f64,
+    /// Memory in bytes that the graph of one optimizer step may take; a training that needs more recomputes layers in its
+    /// backward pass. `None`: half of what is free when the training begins.
+    pub training_bytes: Option<u64>,
+    /// A training's checkpoint is handed out at least this often.
+    pub checkpoint_every: Duration,
+    /// Threads for libtorch; 0 leaves its default.
+    pub threads: i32,
+    /// A picture's codes do not depend on who shares the batch even where libtorch's kernels depend on its size: every
+    /// step has the shapes of the full batch. Needless where the CPU's own decode step is used.
+    pub deterministic: bool,
+    /// Measure what the device spends on images and on trainings by its own clock: see [`super::Load`].
+    pub measure_device_time: bool,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            queue: 64,
+            kv_bytes: KvMemory::Auto,
+            rows: 64,
+            prompt_tokens: 256,
+            concept_bytes: 256 << 20,
+            training_share: 0.5,
+            training_bytes: None,
+            checkpoint_every: Duration::from_secs(5),
+            threads: 0,
+            deterministic: false,
+            measure_device_time: false,
+        }
+    }
+}
+
+/// Starts the device thread; `load` runs on it. Returns when the model is loaded.
+///
+/// # Errors
+/// What `load` says.
+pub fn start(
+    options: EngineOptions,
+    load: impl FnOnce() -> Result<(LuminaMgpt, ModelInfo), ModelError> + Send + 'static,
+) -> Result<EngineHandle, ModelError> {
+    let (commands, inbox) = mpsc::channel(options.queue.max(1));
+    let (health_sender, health) = watch::channel(Health::Loading);
+    let (loaded_sender, loaded) = std::sync::mpsc::channel();
+    let gauge = Arc::new(Gauge::new(options.queue));
+    let own_gauge = gauge.clone();
+    let spawned = std::thread::Builder::new()
+        .name("coar-device".to_owned())
+        .spawn(move || {
+            if options.threads > 0 {
+                tch::set_num_threads(options.threads);
+            }
+            let _no_grad = tch::no_grad_guard();
+            let thread = load().and_then(|(model, info)| {
+                let counter = model.token_counter(longest_row(&model, options.prompt_tokens));
+                let thread = Thread::new(model, (&options, info.preset), inbox, own_gauge)?;
+                Ok((thread, (info, counter)))
+            });
+            match thread {
+                Ok((thread, loaded)) => {
+                    health_sender.send_replace(Health::Ready);
+                    // The starter may have given up; the closed channel ends the loop below.
+                    let _ = loaded_sender.send(Ok(loaded));
+                    thread.run();
+                    health_sender.send_replace(Health::Stopped("the engine has stopped".to_owned()));
+                }
+                Err(error) => {
+                    health_sender.send_replace(Health::Stopped(error.to_string()));
+                    let _ = loaded_sender.send(Err(error));
+                }
+            }
+        });
+    let thread = spawned.map_err(|error| ModelError::invalid("engine", format!("cannot start its thread: {error}")))?;
+    let (info, counter) = loaded
+        .recv()
+        .map_err(|_| ModelError::invalid("engine", "ended while it was loading"))??;
+    Ok(EngineHandle {
+        commands,
+        health,
+        info: Arc::new(info),
+        counter: Arc::new(counter),
+        gauge,
+        _thread: Arc::new(Joined(Some(thread))),
+    })
+}
+
+/// How often a waiting training looks whether it may go on.
+const GLANCE: Duration = Duration::from_millis(1);
+
+struct Thread {
+    model: LuminaMgpt,
+    pictures: Vec<JoinHandle<()>>,
+    inbox: mpsc::Receiver<Command>,
+    generations: Generations,
+    trainings: Trainings,
+    share: DeviceShare,
+    time: Option<DeviceTime>,
+    gauge: Arc<Gauge>,
+    published: Published,
+}
+
+/// Tokens of the longest row: text, image start and sizes, context positions, and the largest picture.
+fn longest_row(model: &LuminaMgpt, prompt_tokens: usize) -> i64 {
+    let picture = |&(width, height): &(u32, u32)| {
+        let (rows, columns) = model.codes_of(width, height);
+        rows * (columns + 1)
+    };
+    let pictures = model.sizes().iter().map(picture).max().unwrap_or(0);
+    (prompt_tokens as i64 + pictures).min(model.transformer.config().max_position_embeddings)
+}
+
+impl Thread {
+    fn new(
+        model: LuminaMgpt,
+        (options, preset): (&EngineOptions, Preset),
+        inbox: mpsc::Receiver<Command>,
+        gauge: Arc<Gauge>,
+    ) -> Result<Self, ModelError> {
+        let max_seq = longest_row(&model, options.prompt_tokens);
+        let row = KvCache::row_bytes(model.transformer.config(), max_seq, model.transformer.kind());
+        let device = model.transformer.device();
+        // Whatever the loading has put aside and not used.
+        accelerator::synchronize(device)?;
+        // CUDA graphs cannot be captured on the default stream.
+        accelerator::use_own_stream(device)?;
+        accelerator::empty_cache(device);
+        let free = free_bytes(device);
+        let reserve = model.decode_bytes() + Estimate::of_preset(&model, preset).least();
+        let rows = kv_rows(options.kv_bytes.bytes(device, free, reserve), row, options.rows, free)?;
+        tracing::info!(
+            rows,
+            max_seq,
+            bytes = row * rows as u64,
+            free,
+            reserve,
+            "key/value cache"
+        );
+        let batch = BatchOptions {
+            rows,
+            max_seq,
+            fixed_shapes: options.deterministic,
+        };
+        meters().kv_rows.set(rows as i64);
+        meters().kv_bytes.set((row * rows as u64) as i64);
+        let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, batch)?;
+        // Other threads read the weights on streams of their own: what has put them there must be over.
+        accelerator::synchronize(device)?;
+        let tokenizers = (0..pictures::threads(model.transformer.device()))
+            .map(|_| model.share_vqgan())
+            .collect::<Result<_, _>>()?;
+        let (orders, pictures) = pictures::start(tokenizers)
+            .map_err(|error| ModelError::invalid("engine", format!("cannot start its picture thread: {error}")))?;
+        let published = Published::new(model.transformer.device());
+        Ok(Self {
+            generations: Generations::new(device, batch, orders, options.concept_bytes),
+            trainings: Trainings::new(device, options.checkpoint_every, options.training_bytes),
+            share: DeviceShare::new(options.training_share),
+            time: options.measure_device_time.then(|| DeviceTime::new(device)),
+            model,
+            pictures,
+            inbox,
+            gauge,
+            published,
+        })
+    }
+
+    fn run(mut self) {
+        self.work();
+        let Self {
+            generations, pictures, ..
+        } = self;
+        // Their orders end with the sender; what they have begun is delivered.
+        drop(generations);
+        for thread in pictures {
+            if thread.join().is_err() {
+                tracing::error!("a thread that decodes pictures has panicked");
+            }
+        }
+    }
+
+    fn work(&mut self) {
+        loop {
+            let idle = self.generations.is_empty() && self.trainings.is_empty();
+            self.gauge.beat(!idle);
+            let mut command = match idle {
+                true => match self.inbox.blocking_recv() {
+                    Some(command) => Some(command),
+                    None => return,
+                },
+                false => self.inbox.try_recv().ok(),
+            };
+            self.gauge.beat(true);
+            while let Some(next) = command {
+                match next {
+                    Command::Generate {
+                        request,
+                        events,
+                        ticket,
+                    } => self.generations.take_in(&self.model, *request, events, ticket),
+                    Command::Train { request, events, span } => {
+                        self.trainings.take_in(&self.model, *request, events, span);
+                    }
+                    Command::EndTrainings { done } => {
+                        self.trainings.close();
+                        let _ = done.send(());
+                    }
+                    Command::Drain { done } => return self.drain(done),
+                }
+                command = self.inbox.try_recv().ok();
+            }
+            let training = !self.trainings.is_empty();
+            // On the CPU pictures are decoded on the same cores: that is part of drawing, and where drawing is behind a
+            // training waits for it instead of fighting it.
+            let on_cpu = self.model.transformer.device() == tch::Device::Cpu;
+            let decoding = on_cpu && training && self.generations.only_decodes();
+            let drawing = decoding || !self.generations.is_empty();
+            let turn = self.share.turn(drawing, training);
+            if turn == Turn::Training {
+                // What the device still has to do for images is their time.
+                let begun = Instant::now();
+                self.generations.settle();
+                self.share.spent(Turn::Generation, begun.elapsed(), drawing && training);
+            }
+            let measured = self.time.as_ref().map(DeviceTime::begin);
+            let begun = Instant::now();
+            match turn {
+                Turn::Generation if decoding => std::thread::sleep(GLANCE),
+                Turn::Generation => self.generations.turn(&self.model),
+                Turn::Training => self.trainings.turn(&self.model),
+                Turn::Idle => {}
+            }
+            let spent = begun.elapsed();
+            self.share.spent(turn, spent, drawing && training);
+            let mut load = self.generations.load();
+            if let (Some(time), Some(begun)) = (&mut self.time, measured) {
+                if let Err(error) = begun.and_then(|begun| time.end(turn, begun)) {
+                    tracing::warn!(%error, "the device's time could not be measured");
+                }
+                (load.generation_seconds, load.training_seconds) = (time.generation, time.training);
+            }
+            self.published.turn(turn, spent, &load, self.trainings.len());
+            self.gauge.tell(load);
+        }
+    }
+
+    /// Hands out a last checkpoint of every training and ends.
+    fn drain(&mut self, done: oneshot::Sender<()>) {
+        self.trainings.close();
+        self.generations.stop();
+        // Whoever asked may be gone.
+        let _ = done.send(());
+    }
+}

@@ -1,0 +1,247 @@
+//! The training half of the device thread: slices of the trainings that are open, in turn.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use tch::Device;
+use tokio::sync::mpsc;
+
+use super::generations::RESERVED_EVENTS;
+use super::guard::guarded;
+use crate::model::{LuminaMgpt, ModelError, accelerator};
+use crate::training::{Advance, Graph, Trainer};
+use coar_core::engine::{EngineError, TrainingEvent, TrainingProgress, TrainingRequest};
+use coar_core::metrics::meters;
+use coar_core::training::StepLosses;
+
+struct Training {
+    trainer: Trainer,
+    events: mpsc::Sender<TrainingEvent>,
+    checkpointed: Instant,
+    started: Instant,
+    first_step: u32,
+    /// What the present step has taken so far.
+    in_step: Duration,
+    /// Steps after which the concept is handed out.
+    previews: Vec<u32>,
+    span: tracing::Span,
+}
+
+/// How long a slice of a training is, about: images pause for as long. A piece of a step is not interrupted. On the CPU images
+/// and trainings take the caches from each other at every change, and slices are longer (docs/performance.md).
+fn slice_time(device: Device) -> Duration {
+    match device {
+        Device::Cpu => Duration::from_millis(250),
+        _ => Duration::from_millis(20),
+    }
+}
+
+/// Pieces of a training until the slice is over, or something else than a piece is done. On an accelerator each is waited
+/// for: otherwise a slice ends while the device still computes, and its time is charged to the next unit of work.
+fn slice(trainer: &mut Trainer, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+    let (device, begun) = (model.transformer.device(), Instant::now());
+    loop {
+        let advance = trainer.advance(model)?;
+        accelerator::synchronize(device)?;
+        if advance != Advance::Piece || begun.elapsed() >= slice_time(device) {
+            return Ok(advance);
+        }
+    }
+}
+
+/// Open trainings.
+pub(super) struct Trainings {
+    open: VecDeque<Training>,
+    checkpoint_every: Duration,
+    /// For the graph of one step; trainings take turns, so one graph is alive at a time.
+    bytes: Option<u64>,
+    /// No more are taken in.
+    closed: bool,
+    device: Device,
+}
+
+impl Trainings {
+    /// A training's checkpoint is handed out at least every `checkpoint_every`; the graph of its step may take `bytes`,
+    /// or half of what is free when it begins.
+    pub(super) fn new(device: Device, checkpoint_every: Duration, bytes: Option<u64>) -> Self {
+        Self {
+            device,
+            open: VecDeque::new(),
+            checkpoint_every,
+            bytes,
+            closed: false,
+        }
+    }
+
+    /// How many are open.
+    pub(super) fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Whether none is open.
+    pub(super) fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    pub(super) fn take_in(
+        &mut self,
+        model: &LuminaMgpt,
+        request: TrainingRequest,
+        events: mpsc::Sender<TrainingEvent>,
+        span: tracing::Span,
+    ) {
+        if self.closed {
+            return;
+        }
+        let TrainingRequest {
+            spec,
+            pictures,
+            checkpoint,
+            previews,
+        } = request;
+        let device = model.transformer.device();
+        let opened = guarded(device, || match &checkpoint {
+            Some(bytes) => Trainer::resume(model, spec, &pictures, bytes),
+            None => Trainer::new(model, spec, &pictures),
+        });
+        match opened {
+            Ok(mut trainer) => {
+                let free = || super::memory::free_bytes(device).map(|free| free / 2);
+                let estimate = trainer.estimate(model);
+                if let Some(budget) = self.bytes.or_else(free) {
+                    let graph = estimate.within(budget);
+                    tracing::info!(budget, kept = estimate.bytes(Graph::Kept), ?graph, "a training begins");
+                    trainer.set_graph(graph);
+                    trainer.set_class_batch(estimate.class_images_at_once(budget));
+                }
+                let now = Instant::now();
+                let first_step = trainer.step();
+                self.open.push_back(Training {
+                    trainer,
+                    events,
+                    checkpointed: now,
+                    started: now,
+                    first_step,
+                    in_step: Duration::ZERO,
+                    previews,
+                    span,
+                });
+            }
+            Err(error) => drop(events.try_send(TrainingEvent::Failed(error))),
+        }
+    }
+
+    /// One slice of the training whose turn it is.
+    pub(super) fn turn(&mut self, model: &LuminaMgpt) {
+        let Some(mut training) = self.open.pop_front() else {
+            return;
+        };
+        if training.events.is_closed() {
+            return;
+        }
+        let (span, begun) = (
+            tracing::info_span!(parent: &training.span, "train.slice"),
+            Instant::now(),
+        );
+        let device = model.transformer.device();
+        let advanced = span.in_scope(|| guarded(device, || slice(&mut training.trainer, model)));
+        training.in_step += begun.elapsed();
+        match advanced {
+            Ok(Advance::Finished) => {
+                let finished = guarded(device, || training.trainer.concept_file(model.fingerprint()))
+                    .and_then(|file| file.to_bytes().map_err(|error| EngineError::Device(error.to_string())));
+                let event = match finished {
+                    Ok(bytes) => TrainingEvent::Done {
+                        file: bytes.into(),
+                        report: report(&training),
+                    },
+                    Err(error) => TrainingEvent::Failed(error),
+                };
+                let _ = training.events.try_send(event);
+            }
+            Ok(advance) => {
+                if let Advance::Step(losses) = advance {
+                    meters().training_step(training.in_step.as_secs_f64(), losses.total);
+                    training.tell(losses);
+                    training.hand_out_preview(model);
+                }
+                if advance != Advance::Piece {
+                    training.in_step = Duration::ZERO;
+                }
+                if training.checkpointed.elapsed() >= self.checkpoint_every {
+                    training.hand_out_checkpoint(device);
+                }
+                self.open.push_back(training);
+            }
+            Err(error) => drop(training.events.try_send(TrainingEvent::Failed(error))),
+        }
+    }
+
+    /// Hands out a last checkpoint of each; from now on every training that comes ends at once, unbegun.
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+        for mut training in self.open.drain(..) {
+            training.hand_out_checkpoint(self.device);
+        }
+    }
+}
+
+impl Training {
+    fn tell(&self, losses: StepLosses) {
+        if self.events.capacity() <= RESERVED_EVENTS {
+            return;
+        }
+        let step = self.trainer.step();
+        let seconds = self.started.elapsed().as_secs_f32().max(1e-3);
+        let steps_per_second = (step - self.first_step) as f32 / seconds;
+        let total_steps = self.trainer.spec().steps;
+        let progress = TrainingProgress {
+            step,
+            total_steps,
+            losses,
+            steps_per_second,
+        };
+        let _ = self.events.try_send(TrainingEvent::Progress(progress));
+    }
+
+    /// A preview is worth no failure: without room in the channel, or with a device that fails, there is none.
+    fn hand_out_preview(&self, model: &LuminaMgpt) {
+        let step = self.trainer.step();
+        if !self.previews.contains(&step) || self.events.capacity() <= RESERVED_EVENTS {
+            return;
+        }
+        let file = guarded(model.transformer.device(), || {
+            self.trainer.concept_file(model.fingerprint())
+        });
+        match file.map(|file| file.to_bytes()) {
+            Ok(Ok(bytes)) => drop(self.events.try_send(TrainingEvent::Preview {
+                step,
+                file: bytes.into(),
+            })),
+            Ok(Err(error)) => tracing::warn!(%error, "a training's preview could not be written"),
+            Err(error) => tracing::warn!(%error, "a training's preview could not be made"),
+        }
+    }
+
+    fn hand_out_checkpoint(&mut self, device: Device) {
+        match guarded(device, || self.trainer.checkpoint()) {
+            Ok(bytes) => {
+                let step = self.trainer.step();
+                let _ = self.events.try_send(TrainingEvent::Checkpoint {
+                    step,
+                    bytes: bytes.into(),
+                });
+            }
+            Err(error) => tracing::warn!(%error, "a training's checkpoint could not be made"),
+        }
+        self.checkpointed = Instant::now();
+    }
+}
+
+fn report(training: &Training) -> serde_json::Value {
+    serde_json::json!({
+        "seconds": training.started.elapsed().as_secs_f64(),
+        "resumed_from_step": training.first_step,
+        "losses": training.trainer.losses(),
+    })
+}

@@ -1,0 +1,211 @@
+//! Choosing and loading a base model.
+
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Kind};
+
+use coar_core::engine::ModelInfo;
+use coar_core::training::Preset;
+
+use crate::device::{EngineHandle, EngineOptions, start};
+use crate::model::accelerator::{load_cuda, set_tf32, synchronize, use_own_stream};
+use crate::model::cpu::multiplies_bf16;
+use crate::model::lumina::CheckpointFiles;
+use crate::model::{LuminaMgpt, ModelConfig, ModelError};
+use crate::pocket::unpack_shipped;
+
+/// Why a base model cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A flag names a device or kind that does not exist here.
+    #[error("{0}")]
+    Flag(String),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+/// Which base model, and where it runs: the flags of the commands that need one.
+#[derive(Debug, Clone)]
+pub struct ModelSource {
+    /// Checkpoint folder; `None`: the shipped pocket model.
+    pub model: Option<PathBuf>,
+    /// Folder of the tokenizer files where they lie apart from the checkpoint.
+    pub tokenizer: Option<PathBuf>,
+    /// Image size in pixels that the checkpoint was trained for, where its config.json does not say.
+    pub target_size: Option<u32>,
+    /// `auto`, `cpu` or `cuda:N`.
+    pub device: String,
+    /// `auto`, `f32`, `bf16` or `f16`.
+    pub dtype: String,
+    /// Let a GPU round f32 to TF32 in image encoding and decoding.
+    pub tf32: bool,
+    /// Threads for libtorch on the CPU; 0: as many as cores.
+    pub threads: i32,
+    /// Where the pocket model is unpacked; `None`: the user's cache folder.
+    pub cache: Option<PathBuf>,
+}
+
+/// The user's cache folder for coar.
+pub fn default_cache() -> PathBuf {
+    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
+    std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(home)
+        .unwrap_or_else(std::env::temp_dir)
+        .join("coar")
+}
+
+/// The device that a `--device` names; `auto` takes the first CUDA device where libtorch has one.
+///
+/// # Errors
+/// When the text is not a device, or the device is absent.
+pub fn device_named(text: &str) -> Result<Device, LoadError> {
+    let loaded = load_cuda();
+    let cuda = tch::Cuda::device_count();
+    match text {
+        "cpu" => Ok(Device::Cpu),
+        "auto" => Ok(if cuda > 0 { Device::Cuda(0) } else { Device::Cpu }),
+        other => {
+            let index: usize = other
+                .strip_prefix("cuda:")
+                .or((other == "cuda").then_some("0"))
+                .and_then(|index| index.parse().ok())
+                .ok_or_else(|| LoadError::Flag(format!("--device is `{other}`; expected `auto`, `cpu` or `cuda:N`")))?;
+            if let Err(reason) = &loaded {
+                return Err(LoadError::Flag(format!(
+                    "--device is `{other}`; libtorch's CUDA part could not be opened: {reason}"
+                )));
+            }
+            if index as i64 >= cuda {
+                return Err(LoadError::Flag(format!(
+                    "--device is `{other}`; this machine has {cuda} CUDA devices that libtorch can use (is the driver \
+                     installed, and new enough for CUDA 13.0?)"
+                )));
+            }
+            Ok(Device::Cuda(index))
+        }
+    }
+}
+
+impl ModelSource {
+    /// The device that the flag names; `auto` takes the first CUDA device where libtorch has one.
+    ///
+    /// # Errors
+    /// When the flag is not a device, or the device is absent.
+    pub fn device(&self) -> Result<Device, LoadError> {
+        let device = device_named(&self.device)?;
+        if device != Device::Cpu {
+            set_tf32(self.tf32)?;
+        }
+        Ok(device)
+    }
+
+    /// The kind that the flag names, for `device`. `auto` is bf16 on an accelerator, and on a CPU that multiplies bf16
+    /// itself where the checkpoint says that its weights are bf16: nothing of them is lost then, and it is the faster
+    /// one there (docs/performance.md). Elsewhere it is f32.
+    ///
+    /// # Errors
+    /// When the flag is not a kind, or `auto` needs the checkpoint's configuration and cannot read it.
+    pub fn kind(&self, device: Device, files: &CheckpointFiles) -> Result<Kind, LoadError> {
+        Ok(match self.dtype.as_str() {
+            "auto" if device != Device::Cpu => Kind::BFloat16,
+            "auto" if multiplies_bf16() => match ModelConfig::read(&files.config)?.torch_dtype.as_deref() {
+                Some("bfloat16") => Kind::BFloat16,
+                _ => Kind::Float,
+            },
+            "auto" => Kind::Float,
+            "bf16" => Kind::BFloat16,
+            "f32" => Kind::Float,
+            "f16" => Kind::Half,
+            other => {
+                return Err(LoadError::Flag(format!(
+                    "--dtype is `{other}`; expected `auto`, `f32`, `bf16` or `f16`"
+                )));
+            }
+        })
+    }
+
+    /// The checkpoint's files; unpacks the pocket model where no other is named.
+    ///
+    /// # Errors
+    /// When a file is missing.
+    pub fn files(&self) -> Result<CheckpointFiles, ModelError> {
+        match &self.model {
+            Some(dir) => CheckpointFiles::find(dir, self.tokenizer.as_deref()),
+            None => CheckpointFiles::find(
+                &unpack_shipped(&self.cache.clone().unwrap_or_else(default_cache))?,
+                None,
+            ),
+        }
+    }
+
+    /// A name for `/v1/models`: the folder's.
+    pub fn id(&self) -> String {
+        let name = self.model.as_ref().and_then(|dir| dir.canonicalize().ok());
+        let name = name
+            .as_ref()
+            .and_then(|dir| dir.file_name())
+            .map(|name| name.to_string_lossy().into_owned());
+        name.unwrap_or_else(|| "coar-pocket".to_owned())
+    }
+
+    /// Loads the model on this thread.
+    ///
+    /// # Errors
+    /// When a file or tensor is missing or misshapen.
+    pub fn load(&self) -> Result<(LuminaMgpt, ModelInfo), LoadError> {
+        let device = self.device()?;
+        if self.threads > 0 {
+            tch::set_num_threads(self.threads);
+        }
+        let files = self.files()?;
+        let model = LuminaMgpt::load(&files, device, self.kind(device, &files)?, self.target_size)?;
+        // CUDA graphs cannot be captured on the default stream.
+        synchronize(device)?;
+        use_own_stream(device)?;
+        let info = describe(&model, self.id());
+        Ok((model, info))
+    }
+
+    /// Loads the model on a device thread of its own.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn start_engine(&self, mut options: EngineOptions) -> Result<EngineHandle, LoadError> {
+        let (device, files, id) = (self.device()?, self.files()?, self.id());
+        let (kind, target) = (self.kind(device, &files)?, self.target_size);
+        options.threads = self.threads;
+        Ok(start(options, move || {
+            let model = LuminaMgpt::load(&files, device, kind, target)?;
+            let info = describe(&model, id);
+            Ok((model, info))
+        })?)
+    }
+}
+
+/// What requests are checked against.
+pub fn describe(model: &LuminaMgpt, id: String) -> ModelInfo {
+    let config: &ModelConfig = model.transformer.config();
+    let preset = match config.concept_preset.as_deref() {
+        Some("pocket") => Preset::Pocket,
+        Some("designers") => Preset::Designers,
+        _ => Preset::Paper,
+    };
+    // Without guidance and a little colder than it was trained: what looks best in the designers' world, at half the cost.
+    let (guidance, temperature) = match preset {
+        Preset::Pocket => (2.0, 1.0),
+        Preset::Designers => (1.0, 0.7),
+        Preset::Paper => (4.0, 1.0),
+    };
+    ModelInfo {
+        id,
+        fingerprint: model.fingerprint().to_owned(),
+        layers: config.num_hidden_layers,
+        hidden: config.hidden_size as usize,
+        sizes: model.sizes(),
+        default_guidance_scale: guidance,
+        default_temperature: temperature,
+        default_top_k: model.default_top_k() as u32,
+        preset,
+    }
+}

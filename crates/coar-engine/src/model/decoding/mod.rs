@@ -1,0 +1,121 @@
+//! Drawing pictures code by code on the frozen model: any number of pictures of any prompts, sizes and settings advance
+//! together, one forward pass per code.
+//!
+//! Order per code as the reference's (`inference_solver.py`): raw logits, guidance, grammar, top-k, temperature, softmax,
+//! one draw. What the grammar forces costs nothing: image start and sizes are part of the prompt, since the caller asks
+//! for a size; a row end rides along with the code before it; the image end is never fed.
+
+mod batch;
+mod device;
+mod host;
+mod step;
+
+use super::context::ContextBatch;
+use super::{ModelError, Transformer};
+pub use batch::{BatchOptions, DecodeBatch, Drawn, PictureId};
+use coar_core::tokenizer::Vocabulary;
+pub use step::{Observe, StepPart};
+
+/// What to draw.
+#[derive(Debug)]
+pub struct DecodingRequest {
+    /// Prompt, image start, both size ids and the extra positions.
+    pub prompt: Vec<i64>,
+    /// The unconditional branch: image start and both size ids; it holds no concept and no extra position.
+    pub unconditional: Vec<i64>,
+    /// Injections into the prompt, which is row 0.
+    pub context: Option<ContextBatch>,
+    /// Codes per column and per row of the picture.
+    pub rows: i64,
+    pub columns: i64,
+    /// `u + s * (c - u)`; 1 leaves the unconditional branch out.
+    pub guidance_scale: f64,
+    pub temperature: f64,
+    pub top_k: i64,
+    /// One picture for each: the random stream `(seed, index)`.
+    pub streams: Vec<(u64, u64)>,
+}
+
+impl DecodingRequest {
+    /// Cache rows that each picture takes.
+    pub fn rows_per_picture(&self) -> usize {
+        if self.guidance_scale == 1.0 { 1 } else { 2 }
+    }
+
+    /// Tokens of the longest row, to its end.
+    pub fn tokens(&self) -> i64 {
+        self.prompt.len().max(self.unconditional.len()) as i64 + (self.columns + 1) * self.rows
+    }
+}
+
+/// The pictures of some requests, with a cache of their own.
+#[derive(Debug)]
+pub struct Decoding {
+    batch: DecodeBatch,
+    ids: Vec<PictureId>,
+    codes: Vec<Vec<i64>>,
+    total: i64,
+    done: i64,
+}
+
+impl Decoding {
+    /// Runs the prompts. The pictures are those of the requests, one after the other.
+    ///
+    /// # Errors
+    /// When a sequence is longer than the model's positions or the device fails.
+    pub fn start(
+        model: &Transformer,
+        vocabulary: &Vocabulary,
+        requests: &[DecodingRequest],
+    ) -> Result<Self, ModelError> {
+        let each = |request: &DecodingRequest| request.streams.len() * request.rows_per_picture();
+        let options = BatchOptions {
+            rows: requests.iter().map(each).sum(),
+            max_seq: requests.iter().map(DecodingRequest::tokens).max().unwrap_or(0),
+            fixed_shapes: false,
+        };
+        let mut batch = DecodeBatch::new(model, vocabulary, options)?;
+        let mut ids = Vec::new();
+        for request in requests {
+            ids.extend(batch.add(model, request)?);
+        }
+        let codes = |request: &DecodingRequest| request.rows * request.columns;
+        Ok(Self {
+            codes: vec![vec![]; ids.len()],
+            ids,
+            batch,
+            total: requests.iter().map(codes).max().unwrap_or(0),
+            done: 0,
+        })
+    }
+
+    /// Codes drawn of each picture so far, and of the largest in all.
+    pub fn progress(&self) -> (i64, i64) {
+        (self.done, self.total)
+    }
+
+    /// Whether every code is drawn.
+    pub fn is_done(&self) -> bool {
+        self.batch.is_empty()
+    }
+
+    /// The codes of each picture, in raster order; empty until it is done.
+    pub fn codes(&self) -> &[Vec<i64>] {
+        &self.codes
+    }
+
+    /// One more code for every picture.
+    ///
+    /// # Errors
+    /// When the device fails, or the model's scores are not finite.
+    pub fn step(&mut self, model: &Transformer) -> Result<(), ModelError> {
+        self.done += 1;
+        for drawn in self.batch.step(model)? {
+            let codes = drawn.codes?;
+            if let Some(index) = self.ids.iter().position(|&id| id == drawn.id) {
+                self.codes[index] = codes;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,463 @@
+//! A whole checkpoint: transformer, image tokenizer, text side and picture preparation.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tch::{Device, Kind, Tensor};
+
+use super::decoding::{Decoding, DecodingRequest};
+use super::preprocessing::CropPlan;
+use super::transformer::Transformer;
+use super::vqgan::{Vqgan, VqganConfig};
+use super::weights::{Checkpoint, Shared, Target, TensorSource, vqgan_source};
+use super::{ModelConfig, ModelError};
+use coar_core::engine::TokenCounter;
+use coar_core::picture::RgbPicture;
+use coar_core::tokenizer::{EncodedPrompt, PromptPart, TextTokenizer, Vocabulary, encode_prompt, image_block};
+
+/// Where the parts of a checkpoint lie. The reference keeps the tokenizer files apart from the language model; here they
+/// may lie in the checkpoint's folder, in its `tokenizer/`, or where `tokenizer_dir` says.
+#[derive(Debug, Clone)]
+pub struct CheckpointFiles {
+    pub dir: PathBuf,
+    pub config: PathBuf,
+    pub tokenizer: PathBuf,
+    pub vqgan_config: PathBuf,
+    /// `vqgan.safetensors` or `vqgan.ckpt`.
+    pub vqgan_weights: PathBuf,
+}
+
+impl CheckpointFiles {
+    /// Finds the files of a checkpoint.
+    ///
+    /// # Errors
+    /// The first that is missing, with the places that were looked at.
+    pub fn find(dir: &Path, tokenizer_dir: Option<&Path>) -> Result<Self, ModelError> {
+        let config = dir.join("config.json");
+        if !config.exists() {
+            return Err(ModelError::file(
+                dir,
+                "holds no config.json; expected a Hugging Face checkpoint folder",
+            ));
+        }
+        let places: Vec<PathBuf> = match tokenizer_dir {
+            Some(given) => vec![given.to_owned(), given.join("tokenizer")],
+            None => vec![dir.join("tokenizer"), dir.to_owned()],
+        };
+        let find = |names: &[&str]| {
+            places
+                .iter()
+                .flat_map(|place| names.iter().map(move |name| place.join(name)))
+                .find(|file| file.exists())
+                .ok_or_else(|| {
+                    let looked: Vec<String> = places.iter().map(|place| place.display().to_string()).collect();
+                    ModelError::file(
+                        dir,
+                        format!("{} is missing; looked in {}", names.join(" or "), looked.join(", ")),
+                    )
+                })
+        };
+        Ok(Self {
+            dir: dir.to_owned(),
+            config,
+            tokenizer: find(&["text_tokenizer.json"])?,
+            vqgan_config: find(&["vqgan.yaml"])?,
+            vqgan_weights: find(&["vqgan.safetensors", "vqgan.ckpt"])?,
+        })
+    }
+}
+
+/// What [`LuminaMgpt::assemble`] puts together.
+pub struct Parts<'a> {
+    pub config: ModelConfig,
+    pub tokenizer: TextTokenizer,
+    pub vqgan_config: VqganConfig,
+    /// The transformer's weights.
+    pub weights: &'a dyn TensorSource,
+    /// The image tokenizer's weights, in f32.
+    pub vqgan_weights: &'a dyn TensorSource,
+    /// Names the weights; concepts carry it.
+    pub fingerprint: String,
+    /// Image size in pixels; 512 where it is not given.
+    pub target_size: Option<u32>,
+}
+
+/// One frozen base model with everything around it.
+#[derive(Debug)]
+pub struct LuminaMgpt {
+    pub transformer: Transformer,
+    pub vqgan: Vqgan,
+    pub vocabulary: Vocabulary,
+    /// Shared with whoever counts tokens outside the device thread.
+    pub tokenizer: Arc<TextTokenizer>,
+    pub crop: CropPlan,
+    /// The image tokenizer's parameters, to load it once more without a copy.
+    vqgan_tensors: Shared,
+    fingerprint: String,
+    target_size: u32,
+}
+
+/// The picture size where neither the configuration nor the caller says it: the smallest published checkpoint's.
+const DEFAULT_TARGET: u32 = 512;
+/// What class pictures are drawn with.
+const PLAIN_GUIDANCE: f64 = 3.0;
+
+impl LuminaMgpt {
+    /// Counts the tokens of requests to this model, where a row of the batch holds `longest_row` tokens.
+    pub fn token_counter(&self, longest_row: i64) -> TokenCounter {
+        TokenCounter {
+            tokenizer: self.tokenizer.clone(),
+            vocabulary: self.vocabulary.clone(),
+            pixels_per_code: self.vqgan.config().pixels_per_code(),
+            longest_row,
+        }
+    }
+
+    /// Loads a checkpoint onto `device` in `kind`; the image tokenizer stays in f32, as its file is.
+    ///
+    /// # Errors
+    /// When a file or tensor is missing or misshapen, by name.
+    pub fn load(
+        files: &CheckpointFiles,
+        device: Device,
+        kind: Kind,
+        target_size: Option<u32>,
+    ) -> Result<Self, ModelError> {
+        let _no_grad = tch::no_grad_guard();
+        let config = ModelConfig::read(&files.config)?;
+        let checkpoint = Checkpoint::open_dir(&files.dir, Target { kind, device })?;
+        let tokenizer = TextTokenizer::read(&files.tokenizer)?;
+        let vocabulary = Vocabulary::from_names(&tokenizer.names())?;
+        let vqgan_config = VqganConfig::read(&files.vqgan_config)?;
+        if vqgan_config.n_embed < vocabulary.code_count() as i64 {
+            return Err(ModelError::Config {
+                file: files.vqgan_config.clone(),
+                field: "n_embed".to_owned(),
+                problem: format!(
+                    "is {}; the vocabulary names {} image codes",
+                    vqgan_config.n_embed,
+                    vocabulary.code_count()
+                ),
+            });
+        }
+        // Every id that a prompt can hold is looked up in the embedding, on a device that does not check it.
+        let highest = tokenizer.names().values().copied().max().unwrap_or(0);
+        if highest >= config.vocab_size {
+            return Err(ModelError::Config {
+                file: files.config.clone(),
+                field: "vocab_size".to_owned(),
+                problem: format!(
+                    "is {}; {} names the id {highest}",
+                    config.vocab_size,
+                    files.tokenizer.display()
+                ),
+            });
+        }
+        let source = vqgan_source(
+            &files.vqgan_weights,
+            Target {
+                kind: Kind::Float,
+                device,
+            },
+        )?;
+        Self::assemble(Parts {
+            fingerprint: checkpoint.fingerprint(),
+            target_size: target_size.or(config.target_size),
+            config,
+            tokenizer,
+            vqgan_config,
+            weights: &checkpoint,
+            vqgan_weights: source.as_ref(),
+        })
+    }
+
+    /// Puts a model together from parts that need not be files.
+    ///
+    /// # Errors
+    /// When a part does not fit the others, or a tensor is missing or misshapen.
+    pub fn assemble(parts: Parts) -> Result<Self, ModelError> {
+        let _no_grad = tch::no_grad_guard();
+        let vocabulary = Vocabulary::from_names(&parts.tokenizer.names())?;
+        let unit = 2 * parts.vqgan_config.pixels_per_code();
+        let target_size = parts.target_size.unwrap_or(DEFAULT_TARGET);
+        if target_size < unit || u64::from(target_size / unit) > vocabulary.most_grids() as u64 {
+            return Err(ModelError::invalid(
+                "target_size",
+                format!(
+                    "is {target_size}; expected {unit} to {}",
+                    unit * vocabulary.most_grids() as u32
+                ),
+            ));
+        }
+        let transformer = Transformer::load(&parts.config, parts.weights)?;
+        let vqgan_tensors = Shared::default();
+        let vqgan = Vqgan::load(&parts.vqgan_config, &vqgan_tensors.remembering(parts.vqgan_weights))?;
+        Ok(Self {
+            fingerprint: parts.fingerprint,
+            transformer,
+            vqgan,
+            vqgan_tensors,
+            crop: CropPlan::new(target_size, unit),
+            vocabulary,
+            tokenizer: parts.tokenizer.into(),
+            target_size,
+        })
+    }
+
+    /// The image tokenizer once more, for another thread; both share the weights.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn share_vqgan(&self) -> Result<Vqgan, ModelError> {
+        tch::no_grad(|| Vqgan::load(self.vqgan.config(), &self.vqgan_tensors))
+    }
+
+    /// The same model around another transformer; everything else is shared, and so is the fingerprint: it names what the
+    /// other weights were made from.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn with_transformer(&self, transformer: Transformer) -> Result<Self, ModelError> {
+        Ok(Self {
+            transformer,
+            vqgan: self.share_vqgan()?,
+            vocabulary: self.vocabulary.clone(),
+            tokenizer: self.tokenizer.clone(),
+            crop: self.crop.clone(),
+            vqgan_tensors: self.vqgan_tensors.another(),
+            fingerprint: self.fingerprint.clone(),
+            target_size: self.target_size,
+        })
+    }
+
+    /// Names these weights; concepts carry it.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// `(width, height)` of every picture that can be drawn, the square one first.
+    pub fn sizes(&self) -> Vec<(u32, u32)> {
+        let named = |&(w, h): &(u32, u32)| {
+            let unit = 2 * self.vqgan.config().pixels_per_code();
+            (w / unit).max(h / unit) as usize <= self.vocabulary.most_grids()
+        };
+        let mut sizes: Vec<_> = self.crop.sizes().iter().copied().filter(named).collect();
+        let square = (self.target_size, self.target_size);
+        sizes.sort_by_key(|&size| size != square);
+        sizes
+    }
+
+    /// Bytes that decoding the largest picture takes beside the weights.
+    pub fn decode_bytes(&self) -> u64 {
+        let bytes = |(width, height): (u32, u32)| self.vqgan.decode_bytes(width, height);
+        self.sizes().into_iter().map(bytes).max().unwrap_or(0)
+    }
+
+    /// Rows and columns of codes of a picture.
+    pub fn codes_of(&self, width: u32, height: u32) -> (i64, i64) {
+        let unit = self.vqgan.config().pixels_per_code();
+        (i64::from(height / unit), i64::from(width / unit))
+    }
+
+    /// Prompt ids with slots.
+    ///
+    /// # Errors
+    /// When the text cannot be used.
+    pub fn encode_prompt(&self, width: u32, height: u32, parts: &[PromptPart]) -> Result<EncodedPrompt, ModelError> {
+        Ok(encode_prompt(&self.tokenizer, &self.vocabulary, width, height, parts)?)
+    }
+
+    /// Prompt ids with at most one slot of `tokens` (0: none), and the slot's first position.
+    ///
+    /// # Errors
+    /// When the text cannot be used.
+    pub fn prompt_with_slot(
+        &self,
+        before: &str,
+        tokens: usize,
+        after: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(Vec<i64>, Vec<i64>), ModelError> {
+        let parts: &[PromptPart] = match tokens {
+            0 => &[PromptPart::Text(before), PromptPart::Text(after)],
+            _ => &[
+                PromptPart::Text(before),
+                PromptPart::Slot(tokens),
+                PromptPart::Text(after),
+            ],
+        };
+        let encoded = self.encode_prompt(width, height, parts)?;
+        Ok((encoded.ids, encoded.slots))
+    }
+
+    /// The first id that a word has inside a sentence.
+    ///
+    /// # Errors
+    /// When the word cannot be tokenised.
+    pub fn first_token_of(&self, word: &str) -> Result<i64, ModelError> {
+        let ids = self.tokenizer.encode(&format!(" {}", word.trim()))?;
+        ids.first()
+            .copied()
+            .ok_or_else(|| ModelError::invalid("start_words", format!("`{word}` has no token")))
+    }
+
+    /// Image start, height and width ids.
+    ///
+    /// # Errors
+    /// When the size has no name.
+    pub fn image_start(&self, width: u32, height: u32) -> Result<[i64; 3], ModelError> {
+        let (rows, columns) = self.codes_of(width, height);
+        Ok([
+            self.vocabulary.image_start(),
+            self.vocabulary.grid_id(rows / 2)?,
+            self.vocabulary.grid_id(columns / 2)?,
+        ])
+    }
+
+    /// A picture's codes as ids: `[start, height, width]`, and codes, row ends, image end.
+    ///
+    /// # Errors
+    /// When the codes do not form the picture.
+    pub fn image_ids(&self, codes: &[i64], width: u32, height: u32) -> Result<([i64; 3], Vec<i64>), ModelError> {
+        let (rows, columns) = self.codes_of(width, height);
+        Ok(image_block(&self.vocabulary, codes, rows as usize, columns as usize)?)
+    }
+
+    /// Codes of a prepared picture, in raster order.
+    ///
+    /// # Errors
+    /// When its size is not on the grid, or the device fails.
+    pub fn encode_picture(&self, picture: &RgbPicture) -> Result<Vec<i64>, ModelError> {
+        tch::no_grad(|| {
+            let pixels = pixels(std::slice::from_ref(picture))?.f_to_device(self.transformer.device())?;
+            Ok(Vec::<i64>::try_from(&self.vqgan.encode(&pixels)?.f_view([-1i64])?)?)
+        })
+    }
+
+    /// The picture of codes in raster order.
+    ///
+    /// # Errors
+    /// When a code is outside the codebook, the codes do not form the picture, or the device fails.
+    pub fn decode_picture(&self, codes: &[i64], width: u32, height: u32) -> Result<RgbPicture, ModelError> {
+        let known = 0..self.vqgan.config().n_embed;
+        if let Some(code) = codes.iter().find(|code| !known.contains(code)) {
+            let problem = format!("hold {code}; expected 0 to {}", known.end - 1);
+            return Err(ModelError::invalid("codes", problem));
+        }
+        tch::no_grad(|| {
+            let (rows, columns) = self.codes_of(width, height);
+            let codes = Tensor::f_from_slice(codes)?
+                .f_view([1, -1])?
+                .f_to_device(self.transformer.device())?;
+            let mut all = pictures(&self.vqgan.decode(&codes, rows, columns)?)?;
+            all.pop().ok_or_else(|| ModelError::invalid("codes", "are empty"))
+        })
+    }
+
+    /// Begins pictures of a prompt without any concept, with this model's usual settings.
+    ///
+    /// # Errors
+    /// When the prompt or size cannot be used, or the device fails.
+    pub fn start_plain(
+        &self,
+        prompt: &str,
+        width: u32,
+        height: u32,
+        streams: Vec<(u64, u64)>,
+    ) -> Result<Decoding, ModelError> {
+        let (mut ids, _) = self.prompt_with_slot(prompt, 0, "", width, height)?;
+        let start = self.image_start(width, height)?;
+        ids.extend(start);
+        let (rows, columns) = self.codes_of(width, height);
+        Decoding::start(
+            &self.transformer,
+            &self.vocabulary,
+            &[DecodingRequest {
+                prompt: ids,
+                unconditional: start.to_vec(),
+                context: None,
+                rows,
+                columns,
+                guidance_scale: PLAIN_GUIDANCE,
+                temperature: 1.0,
+                top_k: self.default_top_k(),
+                streams,
+            }],
+        )
+    }
+
+    /// The reference's 2000 of 8192 codes, in proportion: a small codebook takes fewer.
+    pub fn default_top_k(&self) -> i64 {
+        match self.vocabulary.code_count() {
+            8192.. => 2000,
+            _ => 20,
+        }
+    }
+}
+
+/// Pixels `[batch, 3, H, W]` in -1..1 of pictures of one size: u8 / 255 * 2 - 1, computed in f64.
+///
+/// # Errors
+/// When the pictures are of several sizes.
+pub fn pixels(pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
+    let levels = levels();
+    let stack = pictures
+        .iter()
+        .map(|p| {
+            let values: Vec<f32> = p.rgb.iter().map(|&level| levels[usize::from(level)]).collect();
+            Ok(Tensor::f_from_slice(&values)?.f_view([i64::from(p.height), i64::from(p.width), 3])?)
+        })
+        .collect::<Result<Vec<_>, ModelError>>()?;
+    Ok(Tensor::f_stack(&stack, 0)?.f_permute([0, 3, 1, 2])?.f_contiguous()?)
+}
+
+/// What each 8-bit level is in -1..1.
+fn levels() -> Vec<f32> {
+    (0..=255)
+        .map(|level| (f64::from(level) / 255.0 * 2.0 - 1.0) as f32)
+        .collect()
+}
+
+/// The bytes of pictures of one size, one after the other, as pixels `[batch, 3, height, width]` in -1..1 on `device`: the
+/// same numbers as [`pixels`], computed there.
+///
+/// # Errors
+/// When libtorch fails.
+pub fn pixels_on(rgb: &[u8], (height, width): (usize, usize), device: Device) -> Result<Tensor, ModelError> {
+    let at = Tensor::f_from_slice(rgb)?.f_to_device(device)?.f_to_kind(Kind::Int64)?;
+    let levels = Tensor::f_from_slice(&levels())?.f_to_device(device)?;
+    Ok(levels
+        .f_index_select(0, &at)?
+        .f_view([-1, height as i64, width as i64, 3])?
+        .f_permute([0, 3, 1, 2])?
+        .f_contiguous()?)
+}
+
+/// Pixels `[batch, 3, H, W]` as 8-bit pictures, as the reference writes them: clamped, scaled, truncated.
+///
+/// # Errors
+/// When libtorch fails.
+pub fn pictures(pixels: &Tensor) -> Result<Vec<RgbPicture>, ModelError> {
+    let (batch, _, height, width) = pixels.size4()?;
+    let levels = pixels
+        .f_clamp(-1.0, 1.0)?
+        .f_add_scalar(1.0)?
+        .f_div_scalar(2.0)?
+        .f_mul_scalar(255.0)?;
+    let bytes = levels
+        .f_to_kind(Kind::Uint8)?
+        .f_permute([0, 2, 3, 1])?
+        .f_contiguous()?
+        .f_to_device(Device::Cpu)?;
+    (0..batch)
+        .map(|index| {
+            let rgb = Vec::<u8>::try_from(&bytes.f_get(index)?.f_reshape([-1i64])?)?;
+            Ok(RgbPicture {
+                width: width as u32,
+                height: height as u32,
+                rgb,
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,42 @@
+//! Pure tensors in, tensors out. No HTTP, SQL, tokio, clock or environment in this room.
+
+/// Streams, events, memory and uploads of an accelerator.
+pub mod accelerator;
+mod attention;
+/// Serde mirror of a checkpoint's `config.json`.
+pub mod config;
+/// Rows to inject at given positions of a sequence, layer by layer, and the identity mask.
+pub mod context;
+/// Decode steps on the CPU.
+pub mod cpu;
+/// Drawing pictures step by step.
+pub mod decoding;
+mod error;
+/// Which token may follow inside an image.
+pub mod image_grammar;
+/// Conversations as token sequences.
+pub mod item;
+/// Key/value cache for decoding.
+pub mod kv_cache;
+mod layers;
+/// A whole checkpoint.
+pub mod lumina;
+/// Crop sizes, Pillow-exact resampling, colour conversion.
+pub mod preprocessing;
+mod rope;
+/// From logits to drawn codes.
+pub mod sampling;
+/// Forward and backward passes in segments of layers.
+pub mod segments;
+/// The decoder stack.
+pub mod transformer;
+/// The image tokenizer.
+pub mod vqgan;
+/// Tensors on disk: safetensors shards, and a pickle reader that executes nothing.
+pub mod weights;
+
+pub use config::ModelConfig;
+pub use error::ModelError;
+pub use lumina::LuminaMgpt;
+pub use transformer::Transformer;
+pub use vqgan::Vqgan;

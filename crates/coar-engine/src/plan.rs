@@ -1,0 +1,202 @@
+//! From a request to one sequence: prompt ids, slots, extra positions.
+
+use crate::injection::{DeviceConcept, Placement, SequenceLayout, context_batch};
+use crate::model::decoding::{Decoding, DecodingRequest};
+use crate::model::{LuminaMgpt, ModelError};
+use coar_core::concept::{ConceptFile, ConceptKind, PromptPiece, concept_names, parse_prompt};
+use coar_core::engine::prompt_parts;
+use coar_core::picture::RgbPicture;
+
+/// What the layout needs to know of a concept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedConcept {
+    pub name: String,
+    pub kind: ConceptKind,
+    /// T
+    pub text_tokens: usize,
+    /// K
+    pub image_tokens: usize,
+}
+
+/// A prompt laid out.
+#[derive(Debug, Clone)]
+pub struct PlannedSequence {
+    pub layout: SequenceLayout,
+    /// Concepts as the layout has them, indices into the caller's list: subjects before styles, each in the order of
+    /// their first appearance.
+    pub order: Vec<usize>,
+    pub text_tokens: usize,
+}
+
+/// How a planned sequence is drawn.
+#[derive(Debug, Clone)]
+pub struct DrawSettings {
+    /// Width and height in pixels.
+    pub size: (u32, u32),
+    pub guidance_scale: f64,
+    pub temperature: f64,
+    pub top_k: i64,
+    /// Blocks attention between the context positions of different concepts.
+    pub identity_mask: bool,
+    /// One picture for each: the random stream `(seed, index)`.
+    pub streams: Vec<(u64, u64)>,
+}
+
+impl PlannedSequence {
+    /// What to decode; `concepts` are those of the caller's list, on the device.
+    ///
+    /// # Errors
+    /// When the size has no name or the device fails.
+    pub fn request(
+        &self,
+        model: &LuminaMgpt,
+        concepts: &[&DeviceConcept],
+        settings: &DrawSettings,
+    ) -> Result<DecodingRequest, ModelError> {
+        let of_order = self.order.iter().map(|&index| concepts[index]);
+        let at = self.layout.text_at.iter().zip(&self.layout.image_at);
+        let placements: Vec<Placement> = of_order
+            .zip(at)
+            .map(|(concept, (text_at, image_at))| Placement {
+                row: 0,
+                concept,
+                text_at: text_at.clone(),
+                image_at: Some(*image_at),
+            })
+            .collect();
+        let (width, height) = settings.size;
+        let (rows, columns) = model.codes_of(width, height);
+        let device = model.transformer.device();
+        Ok(DecodingRequest {
+            prompt: self.layout.ids.clone(),
+            unconditional: model.image_start(width, height)?.to_vec(),
+            context: match placements.is_empty() {
+                true => None,
+                false => Some(context_batch(&placements, settings.identity_mask, device)?),
+            },
+            rows,
+            columns,
+            guidance_scale: settings.guidance_scale,
+            temperature: settings.temperature,
+            top_k: settings.top_k,
+            streams: settings.streams.clone(),
+        })
+    }
+}
+
+/// Draws pictures of one prompt to their end on this thread, without the engine; `concepts` are those that it names.
+///
+/// # Errors
+/// When the prompt names another concept or cannot be used, or the device fails.
+pub fn draw_alone(
+    model: &LuminaMgpt,
+    prompt: &str,
+    concepts: &[&ConceptFile],
+    settings: &DrawSettings,
+) -> Result<Vec<RgbPicture>, ModelError> {
+    draw_together(model, &[prompt], concepts, std::slice::from_ref(settings))
+}
+
+/// As [`draw_alone`] for several prompts in one batch, each with its settings; the pictures are the same as alone where
+/// the device's arithmetic does not depend on the batch. They come one prompt's after the other's.
+///
+/// # Errors
+/// As [`draw_alone`].
+pub fn draw_together(
+    model: &LuminaMgpt,
+    prompts: &[&str],
+    concepts: &[&ConceptFile],
+    settings: &[DrawSettings],
+) -> Result<Vec<RgbPicture>, ModelError> {
+    let planned: Vec<PlannedConcept> = concepts
+        .iter()
+        .map(|file| PlannedConcept {
+            name: file.header.name.clone(),
+            kind: file.header.kind,
+            text_tokens: file.tensors.text_tokens,
+            image_tokens: file.tensors.image_tokens,
+        })
+        .collect();
+    let _no_grad = tch::no_grad_guard();
+    let uploaded = concepts
+        .iter()
+        .map(|file| DeviceConcept::upload(&file.tensors, model.transformer.device()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let uploaded: Vec<&DeviceConcept> = uploaded.iter().collect();
+    let requests = prompts
+        .iter()
+        .zip(settings)
+        .map(|(prompt, settings)| {
+            plan_sequence(model, prompt, &planned, settings.size)?.request(model, &uploaded, settings)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut decoding = Decoding::start(&model.transformer, &model.vocabulary, &requests)?;
+    while !decoding.is_done() {
+        decoding.step(&model.transformer)?;
+    }
+    let sizes = settings
+        .iter()
+        .flat_map(|settings| settings.streams.iter().map(|_| settings.size));
+    decoding
+        .codes()
+        .iter()
+        .zip(sizes)
+        .map(|(codes, (width, height))| model.decode_picture(codes, width, height))
+        .collect()
+}
+
+/// Lays out a prompt with concepts.
+///
+/// # Errors
+/// When the prompt is empty, names an unknown concept, or holds control tokens.
+pub fn plan_sequence(
+    model: &LuminaMgpt,
+    prompt: &str,
+    concepts: &[PlannedConcept],
+    (width, height): (u32, u32),
+) -> Result<PlannedSequence, ModelError> {
+    let pieces = parse_prompt(prompt).map_err(|error| ModelError::invalid("prompt", error.to_string()))?;
+    let find = |name: &str| {
+        concepts
+            .iter()
+            .position(|concept| concept.name == name)
+            .ok_or_else(|| ModelError::invalid("prompt", format!("names the concept <{name}>, which is unknown")))
+    };
+    let mut order = concept_names(&pieces)
+        .into_iter()
+        .map(find)
+        .collect::<Result<Vec<_>, _>>()?;
+    order.sort_by_key(|&index| concepts[index].kind);
+    let parts = prompt_parts(&pieces, |name| find(name).map(|index| concepts[index].text_tokens))?;
+    let of_slot = pieces
+        .iter()
+        .filter_map(|piece| match piece {
+            PromptPiece::Text(_) => None,
+            PromptPiece::Concept(name) => Some(find(name)),
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let encoded = model.encode_prompt(width, height, &parts)?;
+    let slots_of = |index: usize| {
+        of_slot
+            .iter()
+            .zip(&encoded.slots)
+            .filter(|(of, _)| **of == index)
+            .map(|(_, &at)| at)
+            .collect::<Vec<_>>()
+    };
+    let text_at = order.iter().map(|&index| slots_of(index)).collect();
+    let image_tokens: Vec<i64> = order.iter().map(|&index| concepts[index].image_tokens as i64).collect();
+    let start = model.image_start(width, height)?;
+    let layout = SequenceLayout::new(
+        encoded.ids,
+        text_at,
+        start,
+        &image_tokens,
+        model.vocabulary.placeholder(),
+    );
+    Ok(PlannedSequence {
+        layout,
+        order,
+        text_tokens: encoded.text_tokens,
+    })
+}

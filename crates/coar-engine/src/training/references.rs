@@ -1,0 +1,197 @@
+//! Reference pictures as the model sees them: codes and prompts.
+
+use std::ops::Range;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::injection::SequenceLayout;
+use crate::model::preprocessing::CropOffset;
+use crate::model::{LuminaMgpt, ModelError};
+use coar_core::picture::RgbPicture;
+use coar_core::training::spec::TrainingSpec;
+
+/// One picture with its prompt.
+#[derive(Debug, Clone)]
+pub struct Reference {
+    /// Prompt ids, placeholder tokens included.
+    prompt: Vec<i64>,
+    /// First position of the placeholder's tokens, where there is one.
+    placeholder_at: Vec<i64>,
+    /// T
+    slot_tokens: usize,
+    /// Image start, height and width ids.
+    image_start: [i64; 3],
+    /// Codes in raster order.
+    pub codes: Vec<i64>,
+    /// What is predicted: codes as ids, row ends, image end.
+    pub image: Vec<i64>,
+}
+
+impl Reference {
+    /// A picture of `columns` x `rows` codes behind a prompt; the slot stands between `before` and `after`.
+    ///
+    /// # Errors
+    /// When the prompt cannot be tokenised or the codes do not form the picture.
+    pub fn new(
+        model: &LuminaMgpt,
+        (before, slot_tokens, after): (&str, usize, &str),
+        codes: Vec<i64>,
+        (width, height): (u32, u32),
+    ) -> Result<Self, ModelError> {
+        let (prompt, placeholder_at) = model.prompt_with_slot(before, slot_tokens, after, width, height)?;
+        let (image_start, image) = model.image_ids(&codes, width, height)?;
+        Ok(Self {
+            prompt,
+            placeholder_at,
+            slot_tokens,
+            image_start,
+            codes,
+            image,
+        })
+    }
+
+    /// The same with words in the place of the placeholder's tokens.
+    pub(super) fn with_words(&self, ids: &[i64]) -> Self {
+        let mut named = self.clone();
+        // From the end, so that what is not replaced yet stays where it is.
+        for at in std::mem::take(&mut named.placeholder_at).into_iter().rev() {
+            let at = at as usize;
+            named.prompt.splice(at..at + self.slot_tokens, ids.iter().copied());
+        }
+        named
+    }
+
+    /// The sequence up to the first code, with `image_tokens` extra positions.
+    pub fn layout(&self, model: &LuminaMgpt, image_tokens: i64) -> SequenceLayout {
+        SequenceLayout::new(
+            self.prompt.clone(),
+            vec![self.placeholder_at.clone()],
+            self.image_start,
+            &[image_tokens],
+            model.vocabulary.placeholder(),
+        )
+    }
+}
+
+/// All references of one concept; where augmentation is on, several views of each.
+#[derive(Debug, Clone)]
+pub struct References {
+    views: Vec<Reference>,
+    of_picture: Vec<Range<usize>>,
+    size: (u32, u32),
+}
+
+/// Views of a picture besides the centred one: mirrored, and random crops.
+const RANDOM_CROPS: usize = 2;
+
+impl References {
+    /// Prepares the pictures as the base model's pipeline does and encodes them.
+    ///
+    /// # Errors
+    /// When there are no pictures, or the device fails.
+    pub fn encode(model: &LuminaMgpt, spec: &TrainingSpec, pictures: &[RgbPicture]) -> Result<Self, ModelError> {
+        if pictures.is_empty() {
+            return Err(ModelError::invalid("images", "has no pictures; expected at least 1"));
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(spec.seed);
+        let (mut views, mut of_picture) = (Vec::new(), Vec::new());
+        let mut size = (0, 0);
+        for (index, picture) in pictures.iter().enumerate() {
+            let from = views.len();
+            let (before, after) = spec.reference_prompt(index);
+            let mut prepared = vec![model.crop.prepare(picture, CropOffset::Centre)];
+            if spec.augment {
+                prepared.push(mirrored(&prepared[0]));
+                for _ in 0..RANDOM_CROPS {
+                    let crop = model.crop.prepare(picture, CropOffset::Random(&mut rng));
+                    prepared.push(if rng.random_bool(0.5) { mirrored(&crop) } else { crop });
+                }
+            }
+            for view in prepared {
+                let own = (view.width, view.height);
+                if views.is_empty() {
+                    size = own;
+                }
+                let codes = model.encode_picture(&view)?;
+                views.push(Reference::new(
+                    model,
+                    (&before, spec.text_tokens as usize, &after),
+                    codes,
+                    own,
+                )?);
+            }
+            of_picture.push(from..views.len());
+        }
+        Ok(Self {
+            views,
+            of_picture,
+            size,
+        })
+    }
+
+    /// The same with other codes in the centred view of picture `index`.
+    ///
+    /// # Errors
+    /// When the codes do not form an image of that size.
+    pub fn with_codes(&self, model: &LuminaMgpt, index: usize, codes: Vec<i64>) -> Result<Self, ModelError> {
+        let mut other = self.clone();
+        let view = &mut other.views[self.of_picture[index].start];
+        view.image = model.image_ids(&codes, self.size.0, self.size.1)?.1;
+        view.codes = codes;
+        Ok(other)
+    }
+
+    /// How many pictures.
+    pub fn len(&self) -> usize {
+        self.of_picture.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.of_picture.is_empty()
+    }
+
+    /// The first picture's prepared size.
+    pub fn size(&self) -> (u32, u32) {
+        self.size
+    }
+
+    /// The centred view of every picture.
+    pub fn centred(&self) -> impl Iterator<Item = &Reference> {
+        self.of_picture.iter().map(|range| &self.views[range.start])
+    }
+
+    /// The views of picture `index`, the centred one first.
+    pub(super) fn views(&self, index: usize) -> Range<usize> {
+        self.of_picture[index].clone()
+    }
+
+    /// How many views of all pictures there are.
+    pub(super) fn view_count(&self) -> usize {
+        self.views.len()
+    }
+
+    /// One of all views.
+    pub(super) fn view(&self, view: usize) -> &Reference {
+        &self.views[view]
+    }
+
+    /// A class picture that the frozen model drew from `prompt`, of the references' size.
+    ///
+    /// # Errors
+    /// When the codes do not form a picture.
+    pub fn class_picture(&self, model: &LuminaMgpt, prompt: &str, codes: &[i64]) -> Result<Reference, ModelError> {
+        Reference::new(model, (prompt, 0, ""), codes.to_vec(), self.size)
+    }
+}
+
+fn mirrored(picture: &RgbPicture) -> RgbPicture {
+    let row = 3 * picture.width as usize;
+    let rgb = picture
+        .rgb
+        .chunks_exact(row)
+        .flat_map(|row| row.rchunks_exact(3).flatten().copied())
+        .collect();
+    RgbPicture { rgb, ..*picture }
+}

@@ -1,0 +1,618 @@
+//! The trainer: a machine that advances by one small step at a time, so that generations run in between, and whose
+//! whole state can be saved and continued on another process with the same result (on the CPU in f32, bit for bit).
+
+use std::collections::BTreeMap;
+
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tch::{Kind, Tensor};
+
+use super::emphasis::Emphasis;
+use super::losses::self_regularisation;
+use super::memory::{Estimate, StepSize};
+use super::optimizer::{Optimizer, Parameter, Rule, scheduled_rate};
+use super::passes::{Graph, predicting_states, rows};
+use super::references::{Reference, References};
+use super::start::{Anchors, StartSearch};
+use super::step::{Objective, Progress, TrainingPass};
+use crate::injection::DeviceConcept;
+use crate::model::decoding::Decoding;
+use crate::model::{LuminaMgpt, ModelError};
+use coar_core::concept::{ConceptFile, ConceptHeader};
+use coar_core::picture::RgbPicture;
+use coar_core::training::StepLosses;
+use coar_core::training::spec::{PICTURES_LIMIT, Parametrisation, TrainingSpec};
+
+/// What one call of [`Trainer::advance`] did.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Advance {
+    /// The words that the text context tokens start as are being chosen: candidates tried, and how many at most.
+    ChoosingStart {
+        done: u32,
+        total: u32,
+    },
+    /// A class picture for the prior term is being drawn: tokens done and in all.
+    DrawingPrior {
+        done: u32,
+        total: u32,
+    },
+    /// How much each image token of the coming step's pictures counts is being settled: pictures done, and of how many.
+    Weighing {
+        done: u32,
+        total: u32,
+    },
+    /// A piece of an optimizer step is done.
+    Piece,
+    Step(StepLosses),
+    Finished,
+}
+
+/// A class picture drawn by the frozen model, and what the frozen model says of it.
+struct PriorPicture {
+    reference: Reference,
+    /// Final hidden states `[tokens, hidden]` without any concept, computed once. The head makes log-probabilities of
+    /// them, which are exactly those of the whole model and take `vocab / hidden` times the memory, 32 times in f32.
+    frozen: Option<Tensor>,
+}
+
+/// An optimizer step that is not at its end.
+struct OpenStep {
+    /// The concept that all its passes use.
+    concept: DeviceConcept,
+    pass: Option<(PassKind, TrainingPass)>,
+    /// Class images of the prior pass, until that begins.
+    prior: Option<Vec<usize>>,
+    next_token: Option<f32>,
+    prior_loss: Option<f32>,
+    /// Sum of the passes' terms: its gradient is the losses'.
+    terms: Option<Tensor>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum PassKind {
+    NextToken,
+    Prior,
+}
+
+/// One concept's training on the frozen model.
+pub struct Trainer {
+    spec: TrainingSpec,
+    references: References,
+    start: StartSearch,
+    anchors: Anchors,
+    emphasis: Option<Emphasis>,
+    /// `[N, T, D]` and `[N, K, D]`: what the optimizer moves, see [`Parametrisation`].
+    text: Tensor,
+    image: Tensor,
+    optimizer: Optimizer,
+    prior: Vec<PriorPicture>,
+    drawing: Option<Decoding>,
+    losses: Vec<StepLosses>,
+    graph: Graph,
+    /// Class images that are drawn at once.
+    class_batch: usize,
+    open: Option<OpenStep>,
+    /// Of the last step, by parameter.
+    gradients: Vec<(&'static str, Tensor)>,
+}
+
+fn check(model: &LuminaMgpt, spec: &TrainingSpec) -> Result<(), ModelError> {
+    spec.check(model.transformer.config().num_hidden_layers)
+        .map_err(|fault| ModelError::invalid(fault.field, fault.problem))
+}
+
+/// The most class images that are drawn at once, so that a slice of drawing stays short.
+const PRIOR_BATCH: usize = 4;
+
+impl Trainer {
+    /// Encodes the references, looks at them through the frozen model, and stands before the first step.
+    ///
+    /// # Errors
+    /// When the spec does not fit the model, or the device fails.
+    pub fn new(model: &LuminaMgpt, spec: TrainingSpec, pictures: &[RgbPicture]) -> Result<Self, ModelError> {
+        check(model, &spec)?;
+        if pictures.len() > PICTURES_LIMIT {
+            let problem = format!("has {} pictures; expected 1 to {PICTURES_LIMIT}", pictures.len());
+            return Err(ModelError::invalid("images", problem));
+        }
+        let references = References::encode(model, &spec, pictures)?;
+        Self::of_references(model, spec, references)
+    }
+
+    /// As [`Self::new`], with references that are encoded already.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_references(model: &LuminaMgpt, spec: TrainingSpec, references: References) -> Result<Self, ModelError> {
+        check(model, &spec)?;
+        let start = StartSearch::new(model, &spec)?;
+        let anchors = tch::no_grad(|| Anchors::observe(model, &spec, &references, &start.ids()))?;
+        let (layers, hidden) = (i64::from(spec.layers), model.transformer.config().hidden_size);
+        let options = (Kind::Float, model.transformer.device());
+        let leaf = |tokens: u32, start: &Tensor| -> Result<Tensor, ModelError> {
+            let shape = [layers, i64::from(tokens), hidden];
+            let value = match spec.parametrisation {
+                Parametrisation::LayerRelative => Tensor::f_zeros(shape, options)?,
+                Parametrisation::Absolute => start.f_expand(shape, false)?.f_detach_copy()?,
+            };
+            Ok(value.set_requires_grad(true))
+        };
+        let (text, image) = (
+            leaf(spec.text_tokens, &anchors.text)?,
+            leaf(spec.image_tokens, &anchors.image)?,
+        );
+        let rule = Rule::AdamW { weight_decay: 0.0 };
+        let parameter = |name: &str, tensor: &Tensor| Parameter {
+            name: name.to_owned(),
+            tensor: tensor.shallow_clone(),
+            rule,
+        };
+        let mut parameters = vec![parameter("text", &text)];
+        if spec.image_tokens > 0 {
+            parameters.push(parameter("image", &image));
+        }
+        let optimizer = Optimizer::new(parameters, (0.9, 0.999))?;
+        Ok(Self {
+            emphasis: Emphasis::new(&spec, &references),
+            spec,
+            references,
+            start,
+            anchors,
+            text,
+            image,
+            optimizer,
+            prior: vec![],
+            drawing: None,
+            losses: vec![],
+            graph: Graph::Kept,
+            class_batch: PRIOR_BATCH,
+            open: None,
+            gradients: vec![],
+        })
+    }
+
+    /// What a step of this training takes in memory.
+    pub fn estimate(&self, model: &LuminaMgpt) -> Estimate {
+        let longest = |reference: &Reference| {
+            let prompt = reference.layout(model, i64::from(self.spec.image_tokens)).ids.len();
+            (prompt + reference.image.len(), reference.image.len())
+        };
+        let (seq, predicted) = self.references.centred().map(longest).max().unwrap_or((0, 0));
+        let transformer = &model.transformer;
+        let size = StepSize::of(&self.spec, self.wants_prior(), seq, predicted);
+        Estimate::new(transformer.config(), size, transformer.kind(), transformer.device())
+    }
+
+    /// How the backward pass gets what it needs, from the next step on. It changes memory and time, not the result.
+    pub fn set_graph(&mut self, graph: Graph) {
+        self.graph = graph;
+    }
+
+    /// How many class images are drawn at once from the next batch on, one at least: each has keys and values of its own.
+    pub fn set_class_batch(&mut self, images: usize) {
+        self.class_batch = images.clamp(1, PRIOR_BATCH);
+    }
+
+    /// Gradients of the last optimizer step's loss, by parameter: `text` `[N, T, D]`, and `image` `[N, K, D]` where it is
+    /// trained. Empty before the first step.
+    pub fn gradients(&self) -> &[(&'static str, Tensor)] {
+        &self.gradients
+    }
+
+    /// What is being trained.
+    pub fn spec(&self) -> &TrainingSpec {
+        &self.spec
+    }
+
+    /// Optimizer steps taken.
+    pub fn step(&self) -> u32 {
+        self.optimizer.steps() as u32
+    }
+
+    /// Losses of every step so far.
+    pub fn losses(&self) -> &[StepLosses] {
+        &self.losses
+    }
+
+    /// The concept as it stands, differentiable with respect to the trained parameters.
+    fn concept(&self) -> Result<DeviceConcept, ModelError> {
+        Ok(match self.spec.parametrisation {
+            Parametrisation::Absolute => DeviceConcept {
+                text: self.text.shallow_clone(),
+                image: self.image.shallow_clone(),
+            },
+            Parametrisation::LayerRelative => DeviceConcept {
+                text: self.text.f_mul(&self.anchors.text_scale)?.f_add(&self.anchors.text)?,
+                image: self
+                    .image
+                    .f_mul(&self.anchors.image_scale)?
+                    .f_add(&self.anchors.image)?,
+            },
+        })
+    }
+
+    fn wants_prior(&self) -> bool {
+        // Only the image context token is inserted in the prior term: without one it has no gradient.
+        self.spec.prior_weight > 0.0 && self.spec.image_tokens > 0 && self.spec.class_prompt().is_some()
+    }
+
+    /// One unit of work: a candidate for the start, some tokens of the class pictures, a picture's weights, or one
+    /// optimizer step.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn advance(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+        if self.step() >= self.spec.steps {
+            return Ok(Advance::Finished);
+        }
+        if !self.start.is_settled() {
+            return tch::no_grad(|| self.choose_start(model));
+        }
+        if self.wants_prior() && self.prior.len() < self.spec.prior_pictures as usize {
+            return tch::no_grad(|| self.draw_prior(model));
+        }
+        if let Some(view) = self.unweighed() {
+            return self.weigh(model, view);
+        }
+        tch::with_grad(|| self.optimize(model))
+    }
+
+    /// A picture of the coming step whose tokens have no weights yet.
+    fn unweighed(&self) -> Option<usize> {
+        let emphasis = self.emphasis.as_ref()?;
+        let views = self.references.batch(&self.spec, &mut self.step_rng());
+        views.into_iter().find(|&view| emphasis.lacks(view))
+    }
+
+    fn weigh(&mut self, model: &LuminaMgpt, view: usize) -> Result<Advance, ModelError> {
+        let (mut done, mut total) = (0, 0);
+        if let Some(emphasis) = &mut self.emphasis {
+            emphasis.weigh(model, &self.references, view, &self.start.ids())?;
+            (done, total) = emphasis.progress();
+        }
+        Ok(Advance::Weighing { done, total })
+    }
+
+    /// What chance decides in the coming step.
+    fn step_rng(&self) -> ChaCha8Rng {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.spec.seed);
+        rng.set_stream(u64::from(self.step()) + 1);
+        rng
+    }
+
+    fn choose_start(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+        self.start.advance(model, &self.references)?;
+        if self.start.is_settled() {
+            self.stand_at_start(model)?;
+        }
+        let (done, total) = self.start.progress();
+        Ok(Advance::ChoosingStart { done, total })
+    }
+
+    fn stand_at_start(&mut self, model: &LuminaMgpt) -> Result<(), ModelError> {
+        self.anchors = Anchors::observe(model, &self.spec, &self.references, &self.start.ids())?;
+        if self.spec.parametrisation == Parametrisation::Absolute {
+            self.text.f_copy_(&self.anchors.text)?;
+        }
+        Ok(())
+    }
+
+    /// Begins at the words that a search over the same candidates and references has found, without searching again.
+    ///
+    /// # Errors
+    /// When a word is no candidate, or the device fails.
+    pub fn begin_at(&mut self, model: &LuminaMgpt, words: &[String]) -> Result<(), ModelError> {
+        self.start.settle(words)?;
+        tch::no_grad(|| self.stand_at_start(model))
+    }
+
+    fn draw_prior(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+        let prompt = self.spec.class_prompt().unwrap_or_default();
+        let (width, height) = self.references.size();
+        let total = self.spec.prior_pictures;
+        let decoding = match &mut self.drawing {
+            Some(decoding) => decoding,
+            None => {
+                let from = self.prior.len();
+                let count = self.class_batch.min(total as usize - from);
+                let streams = (from..from + count)
+                    .map(|index| (self.spec.seed ^ PRIOR_SEED, index as u64))
+                    .collect();
+                self.drawing.insert(model.start_plain(&prompt, width, height, streams)?)
+            }
+        };
+        decoding.step(&model.transformer)?;
+        let (done, tokens) = decoding.progress();
+        // All of a batch advance together.
+        let batch = decoding.codes().len() as u32;
+        let (per_picture, before) = (tokens.max(1) as u32, self.prior.len() as u32);
+        if decoding.is_done() {
+            let drawn = decoding.codes().to_vec();
+            self.drawing = None;
+            for codes in drawn {
+                let reference = self.references.class_picture(model, &prompt, &codes)?;
+                self.prior.push(PriorPicture {
+                    reference,
+                    frozen: None,
+                });
+            }
+        }
+        Ok(Advance::DrawingPrior {
+            done: before * per_picture + done as u32 * batch,
+            total: total * per_picture,
+        })
+    }
+
+    /// One piece of an optimizer step.
+    fn optimize(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+        // Taken out: a step that has failed is not gone on with.
+        let mut open = match self.open.take() {
+            Some(open) => open,
+            None => self.open_step(model)?,
+        };
+        if let Some((kind, pass)) = open.pass.take() {
+            let (pass, progress) = pass.advance(model)?;
+            open.pass = pass.map(|pass| (kind, pass));
+            match progress {
+                Progress::More => {}
+                Progress::Loss(loss) => {
+                    self.check_finite(loss)?;
+                    match kind {
+                        PassKind::NextToken => open.next_token = Some(loss),
+                        PassKind::Prior => open.prior_loss = Some(loss),
+                    }
+                }
+                Progress::Done(term) => {
+                    open.terms = Some(match open.terms.take() {
+                        Some(terms) => terms.f_add(&term)?,
+                        None => term,
+                    });
+                }
+            }
+        } else if let Some(which) = open.prior.take() {
+            match which.iter().find(|&&index| self.prior[index].frozen.is_none()) {
+                Some(&index) => {
+                    self.observe_frozen(model, index)?;
+                    open.prior = Some(which);
+                }
+                None => open.pass = Some((PassKind::Prior, self.prior_pass(model, &which, &open.concept)?)),
+            }
+        } else {
+            return Ok(Advance::Step(self.close_step(open)?));
+        }
+        self.open = Some(open);
+        Ok(Advance::Piece)
+    }
+
+    fn open_step(&mut self, model: &LuminaMgpt) -> Result<OpenStep, ModelError> {
+        let concept = self.concept()?;
+        let mut rng = self.step_rng();
+        let views = self.references.batch(&self.spec, &mut rng);
+        let batch: Vec<&Reference> = views.iter().map(|&view| self.references.view(view)).collect();
+        let weights = self.emphasis.as_ref().map(|emphasis| emphasis.of(&views)).transpose()?;
+        let objective = (Objective::NextToken { weights }, 1.0);
+        let pass = TrainingPass::new(model, &rows(&batch, Some((&concept, true))), objective, self.graph)?;
+        let prior = self.wants_prior().then(|| {
+            let mut order: Vec<usize> = (0..self.prior.len()).collect();
+            order.shuffle(&mut rng);
+            order.truncate((self.spec.batch_size as usize).div_ceil(2));
+            order
+        });
+        Ok(OpenStep {
+            concept,
+            pass: Some((PassKind::NextToken, pass)),
+            prior,
+            next_token: None,
+            prior_loss: None,
+            terms: None,
+        })
+    }
+
+    /// What the frozen model predicts of a class image.
+    fn observe_frozen(&mut self, model: &LuminaMgpt, index: usize) -> Result<(), ModelError> {
+        let picture = &mut self.prior[index];
+        let states = tch::no_grad(|| predicting_states(model, &rows(&[&picture.reference], None)))?;
+        picture.frozen = Some(states);
+        Ok(())
+    }
+
+    /// The prior term: only the image context tokens are inserted.
+    fn prior_pass(
+        &self,
+        model: &LuminaMgpt,
+        which: &[usize],
+        concept: &DeviceConcept,
+    ) -> Result<TrainingPass, ModelError> {
+        let pictures = || which.iter().map(|&index| &self.prior[index]);
+        let frozen: Vec<&Tensor> = pictures().filter_map(|picture| picture.frozen.as_ref()).collect();
+        let frozen = Tensor::f_cat(&frozen, 0)?;
+        let picked: Vec<&Reference> = pictures().map(|picture| &picture.reference).collect();
+        let objective = (Objective::Prior { frozen }, self.spec.prior_weight);
+        TrainingPass::new(model, &rows(&picked, Some((concept, false))), objective, self.graph)
+    }
+
+    fn check_finite(&self, loss: f32) -> Result<(), ModelError> {
+        match loss.is_finite() {
+            true => Ok(()),
+            false => Err(ModelError::invalid(
+                "learning_rate",
+                format!("led to a loss of {loss} at step {}", self.step() + 1),
+            )),
+        }
+    }
+
+    /// All passes are carried back: the remaining term, and the optimizer's step.
+    fn close_step(&mut self, open: OpenStep) -> Result<StepLosses, ModelError> {
+        let (step, mut terms) = (self.step(), open.terms);
+        let next_token = open
+            .next_token
+            .ok_or_else(|| ModelError::invalid("step", "has no next-token loss"))?;
+        let mut total = next_token;
+        if let Some(prior) = open.prior_loss {
+            total += (f64::from(prior) * self.spec.prior_weight) as f32;
+        }
+        let mut regularisation = None;
+        if self.spec.regularisation_weight > 0.0 && self.spec.image_tokens > 0 {
+            let term = self_regularisation(&open.concept.image, &self.anchors.image)?;
+            let value = term.f_double_value(&[])?;
+            regularisation = Some(value as f32);
+            total += (value * self.spec.regularisation_weight) as f32;
+            let term = term.f_mul_scalar(self.spec.regularisation_weight)?;
+            terms = Some(match terms {
+                Some(terms) => terms.f_add(&term)?,
+                None => term,
+            });
+        }
+        self.check_finite(total)?;
+        if let Some(terms) = terms {
+            terms.f_backward()?;
+        }
+        self.gradients = self.copied_gradients()?;
+        let (rate, steps) = (self.spec.learning_rate, f64::from(self.spec.steps));
+        self.optimizer
+            .step(scheduled_rate(rate, f64::from(step), steps, self.spec.decay))?;
+        let losses = StepLosses {
+            step: step + 1,
+            total,
+            next_token,
+            prior: open.prior_loss,
+            regularisation,
+        };
+        self.losses.push(losses);
+        Ok(losses)
+    }
+
+    fn copied_gradients(&self) -> Result<Vec<(&'static str, Tensor)>, ModelError> {
+        let mut copies = vec![];
+        for (name, tensor) in [("text", &self.text), ("image", &self.image)] {
+            let gradient = tensor.f_grad()?;
+            if gradient.defined() {
+                copies.push((name, gradient.f_detach_copy()?));
+            }
+        }
+        Ok(copies)
+    }
+
+    /// The finished (or present) concept with its header.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn concept_file(&self, base_model: &str) -> Result<ConceptFile, ModelError> {
+        let tensors = tch::no_grad(|| self.concept()?.download())?;
+        let mut losses = serde_json::Map::new();
+        if let Some(last) = self.losses.last() {
+            let tail = &self.losses[self.losses.len().saturating_sub(10)..];
+            let mean = tail.iter().map(|l| f64::from(l.next_token)).sum::<f64>() / tail.len() as f64;
+            losses.insert("next_token".to_owned(), mean.into());
+            losses.insert("prior".to_owned(), last.prior.map(f64::from).into());
+            losses.insert("regularisation".to_owned(), last.regularisation.map(f64::from).into());
+        }
+        Ok(ConceptFile {
+            header: ConceptHeader {
+                kind: self.spec.kind,
+                name: self.spec.name.clone(),
+                class_noun: self.spec.class_noun.clone(),
+                method: self.spec.method,
+                spec: TrainingSpec {
+                    start_words: self.start.words().into_iter().map(|word| vec![word]).collect(),
+                    search_words: false,
+                    ..self.spec.clone()
+                },
+                losses,
+                base_model: base_model.to_owned(),
+            },
+            tensors,
+        })
+    }
+
+    /// The words that the text context tokens started as, once they are chosen.
+    pub fn start_words(&self) -> Option<Vec<String>> {
+        self.start.is_settled().then(|| self.start.words())
+    }
+
+    /// Everything that is needed to continue, by name.
+    pub(super) fn state(&self) -> (Vec<(String, Tensor)>, Vec<Vec<i64>>) {
+        let mut state = self.optimizer.state();
+        for (name, tensor) in [
+            ("text", &self.text),
+            ("image", &self.image),
+            ("anchor.text", &self.anchors.text),
+            ("anchor.image", &self.anchors.image),
+            ("anchor.text_scale", &self.anchors.text_scale),
+            ("anchor.image_scale", &self.anchors.image_scale),
+        ] {
+            state.push((name.to_owned(), tensor.detach()));
+        }
+        (
+            state,
+            self.prior
+                .iter()
+                .map(|picture| picture.reference.codes.clone())
+                .collect(),
+        )
+    }
+
+    /// Takes over a saved state of the same spec.
+    pub(super) fn restore(
+        &mut self,
+        model: &LuminaMgpt,
+        saved: &BTreeMap<String, Tensor>,
+        prior: &[Vec<i64>],
+        losses: Vec<StepLosses>,
+        start_words: Option<&[String]>,
+    ) -> Result<(), ModelError> {
+        let Some(words) = start_words else {
+            // Interrupted while the start words were being chosen: the search is short and begins anew.
+            return Ok(());
+        };
+        self.start.settle(words)?;
+        let take = |name: &str| saved.get(name).map(Tensor::shallow_clone);
+        self.optimizer.restore(&take)?;
+        tch::no_grad(|| {
+            for (name, tensor) in [
+                ("text", &mut self.text),
+                ("image", &mut self.image),
+                ("anchor.text", &mut self.anchors.text),
+                ("anchor.image", &mut self.anchors.image),
+                ("anchor.text_scale", &mut self.anchors.text_scale),
+                ("anchor.image_scale", &mut self.anchors.image_scale),
+            ] {
+                let value = take(name).ok_or_else(|| ModelError::invalid("checkpoint", format!("lacks `{name}`")))?;
+                tensor.f_copy_(&value)?;
+            }
+            let prompt = self.spec.class_prompt().unwrap_or_default();
+            for codes in prior {
+                let reference = self.references.class_picture(model, &prompt, codes)?;
+                self.prior.push(PriorPicture {
+                    reference,
+                    frozen: None,
+                });
+            }
+            self.losses = losses;
+            Ok(())
+        })
+    }
+}
+
+/// Keeps the class pictures' random streams apart from every other use of the seed.
+pub const PRIOR_SEED: u64 = 0x7072_696f_7200_0000;
+
+impl References {
+    /// The views of one optimizer step.
+    fn batch(&self, spec: &TrainingSpec, rng: &mut ChaCha8Rng) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.len()).collect();
+        order.shuffle(rng);
+        let count = spec.batch_size as usize;
+        (0..count)
+            .take(count.min(if spec.augment { count } else { self.len() }))
+            .map(|index| {
+                let views = self.views(order[index % order.len()]);
+                match spec.augment {
+                    true => views.start + rng.random_range(0..views.len()),
+                    false => views.start,
+                }
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,299 @@
+//! Runs the parts one after the other, each on a thread of its own.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::json;
+
+use super::report::{Ended, Findings, Found, Late, Outcome, Report, Skip};
+use super::setup::Bench;
+use super::table::table;
+use super::{DeviceArgs, Part};
+use coar::jobs::iso_8601;
+use coar_engine::model::accelerator;
+
+/// A part that has not come back this long after its deadline is left to itself.
+const GRACE: Duration = Duration::from_secs(8);
+/// A part does not begin with less than this share of its seconds left.
+const LEAST_SHARE: f64 = 0.2;
+
+/// Names the commit that the program was built from; scripts/gpu-check.sh sets it.
+const COMMIT: &str = "GPU_CHECK_COMMIT";
+
+/// Arguments as a report has them: without the report's own folder, and of other paths the last name.
+fn told(mut arguments: impl Iterator<Item = String>) -> Vec<String> {
+    let mut told = vec![];
+    while let Some(argument) = arguments.next() {
+        if argument == "--out" {
+            arguments.next();
+        } else if !argument.starts_with("--out=") {
+            let (flag, value) = match argument.split_once('=') {
+                Some((flag, value)) => (format!("{flag}="), value),
+                None => (String::new(), &*argument),
+            };
+            let name = value.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+            told.push(format!("{flag}{name}"));
+        }
+    }
+    told
+}
+
+/// Runs every part that `args` names, prints the table, and fails where a check has.
+pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
+    let report = Arc::new(Report::create(&args.out)?);
+    let parts = match args.parts.is_empty() {
+        true => Part::ALL.to_vec(),
+        false => args.parts.clone(),
+    };
+    let total = Duration::from_secs(args.seconds);
+    let bench = Bench::new(&args);
+    let run = json!({
+        "event": "run",
+        "coar": env!("CARGO_PKG_VERSION"),
+        "time": now(),
+        "device": bench.device_name(),
+        "card": bench.card(),
+        "driver": bench.driver(),
+        "libtorch": super::env::LIBTORCH,
+        "model": bench.model_name(),
+        "target_size": bench.target_size(),
+        "small": bench.small,
+        "commit": std::env::var(COMMIT).ok().filter(|commit| !commit.is_empty()),
+        "arguments": told(std::env::args().skip(1)),
+    });
+    report.line(&run);
+    let (mut ended, mut abandoned) = (vec![], false);
+    for &part in &parts {
+        let time = time_for(part, &parts, total, report.at());
+        let absent = bench.absent().filter(|_| part != Part::Env);
+        let own = bench.clone();
+        let (end, hung) = match (time, absent) {
+            (None, _) => (skipped(part.name(), &report, "no time was left"), false),
+            (_, Some(reason)) => (skipped(part.name(), &report, reason), false),
+            (Some(time), None) => one(part.name(), &report, (time, GRACE), move |findings| {
+                // As the engine's thread: CUDA graphs cannot be captured on the default stream.
+                let result = own_stream(&own).and_then(|()| part.run(&own, findings));
+                accelerator::empty_cache(own.device());
+                result
+            }),
+        };
+        report.line(&end.line(report.at()));
+        eprintln!("{:<9} {} in {:.1} s", end.part, end.outcome.as_str(), end.seconds);
+        ended.push(end);
+        abandoned |= hung;
+    }
+    let count = |outcome| ended.iter().filter(|end| end.outcome == outcome).count();
+    let failed = count(Outcome::Failed) > 0;
+    let late = count(Outcome::Late);
+    report.line(&json!({
+        "event": "done",
+        "at_s": report.at(),
+        "ok": count(Outcome::Ok),
+        "failed": count(Outcome::Failed),
+        "late": late,
+        "skipped": count(Outcome::Skipped),
+    }));
+    let title = format!(
+        "coar {} on {} ({}), {}, {} pixels: {:.1} s",
+        env!("CARGO_PKG_VERSION"),
+        bench.card(),
+        bench.device_name(),
+        bench.model_name(),
+        bench.target_size(),
+        report.at()
+    );
+    println!("{}", table(&title, &ended));
+    if bench.on_cuda() || abandoned {
+        leave(i32::from(failed));
+    }
+    anyhow::ensure!(!failed, "a check of the device has failed");
+    Ok(())
+}
+
+/// Gives the calling thread a stream of its own, where there is a device.
+fn own_stream(bench: &Bench) -> anyhow::Result<()> {
+    match bench.absent() {
+        Some(_) => Ok(()),
+        None => Ok(accelerator::use_own_stream(bench.device())?),
+    }
+}
+
+/// Ends the process without destructors: those of libtorch's CUDA part fail at a process's end, and a part that hangs may
+/// still compute.
+fn leave(status: i32) -> ! {
+    use std::io::Write;
+    // Both are written to a pipe or a terminal that may be gone; the report is complete anyway.
+    let _ = (std::io::stdout().flush(), std::io::stderr().flush());
+    // SAFETY: takes a number and does not return.
+    unsafe { libc::_exit(status) }
+}
+
+/// The time of a part: what it asks for, more in proportion where the run has more, and never more than what is left.
+/// `None` where that is too little to begin.
+fn time_for(part: Part, parts: &[Part], total: Duration, at: f64) -> Option<Duration> {
+    let asked: u64 = parts.iter().map(|part| part.seconds()).sum();
+    let generous = (total.as_secs_f64() / asked.max(1) as f64).max(1.0);
+    let own = part.seconds() as f64 * generous;
+    let left = total.as_secs_f64() - at;
+    (left >= LEAST_SHARE * part.seconds() as f64).then(|| Duration::from_secs_f64(own.min(left)))
+}
+
+/// A part that has not run.
+fn skipped(part: &'static str, report: &Report, reason: &str) -> Ended {
+    report.line(&json!({"event": "begin", "part": part, "at_s": report.at(), "deadline_s": 0}));
+    Ended {
+        part,
+        outcome: Outcome::Skipped,
+        seconds: 0.0,
+        error: Some(reason.to_owned()),
+        found: Found::default(),
+    }
+}
+
+/// Runs one part, which has `time` until its deadline and `grace` to come back after it; also whether its thread still runs.
+fn one(
+    part: &'static str,
+    report: &Arc<Report>,
+    (time, grace): (Duration, Duration),
+    work: impl FnOnce(&Findings) -> anyhow::Result<()> + Send + 'static,
+) -> (Ended, bool) {
+    let begun = Instant::now();
+    let ended = |outcome, error: Option<String>, findings: &Findings| Ended {
+        part,
+        outcome,
+        seconds: begun.elapsed().as_secs_f64(),
+        error,
+        found: findings.close(),
+    };
+    let findings = Findings::new(part, report.clone(), time);
+    report.line(&json!({
+        "event": "begin", "part": part, "at_s": report.at(), "deadline_s": time.as_secs_f64(),
+    }));
+    let (done, finished) = channel();
+    let its = findings.clone();
+    let thread = std::thread::Builder::new()
+        .name(format!("coar-bench-{part}"))
+        .spawn(move || {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                let _no_grad = tch::no_grad_guard();
+                work(&its)
+            }));
+            // The run may have gone on without this part.
+            let _ = done.send(result);
+        });
+    let thread = match thread {
+        Ok(thread) => thread,
+        Err(error) => return (ended(Outcome::Failed, Some(error.to_string()), &findings), false),
+    };
+    let (outcome, error) = match finished.recv_timeout(time + grace) {
+        Ok(Ok(Ok(()))) => (Outcome::Ok, None),
+        Ok(Ok(Err(error))) if error.is::<Late>() => (Outcome::Late, Some(error.to_string())),
+        Ok(Ok(Err(error))) if error.is::<Skip>() => (Outcome::Skipped, Some(error.to_string())),
+        Ok(Ok(Err(error))) => (Outcome::Failed, Some(format!("{error:#}"))),
+        Ok(Err(panic)) => (Outcome::Failed, Some(format!("panicked: {}", panic_text(&*panic)))),
+        Err(RecvTimeoutError::Timeout) => {
+            let error = "did not come back after its deadline; its thread is left to itself";
+            return (
+                with_checks(ended(Outcome::Late, Some(error.to_owned()), &findings)),
+                true,
+            );
+        }
+        Err(RecvTimeoutError::Disconnected) => (Outcome::Failed, Some("its thread ended without a word".to_owned())),
+    };
+    // It has sent its result: nothing but its end is left to it.
+    let _ = thread.join();
+    (with_checks(ended(outcome, error, &findings)), false)
+}
+
+/// A failed check is what counts, whatever else happened.
+fn with_checks(mut end: Ended) -> Ended {
+    if end.found.failed().next().is_some() {
+        end.outcome = Outcome::Failed;
+    }
+    end
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("without a message").to_owned()
+}
+
+/// Now, as RFC 3339 has it.
+fn now() -> String {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    iso_8601(since.map_or(0, |since| since.as_secs() as i64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The default of `--seconds`: every part gets what it asks for.
+    const WHOLE: u64 = 500;
+
+    #[test]
+    fn parts_get_their_own_time_then_what_is_left_and_then_none() {
+        let time =
+            |part, total, at| time_for(part, &Part::ALL, Duration::from_secs(total), at).map(|time| time.as_secs_f64());
+        assert_eq!(Part::ALL.iter().map(|part| part.seconds()).sum::<u64>(), WHOLE);
+        assert_eq!(time(Part::Parity, WHOLE, 10.0), Some(45.0));
+        assert_eq!(time(Part::Parity, 2 * WHOLE, 10.0), Some(90.0));
+        assert_eq!(time(Part::Parity, WHOLE, 480.0), Some(20.0));
+        assert_eq!(time(Part::Parity, WHOLE, 495.0), None);
+        assert_eq!(time(Part::Env, WHOLE, 600.0), None);
+    }
+
+    #[test]
+    fn arguments_are_told_without_folders() {
+        let told = |line: &str| told(line.split(' ').map(str::to_owned)).join(" ");
+        assert_eq!(
+            told("bench device --parts env,load --out /x/y --model models/7b/ --golden=/a/golden --out=z --tf32"),
+            "bench device --parts env,load --model 7b --golden=golden --tf32"
+        );
+    }
+
+    const TENTH: Duration = Duration::from_millis(100);
+
+    /// Runs `work` as a part with a tenth of a second, and `grace` to come back after it.
+    fn run(grace: Duration, work: impl FnOnce(&Findings) -> anyhow::Result<()> + Send + 'static) -> (Ended, bool) {
+        let dir = tempfile::tempdir().unwrap();
+        let report = Arc::new(Report::create(dir.path()).unwrap());
+        one("parity", &report, (TENTH, grace), work)
+    }
+
+    #[test]
+    fn a_part_that_panics_fails_or_hangs_ends_all_the_same() {
+        let (end, hung) = run(GRACE, |_| panic!("out of range"));
+        assert_eq!((end.outcome, hung), (Outcome::Failed, false));
+        assert_eq!(end.error.as_deref(), Some("panicked: out of range"));
+        let (end, _) = run(GRACE, |findings| {
+            findings.check("sum", 2.0, 1.0);
+            Err(Skip("no device".to_owned()).into())
+        });
+        assert_eq!(
+            (end.outcome, end.error.as_deref()),
+            (Outcome::Failed, Some("no device"))
+        );
+        let (end, _) = run(GRACE, |_| Err(Skip("no device".to_owned()).into()));
+        assert_eq!(end.outcome, Outcome::Skipped);
+        let (end, hung) = run(GRACE, |findings| {
+            findings.check("sum", 1.0, 1.0);
+            loop {
+                findings.in_time()?;
+                std::thread::yield_now();
+            }
+        });
+        assert_eq!((end.outcome, hung, end.found.checks.len()), (Outcome::Late, false, 1));
+        let (release, held) = channel::<()>();
+        let (end, hung) = run(TENTH, move |_| {
+            // Until the test is over.
+            let _ = held.recv();
+            Ok(())
+        });
+        assert_eq!((end.outcome, hung), (Outcome::Late, true));
+        drop(release);
+    }
+}

@@ -1,0 +1,56 @@
+//! `coar bench stand-in`
+
+use std::time::Duration;
+
+use clap::Args;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use coar::config::{Config, Role};
+use coar_engine::device::{Pace, stand_in};
+
+/// Serve like `coar serve`, but on a device that computes nothing and only takes time: for benchmarks of what is around it.
+///
+/// Its pictures are grey. Every answer is checked, counted, stored and sent as it would be; nothing trains.
+#[derive(Debug, Args)]
+pub(in crate::cli) struct StandInArgs {
+    /// Milliseconds of one step of the batch: a code of every picture in it.
+    #[arg(long, default_value_t = 5.0, value_name = "MS")]
+    step_ms: f64,
+    /// Pictures that advance in one step.
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    pictures: usize,
+    #[command(flatten)]
+    config: Config,
+}
+
+impl StandInArgs {
+    pub(in crate::cli) fn run(self) -> anyhow::Result<()> {
+        let config = self.config;
+        config.validate()?;
+        anyhow::ensure!(self.step_ms >= 0.0, "--step-ms is {}; expected 0 or more", self.step_ms);
+        let pace = Pace {
+            step: Duration::from_secs_f64(self.step_ms / 1000.0),
+            pictures: self.pictures.max(1),
+            queue: config.engine.queue,
+        };
+        let model = config.model.clone();
+        let address = match config.role {
+            Role::Worker => config.worker_listen,
+            Role::All | Role::Api => config.listen,
+        };
+        tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()?
+            .block_on(async move {
+                let listener = TcpListener::bind(address).await?;
+                let stop = CancellationToken::new();
+                tokio::spawn(coar::app::signalled(stop.clone()));
+                let load = move || {
+                    let (model, info) = model.load()?;
+                    Ok(stand_in(pace, &model, info)?)
+                };
+                coar::app::serve(config, listener, load, stop).await
+            })
+    }
+}

@@ -1,0 +1,191 @@
+//! `coar-lab tune`
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use coar::config::ModelArgs;
+use coar_core::picture::{OutputFormat, PictureLimits, RgbPicture, decode, encode};
+use coar_engine::plan::{DrawSettings, draw_alone};
+use coar_engine::training::Advance;
+
+use crate::tuning::{BaseWeights, Tuner, TuningFile, TuningSpec, WeightMethod};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum TuneCommand {
+    Train(TrainArgs),
+    Generate(GenerateArgs),
+}
+
+/// Learn a subject by changing weights, on a copy of the model, and write what has changed to a file.
+#[derive(Debug, Args)]
+pub(super) struct TrainArgs {
+    /// The subject's name: 1 to 63 of a-z, 0-9 and -.
+    name: String,
+    /// Reference images (JPEG, PNG, WebP).
+    #[arg(required = true)]
+    images: Vec<PathBuf>,
+    /// dreambooth, dreambooth-lora, personalar, personalar-lora or proxy-tuning.
+    #[arg(long, value_parser = method)]
+    method: WeightMethod,
+    /// What the subject is, in one noun: cat, mug, car.
+    #[arg(long, value_name = "NOUN")]
+    class: String,
+    /// What else each image shows ("on the beach"), in the order of the images; may be given fewer times.
+    #[arg(long = "caption", value_name = "TEXT")]
+    captions: Vec<String>,
+    /// Optimizer steps. Default: the method's preset.
+    #[arg(long)]
+    steps: Option<u32>,
+    /// Default: the method's preset.
+    #[arg(long)]
+    learning_rate: Option<f64>,
+    /// Rank of low-rank updates. Default: the method's preset.
+    #[arg(long)]
+    rank: Option<u32>,
+    /// Seed of initialisation and order. Default: the method's preset.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// The file that is written. Default: NAME.METHOD.safetensors.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+fn method(name: &str) -> Result<WeightMethod, String> {
+    name.parse::<WeightMethod>().map_err(|error| error.to_string())
+}
+
+impl TrainArgs {
+    fn run(self) -> anyhow::Result<()> {
+        let (name, method) = (&self.name, self.method);
+        let images = self
+            .images
+            .iter()
+            .map(|file| {
+                let named = |error: &dyn std::fmt::Display| anyhow::anyhow!("{}: {error}", file.display());
+                let bytes = std::fs::read(file).map_err(|error| named(&error))?;
+                decode(&bytes, &PictureLimits::default()).map_err(|error| named(&error))
+            })
+            .collect::<anyhow::Result<Vec<RgbPicture>>>()?;
+        let (model, info) = self.model.load()?;
+        let preset = TuningSpec::preset(info.preset, method, name, &self.class);
+        let spec = TuningSpec {
+            steps: self.steps.unwrap_or(preset.steps),
+            learning_rate: self.learning_rate.unwrap_or(preset.learning_rate),
+            rank: self.rank.unwrap_or(preset.rank),
+            seed: self.seed.unwrap_or(preset.seed),
+            captions: self.captions.clone(),
+            ..preset
+        };
+        let base = BaseWeights::read(&model, &self.model.files()?.dir)?;
+        let mut tuner = Tuner::new(&model, &base, info.preset, spec, &images)?;
+        let style = ProgressStyle::with_template("{msg:12} {wide_bar} {pos}/{len}  eta {eta}")?;
+        let bar = ProgressBar::new(tuner.progress().1.into()).with_style(style);
+        while tuner.advance(&model)? != Advance::Finished {
+            bar.set_position(tuner.progress().0.into());
+            if let Some(losses) = tuner.losses().last() {
+                bar.set_message(format!("loss {:.3}", losses.total));
+            }
+        }
+        bar.finish();
+        let out = self
+            .out
+            .clone()
+            .unwrap_or_else(|| PathBuf::from(format!("{name}.{}.safetensors", method.as_str())));
+        tuner.file()?.write(&out)?;
+        println!(
+            "{} has {} trained numbers; draw with it:\n  coar-lab tune generate {0} \"a photo of <{name}> {} on the beach\"",
+            out.display(),
+            tuner.parameters(),
+            self.class
+        );
+        Ok(())
+    }
+}
+
+/// Draw images with changed weights.
+#[derive(Debug, Args)]
+pub(super) struct GenerateArgs {
+    /// What `coar-lab tune train` has written.
+    file: PathBuf,
+    /// What to draw; the file's own <name> can be written in it, and no other.
+    prompt: String,
+    /// How many images.
+    #[arg(short = 'n', long, default_value_t = 1)]
+    count: u32,
+    /// WIDTHxHEIGHT in pixels, from the model's list (`coar inspect` prints it). Default: its square size.
+    #[arg(long)]
+    size: Option<String>,
+    /// Default: random; it is printed.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How strongly the prompt counts; 1 switches guidance off. Default: the model's.
+    #[arg(long)]
+    guidance_scale: Option<f64>,
+    /// 0 takes the most likely code every time. Default: the model's.
+    #[arg(long)]
+    temperature: Option<f64>,
+    /// Codes to choose from at each step. Default: the model's.
+    #[arg(long)]
+    top_k: Option<u32>,
+    /// Folder for the images.
+    #[arg(short, long, default_value = ".", value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+impl GenerateArgs {
+    fn size(&self) -> anyhow::Result<Option<(u32, u32)>> {
+        let Some(text) = &self.size else { return Ok(None) };
+        let size = text
+            .split_once('x')
+            .and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+        size.map(Some)
+            .ok_or_else(|| anyhow::anyhow!("--size is `{text}`; expected WIDTHxHEIGHT, such as 96x96"))
+    }
+
+    fn run(self) -> anyhow::Result<()> {
+        anyhow::ensure!((1..=64).contains(&self.count), "-n is {}; expected 1 to 64", self.count);
+        let (model, info) = self.model.load()?;
+        let base = BaseWeights::read(&model, &self.model.files()?.dir)?;
+        let (tuned, concept) = TuningFile::read(&self.file)?.apply(&model, &base)?;
+        let size = self.size()?.unwrap_or(info.sizes[0]);
+        anyhow::ensure!(
+            info.sizes.contains(&size),
+            "--size is {}x{}, which this model does not draw",
+            size.0,
+            size.1
+        );
+        let seed = self.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
+        let settings = DrawSettings {
+            size,
+            guidance_scale: self.guidance_scale.unwrap_or(info.default_guidance_scale),
+            temperature: self.temperature.unwrap_or(info.default_temperature),
+            top_k: i64::from(self.top_k.unwrap_or(info.default_top_k)),
+            identity_mask: true,
+            streams: (0..u64::from(self.count)).map(|index| (seed, index)).collect(),
+        };
+        let images = draw_alone(&tuned, &self.prompt, &[&concept], &settings)?;
+        std::fs::create_dir_all(&self.out)?;
+        for (index, image) in images.iter().enumerate() {
+            let file = self.out.join(format!("coar-{seed}-{index}.png"));
+            std::fs::write(&file, encode(image, OutputFormat::Png, &[])?)?;
+            println!("{}", file.display());
+        }
+        println!("seed {seed}");
+        Ok(())
+    }
+}
+
+impl TuneCommand {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        match self {
+            Self::Train(args) => args.run(),
+            Self::Generate(args) => args.run(),
+        }
+    }
+}

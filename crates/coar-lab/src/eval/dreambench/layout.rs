@@ -1,0 +1,385 @@
+//! What the user supplies: a folder of pictures for each subject, and a file that says classes and prompts.
+//!
+//! Both in the layout of the DreamBooth dataset. Its file of classes and prompts is part of this program, so that pictures
+//! are enough; one in the data folder counts instead.
+
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use coar_core::concept::{concept_names, is_slug, parse_prompt};
+use coar_core::picture::{PictureLimits, RgbPicture, decode};
+use coar_core::training::spec::PICTURES_LIMIT;
+use coar_engine::model::ModelError;
+
+/// The file's name, in the data folder.
+pub const FILE: &str = "prompts_and_classes.txt";
+
+/// The dataset's own (CC BY 4.0, Ruiz et al.).
+const DATASETS_OWN: &str = include_str!("prompts_and_classes.txt");
+
+/// Classes whose subjects are alive, where the file does not say: those of the dataset's nine pets.
+const LIVE_CLASSES: [&str; 2] = ["cat", "dog"];
+
+/// One thing or animal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subject {
+    /// As its folder is named.
+    pub name: String,
+    /// Its class noun.
+    pub class: String,
+    /// Whether it gets the live subjects' prompts instead of the objects'.
+    pub live: bool,
+}
+
+impl Subject {
+    /// The concept's name: placeholders know hyphens only.
+    pub fn slug(&self) -> String {
+        self.name.replace('_', "-")
+    }
+}
+
+/// Subjects and prompts. In a prompt `{0}` is the placeholder, `{1}` the class.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Catalogue {
+    pub subjects: Vec<Subject>,
+    pub object_prompts: Vec<String>,
+    pub live_prompts: Vec<String>,
+}
+
+/// Where the lines of a file of classes and prompts stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Section {
+    Start,
+    Classes,
+    Prompts { live: bool, open: bool },
+}
+
+impl Catalogue {
+    /// The DreamBooth dataset's: 30 subjects, 25 prompts for objects and 25 for live subjects.
+    ///
+    /// # Errors
+    /// Never, as a test shows.
+    pub fn of_dataset() -> Result<Self, ModelError> {
+        Self::parse(DATASETS_OWN, Path::new(FILE))
+    }
+
+    /// Reads the dataset's format: under `Classes` lines of `subject,class` (and where wanted `,live` or `,object`), under
+    /// `Object Prompts` and `Live Subject Prompts` lists of quoted prompts. `#` begins a comment line.
+    ///
+    /// # Errors
+    /// The first line that cannot be used, with its number, or what is missing in the whole.
+    pub fn parse(text: &str, file: &Path) -> Result<Self, ModelError> {
+        let mut all = Self {
+            subjects: vec![],
+            object_prompts: vec![],
+            live_prompts: vec![],
+        };
+        let mut section = Section::Start;
+        for (number, line) in text.lines().enumerate() {
+            section = all
+                .line(section, line.trim())
+                .map_err(|problem| ModelError::file(file, format!("line {}: {problem}", number + 1)))?;
+        }
+        let lacking = [
+            ("Classes", all.subjects.is_empty()),
+            ("Object Prompts", all.object_prompts.is_empty()),
+            ("Live Subject Prompts", all.live_prompts.is_empty()),
+        ];
+        match lacking.iter().find(|(_, lacking)| *lacking) {
+            Some((name, _)) => Err(ModelError::file(file, format!("has nothing under `{name}`"))),
+            None => Ok(all),
+        }
+    }
+
+    fn line(&mut self, section: Section, line: &str) -> Result<Section, String> {
+        match (section, line) {
+            (_, "") => Ok(section),
+            (_, comment) if comment.starts_with('#') => Ok(section),
+            (_, "Classes") => Ok(Section::Classes),
+            (_, "Prompts") => Ok(Section::Start),
+            (_, "Object Prompts") => Ok(Section::Prompts {
+                live: false,
+                open: false,
+            }),
+            (_, "Live Subject Prompts") => Ok(Section::Prompts {
+                live: true,
+                open: false,
+            }),
+            (Section::Classes, "subject_name,class") => Ok(section),
+            (Section::Classes, row) => {
+                let subject = self.subject(row)?;
+                self.subjects.push(subject);
+                Ok(section)
+            }
+            (Section::Prompts { live, open: false }, "prompt_list = [") => Ok(Section::Prompts { live, open: true }),
+            (Section::Prompts { live, open: true }, "]") => Ok(Section::Prompts { live, open: false }),
+            (Section::Prompts { live, open: true }, quoted) => {
+                let prompts = if live {
+                    &mut self.live_prompts
+                } else {
+                    &mut self.object_prompts
+                };
+                prompts.push(prompt(quoted)?);
+                Ok(section)
+            }
+            (Section::Prompts { open: false, .. }, other) => Err(format!("is `{other}`; expected `prompt_list = [`")),
+            (Section::Start, other) => Err(format!(
+                "is `{other}`; expected `Classes`, `Object Prompts` or `Live Subject Prompts`"
+            )),
+        }
+    }
+
+    fn subject(&self, row: &str) -> Result<Subject, String> {
+        let mut cells = row.split(',').map(str::trim);
+        let (name, class) = (cells.next().unwrap_or(""), cells.next().unwrap_or(""));
+        let live = match cells.next() {
+            None => LIVE_CLASSES.contains(&class),
+            Some("live") => true,
+            Some("object") => false,
+            Some(other) => return Err(format!("says `{other}` of {name}; expected `live` or `object`")),
+        };
+        if class.is_empty() || cells.next().is_some() {
+            return Err(format!("is `{row}`; expected `subject,class`"));
+        }
+        let subject = Subject {
+            name: name.to_owned(),
+            class: class.to_owned(),
+            live,
+        };
+        // The name becomes that of a folder, of files and of a placeholder.
+        if !is_slug(&subject.slug()) {
+            return Err(format!(
+                "names the subject `{name}`; expected 1 to 63 of a-z, 0-9, - and _"
+            ));
+        }
+        if self.subjects.iter().any(|other| other.slug() == subject.slug()) {
+            return Err(format!("names the subject `{name}` again"));
+        }
+        Ok(subject)
+    }
+
+    /// The prompts for subjects of its sort.
+    pub fn prompts(&self, subject: &Subject) -> &[String] {
+        if subject.live {
+            &self.live_prompts
+        } else {
+            &self.object_prompts
+        }
+    }
+
+    /// SHA-256 of everything in it: equal where the catalogues are.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        for subject in &self.subjects {
+            hash.update(format!("{}\t{}\t{}\n", subject.name, subject.class, subject.live));
+        }
+        for prompts in [&self.object_prompts, &self.live_prompts] {
+            hash.update(format!("{}\n", prompts.len()));
+            prompts.iter().for_each(|prompt| hash.update(format!("{prompt}\n")));
+        }
+        hex::encode(hash.finalize())
+    }
+}
+
+/// `'a {0} {1} in the snow'.format(unique_token, class_token),` without what is around the prompt.
+fn prompt(line: &str) -> Result<String, String> {
+    let quote = line.chars().next().filter(|first| matches!(first, '\'' | '"'));
+    let inside = quote.and_then(|quote| line[1..].rsplit_once(quote));
+    let Some((prompt, rest)) = inside else {
+        return Err(format!("is `{line}`; expected a prompt in quotes"));
+    };
+    let rest: String = rest.chars().filter(|c| !c.is_whitespace()).collect();
+    if !matches!(rest.trim_end_matches(','), "" | ".format(unique_token,class_token)") {
+        return Err(format!("goes on with `{rest}` behind the prompt"));
+    }
+    let without = prompt.replace("{0}", "").replace("{1}", "");
+    let once = |what: &str| prompt.matches(what).count() == 1;
+    if !once("{0}") || !once("{1}") || without.contains(['{', '}']) {
+        return Err(format!(
+            "has the prompt `{prompt}`; expected {{0}} and {{1}} in it, once each"
+        ));
+    }
+    let concepts = parse_prompt(prompt).map(|pieces| concept_names(&pieces).len());
+    if concepts != Ok(0) {
+        return Err(format!("has the prompt `{prompt}`, which names a concept of its own"));
+    }
+    Ok(prompt.to_owned())
+}
+
+/// A prompt as it is drawn: with the placeholder.
+pub fn with_placeholder(prompt: &str, subject: &Subject) -> String {
+    prompt
+        .replace("{0}", &format!("<{}>", subject.slug()))
+        .replace("{1}", &subject.class)
+}
+
+/// A prompt as CLIP-T compares with it: the class noun stands for placeholder and class.
+pub fn with_class(prompt: &str, subject: &Subject) -> String {
+    let named = prompt.replace("{0} {1}", "{1}").replace("{0}", "");
+    named.replace("{1}", &subject.class)
+}
+
+/// A data folder.
+#[derive(Debug, Clone)]
+pub struct DataFolder {
+    dir: PathBuf,
+    pub catalogue: Catalogue,
+}
+
+impl DataFolder {
+    /// Opens a folder with a folder of pictures for each subject.
+    ///
+    /// # Errors
+    /// When it is missing, or its file of classes and prompts cannot be used.
+    pub fn open(dir: &Path) -> Result<Self, ModelError> {
+        if !dir.is_dir() {
+            return Err(ModelError::file(
+                dir,
+                "is no folder; --data names the one with a folder for each subject",
+            ));
+        }
+        let file = dir.join(FILE);
+        let catalogue = match std::fs::read_to_string(&file) {
+            Ok(text) => Catalogue::parse(&text, &file)?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Catalogue::of_dataset()?,
+            Err(error) => return Err(ModelError::file(file, error)),
+        };
+        Ok(Self {
+            dir: dir.to_owned(),
+            catalogue,
+        })
+    }
+
+    /// A subject's picture files, sorted by name.
+    ///
+    /// # Errors
+    /// When the folder is missing or holds no picture, or more than a training takes.
+    pub fn files(&self, subject: &Subject) -> Result<Vec<PathBuf>, ModelError> {
+        let dir = self.dir.join(&subject.name);
+        let fault =
+            |error: std::io::Error| ModelError::file(&dir, format!("the pictures of {}: {error}", subject.name));
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(fault)? {
+            let path = entry.map_err(fault)?.path();
+            let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase());
+            let hidden = path
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with('.'));
+            if !hidden && extension.is_some_and(|e| ["jpg", "jpeg", "png", "webp"].contains(&e.as_str())) {
+                files.push(path);
+            }
+        }
+        files.sort();
+        if files.is_empty() || files.len() > PICTURES_LIMIT {
+            let problem = format!(
+                "has {} JPEG, PNG or WebP pictures; expected 1 to {PICTURES_LIMIT}",
+                files.len()
+            );
+            return Err(ModelError::file(dir, problem));
+        }
+        Ok(files)
+    }
+
+    /// A subject's pictures, with the bytes of their files.
+    ///
+    /// # Errors
+    /// When one cannot be read or decoded; the message has its path.
+    pub fn pictures(&self, subject: &Subject) -> Result<Vec<(PathBuf, Vec<u8>, RgbPicture)>, ModelError> {
+        let read = |file: PathBuf| {
+            let bytes = std::fs::read(&file).map_err(|error| ModelError::file(&file, error))?;
+            let picture = decode(&bytes, &PictureLimits::default()).map_err(|error| ModelError::file(&file, error))?;
+            Ok((file, bytes, picture))
+        };
+        self.files(subject)?.into_iter().map(read).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = "Classes\n\nsubject_name,class\nmug,cup\nrex_1,dog\nbird,bird,live\n\nPrompts\n\nObject Prompts\n\n\
+        prompt_list = [\n'a {0} {1} in the snow'.format(unique_token, class_token),\n]\n\nLive Subject Prompts\n\
+        prompt_list = [\n\"a {0} {1}'s hat\",\n'a red {0} {1}'.format(unique_token, class_token)\n]\n";
+
+    fn fault(text: &str) -> String {
+        Catalogue::parse(text, Path::new("p.txt")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_datasets_own_has_thirty_subjects_and_twice_twenty_five_prompts() {
+        let all = Catalogue::of_dataset().unwrap();
+        assert_eq!(
+            (all.subjects.len(), all.object_prompts.len(), all.live_prompts.len()),
+            (30, 25, 25)
+        );
+        let live: Vec<&str> = all
+            .subjects
+            .iter()
+            .filter(|s| s.live)
+            .map(|s| s.name.as_str())
+            .collect();
+        assert_eq!(
+            live,
+            ["cat", "cat2", "dog", "dog2", "dog3", "dog5", "dog6", "dog7", "dog8"]
+        );
+        assert_eq!(all.subjects[2].class, "stuffed animal");
+        assert_eq!(all.object_prompts[13], "a {0} {1} floating on top of water");
+        assert_eq!(all.live_prompts[24], "a cube shaped {0} {1}");
+    }
+
+    #[test]
+    fn classes_and_prompts_are_read() {
+        let all = Catalogue::parse(SMALL, Path::new("p.txt")).unwrap();
+        let live: Vec<bool> = all.subjects.iter().map(|subject| subject.live).collect();
+        assert_eq!(live, [false, true, true]);
+        assert_eq!(all.prompts(&all.subjects[0]), ["a {0} {1} in the snow"]);
+        assert_eq!(all.prompts(&all.subjects[1]), ["a {0} {1}'s hat", "a red {0} {1}"]);
+    }
+
+    #[test]
+    fn a_prompt_is_drawn_with_the_placeholder_and_compared_with_the_class() {
+        let all = Catalogue::parse(SMALL, Path::new("p.txt")).unwrap();
+        let (rex, prompt) = (&all.subjects[1], &all.live_prompts[1]);
+        assert_eq!(with_placeholder(prompt, rex), "a red <rex-1> dog");
+        assert_eq!(with_class(prompt, rex), "a red dog");
+    }
+
+    #[test]
+    fn faults_name_file_and_line() {
+        assert_eq!(
+            fault(&SMALL.replace("mug,cup", "mug")),
+            "p.txt: line 4: is `mug`; expected `subject,class`"
+        );
+        assert!(fault(&SMALL.replace("mug", "../mug")).starts_with("p.txt: line 4: names the subject `../mug`"));
+        assert!(
+            fault(&SMALL.replace("bird,bird,live", "rex-1,dog")).contains("line 6: names the subject `rex-1` again")
+        );
+        assert!(fault(&SMALL.replace(",live", ",alive")).contains("line 6: says `alive` of bird"));
+        assert!(fault(&SMALL.replace("{0} {1} in", "{1} in")).contains("line 13: has the prompt `a {1} in the snow`"));
+        assert!(fault(&SMALL.replace("class_token),\n]", "class_token) + x,\n]")).contains("line 13: goes on with"));
+        assert!(fault(&SMALL.replace("'a red", "a red")).contains("line 19: is `a red"));
+        assert!(
+            fault(&SMALL.replace("Live Subject Prompts\nprompt_list = [", "Live Subject Prompts\nlist"))
+                .contains("line 17")
+        );
+        assert!(fault(&SMALL.replace("the snow", "<ink> style")).contains("which names a concept of its own"));
+        assert!(fault("nothing").contains("line 1: is `nothing`"));
+        assert_eq!(fault("Classes\na,b\n"), "p.txt: has nothing under `Object Prompts`");
+    }
+
+    #[test]
+    fn catalogues_that_differ_have_different_digests() {
+        let all = Catalogue::parse(SMALL, Path::new("p.txt")).unwrap();
+        let mut other = all.clone();
+        other.subjects[0].class = "mug".into();
+        assert_ne!(all.digest(), other.digest());
+        let moved = Catalogue {
+            object_prompts: [all.object_prompts.clone(), vec![all.live_prompts[0].clone()]].concat(),
+            live_prompts: vec![all.live_prompts[1].clone()],
+            ..all.clone()
+        };
+        assert_ne!(all.digest(), moved.digest());
+    }
+}

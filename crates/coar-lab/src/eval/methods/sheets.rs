@@ -1,0 +1,32 @@
+//! Contact sheets of finished cells.
+
+use std::path::Path;
+
+use super::arms::Arm;
+use super::cell::{Bench, replace};
+use crate::pocket::world::{HeldOutSubject, contact_sheet};
+use coar_core::picture::{OutputFormat, RgbPicture, encode};
+use coar_engine::model::ModelError;
+
+/// Of lossy WebP: flat colours show no loss at it.
+const QUALITY: u8 = 80;
+
+impl Bench<'_> {
+    /// Writes `sheet-SUBJECT.webp`: a line for each arm whose cell is there, in their order, a column for each scene.
+    ///
+    /// # Errors
+    /// When a cell's picture is damaged or the file cannot be written.
+    pub fn sheet(&self, arms: &[Arm], subject: &HeldOutSubject, seed: u64, dir: &Path) -> Result<(), ModelError> {
+        let mut lines: Vec<RgbPicture> = Vec::new();
+        for arm in arms {
+            lines.extend(self.pictures(arm, subject, seed)?);
+        }
+        if lines.is_empty() {
+            return Ok(());
+        }
+        let file = dir.join(format!("sheet-{}.webp", subject.name));
+        let webp = encode(&contact_sheet(&lines, 1), OutputFormat::LossyWebP(QUALITY), &[])
+            .map_err(|error| ModelError::file(&file, error))?;
+        replace(&file, &webp)
+    }
+}
