@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
+.PHONY: serve build build-lab test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -15,26 +15,30 @@ libtorch: .libtorch/torch/lib/libtorch_cpu.so
 build: libtorch
 	cargo build --release --bin coar
 
+# Evaluation, benchmarks, the pocket model's training, the fleet simulator.
+build-lab: libtorch
+	cargo build --release -p coar-lab
+
 serve: build
 	./target/release/coar serve --listen $(LISTEN) --data $(DATA)
 
 test: libtorch
-	cargo test
+	cargo test --workspace
 
 # Formatting and lints, warnings denied.
 check: libtorch
 	cargo fmt --check
-	cargo clippy --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets -- -D warnings
 
 # Every part of the device benchmark on the CPU, with the accelerator's code path: docs/performance.md.
 bench-device: libtorch
-	cargo build --bin coar
-	$(or $(CARGO_TARGET_DIR),target)/debug/coar bench device --device cpu --small --out $(or $(CARGO_TARGET_DIR),target)/bench-device
+	cargo build -p coar-lab
+	$(or $(CARGO_TARGET_DIR),target)/debug/coar-lab bench device --device cpu --small --out $(or $(CARGO_TARGET_DIR),target)/bench-device
 
 # The registry's tests again on PostgreSQL and S3, and many callers at once on a server that uses them: servers of their own, ended
 # afterwards. Says so and passes where there is no PostgreSQL and none can be installed.
 contract: libtorch
-	./scripts/with-postgres.sh sh -c 'cargo test --lib registry && cargo test --test it api::concurrency'
+	./scripts/with-postgres.sh sh -c 'cargo test -p coar --lib registry && cargo test -p coar --test it api::concurrency'
 
 # What an operator does, on real processes: backup, restore, restarts one by one, checksums, a tenant's removal.
 operations: libtorch
@@ -50,7 +54,7 @@ sdk: libtorch
 
 # Requests made from /openapi.json, against the real server. Installs the fuzzer into target/.
 fuzz: libtorch
-	cargo build
+	cargo build --bin coar
 	tests/fuzz_api/run.sh
 
 # Real processes that are killed, stopped, cut off and filled up at random: make faults SEED=7 FAULTS=200 MINUTES=40 ONLY=kill_worker
@@ -67,11 +71,11 @@ fuzz-parsers: libtorch
 
 # Every case of a golden directory, each with its largest difference: COAR_GOLDEN=DIR make golden
 golden: libtorch
-	cargo test --test it golden::every_case -- --nocapture
+	cargo test -p coar-engine --test it golden::every_case -- --nocapture
 
 # Every part of the program on this machine's GPU, in nine minutes at most; the report goes to target/gpu-check: docs/howto/gpu-7b.md.
 # make gpu-check SECONDS=200 ARGS="--parts env,parity"
-gpu-check: build
+gpu-check: build-lab
 	scripts/gpu-check.sh pack
 	scripts/gpu-check.sh run --seconds $(or $(SECONDS),500) $(ARGS)
 
@@ -80,12 +84,12 @@ gpu-check-test: libtorch
 	tests/gpu_check/run.sh
 
 # A pocket model from nothing: two to three hours on two cores (estimated from its parts). Each stage continues where it was interrupted.
-pocket: build
-	./target/release/coar pocket train --dir runs/pocket --out assets/pocket
+pocket: build-lab
+	./target/release/coar-lab pocket train --dir runs/pocket --out assets/pocket
 
 # The pictures in concepts/.
-samples: build
-	./target/release/coar pocket draw --samples concepts
+samples: build-lab
+	./target/release/coar-lab pocket draw --samples concepts
 
 # Image, compose file, Helm chart, alarms: all that can be checked without a container engine and a cluster; it says what it leaves out.
 deploy-check:

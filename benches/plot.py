@@ -1,4 +1,4 @@
-"""Draws docs/step-time.svg from what `coar bench decode --json` printed for several contexts.
+"""Draws docs/step-time.svg from what `coar-lab bench decode --json` printed for several contexts.
 
 Usage: plot.py OUT.svg CONTEXT=FILE.json ...   (CONTEXT: tokens in the cache when the clock starts)
 """

@@ -12,7 +12,7 @@ for argument; do
     before=$argument
 done
 case $name in
-coar | parsers | image | image_webp | png | zune_jpeg | zune_core | fdeflate | zip | zlib_rs | safetensors | serde_json | multer | httparse | toml | toml_parser | tokenizers | serde_norway | url)
+coar | coar_core | coar_engine | coar_lab | parsers | image | image_webp | png | zune_jpeg | zune_core | fdeflate | zip | zlib_rs | safetensors | serde_json | multer | httparse | toml | toml_parser | tokenizers | serde_norway | url)
     exec "$rustc" "$@" -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
         -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
         -Cllvm-args=-sanitizer-coverage-trace-compares

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The GPU check: packs coar for a machine that has a GPU and nothing to build with, and runs `coar bench device` there.
+# The GPU check: packs coar-lab for a machine that has a GPU and nothing to build with, and runs `coar-lab bench device` there.
 #
 #   scripts/gpu-check.sh pack [--out DIR] [--dry-run]
-#   scripts/gpu-check.sh run [--seconds N] [--out DIR] [--dry-run] [ARGUMENTS OF coar bench device]
+#   scripts/gpu-check.sh run [--seconds N] [--out DIR] [--dry-run] [ARGUMENTS OF coar-lab bench device]
 #
-# pack  strips and compresses target/release/coar (built first if it is missing) into DIR (default .gpu, ignored by git),
+# pack  strips and compresses target/release/coar-lab (built first if it is missing) into DIR (default .gpu, ignored by git),
 #       and lists what has to be carried beside the tracked files: at most 40 MiB.
 # run   unpacks the program, finds the libtorch and the NVRTC of the installed PyTorch, runs every part of the check in
 #       order of importance for at most N seconds (default 500), and prints the program's table last. The report goes to
 #       DIR (default $OUT, or target/gpu-check): report.jsonl, log.txt and a few images. Needed: bash, coreutils, Python 3
 #       with PyTorch. Not needed: Rust, a network, xz.
 # --dry-run does the same without a GPU: it packs a debug build where there is no release build, and runs
-#       `coar bench device --device cpu --small` with the libtorch that the build uses.
+#       `coar-lab bench device --device cpu --small` with the libtorch that the build uses.
 #
 # Variables: PYTHON, the Python whose PyTorch is used (default python3); LIBTORCH, a PyTorch folder to use instead;
 # COAR_BIN, a program to pack, or to run in place of the packed one; GPU_CHECK_GRACE, how many seconds after N the program
@@ -92,16 +92,16 @@ decompress() {
     fi || die "$1 is damaged and cannot be unpacked ($(tail -n 1 "$work/unpacking")); pack it again"
 }
 
-# unpack DIR: leaves the program at $work/coar, and checks that it is the one that was packed.
+# unpack DIR: leaves the program at $work/coar-lab, and checks that it is the one that was packed.
 unpack() {
-    [ -f "$1/coar.xz" ] && [ -f "$1/manifest.txt" ] || die "$1 holds no packed program; run scripts/gpu-check.sh pack first"
-    decompress "$1/coar.xz" "$work/coar"
+    [ -f "$1/coar-lab.xz" ] && [ -f "$1/manifest.txt" ] || die "$1 holds no packed program; run scripts/gpu-check.sh pack first"
+    decompress "$1/coar-lab.xz" "$work/coar-lab"
     local found expected
-    found=$(sha256 "$work/coar")
+    found=$(sha256 "$work/coar-lab")
     expected=$(field sha256 "$1/manifest.txt")
     [ "$found" = "$expected" ] ||
-        die "$1/coar.xz is not the program of $1/manifest.txt: its sha256 is $found, expected $expected; pack it again"
-    chmod +x "$work/coar"
+        die "$1/coar-lab.xz is not the program of $1/manifest.txt: its sha256 is $found, expected $expected; pack it again"
+    chmod +x "$work/coar-lab"
 }
 
 pack() {
@@ -116,16 +116,16 @@ pack() {
         shift
     done
     local target=${CARGO_TARGET_DIR:-target} build=release newer
-    local built=${COAR_BIN:-$target/release/coar}
+    local built=${COAR_BIN:-$target/release/coar-lab}
     if [ ! -x "$built" ] && [ -n "$dry_run" ]; then
         build=debug
-        built=$target/debug/coar
-        [ -x "$built" ] || cargo build --bin coar >&2
+        built=$target/debug/coar-lab
+        [ -x "$built" ] || cargo build -p coar-lab >&2
     fi
-    [ -x "$built" ] || make --no-print-directory build >&2
+    [ -x "$built" ] || make --no-print-directory build-lab >&2
     [ -x "$built" ] || die "$built is missing after the build"
-    newer=$(find src Cargo.toml Cargo.lock build.rs -newer "$built" -print -quit)
-    [ -z "$newer" ] || [ -n "${COAR_BIN:-}" ] || note "warning: $newer is newer than $built; run make build first to pack the present state"
+    newer=$(find src crates Cargo.toml Cargo.lock build.rs -newer "$built" -print -quit)
+    [ -z "$newer" ] || [ -n "${COAR_BIN:-}" ] || note "warning: $newer is newer than $built; run make build-lab first to pack the present state"
     command -v strip >/dev/null || die "strip is missing; install binutils"
 
     mkdir -p "$out"
@@ -135,13 +135,13 @@ pack() {
     commit=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
     [ -z "$(git status --porcelain --untracked-files=no 2>/dev/null)" ] || commit=$commit-dirty
     if [ "$(field source_sha256 "$out/manifest.txt")" = "$source_sha" ] &&
-        [ -f "$out/coar.xz" ] && [ "$(field archive_sha256 "$out/manifest.txt")" = "$(sha256 "$out/coar.xz")" ]; then
-        note "$out/coar.xz is up to date"
+        [ -f "$out/coar-lab.xz" ] && [ "$(field archive_sha256 "$out/manifest.txt")" = "$(sha256 "$out/coar-lab.xz")" ]; then
+        note "$out/coar-lab.xz is up to date"
         sha=$(field sha256 "$out/manifest.txt")
     else
         rm -f "$out/manifest.txt"
         strip -o "$work/stripped" "$built" || die "$built cannot be stripped; is it a program?"
-        compress "$work/stripped" "$out/coar.xz"
+        compress "$work/stripped" "$out/coar-lab.xz"
         sha=$(sha256 "$work/stripped")
     fi
     {
@@ -150,7 +150,7 @@ pack() {
         echo "commit=$commit"
         echo "libtorch=${libtorch:-$(pinned)}"
         echo "sha256=$sha"
-        echo "archive_sha256=$(sha256 "$out/coar.xz")"
+        echo "archive_sha256=$(sha256 "$out/coar-lab.xz")"
         echo "source_sha256=$source_sha"
     } >"$work/manifest"
     mv "$work/manifest" "$out/manifest.txt"
@@ -289,7 +289,7 @@ run() {
         note "program: $program (COAR_BIN)"
     else
         unpack "$root/.gpu"
-        program=$work/coar
+        program=$work/coar-lab
         wanted=$(field libtorch .gpu/manifest.txt)
         wanted=${wanted%%+*}
         [ "$(field build .gpu/manifest.txt)" = release ] || [ -n "$dry_run" ] ||
@@ -323,7 +323,7 @@ run() {
     fi
     arguments+=(--seconds "$seconds" --out "$out" "${extra[@]}")
 
-    note "coar bench device ${arguments[*]}"
+    note "coar-lab bench device ${arguments[*]}"
     local grace=${GPU_CHECK_GRACE:-30} status=0 follower lines begun=$EPOCHSECONDS took
     lines=$(wc -l <"$log")
     # Straight into files: no pipe that a child of a stuck program could hold open.

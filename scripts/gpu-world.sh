@@ -4,9 +4,9 @@
 #
 #   scripts/gpu-world.sh pack
 #   scripts/gpu-world.sh run [--seconds N] [--out DIR]
-#   coar pocket designers unbundle DIR             back on the machine that goes on with it
+#   coar-lab pocket designers unbundle DIR             back on the machine that goes on with it
 #
-# pack  packs the program as scripts/gpu-check.sh does, and the drawings beside it in .gpu (`coar pocket designers draw` has
+# pack  packs the program as scripts/gpu-check.sh does, and the drawings beside it in .gpu (`coar-lab pocket designers draw` has
 #       to have rendered them).
 # run   unpacks them and trains for N seconds in all (default 800). What was trained is in DIR (default $OUT, or
 #       target/gpu-world) after every stage: at most 8 files of at most 16 MB, and log.txt. Needed: bash, coreutils, Python 3
@@ -30,7 +30,7 @@ die() {
 
 pack() {
     local drawings=${XDG_CACHE_HOME:-$HOME/.cache}/coar/world/drawings.zip
-    [ -f "$drawings" ] || die "$drawings is missing; run scripts/fetch-drawings.sh and coar pocket designers draw first"
+    [ -f "$drawings" ] || die "$drawings is missing; run scripts/fetch-drawings.sh and coar-lab pocket designers draw first"
     mkdir -p .gpu
     cp "$drawings" .gpu/drawings.zip
     scripts/gpu-check.sh pack
@@ -48,12 +48,12 @@ run() {
     done
     case $seconds in '' | *[!0-9]*) die "--seconds is \`$seconds\`; expected a whole number of seconds" ;; esac
     [ "$seconds" -ge 60 ] || die "--seconds is $seconds; at least 60 are needed"
-    [ -f .gpu/coar.xz ] && [ -f .gpu/drawings.zip ] || die ".gpu holds no packed program or no drawings; run scripts/gpu-world.sh pack first"
+    [ -f .gpu/coar-lab.xz ] && [ -f .gpu/drawings.zip ] || die ".gpu holds no packed program or no drawings; run scripts/gpu-world.sh pack first"
     mkdir -p "$out"
-    local python=${PYTHON:-python3} program=$work/coar torch sha
-    "$python" -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], "wb"))' .gpu/coar.xz "$program"
+    local python=${PYTHON:-python3} program=$work/coar-lab torch sha
+    "$python" -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], "wb"))' .gpu/coar-lab.xz "$program"
     sha=$(sha256sum "$program" | cut -d ' ' -f 1)
-    [ "$sha" = "$(sed -n 's/^sha256=//p' .gpu/manifest.txt)" ] || die ".gpu/coar.xz is not the program of .gpu/manifest.txt; pack it again"
+    [ "$sha" = "$(sed -n 's/^sha256=//p' .gpu/manifest.txt)" ] || die ".gpu/coar-lab.xz is not the program of .gpu/manifest.txt; pack it again"
     chmod +x "$program"
     torch=$("$python" -c 'import importlib.util as u; s = u.find_spec("torch"); print(s.submodule_search_locations[0] if s else "")')
     [ -n "$torch" ] || die "$python has no PyTorch"

@@ -3,7 +3,7 @@
 
     ./scripts/with-postgres.sh benches/cluster/run.py [--coar target/release/coar] [--real] [--seconds 20]
 
-Without --real the workers' devices are stand-ins (`coar bench stand-in`): a step takes --step-ms and a worker draws
+Without --real the workers' devices are stand-ins (`coar-lab bench stand-in`): a step takes --step-ms and a worker draws
 --pictures at once, whatever the machine is doing, so that one machine can stand for several. Everything else is real:
 HTTP, database, choice of the worker, frames, encoding. With --real the pocket model is drawn with, one thread each, as far
 as the machine's cores go. Writes a table and, with --json FILE, the figures.
@@ -113,6 +113,7 @@ def alone(port, count):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--coar", default="target/release/coar")
+    parser.add_argument("--lab", default="target/release/coar-lab")
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--workers", default="1,2,4")
     parser.add_argument("--step-ms", default="5")
@@ -135,7 +136,7 @@ def main():
     log = open(os.path.join(folder, "log"), "w")
     serve = [args.coar, "serve"]
     if not args.real:
-        serve = [args.coar, "bench", "stand-in", "--step-ms", args.step_ms, "--pictures", args.pictures]
+        serve = [args.lab, "bench", "stand-in", "--step-ms", args.step_ms, "--pictures", args.pictures]
 
     figures = {"device": "pocket model, one thread each" if args.real else f"stand-in: {args.step_ms} ms a step, {args.pictures} pictures"}
     # The same device without a way in between.

@@ -1,4 +1,4 @@
-"""Decode speed of the Hugging Face Chameleon implementation on a checkpoint of `coar bench make-checkpoint`.
+"""Decode speed of the Hugging Face Chameleon implementation on a checkpoint of `coar-lab bench make-checkpoint`.
 
 Guidance as the reference inference runs it (two forward passes per token, each with its own key/value cache), and with
 both branches as two rows of one batch. Prints one JSON object.

@@ -8,13 +8,13 @@ shape=${1:-30m} rounds=${2:-3} threads=$(nproc)
 venv=${PEER_VENV:-target/peer-venv} checkpoint=${CKPT:-target/checkpoint-$shape}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check -r benches/peer/requirements.txt
-[ -n "${COAR_BIN:-}" ] || cargo build --release --bin coar
-[ -e "$checkpoint/text_tokenizer.json" ] || "${COAR_BIN:-target/release/coar}" bench make-checkpoint --shape "$shape" --out "$checkpoint"
-"$venv/bin/python" benches/peer/huggingface.py "$checkpoint" --check "${COAR_BIN:-target/release/coar}"
+[ -n "${COAR_BIN:-}" ] || cargo build --release -p coar-lab
+[ -e "$checkpoint/text_tokenizer.json" ] || "${COAR_BIN:-target/release/coar-lab}" bench make-checkpoint --shape "$shape" --out "$checkpoint"
+"$venv/bin/python" benches/peer/huggingface.py "$checkpoint" --check "${COAR_BIN:-target/release/coar-lab}"
 for dtype in f32 bf16; do
     long=float32; [ "$dtype" = bf16 ] && long=bfloat16
     for _ in $(seq "$rounds"); do
-        "${COAR_BIN:-target/release/coar}" bench decode "$checkpoint" --dtype "$dtype" --device cpu --plain --pictures 1 --steps 64 \
+        "${COAR_BIN:-target/release/coar-lab}" bench decode "$checkpoint" --dtype "$dtype" --device cpu --plain --pictures 1 --steps 64 \
             --threads "$threads" --json
         "$venv/bin/python" benches/peer/huggingface.py "$checkpoint" --dtype "$long" --threads "$threads"
     done | "$venv/bin/python" -c '

@@ -8,7 +8,7 @@ use std::panic::catch_unwind;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use coar::fuzzing::{TARGETS, Target};
+use coar_lab::fuzzing::{TARGETS, Target};
 
 static NOW: AtomicUsize = AtomicUsize::new(0);
 static MOST: AtomicUsize = AtomicUsize::new(0);

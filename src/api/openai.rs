@@ -307,7 +307,7 @@ fn answered(service: &Service, plan: &Plan, data: Vec<ImageData>, usage: TokenUs
     Json(ImagesObject {
         created: now() / 1000,
         data,
-        size: format!("{}x{}", settings.width, settings.height),
+        size: format!("{}x{}", settings.sampling.width, settings.sampling.height),
         output_format: settings.output_format.as_str(),
         quality: "auto",
         background: "opaque",
@@ -335,7 +335,7 @@ async fn by_url(service: &Service, caller: &Caller, plan: Plan, base: &str) -> R
         .map(|image| ImageData {
             url: Some(format!("{base}{}", service.links.path(image))),
             b64_json: None,
-            seed: plan.new.settings.seed,
+            seed: plan.new.settings.sampling.seed,
             index: image.index,
         })
         .collect();
@@ -357,7 +357,7 @@ async fn as_base64(service: &Service, caller: &Caller, plan: Plan) -> Result<Res
         data.push(ImageData {
             url: None,
             b64_json: Some(STANDARD.encode(&file)),
-            seed: plan.new.settings.seed,
+            seed: plan.new.settings.sampling.seed,
             index: image.index,
         });
     }
@@ -422,12 +422,12 @@ impl Streaming {
             b64_json,
             partial_image_index: None,
             created_at: now() / 1000,
-            size: format!("{}x{}", settings.width, settings.height),
+            size: format!("{}x{}", settings.sampling.width, settings.sampling.height),
             quality: "auto",
             background: "opaque",
             output_format: settings.output_format.as_str(),
             usage: None,
-            seed: settings.seed,
+            seed: settings.sampling.seed,
             index: settings.first_index + index,
         }
     }

@@ -106,7 +106,7 @@ impl GenerateArgs {
             )
             .await?;
         std::fs::create_dir_all(&self.out)?;
-        let seed = plan.new.settings.seed;
+        let seed = plan.new.settings.sampling.seed;
         let mut stream = service.draw(&plan).await?;
         let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(
             "drawing {wide_bar} {pos}/{len}  eta {eta}",

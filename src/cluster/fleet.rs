@@ -104,7 +104,7 @@ fn model_of(process: &Process) -> Option<ModelInfo> {
 /// What an order gives a worker to do. Relative to others is enough: a code is 16 x 16 pixels.
 fn tokens(order: &Order) -> u64 {
     let settings = &order.settings;
-    u64::from(settings.n) * u64::from(settings.width) * u64::from(settings.height) / 256
+    u64::from(settings.n) * u64::from(settings.sampling.width) * u64::from(settings.sampling.height) / 256
 }
 
 fn no_worker() -> Error {
@@ -239,7 +239,7 @@ impl Fleet {
         // Of several that choose at once each sees what those before it have chosen.
         let workers = self.0.workers.write().unwrap_or_else(PoisonError::into_inner);
         let hashes: Vec<String> = order.concepts.iter().map(|concept| concept.hash.clone()).collect();
-        let each = if order.settings.guidance_scale == 1.0 { 1 } else { 2 };
+        let each = order.settings.sampling.rows_per_image();
         let mut doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
         doubts.retain(|_, since| since.elapsed() < DOUBT);
         let (rows, able) = (each * order.settings.n as usize, |worker: &&Worker| {

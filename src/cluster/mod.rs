@@ -166,15 +166,9 @@ fn engine_request(new: &NewGeneration, concepts: Vec<ConceptUse>) -> GenerateReq
         tenant: new.tenant.to_string(),
         prompt: new.prompt.clone(),
         concepts,
-        width: settings.width,
-        height: settings.height,
+        sampling: settings.sampling,
         count: settings.n,
-        seed: settings.seed,
         first_index: settings.first_index,
-        guidance_scale: settings.guidance_scale,
-        temperature: settings.temperature,
-        top_k: settings.top_k,
-        identity_mask: settings.identity_mask,
         partial_images: settings.partial_images,
     }
 }

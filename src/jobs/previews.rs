@@ -84,7 +84,6 @@ impl Worker {
         let info = self.engine.info();
         let concept = info.read_concept(file).map_err(|error| error.to_string())?;
         let spec = &training.spec;
-        let (width, height) = info.sizes[0];
         let request = GenerateRequest {
             tenant: training.tenant.to_string(),
             prompt: spec.preview_prompt(),
@@ -94,15 +93,9 @@ impl Worker {
                 kind: spec.kind,
                 tensors: Arc::new(concept.tensors),
             }],
-            width,
-            height,
+            sampling: info.sampling(spec.seed),
             count: 1,
-            seed: spec.seed,
             first_index: 0,
-            guidance_scale: info.default_guidance_scale,
-            temperature: info.default_temperature,
-            top_k: info.default_top_k,
-            identity_mask: true,
             partial_images: 0,
         };
         let mut stream = self.engine.generate(request).map_err(|error| error.to_string())?;

@@ -19,6 +19,7 @@ use sqlx::any::AnyRow;
 use super::db::{identifier, number, places};
 use super::{GenerationStatus, Listed, Made, Page, Registry, RegistryError, StoredImage};
 use coar_core::concept::ConceptKind;
+use coar_core::engine::SamplingParams;
 use coar_core::ids::{GenerationId, ProcessId, TenantId};
 use coar_core::picture::{OutputFormat, PictureFormat};
 
@@ -27,16 +28,10 @@ use coar_core::picture::{OutputFormat, PictureFormat};
 pub struct GenerationSettings {
     /// Pictures.
     pub n: u32,
-    /// In pixels.
-    pub width: u32,
-    pub height: u32,
-    pub seed: u64,
+    #[serde(flatten)]
+    pub sampling: SamplingParams,
     /// Which picture of the seed the first one is.
     pub first_index: u32,
-    pub guidance_scale: f64,
-    pub temperature: f64,
-    pub top_k: u32,
-    pub identity_mask: bool,
     pub output_format: PictureFormat,
     /// Quality of JPEG, 1 to 100, and of WebP, 0 to 99; 100 where nothing is lost.
     pub output_compression: u8,

@@ -8,7 +8,7 @@ use super::{Caller, ConceptView, Service};
 use crate::cluster::{EventStream, Prepared};
 use crate::registry::{Concept, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage};
 use coar_core::concept::{concept_names, parse_prompt};
-use coar_core::engine::{Cost, GenerationEvent};
+use coar_core::engine::{Cost, GenerationEvent, SamplingParams};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::picture::{PictureFormat, RgbPicture};
 
@@ -172,17 +172,19 @@ impl Service {
         let guidance = input.guidance_scale.unwrap_or(info.default_guidance_scale);
         Ok(GenerationSettings {
             n: at_most("n", input.count.unwrap_or(1), (1, self.limits.count))?,
-            width,
-            height,
-            seed: match input.seed {
-                Some(seed) => at_most("seed", seed, (0, SEED_LIMIT))?,
-                None => rand::random::<u64>() & SEED_LIMIT,
+            sampling: SamplingParams {
+                width,
+                height,
+                seed: match input.seed {
+                    Some(seed) => at_most("seed", seed, (0, SEED_LIMIT))?,
+                    None => rand::random::<u64>() & SEED_LIMIT,
+                },
+                guidance_scale: within("guidance_scale", guidance, 1.0, GUIDANCE_LIMIT)?,
+                temperature: within("temperature", temperature, 0.0, TEMPERATURE_LIMIT)?,
+                top_k: input.top_k.unwrap_or(info.default_top_k),
+                identity_mask: input.identity_mask.unwrap_or(true),
             },
             first_index: at_most("first_index", input.first_index.unwrap_or(0), (0, INDEX_LIMIT))?,
-            guidance_scale: within("guidance_scale", guidance, 1.0, GUIDANCE_LIMIT)?,
-            temperature: within("temperature", temperature, 0.0, TEMPERATURE_LIMIT)?,
-            top_k: input.top_k.unwrap_or(info.default_top_k),
-            identity_mask: input.identity_mask.unwrap_or(true),
             output_format,
             output_compression: quality(output_format, input.output_compression)?,
             partial_images: at_most("partial_images", input.partial_images.unwrap_or(0), (0, 3))?,

@@ -116,8 +116,8 @@ for private in data runs target .git .libtorch docker/.env; do
 done
 while IFS= read -r line; do
     file="$(sed -E 's/.*include_(bytes|str)!\(concat!\("([^"]*)".*/\2/' <<< "$line")"
-    [ -e "$work/context/src/pocket/$file" ] || fail "the builder's context lacks $file"
-done < <(grep -rhoE 'include_bytes!\(concat!\("\.\./\.\./[^"]*"' src/pocket)
+    [ -e "$work/context/crates/coar-engine/src/$file" ] || fail "the builder's context lacks $file"
+done < <(grep -rhoE 'include_bytes!\(concat!\("\.\./\.\./\.\./[^"]*"' crates/coar-engine/src)
 pass "the builder's context: $(find "$work/context" -type f | wc -l) files, $(du -sh "$work/context" | cut -f1)"
 
 skip "the images were not built, the compose file and the chart not started: that needs a container engine, a cluster, a GPU"

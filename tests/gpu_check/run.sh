@@ -55,7 +55,7 @@ pack() { scripts/gpu-check.sh pack --dry-run --out "$copy/.gpu"; }
 run=(env --unset=COAR_BIN "$check" run)
 
 pack >"$work/packed" 2>&1 || fail "pack" "$work/packed"
-has "$work/packed" coar.xz manifest.txt "in all"
+has "$work/packed" coar-lab.xz manifest.txt "in all"
 has "$copy/.gpu/manifest.txt" version= build= commit= libtorch=2. sha256=
 cp -r "$copy/.gpu" "$work/good"
 pass "pack: $(grep 'in all' "$work/packed" | tr -s ' ')"
@@ -109,10 +109,10 @@ sed -i 's/^build=.*/build=debug/' "$copy/.gpu/manifest.txt"
 refuses "a debug build on a GPU" "debug build" -- "${run[@]}" --out "$work/refused"
 cp "$work/good/manifest.txt" "$copy/.gpu/"
 
-archive=$copy/.gpu/coar.xz
+archive=$copy/.gpu/coar-lab.xz
 printf 'damaged' | dd of="$archive" bs=1 seek=$(($(stat -c %s "$archive") / 2)) conv=notrunc status=none
 refuses "a damaged archive" "damaged" "pack it again" -- "${run[@]}" --dry-run --out "$work/refused"
-cp "$work/good/coar.xz" "$archive"
+cp "$work/good/coar-lab.xz" "$archive"
 truncate -s $(($(stat -c %s "$archive") / 2)) "$archive"
 refuses "half an archive" "damaged" "pack it again" -- "${run[@]}" --dry-run --out "$work/refused"
 python3 -c 'import lzma, sys; lzma.open(sys.argv[1], "wb").write(b"another program")' "$archive"

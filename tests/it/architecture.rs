@@ -1,56 +1,25 @@
-//! Doors between the rooms: which room may use which.
+//! Which module of the server may use which. What lies in other crates is held apart by the compiler.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// A room and the rooms that it may use. `config`, `error`, `ids`, `telemetry` and `picture` may be used everywhere.
+/// A module and the modules that it may use. `config` and `telemetry` may be used everywhere.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("model", &[]),
-    ("concept", &["model"]),
-    ("training", &["concept", "model"]),
-    ("engine", &["training", "concept", "model"]),
-    ("registry", &["training", "concept"]),
-    ("cluster", &["registry", "engine", "concept"]),
-    ("jobs", &["cluster", "registry", "engine", "training", "concept"]),
-    (
-        "service",
-        &["jobs", "cluster", "registry", "engine", "training", "concept"],
-    ),
-    (
-        "api",
-        &[
-            "service", "jobs", "cluster", "registry", "engine", "training", "concept",
-        ],
-    ),
-    ("app", &["api", "service", "jobs", "cluster", "registry", "engine"]),
-    ("pocket", &["training", "concept", "model"]),
-    ("eval", &["pocket", "engine", "training", "concept", "model"]),
+    ("registry", &[]),
+    ("cluster", &["registry"]),
+    ("jobs", &["cluster", "registry"]),
+    ("service", &["jobs", "cluster", "registry"]),
+    ("api", &["service", "jobs", "cluster", "registry"]),
+    ("app", &["api", "service", "jobs", "cluster", "registry"]),
     (
         "cli",
-        &[
-            "app", "api", "service", "jobs", "cluster", "registry", "engine", "eval", "pocket", "training", "concept",
-            "model", "client", "fleet",
-        ],
+        &["app", "api", "service", "jobs", "cluster", "registry", "client"],
     ),
-    ("config", &[]),
     ("client", &[]),
-    ("fleet", &[]),
-    (
-        "fuzzing",
-        &[
-            "api", "service", "jobs", "cluster", "client", "eval", "concept", "model",
-        ],
-    ),
-    ("error", &[]),
-    ("ids", &[]),
+    ("config", &[]),
     ("telemetry", &[]),
-    ("picture", &[]),
 ];
-const EVERYWHERE: &[&str] = &["config", "error", "ids", "telemetry", "picture"];
-/// Rooms that may name libtorch.
-const TENSORS: &[&str] = &[
-    "model", "concept", "training", "engine", "pocket", "eval", "cli", "fuzzing",
-];
+const EVERYWHERE: &[&str] = &["config", "telemetry"];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(dir).unwrap() {
@@ -95,7 +64,7 @@ fn code_after_a_test_item_is_checked() {
     let kept = "use a;\nfn b() {\n    d();\n}\nstruct H {\n    k: L,\n}\nfn p() {}\n";
     assert_eq!(without_tests(text), kept);
     // In the files themselves: nothing but what the attribute stands before is left out.
-    for (file, code) in rooms().into_values().flatten() {
+    for (file, code) in modules().into_values().flatten() {
         let text = std::fs::read_to_string(&file).unwrap();
         if !text.contains("#[cfg(test)]") {
             assert_eq!(code, text, "{}", file.display());
@@ -105,22 +74,22 @@ fn code_after_a_test_item_is_checked() {
             assert!(balance(&code, '{', '}'), "{}: cut in the middle", file.display());
         }
     }
-    let generations = &rooms()["registry"];
+    let generations = &modules()["registry"];
     let generations = generations
         .iter()
         .find(|(file, _)| file.ends_with("registry/generations.rs"));
     assert!(generations.unwrap().1.contains("pub async fn delete_generation"));
 }
 
-/// Source files by room, without their unit tests.
-fn rooms() -> BTreeMap<String, Vec<(PathBuf, String)>> {
+/// Source files by module, without their unit tests.
+fn modules() -> BTreeMap<String, Vec<(PathBuf, String)>> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     sources(&src, &mut files);
-    let mut rooms: BTreeMap<String, Vec<_>> = BTreeMap::new();
+    let mut modules: BTreeMap<String, Vec<_>> = BTreeMap::new();
     for file in files {
         let inside = file.strip_prefix(&src).unwrap();
-        let room = inside
+        let module = inside
             .iter()
             .next()
             .unwrap()
@@ -128,14 +97,14 @@ fn rooms() -> BTreeMap<String, Vec<(PathBuf, String)>> {
             .trim_end_matches(".rs")
             .to_owned();
         let text = std::fs::read_to_string(&file).unwrap();
-        rooms.entry(room).or_default().push((file, without_tests(&text)));
+        modules.entry(module).or_default().push((file, without_tests(&text)));
     }
-    rooms.remove("main");
-    rooms.remove("lib");
-    rooms
+    modules.remove("main");
+    modules.remove("lib");
+    modules
 }
 
-fn used_rooms(code: &str) -> BTreeSet<String> {
+fn used_modules(code: &str) -> BTreeSet<String> {
     code.lines()
         .filter(|line| !line.trim_start().starts_with("//"))
         .flat_map(|line| {
@@ -152,21 +121,21 @@ fn used_rooms(code: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn rooms_use_only_what_stands_in_the_table() {
+fn modules_use_only_what_the_table_allows() {
     let mut faults = Vec::new();
-    for (room, files) in rooms() {
+    for (module, files) in modules() {
         let allowed = MAY_USE
             .iter()
-            .find(|(name, _)| *name == room)
+            .find(|(name, _)| *name == module)
             .map(|(_, allowed)| *allowed);
         let Some(allowed) = allowed else {
-            faults.push(format!("the room `{room}` is not in the table"));
+            faults.push(format!("the module `{module}` is not in the table"));
             continue;
         };
         for (file, code) in files {
-            for used in used_rooms(&code) {
-                if used != room && !allowed.contains(&used.as_str()) && !EVERYWHERE.contains(&used.as_str()) {
-                    faults.push(format!("{}: `{room}` uses `{used}`", file.display()));
+            for used in used_modules(&code) {
+                if used != module && !allowed.contains(&used.as_str()) && !EVERYWHERE.contains(&used.as_str()) {
+                    faults.push(format!("{}: `{module}` uses `{used}`", file.display()));
                 }
             }
         }
@@ -175,9 +144,9 @@ fn rooms_use_only_what_stands_in_the_table() {
 }
 
 #[test]
-fn only_some_rooms_name_libtorch_and_only_the_registry_names_sql() {
+fn only_the_registry_names_sqlx_and_only_http_names_status_codes() {
     let mut faults = Vec::new();
-    for (room, files) in rooms() {
+    for (module, files) in modules() {
         for (file, code) in files {
             let named = |what: &str| {
                 // As a whole word: `watch::` is not `tch::`.
@@ -188,14 +157,11 @@ fn only_some_rooms_name_libtorch_and_only_the_registry_names_sql() {
                 code.lines()
                     .any(|line| !line.trim_start().starts_with("//") && whole(line))
             };
-            if named("tch::") && !TENSORS.contains(&room.as_str()) {
-                faults.push(format!("{}: names tch", file.display()));
-            }
-            if named("sqlx::") && room != "registry" {
+            if named("sqlx::") && module != "registry" {
                 faults.push(format!("{}: names sqlx", file.display()));
             }
             // `cluster` has a listener of its own, between processes.
-            if named("StatusCode::") && !matches!(room.as_str(), "api" | "cluster") {
+            if named("StatusCode::") && !matches!(module.as_str(), "api" | "cluster") {
                 faults.push(format!("{}: names HTTP status codes", file.display()));
             }
         }
@@ -225,7 +191,7 @@ fn what_is_read_inside_a_transaction_is_read_through_it() {
     let wrong = "    fn a() {\n let t = self.write().await?;\n self.lease_time().await?;\n transaction.commit();\n self.pools;\n    }\n";
     assert_eq!(outside_of_transaction(wrong), ["self.lease_time().await?;"]);
     let mut transactions = 0;
-    for (file, code) in &rooms()["registry"] {
+    for (file, code) in &modules()["registry"] {
         transactions += code.matches("self.write().await").count();
         let found = outside_of_transaction(code);
         assert!(found.is_empty(), "{}: {found:#?}", file.display());

@@ -1,4 +1,4 @@
-"""What EfficientNet-Lite makes of images, by NumPy in f64: the expected values of `src/eval/judges/efficientnet.rs`.
+"""What EfficientNet-Lite makes of images, by NumPy in f64: the expected values of `crates/coar-lab/src/eval/judges/efficientnet.rs`.
 
     python3 -m venv V && V/bin/pip install numpy pillow==10.4.0
     V/bin/python tests/judges/make_efficientnet.py [WEIGHTS]       # writes tests/judges/efficientnet

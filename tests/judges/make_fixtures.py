@@ -1,9 +1,9 @@
-"""Model folders with random weights, and what `transformers` and Pillow make of them: the fixtures of `src/eval/judges`.
+"""Model folders with random weights, and what `transformers` and Pillow make of them: the fixtures of `crates/coar-lab/src/eval/judges`.
 
     python3 -m venv V && V/bin/pip install torch transformers==5.24.0 pillow==10.4.0 numpy safetensors
     V/bin/python tests/judges/make_fixtures.py                     # writes tests/judges/tiny
     V/bin/python tests/judges/make_fixtures.py --published DIR     # folders of the published sizes, 700 MB
-    COAR_JUDGES=DIR cargo test --lib published_size -- --ignored --nocapture
+    COAR_JUDGES=DIR cargo test -p coar-lab --lib published_size -- --ignored --nocapture
 
 Pillow 10.4 is of the reference's time; Pillow 13 gives other values for some tall pictures. The DreamBooth protocol's
 preparation is that of torchvision's Resize, CenterCrop, ToTensor and Normalize, written out here on Pillow and torch.

@@ -1,10 +1,12 @@
 //! From a request to one sequence: prompt ids, slots, extra positions.
 
+use std::ops::Range;
+
 use crate::injection::{DeviceConcept, Placement, SequenceLayout, context_batch};
 use crate::model::decoding::{Decoding, DecodingRequest};
 use crate::model::{LuminaMgpt, ModelError};
 use coar_core::concept::{ConceptFile, ConceptKind, PromptPiece, concept_names, parse_prompt};
-use coar_core::engine::prompt_parts;
+use coar_core::engine::{SamplingParams, prompt_parts};
 use coar_core::picture::RgbPicture;
 
 /// What the layout needs to know of a concept.
@@ -31,15 +33,9 @@ pub struct PlannedSequence {
 /// How a planned sequence is drawn.
 #[derive(Debug, Clone)]
 pub struct DrawSettings {
-    /// Width and height in pixels.
-    pub size: (u32, u32),
-    pub guidance_scale: f64,
-    pub temperature: f64,
-    pub top_k: i64,
-    /// Blocks attention between the context positions of different concepts.
-    pub identity_mask: bool,
-    /// One picture for each: the random stream `(seed, index)`.
-    pub streams: Vec<(u64, u64)>,
+    pub sampling: SamplingParams,
+    /// Which images of the seed.
+    pub images: Range<u64>,
 }
 
 impl PlannedSequence {
@@ -64,7 +60,8 @@ impl PlannedSequence {
                 image_at: Some(*image_at),
             })
             .collect();
-        let (width, height) = settings.size;
+        let sampling = settings.sampling;
+        let (width, height) = sampling.size();
         let (rows, columns) = model.codes_of(width, height);
         let device = model.transformer.device();
         Ok(DecodingRequest {
@@ -72,14 +69,14 @@ impl PlannedSequence {
             unconditional: model.image_start(width, height)?.to_vec(),
             context: match placements.is_empty() {
                 true => None,
-                false => Some(context_batch(&placements, settings.identity_mask, device)?),
+                false => Some(context_batch(&placements, sampling.identity_mask, device)?),
             },
             rows,
             columns,
-            guidance_scale: settings.guidance_scale,
-            temperature: settings.temperature,
-            top_k: settings.top_k,
-            streams: settings.streams.clone(),
+            guidance_scale: sampling.guidance_scale,
+            temperature: sampling.temperature,
+            top_k: i64::from(sampling.top_k),
+            streams: settings.images.clone().map(|index| (sampling.seed, index)).collect(),
         })
     }
 }
@@ -127,7 +124,7 @@ pub fn draw_together(
         .iter()
         .zip(settings)
         .map(|(prompt, settings)| {
-            plan_sequence(model, prompt, &planned, settings.size)?.request(model, &uploaded, settings)
+            plan_sequence(model, prompt, &planned, settings.sampling.size())?.request(model, &uploaded, settings)
         })
         .collect::<Result<Vec<_>, _>>()?;
     let mut decoding = Decoding::start(&model.transformer, &model.vocabulary, &requests)?;
@@ -136,7 +133,7 @@ pub fn draw_together(
     }
     let sizes = settings
         .iter()
-        .flat_map(|settings| settings.streams.iter().map(|_| settings.size));
+        .flat_map(|settings| settings.images.clone().map(|_| settings.sampling.size()));
     decoding
         .codes()
         .iter()

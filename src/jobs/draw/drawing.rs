@@ -58,11 +58,11 @@ pub fn provenance(model: &str, settings: &GenerationSettings, concepts: &[Genera
         "software": concat!("coar ", env!("CARGO_PKG_VERSION")),
         "model": model,
         "concepts": concepts,
-        "seed": settings.seed,
+        "seed": settings.sampling.seed,
         "index": index,
-        "guidance_scale": settings.guidance_scale,
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
+        "guidance_scale": settings.sampling.guidance_scale,
+        "temperature": settings.sampling.temperature,
+        "top_k": settings.sampling.top_k,
     })
     .to_string()
 }
@@ -227,7 +227,7 @@ impl Drawings {
             tenant: new.tenant,
             generation: Some(drawing.generation.id),
             index,
-            seed: Some(new.settings.seed),
+            seed: Some(new.settings.sampling.seed),
             size,
             blob: stored.first().to_owned(),
             format: new.settings.output_format,

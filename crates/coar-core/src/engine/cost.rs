@@ -42,7 +42,7 @@ impl TokenCounter {
             })
         };
         let parts = prompt_parts(&pieces, slot)?;
-        let (width, height) = (request.width, request.height);
+        let (width, height) = request.sampling.size();
         let prompt = encode_prompt(&self.tokenizer, &self.vocabulary, width, height, &parts)?;
         let (rows, columns) = (height / self.pixels_per_code, width / self.pixels_per_code);
         let context: usize = request

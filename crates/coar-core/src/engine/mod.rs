@@ -1,6 +1,7 @@
 //! The engine's protocol: owned data only, never a tensor of libtorch.
 
 mod cost;
+mod sampling;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use crate::picture::RgbPicture;
 use crate::training::{StepLosses, TrainingSpec};
 
 pub use cost::{Cost, TokenCounter, prompt_parts};
+pub use sampling::SamplingParams;
 
 /// A concept as one request uses it: wherever `<name>` stands in the prompt.
 #[derive(Debug, Clone)]
@@ -31,18 +33,10 @@ pub struct GenerateRequest {
     /// The user's prompt with `<name>` placeholders as written.
     pub prompt: String,
     pub concepts: Vec<ConceptUse>,
-    pub width: u32,
-    pub height: u32,
+    pub sampling: SamplingParams,
     pub count: u32,
-    /// Picture i is drawn from the stream of `(seed, first_index + i)`.
-    pub seed: u64,
     /// Which picture of the seed the first one is: picture i of a larger request, alone.
     pub first_index: u32,
-    pub guidance_scale: f64,
-    pub temperature: f64,
-    pub top_k: u32,
-    /// Blocks attention between the context positions of different concepts.
-    pub identity_mask: bool,
     /// Unfinished pictures to show of each picture, evenly spread over its rows.
     pub partial_images: u32,
 }
@@ -171,6 +165,20 @@ pub struct ModelInfo {
 }
 
 impl ModelInfo {
+    /// The model's default size and sampling.
+    pub fn sampling(&self, seed: u64) -> SamplingParams {
+        let (width, height) = self.sizes[0];
+        SamplingParams {
+            width,
+            height,
+            seed,
+            guidance_scale: self.default_guidance_scale,
+            temperature: self.default_temperature,
+            top_k: self.default_top_k,
+            identity_mask: true,
+        }
+    }
+
     /// Reads a concept file that is to be used with this model.
     ///
     /// # Errors

@@ -76,10 +76,6 @@ impl Speed {
     }
 }
 
-fn rows_of(request: &GenerateRequest) -> usize {
-    if request.guidance_scale == 1.0 { 1 } else { 2 }
-}
-
 impl Generations {
     pub(super) fn new(device: Device, batch: DecodeBatch, orders: Orders, concept_bytes: usize) -> Self {
         Self {
@@ -131,19 +127,19 @@ impl Generations {
             Ok(plan) => plan,
             Err(error) => return drop(events.try_send(GenerationEvent::Failed(error))),
         };
-        let (rows, columns) = model.codes_of(request.width, request.height);
+        let (rows, columns) = model.codes_of(request.sampling.width, request.sampling.height);
         let job = JobId(self.next_job);
         self.next_job += 1;
         let per_row = plan.layout.ids.len() as u64 + (rows * (columns + 1)) as u64;
         let cost = Cost {
             pictures: request.count,
-            rows_per_picture: rows_of(&request),
-            tokens_per_picture: per_row * rows_of(&request) as u64,
+            rows_per_picture: request.sampling.rows_per_image(),
+            tokens_per_picture: per_row * request.sampling.rows_per_image() as u64,
         };
         self.scheduler.push(&request.tenant, job, cost);
         let recipient = Arc::new(Recipient {
             events: events.clone(),
-            size: (request.width, request.height),
+            size: request.sampling.size(),
             left: AtomicU32::new(request.count),
             text_tokens: plan.text_tokens as u64,
             image_tokens: u64::from(request.count) * (rows * columns) as u64,
@@ -371,7 +367,7 @@ fn partial_due(wanted: u32, drawn: i64, total: i64, columns: i64) -> Option<u32>
 }
 
 fn plan(model: &LuminaMgpt, request: &GenerateRequest) -> Result<PlannedSequence, ModelError> {
-    let size = (request.width, request.height);
+    let size = request.sampling.size();
     if !model.sizes().contains(&size) {
         return Err(ModelError::invalid(
             "size",
@@ -405,15 +401,10 @@ fn start(
         .iter()
         .map(|concept| cache.get(concept, model.transformer.device()))
         .collect::<Result<Vec<Rc<DeviceConcept>>, _>>()?;
+    let first = u64::from(request.first_index) + u64::from(admission.first);
     let settings = DrawSettings {
-        size: (request.width, request.height),
-        guidance_scale: request.guidance_scale,
-        temperature: request.temperature,
-        top_k: i64::from(request.top_k),
-        identity_mask: request.identity_mask,
-        streams: (admission.first..admission.first + admission.count)
-            .map(|index| (request.seed, u64::from(request.first_index) + u64::from(index)))
-            .collect(),
+        sampling: request.sampling,
+        images: first..first + u64::from(admission.count),
     };
     let concepts: Vec<&DeviceConcept> = concepts.iter().map(Rc::as_ref).collect();
     batch.add(&model.transformer, &job.plan.request(model, &concepts, &settings)?)

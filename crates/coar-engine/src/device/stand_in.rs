@@ -40,7 +40,7 @@ impl Drawing {
         }
         self.done += 1;
         if self.done < self.codes {
-            let (count, columns) = (self.request.count, (self.request.width / 16).max(1));
+            let (count, columns) = (self.request.count, (self.request.sampling.width / 16).max(1));
             if self.done.is_multiple_of(columns) {
                 let _ = self.events.try_send(GenerationEvent::Progress {
                     done: self.done * count,
@@ -49,7 +49,7 @@ impl Drawing {
             }
             return true;
         }
-        let (width, height) = (self.request.width, self.request.height);
+        let (width, height) = (self.request.sampling.width, self.request.sampling.height);
         for index in 0..self.request.count {
             let rgb = vec![128; (width * height * 3) as usize];
             let picture = RgbPicture { width, height, rgb };
@@ -112,7 +112,7 @@ fn run(pace: Pace, pixels: u32, mut inbox: mpsc::Receiver<Command>, gauge: &Gaug
                     events,
                     ticket,
                 } => {
-                    let codes = (request.width / pixels) * (request.height / pixels);
+                    let codes = (request.sampling.width / pixels) * (request.sampling.height / pixels);
                     let drawing = Drawing {
                         request,
                         events,

@@ -49,7 +49,7 @@ pub struct ModelConfig {
     #[serde(default)]
     pub vocabulary_map: BTreeMap<String, i64>,
     /// The picture size in pixels that the checkpoint was trained for (512, 768, 1024). Not a field of the reference's
-    /// file, where only the repository's name tells it; written by `coar pocket train`.
+    /// file, where only the repository's name tells it; written by `coar-lab pocket train`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_size: Option<u32>,
     /// Which defaults of concept training fit the checkpoint ("pocket", "designers"); not a field of the reference's file either.

@@ -231,7 +231,7 @@ mod tests {
         assert_eq!(without.class_images_at_once(0), usize::MAX);
     }
 
-    /// Peaks of `coar bench device` on an H200 (docs/gpu/report.jsonl): side, whether layers are kept, allocated and reserved.
+    /// Peaks of `coar-lab bench device` on an H200 (docs/gpu/report.jsonl): side, whether layers are kept, allocated and reserved.
     const MEASURED: [(u64, Graph, f64, f64); 3] = [
         (32, Graph::Kept, 7127.5, 7029.7),
         (32, Graph::Recomputed { segment: 1 }, 818.3, 906.0),

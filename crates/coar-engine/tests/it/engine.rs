@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use coar_core::concept::{ConceptKind, ConceptTensors};
-use coar_core::engine::{ConceptUse, EngineError, GenerateRequest, GenerationEvent, ModelInfo};
+use coar_core::engine::{ConceptUse, EngineError, GenerateRequest, GenerationEvent, ModelInfo, SamplingParams};
 use coar_core::picture::RgbPicture;
 use coar_core::training::Preset;
 use coar_engine::device::{EngineHandle, EngineOptions, start};
@@ -93,15 +93,17 @@ fn request(info: &ModelInfo, index: usize) -> GenerateRequest {
         tenant: format!("tenant-{}", index % 2),
         prompt: format!("a photo of a {who} cat {}", ["on the beach", "in space"][index % 2]),
         concepts,
-        width: size.0,
-        height: size.1,
+        sampling: SamplingParams {
+            width: size.0,
+            height: size.1,
+            seed: 100 + index as u64,
+            guidance_scale: [2.0, 1.0, 3.5][index % 3],
+            temperature: if index == 5 { 0.0 } else { 1.0 },
+            top_k: [20, 0, 7][index % 3],
+            identity_mask: true,
+        },
         count: 1 + (index % 2) as u32,
-        seed: 100 + index as u64,
         first_index: 0,
-        guidance_scale: [2.0, 1.0, 3.5][index % 3],
-        temperature: if index == 5 { 0.0 } else { 1.0 },
-        top_k: [20, 0, 7][index % 3],
-        identity_mask: true,
         partial_images: 0,
     }
 }
@@ -351,7 +353,7 @@ fn a_thousand_concepts_pass_through_a_small_cache() {
         let mut asked = request(engine.info(), 1);
         asked.concepts = vec![concept(engine.info(), 1)];
         asked.concepts[0].content_hash = format!("customer-{index}");
-        (asked.seed, asked.count) = (index as u64, 1);
+        (asked.sampling.seed, asked.count) = (index as u64, 1);
         let mut stream = engine.generate(asked).unwrap();
         while !matches!(stream.blocking_next(), Some(GenerationEvent::Progress { .. })) {}
     };

@@ -1,4 +1,4 @@
-//! `coar pocket designers draw|train|measure|export|bundle|unbundle|judge|report`: the world of designers' drawings, behind its
+//! `coar-lab pocket designers draw|train|measure|export|bundle|unbundle|judge|report`: the world of designers' drawings, behind its
 //! own command until it is the default.
 
 use std::path::PathBuf;
@@ -185,7 +185,7 @@ pub(super) struct JudgeArgs {
 
 /// Draw images from full captions and say what judges see in them, and in the true images.
 ///
-/// Needs the published judge (`scripts/fetch-judge.sh`) and the own one (`coar pocket designers judge train`).
+/// Needs the published judge (`scripts/fetch-judge.sh`) and the own one (`coar-lab pocket designers judge train`).
 #[derive(Debug, Args)]
 pub(super) struct ReportArgs {
     #[command(flatten)]
@@ -204,7 +204,7 @@ pub(super) struct ReportArgs {
     temperature: Vec<f64>,
     /// Codes to choose from. Default: the model's.
     #[arg(long, value_delimiter = ',')]
-    top_k: Vec<i64>,
+    top_k: Vec<u32>,
     /// Write true images, and below them what was drawn (PNG).
     #[arg(long, value_name = "FILE")]
     sheet: Option<PathBuf>,
@@ -249,7 +249,7 @@ impl FileArgs {
         let file = self.dir()?.join(PACK);
         anyhow::ensure!(
             file.exists(),
-            "{} is absent; run `coar pocket designers draw` first",
+            "{} is absent; run `coar-lab pocket designers draw` first",
             file.display()
         );
         Ok(World::open(&file)?)
@@ -442,7 +442,7 @@ impl JudgeArgs {
 }
 
 /// The settings to measure: the first of each list, the second of each; a list of one holds for all.
-fn samplings(guidance: &[f64], temperature: &[f64], top_k: &[i64]) -> anyhow::Result<Vec<Sampling>> {
+fn samplings(guidance: &[f64], temperature: &[f64], top_k: &[u32]) -> anyhow::Result<Vec<Sampling>> {
     let lengths = [guidance.len(), temperature.len(), top_k.len()];
     let count = lengths.into_iter().max().unwrap_or(0);
     anyhow::ensure!(
@@ -488,7 +488,7 @@ impl ReportArgs {
             samplings: samplings(
                 &or_default(self.guidance, info.default_guidance_scale),
                 &or_default(self.temperature, info.default_temperature),
-                &or_default(self.top_k, i64::from(info.default_top_k)),
+                &or_default(self.top_k, info.default_top_k),
             )?,
             shown: self.shown,
             true_references: self.true_references,

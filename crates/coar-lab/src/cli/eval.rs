@@ -1,4 +1,4 @@
-//! `coar eval`
+//! `coar-lab eval`
 
 mod dreambench;
 mod methods;
@@ -18,7 +18,7 @@ pub(super) enum EvalCommand {
     Dreambench(Box<dreambench::DreambenchArgs>),
     /// Compare every method on the pocket model: same pictures, seeds, sampler and judge.
     Methods(Box<methods::MethodsArgs>),
-    /// Write docs/evidence.md, its plots and its contact sheets from the JSON of `coar eval methods`.
+    /// Write docs/evidence.md, its plots and its contact sheets from the JSON of `coar-lab eval methods`.
     Report(methods::ReportArgs),
 }
 
@@ -104,7 +104,7 @@ impl PocketArgs {
         let options = EvalOptions {
             seed: self.seed,
             guidance_scale: self.guidance_scale.unwrap_or(info.default_guidance_scale),
-            top_k: i64::from(info.default_top_k),
+            top_k: info.default_top_k,
             per_scene: self.per_scene.unwrap_or(if self.quick { 1 } else { 4 }).max(1),
             subjects: self.subjects.unwrap_or(if self.quick { 2 } else { 10 }),
             development: self.development,

@@ -1,4 +1,4 @@
-//! `coar pocket draw|train|measure|designers`
+//! `coar-lab pocket draw|train|measure|designers`
 
 use std::path::{Path, PathBuf};
 
@@ -78,7 +78,7 @@ enum Stage {
     Checkpoint,
 }
 
-/// Measure the trained tokenizer on fresh pictures. `coar eval pocket` measures the whole model.
+/// Measure the trained tokenizer on fresh pictures. `coar-lab eval pocket` measures the whole model.
 #[derive(Debug, Args)]
 pub(super) struct MeasureArgs {
     /// Folder of the tokenizer's results.

@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use coar::config::ModelArgs;
+use coar_core::engine::SamplingParams;
 use coar_core::picture::{OutputFormat, PictureLimits, RgbPicture, decode, encode};
 use coar_engine::plan::{DrawSettings, draw_alone};
 use coar_engine::training::Advance;
@@ -162,12 +163,15 @@ impl GenerateArgs {
         );
         let seed = self.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
         let settings = DrawSettings {
-            size,
-            guidance_scale: self.guidance_scale.unwrap_or(info.default_guidance_scale),
-            temperature: self.temperature.unwrap_or(info.default_temperature),
-            top_k: i64::from(self.top_k.unwrap_or(info.default_top_k)),
-            identity_mask: true,
-            streams: (0..u64::from(self.count)).map(|index| (seed, index)).collect(),
+            sampling: SamplingParams {
+                width: size.0,
+                height: size.1,
+                guidance_scale: self.guidance_scale.unwrap_or(info.default_guidance_scale),
+                temperature: self.temperature.unwrap_or(info.default_temperature),
+                top_k: self.top_k.unwrap_or(info.default_top_k),
+                ..info.sampling(seed)
+            },
+            images: 0..u64::from(self.count),
         };
         let images = draw_alone(&tuned, &self.prompt, &[&concept], &settings)?;
         std::fs::create_dir_all(&self.out)?;

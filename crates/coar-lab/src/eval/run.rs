@@ -1,4 +1,4 @@
-//! `coar eval pocket`: everything in one run, with seeds fixed before looking.
+//! `coar-lab eval pocket`: everything in one run, with seeds fixed before looking.
 
 use std::path::PathBuf;
 
@@ -15,6 +15,7 @@ use super::report::{Report, Row};
 use crate::pocket::measure::as_drawn;
 use crate::pocket::world::{self, Scene, Spec, contact_sheet};
 use coar_core::concept::{ConceptFile, ConceptKind};
+use coar_core::engine::SamplingParams;
 use coar_core::picture::RgbPicture;
 use coar_core::training::TrainingSpec;
 use coar_engine::injection::DeviceConcept;
@@ -27,7 +28,7 @@ use coar_engine::training::{Advance, Reference, Trainer, next_token, token_logit
 pub struct EvalOptions {
     pub seed: u64,
     pub guidance_scale: f64,
-    pub top_k: i64,
+    pub top_k: u32,
     /// Pictures of each prompt; nine scenes times this per condition.
     pub per_scene: usize,
     /// Held-out subjects, from the first.
@@ -194,14 +195,16 @@ impl Run<'_> {
         let settings: Vec<DrawSettings> = (stream..)
             .take(prompts.len())
             .map(|stream| DrawSettings {
-                size: SIZE,
-                guidance_scale: self.options.guidance_scale,
-                temperature: 1.0,
-                top_k: self.options.top_k,
-                identity_mask,
-                streams: (0..count as u64)
-                    .map(|index| (self.options.seed.wrapping_add(stream), index))
-                    .collect(),
+                sampling: SamplingParams {
+                    width: SIZE.0,
+                    height: SIZE.1,
+                    seed: self.options.seed.wrapping_add(stream),
+                    guidance_scale: self.options.guidance_scale,
+                    temperature: 1.0,
+                    top_k: self.options.top_k,
+                    identity_mask,
+                },
+                images: 0..count as u64,
             })
             .collect();
         let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();

@@ -269,7 +269,7 @@ pub fn trained_tokenizer(dir: &Path, name: &str) -> Result<Vqgan, ModelError> {
     if !file.exists() {
         return Err(ModelError::file(
             file,
-            "is not there; run `coar pocket train-tokenizer` first",
+            "is not there; run `coar-lab pocket train-tokenizer` first",
         ));
     }
     let parameters = Parameters::default();

@@ -1,13 +1,13 @@
-//! From what `coar bench` printed to a file of times.
+//! From what `coar-lab bench` printed to a file of times.
 
 use serde_json::Value;
 
 use super::FleetError;
 use super::times::{Origin, Times};
 
-/// Numbers of `coar bench decode --json`, without concepts: rows and milliseconds.
+/// Numbers of `coar-lab bench decode --json`, without concepts: rows and milliseconds.
 fn decode(times: &mut Times, report: &Value) -> Result<(), FleetError> {
-    let missing = || FleetError::new("decode", "is not what `coar bench decode --json` prints");
+    let missing = || FleetError::new("decode", "is not what `coar-lab bench decode --json` prints");
     let rows = report["steps"].as_array().ok_or_else(missing)?;
     let plain: Vec<&Value> = rows.iter().filter(|row| row["concept"] == Value::Bool(false)).collect();
     let numbers = |key: &str| -> Option<Vec<f64>> { plain.iter().map(|row| row[key].as_f64()).collect() };
@@ -17,16 +17,16 @@ fn decode(times: &mut Times, report: &Value) -> Result<(), FleetError> {
     let prefill = prefill.iter().copied().fold(f64::INFINITY, f64::min);
     times.sizes.iter_mut().for_each(|size| size.prefill_ms = prefill);
     times.notes.push(format!(
-        "steps by rows and the prompt: coar bench decode, {} on {}",
+        "steps by rows and the prompt: coar-lab bench decode, {} on {}",
         report["dtype"], report["device"]
     ));
     Ok(())
 }
 
-/// Of `coar bench serve --json`: what pixels take, out of pictures one after the other; what a cold concept takes; what
+/// Of `coar-lab bench serve --json`: what pixels take, out of pictures one after the other; what a cold concept takes; what
 /// drawing beside a training keeps.
 fn serve(times: &mut Times, report: &Value) -> Result<(), FleetError> {
-    let missing = || FleetError::new("serve", "is not what `coar bench serve --json` prints");
+    let missing = || FleetError::new("serve", "is not what `coar-lab bench serve --json` prints");
     let conditions = report["conditions"].as_array().ok_or_else(missing)?;
     let alone = conditions.iter().find(|row| row["condition"] == "one after the other");
     let each = 60e3
@@ -54,24 +54,24 @@ fn serve(times: &mut Times, report: &Value) -> Result<(), FleetError> {
     }
     times
         .notes
-        .push("pixels, a cold concept, drawing beside a training: coar bench serve".to_owned());
+        .push("pixels, a cold concept, drawing beside a training: coar-lab bench serve".to_owned());
     Ok(())
 }
 
-/// Of `coar bench train --json`: a step and what comes before the first, of the first way that it measured.
+/// Of `coar-lab bench train --json`: a step and what comes before the first, of the first way that it measured.
 fn train(times: &mut Times, report: &Value) -> Result<(), FleetError> {
-    let missing = || FleetError::new("train", "is not what `coar bench train --json` prints");
+    let missing = || FleetError::new("train", "is not what `coar-lab bench train --json` prints");
     let first = report.get(0).unwrap_or(report);
     let number = |key: &str| first[key].as_f64().ok_or_else(missing);
     times.training.step_ms = number("step_ms")?;
     times.training.start_seconds = number("seconds_before_the_first_step")?;
     times
         .notes
-        .push(format!("a training's step: coar bench train, {}", first["graph"]));
+        .push(format!("a training's step: coar-lab bench train, {}", first["graph"]));
     Ok(())
 }
 
-/// `base` with the numbers that reports of `coar bench decode`, `serve` and `train` have in place of its own.
+/// `base` with the numbers that reports of `coar-lab bench decode`, `serve` and `train` have in place of its own.
 ///
 /// # Errors
 /// When a report is another command's; when its values cannot be used.

@@ -24,7 +24,7 @@ struct Axes {
     y: &'static str,
 }
 
-/// Draws what `coar simulate plan --json` (workers by pictures per second) or `coar simulate run --json` (p95 by pictures
+/// Draws what `coar-lab simulate plan --json` (workers by pictures per second) or `coar-lab simulate run --json` (p95 by pictures
 /// per second and worker) printed.
 ///
 /// # Errors

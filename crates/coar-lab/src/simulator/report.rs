@@ -24,7 +24,7 @@ impl Latency {
             return Self::default();
         }
         seconds.sort_by(f64::total_cmp);
-        // The nearest rank, as `coar bench` takes it.
+        // The nearest rank, as `coar-lab bench` takes it.
         let at = |part: f64| seconds[(part * (seconds.len() - 1) as f64).round() as usize];
         Self {
             mean: seconds.iter().sum::<f64>() / seconds.len() as f64,

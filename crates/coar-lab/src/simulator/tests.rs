@@ -264,8 +264,8 @@ fn hot_workers_are_found_if_it_costs_nobody_a_turn() {
     assert!(hot.latency.p95 < 1.25 * least.latency.p95);
 }
 
-/// docs/performance.md, `coar bench serve` with 16 requests at once on a 30 M checkpoint: the file's step times come from
-/// `coar bench decode`, so that this is a prediction.
+/// docs/performance.md, `coar-lab bench serve` with 16 requests at once on a 30 M checkpoint: the file's step times come from
+/// `coar-lab bench decode`, so that this is a prediction.
 #[test]
 fn sixteen_at_once_take_as_long_as_was_measured() {
     let at_once = |name: &str, training: u32| {

@@ -1,4 +1,4 @@
-//! `coar eval dreambench` on the pocket model: the program as a process, and its run in this process.
+//! `coar-lab eval dreambench` on the pocket model: the program as a process, and its run in this process.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

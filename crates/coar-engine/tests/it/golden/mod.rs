@@ -142,7 +142,7 @@ fn golden() -> PathBuf {
 
 #[test]
 fn every_case_is_within_its_tolerance() {
-    let root = std::env::var_os("COAR_GOLDEN").map_or_else(repository, PathBuf::from);
+    let root = std::env::var_os("COAR_GOLDEN").map_or_else(golden, PathBuf::from);
     let report = run(&root).unwrap_or_else(|problem| panic!("{problem}"));
     print!("{report}");
     assert!(report.passed(), "\n{report}");

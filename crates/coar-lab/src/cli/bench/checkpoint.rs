@@ -1,4 +1,4 @@
-//! `coar bench make-checkpoint`: a whole checkpoint of random weights, in the layout of the real ones.
+//! `coar-lab bench make-checkpoint`: a whole checkpoint of random weights, in the layout of the real ones.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};

@@ -1,4 +1,4 @@
-//! `coar bench decode`: one decode step of a checkpoint by batch size, against the memory's bandwidth, and with concepts
+//! `coar-lab bench decode`: one decode step of a checkpoint by batch size, against the memory's bandwidth, and with concepts
 //! against without.
 
 use std::path::PathBuf;
@@ -20,7 +20,7 @@ use coar_engine::model::{ModelConfig, Transformer, accelerator};
 /// concepts and one with take steps in turn, so that whatever disturbs the machine meets both.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct DecodeArgs {
-    /// Checkpoint folder, as `coar bench make-checkpoint` writes it: config.json, shards, text_tokenizer.json.
+    /// Checkpoint folder, as `coar-lab bench make-checkpoint` writes it: config.json, shards, text_tokenizer.json.
     dir: PathBuf,
     /// `f32`, `bf16` or `f16`.
     #[arg(long, default_value = "f32")]

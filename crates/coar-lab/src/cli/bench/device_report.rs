@@ -1,4 +1,4 @@
-//! `coar bench device-report`: the document that a report of `coar bench device` yields, from its JSON lines alone.
+//! `coar-lab bench device-report`: the document that a report of `coar-lab bench device` yields, from its JSON lines alone.
 
 mod layout;
 
@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use layout::{Column, FIGURES, LIMITS, PARTS, TABLES, Table};
 
-/// Write docs/performance-gpu.md from a report of `coar bench device`. What the report does not hold is `not measured`. Where
+/// Write docs/performance-gpu.md from a report of `coar-lab bench device`. What the report does not hold is `not measured`. Where
 /// reports of several runs are joined in one file, each part is that of the last run that began it.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct DeviceReportArgs {
@@ -155,7 +155,7 @@ fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
 impl Report {
     fn document(&self) -> String {
         let mut text = String::from(
-            "# Performance on a GPU\n\nWritten by `coar bench device-report` from a report of `coar bench device`; edit neither \
+            "# Performance on a GPU\n\nWritten by `coar-lab bench device-report` from a report of `coar-lab bench device`; edit neither \
              by hand. `not measured` stands wherever the\nreport has nothing. How to run it: \
              [the 7B on a GPU](howto/gpu-7b.md). The figures of a CPU are in [performance](performance.md).\n\n",
         );
@@ -437,7 +437,7 @@ mod tests {
         assert_eq!(
             document,
             Report::read(&report).document(),
-            "write it anew: coar bench device-report docs/gpu"
+            "write it anew: coar-lab bench device-report docs/gpu"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! `coar bench logits`: what a checkpoint's transformer predicts, to be compared with another implementation.
+//! `coar-lab bench logits`: what a checkpoint's transformer predicts, to be compared with another implementation.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! `coar bench`
+//! `coar-lab bench`
 
 mod checkpoint;
 mod decode;

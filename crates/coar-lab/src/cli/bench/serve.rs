@@ -1,4 +1,4 @@
-//! `coar bench serve`: the engine under load, with and without concepts, with and without a training beside.
+//! `coar-lab bench serve`: the engine under load, with and without concepts, with and without a training beside.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ use super::swap::{Admitted, stalls, swaps};
 use super::{peak_memory, print, quantile};
 use coar::config::{EngineArgs, ModelArgs};
 use coar_core::concept::{ConceptKind, ConceptTensors};
+use coar_core::engine::SamplingParams;
 use coar_core::engine::{ConceptUse, GenerateRequest, GenerationEvent, ModelInfo, TrainingEvent, TrainingRequest};
 use coar_core::training::TrainingSpec;
 use coar_engine::device::{EngineHandle, EngineOptions};
@@ -53,21 +54,17 @@ pub(super) fn concept(info: &ModelInfo, index: usize) -> ConceptUse {
 }
 
 pub(super) fn request(info: &ModelInfo, index: usize, used: Option<ConceptUse>) -> GenerateRequest {
-    let (width, height) = info.sizes[0];
     GenerateRequest {
         tenant: String::new(),
         // The same number of tokens with and without a concept.
         prompt: format!("a photo of a {} cat", if used.is_some() { "<it>" } else { "red" }),
         concepts: used.into_iter().collect(),
-        width,
-        height,
+        sampling: SamplingParams {
+            temperature: 1.0,
+            ..info.sampling(index as u64)
+        },
         count: 1,
-        seed: index as u64,
         first_index: 0,
-        guidance_scale: info.default_guidance_scale,
-        temperature: 1.0,
-        top_k: info.default_top_k,
-        identity_mask: true,
         partial_images: 0,
     }
 }

@@ -1,4 +1,4 @@
-//! `coar bench soak`: a long mixed load, what is drawn under it, and the memory afterwards.
+//! `coar-lab bench soak`: a long mixed load, what is drawn under it, and the memory afterwards.
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use super::serve::concept;
 use super::{megabytes, resident_memory};
 use coar::config::{EngineArgs, ModelArgs};
 use coar_core::concept::ConceptKind;
+use coar_core::engine::SamplingParams;
 use coar_core::engine::{GenerateRequest, GenerationEvent, ModelInfo};
 use coar_engine::device::{EngineHandle, EngineOptions};
 
@@ -188,15 +189,17 @@ fn request(info: &ModelInfo, seed: u64, index: usize, concepts: usize) -> (Gener
         tenant: format!("tenant-{}", rng.random_range(0..3)),
         prompt,
         concepts: used,
-        width,
-        height,
+        sampling: SamplingParams {
+            width,
+            height,
+            seed: rng.random(),
+            guidance_scale: guidance[rng.random_range(0..guidance.len())],
+            temperature: rng.random_range(0.5..1.5),
+            top_k: info.default_top_k,
+            identity_mask: rng.random_bool(0.5),
+        },
         count: rng.random_range(1..=3),
-        seed: rng.random(),
         first_index: 0,
-        guidance_scale: guidance[rng.random_range(0..guidance.len())],
-        temperature: rng.random_range(0.5..1.5),
-        top_k: info.default_top_k,
-        identity_mask: rng.random_bool(0.5),
         partial_images: rng.random_range(0..2),
     };
     (request, fate)
@@ -340,13 +343,13 @@ mod tests {
         };
         let all: Vec<_> = (0..200).map(|index| request(&info, 7, index, 50)).collect();
         let again = request(&info, 7, 150, 50);
-        assert_eq!((again.0.seed, again.1), (all[150].0.seed, all[150].1));
+        assert_eq!((again.0.sampling.seed, again.1), (all[150].0.sampling.seed, all[150].1));
         for concepts in 0..=2 {
             assert!(all.iter().any(|(request, _)| request.concepts.len() == concepts));
         }
         let fates = |pick: fn(&Fate) -> bool| all.iter().filter(|(_, fate)| pick(fate)).count();
         assert!(fates(|fate| *fate == Fate::Waits) > 100);
         assert!(fates(|fate| *fate == Fate::GivesUp) > 5 && fates(|fate| matches!(fate, Fate::Leaves(_))) > 10);
-        assert_ne!(request(&info, 8, 150, 50).0.seed, all[150].0.seed);
+        assert_ne!(request(&info, 8, 150, 50).0.sampling.seed, all[150].0.sampling.seed);
     }
 }

@@ -1,4 +1,4 @@
-//! `coar bench stand-in`
+//! `coar-lab bench stand-in`
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! `coar bench train`: optimizer steps per second and the memory that they take, with every layer's graph kept and with
+//! `coar-lab bench train`: optimizer steps per second and the memory that they take, with every layer's graph kept and with
 //! layers recomputed; and, as an experiment, several trainings in one forward pass.
 
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! `coar eval dreambench`
+//! `coar-lab eval dreambench`
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,9 +17,9 @@ use coar_core::training::Preset;
 ///
 /// The scores need DINO and CLIP (docs/judges.md); without them everything is drawn and nothing scored.
 ///
-/// All of it:      coar eval dreambench --data DIR --out DIR --model DIR --dino DIR --clip DIR
-/// A part of it:   coar eval dreambench --data DIR --out DIR --subjects dog,can --prompts 0-4
-/// Scores later:   coar eval dreambench --data DIR --out DIR --report-only --dino DIR --clip DIR
+/// All of it:      coar-lab eval dreambench --data DIR --out DIR --model DIR --dino DIR --clip DIR
+/// A part of it:   coar-lab eval dreambench --data DIR --out DIR --subjects dog,can --prompts 0-4
+/// Scores later:   coar-lab eval dreambench --data DIR --out DIR --report-only --dino DIR --clip DIR
 ///
 /// DIR of --data has a folder of pictures for each subject, as the DreamBooth dataset. The same command goes on where an
 /// interrupted one was; several at once on the same --out share the work.
@@ -125,7 +125,7 @@ impl DreambenchArgs {
         let options = RunOptions {
             seed: self.seed,
             guidance_scale,
-            top_k: i64::from(self.top_k.unwrap_or(info.default_top_k)),
+            top_k: self.top_k.unwrap_or(info.default_top_k),
             preset: self.preset.unwrap_or(info.preset),
             training: settings(self.settings.as_deref())?,
             checkpoint_every: CHECKPOINT_EVERY,

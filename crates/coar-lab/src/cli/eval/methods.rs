@@ -1,4 +1,4 @@
-//! `coar eval methods` and `coar eval report`
+//! `coar-lab eval methods` and `coar-lab eval report`
 
 use std::path::{Path, PathBuf};
 
@@ -77,7 +77,7 @@ pub(in crate::cli) struct MethodsArgs {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct ReportArgs {
-    /// What `coar eval methods --json` has written.
+    /// What `coar-lab eval methods --json` has written.
     json: PathBuf,
     /// The report; plots go into a folder beside it.
     #[arg(long, default_value = "docs/evidence.md", value_name = "FILE")]
@@ -130,7 +130,7 @@ impl MethodsArgs {
             development: self.development,
             per_scene: self.per_scene.unwrap_or(if self.quick { 2 } else { 4 }).max(1),
             guidance_scale: self.guidance_scale.unwrap_or(info.default_guidance_scale),
-            top_k: i64::from(info.default_top_k),
+            top_k: info.default_top_k,
             methods: self.methods.clone(),
             ablations: self.ablations && !self.quick,
             styles: self.styles,

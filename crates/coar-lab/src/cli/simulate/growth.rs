@@ -1,4 +1,4 @@
-//! `coar simulate growth`
+//! `coar-lab simulate growth`
 
 use clap::Args;
 

@@ -1,4 +1,4 @@
-//! `coar simulate`
+//! `coar-lab simulate`
 
 mod growth;
 mod load;
@@ -99,7 +99,7 @@ struct Shared {
     json: bool,
 }
 
-/// Print a file of times with what `coar bench ... --json` measured in place of another file's numbers.
+/// Print a file of times with what `coar-lab bench ... --json` measured in place of another file's numbers.
 #[derive(Debug, Args)]
 pub(super) struct FromBenchArgs {
     /// What the reports do not say is taken from here.
@@ -108,13 +108,13 @@ pub(super) struct FromBenchArgs {
     /// What was measured, in words.
     #[arg(long)]
     name: String,
-    /// Report of `coar bench decode --json`.
+    /// Report of `coar-lab bench decode --json`.
     #[arg(long, value_name = "FILE")]
     decode: Option<PathBuf>,
-    /// Report of `coar bench serve --json`.
+    /// Report of `coar-lab bench serve --json`.
     #[arg(long, value_name = "FILE")]
     serve: Option<PathBuf>,
-    /// Report of `coar bench train --json`.
+    /// Report of `coar-lab bench train --json`.
     #[arg(long, value_name = "FILE")]
     train: Option<PathBuf>,
 }

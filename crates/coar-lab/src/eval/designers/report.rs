@@ -14,6 +14,7 @@ use crate::eval::judges::{EfficientNet, Outputs};
 use crate::pocket::designers::training::measure::as_kept;
 use crate::pocket::designers::{IMAGE_SIDE, Spec, World, caption_full, is_held_out};
 use crate::pocket::world::contact_sheet;
+use coar_core::engine::SamplingParams;
 use coar_core::picture::RgbPicture;
 use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::plan::{DrawSettings, draw_together};
@@ -23,7 +24,7 @@ use coar_engine::plan::{DrawSettings, draw_together};
 pub struct Sampling {
     pub guidance: f64,
     pub temperature: f64,
-    pub top_k: i64,
+    pub top_k: u32,
 }
 
 impl std::fmt::Display for Sampling {
@@ -117,12 +118,16 @@ fn drawn(
 ) -> Result<Vec<RgbPicture>, ModelError> {
     let settings: Vec<_> = (0..captions.len() as u64)
         .map(|stream| DrawSettings {
-            size: (IMAGE_SIDE as u32, IMAGE_SIDE as u32),
-            guidance_scale: sampling.guidance,
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            identity_mask: false,
-            streams: vec![(seed.wrapping_add(stream), 0)],
+            sampling: SamplingParams {
+                width: IMAGE_SIDE as u32,
+                height: IMAGE_SIDE as u32,
+                seed: seed.wrapping_add(stream),
+                guidance_scale: sampling.guidance,
+                temperature: sampling.temperature,
+                top_k: sampling.top_k,
+                identity_mask: false,
+            },
+            images: 0..1,
         })
         .collect();
     let prompts: Vec<&str> = captions.iter().map(String::as_str).collect();

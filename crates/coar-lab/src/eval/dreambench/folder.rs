@@ -34,7 +34,7 @@ pub struct Settings {
     pub height: u32,
     pub guidance_scale: f64,
     pub temperature: f64,
-    pub top_k: i64,
+    pub top_k: u32,
     /// The training's hyper-parameters, without name, class and seed.
     pub training: Value,
     /// SHA-256 of classes and prompts.

@@ -10,6 +10,7 @@ use super::layout::{Catalogue, DataFolder, Subject};
 use super::plan::{Plan, Unit, stream};
 use crate::eval::run::with_overrides;
 use coar_core::concept::{ConceptFile, ConceptKind};
+use coar_core::engine::SamplingParams;
 use coar_core::picture::{OutputFormat, RgbPicture, encode};
 use coar_core::training::{Preset, TrainingSpec};
 use coar_engine::device::free_bytes;
@@ -24,7 +25,7 @@ use coar_engine::training::{Advance, Trainer};
 pub struct RunOptions {
     pub seed: u64,
     pub guidance_scale: f64,
-    pub top_k: i64,
+    pub top_k: u32,
     /// Which defaults a training starts from.
     pub preset: Preset,
     /// Fields of a training spec that replace the preset's.
@@ -356,14 +357,16 @@ impl Worker<'_> {
         };
         let size = (self.settings.width, self.settings.height);
         let settings = DrawSettings {
-            size,
-            guidance_scale: self.settings.guidance_scale,
-            temperature: self.settings.temperature,
-            top_k: self.settings.top_k,
-            identity_mask: true,
-            streams: (0..u64::from(self.plan.pictures))
-                .map(|index| (stream, index))
-                .collect(),
+            sampling: SamplingParams {
+                width: size.0,
+                height: size.1,
+                seed: stream,
+                guidance_scale: self.settings.guidance_scale,
+                temperature: self.settings.temperature,
+                top_k: self.settings.top_k,
+                identity_mask: true,
+            },
+            images: 0..u64::from(self.plan.pictures),
         };
         plan_sequence(self.model, &unit.prompt, &[planned], size)?.request(self.model, &[uploaded], &settings)
     }

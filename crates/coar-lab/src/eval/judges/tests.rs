@@ -117,7 +117,7 @@ fn tiny_networks_are_those_of_transformers() {
     }
 }
 
-/// `make_fixtures.py --published DIR`, then `COAR_JUDGES=DIR cargo test --lib published_size -- --ignored --nocapture`.
+/// `make_fixtures.py --published DIR`, then `COAR_JUDGES=DIR cargo test -p coar-lab --lib published_size -- --ignored --nocapture`.
 #[test]
 #[ignore = "needs folders of 700 MB, which the script makes"]
 fn networks_of_published_size_are_those_of_transformers() {

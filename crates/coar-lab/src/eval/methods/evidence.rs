@@ -117,7 +117,7 @@ pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &st
     let settings = &evidence.settings;
     let mut text = format!(
         "# Evidence: every method on one frozen backbone\n\n\
-         Made by `coar eval report` from `{folder}/results.json`; not written by hand, but for the last part (`{folder}/notes.md`).\n\n\
+         Made by `coar-lab eval report` from `{folder}/results.json`; not written by hand, but for the last part (`{folder}/notes.md`).\n\n\
          {subjects} held-out subjects x {seeds} seeds (a seed decides reference pictures, training and drawing), {} pictures for each \
          cell (`cells`: how many subjects and seeds a method has), guidance {}, top-k {}; model `{}`. Means over subjects, each averaged over its seeds; in brackets the 95 % bootstrap \
          interval over subjects. Only figures of this model: a pocket model on a drawn world says how methods compare on equal \

@@ -39,7 +39,7 @@ pub struct MethodsOptions {
     /// Pictures of each of the nine scenes.
     pub per_scene: usize,
     pub guidance_scale: f64,
-    pub top_k: i64,
+    pub top_k: u32,
     /// Arms of the comparison, by name; empty: all.
     pub methods: Vec<String>,
     pub ablations: bool,

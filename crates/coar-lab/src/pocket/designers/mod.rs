@@ -61,7 +61,7 @@ pub enum WorldError {
     #[error("drawings: {problem}")]
     Pack { problem: String },
     /// A drawing that an image needs and the pack lacks.
-    #[error("the pack has no {what} by {designer}; draw it again with `coar pocket designers draw`")]
+    #[error("the pack has no {what} by {designer}; draw it again with `coar-lab pocket designers draw`")]
     Missing { what: String, designer: &'static str },
     /// A file that cannot be read or written.
     #[error("{}: {source}", file.display())]

@@ -1,4 +1,4 @@
-//! `coar eval dreambench` with judges: small ones with random weights (`tests/judges/make_fixtures.py`).
+//! `coar-lab eval dreambench` with judges: small ones with random weights (`tests/judges/make_fixtures.py`).
 
 use std::path::PathBuf;
 

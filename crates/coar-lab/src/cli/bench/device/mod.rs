@@ -1,4 +1,4 @@
-//! `coar bench device`: everything that there is to know about a device, in one run of a few minutes. Every part has a
+//! `coar-lab bench device`: everything that there is to know about a device, in one run of a few minutes. Every part has a
 //! deadline and a thread of its own; one that fails or hangs does not stop the next.
 
 mod concepts;

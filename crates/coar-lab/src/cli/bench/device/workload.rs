@@ -7,6 +7,7 @@ use tch::Device;
 
 use coar_core::concept::{ConceptKind, ConceptTensors};
 use coar_core::engine::ModelInfo;
+use coar_core::engine::SamplingParams;
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::accelerator::{self, Event};
 use coar_engine::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest, PictureId};
@@ -46,12 +47,12 @@ pub(super) fn request(
 ) -> Result<DecodingRequest, ModelError> {
     let size = info.sizes[0];
     let settings = DrawSettings {
-        size,
-        guidance_scale: info.default_guidance_scale,
-        temperature: info.default_temperature,
-        top_k: i64::from(info.default_top_k),
-        identity_mask: true,
-        streams: vec![stream],
+        sampling: SamplingParams {
+            width: size.0,
+            height: size.1,
+            ..info.sampling(stream.0)
+        },
+        images: stream.1..stream.1 + 1,
     };
     match used {
         None => plan_sequence(model, "a photo of a red cat", &[], size)?.request(model, &[], &settings),

@@ -4,6 +4,7 @@ use super::super::report::Findings;
 use super::super::workload::concept_tensors;
 use super::Mode;
 use coar_core::concept::ConceptKind;
+use coar_core::engine::SamplingParams;
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::LuminaMgpt;
 use coar_engine::model::decoding::{Decoding, DecodingRequest};
@@ -33,12 +34,16 @@ fn requests(model: &LuminaMgpt, batch: Batch) -> anyhow::Result<Vec<DecodingRequ
     });
     let sizes = model.sizes();
     let settings = |index: usize, guidance_scale, temperature, top_k| DrawSettings {
-        size: sizes[index % sizes.len()],
-        guidance_scale,
-        temperature,
-        top_k,
-        identity_mask: true,
-        streams: vec![(7, index as u64)],
+        sampling: SamplingParams {
+            width: sizes[index % sizes.len()].0,
+            height: sizes[index % sizes.len()].1,
+            seed: 7,
+            guidance_scale,
+            temperature,
+            top_k,
+            identity_mask: true,
+        },
+        images: index as u64..index as u64 + 1,
     };
     let mixed = [
         ("a photo of <one> cat and <two> dog", settings(0, 2.0, 1.0, 20)),
@@ -64,7 +69,7 @@ fn requests(model: &LuminaMgpt, batch: Batch) -> anyhow::Result<Vec<DecodingRequ
                 .collect();
             let own: Vec<PlannedConcept> = named.iter().map(|&index| planned[index].clone()).collect();
             let used: Vec<&DeviceConcept> = named.iter().map(|&index| &concepts[index]).collect();
-            Ok(plan_sequence(model, prompt, &own, settings.size)?.request(model, &used, &settings)?)
+            Ok(plan_sequence(model, prompt, &own, settings.sampling.size())?.request(model, &used, &settings)?)
         })
         .collect()
 }
