@@ -18,7 +18,7 @@ use crate::config::{Config, Role};
 use crate::jobs::Wakes;
 use crate::registry::Backend;
 use crate::service::{Keys, Limits, Links, Service, Tallies};
-use coar_engine::device::EngineHandle;
+use coar_core::engine::EngineHandle;
 use parts::{Device, Opened};
 
 /// Running generations get this long to finish when the server stops.
@@ -161,7 +161,7 @@ async fn serve_api(
     member.draining.store(true, Ordering::Relaxed);
     closing.cancel();
     if let Some(engine) = &engine
-        && !engine.end_trainings(HAND_BACK).await
+        && tokio::time::timeout(HAND_BACK, engine.end_trainings()).await.is_err()
     {
         tracing::error!("the device does not answer; trainings go on from their last checkpoint");
     }

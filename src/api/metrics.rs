@@ -11,8 +11,7 @@ use axum::routing::get;
 use super::auth::caller_of;
 use super::{ApiError, AppState};
 use crate::service::Scope;
-use coar_core::metrics::CONTENT_TYPE;
-use coar_core::metrics::meters;
+use coar_core::metrics::{CONTENT_TYPE, meters};
 
 pub(super) fn routes() -> Router<AppState> {
     Router::new().route("/metrics", get(scrape))

@@ -14,8 +14,8 @@ use crate::config::Config;
 use crate::jobs::{AddressPolicy, Drawings, Wakes, Webhooks, Worker, sweep};
 use crate::registry::{Backend, DataLock, Registry, Storage};
 use crate::service::Links;
+use coar_core::engine::EngineHandle;
 use coar_core::metrics::meters;
-use coar_engine::device::EngineHandle;
 
 /// Background generations take a quarter of the engine's queue, at most so many of its places: the rest is for whoever
 /// waits.
@@ -201,7 +201,7 @@ impl Device {
         } = self;
         drop(member);
         if let Some(engine) = &engine
-            && !engine.drain(GRACE).await
+            && tokio::time::timeout(GRACE, engine.drain()).await.is_err()
         {
             tracing::error!("the device does not answer; trainings go on from their last checkpoint");
         }

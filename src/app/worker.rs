@@ -14,7 +14,7 @@ use crate::cluster::{Executor, Streams, WorkerState, worker_router, worker_token
 use crate::config::Config;
 use crate::jobs::Wakes;
 use crate::service::Links;
-use coar_engine::device::EngineHandle;
+use coar_core::engine::EngineHandle;
 
 /// Where the others reach this machine, where nobody has said it.
 fn own_address(listens: SocketAddr) -> String {
@@ -80,7 +80,7 @@ pub(super) async fn serve(
     if let Err(error) = member.announce(&registry).await {
         tracing::warn!(%error, "the others cannot be told that this worker stops");
     }
-    if !engine.end_trainings(HAND_BACK).await {
+    if tokio::time::timeout(HAND_BACK, engine.end_trainings()).await.is_err() {
         tracing::error!("the device does not answer; trainings go on from their last checkpoint");
     }
     closing.cancel();

@@ -10,7 +10,8 @@ use crate::config::ModelArgs;
 use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, Worker};
 use crate::registry::{DataLock, Registry, Storage};
 use crate::service::{Keys, Limits, Links, Service, Tallies};
-use coar_engine::device::{EngineHandle, EngineOptions};
+use coar_core::engine::EngineHandle;
+use coar_engine::device::EngineOptions;
 
 /// Where concepts are kept: the same that `coar serve` uses.
 pub(super) type DataArgs = crate::config::StorageArgs;
@@ -118,7 +119,8 @@ impl Workshop {
     /// Ends the worker; a running training keeps its last checkpoint.
     pub(super) async fn close(self) -> anyhow::Result<()> {
         self.stop.cancel();
-        self.engine.drain(std::time::Duration::from_secs(20)).await;
+        // A device that hangs is left behind.
+        let _ = tokio::time::timeout(Duration::from_secs(20), self.engine.drain()).await;
         Ok(self.worker.await?)
     }
 }

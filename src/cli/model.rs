@@ -1,7 +1,7 @@
 //! The flags of commands that need a base model, as the engine takes them.
 
-use coar_core::engine::ModelInfo;
-use coar_engine::device::{EngineHandle, EngineOptions, KvMemory};
+use coar_core::engine::{EngineHandle, ModelInfo};
+use coar_engine::device::{EngineOptions, KvMemory};
 use coar_engine::loading::{LoadError, ModelSource};
 use coar_engine::model::lumina::CheckpointFiles;
 use coar_engine::model::{LuminaMgpt, ModelError};

@@ -9,8 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::registry::{Announcement, Registry};
-use coar_core::engine::ModelInfo;
-use coar_engine::device::EngineHandle;
+use coar_core::engine::{EngineHandle, ModelInfo};
 
 /// How often a process says that it lives: a sixth of what makes it lost.
 const BEAT: Duration = Duration::from_secs(1);

@@ -14,9 +14,10 @@ use std::sync::Arc;
 
 use crate::registry::{BlobError, GenerationConcept, NewGeneration, Registry};
 use coar_core::concept::ConceptFileError;
-use coar_core::engine::{ConceptUse, Cost, GenerateRequest, GenerationEvent, Health, ModelInfo};
+use coar_core::engine::{
+    ConceptUse, Cost, EngineHandle, GenerateRequest, GenerationEvent, GenerationStream, Health, ModelInfo,
+};
 use coar_core::error::{Error, ErrorKind};
-use coar_engine::device::{EngineHandle, GenerationStream};
 pub use fleet::{Fleet, RemoteStream};
 pub use member::{Hot, Member};
 pub use streams::Streams;

@@ -22,8 +22,7 @@ use super::wire::{Order, Quote, Refusal, alive, encode};
 use super::{Executor, Hot, Member, Streams};
 use coar_core::engine::{GenerationEvent, Health};
 use coar_core::error::{Error, ErrorKind};
-use coar_core::metrics::CONTENT_TYPE;
-use coar_core::metrics::meters;
+use coar_core::metrics::{CONTENT_TYPE, meters};
 
 pub(super) const COST: &str = "/internal/v1/cost";
 pub(super) const GENERATE: &str = "/internal/v1/generations";

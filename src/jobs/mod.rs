@@ -37,7 +37,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::registry::{Backend, LOST_AFTER_MS, Registry, RegistryError};
 pub use address::AddressPolicy;
-use coar_engine::device::EngineHandle;
+use coar_core::engine::EngineHandle;
 pub use draw::{DrawEvent, Drawings, Held, Waiting, provenance};
 pub use ends::{Ends, Interest};
 use outbox::{Outbox, Signal};

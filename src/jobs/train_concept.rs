@@ -12,10 +12,9 @@ use super::progress::{Meter, thin};
 use super::{LEASE_MS, Worker};
 use crate::registry::{Claimed, Progress, Registry, RegistryError};
 use coar_core::concept::ConceptFile;
-use coar_core::engine::{EngineError, TrainingEvent, TrainingRequest};
+use coar_core::engine::{EngineError, TrainingEvent, TrainingRequest, TrainingStream};
 use coar_core::picture::{PictureLimits, RgbPicture, decode};
 use coar_core::training::StepLosses;
-use coar_engine::device::TrainingStream;
 
 /// How often progress is written down; also how soon a cancellation is noticed.
 const TICK: Duration = Duration::from_millis(500);

@@ -20,4 +20,4 @@ pub mod pocket;
 /// Concept training: data, losses, a resumable trainer.
 pub mod training;
 
-pub use device::{EngineHandle, EngineOptions, start};
+pub use device::{EngineOptions, start};

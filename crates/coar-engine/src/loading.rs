@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind};
 
-use coar_core::engine::ModelInfo;
+use coar_core::engine::{EngineHandle, ModelInfo};
 use coar_core::training::Preset;
 
-use crate::device::{EngineHandle, EngineOptions, start};
+use crate::device::{EngineOptions, start};
 use crate::model::accelerator::{load_cuda, set_tf32, synchronize, use_own_stream};
 use crate::model::cpu::multiplies_bf16;
 use crate::model::lumina::CheckpointFiles;

@@ -1,7 +1,9 @@
 //! The engine's protocol: owned data only, never a tensor of libtorch.
 
 mod cost;
+mod handle;
 mod sampling;
+mod trace;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +12,13 @@ use bytes::Bytes;
 
 use crate::concept::{ConceptFile, ConceptFileError, ConceptTensors};
 use crate::picture::RgbPicture;
+use crate::tokenizer::TokenizerError;
 use crate::training::{StepLosses, TrainingSpec};
 
 pub use cost::{Cost, TokenCounter, prompt_parts};
+pub use handle::{Command, DeviceThread, EngineHandle, Gauge, GenerationStream, Ticket, TrainingStream};
 pub use sampling::SamplingParams;
+pub use trace::{GenerationClock, Prefill, Trace};
 
 /// A concept as one request uses it: wherever `<name>` stands in the prompt.
 #[derive(Debug, Clone)]
@@ -208,4 +213,13 @@ pub struct Load {
     /// Seconds of the device's time for images and for trainings, where they are measured.
     pub generation_seconds: f64,
     pub training_seconds: f64,
+}
+
+impl From<TokenizerError> for EngineError {
+    fn from(error: TokenizerError) -> Self {
+        match error {
+            TokenizerError::Invalid { field, problem } => Self::Invalid { field, problem },
+            other @ TokenizerError::File { .. } => Self::Device(other.to_string()),
+        }
+    }
 }

@@ -11,15 +11,13 @@ use tokio::sync::mpsc;
 
 use super::concept_cache::ConceptCache;
 use super::guard::{end_process, guarded};
-use super::handle::Ticket;
-use super::meters::Trace;
 use super::pictures::{Order, Orders, Recipient};
 use crate::injection::DeviceConcept;
 use crate::model::accelerator::{self, Event};
 use crate::model::decoding::{DecodeBatch, Drawn, PictureId};
 use crate::model::{LuminaMgpt, ModelError};
 use crate::plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
-use coar_core::engine::{EngineError, GenerateRequest, GenerationEvent, Load};
+use coar_core::engine::{EngineError, GenerateRequest, GenerationEvent, Load, Ticket, Trace};
 use coar_core::metrics::meters;
 use coar_core::scheduler::{Admission, Cost, JobId, Scheduler};
 

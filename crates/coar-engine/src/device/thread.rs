@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::device_time::DeviceTime;
+use super::ending::Joined;
 use super::generations::Generations;
-use super::handle::{Command, EngineHandle, Gauge, Joined};
 use super::memory::{KvMemory, free_bytes, kv_rows};
 use super::meters::Published;
 use super::pictures;
@@ -17,7 +17,7 @@ use crate::model::decoding::{BatchOptions, DecodeBatch};
 use crate::model::kv_cache::KvCache;
 use crate::model::{LuminaMgpt, ModelError, accelerator};
 use crate::training::Estimate;
-use coar_core::engine::{Health, ModelInfo};
+use coar_core::engine::{Command, DeviceThread, EngineHandle, Gauge, Health, ModelInfo};
 use coar_core::metrics::meters;
 use coar_core::scheduler::{DeviceShare, Turn};
 use coar_core::training::Preset;
@@ -112,14 +112,15 @@ pub fn start(
     let (info, counter) = loaded
         .recv()
         .map_err(|_| ModelError::invalid("engine", "ended while it was loading"))??;
-    Ok(EngineHandle {
+    let thread = DeviceThread {
         commands,
         health,
-        info: Arc::new(info),
-        counter: Arc::new(counter),
+        info,
+        counter,
         gauge,
-        _thread: Arc::new(Joined(Some(thread))),
-    })
+        guard: Arc::new(Joined(Some(thread))),
+    };
+    Ok(thread.into())
 }
 
 /// How often a waiting training looks whether it may go on.

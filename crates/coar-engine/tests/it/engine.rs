@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use coar_core::concept::{ConceptKind, ConceptTensors};
-use coar_core::engine::{ConceptUse, EngineError, GenerateRequest, GenerationEvent, ModelInfo, SamplingParams};
+use coar_core::engine::{
+    ConceptUse, EngineError, EngineHandle, GenerateRequest, GenerationEvent, ModelInfo, SamplingParams,
+};
 use coar_core::picture::RgbPicture;
 use coar_core::training::Preset;
-use coar_engine::device::{EngineHandle, EngineOptions, start};
+use coar_engine::device::{EngineOptions, start};
 use coar_engine::model::LuminaMgpt;
 use coar_engine::model::lumina::CheckpointFiles;
 use coar_engine::pocket::unpack_shipped;
@@ -109,7 +111,7 @@ fn request(info: &ModelInfo, index: usize) -> GenerateRequest {
 }
 
 /// All pictures, in order; `None` where the request failed.
-fn pictures(mut stream: coar_engine::device::GenerationStream) -> Result<Vec<RgbPicture>, EngineError> {
+fn pictures(mut stream: coar_core::engine::GenerationStream) -> Result<Vec<RgbPicture>, EngineError> {
     let mut all = Vec::new();
     while let Some(event) = stream.blocking_next() {
         match event {

@@ -10,10 +10,12 @@ use super::swap::{Admitted, stalls, swaps};
 use super::{peak_memory, print, quantile};
 use coar::config::{EngineArgs, ModelArgs};
 use coar_core::concept::{ConceptKind, ConceptTensors};
-use coar_core::engine::SamplingParams;
-use coar_core::engine::{ConceptUse, GenerateRequest, GenerationEvent, ModelInfo, TrainingEvent, TrainingRequest};
+use coar_core::engine::{
+    ConceptUse, EngineHandle, GenerateRequest, GenerationEvent, ModelInfo, SamplingParams, TrainingEvent,
+    TrainingRequest, TrainingStream,
+};
 use coar_core::training::TrainingSpec;
-use coar_engine::device::{EngineHandle, EngineOptions};
+use coar_engine::device::EngineOptions;
 
 /// Draw many pictures at once through the engine, as the server does: throughput and latency with no concepts, the same
 /// one and all different ones; one after the other; and beside a training.
@@ -127,10 +129,7 @@ async fn collect(tasks: &mut tokio::task::JoinSet<anyhow::Result<(f64, f64)>>, r
 }
 
 /// A training that does not end by itself while the bench runs; returns the steps it took when dropped.
-pub(super) fn start_training(
-    engine: &EngineHandle,
-    info: &ModelInfo,
-) -> anyhow::Result<coar_engine::device::TrainingStream> {
+pub(super) fn start_training(engine: &EngineHandle, info: &ModelInfo) -> anyhow::Result<TrainingStream> {
     let (width, height) = info.sizes[0];
     let request = TrainingRequest {
         spec: TrainingSpec {
@@ -146,7 +145,7 @@ pub(super) fn start_training(
 
 /// Steps per second of a running training over `span`, or until `drawing` is done.
 async fn training_speed(
-    stream: &mut coar_engine::device::TrainingStream,
+    stream: &mut TrainingStream,
     until: impl Future<Output = anyhow::Result<Run>>,
 ) -> anyhow::Result<(f64, Run)> {
     let begun = Instant::now();

@@ -13,9 +13,8 @@ use super::serve::concept;
 use super::{megabytes, resident_memory};
 use coar::config::{EngineArgs, ModelArgs};
 use coar_core::concept::ConceptKind;
-use coar_core::engine::SamplingParams;
-use coar_core::engine::{GenerateRequest, GenerationEvent, ModelInfo};
-use coar_engine::device::{EngineHandle, EngineOptions};
+use coar_core::engine::{EngineHandle, GenerateRequest, GenerationEvent, ModelInfo, SamplingParams};
+use coar_engine::device::EngineOptions;
 
 /// Send requests of mixed sizes, concepts, guidance and counts through the engine, some of which are given up while they
 /// wait or are drawn; compare finished pictures with the same request alone; compare memory before and after. The status

@@ -7,7 +7,9 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use coar::config::{Config, Role};
-use coar_engine::device::{Pace, stand_in};
+mod device;
+
+use device::{Pace, stand_in};
 
 /// Serve like `coar serve`, but on a device that computes nothing and only takes time: for benchmarks of what is around it.
 ///

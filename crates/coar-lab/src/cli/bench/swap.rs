@@ -9,8 +9,8 @@ use tch::Device;
 use super::{mean, quantile};
 use coar::registry::Blobs;
 use coar_core::concept::{ConceptFile, ConceptHeader};
-use coar_core::engine::{ConceptUse, GenerateRequest, GenerationEvent, ModelInfo};
-use coar_engine::device::{ConceptCache, EngineHandle};
+use coar_core::engine::{ConceptUse, EngineHandle, GenerateRequest, GenerationEvent, ModelInfo};
+use coar_engine::device::ConceptCache;
 
 /// Times that each is measured.
 const ROUNDS: usize = 16;

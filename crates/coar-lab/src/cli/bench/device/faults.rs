@@ -11,9 +11,9 @@ use super::setup::Bench;
 use crate::cli::bench::serve::request;
 use crate::cli::bench::train::{pictures, spec};
 use coar::config::ModelArgs;
-use coar_core::engine::{GenerationEvent, TrainingEvent, TrainingRequest};
+use coar_core::engine::{EngineHandle, GenerationEvent, TrainingEvent, TrainingRequest};
 use coar_core::training::TrainingSpec;
-use coar_engine::device::{DEVICE_LOST, EngineHandle, EngineOptions, KvMemory};
+use coar_engine::device::{DEVICE_LOST, EngineOptions, KvMemory};
 use coar_engine::model::accelerator;
 
 /// Time for the process whose context is poisoned: most of it loads libraries.

@@ -6,8 +6,8 @@ use super::report::Findings;
 use super::setup::Bench;
 use crate::cli::bench::quantile;
 use crate::cli::bench::serve::{Run, concept, draw, request, start_training};
-use coar_core::engine::TrainingEvent;
-use coar_engine::device::{EngineHandle, EngineOptions, KvMemory, TrainingStream};
+use coar_core::engine::{EngineHandle, TrainingEvent, TrainingStream};
+use coar_engine::device::{EngineOptions, KvMemory};
 
 /// Requests at once.
 const REQUESTS: usize = 16;

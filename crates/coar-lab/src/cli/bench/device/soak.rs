@@ -10,8 +10,8 @@ use super::setup::Bench;
 use crate::cli::bench::resident_memory;
 use crate::cli::bench::serve::request;
 use crate::cli::bench::soak::{Mix, idle};
-use coar_core::engine::{GenerateRequest, GenerationEvent};
-use coar_engine::device::{EngineHandle, EngineOptions, KvMemory};
+use coar_core::engine::{EngineHandle, GenerateRequest, GenerationEvent};
+use coar_engine::device::{EngineOptions, KvMemory};
 use coar_engine::model::accelerator;
 
 /// MiB by which the host's memory may grow over the load.

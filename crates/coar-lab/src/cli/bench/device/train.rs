@@ -14,9 +14,11 @@ use super::workload::timed;
 use crate::cli::bench::serve::request;
 use crate::cli::bench::train::{pictures, spec};
 use crate::cli::bench::{mean, megabytes};
-use coar_core::engine::{GenerationEvent, Load, ModelInfo, TrainingEvent, TrainingRequest};
+use coar_core::engine::{
+    EngineHandle, GenerationEvent, Load, ModelInfo, TrainingEvent, TrainingRequest, TrainingStream,
+};
 use coar_core::training::TrainingSpec;
-use coar_engine::device::{EngineHandle, EngineOptions, KvMemory, TrainingStream};
+use coar_engine::device::{EngineOptions, KvMemory};
 use coar_engine::model::kv_cache::KvCache;
 use coar_engine::model::{LuminaMgpt, accelerator};
 use coar_engine::training::{Advance, Graph, Trainer};

@@ -6,8 +6,7 @@ use std::time::Instant;
 use tch::Device;
 
 use coar_core::concept::{ConceptKind, ConceptTensors};
-use coar_core::engine::ModelInfo;
-use coar_core::engine::SamplingParams;
+use coar_core::engine::{ModelInfo, SamplingParams};
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::accelerator::{self, Event};
 use coar_engine::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest, PictureId};

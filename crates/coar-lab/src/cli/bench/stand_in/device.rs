@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
-use super::handle::{Command, EngineHandle, Gauge, Joined, Ticket};
-use crate::model::{LuminaMgpt, ModelError};
-use coar_core::engine::Load;
-use coar_core::engine::{EngineError, GenerateRequest, GenerationEvent, TrainingEvent};
-use coar_core::engine::{Health, ModelInfo};
+use coar_core::engine::{
+    Command, DeviceThread, EngineError, EngineHandle, Gauge, GenerateRequest, GenerationEvent, Health, Load, ModelInfo,
+    Ticket, TrainingEvent,
+};
 use coar_core::picture::RgbPicture;
+use coar_engine::model::{LuminaMgpt, ModelError};
 
 /// How long things take on the device that is stood for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +63,20 @@ impl Drawing {
     }
 }
 
+/// Waits for the thread when the last handle goes.
+#[derive(Debug)]
+struct Joined(Option<std::thread::JoinHandle<()>>);
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the stand-in has panicked");
+        }
+    }
+}
+
 /// Starts a device that takes time and draws grey pictures. Requests are checked, and their tokens counted, as the model
 /// would.
 ///
@@ -82,14 +96,15 @@ pub fn stand_in(pace: Pace, model: &LuminaMgpt, info: ModelInfo) -> Result<Engin
             sender.send_replace(Health::Stopped("the engine has stopped".to_owned()));
         })
         .map_err(|error| ModelError::invalid("engine", format!("cannot start its thread: {error}")))?;
-    Ok(EngineHandle {
+    let thread = DeviceThread {
         commands,
         health,
-        info: Arc::new(info),
-        counter: Arc::new(counter),
+        info,
+        counter,
         gauge,
-        _thread: Arc::new(Joined(Some(thread))),
-    })
+        guard: Arc::new(Joined(Some(thread))),
+    };
+    Ok(thread.into())
 }
 
 fn run(pace: Pace, pixels: u32, mut inbox: mpsc::Receiver<Command>, gauge: &Gauge) {

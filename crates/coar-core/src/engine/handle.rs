@@ -1,19 +1,18 @@
-//! The door: clonable, bounded, and free of tensors.
+//! The handle of a device thread: clonable, bounded, and free of tensors.
 
+use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
-use coar_core::engine::{Health, ModelInfo};
-
-use super::guard::{device_error, end_process};
-use super::meters::{GenerationClock, Trace};
-use coar_core::engine::Load;
-use coar_core::engine::{Cost, TokenCounter};
-use coar_core::engine::{EngineError, GenerateRequest, GenerationEvent, TrainingEvent, TrainingRequest};
-use coar_core::metrics::meters;
+use super::trace::{GenerationClock, Trace};
+use super::{
+    Cost, EngineError, GenerateRequest, GenerationEvent, Health, Load, ModelInfo, TokenCounter, TrainingEvent,
+    TrainingRequest,
+};
+use crate::metrics::meters;
 
 /// Events of one generation; dropping it cancels the generation.
 #[derive(Debug)]
@@ -39,7 +38,7 @@ impl GenerationStream {
 
 /// Events of one training; dropping it cancels the training.
 #[derive(Debug)]
-pub struct TrainingStream(pub(super) mpsc::Receiver<TrainingEvent>);
+pub struct TrainingStream(mpsc::Receiver<TrainingEvent>);
 
 impl TrainingStream {
     /// The next event, `None` after the last.
@@ -53,7 +52,7 @@ impl TrainingStream {
 }
 
 #[derive(Debug)]
-pub(super) enum Command {
+pub enum Command {
     Generate {
         request: Box<GenerateRequest>,
         events: mpsc::Sender<GenerationEvent>,
@@ -72,7 +71,7 @@ pub(super) enum Command {
 
 /// What the device thread tells of itself, without being asked.
 #[derive(Debug)]
-pub(super) struct Gauge {
+pub struct Gauge {
     origin: Instant,
     /// Milliseconds after `origin` at which the thread last came by.
     beat: AtomicU64,
@@ -89,7 +88,7 @@ const UNKNOWN_WAIT: Duration = Duration::from_secs(5);
 const LONGEST_WAIT: Duration = Duration::from_secs(120);
 
 impl Gauge {
-    pub(super) fn new(limit: usize) -> Self {
+    pub fn new(limit: usize) -> Self {
         Self {
             origin: Instant::now(),
             beat: AtomicU64::new(0),
@@ -100,13 +99,13 @@ impl Gauge {
         }
     }
 
-    pub(super) fn beat(&self, busy: bool) {
+    pub fn beat(&self, busy: bool) {
         self.beat
             .store(self.origin.elapsed().as_millis() as u64, Ordering::Relaxed);
         self.busy.store(busy, Ordering::Relaxed);
     }
 
-    pub(super) fn tell(&self, load: Load) {
+    pub fn tell(&self, load: Load) {
         *self.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
     }
 
@@ -133,7 +132,7 @@ impl Gauge {
 
 /// A place in the queue; dropping it gives the place back.
 #[derive(Debug)]
-pub(super) struct Ticket {
+pub struct Ticket {
     gauge: Arc<Gauge>,
     trace: Trace,
     /// Ends with the wait.
@@ -142,7 +141,7 @@ pub(super) struct Ticket {
 
 impl Ticket {
     /// The request that waits, for its later spans.
-    pub(super) fn trace(&self) -> Trace {
+    pub fn trace(&self) -> Trace {
         self.trace.clone()
     }
 
@@ -176,54 +175,40 @@ impl Drop for Ticket {
     }
 }
 
-/// Clonable door to the device thread.
+/// What a device thread is started with, and what its handle needs of it.
+#[derive(Debug)]
+pub struct DeviceThread {
+    /// The other end of what the thread takes its commands from.
+    pub commands: mpsc::Sender<Command>,
+    pub health: watch::Receiver<Health>,
+    pub info: ModelInfo,
+    pub counter: TokenCounter,
+    pub gauge: Arc<Gauge>,
+    /// Dropped when the last handle goes, after `commands`: the place to wait for the thread.
+    pub guard: Arc<dyn Any + Send + Sync>,
+}
+
+/// Clonable handle of a device thread.
 #[derive(Debug, Clone)]
 pub struct EngineHandle {
-    pub(super) commands: mpsc::Sender<Command>,
-    pub(super) health: watch::Receiver<Health>,
-    pub(super) info: Arc<ModelInfo>,
-    pub(super) counter: Arc<TokenCounter>,
-    pub(super) gauge: Arc<Gauge>,
-    /// After `commands`, so that the thread sees its door closed before it is waited for.
-    pub(super) _thread: Arc<Joined>,
+    commands: mpsc::Sender<Command>,
+    health: watch::Receiver<Health>,
+    info: Arc<ModelInfo>,
+    counter: Arc<TokenCounter>,
+    gauge: Arc<Gauge>,
+    /// After `commands`, so that the thread sees its channel closed before it is waited for.
+    _guard: Arc<dyn Any + Send + Sync>,
 }
 
-/// Waits for the device thread when the last handle goes: libtorch's own statics must outlive every thread that computes.
-#[derive(Debug)]
-pub(super) struct Joined(pub Option<std::thread::JoinHandle<()>>);
-
-/// A device thread that has not ended this long after its door was closed is hung.
-const LAST_WAIT: Duration = Duration::from_secs(10);
-
-impl Drop for Joined {
-    /// On a thread of a runtime the wait goes to the runtime's blocking threads: other tasks go on, and the runtime's end
-    /// waits for it.
-    fn drop(&mut self) {
-        let Some(thread) = self.0.take() else { return };
-        let ending = Ending(Some(thread));
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            // Where the runtime takes no more tasks, `ending` is dropped here, and waits here.
-            runtime.spawn_blocking(move || drop(ending));
-        }
-    }
-}
-
-/// Waits for the thread when it is dropped.
-struct Ending(Option<std::thread::JoinHandle<()>>);
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        let Some(thread) = self.0.take() else { return };
-        let since = Instant::now();
-        while !thread.is_finished() {
-            if since.elapsed() > LAST_WAIT {
-                tracing::error!("the device thread does not end; the process ends without it");
-                end_process();
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        if thread.join().is_err() {
-            tracing::error!("the device thread has panicked");
+impl From<DeviceThread> for EngineHandle {
+    fn from(thread: DeviceThread) -> Self {
+        Self {
+            commands: thread.commands,
+            health: thread.health,
+            info: Arc::new(thread.info),
+            counter: Arc::new(thread.counter),
+            gauge: thread.gauge,
+            _guard: thread.guard,
         }
     }
 }
@@ -252,7 +237,7 @@ impl EngineHandle {
     /// # Errors
     /// `Invalid` when the prompt cannot be tokenised or is too long for a row of the batch.
     pub fn cost(&self, request: &GenerateRequest) -> Result<Cost, EngineError> {
-        self.counter.count(request).map_err(|error| device_error(&error.into()))
+        Ok(self.counter.count(request)?)
     }
 
     /// Hands a generation to the device thread. Bounded and without waiting.
@@ -288,28 +273,22 @@ impl EngineHandle {
         Ok(TrainingStream(stream))
     }
 
-    /// Asks every running training for a last checkpoint and stops taking work; returns when that has happened, at the
-    /// latest after `within`: a device that hangs holds nobody up for ever. False when it came to that.
-    pub async fn drain(&self, within: Duration) -> bool {
+    /// Asks every running training for a last checkpoint and stops taking work; returns when that has happened. A device
+    /// that hangs never answers: give it a time limit.
+    pub async fn drain(&self) {
         let (done, finished) = tokio::sync::oneshot::channel();
-        let asked = async {
-            if self.commands.send(Command::Drain { done }).await.is_ok() {
-                let _ = finished.await;
-            }
-        };
-        tokio::time::timeout(within, asked).await.is_ok()
+        if self.commands.send(Command::Drain { done }).await.is_ok() {
+            let _ = finished.await;
+        }
     }
 
     /// Asks every running training for a last checkpoint and takes no more trainings; generations go on. Returns when that
-    /// has happened, at the latest after `within`. False when it came to that.
-    pub async fn end_trainings(&self, within: Duration) -> bool {
+    /// has happened. A device that hangs never answers: give it a time limit.
+    pub async fn end_trainings(&self) {
         let (done, finished) = tokio::sync::oneshot::channel();
-        let asked = async {
-            if self.commands.send(Command::EndTrainings { done }).await.is_ok() {
-                let _ = finished.await;
-            }
-        };
-        tokio::time::timeout(within, asked).await.is_ok()
+        if self.commands.send(Command::EndTrainings { done }).await.is_ok() {
+            let _ = finished.await;
+        }
     }
 
     fn send(&self, command: Command) -> Result<(), EngineError> {
@@ -325,31 +304,3 @@ impl EngineHandle {
 
 /// A reader that falls this far behind loses intermediate progress events, never a picture, a checkpoint or the end.
 const EVENTS_PER_REQUEST: usize = 64;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_last_handle_blocks_no_thread_of_a_runtime() {
-        let (end, ended) = std::sync::mpsc::channel::<()>();
-        let (done, is_done) = std::sync::mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            ended.recv().unwrap_or(());
-            let _ = done.send(());
-        });
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        // With the wait on the runtime's only thread this would never come to the next line.
-        runtime.block_on(async move { drop(Joined(Some(thread))) });
-        drop(end);
-        drop(runtime);
-        assert!(is_done.try_recv().is_ok(), "the runtime's end waits for the thread");
-        // Without a runtime it waits where it is.
-        let (done, is_done) = std::sync::mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            let _ = done.send(());
-        });
-        drop(Joined(Some(thread)));
-        assert!(is_done.try_recv().is_ok());
-    }
-}
