@@ -119,7 +119,10 @@ async fn serve_api(
         }
         _ => {
             let engine = tokio::task::spawn_blocking(load).await??;
-            (Executor::local(engine.clone(), registry.clone()), Some(engine))
+            (
+                Executor::local(engine.clone(), &registry, config.engine.concept_memory << 20),
+                Some(engine),
+            )
         }
     };
     let wakes = Wakes::shared(&registry, &stop, &tracker);

@@ -1,6 +1,7 @@
 //! Parses arguments, starts telemetry, dispatches.
 
 fn main() -> std::process::ExitCode {
+    #[cfg(feature = "device")]
     coar_engine::environment::with_library_settings();
     coar::client::install_tls();
     // Answers the shell and ends, where the shell asks for completions.

@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use super::parts::{self, Device, Opened};
 use super::{GRACE, HAND_BACK};
-use crate::cluster::{Executor, Streams, WorkerState, worker_router, worker_token};
+use crate::cluster::{Executor, Local, Streams, WorkerState, worker_router, worker_token};
 use crate::config::Config;
 use crate::jobs::Wakes;
 use crate::service::Links;
@@ -54,7 +54,8 @@ pub(super) async fn serve(
         })
     };
     let engine = tokio::task::spawn_blocking(load).await??;
-    let executor = Executor::local(engine.clone(), registry.clone());
+    let local = Local::new(engine.clone(), &registry, config.engine.concept_memory << 20);
+    let executor = Executor::Local(local.clone());
     let wakes = Wakes::shared(&registry, &stop, &tracker);
     let links = Arc::new(Links::new(&secret, config.keep_images()));
     // Web-hooks of what this worker draws name pictures by the API's address, which only the operator knows.
@@ -65,7 +66,7 @@ pub(super) async fn serve(
     let webhooks = parts::webhooks(&config, &registry, &links, public);
     let drawings = parts::drawings(&config, &registry, &executor, &webhooks, &wakes);
     let member = parts::member(&config, Some(address.clone()), Some(&engine));
-    state.ready(executor, &member);
+    state.ready(local, &member);
     let ended = CancellationToken::new();
     parts::announce(&registry, &member, &ended, &tracker).await?;
     parts::upkeep(&config, &registry, &tracker, &stop);

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use super::model::start_engine;
 use crate::cluster::Executor;
 use crate::config::ModelArgs;
 use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, Worker};
 use crate::registry::{DataLock, Registry, Storage};
 use crate::service::{Keys, Limits, Links, Service, Tallies};
 use coar_core::engine::EngineHandle;
-use coar_engine::device::EngineOptions;
 
 /// Where concepts are kept: the same that `coar serve` uses.
 pub(super) type DataArgs = crate::config::StorageArgs;
@@ -46,11 +46,14 @@ pub(super) async fn existing_registry(data: &DataArgs) -> anyhow::Result<Registr
 /// How long addresses of pictures last, of which the command line makes none.
 const KEEP: Duration = Duration::from_secs(3600);
 
+/// Memory for concepts that one command uses, in bytes.
+const CONCEPT_BYTES: usize = 64 << 20;
+
 /// The service of a data folder in this process, without HTTP.
 pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Result<(Service, EngineHandle)> {
     let registry = Registry::connect(&storage(data)).await?;
     let model = model.clone();
-    let engine = tokio::task::spawn_blocking(move || model.start_engine(EngineOptions::default())).await??;
+    let engine = tokio::task::spawn_blocking(move || start_engine(&model, None)).await??;
     let links = Arc::new(Links::new(&registry.server_secret().await?, KEEP));
     // Nothing is kept and nobody told where there is no server.
     let webhooks = Webhooks::new(
@@ -58,7 +61,7 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
         crate::api::describe(links.clone(), ""),
         AddressPolicy { allow_private: false },
     );
-    let executor = Executor::local(engine.clone(), registry.clone());
+    let executor = Executor::local(engine.clone(), &registry, CONCEPT_BYTES);
     let service = Service {
         drawings: Drawings::new(registry.clone(), executor.clone(), webhooks, 1, true),
         links,

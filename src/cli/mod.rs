@@ -6,6 +6,7 @@ mod concept;
 mod config;
 mod form;
 mod generate;
+#[cfg(feature = "device")]
 mod inspect;
 mod keys;
 mod local;
@@ -62,6 +63,7 @@ enum Command {
     /// The models of a server: its base model and every concept that is ready.
     Models,
     Completions(completions::CompletionsArgs),
+    #[cfg(feature = "device")]
     Inspect(inspect::InspectArgs),
 }
 
@@ -132,6 +134,7 @@ impl Cli {
             Command::Config(command) => command.run(),
             Command::Keys(command) => command.run(),
             Command::Admin(command) => command.run(),
+            #[cfg(feature = "device")]
             Command::Inspect(args) => args.run(),
         }
     }

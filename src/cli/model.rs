@@ -1,65 +1,26 @@
-//! The flags of commands that need a base model, as the engine takes them.
+//! The flags of commands that need a base model, as the engine takes them. Without the feature `device` there is none.
 
-use coar_core::engine::{EngineHandle, ModelInfo};
-use coar_engine::device::{EngineOptions, KvMemory};
-use coar_engine::loading::{LoadError, ModelSource};
-use coar_engine::model::lumina::CheckpointFiles;
-use coar_engine::model::{LuminaMgpt, ModelError};
+use coar_core::engine::EngineHandle;
 
 use crate::config::{EngineArgs, ModelArgs};
 
-impl EngineArgs {
-    /// What the flags say, the rest as always.
-    pub fn options(&self) -> EngineOptions {
-        EngineOptions {
-            queue: self.queue,
-            kv_bytes: self.kv_memory.bytes().map_or(KvMemory::Auto, KvMemory::Bytes),
-            rows: self.rows,
-            concept_bytes: self.concept_memory << 20,
-            training_share: self.training_share,
-            training_bytes: self.training_memory.bytes(),
-            deterministic: self.deterministic.is_on(),
-            ..EngineOptions::default()
-        }
-    }
+#[cfg(feature = "device")]
+mod device;
+
+/// Loads the base model on a device thread of its own.
+///
+/// # Errors
+/// When the device is absent, a file or tensor is missing or misshapen, or this build has no device.
+#[cfg(feature = "device")]
+pub(super) fn start_engine(model: &ModelArgs, engine: Option<&EngineArgs>) -> anyhow::Result<EngineHandle> {
+    let options = engine.map(EngineArgs::options).unwrap_or_default();
+    Ok(model.source().start_engine(options)?)
 }
 
-impl ModelArgs {
-    /// Which base model, and where it runs.
-    pub fn source(&self) -> ModelSource {
-        ModelSource {
-            model: self.model.clone(),
-            tokenizer: self.tokenizer.clone(),
-            target_size: self.target_size,
-            device: self.device.clone(),
-            dtype: self.dtype.clone(),
-            tf32: self.tf32.is_on(),
-            threads: self.threads,
-            cache: self.cache.clone(),
-        }
-    }
-
-    /// The checkpoint's files; unpacks the pocket model where no other is named.
-    ///
-    /// # Errors
-    /// When a file is missing.
-    pub fn files(&self) -> Result<CheckpointFiles, ModelError> {
-        self.source().files()
-    }
-
-    /// Loads the model on this thread.
-    ///
-    /// # Errors
-    /// When the device is absent, or a file or tensor is missing or misshapen.
-    pub fn load(&self) -> Result<(LuminaMgpt, ModelInfo), LoadError> {
-        self.source().load()
-    }
-
-    /// Loads the model on a device thread of its own.
-    ///
-    /// # Errors
-    /// As [`Self::load`].
-    pub fn start_engine(&self, options: EngineOptions) -> Result<EngineHandle, LoadError> {
-        self.source().start_engine(options)
-    }
+/// As with the feature `device`: says that this build has none.
+#[cfg(not(feature = "device"))]
+pub(super) fn start_engine(_: &ModelArgs, _: Option<&EngineArgs>) -> anyhow::Result<EngineHandle> {
+    anyhow::bail!(
+        "this build of coar has no device: use --server URL, serve with --role api, or build it with the feature `device`"
+    )
 }

@@ -4,6 +4,7 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 
 use super::local::keep_files_private;
+use super::model::start_engine;
 use crate::config::{Config, Role};
 
 /// Serve the HTTP API.
@@ -18,6 +19,10 @@ impl ServeArgs {
         keep_files_private();
         let config = self.config;
         config.validate()?;
+        anyhow::ensure!(
+            cfg!(feature = "device") || config.role == Role::Api,
+            "this build of coar has no device: start it with --role api, or build it with the feature `device`"
+        );
         for line in config.to_toml().lines() {
             tracing::info!(target: "coar::config", "{line}");
         }
@@ -32,8 +37,8 @@ impl ServeArgs {
             })?;
             let stop = CancellationToken::new();
             tokio::spawn(crate::app::signalled(stop.clone()));
-            let (model, options) = (config.model.clone(), config.engine.options());
-            crate::app::serve(config, listener, move || Ok(model.start_engine(options)?), stop).await
+            let (model, engine) = (config.model.clone(), config.engine.clone());
+            crate::app::serve(config, listener, move || start_engine(&model, Some(&engine)), stop).await
         })
     }
 }

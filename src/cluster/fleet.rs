@@ -11,9 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::Streams;
 use super::member::{LoadReport, short};
-use super::wire::{Decoder, Order, Quote, Refusal, Said};
+use super::wire::{Decoder, GenerationRequest, Refusal, Said, TokenizerFile};
 use crate::registry::{Process, Registry};
-use coar_core::engine::{Cost, EngineError, GenerationEvent, ModelInfo};
+use coar_core::engine::{EngineError, GenerationEvent, ModelInfo, TokenCounter};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ProcessId;
 
@@ -40,6 +40,7 @@ pub struct Fleet(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     info: ModelInfo,
+    counter: TokenCounter,
     registry: Registry,
     client: Client,
     token: String,
@@ -97,13 +98,27 @@ impl RemoteStream {
     }
 }
 
+/// What is needed to count tokens as the worker at `address` does.
+async fn tokenizer_of(client: &Client, address: &str, token: &str) -> Result<TokenCounter, String> {
+    let url = format!("{}{}", address.trim_end_matches('/'), super::worker::TOKENIZER);
+    let file = async {
+        let answer = client.get(url).bearer_auth(token).send().await?.error_for_status()?;
+        answer.json::<TokenizerFile>().await
+    };
+    let file = tokio::time::timeout(ACCEPT, file)
+        .await
+        .map_err(|_| format!("it has not answered for {} s", ACCEPT.as_secs()))?
+        .map_err(|error| error.to_string())?;
+    TokenCounter::try_from(file).map_err(|error| error.to_string())
+}
+
 fn model_of(process: &Process) -> Option<ModelInfo> {
     serde_json::from_str(process.model.as_deref()?).ok()
 }
 
-/// What an order gives a worker to do. Relative to others is enough: a code is 16 x 16 pixels.
-fn tokens(order: &Order) -> u64 {
-    let settings = &order.settings;
+/// What an request gives a worker to do. Relative to others is enough: a code is 16 x 16 pixels.
+fn tokens(request: &GenerationRequest) -> u64 {
+    let settings = &request.settings;
     u64::from(settings.n) * u64::from(settings.sampling.width) * u64::from(settings.sampling.height) / 256
 }
 
@@ -158,21 +173,28 @@ impl Fleet {
         loop {
             match registry.processes().await {
                 Ok(processes) => {
-                    let found = processes
-                        .iter()
-                        .find(|process| process.address.is_some() && !process.draining);
-                    if let Some(info) = found.and_then(model_of) {
-                        let fleet = Self(Arc::new(Shared {
-                            info,
-                            registry,
-                            client,
-                            token,
-                            workers: RwLock::default(),
-                            doubts: Mutex::default(),
-                            streams,
-                        }));
-                        fleet.update(&processes);
-                        return Ok(fleet);
+                    let found = processes.iter().find_map(|process| {
+                        let address = process.address.as_ref().filter(|_| !process.draining)?;
+                        Some((process.id, address, model_of(process)?))
+                    });
+                    if let Some((worker, address, info)) = found {
+                        match tokenizer_of(&client, address, &token).await {
+                            Ok(counter) => {
+                                let fleet = Self(Arc::new(Shared {
+                                    info,
+                                    counter,
+                                    registry,
+                                    client,
+                                    token,
+                                    workers: RwLock::default(),
+                                    doubts: Mutex::default(),
+                                    streams,
+                                }));
+                                fleet.update(&processes);
+                                return Ok(fleet);
+                            }
+                            Err(problem) => tracing::warn!(%worker, problem, "the worker's tokenizer cannot be read"),
+                        }
                     }
                 }
                 Err(error) => tracing::warn!(%error, "the list of workers cannot be read"),
@@ -187,6 +209,11 @@ impl Fleet {
     /// The model that the workers have loaded.
     pub fn info(&self) -> &ModelInfo {
         &self.0.info
+    }
+
+    /// Counts what generations cost on that model.
+    pub fn counter(&self) -> &TokenCounter {
+        &self.0.counter
     }
 
     /// Reads the list of workers now and then, until `stop`.
@@ -234,23 +261,23 @@ impl Fleet {
             .collect();
     }
 
-    /// The worker that draws next. The order counts there from now on: others that ask at the same moment see it.
-    fn pick(&self, order: &Order, tried: &HashSet<ProcessId>) -> Option<(Worker, Load)> {
+    /// The worker that draws next. The request counts there from now on: others that ask at the same moment see it.
+    fn pick(&self, request: &GenerationRequest, tried: &HashSet<ProcessId>) -> Option<(Worker, Load)> {
         // Of several that choose at once each sees what those before it have chosen.
         let workers = self.0.workers.write().unwrap_or_else(PoisonError::into_inner);
-        let hashes: Vec<String> = order.concepts.iter().map(|concept| concept.hash.clone()).collect();
-        let each = order.settings.sampling.rows_per_image();
+        let hashes: Vec<String> = request.concepts.iter().map(|concept| concept.hash.clone()).collect();
+        let each = request.settings.sampling.rows_per_image();
         let mut doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
         doubts.retain(|_, since| since.elapsed() < DOUBT);
-        let (rows, able) = (each * order.settings.n as usize, |worker: &&Worker| {
+        let (rows, able) = (each * request.settings.n as usize, |worker: &&Worker| {
             !worker.draining && !tried.contains(&worker.id)
         });
         let sound = workers
             .iter()
             .filter(|worker| able(worker) && !doubts.contains_key(&worker.id));
-        let worker = choose(sound, &hashes, (rows, tokens(order)))
-            .or_else(|| choose(workers.iter().filter(able), &hashes, (rows, tokens(order))))?;
-        Some((worker.clone(), Load::new(worker, tokens(order))))
+        let worker = choose(sound, &hashes, (rows, tokens(request)))
+            .or_else(|| choose(workers.iter().filter(able), &hashes, (rows, tokens(request))))?;
+        Some((worker.clone(), Load::new(worker, tokens(request))))
     }
 
     fn doubt(&self, worker: ProcessId) {
@@ -258,9 +285,9 @@ impl Fleet {
         doubts.insert(worker, Instant::now());
     }
 
-    async fn post(&self, worker: &Worker, path: &str, order: &Order) -> Result<Response, String> {
+    async fn post(&self, worker: &Worker, path: &str, request: &GenerationRequest) -> Result<Response, String> {
         let url = format!("{}{path}", worker.address.trim_end_matches('/'));
-        let sent = self.0.client.post(url).bearer_auth(&self.0.token).json(order).send();
+        let sent = self.0.client.post(url).bearer_auth(&self.0.token).json(request).send();
         match tokio::time::timeout(ACCEPT, sent).await {
             Ok(answer) => answer.map_err(|error| error.to_string()),
             Err(_) => Err(format!("it has not answered for {} s", ACCEPT.as_secs())),
@@ -268,10 +295,15 @@ impl Fleet {
     }
 
     /// Asks workers in turn until one accepts.
-    async fn ask(&self, path: &str, order: &Order, tried: &mut HashSet<ProcessId>) -> Result<Asked, Error> {
+    async fn ask(
+        &self,
+        path: &str,
+        request: &GenerationRequest,
+        tried: &mut HashSet<ProcessId>,
+    ) -> Result<Asked, Error> {
         let mut last = None;
-        while let Some((worker, load)) = self.pick(order, tried) {
-            match self.post(&worker, path, order).await {
+        while let Some((worker, load)) = self.pick(request, tried) {
+            match self.post(&worker, path, request).await {
                 Ok(answer) if answer.status().is_success() => return Ok(Asked { worker, load, answer }),
                 Ok(answer) => {
                     let error = match answer.json::<Refusal>().await {
@@ -294,26 +326,16 @@ impl Fleet {
         Err(last.unwrap_or_else(no_worker))
     }
 
-    /// What a generation costs.
-    pub(super) async fn cost(&self, order: &Order) -> Result<Cost, Error> {
-        let asked = self.ask(super::worker::COST, order, &mut HashSet::new()).await?;
-        let quote: Quote = asked.answer.json().await.map_err(Error::internal)?;
-        Ok(Cost {
-            text: quote.text,
-            image: quote.image,
-        })
-    }
-
     /// Lets a worker draw.
-    pub(super) async fn start(&self, order: Arc<Order>) -> Result<RemoteStream, Error> {
+    pub(super) async fn start(&self, request: Arc<GenerationRequest>) -> Result<RemoteStream, Error> {
         let mut tried = HashSet::new();
-        let asked = self.ask(super::worker::GENERATE, &order, &mut tried).await?;
+        let asked = self.ask(super::worker::GENERATE, &request, &mut tried).await?;
         let (events, stream) = mpsc::channel(EVENTS);
         let cancel = CancellationToken::new();
         let stopped = cancel.clone();
         let following = Following {
             fleet: self.clone(),
-            order,
+            request,
             events,
             seen: Seen::default(),
         };
@@ -372,7 +394,7 @@ struct Asked {
 
 struct Following {
     fleet: Fleet,
-    order: Arc<Order>,
+    request: Arc<GenerationRequest>,
     events: mpsc::Sender<GenerationEvent>,
     seen: Seen,
 }
@@ -400,7 +422,7 @@ impl Following {
         let until = tokio::time::Instant::now() + PATIENCE;
         while tokio::time::Instant::now() < until {
             let mut tried = HashSet::from([lost]);
-            if let Ok(next) = self.fleet.ask(super::worker::GENERATE, &self.order, &mut tried).await {
+            if let Ok(next) = self.fleet.ask(super::worker::GENERATE, &self.request, &mut tried).await {
                 return Some(next);
             }
             tokio::time::sleep(REFRESH).await;

@@ -1,6 +1,7 @@
 //! What processes say to each other.
 
-use super::wire::{Decoder, Order, Refusal, Said, encode};
+use super::wire::{Decoder, GenerationRequest, Refusal, Said, TokenizerFile, encode};
+use coar_core::engine::TokenCounter;
 use coar_core::error::Error;
 
 fn decoded(pieces: &[&[u8]]) -> (Vec<String>, bool) {
@@ -33,10 +34,11 @@ pub fn frames(bytes: &[u8]) {
     assert_eq!(decoded(&[left, right]), whole);
 }
 
-/// Orders and refusals.
+/// Generations, tokenizers and refusals.
 pub fn messages(bytes: &[u8]) {
-    if let Ok(order) = serde_json::from_slice::<Order>(bytes) {
-        let _ = order.into_generation();
+    let _ = serde_json::from_slice::<GenerationRequest>(bytes);
+    if let Ok(file) = serde_json::from_slice::<TokenizerFile>(bytes) {
+        let _ = TokenCounter::try_from(file);
     }
     if let Ok(refusal) = serde_json::from_slice::<Refusal>(bytes) {
         let error = Error::from(refusal);

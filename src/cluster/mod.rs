@@ -1,6 +1,7 @@
 //! Where generations are drawn: on this process's device, or by workers that are reached over the network. What drawing
 //! means does not change: the same request gives the same pictures, and the same events in between.
 
+mod concept_store;
 mod fleet;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
@@ -12,15 +13,17 @@ mod worker;
 
 use std::sync::Arc;
 
-use crate::registry::{BlobError, GenerationConcept, NewGeneration, Registry};
-use coar_core::concept::ConceptFileError;
+use crate::registry::{NewGeneration, Registry};
 use coar_core::engine::{
-    ConceptUse, Cost, EngineHandle, GenerateRequest, GenerationEvent, GenerationStream, Health, ModelInfo,
+    ConceptTokens, ConceptUse, Cost, Costed, EngineError, EngineHandle, GenerateRequest, GenerationEvent,
+    GenerationStream, Health, ModelInfo,
 };
-use coar_core::error::{Error, ErrorKind};
+use coar_core::error::Error;
+use concept_store::ConceptStore;
 pub use fleet::{Fleet, RemoteStream};
 pub use member::{Hot, Member};
 pub use streams::Streams;
+pub use wire::GenerationRequest;
 pub use worker::{WorkerState, worker_router, worker_token};
 
 /// Where generations are drawn.
@@ -36,20 +39,14 @@ pub enum Executor {
 #[derive(Debug, Clone)]
 pub struct Local {
     pub engine: EngineHandle,
-    registry: Registry,
+    concepts: ConceptStore,
 }
 
 /// A generation that can be drawn, and what it costs.
 #[derive(Debug, Clone)]
 pub struct Prepared {
     pub cost: Cost,
-    work: Work,
-}
-
-#[derive(Debug, Clone)]
-enum Work {
-    Local(Box<GenerateRequest>),
-    Remote(Arc<wire::Order>),
+    request: Arc<GenerationRequest>,
 }
 
 /// Events of one generation; dropping it cancels the generation.
@@ -70,9 +67,9 @@ impl EventStream {
 }
 
 impl Executor {
-    /// On this process's device, with the concepts of a registry.
-    pub fn local(engine: EngineHandle, registry: Registry) -> Self {
-        Self::Local(Local { engine, registry })
+    /// On this process's device, with the concepts of a registry, of which `concept_bytes` are kept in memory.
+    pub fn local(engine: EngineHandle, registry: &Registry, concept_bytes: usize) -> Self {
+        Self::Local(Local::new(engine, registry, concept_bytes))
     }
 
     /// What the base model is.
@@ -91,85 +88,80 @@ impl Executor {
         }
     }
 
-    /// Checks a generation as far as the model is concerned, and counts its cost.
+    /// Checks a generation as far as the model is concerned, and counts its cost. `tokens` are those of its concepts, in
+    /// order; no file is read.
     ///
     /// # Errors
-    /// What is wrong with it; a concept's file that is gone or does not fit; where workers draw, `no_worker`.
-    pub async fn prepare(&self, new: &NewGeneration) -> Result<Prepared, Error> {
-        match self {
-            Self::Local(local) => local.prepare(new).await,
-            Self::Remote(fleet) => {
-                let order = Arc::new(wire::Order::of(new));
-                Ok(Prepared {
-                    cost: fleet.cost(&order).await?,
-                    work: Work::Remote(order),
-                })
-            }
-        }
+    /// When the prompt cannot be tokenized or is too long.
+    pub fn prepare(&self, new: &NewGeneration, tokens: &[ConceptTokens]) -> Result<Prepared, Error> {
+        let counter = match self {
+            Self::Local(local) => local.engine.counter(),
+            Self::Remote(fleet) => fleet.counter(),
+        };
+        let names = new.concepts.iter().map(|concept| concept.name.as_str());
+        let concepts: Vec<_> = names.zip(tokens.iter().copied()).collect();
+        let cost = counter.count(Costed {
+            prompt: &new.prompt,
+            concepts: &concepts,
+            sampling: &new.settings.sampling,
+            count: new.settings.n,
+        });
+        Ok(Prepared {
+            cost: cost.map_err(EngineError::from)?,
+            request: Arc::new(new.into()),
+        })
+    }
+
+    /// Begins to draw what [`Self::prepare`] has checked.
+    ///
+    /// # Errors
+    /// As [`Self::draw`].
+    pub async fn start(&self, prepared: &Prepared) -> Result<EventStream, Error> {
+        self.draw(prepared.request.clone()).await
     }
 
     /// Begins to draw.
     ///
     /// # Errors
-    /// `overloaded`, `stopping`; where workers draw, `no_worker`.
-    pub async fn start(&self, prepared: &Prepared) -> Result<EventStream, Error> {
-        match (self, &prepared.work) {
-            (Self::Local(local), Work::Local(request)) => {
-                Ok(EventStream::Local(local.engine.generate(request.as_ref().clone())?))
-            }
-            (Self::Remote(fleet), Work::Remote(order)) => Ok(EventStream::Remote(fleet.start(order.clone()).await?)),
-            _ => Err(Error::internal("a generation was prepared for another executor")),
+    /// `overloaded`, `stopping`; a concept's file that is gone or does not fit; where workers draw, `no_worker`.
+    pub async fn draw(&self, request: Arc<GenerationRequest>) -> Result<EventStream, Error> {
+        match self {
+            Self::Local(local) => Ok(EventStream::Local(local.draw(&request).await?)),
+            Self::Remote(fleet) => Ok(EventStream::Remote(fleet.start(request).await?)),
         }
     }
 }
 
 impl Local {
+    /// With the concepts of a registry, of which `concept_bytes` are kept in memory.
+    pub fn new(engine: EngineHandle, registry: &Registry, concept_bytes: usize) -> Self {
+        let concepts = ConceptStore::new(registry.blobs.clone(), concept_bytes);
+        Self { engine, concepts }
+    }
+
+    /// Begins to draw.
+    ///
     /// # Errors
-    /// As [`Executor::prepare`].
-    pub async fn prepare(&self, new: &NewGeneration) -> Result<Prepared, Error> {
-        let mut concepts = Vec::new();
-        for concept in &new.concepts {
-            let bytes = match self.registry.blobs.get(&concept.hash).await {
-                Err(BlobError::Missing(_)) => {
-                    let message = format!("The concept `{}` was deleted before this was drawn.", concept.name);
-                    return Err(Error::new(ErrorKind::NotFound, "concept_not_found", message));
-                }
-                other => other?,
-            };
-            concepts.push(self.concept_use(concept, &bytes).map_err(|error| {
-                let message = format!("The concept `{}` cannot be used: {error}.", concept.name);
-                Error::new(ErrorKind::Conflict, "concept_unusable", message)
-            })?);
+    /// `overloaded`, `stopping`; a concept's file that is gone or does not fit.
+    pub async fn draw(&self, request: &GenerationRequest) -> Result<GenerationStream, Error> {
+        let mut concepts = Vec::with_capacity(request.concepts.len());
+        for concept in &request.concepts {
+            concepts.push(ConceptUse {
+                name: concept.name.clone(),
+                content_hash: concept.hash.clone(),
+                kind: concept.kind,
+                tensors: self.concepts.get(self.engine.info(), concept).await?,
+            });
         }
-        let request = engine_request(new, concepts);
-        Ok(Prepared {
-            cost: self.engine.cost(&request)?,
-            work: Work::Local(Box::new(request)),
-        })
-    }
-
-    /// A concept's file as the engine takes it.
-    fn concept_use(&self, concept: &GenerationConcept, file: &[u8]) -> Result<ConceptUse, ConceptFileError> {
-        let file = self.engine.info().read_concept(file)?;
-        Ok(ConceptUse {
-            name: concept.name.clone(),
-            content_hash: concept.hash.clone(),
-            kind: concept.kind,
-            tensors: Arc::new(file.tensors),
-        })
-    }
-}
-
-/// A generation as the engine takes it.
-fn engine_request(new: &NewGeneration, concepts: Vec<ConceptUse>) -> GenerateRequest {
-    let settings = &new.settings;
-    GenerateRequest {
-        tenant: new.tenant.to_string(),
-        prompt: new.prompt.clone(),
-        concepts,
-        sampling: settings.sampling,
-        count: settings.n,
-        first_index: settings.first_index,
-        partial_images: settings.partial_images,
+        let settings = &request.settings;
+        Ok(self.engine.generate(GenerateRequest {
+            tenant: request.tenant.clone(),
+            prompt: request.prompt.clone(),
+            concepts,
+            sampling: settings.sampling,
+            count: settings.n,
+            first_index: settings.first_index,
+            partial_images: settings.partial_images,
+        })?)
     }
 }

@@ -1,29 +1,29 @@
-//! What API processes and workers say to each other: an order, and frames of events. Both sides are this program, maybe
+//! What API processes and workers send to each other: a generation, and frames of events. Both sides are this program, maybe
 //! of neighbouring versions: unknown fields are ignored, new ones have defaults.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::registry::{GenerationConcept, GenerationSettings, NewGeneration};
-use coar_core::engine::{EngineError, GenerationEvent};
+use coar_core::engine::{EngineError, GenerationEvent, TokenCounter};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::picture::RgbPicture;
+use coar_core::tokenizer::{TextTokenizer, TokenizerError, Vocabulary};
 
-/// What is to be drawn.
+/// A generation as API processes send it to workers: nothing of it has to be looked up in the database.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Order {
+pub struct GenerationRequest {
     pub tenant: String,
     pub prompt: String,
     pub settings: GenerationSettings,
     pub concepts: Vec<GenerationConcept>,
 }
 
-impl Order {
-    pub(super) fn of(new: &NewGeneration) -> Self {
+impl From<&NewGeneration> for GenerationRequest {
+    fn from(new: &NewGeneration) -> Self {
         Self {
             tenant: new.tenant.to_string(),
             prompt: new.prompt.clone(),
@@ -31,33 +31,41 @@ impl Order {
             concepts: new.concepts.clone(),
         }
     }
+}
 
-    /// As a generation, of which nothing is stored.
-    ///
-    /// # Errors
-    /// When the tenant is none.
-    pub(super) fn into_generation(self) -> Result<NewGeneration, Error> {
-        let tenant = self.tenant.parse();
-        let wrong = |error: coar_core::ids::InvalidId| Error::field("invalid_value", "tenant", error.to_string());
-        Ok(NewGeneration {
-            tenant: tenant.map_err(wrong)?,
-            background: false,
-            prompt: self.prompt,
-            settings: self.settings,
-            concepts: self.concepts,
-            metadata: Value::Null,
-            webhook_url: None,
-            total: 0,
-            priority: 0,
-        })
+/// What an API process needs to count the tokens of requests to a worker's model.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct TokenizerFile {
+    /// The checkpoint's `text_tokenizer.json`.
+    pub tokenizer: String,
+    /// Pixels along a side that one image code stands for.
+    pub pixels_per_code: u32,
+    /// Tokens of the longest sequence that a row of the batch holds.
+    pub longest_row: i64,
+}
+
+impl From<&TokenCounter> for TokenizerFile {
+    fn from(counter: &TokenCounter) -> Self {
+        Self {
+            tokenizer: String::from_utf8_lossy(counter.tokenizer.file()).into_owned(),
+            pixels_per_code: counter.pixels_per_code,
+            longest_row: counter.longest_row,
+        }
     }
 }
 
-/// What an order costs, in tokens.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(super) struct Quote {
-    pub text: u64,
-    pub image: u64,
+impl TryFrom<TokenizerFile> for TokenCounter {
+    type Error = TokenizerError;
+
+    fn try_from(file: TokenizerFile) -> Result<Self, TokenizerError> {
+        let tokenizer = TextTokenizer::from_bytes(file.tokenizer.as_bytes())?;
+        Ok(Self {
+            vocabulary: Vocabulary::from_names(&tokenizer.names())?,
+            tokenizer: Arc::new(tokenizer),
+            pixels_per_code: file.pixels_per_code.max(1),
+            longest_row: file.longest_row,
+        })
+    }
 }
 
 /// A refusal, whole: the API process answers it as if it were its own.

@@ -18,13 +18,13 @@ use sha2::Sha256;
 use subtle::ConstantTimeEq;
 use tokio::sync::mpsc;
 
-use super::wire::{Order, Quote, Refusal, alive, encode};
-use super::{Executor, Hot, Member, Streams};
+use super::wire::{GenerationRequest, Refusal, TokenizerFile, alive, encode};
+use super::{Hot, Local, Member, Streams};
 use coar_core::engine::{GenerationEvent, Health};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::metrics::{CONTENT_TYPE, meters};
 
-pub(super) const COST: &str = "/internal/v1/cost";
+pub(super) const TOKENIZER: &str = "/internal/v1/tokenizer";
 pub(super) const GENERATE: &str = "/internal/v1/generations";
 
 /// A worker says at least this often that it lives.
@@ -47,7 +47,7 @@ pub struct WorkerState {
 
 #[derive(Debug)]
 struct Ready {
-    executor: Executor,
+    local: Local,
     hot: Hot,
     draining: Arc<AtomicBool>,
 }
@@ -64,10 +64,10 @@ impl WorkerState {
     }
 
     /// From now on it draws.
-    pub fn ready(&self, executor: Executor, member: &Member) {
-        // A second call would be a mistake of the caller; the first executor stays.
+    pub fn ready(&self, local: Local, member: &Member) {
+        // A second call would be a mistake of the caller; the first device stays.
         let _ = self.ready.set(Ready {
-            executor,
+            local,
             hot: member.hot.clone(),
             draining: member.draining.clone(),
         });
@@ -98,7 +98,7 @@ pub fn worker_token(server_secret: &str) -> String {
 /// The worker's routes.
 pub fn worker_router(state: WorkerState) -> Router {
     Router::new()
-        .route(COST, post(cost))
+        .route(TOKENIZER, get(tokenizer))
         .route(GENERATE, post(generate))
         .route_layer(from_fn_with_state(state.clone(), known))
         .route("/livez", get(async || Json(serde_json::json!({"status": "live"}))))
@@ -158,34 +158,28 @@ async fn metrics(
 }
 
 async fn ready(State(state): State<WorkerState>) -> Response {
-    match state.drawing().map(|ready| ready.executor.health()) {
+    match state.drawing().map(|ready| ready.local.engine.health()) {
         Ok(Health::Ready) => Json(serde_json::json!({"status": "ready"})).into_response(),
         Ok(other) => (StatusCode::SERVICE_UNAVAILABLE, format!("{other:?}")).into_response(),
         Err(error) => refuse(&error),
     }
 }
 
-async fn cost(State(state): State<WorkerState>, Json(order): Json<Order>) -> Response {
-    let prepared = async { state.drawing()?.executor.prepare(&order.into_generation()?).await };
-    match prepared.await {
-        Ok(prepared) => Json(Quote {
-            text: prepared.cost.text,
-            image: prepared.cost.image,
-        })
-        .into_response(),
+async fn tokenizer(State(state): State<WorkerState>) -> Response {
+    match state.drawing() {
+        Ok(ready) => Json(TokenizerFile::from(ready.local.engine.counter())).into_response(),
         Err(error) => refuse(&error),
     }
 }
 
 /// Draws, and sends the events as frames. Dropping the connection cancels the drawing.
-async fn generate(State(state): State<WorkerState>, Json(order): Json<Order>) -> Response {
+async fn generate(State(state): State<WorkerState>, Json(request): Json<GenerationRequest>) -> Response {
     let started = async {
         let ready = state.drawing()?;
-        for concept in &order.concepts {
+        for concept in &request.concepts {
             ready.hot.used(&concept.hash);
         }
-        let prepared = ready.executor.prepare(&order.into_generation()?).await?;
-        ready.executor.start(&prepared).await
+        ready.local.draw(&request).await
     };
     let mut stream = match started.await {
         Ok(stream) => stream,
@@ -273,7 +267,7 @@ mod tests {
     async fn without_the_token_only_health_and_metrics_answer() {
         let right = format!("Bearer {}", worker_token("secret"));
         let cut = &right[..right.len() - 1];
-        for path in [COST, GENERATE] {
+        for (method, path) in [("GET", TOKENIZER), ("POST", GENERATE)] {
             for wrong in [
                 None,
                 Some(""),
@@ -286,17 +280,17 @@ mod tests {
                 Some(&*right.replace("Bearer", "Basic")),
             ] {
                 assert_eq!(
-                    status("POST", path, wrong).await,
+                    status(method, path, wrong).await,
                     StatusCode::UNAUTHORIZED,
                     "{path} {wrong:?}"
                 );
             }
             // Beyond the door the order is looked at.
-            assert_ne!(status("POST", path, Some(&right)).await, StatusCode::UNAUTHORIZED);
+            assert_ne!(status(method, path, Some(&right)).await, StatusCode::UNAUTHORIZED);
         }
         // A worker that has no secret lets nobody in, instead of everybody.
         let open = worker_router(WorkerState::new("", false, Streams::default()));
-        let request = Request::post(COST)
+        let request = Request::get(TOKENIZER)
             .header(header::AUTHORIZATION, "Bearer ")
             .body(Body::empty());
         assert_eq!(

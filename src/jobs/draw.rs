@@ -289,11 +289,8 @@ impl Drawings {
 
     /// Hands a generation of the queue to the engine. False when there is no point in looking for another.
     async fn hand_over(&self, mut generation: Generation, slot: OwnedSemaphorePermit) -> Result<bool, Error> {
-        let started = async {
-            let prepared = self.executor.prepare(&generation.new).await?;
-            self.executor.start(&prepared).await
-        };
-        match started.await {
+        let request = Arc::new((&generation.new).into());
+        match self.executor.draw(request).await {
             Ok(stream) => drop(self.start(generation, stream, (None, Some(slot)))),
             // The store, the queue or the process: what was asked for is not to blame.
             Err(error)

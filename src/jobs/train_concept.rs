@@ -11,8 +11,7 @@ use super::previews::{Previews, preview_steps};
 use super::progress::{Meter, thin};
 use super::{LEASE_MS, Worker};
 use crate::registry::{Claimed, Progress, Registry, RegistryError};
-use coar_core::concept::ConceptFile;
-use coar_core::engine::{EngineError, TrainingEvent, TrainingRequest, TrainingStream};
+use coar_core::engine::{ConceptTokens, EngineError, TrainingEvent, TrainingRequest, TrainingStream};
 use coar_core::picture::{PictureLimits, RgbPicture, decode};
 use coar_core::training::StepLosses;
 
@@ -175,13 +174,17 @@ impl Worker {
     /// Stores the concept file, after reading it back as any user of it would.
     async fn finish(&self, claimed: &Claimed, file: Bytes, report: &serde_json::Value) -> Result<(), RegistryError> {
         let info = self.engine.info();
-        let checked =
-            ConceptFile::from_bytes(&file).and_then(|f| f.check_model(&info.fingerprint, info.layers, info.hidden));
-        if let Err(error) = checked {
-            let body = json!({"code": "training_failed", "message": format!("The trained concept cannot be used: {error}."), "field": null});
-            return patiently!(PATIENCE, self.registry.fail(claimed, &body, false).await);
-        }
-        patiently!(PATIENCE, self.registry.succeed(claimed, file.clone(), report).await)
+        let tokens = match info.read_concept(&file) {
+            Ok(read) => ConceptTokens::from(&read.tensors),
+            Err(error) => {
+                let body = json!({"code": "training_failed", "message": format!("The trained concept cannot be used: {error}."), "field": null});
+                return patiently!(PATIENCE, self.registry.fail(claimed, &body, false).await);
+            }
+        };
+        patiently!(
+            PATIENCE,
+            self.registry.succeed(claimed, (file.clone(), tokens), report).await
+        )
     }
 }
 

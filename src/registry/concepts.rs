@@ -11,6 +11,7 @@ use super::pool::Transaction;
 use super::trainings::{NewTraining, Training, insert_training};
 use super::{Listed, Made, Page, Quotas, Registry, RegistryError, Usage, now};
 use coar_core::concept::ConceptKind;
+use coar_core::engine::ConceptTokens;
 use coar_core::ids::{ConceptId, TenantId};
 use coar_core::training::TrainingSpec;
 
@@ -33,6 +34,8 @@ pub struct Concept {
     pub version_number: Option<u32>,
     /// When that version was made.
     pub version_created_at: Option<i64>,
+    /// Context tokens of that version; `None` where an earlier release has stored it.
+    pub tokens: Option<ConceptTokens>,
     /// How many versions there are.
     pub versions: u32,
     pub created_at: i64,
@@ -136,8 +139,9 @@ macro_rules! select {
              (SELECT string_agg(p.blob, ',' ORDER BY p.position) FROM concept_pictures p WHERE p.concept_id = c.id)
              AS pictures,
              (SELECT count(*) FROM concept_versions v WHERE v.concept_id = c.id) AS versions,
-             (SELECT v.created_at FROM concept_versions v WHERE v.concept_id = c.id AND v.number = c.version_number)
-             AS version_created_at FROM concepts c ",
+             used.created_at AS version_created_at, used.text_tokens, used.image_tokens
+             FROM concepts c LEFT JOIN concept_versions used
+             ON used.concept_id = c.id AND used.number = c.version_number ",
             $rest
         )
     };
@@ -156,6 +160,13 @@ fn concept(row: &AnyRow) -> Result<Concept, RegistryError> {
         version: row.try_get("version")?,
         version_number: optional_number(row, "version_number")?,
         version_created_at: row.try_get("version_created_at")?,
+        tokens: match (
+            optional_number(row, "text_tokens")?,
+            optional_number(row, "image_tokens")?,
+        ) {
+            (Some(text), Some(image)) => Some(ConceptTokens { text, image }),
+            _ => None,
+        },
         versions: number(row, "versions")?,
         created_at: row.try_get("created_at")?,
         updated_at: row.try_get("updated_at")?,
@@ -203,7 +214,7 @@ impl Registry {
         &self,
         tenant: TenantId,
         new: &NewConcept,
-        version: &str,
+        (version, tokens): (&str, ConceptTokens),
     ) -> Result<Concept, RegistryError> {
         let mut transaction = self.write().await?;
         let addition = Usage {
@@ -211,10 +222,27 @@ impl Registry {
             trainings: 0,
         };
         self.check_room(&mut transaction, tenant, new.quotas, addition).await?;
-        let concept = insert_concept(&mut transaction, tenant, new, Some(version)).await?;
+        let concept = insert_concept(&mut transaction, tenant, new, Some((version, tokens))).await?;
         self.note_made(&mut transaction, Made::Concept(concept.id)).await?;
         transaction.commit().await?;
         Ok(concept)
+    }
+
+    /// Notes the context tokens of a concept's version that an earlier release has stored.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn note_tokens(&self, id: ConceptId, number: u32, tokens: ConceptTokens) -> Result<(), RegistryError> {
+        sqlx::query(
+            "UPDATE concept_versions SET text_tokens = $1, image_tokens = $2 WHERE concept_id = $3 AND number = $4",
+        )
+        .bind(i64::from(tokens.text))
+        .bind(i64::from(tokens.image))
+        .bind(id.to_string())
+        .bind(i64::from(number))
+        .execute(&self.pools.writes)
+        .await?;
+        Ok(())
     }
 
     /// Every concept of a tenant, oldest first.
@@ -446,7 +474,7 @@ async fn insert_concept(
     transaction: &mut Transaction,
     tenant: TenantId,
     new: &NewConcept,
-    version: Option<&str>,
+    version: Option<(&str, ConceptTokens)>,
 ) -> Result<Concept, RegistryError> {
     let (id, created_at) = (ConceptId::new(), now());
     let inserted = sqlx::query(
@@ -458,7 +486,7 @@ async fn insert_concept(
     .bind(&new.name)
     .bind(new.kind.as_str())
     .bind(&new.class_noun)
-    .bind(version)
+    .bind(version.map(|(hash, _)| hash))
     .bind(version.map(|_| 1_i64))
     .bind(created_at)
     .bind(&new.description)
@@ -481,13 +509,18 @@ async fn insert_concept(
             .execute(&mut **transaction)
             .await?;
     }
-    if let Some(hash) = version {
-        sqlx::query("INSERT INTO concept_versions (concept_id, number, hash, created_at) VALUES ($1, 1, $2, $3)")
-            .bind(id.to_string())
-            .bind(hash)
-            .bind(created_at)
-            .execute(&mut **transaction)
-            .await?;
+    if let Some((hash, tokens)) = version {
+        sqlx::query(
+            "INSERT INTO concept_versions (concept_id, number, hash, created_at, text_tokens, image_tokens)
+             VALUES ($1, 1, $2, $3, $4, $5)",
+        )
+        .bind(id.to_string())
+        .bind(hash)
+        .bind(created_at)
+        .bind(i64::from(tokens.text))
+        .bind(i64::from(tokens.image))
+        .execute(&mut **transaction)
+        .await?;
     }
     Ok(Concept {
         id,
@@ -497,9 +530,10 @@ async fn insert_concept(
         class_noun: new.class_noun.clone(),
         description: new.description.clone(),
         metadata: new.metadata.clone(),
-        version: version.map(str::to_owned),
+        version: version.map(|(hash, _)| hash.to_owned()),
         version_number: version.map(|_| 1),
         version_created_at: version.map(|_| created_at),
+        tokens: version.map(|(_, tokens)| tokens),
         versions: version.is_some().into(),
         created_at,
         updated_at: created_at,

@@ -367,6 +367,8 @@ impl Registry {
 mod tests {
     use super::*;
 
+    const TOKENS: coar_core::engine::ConceptTokens = coar_core::engine::ConceptTokens { text: 1, image: 1 };
+
     fn answer(body: &str) -> StoredAnswer {
         StoredAnswer {
             status: 202,
@@ -417,7 +419,7 @@ mod tests {
         let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
         let add = |name: &str| {
             let (registry, new) = (registry.clone(), super::super::NewConcept::new(name, style));
-            async move { registry.add_ready_concept(tenant, &new, "hash").await }
+            async move { registry.add_ready_concept(tenant, &new, ("hash", TOKENS)).await }
         };
         let slow = first(claim(0).await.unwrap());
         let next = first(claim(0).await.unwrap());

@@ -12,6 +12,7 @@ use crate::registry::{
     TrainingStatus, Usage, Version, input_fingerprint,
 };
 use coar_core::concept::{ConceptKind, is_slug};
+use coar_core::engine::ConceptTokens;
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ConceptId;
 use coar_core::picture::{OutputFormat, PictureError, PictureLimits, decode, encode};
@@ -404,10 +405,11 @@ impl Service {
             quotas: self.check_room(caller, addition).await?,
             ..NewConcept::new(name, file.header.kind)
         };
+        let tokens = ConceptTokens::from(&file.tensors);
         let stored = self.registry.store(vec![bytes]).await?;
         let added = self
             .registry
-            .add_ready_concept(caller.tenant, &new, stored.first())
+            .add_ready_concept(caller.tenant, &new, (stored.first(), tokens))
             .await;
         self.registry.settle(stored, added.is_ok()).await;
         let concept = added?;

@@ -8,7 +8,7 @@ use super::{Caller, ConceptView, Service};
 use crate::cluster::{EventStream, Prepared};
 use crate::registry::{Concept, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage};
 use coar_core::concept::{concept_names, parse_prompt};
-use coar_core::engine::{Cost, GenerationEvent, SamplingParams};
+use coar_core::engine::{ConceptTokens, Cost, GenerationEvent, SamplingParams};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::picture::{PictureFormat, RgbPicture};
 
@@ -126,12 +126,16 @@ impl Service {
             .limit(self.limits.prompt as u64));
         }
         let (prompt, found) = self.placed(caller, &input).await?;
-        let mut concepts = Vec::new();
+        let (mut concepts, mut tokens) = (Vec::new(), Vec::new());
         for concept in found {
             let (Some(hash), Some(version)) = (concept.version.clone(), concept.version_number) else {
                 let training = self.registry.latest_training(caller.tenant, concept.id).await?;
                 return Err(not_ready(&ConceptView { concept, training }));
             };
+            tokens.push(match concept.tokens {
+                Some(tokens) => tokens,
+                None => self.count_tokens(&concept, version, &hash).await?,
+            });
             concepts.push(GenerationConcept {
                 name: concept.name,
                 kind: concept.kind,
@@ -150,7 +154,7 @@ impl Service {
             total: 0,
             priority: 0,
         };
-        let prepared = self.executor.prepare(&new).await?;
+        let prepared = self.executor.prepare(&new, &tokens)?;
         let cost = prepared.cost;
         new.total = u32::try_from(cost.image).unwrap_or(u32::MAX);
         Ok(Plan { new, prepared, cost })
@@ -189,6 +193,18 @@ impl Service {
             output_compression: quality(output_format, input.output_compression)?,
             partial_images: at_most("partial_images", input.partial_images.unwrap_or(0), (0, 3))?,
         })
+    }
+
+    /// The context tokens of a version that an earlier release has stored, from its file; they are noted for the next time.
+    async fn count_tokens(&self, concept: &Concept, version: u32, hash: &str) -> Result<ConceptTokens, Error> {
+        let bytes = self.registry.blobs.get(hash).await?;
+        let file = self.executor.info().read_concept(&bytes).map_err(|error| {
+            let message = format!("The concept `{}` cannot be used: {error}.", concept.name);
+            Error::new(ErrorKind::Conflict, "concept_unusable", message)
+        })?;
+        let tokens = ConceptTokens::from(&file.tensors);
+        self.registry.note_tokens(concept.id, version, tokens).await?;
+        Ok(tokens)
     }
 
     /// The prompt with every concept in it, and the concepts.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use tokenizers::Tokenizer;
 
 const IMAGE_CODE: &str = "IMGIMG";
@@ -276,6 +277,8 @@ fn tokenized<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, Strin
 /// The checkpoint's own tokenizer file.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
+    /// The file it was read from.
+    file: Bytes,
 }
 
 impl std::fmt::Debug for TextTokenizer {
@@ -303,7 +306,10 @@ impl TextTokenizer {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, TokenizerError> {
         let tokenizer = tokenized(|| Tokenizer::from_bytes(bytes))
             .map_err(|error| TokenizerError::invalid("tokenizer", format!("cannot be read: {error}")))?;
-        Ok(Self { tokenizer })
+        Ok(Self {
+            tokenizer,
+            file: Bytes::copy_from_slice(bytes),
+        })
     }
 
     /// Without the file's own truncation and padding, for callers that have their own.
@@ -316,6 +322,11 @@ impl TextTokenizer {
             .map_err(|error| TokenizerError::invalid("tokenizer", error.to_string()))?;
         self.tokenizer.with_padding(None);
         Ok(self)
+    }
+
+    /// The bytes that it was read from.
+    pub fn file(&self) -> &Bytes {
+        &self.file
     }
 
     /// Every name and its id.

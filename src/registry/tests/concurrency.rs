@@ -9,6 +9,8 @@ use coar_core::ids::GenerationId;
 use coar_core::picture::PictureFormat;
 use coar_core::training::StepLosses;
 
+const TOKENS: coar_core::engine::ConceptTokens = coar_core::engine::ConceptTokens { text: 1, image: 1 };
+
 /// No call may take longer, however many there are.
 const LONGEST: Duration = Duration::from_secs(1);
 /// A call that takes so long hangs.
@@ -138,7 +140,10 @@ impl Caller {
         }
         let (report, error) = (serde_json::json!({}), serde_json::json!({"code": "x"}));
         match self.number % 3 {
-            0 => call!(self, succeed(&claimed, vec![self.number as u8].into(), &report)),
+            0 => call!(
+                self,
+                succeed(&claimed, (vec![self.number as u8].into(), TOKENS), &report)
+            ),
             1 => call!(self, fail(&claimed, &error, self.number.is_multiple_of(2))),
             _ => call!(self, release(&claimed)),
         };
@@ -241,7 +246,10 @@ impl Caller {
         let (new, spec) = concept_of("ink", stored.hashes().to_vec());
         let added = call!(self, add_concept(tenant.id, &new, &spec));
         self.registry.settle(stored, added.is_some()).await;
-        call!(self, add_ready_concept(tenant.id, &concept_of("rex", vec![]).0, "none"));
+        call!(
+            self,
+            add_ready_concept(tenant.id, &concept_of("rex", vec![]).0, ("none", TOKENS))
+        );
         call!(self, delete_tenant(tenant.id));
         Some(())
     }

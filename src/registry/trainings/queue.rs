@@ -7,6 +7,7 @@ use super::super::db::locking;
 use super::super::pool::Transaction;
 use super::super::{Registry, RegistryError, TrainingStatus};
 use super::{ATTEMPTS, Claimed, Progress, TAKEOVER_MS, TAKEOVERS, training};
+use coar_core::engine::ConceptTokens;
 use coar_core::ids::{ConceptId, TrainingId};
 use coar_core::training::StepLosses;
 
@@ -301,11 +302,11 @@ impl Registry {
     pub async fn succeed(
         &self,
         claimed: &Claimed,
-        file: bytes::Bytes,
+        (file, tokens): (bytes::Bytes, ConceptTokens),
         report: &serde_json::Value,
     ) -> Result<(), RegistryError> {
         let stored = self.store(vec![file]).await?;
-        let published = self.publish(claimed, stored.first(), report).await;
+        let published = self.publish(claimed, (stored.first(), tokens), report).await;
         self.settle(stored, published.is_ok()).await;
         self.remove_unreferenced(&published?).await
     }
@@ -314,7 +315,7 @@ impl Registry {
     async fn publish(
         &self,
         claimed: &Claimed,
-        version: &str,
+        (version, tokens): (&str, ConceptTokens),
         report: &serde_json::Value,
     ) -> Result<Vec<String>, RegistryError> {
         let at = self.lease_time().await?;
@@ -342,8 +343,8 @@ impl Registry {
         .await?;
         fenced(changed.rows_affected())?;
         sqlx::query(
-            "INSERT INTO concept_versions (concept_id, number, hash, training_id, input_fingerprint, created_at)
-             VALUES ($1, $2, $3, $4, $5, $6)",
+            "INSERT INTO concept_versions (concept_id, number, hash, training_id, input_fingerprint, created_at,
+             text_tokens, image_tokens) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
         )
         .bind(claimed.training.concept_id.to_string())
         .bind(number)
@@ -351,6 +352,8 @@ impl Registry {
         .bind(claimed.training.id.to_string())
         .bind(&claimed.training.input_fingerprint)
         .bind(at)
+        .bind(i64::from(tokens.text))
+        .bind(i64::from(tokens.image))
         .execute(&mut *transaction)
         .await?;
         sqlx::query("UPDATE concepts SET version = $1, version_number = $2, updated_at = $3 WHERE id = $4")

@@ -6,6 +6,8 @@ use crate::registry::blobs::content_hash;
 use coar_core::concept::ConceptKind;
 use coar_core::training::Preset;
 
+const TOKENS: coar_core::engine::ConceptTokens = coar_core::engine::ConceptTokens { text: 1, image: 1 };
+
 async fn registry() -> (tempfile::TempDir, Registry) {
     crate::registry::tests::test_registry().await
 }
@@ -92,11 +94,13 @@ async fn only_the_lease_holder_writes() {
         Err(RegistryError::LeaseLost)
     ));
     assert!(matches!(
-        registry.succeed(&slow, "x".into(), &serde_json::json!({})).await,
+        registry
+            .succeed(&slow, ("x".into(), TOKENS), &serde_json::json!({}))
+            .await,
         Err(RegistryError::LeaseLost)
     ));
     registry
-        .succeed(&next, "y".into(), &serde_json::json!({}))
+        .succeed(&next, ("y".into(), TOKENS), &serde_json::json!({}))
         .await
         .unwrap();
     let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
@@ -128,7 +132,7 @@ async fn checkpoints_replace_each_other_and_go_at_the_end() {
         (2, Some(&blobs[1]))
     );
     registry
-        .succeed(&again, "v".into(), &serde_json::json!({}))
+        .succeed(&again, ("v".into(), TOKENS), &serde_json::json!({}))
         .await
         .unwrap();
     assert!(registry.blobs.get(&blobs[1]).await.is_err());
@@ -197,7 +201,7 @@ async fn deleting_a_concept_removes_its_blobs_unless_another_uses_them() {
         ..NewConcept::new("twin", ConceptKind::Style)
     };
     registry
-        .add_ready_concept(TenantId::DEFAULT, &new, "none")
+        .add_ready_concept(TenantId::DEFAULT, &new, ("none", TOKENS))
         .await
         .unwrap();
     assert!(registry.delete_concept(TenantId::DEFAULT, "rex").await.unwrap());
@@ -244,7 +248,7 @@ async fn tenants_take_turns_and_what_was_interrupted_goes_on_first() {
     let again = claim().await;
     assert_eq!((number(&again), again.training.attempt), (0, 1));
     registry
-        .succeed(&other, "x".into(), &serde_json::json!({}))
+        .succeed(&other, ("x".into(), TOKENS), &serde_json::json!({}))
         .await
         .unwrap();
     assert_eq!(number(&claim().await), 4);

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::concept::{PromptPiece, parse_prompt};
+use crate::concept::{ConceptTensors, PromptPiece, parse_prompt};
 use crate::tokenizer::{PromptPart, TextTokenizer, TokenizerError, Vocabulary, encode_prompt};
 
-use super::GenerateRequest;
+use super::SamplingParams;
 
 /// Tokens of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +14,35 @@ pub struct Cost {
     pub text: u64,
     /// Of all its pictures.
     pub image: u64,
+}
+
+/// How many context tokens a concept has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConceptTokens {
+    /// T: positions at each of its placeholders in the prompt.
+    pub text: u32,
+    /// K: positions before the first image code.
+    pub image: u32,
+}
+
+impl From<&ConceptTensors> for ConceptTokens {
+    fn from(tensors: &ConceptTensors) -> Self {
+        Self {
+            text: tensors.text_tokens as u32,
+            image: tensors.image_tokens as u32,
+        }
+    }
+}
+
+/// What decides a request's cost. The concepts' tensors do not.
+#[derive(Debug, Clone, Copy)]
+pub struct Costed<'a> {
+    /// With `<name>` placeholders as written.
+    pub prompt: &'a str,
+    pub concepts: &'a [(&'a str, ConceptTokens)],
+    pub sampling: &'a SamplingParams,
+    /// How many images.
+    pub count: u32,
 }
 
 /// Counts the tokens of requests to one base model, as its device thread will.
@@ -32,12 +61,12 @@ impl TokenCounter {
     ///
     /// # Errors
     /// When the prompt names an unknown concept, cannot be tokenized, or is too long for a row of the batch.
-    pub fn count(&self, request: &GenerateRequest) -> Result<Cost, TokenizerError> {
+    pub fn count(&self, request: Costed) -> Result<Cost, TokenizerError> {
         let pieces =
-            parse_prompt(&request.prompt).map_err(|error| TokenizerError::invalid("prompt", error.to_string()))?;
+            parse_prompt(request.prompt).map_err(|error| TokenizerError::invalid("prompt", error.to_string()))?;
         let slot = |name: &str| {
-            let concept = request.concepts.iter().find(|concept| concept.name == name);
-            concept.map(|concept| concept.tensors.text_tokens).ok_or_else(|| {
+            let concept = request.concepts.iter().find(|(known, _)| *known == name);
+            concept.map(|(_, tokens)| tokens.text as usize).ok_or_else(|| {
                 TokenizerError::invalid("prompt", format!("names the concept <{name}>, which is unknown"))
             })
         };
@@ -45,11 +74,7 @@ impl TokenCounter {
         let (width, height) = request.sampling.size();
         let prompt = encode_prompt(&self.tokenizer, &self.vocabulary, width, height, &parts)?;
         let (rows, columns) = (height / self.pixels_per_code, width / self.pixels_per_code);
-        let context: usize = request
-            .concepts
-            .iter()
-            .map(|concept| concept.tensors.image_tokens)
-            .sum();
+        let context: usize = request.concepts.iter().map(|(_, tokens)| tokens.image as usize).sum();
         // Image start and both sizes, and a row end after each row.
         let sequence = (prompt.ids.len() + 3 + context) as i64 + i64::from(rows * (columns + 1));
         if sequence > self.longest_row {

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::trace::{GenerationClock, Trace};
 use super::{
-    Cost, EngineError, GenerateRequest, GenerationEvent, Health, Load, ModelInfo, TokenCounter, TrainingEvent,
+    EngineError, GenerateRequest, GenerationEvent, Health, Load, ModelInfo, TokenCounter, TrainingEvent,
     TrainingRequest,
 };
 use crate::metrics::meters;
@@ -232,12 +232,9 @@ impl EngineHandle {
         self.gauge.load()
     }
 
-    /// What a request will cost; counted here, the device is not asked.
-    ///
-    /// # Errors
-    /// `Invalid` when the prompt cannot be tokenised or is too long for a row of the batch.
-    pub fn cost(&self, request: &GenerateRequest) -> Result<Cost, EngineError> {
-        Ok(self.counter.count(request)?)
+    /// Counts what requests will cost; the device is not asked.
+    pub fn counter(&self) -> &TokenCounter {
+        &self.counter
     }
 
     /// Hands a generation to the device thread. Bounded and without waiting.

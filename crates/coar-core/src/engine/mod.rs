@@ -15,7 +15,7 @@ use crate::picture::RgbPicture;
 use crate::tokenizer::TokenizerError;
 use crate::training::{StepLosses, TrainingSpec};
 
-pub use cost::{Cost, TokenCounter, prompt_parts};
+pub use cost::{ConceptTokens, Cost, Costed, TokenCounter, prompt_parts};
 pub use handle::{Command, DeviceThread, EngineHandle, Gauge, GenerationStream, Ticket, TrainingStream};
 pub use sampling::SamplingParams;
 pub use trace::{GenerationClock, Prefill, Trace};

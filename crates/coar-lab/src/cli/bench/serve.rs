@@ -185,7 +185,7 @@ impl ServeBenchArgs {
         };
         let model = self.model.clone();
         let begun = Instant::now();
-        let engine = tokio::task::spawn_blocking(move || model.start_engine(options)).await??;
+        let engine = tokio::task::spawn_blocking(move || model.source().start_engine(options)).await??;
         let loaded = begun.elapsed().as_secs_f64();
         let info = engine.info().clone();
         let requests = |of: fn(&ModelInfo, usize) -> Option<ConceptUse>| -> Vec<GenerateRequest> {

@@ -268,7 +268,7 @@ impl SoakArgs {
             ..self.engine.options()
         };
         let model = self.model.clone();
-        let engine = tokio::task::spawn_blocking(move || model.start_engine(options)).await??;
+        let engine = tokio::task::spawn_blocking(move || model.source().start_engine(options)).await??;
         let (start, begun) = (resident_memory(), Instant::now());
         let mix = Mix {
             requests: self.requests,

@@ -203,7 +203,7 @@ fn wait(child: &mut Child, time: Duration) -> anyhow::Result<Option<std::process
 /// The process of [`lost_context`]: draws an image, loses the context, and asks for another. The engine should end it.
 pub(super) fn poisoned(args: &ModelArgs) -> anyhow::Result<()> {
     let (args, device) = (args.clone(), args.source().device()?);
-    let engine = args.start_engine(EngineOptions::default())?;
+    let engine = args.source().start_engine(EngineOptions::default())?;
     draw(&engine)?;
     eprintln!("an image is drawn; the context is poisoned now");
     let thread = std::thread::spawn(move || -> anyhow::Result<()> {

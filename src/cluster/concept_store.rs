@@ -1,0 +1,64 @@
+//! Concepts in this process's memory: each file is read, verified and parsed once, however many requests use it.
+
+use std::sync::Arc;
+
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+
+use crate::registry::{BlobError, Blobs, GenerationConcept};
+use coar_core::concept::ConceptTensors;
+use coar_core::engine::ModelInfo;
+use coar_core::error::{Error, ErrorKind};
+
+/// Tensors by the hash of their file, the least useful ones evicted first.
+#[derive(Debug, Clone)]
+pub(super) struct ConceptStore {
+    blobs: Blobs,
+    cache: Arc<Cache<String, Arc<ConceptTensors>, Bytes>>,
+}
+
+/// A concept weighs what its numbers take, in bytes.
+#[derive(Debug, Clone)]
+struct Bytes;
+
+impl Weighter<String, Arc<ConceptTensors>> for Bytes {
+    fn weight(&self, _: &String, tensors: &Arc<ConceptTensors>) -> u64 {
+        4 * tensors.parameters() as u64 + 1
+    }
+}
+
+/// Bytes of a usual concept: 9 layers of 2 x 4096 numbers.
+const USUAL: usize = 300 << 10;
+
+impl ConceptStore {
+    /// Keeps about `bytes` of tensors.
+    pub fn new(blobs: Blobs, bytes: usize) -> Self {
+        Self {
+            blobs,
+            cache: Arc::new(Cache::with_weighter((bytes / USUAL).max(16), bytes as u64, Bytes)),
+        }
+    }
+
+    /// The tensors of a concept, as `model` takes them. Requests that want the same one at once wait for one read.
+    ///
+    /// # Errors
+    /// `concept_not_found` where the file is gone, `concept_unusable` where it does not fit the model; when the store fails.
+    pub async fn get(&self, model: &ModelInfo, concept: &GenerationConcept) -> Result<Arc<ConceptTensors>, Error> {
+        self.cache
+            .get_or_insert_async(&concept.hash, async {
+                let bytes = match self.blobs.get(&concept.hash).await {
+                    Err(BlobError::Missing(_)) => {
+                        let message = format!("The concept `{}` was deleted before this was drawn.", concept.name);
+                        return Err(Error::new(ErrorKind::NotFound, "concept_not_found", message));
+                    }
+                    other => other?,
+                };
+                let file = model.read_concept(&bytes).map_err(|error| {
+                    let message = format!("The concept `{}` cannot be used: {error}.", concept.name);
+                    Error::new(ErrorKind::Conflict, "concept_unusable", message)
+                })?;
+                Ok(Arc::new(file.tensors))
+            })
+            .await
+    }
+}
