@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build build-lab test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
+.PHONY: serve build build-lab test test-api check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -24,6 +24,10 @@ serve: build
 
 test: libtorch
 	cargo test --workspace
+
+# Server and core without libtorch: their unit tests, and an API process beside a worker.
+test-api:
+	tests/api_build/run.sh
 
 # Formatting and lints, warnings denied.
 check: libtorch

@@ -16,6 +16,7 @@ use crate::registry::{Process, Registry};
 use coar_core::engine::{EngineError, GenerationEvent, ModelInfo, TokenCounter};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ProcessId;
+use coar_core::routing::{Candidate, choose_worker};
 
 /// How often the list of workers is read.
 const REFRESH: Duration = Duration::from_millis(500);
@@ -131,28 +132,23 @@ fn no_worker() -> Error {
     .retry_after(Duration::from_secs(2))
 }
 
-/// Which of several workers draws next: the one with the least to do; but one that has more of the concepts on its device
-/// wins where it has room at once and at most one such request more to do than the best. So nobody waits longer for the
-/// sake of a warm cache; a fuller batch would cost everybody in it more than a swap (docs/scaling.md).
+/// Which of several workers draws next: see [`choose_worker`].
 fn choose<'a>(
     workers: impl Iterator<Item = &'a Worker>,
     hashes: &[String],
     (rows, tokens): (usize, u64),
 ) -> Option<&'a Worker> {
     let workers: Vec<&Worker> = workers.collect();
-    let to_do = |worker: &Worker| worker.sent.load(Ordering::Relaxed) + worker.others;
-    let least = workers.iter().map(|worker| to_do(worker)).min()?;
-    let hot = |worker: &Worker| {
-        let known: HashSet<&str> = worker.report.hot.iter().map(String::as_str).collect();
-        hashes.iter().filter(|hash| known.contains(short(hash))).count()
+    let candidate = |worker: &&Worker| {
+        let warm: HashSet<&str> = worker.report.hot.iter().map(String::as_str).collect();
+        Candidate {
+            pending_tokens: worker.sent.load(Ordering::Relaxed) + worker.others,
+            begins_at_once: worker.report.free_rows >= rows && worker.report.waiting_tokens == 0,
+            warm_concepts: hashes.iter().filter(|hash| warm.contains(short(hash))).count(),
+        }
     };
-    workers
-        .into_iter()
-        .filter(|worker| {
-            let room = worker.report.free_rows >= rows && worker.report.waiting_tokens == 0;
-            to_do(worker) == least || (room && to_do(worker) <= least + tokens)
-        })
-        .min_by_key(|worker| (usize::MAX - hot(worker), to_do(worker)))
+    let candidates: Vec<Candidate> = workers.iter().map(candidate).collect();
+    choose_worker(&candidates, tokens).map(|index| workers[index])
 }
 
 impl Fleet {

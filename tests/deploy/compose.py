@@ -75,7 +75,7 @@ demanded = set(re.findall(r"\$\{([A-Z0-9_]+):\?", text))
 hold(made == demanded, f"docker/env.sh makes {sorted(made)}, the compose file demands {sorted(demanded)}")
 
 # Metrics: those of crates/coar-core/src/metrics.rs and no others.
-meters = (root / "src/telemetry/meters.rs").read_text()
+meters = (root / "crates/coar-core/src/metrics.rs").read_text()
 names = set(re.findall(r'metric\(\s*"(coar_\w+)"', meters))
 hold(len(names) > 30, f"only {len(names)} metrics were found in meters.rs")
 

@@ -13,6 +13,8 @@ pub mod ids;
 pub mod metrics;
 /// Pictures in memory: decoding of untrusted bytes under limits, encoding.
 pub mod picture;
+/// Which of several workers draws next.
+pub mod routing;
 /// Which request is admitted next, and how a device's time is shared.
 pub mod scheduler;
 /// Text tokens, image codes and special ids of a checkpoint's vocabulary.

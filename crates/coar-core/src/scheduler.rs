@@ -122,7 +122,7 @@ pub enum Turn {
 }
 
 /// Shares the device's time between drawing and training.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct DeviceShare {
     training_share: f64,
     /// Time that each had since both wanted the device.
@@ -159,6 +159,13 @@ impl DeviceShare {
                 }
             }
         }
+    }
+
+    /// How long generation may go on before training is behind, where both want the device; `None`: for ever.
+    pub fn generation_left(&self) -> Option<Duration> {
+        let share = self.training_share;
+        let due = self.training.as_secs_f64() * (1.0 - share) / share;
+        (share > 0.0).then(|| Duration::from_secs_f64((due - self.generation.as_secs_f64()).max(0.0)))
     }
 
     /// Tells what the slice took; `contended` when both wanted it.

@@ -14,7 +14,6 @@ mod plan;
 mod report;
 mod roofline;
 mod routing;
-mod share;
 mod simulation;
 #[cfg(test)]
 mod tests;

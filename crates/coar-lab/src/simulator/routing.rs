@@ -1,5 +1,6 @@
 //! Which worker a request goes to.
 
+use coar_core::routing::{Candidate, choose_worker};
 use serde::Serialize;
 
 use super::draws::Draws;
@@ -13,24 +14,28 @@ pub enum Policy {
     Random,
     /// The one with the fewest pictures at work and waiting; beside a training they count for more.
     LeastLoaded,
-    /// One that has the concept on its device, if it would begin at once and beside no training; else the least loaded.
-    ConceptHot,
+    /// As the server chooses.
+    Server,
 }
 
 impl Policy {
-    /// The worker for a picture with `concept`; `None` where every worker is dead or full.
-    pub(super) fn choose(self, workers: &[Worker], concept: Option<u32>, draws: &mut Draws) -> Option<usize> {
+    /// The worker for an image of `codes` codes with `concept`; `None` where every worker is dead or full.
+    pub(super) fn choose(
+        self,
+        workers: &[Worker],
+        (concept, codes): (Option<u32>, u32),
+        draws: &mut Draws,
+    ) -> Option<usize> {
         if self == Self::Random {
             return random(workers, draws);
         }
-        if let (Self::ConceptHot, Some(concept)) = (self, concept) {
-            // Free rows and an empty queue: it takes nobody's turn.
-            let hot = least(workers, |worker| {
-                worker.begins_at_once() && worker.cache.is_hot(concept)
-            });
-            if hot.is_some() {
-                return hot;
-            }
+        if self == Self::Server {
+            let able: Vec<usize> = (0..workers.len()).filter(|&index| workers[index].has_room()).collect();
+            let candidates: Vec<Candidate> = able
+                .iter()
+                .map(|&index| workers[index].candidate(concept, codes))
+                .collect();
+            return choose_worker(&candidates, codes.into()).map(|chosen| able[chosen]);
         }
         least(workers, Worker::has_room)
     }

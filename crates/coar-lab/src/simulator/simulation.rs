@@ -198,7 +198,11 @@ impl<'a> Simulation<'a> {
         };
         let concept = uses.then_some(concept);
         self.seen.asked += 1;
-        let Some(worker) = self.fleet.policy.choose(&self.workers, concept, &mut self.routing) else {
+        let Some(worker) = self
+            .fleet
+            .policy
+            .choose(&self.workers, (concept, codes as u32), &mut self.routing)
+        else {
             self.seen.refuse(now >= self.workload.warm_up);
             return;
         };
@@ -359,8 +363,11 @@ impl<'a> Simulation<'a> {
 
     /// What was accepted is not refused later: where every queue is full it goes to the shortest.
     fn route_again(&mut self, now: f64, request: usize) {
-        let concept = self.requests[request].concept;
-        let chosen = self.fleet.policy.choose(&self.workers, concept, &mut self.routing);
+        let (concept, codes) = (self.requests[request].concept, self.requests[request].codes);
+        let chosen = self
+            .fleet
+            .policy
+            .choose(&self.workers, (concept, codes), &mut self.routing);
         let living = self
             .workers
             .iter()

@@ -130,7 +130,7 @@ fn nothing_is_lost_whatever_dies() {
     let fleet = Fleet {
         training_workers: 0,
         workers: 3,
-        policy: Policy::ConceptHot,
+        policy: Policy::Server,
         hop_ms: 20.0,
         failures: Some(Failures {
             mtbf_hours: 0.1,
@@ -254,7 +254,7 @@ fn hot_workers_are_found_if_it_costs_nobody_a_turn() {
         ..load(6.0, 3000.0)
     };
     let seen = |policy| simulate(&times, &workload, &workers(6, policy), 11).unwrap();
-    let (hot, least) = (seen(Policy::ConceptHot), seen(Policy::LeastLoaded));
+    let (hot, least) = (seen(Policy::Server), seen(Policy::LeastLoaded));
     assert!(
         hot.concept_hits > least.concept_hits + 0.1,
         "{} {}",

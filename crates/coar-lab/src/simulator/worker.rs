@@ -2,9 +2,12 @@
 //! `engine::thread`. Units that nobody disturbs are taken together.
 
 use std::collections::VecDeque;
+use std::time::Duration;
+
+use coar_core::routing::Candidate;
+use coar_core::scheduler::{DeviceShare, Turn as DeviceTurn};
 
 use super::cache::Cache;
-use super::share::Share;
 use super::times::Times;
 
 /// A request in the queue.
@@ -23,6 +26,7 @@ pub(super) struct Queued {
 struct Drawing {
     request: usize,
     size: usize,
+    codes: u32,
     left: u32,
     /// Tokens in the cache of each of its rows.
     context: f64,
@@ -108,7 +112,7 @@ pub(super) struct Worker {
     pixels: Vec<usize>,
     /// Device seconds that pixels still take.
     debt: f64,
-    share: Share,
+    share: DeviceShare,
     turn: Option<Turn>,
     turns: u64,
     places: usize,
@@ -134,7 +138,7 @@ impl Worker {
             threads: vec![0.0; times.engine.picture_threads],
             pixels: vec![],
             debt: 0.0,
-            share: Share::default(),
+            share: DeviceShare::new(times.engine.training_share),
             turn: None,
             turns: 0,
             places: times.places(),
@@ -161,6 +165,20 @@ impl Worker {
     /// Whether one more would find rows free and nobody before it.
     pub fn begins_at_once(&self) -> bool {
         self.up && self.draws && self.load() < self.places
+    }
+
+    /// As the server's choice sees it, for an image of `codes` codes. Those on their way count as large as this one.
+    pub fn candidate(&self, concept: Option<u32>, codes: u32) -> Candidate {
+        let here = self
+            .rows
+            .iter()
+            .map(|row| row.codes)
+            .chain(self.queue.iter().map(|queued| queued.codes));
+        Candidate {
+            pending_tokens: here.map(u64::from).sum::<u64>() + self.incoming as u64 * u64::from(codes),
+            begins_at_once: self.begins_at_once(),
+            warm_concepts: concept.is_some_and(|concept| self.cache.is_hot(concept)).into(),
+        }
     }
 
     /// Whether one more is not refused.
@@ -211,7 +229,6 @@ impl Worker {
     pub fn begin(&mut self, now: f64, times: &Times) -> Option<Begun> {
         let drawing = !self.rows.is_empty() || !self.queue.is_empty() || self.debt > 0.0;
         let training = !self.trainings.is_empty();
-        let share = times.engine.training_share;
         self.turns += 1;
         let mut turn = Turn {
             number: self.turns,
@@ -225,7 +242,7 @@ impl Worker {
         let mut admitted = vec![];
         match (drawing, training) {
             (false, false) => return None,
-            (true, true) if self.share.trains(share) => self.plan_training(&mut turn, times),
+            (true, true) if self.share.turn(true, true) == DeviceTurn::Training => self.plan_training(&mut turn, times),
             (false, true) => self.plan_training(&mut turn, times),
             _ => admitted = self.plan_drawing(&mut turn, times),
         }
@@ -263,6 +280,7 @@ impl Worker {
             self.rows.push(Drawing {
                 request: queued.request,
                 size: queued.size,
+                codes: queued.codes,
                 left: queued.codes,
                 context: f64::from(size.prompt_tokens),
                 growth: 1.0 + f64::from(size.row_ends) / f64::from(size.codes),
@@ -274,8 +292,11 @@ impl Worker {
         turn.step = self.step(1, times) / slower;
         turn.steps = least;
         if turn.contended {
-            let left = self.share.drawing_left(times.engine.training_share) - turn.lead;
-            turn.steps = least.min((left / turn.step).ceil().clamp(1.0, f64::from(u32::MAX)) as u32);
+            let left = self
+                .share
+                .generation_left()
+                .map_or(f64::INFINITY, |left| left.as_secs_f64());
+            turn.steps = least.min(((left - turn.lead) / turn.step).ceil().clamp(1.0, f64::from(u32::MAX)) as u32);
         }
         turn.step = self.step(turn.steps, times) / slower;
         admitted
@@ -293,7 +314,12 @@ impl Worker {
     pub fn finish(&mut self, number: u64, times: &Times) -> Option<Outcome> {
         let turn = self.turn.take_if(|turn| turn.number == number)?;
         self.measure(&turn, turn.ends(), times);
-        self.share.spent(turn.drawing, turn.ends() - turn.begun, turn.contended);
+        let kind = match turn.drawing {
+            true => DeviceTurn::Generation,
+            false => DeviceTurn::Training,
+        };
+        let spent = Duration::from_secs_f64(turn.ends() - turn.begun);
+        self.share.spent(kind, spent, turn.contended);
         let mut outcome = Outcome::default();
         match turn.drawing {
             true => outcome.drawn = self.draw(&turn, times),
@@ -372,7 +398,7 @@ impl Worker {
         self.up = false;
         self.cache.clear();
         self.debt = 0.0;
-        self.share = Share::default();
+        self.share = DeviceShare::new(self.training_share);
         self.threads.fill(0.0);
         let mut requests: Vec<usize> = self.rows.drain(..).map(|row| row.request).collect();
         requests.extend(self.queue.drain(..).map(|queued| queued.request));

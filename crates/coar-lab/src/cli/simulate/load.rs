@@ -64,14 +64,14 @@ enum PolicyChoice {
     Random,
     /// The one with the fewest pictures; beside a training they count for more.
     LeastLoaded,
-    /// One that has the concept on its device if the picture begins at once there, beside no training; else the least loaded.
-    ConceptHot,
+    /// As the server chooses: the one with the least to do, or one that has the concept on its device where that makes nobody wait.
+    Server,
 }
 
 /// How workers are reached, and how they die.
 #[derive(Debug, Args)]
 pub(super) struct FleetArgs {
-    #[arg(long, value_enum, default_value = "concept-hot")]
+    #[arg(long, value_enum, default_value = "server")]
     policy: PolicyChoice,
     /// So many of the workers take trainings and no pictures, the others pictures and no trainings; 0: all take both.
     #[arg(long, default_value_t = 0, value_name = "N")]
@@ -97,7 +97,7 @@ impl FleetArgs {
             policy: match self.policy {
                 PolicyChoice::Random => Policy::Random,
                 PolicyChoice::LeastLoaded => Policy::LeastLoaded,
-                PolicyChoice::ConceptHot => Policy::ConceptHot,
+                PolicyChoice::Server => Policy::Server,
             },
             hop_ms: self.hop_ms,
             failures: (self.mtbf_hours > 0.0).then_some(Failures {

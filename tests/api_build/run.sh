@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The build without the feature `device`: it is not linked to libtorch, says so where a device is needed, passes the unit tests of
+# server and core, and serves in the role `api` beside a worker (skipped, loudly, where there is no PostgreSQL).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+target=${CARGO_TARGET_DIR:-target}
+export COAR_DATA
+COAR_DATA=$(mktemp -d)
+trap 'rm -rf "$COAR_DATA"' EXIT
+
+tree=$(cargo tree -p coar --no-default-features -e normal)
+! grep -E '\b(tch|torch-sys) v' <<<"$tree"
+core=$(cargo tree -p coar-core -e normal -f '{p} {f}')
+! grep -E '\b(tch|torch-sys|sqlx|axum) v|tokio v.*\brt\b' <<<"$core"
+
+# A folder of its own: it does not rebuild the other one's crates with other features, and needs no LIBTORCH.
+export CARGO_TARGET_DIR=$target/api
+env --unset=LIBTORCH cargo test --quiet -p coar -p coar-core --no-default-features --lib
+env --unset=LIBTORCH cargo build --quiet -p coar --no-default-features
+program=$CARGO_TARGET_DIR/debug/coar
+! ldd "$program" | grep -i torch
+for role in all worker; do
+    ! "$program" serve --role "$role" --listen 127.0.0.1:0 --worker-listen 127.0.0.1:0 2>"$COAR_DATA/said"
+    grep -q "has no device" "$COAR_DATA/said"
+done
+! "$program" generate "a cat" 2>"$COAR_DATA/said"
+grep -q "has no device" "$COAR_DATA/said"
+echo "ok    a build without the device is free of libtorch, and says what it cannot do"
+
+export CARGO_TARGET_DIR=$target
+[ -n "${COAR_BIN:-}" ] || cargo build --quiet --bin coar
+scripts/with-postgres.sh python3 tests/api_build/serve.py "$program" "${COAR_BIN:-$target/debug/coar}"
