@@ -10,8 +10,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -23,12 +25,10 @@ use super::extract::Fields;
 use super::idempotency::{Answers, IdempotencyHeader, Once};
 use super::openapi::ServerEvent;
 use super::{ApiError, AppState, sse};
-use crate::cluster::EventStream;
 use crate::jobs::DrawEvent;
-use crate::registry::{TokenUsage, now};
-use crate::service::{Admitted, Caller, GenerateInput, NamedConcept, Plan, Service, drawn};
+use crate::registry::{StoredImage, TokenUsage, now};
+use crate::service::{Admitted, Caller, GenerateInput, NamedConcept, Plan, Service, Transient};
 use coar_core::concept::is_slug;
-use coar_core::engine::GenerationEvent;
 use coar_core::error::{Error, ErrorKind};
 use coar_core::picture::RgbPicture;
 
@@ -302,8 +302,12 @@ async fn generate(
     once.run(&state, &caller, &content, work).await
 }
 
-fn answered(service: &Service, plan: &Plan, data: Vec<ImageData>, usage: TokenUsage) -> Response {
+fn answered(service: &Service, plan: &Plan, data: Vec<ImageData>) -> Response {
     let settings = &plan.new.settings;
+    let usage = TokenUsage {
+        text_tokens: plan.cost.text,
+        image_tokens: plan.cost.image,
+    };
     Json(ImagesObject {
         created: now() / 1000,
         data,
@@ -318,20 +322,33 @@ fn answered(service: &Service, plan: &Plan, data: Vec<ImageData>, usage: TokenUs
     .into_response()
 }
 
-async fn by_url(service: &Service, caller: &Caller, plan: Plan, base: &str) -> Result<Response, ApiError> {
-    let mut begun = service.begin_generation(caller, plan.clone()).await?;
+/// Waits for every image; in order of their index.
+async fn all(events: &mut mpsc::Receiver<DrawEvent>) -> Result<Vec<Finished>, Error> {
     let mut images = Vec::new();
     loop {
-        match begun.events.recv().await {
-            Some(DrawEvent::Image { image, .. }) => images.push(image),
+        match events.recv().await {
+            Some(DrawEvent::Image { index, file, stored }) => images.push(Finished { index, file, stored }),
             Some(DrawEvent::Ended(ended)) => break ended?,
             Some(_) => {}
-            None => return Err(Error::internal("a drawing ended without a last event").into()),
+            None => return Err(Error::internal("a generation ended without a last event")),
         }
     }
     images.sort_by_key(|image| image.index);
+    Ok(images)
+}
+
+struct Finished {
+    index: u32,
+    file: Bytes,
+    stored: Option<StoredImage>,
+}
+
+async fn by_url(service: &Service, caller: &Caller, plan: Plan, base: &str) -> Result<Response, ApiError> {
+    let mut begun = service.begin_generation(caller, plan.clone()).await?;
+    let images = all(&mut begun.events).await?;
     let data = images
         .iter()
+        .filter_map(|image| image.stored.as_ref())
         .map(|image| ImageData {
             url: Some(format!("{base}{}", service.links.path(image))),
             b64_json: None,
@@ -339,36 +356,30 @@ async fn by_url(service: &Service, caller: &Caller, plan: Plan, base: &str) -> R
             index: image.index,
         })
         .collect();
-    let usage = TokenUsage {
-        text_tokens: plan.cost.text,
-        image_tokens: plan.cost.image,
-    };
-    Ok(answered(service, &plan, data, usage))
+    Ok(answered(service, &plan, data))
 }
 
 async fn as_base64(service: &Service, caller: &Caller, plan: Plan) -> Result<Response, ApiError> {
     let mut admitted = service.admit(caller, plan.new.settings.n).await?;
-    let stream = service.draw(&plan).await?;
+    let mut drawing = service.draw(&plan).await?;
     admitted.drawing();
-    let (images, usage) = drawn(stream, plan.new.settings.first_index).await?;
-    let mut data = Vec::new();
-    for image in images {
-        let file = service.drawings.encode(&plan.new, image.index, image.picture).await?;
-        data.push(ImageData {
+    let data = all(&mut drawing.events)
+        .await?
+        .into_iter()
+        .map(|image| ImageData {
             url: None,
-            b64_json: Some(STANDARD.encode(&file)),
+            b64_json: Some(STANDARD.encode(&image.file)),
             seed: plan.new.settings.sampling.seed,
             index: image.index,
-        });
-    }
-    Ok(answered(service, &plan, data, usage))
+        })
+        .collect();
+    Ok(answered(service, &plan, data))
 }
 
 /// A stream at work; dropping it cancels the drawing.
 struct Streaming {
-    service: Service,
     plan: Plan,
-    events: Option<EventStream>,
+    events: Option<Transient>,
     request_id: Option<String>,
     _admitted: Admitted,
 }
@@ -378,7 +389,6 @@ async fn streamed(service: &Service, caller: &Caller, plan: Plan) -> Result<Resp
     let events = service.draw(&plan).await?;
     admitted.drawing();
     let streaming = Streaming {
-        service: service.clone(),
         plan,
         events: Some(events),
         request_id: request_id(),
@@ -395,17 +405,13 @@ impl Streaming {
     /// The next event for the caller.
     async fn next(&mut self) -> Option<Event> {
         loop {
-            let outcome = match self.events.as_mut()?.next().await {
-                Some(GenerationEvent::Partial { index, number, picture }) => self.partial(index, number, picture).await,
-                Some(GenerationEvent::Picture { index, picture }) => self.completed(index, picture).await,
-                Some(GenerationEvent::Done { .. }) => return None,
-                Some(GenerationEvent::Failed(error)) => Err(error.into()),
-                Some(GenerationEvent::Started | GenerationEvent::Progress { .. }) => continue,
-                None => Err(Error::new(
-                    ErrorKind::Unavailable,
-                    "stopping",
-                    "The server is stopping.",
-                )),
+            let outcome = match self.events.as_mut()?.events.recv().await {
+                Some(DrawEvent::Partial { index, number, picture }) => self.partial(index, number, picture).await,
+                Some(DrawEvent::Image { index, file, .. }) => Ok(self.completed(index, &file)),
+                Some(DrawEvent::Ended(Ok(()))) => return None,
+                Some(DrawEvent::Ended(Err(error))) => Err(error),
+                Some(DrawEvent::Started | DrawEvent::Progress { .. }) => continue,
+                None => Err(Error::internal("a generation ended without a last event")),
             };
             return Some(outcome.unwrap_or_else(|error| {
                 // Nothing comes after an error.
@@ -428,7 +434,7 @@ impl Streaming {
             output_format: settings.output_format.as_str(),
             usage: None,
             seed: settings.sampling.seed,
-            index: settings.first_index + index,
+            index,
         }
     }
 
@@ -441,21 +447,16 @@ impl Streaming {
         Ok(sse::event(PARTIAL, &object))
     }
 
-    async fn completed(&self, index: u32, picture: RgbPicture) -> Result<Event, Error> {
+    fn completed(&self, index: u32, file: &[u8]) -> Event {
         let (new, cost) = (&self.plan.new, self.plan.cost);
-        let file = self
-            .service
-            .drawings
-            .encode(new, new.settings.first_index + index, picture)
-            .await?;
         let usage = TokenUsage {
             text_tokens: cost.text,
             image_tokens: cost.image / u64::from(new.settings.n),
         };
         let object = EventObject {
             usage: Some(usage.into()),
-            ..self.object(COMPLETED, index, STANDARD.encode(&file))
+            ..self.object(COMPLETED, index, STANDARD.encode(file))
         };
-        Ok(sse::event(COMPLETED, &object))
+        sse::event(COMPLETED, &object)
     }
 }

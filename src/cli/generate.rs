@@ -9,8 +9,8 @@ use super::local::{DataArgs, block_on, service};
 use super::remote;
 use crate::client::{Client, Draw};
 use crate::config::ModelArgs;
+use crate::jobs::DrawEvent;
 use crate::service::{Caller, GenerateInput};
-use coar_core::engine::GenerationEvent;
 
 /// Draw pictures, here or with --server there.
 ///
@@ -111,24 +111,24 @@ impl GenerateArgs {
         let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(
             "drawing {wide_bar} {pos}/{len}  eta {eta}",
         )?);
-        while let Some(event) = stream.next().await {
+        while let Some(event) = stream.events.recv().await {
             match event {
-                GenerationEvent::Started | GenerationEvent::Partial { .. } => {}
-                GenerationEvent::Progress { done, total } => {
+                DrawEvent::Started | DrawEvent::Partial { .. } => {}
+                DrawEvent::Progress { done, total } => {
                     bar.set_length(total.into());
                     bar.set_position(done.into());
                 }
-                GenerationEvent::Picture { index, picture } => {
-                    let file = self.out.join(format!("coar-{seed}-{index}.png"));
-                    std::fs::write(&file, service.drawings.encode(&plan.new, index, picture).await?)?;
-                    bar.suspend(|| println!("{}", file.display()));
+                DrawEvent::Image { index, file, .. } => {
+                    let path = self.out.join(format!("coar-{seed}-{index}.png"));
+                    std::fs::write(&path, file)?;
+                    bar.suspend(|| println!("{}", path.display()));
                 }
-                GenerationEvent::Done { .. } => {
+                DrawEvent::Ended(ended) => {
+                    ended?;
                     bar.finish_and_clear();
                     println!("seed {seed}");
                     return Ok(());
                 }
-                GenerationEvent::Failed(error) => return Err(error.into()),
             }
         }
         anyhow::bail!("the engine stopped before the pictures were done")

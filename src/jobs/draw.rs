@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 
-use drawing::Ending;
 pub use drawing::provenance;
+use drawing::{Drawn, Ending};
 
 use super::ends::{Ends, Interest};
 use super::{Wake, Wakes, Webhooks};
@@ -52,12 +52,13 @@ pub enum DrawEvent {
         number: u32,
         picture: RgbPicture,
     },
-    /// A picture that is stored, and its file.
+    /// A finished image's file, and where the generation is stored its row.
     Image {
-        image: StoredImage,
+        index: u32,
         file: Bytes,
+        stored: Option<StoredImage>,
     },
-    /// The last event; the row says the same.
+    /// The last event; where the generation is stored its row says the same.
     Ended(Result<(), Error>),
 }
 
@@ -185,8 +186,27 @@ impl Drawings {
         let stream = self.executor.start(prepared).await?;
         let generation = self.registry.add_generation(new).await?;
         let (listener, events) = mpsc::channel(EVENTS);
-        let live = self.start(generation.clone(), stream, (Some(listener), None));
+        let live = self.start(Drawn::Stored(generation.clone()), stream, (Some(listener), None));
         Ok((generation, events, Waiting { live, armed: true }))
+    }
+
+    /// As [`Self::begin`], for images that only their reader gets: nothing is stored.
+    ///
+    /// # Errors
+    /// When the engine's queue is full or it stops.
+    pub async fn begin_transient(
+        &self,
+        new: NewGeneration,
+        prepared: &Prepared,
+    ) -> Result<(mpsc::Receiver<DrawEvent>, Waiting), Error> {
+        let stream = self.executor.start(prepared).await?;
+        let (listener, events) = mpsc::channel(EVENTS);
+        let live = self.start(
+            Drawn::Transient(GenerationId::new(), new),
+            stream,
+            (Some(listener), None),
+        );
+        Ok((events, Waiting { live, armed: true }))
     }
 
     /// Keeps something until a generation has ended that an earlier process has queued. Before [`Self::work`].
@@ -291,7 +311,7 @@ impl Drawings {
     async fn hand_over(&self, mut generation: Generation, slot: OwnedSemaphorePermit) -> Result<bool, Error> {
         let request = Arc::new((&generation.new).into());
         match self.executor.draw(request).await {
-            Ok(stream) => drop(self.start(generation, stream, (None, Some(slot)))),
+            Ok(stream) => drop(self.start(Drawn::Stored(generation), stream, (None, Some(slot)))),
             // The store, the queue or the process: what was asked for is not to blame.
             Err(error)
                 if matches!(

@@ -1,16 +1,18 @@
 //! What a caller wants drawn becomes what the engine draws: concepts resolved and placed, limits checked, costs counted.
 
 use serde_json::{Map, Value};
+use tokio::sync::mpsc;
 
 use super::concepts::{no_concept, not_ready};
 use super::placement::{Placeable, place};
 use super::{Caller, ConceptView, Service};
-use crate::cluster::{EventStream, Prepared};
-use crate::registry::{Concept, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage};
+use crate::cluster::Prepared;
+use crate::jobs::{DrawEvent, Waiting};
+use crate::registry::{Concept, GenerationConcept, GenerationSettings, NewGeneration};
 use coar_core::concept::{concept_names, parse_prompt};
-use coar_core::engine::{ConceptTokens, Cost, GenerationEvent, SamplingParams};
+use coar_core::engine::{ConceptTokens, Cost, SamplingParams};
 use coar_core::error::{Error, ErrorKind};
-use coar_core::picture::{PictureFormat, RgbPicture};
+use coar_core::picture::PictureFormat;
 
 /// A concept that is named beside the prompt, and the parameter that names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,12 +51,12 @@ pub struct Plan {
     pub cost: Cost,
 }
 
-/// A finished picture.
-#[derive(Debug, Clone)]
-pub struct GeneratedImage {
-    /// Which picture of its seed.
-    pub index: u32,
-    pub picture: RgbPicture,
+/// A generation that is drawn for its reader alone; dropping it cancels it.
+#[derive(Debug)]
+pub struct Transient {
+    /// Until [`DrawEvent::Ended`].
+    pub events: mpsc::Receiver<DrawEvent>,
+    _waiting: Waiting,
 }
 
 /// Seeds beyond this are not exact in every JSON reader.
@@ -240,50 +242,17 @@ impl Service {
         Ok((prompt, found))
     }
 
-    /// Draws without storing anything. Dropping the stream cancels the drawing.
+    /// Draws without storing anything. Dropping what is returned cancels it.
     ///
     /// # Errors
     /// When the engine is overloaded or stopping.
     #[tracing::instrument(name = "service.generate", skip_all)]
-    pub async fn draw(&self, plan: &Plan) -> Result<EventStream, Error> {
-        self.executor.start(&plan.prepared).await
-    }
-}
-
-/// Waits for all pictures of a stream; dropping the future cancels the drawing. Pictures in order.
-///
-/// # Errors
-/// When the engine stops or fails.
-pub async fn drawn(mut stream: EventStream, first_index: u32) -> Result<(Vec<GeneratedImage>, TokenUsage), Error> {
-    let mut images = Vec::new();
-    loop {
-        match stream.next().await {
-            Some(GenerationEvent::Picture { index, picture }) => images.push(GeneratedImage {
-                index: first_index + index,
-                picture,
-            }),
-            Some(GenerationEvent::Done {
-                text_tokens,
-                image_tokens,
-            }) => {
-                // They arrive as they are finished.
-                images.sort_by_key(|image| image.index);
-                let usage = TokenUsage {
-                    text_tokens,
-                    image_tokens,
-                };
-                return Ok((images, usage));
-            }
-            Some(GenerationEvent::Failed(error)) => return Err(error.into()),
-            Some(GenerationEvent::Started | GenerationEvent::Progress { .. } | GenerationEvent::Partial { .. }) => {}
-            None => {
-                return Err(Error::new(
-                    ErrorKind::Unavailable,
-                    "stopping",
-                    "The server is stopping.",
-                ));
-            }
-        }
+    pub async fn draw(&self, plan: &Plan) -> Result<Transient, Error> {
+        let (events, waiting) = self.drawings.begin_transient(plan.new.clone(), &plan.prepared).await?;
+        Ok(Transient {
+            events,
+            _waiting: waiting,
+        })
     }
 }
 

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 pub use concepts::{Change, ConceptView, Registered, Registration};
 pub use facts::read_metadata;
-pub use generate::{GenerateInput, GeneratedImage, NamedConcept, Plan, drawn};
+pub use generate::{GenerateInput, NamedConcept, Plan, Transient};
 pub use generations::{Begun, GenerationInput, GenerationView};
 pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};

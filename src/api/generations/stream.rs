@@ -67,7 +67,10 @@ impl Streaming {
                         return Some(sse::event("partial_image", &data));
                     }
                 }
-                Some(DrawEvent::Image { image, .. }) => {
+                Some(DrawEvent::Image { stored: None, .. }) => {}
+                Some(DrawEvent::Image {
+                    stored: Some(image), ..
+                }) => {
                     return Some(sse::event(
                         "image",
                         &image_object(&image, &self.service.links, &self.base),

@@ -19,15 +19,46 @@ use crate::registry::{
 };
 use coar_core::engine::{EngineError, GenerationEvent};
 use coar_core::error::{Error, ErrorKind};
-use coar_core::ids::ImageId;
+use coar_core::ids::{GenerationId, ImageId};
 use coar_core::picture::{RgbPicture, encode};
 
 /// Of a listener's places those that progress and unfinished pictures leave free.
 const RESERVED: usize = 12;
 
+/// What is drawn.
+pub(super) enum Drawn {
+    /// A row of the database; its images become files.
+    Stored(Generation),
+    /// Only its reader gets the images.
+    Transient(GenerationId, NewGeneration),
+}
+
+impl Drawn {
+    fn id(&self) -> GenerationId {
+        match self {
+            Self::Stored(generation) => generation.id,
+            Self::Transient(id, _) => *id,
+        }
+    }
+
+    fn request(&self) -> &NewGeneration {
+        match self {
+            Self::Stored(generation) => &generation.new,
+            Self::Transient(_, new) => new,
+        }
+    }
+
+    fn stored(&mut self) -> Option<&mut Generation> {
+        match self {
+            Self::Stored(generation) => Some(generation),
+            Self::Transient(..) => None,
+        }
+    }
+}
+
 /// A generation with an open line to the engine.
 struct Drawing {
-    generation: Generation,
+    drawn: Drawn,
     stream: EventStream,
     live: Arc<Live>,
     listener: Option<mpsc::Sender<DrawEvent>>,
@@ -74,18 +105,18 @@ fn error_json(error: &Error) -> Value {
 impl Drawings {
     pub(super) fn start(
         &self,
-        generation: Generation,
+        drawn: Drawn,
         stream: EventStream,
         (listener, slot): (Option<mpsc::Sender<DrawEvent>>, Option<OwnedSemaphorePermit>),
     ) -> Arc<Live> {
         let live = Arc::new(Live {
             cancel: CancellationToken::new(),
-            background: AtomicBool::new(generation.new.background),
+            background: AtomicBool::new(drawn.request().background),
             done: AtomicU32::new(0),
         });
-        self.live().insert(generation.id, live.clone());
+        self.live().insert(drawn.id(), live.clone());
         let drawing = Drawing {
-            generation,
+            drawn,
             stream,
             live: live.clone(),
             listener,
@@ -99,7 +130,7 @@ impl Drawings {
     }
 
     async fn run(self, mut drawing: Drawing) {
-        let id = drawing.generation.id;
+        let id = drawing.drawn.id();
         let ending = match self.follow(&mut drawing).await {
             Ok(ending) => ending,
             Err(error) if error.may_pass() && drawing.live.background.load(Ordering::Relaxed) => {
@@ -118,20 +149,20 @@ impl Drawings {
             )),
             Ending::Again => Err(EngineError::Stopped.into()),
         };
-        let mut ended = match drawing.claim.take() {
-            Some(claim) => {
-                let end = self.end(&mut drawing.generation, &drawing.images, ending);
-                claim.under(end).await
+        if let Drawn::Stored(generation) = &mut drawing.drawn {
+            let end = self.end(generation, &drawing.images, ending);
+            let mut ended = match drawing.claim.take() {
+                Some(claim) => claim.under(end).await,
+                None => end.await,
+            };
+            if matches!(ended, Err(RegistryError::LeaseLost)) {
+                // Whoever has waited has asked again meanwhile, and another process draws it.
+                let again = Ending::Failed(RegistryError::LeaseLost.into());
+                ended = self.end(generation, &drawing.images, again).await;
             }
-            None => self.end(&mut drawing.generation, &drawing.images, ending).await,
-        };
-        if matches!(ended, Err(RegistryError::LeaseLost)) {
-            // Whoever has waited has asked again meanwhile, and another process draws it.
-            let again = Ending::Failed(RegistryError::LeaseLost.into());
-            ended = self.end(&mut drawing.generation, &drawing.images, again).await;
-        }
-        if let Err(error) = ended {
-            tracing::error!(generation = %id, %error, "a generation's end cannot be written down");
+            if let Err(error) = ended {
+                tracing::error!(generation = %id, %error, "a generation's end cannot be written down");
+            }
         }
         self.live().remove(&id);
         self.held().remove(&id);
@@ -151,28 +182,32 @@ impl Drawings {
             };
             match event {
                 Some(GenerationEvent::Started) => {
-                    let at = patiently!(patience(&live), self.registry.lease_time().await)?;
-                    let (id, attempt) = (drawing.generation.id, drawing.generation.attempt);
-                    if !patiently!(patience(&live), self.registry.begin_generation(id, attempt, at).await)? {
-                        return Ok(Ending::Deleted);
+                    if let Some(generation) = drawing.drawn.stored() {
+                        let at = patiently!(patience(&live), self.registry.lease_time().await)?;
+                        let (id, attempt) = (generation.id, generation.attempt);
+                        if !patiently!(patience(&live), self.registry.begin_generation(id, attempt, at).await)? {
+                            return Ok(Ending::Deleted);
+                        }
+                        generation.attempt += 1;
+                        generation.started_at = Some(at);
+                        generation.status = GenerationStatus::Running;
                     }
-                    drawing.generation.attempt += 1;
-                    drawing.generation.started_at = Some(at);
-                    drawing.generation.status = GenerationStatus::Running;
                     drawing.tell(DrawEvent::Started);
                 }
                 Some(GenerationEvent::Progress { done, total }) => {
-                    drawing.generation.done = done;
+                    if let Some(generation) = drawing.drawn.stored() {
+                        generation.done = done;
+                    }
                     live.done.store(done, Ordering::Relaxed);
                     drawing.tell(DrawEvent::Progress { done, total });
                 }
                 Some(GenerationEvent::Partial { index, number, picture }) => {
-                    let index = drawing.generation.new.settings.first_index + index;
+                    let index = drawing.drawn.request().settings.first_index + index;
                     drawing.tell(DrawEvent::Partial { index, number, picture });
                 }
                 Some(GenerationEvent::Picture { index, picture }) => {
-                    let index = drawing.generation.new.settings.first_index + index;
-                    match self.store(drawing, index, picture).await {
+                    let index = drawing.drawn.request().settings.first_index + index;
+                    match self.finish_image(drawing, index, picture).await {
                         Ok(()) => {}
                         // The row was deleted meanwhile, or it is another process's by now.
                         Err(_) if live.cancel.is_cancelled() => return Ok(Ending::Deleted),
@@ -184,7 +219,9 @@ impl Drawings {
                     text_tokens,
                     image_tokens,
                 }) => {
-                    drawing.generation.done = drawing.generation.new.total;
+                    if let Some(generation) = drawing.drawn.stored() {
+                        generation.done = generation.new.total;
+                    }
                     drawing.images.sort_by_key(|image| image.index);
                     return Ok(Ending::Succeeded(TokenUsage {
                         text_tokens,
@@ -214,18 +251,35 @@ impl Drawings {
         Ok(encoded.map_err(Error::internal)?.map_err(Error::internal)?.into())
     }
 
-    /// Encodes a picture and stores it.
-    async fn store(&self, drawing: &mut Drawing, index: u32, picture: RgbPicture) -> Result<(), Error> {
-        let new = &drawing.generation.new;
+    /// Encodes an image, stores it where its generation is stored, and hands it to the listener.
+    async fn finish_image(&self, drawing: &mut Drawing, index: u32, picture: RgbPicture) -> Result<(), Error> {
         let size = (picture.width, picture.height);
-        let file = self.encode(new, index, picture).await?;
+        let file = self.encode(drawing.drawn.request(), index, picture).await?;
         let patience = patience(&drawing.live);
+        let stored = match drawing.drawn.stored() {
+            Some(generation) => Some(self.store(generation, (index, size), file.clone(), patience).await?),
+            None => None,
+        };
+        drawing.images.extend(stored.clone());
+        drawing.tell(DrawEvent::Image { index, file, stored });
+        Ok(())
+    }
+
+    /// Stores an image's file and its row.
+    async fn store(
+        &self,
+        generation: &Generation,
+        (index, size): (u32, (u32, u32)),
+        file: Bytes,
+        patience: Duration,
+    ) -> Result<StoredImage, Error> {
+        let new = &generation.new;
         let created_at = patiently!(patience, self.registry.lease_time().await)?;
         let stored = patiently!(patience, self.registry.store(vec![file.clone()]).await)?;
         let image = StoredImage {
             id: ImageId::new(),
             tenant: new.tenant,
-            generation: Some(drawing.generation.id),
+            generation: Some(generation.id),
             index,
             seed: Some(new.settings.sampling.seed),
             size,
@@ -234,13 +288,11 @@ impl Drawings {
             created_at,
             expires_at: None,
         };
-        let attempt = drawing.generation.attempt;
+        let attempt = generation.attempt;
         let added = patiently!(patience, self.registry.add_image(&image, attempt).await);
         self.registry.settle(stored, added.is_ok()).await;
         added?;
-        drawing.images.push(image.clone());
-        drawing.tell(DrawEvent::Image { image, file });
-        Ok(())
+        Ok(image)
     }
 
     /// Writes an end down and tells whoever wants to know. False when it had ended before.
@@ -307,7 +359,10 @@ fn failed(drawing: &Drawing, error: EngineError) -> Ending {
     let background = drawing.live.background.load(Ordering::Relaxed);
     let again = match error {
         EngineError::Stopped => true,
-        EngineError::Device(_) | EngineError::Lost => drawing.generation.attempt < GENERATION_ATTEMPTS,
+        EngineError::Device(_) | EngineError::Lost => match &drawing.drawn {
+            Drawn::Stored(generation) => generation.attempt < GENERATION_ATTEMPTS,
+            Drawn::Transient(..) => false,
+        },
         EngineError::Invalid { .. } | EngineError::Overloaded { .. } => false,
     };
     match background && again {
