@@ -88,7 +88,7 @@ async fn serve_api(
     }
     // Tests and scripts that ask for port 0 read the address from this line.
     println!("listening on http://{address}");
-    // Web-hooks name pictures by it: nobody's Host header is at hand.
+    // Web-hooks name images by it: nobody's Host header is at hand.
     let own_address = match &config.public_url {
         Some(url) => url.trim_end_matches('/').to_owned(),
         None => format!("http://{address}"),

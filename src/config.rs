@@ -38,14 +38,14 @@ pub struct Config {
     /// How API processes reach this worker: http://10.0.0.7:8081. Default: this machine's name and --worker-listen's port.
     #[arg(long, env = "COAR_ADVERTISE", value_name = "URL")]
     pub advertise: Option<String>,
-    /// How callers reach the server, where a proxy stands before it: https://pictures.example.com. Begins the addresses
-    /// of pictures. Without it, the Host header of each request does.
+    /// How callers reach the server, where a proxy stands before it: https://images.example.com. Begins the addresses
+    /// of images. Without it, the Host header of each request does.
     #[arg(long, env = "COAR_PUBLIC_URL", value_name = "URL")]
     pub public_url: Option<String>,
-    /// Hours for which generated pictures are kept.
+    /// Hours for which generated images are kept.
     #[arg(long, env = "COAR_KEEP_IMAGES", default_value_t = 24, value_name = "HOURS")]
     pub keep_images: u32,
-    /// Whether pictures say in their metadata what made them: model, concepts, seed, settings; never the prompt.
+    /// Whether images say in their metadata what made them: model, concepts, seed, settings; never the prompt.
     #[arg(long, env = "COAR_PROVENANCE", default_value = "on")]
     pub provenance: Switch,
     /// Lets web-hooks reach private, loopback and link-local addresses and any port: for tests and closed networks.
@@ -94,14 +94,14 @@ impl Role {
 /// Where everything that must survive is kept.
 #[derive(Debug, Clone, Args, Serialize)]
 pub struct StorageArgs {
-    /// Folder of the database, pictures and concepts.
+    /// Folder of the database, images and concepts.
     #[arg(long, env = "COAR_DATA", default_value = "data", value_name = "DIR")]
     pub data: PathBuf,
     /// postgres://user:password@host/database, for many processes. Default: SQLite in --data, for one.
     #[arg(long, env = "COAR_DATABASE", value_name = "URL", hide_env_values = true)]
     #[serde(serialize_with = "without_password")]
     pub database: Option<String>,
-    /// s3://bucket/prefix for pictures and concept files, with the usual AWS_* variables for keys, region and endpoint.
+    /// s3://bucket/prefix for images and concept files, with the usual AWS_* variables for keys, region and endpoint.
     /// Default: files in --data.
     #[arg(long, env = "COAR_BLOBS", value_name = "URL")]
     pub blobs: Option<String>,
@@ -196,8 +196,8 @@ pub struct QuotaArgs {
     /// Generations of each tenant that are queued or running; 0: any number.
     #[arg(long, env = "COAR_QUOTA_REQUESTS_IN_FLIGHT", default_value_t = 64, value_name = "N")]
     pub quota_requests_in_flight: u32,
-    /// Pictures of each tenant in a minute; 0: any number.
-    #[arg(long, env = "COAR_QUOTA_PICTURES_PER_MINUTE", default_value_t = 0, value_name = "N")]
+    /// Images of each tenant in a minute; 0: any number.
+    #[arg(long, env = "COAR_QUOTA_IMAGES_PER_MINUTE", default_value_t = 0, value_name = "N")]
     pub quota_pictures_per_minute: u32,
 }
 
@@ -207,7 +207,7 @@ pub struct LimitArgs {
     /// The largest JSON body, in KiB.
     #[arg(long, env = "COAR_JSON_LIMIT", default_value_t = 1024, value_name = "KIB")]
     pub json_limit: usize,
-    /// The largest uploaded picture, in MiB.
+    /// The largest uploaded image, in MiB.
     #[arg(long, env = "COAR_PICTURE_LIMIT", default_value_t = 20, value_name = "MIB")]
     pub picture_limit: usize,
     /// The largest head of a request (method, path, headers), in KiB.
@@ -236,7 +236,7 @@ pub struct ModelArgs {
     /// Folder of text_tokenizer.json, vqgan.yaml and vqgan.ckpt where they lie apart from the checkpoint.
     #[arg(long, env = "COAR_TOKENIZER", value_name = "DIR")]
     pub tokenizer: Option<PathBuf>,
-    /// Picture size in pixels that the checkpoint was trained for (512, 768, 1024). Default: what config.json says, or 512.
+    /// Image size in pixels that the checkpoint was trained for (512, 768, 1024). Default: what config.json says, or 512.
     #[arg(long, env = "COAR_TARGET_SIZE", value_name = "PIXELS")]
     pub target_size: Option<u32>,
     /// `auto`, `cpu` or `cuda:N`.
@@ -260,13 +260,13 @@ pub struct ModelArgs {
 /// How the device is shared among requests and trainings.
 #[derive(Debug, Clone, Args, Serialize)]
 pub struct EngineArgs {
-    /// Share of the device's time for trainings while pictures wait, 0 to 1. Without pictures they have all of it.
+    /// Share of the device's time for trainings while images wait, 0 to 1. Without images they have all of it.
     #[arg(long, env = "COAR_TRAINING_SHARE", default_value_t = 0.5)]
     pub training_share: f64,
     /// Trainings at once; more wait. They share the device's time, and each takes memory of its own.
     #[arg(long, env = "COAR_TRAINING_SLOTS", default_value_t = 1, value_name = "N")]
     pub training_slots: usize,
-    /// Pictures that a training draws on its way, evenly spread over its steps, the last at its end; 0: none.
+    /// Images that a training draws on its way, evenly spread over its steps, the last at its end; 0: none.
     #[arg(long, env = "COAR_TRAINING_PREVIEWS", default_value_t = 4, value_name = "N")]
     pub training_previews: u32,
     /// Memory in MiB for the graph of one training step, or `auto`: half of what is free when a training begins. A
@@ -279,7 +279,7 @@ pub struct EngineArgs {
     /// need, but no more than `--rows` can use; on the CPU 2048.
     #[arg(long, env = "COAR_KV_MEMORY", default_value = "auto", value_name = "MIB", value_parser = mebibytes)]
     pub kv_memory: Memory,
-    /// The most rows of the batch, whatever the memory admits; a picture with guidance takes two.
+    /// The most rows of the batch, whatever the memory admits; an image with guidance takes two.
     #[arg(long, env = "COAR_ROWS", default_value_t = 64)]
     pub rows: usize,
     /// Requests that may wait for rows; more are refused with 429.
@@ -288,7 +288,7 @@ pub struct EngineArgs {
     /// Memory in MiB for concepts that stay on the device while nobody uses them.
     #[arg(long, env = "COAR_CONCEPT_MEMORY", default_value_t = 256, value_name = "MIB")]
     pub concept_memory: usize,
-    /// Pictures do not depend on who shares their batch even where libtorch's kernels would (a GPU, or a CPU without
+    /// Images do not depend on who shares their batch even where libtorch's kernels would (a GPU, or a CPU without
     /// AVX-512): every step has the shapes of the full batch, so choose --rows no larger than needed.
     #[arg(long, env = "COAR_DETERMINISTIC", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub deterministic: Switch,
@@ -435,7 +435,7 @@ impl Config {
         toml::to_string(self).unwrap_or_else(|error| format!("# cannot be shown: {error}\n"))
     }
 
-    /// How long generated pictures are kept.
+    /// How long generated images are kept.
     pub fn keep_images(&self) -> Duration {
         Duration::from_secs(3600 * u64::from(self.keep_images))
     }

@@ -223,7 +223,7 @@ def livez(coar, seconds):
         server.until("training", lambda: server.metrics()["coar_training_steps_total"] >= 1)
         others = multiprocessing.Process(target=draw_for_ever, args=(server.port, 16))
         others.start()
-        server.until("16 generations", lambda: server.metrics()["coar_batch_pictures"] >= 8)
+        server.until("16 generations", lambda: server.metrics()["coar_batch_images"] >= 8)
         before = server.metrics()
         busy = probes(server.port)
         after = server.metrics()

@@ -390,7 +390,7 @@ async fn change_tenant(
 
 /// Delete a tenant
 ///
-/// With its keys, concepts, trainings, generations and pictures. `default` and the caller's own tenant stay.
+/// With its keys, concepts, trainings, generations and images. `default` and the caller's own tenant stay.
 #[utoipa::path(
     delete, path = "/v1/admin/tenants/{name}", tag = "Administration", operation_id = "deleteTenant",
     params(("name" = String, Path, description = "The tenant's name")),

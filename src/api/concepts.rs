@@ -29,12 +29,12 @@ use object::{ChangeConcept, ConceptObject, File, RegisterConcept, TrainConcept, 
 
 pub(super) mod object;
 
-/// Bytes of a form beside its pictures.
+/// Bytes of a form beside its images.
 const FORM_EXTRA: usize = 1 << 20;
 
 pub(super) fn routes(config: &Config) -> OpenApiRouter<AppState> {
     let limits = crate::service::Limits::of(config);
-    let form = limits.pictures * limits.picture.bytes + FORM_EXTRA;
+    let form = limits.images * limits.image.bytes + FORM_EXTRA;
     let registration = OpenApiRouter::new().routes(routes!(register, list));
     let file = OpenApiRouter::new().routes(routes!(import));
     OpenApiRouter::new()
@@ -42,7 +42,7 @@ pub(super) fn routes(config: &Config) -> OpenApiRouter<AppState> {
         .merge(file.layer(DefaultBodyLimit::max(FILE_LIMIT)))
         .routes(routes!(show, change, delete))
         .routes(routes!(versions))
-        .routes(routes!(picture))
+        .routes(routes!(image))
         .routes(routes!(train))
         .routes(routes!(weights))
 }
@@ -55,7 +55,7 @@ pub(super) fn created(status: StatusCode, concept: ConceptObject, name: &str) ->
 
 /// Register a concept
 ///
-/// Stores the pictures and queues a training. The concept can be drawn with when its `status` is `ready`.
+/// Stores the images and queues a training. The concept can be drawn with when its `status` is `ready`.
 #[utoipa::path(
     post, path = "/v1/concepts", tag = "Concepts", operation_id = "registerConcept",
     params(IdempotencyHeader),
@@ -64,7 +64,7 @@ pub(super) fn created(status: StatusCode, concept: ConceptObject, name: &str) ->
         (status = 202, description = "The concept, in training", body = ConceptObject,
          headers(("location" = String, description = "The concept's address"))),
         (status = 409, description = "`name_taken`", body = ErrorBody),
-        (status = 413, description = "`picture_too_large`, `body_too_large`", body = ErrorBody),
+        (status = 413, description = "`image_too_large`, `body_too_large`", body = ErrorBody),
         (status = 429, description = "`quota_exceeded`, `overloaded`", body = ErrorBody),
     ),
 )]
@@ -190,7 +190,7 @@ async fn change(
 
 /// Delete a concept
 ///
-/// With its pictures, all its versions, trainings and previews. A running training ends; a generation that has begun
+/// With its images, all its versions, trainings and previews. A running training ends; a generation that has begun
 /// finishes.
 #[utoipa::path(
     delete, path = "/v1/concepts/{name}", tag = "Concepts", operation_id = "deleteConcept",
@@ -244,26 +244,26 @@ async fn versions(
     Ok(Json(List::of(&listed, |version| version.into())))
 }
 
-/// Show a reference picture
+/// Show a reference image
 ///
 /// As it was stored: decoded, stripped of its metadata, and encoded anew.
 #[utoipa::path(
-    get, path = "/v1/concepts/{name}/images/{index}", tag = "Concepts", operation_id = "showReferencePicture",
+    get, path = "/v1/concepts/{name}/images/{index}", tag = "Concepts", operation_id = "showReferenceImage",
     params(
         ("name" = String, Path, description = "The concept's name or id", example = "rex"),
         ("index" = u32, Path, description = "From 0, below the concept's `images`", example = 0),
     ),
     responses(
-        (status = 200, description = "The picture", body = File, content_type = "image/png"),
+        (status = 200, description = "The image", body = File, content_type = "image/png"),
         (status = 404, description = "`concept_not_found`, `image_not_found`", body = ErrorBody),
     ),
 )]
-async fn picture(
+async fn image(
     State(state): State<AppState>,
     Read(caller): Read,
     Path((name, index)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    Ok(png(state.service()?.reference_picture(&caller, &name, &index).await?))
+    Ok(png(state.service()?.reference_image(&caller, &name, &index).await?))
 }
 
 /// A PNG as an answer. Only its tenant may see it, so that shared caches keep away.
@@ -274,7 +274,7 @@ pub(super) fn png(bytes: Bytes) -> Response {
 
 /// Train a concept again
 ///
-/// Makes another version from the same pictures. Until it is there, and if it fails, the present one goes on serving.
+/// Makes another version from the same images. Until it is there, and if it fails, the present one goes on serving.
 #[utoipa::path(
     post, path = "/v1/concepts/{name}/trainings", tag = "Concepts", operation_id = "trainConcept",
     params(("name" = String, Path, description = "The concept's name or id", example = "rex"), IdempotencyHeader),
@@ -283,7 +283,7 @@ pub(super) fn png(bytes: Bytes) -> Response {
         (status = 202, description = "The training, queued", body = TrainingObject,
          headers(("location" = String, description = "The training's address"))),
         (status = 404, description = "`concept_not_found`", body = ErrorBody),
-        (status = 409, description = "`training_in_progress`, `no_reference_pictures`", body = ErrorBody),
+        (status = 409, description = "`training_in_progress`, `no_reference_images`", body = ErrorBody),
         (status = 429, description = "`quota_exceeded`, `overloaded`", body = ErrorBody),
     ),
 )]
@@ -384,7 +384,7 @@ struct ImportQuery {
 
 /// Import a concept
 ///
-/// Makes a concept of a concept file. It is ready at once, and has no reference pictures.
+/// Makes a concept of a concept file. It is ready at once, and has no reference images.
 #[utoipa::path(
     post, path = "/v1/concepts/import", tag = "Concepts", operation_id = "importConcept",
     params(ImportQuery, IdempotencyHeader),

@@ -12,7 +12,7 @@ use super::openapi::ErrorBody;
 use crate::registry::{GenerationConcept, TokenUsage};
 use crate::service::{GenerateInput, NamedConcept, PRIORITY_LIMIT};
 use coar_core::error::Error;
-use coar_core::picture::{OutputFormat, PictureFormat, RgbPicture, encode};
+use coar_core::image::{ImageFormat, OutputFormat, RgbImage, encode};
 
 /// A concept that was used.
 #[derive(Debug, Serialize, ToSchema)]
@@ -47,7 +47,7 @@ pub(super) struct UsageObject {
     /// Of the prompt.
     #[schema(example = 24)]
     pub input_tokens: u64,
-    /// Of the pictures.
+    /// Of the images.
     #[schema(example = 144)]
     pub output_tokens: u64,
     pub input_tokens_details: InputTokens,
@@ -58,7 +58,7 @@ pub(super) struct UsageObject {
 pub(super) struct InputTokens {
     #[schema(example = 24)]
     pub text_tokens: u64,
-    /// Always 0: pictures are no input.
+    /// Always 0: images are no input.
     #[schema(example = 0)]
     pub image_tokens: u64,
 }
@@ -140,8 +140,7 @@ pub(super) fn word<T: Copy>(
 /// The parameters that both routes have.
 pub(super) fn input(fields: &mut Fields) -> Result<GenerateInput, Error> {
     let small = u64::from(u32::MAX);
-    let formats =
-        [PictureFormat::Png, PictureFormat::Jpeg, PictureFormat::WebP].map(|format| (format.as_str(), format));
+    let formats = [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP].map(|format| (format.as_str(), format));
     let named = |name| NamedConcept {
         name,
         field: "concepts",
@@ -170,7 +169,7 @@ pub(super) fn input(fields: &mut Fields) -> Result<GenerateInput, Error> {
     })
 }
 
-/// What the addresses of pictures begin with: what the operator says, or else how this caller reached the server.
+/// What the addresses of images begin with: what the operator says, or else how this caller reached the server.
 pub(super) fn base(state: &AppState, headers: &HeaderMap) -> String {
     let host = || headers.get(header::HOST).and_then(|host| host.to_str().ok());
     match (&state.config().public_url, host()) {
@@ -180,8 +179,8 @@ pub(super) fn base(state: &AppState, headers: &HeaderMap) -> String {
     }
 }
 
-/// An unfinished picture in base64, without metadata.
-pub(super) async fn partial(picture: RgbPicture, format: OutputFormat) -> Result<String, Error> {
-    let encoded = tokio::task::spawn_blocking(move || encode(&picture, format, &[])).await;
+/// An unfinished image in base64, without metadata.
+pub(super) async fn partial(image: RgbImage, format: OutputFormat) -> Result<String, Error> {
+    let encoded = tokio::task::spawn_blocking(move || encode(&image, format, &[])).await;
     Ok(STANDARD.encode(encoded.map_err(Error::internal)?.map_err(Error::internal)?))
 }

@@ -13,7 +13,7 @@ use super::pagination::Paged;
 use super::{drawing, generations, multipart};
 use crate::service::{Limits, Links, Signed};
 use coar_core::ids::ConceptId;
-use coar_core::picture::PictureLimits;
+use coar_core::image::ImageLimits;
 
 /// What is needed of a future that waits for nothing.
 fn done<T>(future: impl Future<Output = T>) -> T {
@@ -27,9 +27,9 @@ pub fn form(bytes: &[u8]) {
         return;
     };
     let limits = Limits {
-        picture: PictureLimits {
+        image: ImageLimits {
             bytes: 4096,
-            ..PictureLimits::default()
+            ..ImageLimits::default()
         },
         ..Limits::default()
     };
@@ -49,8 +49,8 @@ pub fn form(bytes: &[u8]) {
     let cut = read(usize::from(first) + 1);
     match (whole, cut) {
         (Ok(whole), Ok(cut)) => {
-            assert!(whole.images.len() <= limits.pictures && whole.captions.len() <= limits.pictures);
-            assert!(whole.images.iter().all(|image| image.len() <= limits.picture.bytes));
+            assert!(whole.images.len() <= limits.images && whole.captions.len() <= limits.images);
+            assert!(whole.images.iter().all(|image| image.len() <= limits.image.bytes));
             assert_eq!(content_of(&whole).ok(), content_of(&cut).ok());
         }
         (whole, cut) => assert!(whole.is_err() && cut.is_err(), "{whole:?} {cut:?}"),
@@ -72,13 +72,13 @@ pub fn json_body(bytes: &[u8]) {
     let _ = fields.nullable_integer::<u32>("concepts", u64::from(u32::MAX));
     let _ = fields.no_op("background", &["auto"]);
     if let Ok(Some(mut inner)) = fields.object("quotas") {
-        assert!(inner.integer("pictures", 100).is_err() || inner.take("pictures").is_none());
+        assert!(inner.integer("images", 100).is_err() || inner.take("images").is_none());
         let _ = inner.finish();
     }
     let _ = fields.finish();
 }
 
-/// A request's head: lines of it are `Idempotency-Key`, `Prefer`, `Accept`, `Content-Type`, the query, and a picture's
+/// A request's head: lines of it are `Idempotency-Key`, `Prefer`, `Accept`, `Content-Type`, the query, and an image's
 /// file name with its signature.
 pub fn head(bytes: &[u8]) {
     let mut lines = bytes.split(|byte| *byte == b'\n');

@@ -1,4 +1,4 @@
-//! `/v1/generations`: pictures that are kept; waited for, streamed, or fetched later.
+//! `/v1/generations`: images that are kept; waited for, streamed, or fetched later.
 
 use std::time::Duration;
 
@@ -62,7 +62,7 @@ struct CreateQuery {
     validate_only: Option<String>,
 }
 
-/// Draw pictures and keep them
+/// Draw images and keep them
 ///
 /// Waits for the end, at most 60 seconds, unless `Prefer` says otherwise; with `Accept: text/event-stream` tells events:
 /// `queued`, `progress`, `partial_image`, `image`, and last `completed`, `failed` or `cancelled`. Who disconnects while
@@ -155,7 +155,7 @@ struct ListQuery {
 
 /// List generations
 ///
-/// Newest first, with their pictures. What was drawn through `/v1/images/generations` with `url` is among them.
+/// Newest first, with their images. What was drawn through `/v1/images/generations` with `url` is among them.
 #[utoipa::path(
     get, path = "/v1/generations", tag = "Generations", operation_id = "listGenerations",
     params(PageQuery, ListQuery),
@@ -231,7 +231,7 @@ async fn show(
 
 /// Cancel a generation
 ///
-/// The device is free again at the next token. Pictures that are finished stay.
+/// The device is free again at the next token. Images that are finished stay.
 #[utoipa::path(
     post, path = "/v1/generations/{id}/cancel", tag = "Generations", operation_id = "cancelGeneration",
     params(("id" = String, Path, description = "The generation's id")),
@@ -254,7 +254,7 @@ async fn cancel(
 
 /// Delete a generation
 ///
-/// With its pictures. One that has not ended is cancelled first.
+/// With its images. One that has not ended is cancelled first.
 #[utoipa::path(
     delete, path = "/v1/generations/{id}", tag = "Generations", operation_id = "deleteGeneration",
     params(("id" = String, Path, description = "The generation's id")),

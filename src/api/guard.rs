@@ -13,7 +13,7 @@ use coar_core::error::{Error, ErrorKind};
 
 /// Nothing that the API answers is a page.
 const API_POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
-/// The server's own pages: scripts and everything else from the server alone; `data:` and `blob:` pictures, and styles
+/// The server's own pages: scripts and everything else from the server alone; `data:` and `blob:` images, and styles
 /// in attributes, which the documentation page has.
 const PAGE_POLICY: &str = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; \
                            object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'";

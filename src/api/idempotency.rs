@@ -15,7 +15,7 @@
 //! streams included: the events go on to the caller as they come and are kept for the next one. Forms are compared by
 //! what was read of them: [`content_of`].
 //!
-//! Answers of success are kept for a day, those with pictures in them no longer than pictures are kept; a refusal frees the
+//! Answers of success are kept for a day, those with images in them no longer than images are kept; a refusal frees the
 //! key, since nothing was made. What is made bears the key from its first moment, so that a process that dies before it
 //! answers makes nothing twice. The work of a request with a key goes on when its caller disconnects: a caller that
 //! sends a key intends to come back for the answer.
@@ -79,18 +79,18 @@ pub(super) struct IdempotencyHeader {
 pub(super) enum Answers {
     /// With what it has made, by its identifier.
     Resource,
-    /// With a generation, or with its events, which may have pictures in them.
+    /// With a generation, or with its events, which may have images in them.
     Generation,
-    /// With pictures that nothing refers to: there is no identifier that a retry could be answered with.
-    Pictures,
+    /// With images that nothing refers to: there is no identifier that a retry could be answered with.
+    Images,
 }
 
 impl Answers {
-    /// How long a first answer is kept, where pictures are kept for `pictures`: one that has them in it no longer than they.
-    fn keep_ms(self, pictures: Duration) -> i64 {
+    /// How long a first answer is kept, where images are kept for `images`: one that has them in it no longer than they.
+    fn keep_ms(self, images: Duration) -> i64 {
         match self {
             Self::Resource => KEPT_MS,
-            Self::Generation | Self::Pictures => KEPT_MS.min(i64::try_from(pictures.as_millis()).unwrap_or(i64::MAX)),
+            Self::Generation | Self::Images => KEPT_MS.min(i64::try_from(images.as_millis()).unwrap_or(i64::MAX)),
         }
     }
 }
@@ -188,7 +188,7 @@ impl Once {
                 let first = First {
                     registry,
                     claim,
-                    bears: self.answers != Answers::Pictures,
+                    bears: self.answers != Answers::Images,
                     keep_ms: self.answers.keep_ms(state.config().keep_images()),
                     answer,
                 };
@@ -417,10 +417,10 @@ mod tests {
     }
 
     #[test]
-    fn answers_with_pictures_are_kept_no_longer_than_pictures() {
+    fn answers_with_images_are_kept_no_longer_than_images() {
         let (hour, week) = (Duration::from_secs(3600), Duration::from_secs(7 * 24 * 3600));
         assert_eq!(Answers::Resource.keep_ms(hour), KEPT_MS);
-        for answers in [Answers::Generation, Answers::Pictures] {
+        for answers in [Answers::Generation, Answers::Images] {
             assert_eq!((answers.keep_ms(hour), answers.keep_ms(week)), (3_600_000, KEPT_MS));
         }
     }

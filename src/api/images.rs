@@ -1,4 +1,4 @@
-//! `/v1/images/{file}`: stored pictures at their signed addresses.
+//! `/v1/images/{file}`: stored images at their signed addresses.
 
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -30,14 +30,14 @@ struct SignedQuery {
     signature: String,
 }
 
-/// Fetch a picture
+/// Fetch an image
 ///
 /// At the address that a generation's answer names; it needs no key, and works until it expires. Nothing at it changes:
 /// it may be cached until then.
 #[utoipa::path(
     get, path = "/v1/images/{file}", tag = "Images", operation_id = "fetchImage", security(()),
     params(
-        ("file" = String, Path, description = "The picture's id and its format's extension",
+        ("file" = String, Path, description = "The image's id and its format's extension",
          example = "image_01990000000070008000000000000000.png"),
         SignedQuery,
     ),
@@ -47,7 +47,7 @@ struct SignedQuery {
         )),
         (status = 304, description = "The caller has it"),
         (status = 403, description = "`address_expired`", body = ErrorBody),
-        (status = 404, description = "`image_not_found`: no such picture, or not so signed", body = ErrorBody),
+        (status = 404, description = "`image_not_found`: no such image, or not so signed", body = ErrorBody),
     ),
 )]
 async fn download(
@@ -61,7 +61,7 @@ async fn download(
         expires: &query.expires,
         signature: &query.signature,
     };
-    let (image, bytes) = service.picture(&file, signed).await?;
+    let (image, bytes) = service.image(&file, signed).await?;
     let left = (service.links.expires(&image) - now() / 1000).max(0);
     let cache = format!("private, max-age={left}, immutable");
     let tag = format!("\"{}\"", image.blob);

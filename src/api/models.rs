@@ -35,7 +35,7 @@ struct ModelConcept {
     version: Option<InUse>,
 }
 
-/// Something that pictures can be drawn with: the base model alone, or with concepts.
+/// Something that images can be drawn with: the base model alone, or with concepts.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Model)]
 struct ModelObject {

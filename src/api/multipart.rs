@@ -74,18 +74,18 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
             ));
         };
         if matches!(name.as_str(), "images" | "images[]" | "image" | "image[]") {
-            if registration.images.len() == limits.pictures {
+            if registration.images.len() == limits.images {
                 return Err(Error::field(
-                    "too_many_pictures",
+                    "too_many_images",
                     "images",
-                    format!("has more than {} pictures, the limit", limits.pictures),
+                    format!("has more than {} images, the limit", limits.images),
                 )
-                .limit(limits.pictures as u64));
+                .limit(limits.images as u64));
             }
-            let limit = limits.picture.bytes;
-            let image = bytes(part, limit).await?.ok_or_else(|| {
-                too_large("picture_too_large", "images".to_owned(), limit).of_kind(ErrorKind::TooLarge)
-            })?;
+            let limit = limits.image.bytes;
+            let image = bytes(part, limit)
+                .await?
+                .ok_or_else(|| too_large("image_too_large", "images".to_owned(), limit).of_kind(ErrorKind::TooLarge))?;
             registration.images.push(image);
             continue;
         }
@@ -102,7 +102,7 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
             "class" => r.class.replace(text).is_some(),
             "captions" | "captions[]" | "caption" => {
                 r.captions.push(text);
-                r.captions.len() > limits.pictures
+                r.captions.len() > limits.images
             }
             "method" => r.method.replace(text).is_some(),
             "steps" => r.steps.replace(number("steps", &text)?).is_some(),

@@ -30,7 +30,7 @@ use crate::registry::{StoredImage, TokenUsage, now};
 use crate::service::{Admitted, Caller, GenerateInput, NamedConcept, Plan, Service, Transient};
 use coar_core::concept::is_slug;
 use coar_core::error::{Error, ErrorKind};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
 pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -41,7 +41,7 @@ pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
         .route("/v1/images/variations", post(variations))
 }
 
-/// Bytes of a picture that nobody will look at, which are still read: a client in the middle of sending would take an
+/// Bytes of an image that nobody will look at, which are still read: a client in the middle of sending would take an
 /// early end of the connection for a failure of the network, and try again.
 const UNREAD_LIMIT: usize = 64 << 20;
 
@@ -57,13 +57,13 @@ async fn unsupported(body: Body, instead: &str) -> ApiError {
 }
 
 async fn edits(Generate(_): Generate, body: Body) -> ApiError {
-    let instead = "The model draws from text and concepts, it does not edit pictures. Register what the picture shows as a \
+    let instead = "The model draws from text and concepts, it does not edit images. Register what the image shows as a \
                    concept with `POST /v1/concepts` and name it in the prompt of `POST /v1/images/generations`.";
     unsupported(body, instead).await
 }
 
 async fn variations(Generate(_): Generate, body: Body) -> ApiError {
-    let instead = "The model draws from text and concepts, it does not vary pictures. Register what the picture shows as a \
+    let instead = "The model draws from text and concepts, it does not vary images. Register what the image shows as a \
                    concept with `POST /v1/concepts`, name it in the prompt of `POST /v1/images/generations`, and ask for \
                    several with `n`.";
     unsupported(body, instead).await
@@ -99,16 +99,16 @@ struct CreateImages {
     /// Quality of JPEG, default 90, and of WebP, default 100: without loss. With PNG only 100.
     #[schema(minimum = 0, maximum = 100)]
     output_compression: Option<u32>,
-    /// Server-sent events with unfinished pictures: `image_generation.partial_image`, `image_generation.completed`,
+    /// Server-sent events with unfinished images: `image_generation.partial_image`, `image_generation.completed`,
     /// `error`. Not stored; disconnecting cancels.
     stream: Option<bool>,
-    /// Unfinished pictures in a stream, of each picture.
+    /// Unfinished images in a stream, of each image.
     #[schema(minimum = 0, maximum = 3)]
     partial_images: Option<u32>,
-    /// Picture i is drawn from the stream of (seed, first_index + i). Random by default; the answer names it.
+    /// Image i is drawn from the stream of (seed, first_index + i). Random by default; the answer names it.
     #[schema(minimum = 0, maximum = 9007199254740991_u64)]
     seed: Option<u64>,
-    /// With `n` 1 draws one picture of a larger request alone.
+    /// With `n` 1 draws one image of a larger request alone.
     #[schema(minimum = 0, maximum = 1000000, default = 0)]
     first_index: Option<u32>,
     /// How strongly the prompt counts; 1 is off.
@@ -134,7 +134,7 @@ struct CreateImages {
     user: Option<String>,
 }
 
-/// Pictures.
+/// Images.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Images)]
 struct ImagesObject {
@@ -156,17 +156,17 @@ struct ImagesObject {
     model: String,
 }
 
-/// One picture.
+/// One image.
 #[derive(Debug, Serialize, ToSchema)]
 struct ImageData {
-    /// Needs no key; expires with the picture.
+    /// Needs no key; expires with the image.
     #[serde(skip_serializing_if = "Option::is_none")]
     url: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     b64_json: Option<String>,
     #[schema(example = 7)]
     seed: u64,
-    /// Which picture of the seed: `{"seed": seed, "first_index": index, "n": 1}` draws it alone.
+    /// Which image of the seed: `{"seed": seed, "first_index": index, "n": 1}` draws it alone.
     #[schema(example = 0)]
     index: u32,
 }
@@ -180,7 +180,7 @@ pub(super) struct EventObject {
     #[schema(example = "image_generation.completed")]
     kind: &'static str,
     b64_json: String,
-    /// From 0; of unfinished pictures.
+    /// From 0; of unfinished images.
     #[serde(skip_serializing_if = "Option::is_none")]
     partial_image_index: Option<u32>,
     /// Unix seconds.
@@ -193,7 +193,7 @@ pub(super) struct EventObject {
     background: &'static str,
     #[schema(example = "png")]
     output_format: &'static str,
-    /// Of this picture; of finished ones.
+    /// Of this image; of finished ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<UsageObject>,
     seed: u64,
@@ -203,7 +203,7 @@ pub(super) struct EventObject {
 const PARTIAL: &str = "image_generation.partial_image";
 const COMPLETED: &str = "image_generation.completed";
 
-/// How the pictures are answered.
+/// How the images are answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Answer {
     Url,
@@ -260,7 +260,7 @@ fn read(service: &Service, mut fields: Fields) -> Result<(GenerateInput, Answer)
     Ok((input, answer))
 }
 
-/// Draw pictures
+/// Draw images
 ///
 /// OpenAI's request and answer. What it does not know (`seed`, `first_index`, `concepts`, `guidance_scale`,
 /// `temperature`, `top_k`, `identity_mask`) may be left out; unknown parameters are refused. The data of an event of a stream
@@ -270,7 +270,7 @@ fn read(service: &Service, mut fields: Fields) -> Result<(GenerateInput, Answer)
     params(IdempotencyHeader),
     request_body = CreateImages,
     responses(
-        (status = 200, description = "The pictures; with `stream` events", content(
+        (status = 200, description = "The images; with `stream` events", content(
             (ImagesObject = "application/json"), (ServerEvent = "text/event-stream"),
         )),
         DrawRefusals,
@@ -298,7 +298,7 @@ async fn generate(
             }
         }
     };
-    let once = once.answering(Answers::Pictures);
+    let once = once.answering(Answers::Images);
     once.run(&state, &caller, &content, work).await
 }
 
@@ -406,7 +406,7 @@ impl Streaming {
     async fn next(&mut self) -> Option<Event> {
         loop {
             let outcome = match self.events.as_mut()?.events.recv().await {
-                Some(DrawEvent::Partial { index, number, picture }) => self.partial(index, number, picture).await,
+                Some(DrawEvent::Partial { index, number, image }) => self.partial(index, number, image).await,
                 Some(DrawEvent::Image { index, file, .. }) => Ok(self.completed(index, &file)),
                 Some(DrawEvent::Ended(Ok(()))) => return None,
                 Some(DrawEvent::Ended(Err(error))) => Err(error),
@@ -438,8 +438,8 @@ impl Streaming {
         }
     }
 
-    async fn partial(&self, index: u32, number: u32, picture: RgbPicture) -> Result<Event, Error> {
-        let file = partial(picture, self.plan.new.settings.format()).await?;
+    async fn partial(&self, index: u32, number: u32, image: RgbImage) -> Result<Event, Error> {
+        let file = partial(image, self.plan.new.settings.format()).await?;
         let object = EventObject {
             partial_image_index: Some(number),
             ..self.object(PARTIAL, index, file)

@@ -104,8 +104,8 @@ pub(super) struct ErrorFacts {
     tags(
         (name = "Concepts", description = "Subjects and styles that the model is taught"),
         (name = "Trainings", description = "How they are taught"),
-        (name = "Generations", description = "Pictures, natively: queued, streamed, kept"),
-        (name = "Images", description = "Pictures, in OpenAI's shape"),
+        (name = "Generations", description = "Images, natively: queued, streamed, kept"),
+        (name = "Images", description = "Images, in OpenAI's shape"),
         (name = "Models", description = "What can be drawn with"),
         (name = "Administration", description = "Keys and tenants; scope `admin`"),
         (name = "Health", description = "Without a key"),

@@ -1,7 +1,7 @@
 //! The `x-ratelimit-*` headers that SDKs read.
 //!
 //! A route that draws takes part in two steps. Its handler calls [`Service::admit`](crate::service::Service::admit) as
-//! soon as it knows the number of pictures, inside the work of [`Once::run`](super::idempotency::Once::run) where it has
+//! soon as it knows the number of images, inside the work of [`Once::run`](super::idempotency::Once::run) where it has
 //! that, calls `drawing()` on the guard when the engine has taken the request, and keeps the guard as long as the
 //! generation is queued or running. Its route has `.layer(from_fn_with_state(state.clone(), quota::rate_headers))`.
 
@@ -59,7 +59,7 @@ pub(super) async fn rate_headers(State(state): State<AppState>, request: Request
         // Without the headers the answer is still the answer.
         let standing: Standing = service.standing(caller.tenant).await.unwrap_or_default();
         insert(response.headers_mut(), REQUESTS, standing.requests);
-        insert(response.headers_mut(), IMAGES, standing.pictures);
+        insert(response.headers_mut(), IMAGES, standing.images);
     }
     response
 }

@@ -182,7 +182,7 @@ async fn follow(
     Ok(sse::stream(events::follow(&state, caller, training)))
 }
 
-/// Show a training's picture
+/// Show a training's image
 ///
 /// Drawn after that step with the concept as it stood, always with the same prompt and seed.
 #[utoipa::path(
@@ -192,7 +192,7 @@ async fn follow(
         ("step" = u32, Path, description = "One of the training's `previews`", example = 15),
     ),
     responses(
-        (status = 200, description = "The picture", body = File, content_type = "image/png"),
+        (status = 200, description = "The image", body = File, content_type = "image/png"),
         (status = 404, description = "`preview_not_found`", body = ErrorBody),
     ),
 )]

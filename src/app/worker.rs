@@ -58,10 +58,10 @@ pub(super) async fn serve(
     let executor = Executor::Local(local.clone());
     let wakes = Wakes::shared(&registry, &stop, &tracker);
     let links = Arc::new(Links::new(&secret, config.keep_images()));
-    // Web-hooks of what this worker draws name pictures by the API's address, which only the operator knows.
+    // Web-hooks of what this worker draws name images by the API's address, which only the operator knows.
     let public = config.public_url.as_deref().unwrap_or("").trim_end_matches('/');
     if public.is_empty() {
-        tracing::warn!("without --public-url web-hooks name pictures by their paths alone");
+        tracing::warn!("without --public-url web-hooks name images by their paths alone");
     }
     let webhooks = parts::webhooks(&config, &registry, &links, public);
     let drawings = parts::drawings(&config, &registry, &executor, &webhooks, &wakes);
@@ -86,7 +86,7 @@ pub(super) async fn serve(
     }
     closing.cancel();
     if tokio::time::timeout(GRACE, http).await.is_err() {
-        tracing::warn!("some pictures were not finished in time; other workers draw them");
+        tracing::warn!("some images were not finished in time; other workers draw them");
     }
     // The router holds a handle of the engine.
     drop(state);

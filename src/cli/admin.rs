@@ -48,7 +48,7 @@ pub(super) enum AdminCommand {
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Remove a tenant with all that is its: keys, concepts, trainings, generations, pictures, web-hooks.
+    /// Remove a tenant with all that is its: keys, concepts, trainings, generations, images, web-hooks.
     DeleteTenant {
         name: String,
         /// Yes, for good.
@@ -106,13 +106,13 @@ async fn queue(registry: &Registry) -> anyhow::Result<()> {
         let load: serde_json::Value = serde_json::from_str(&process.load).unwrap_or_default();
         let told = |key: &str| load[key].as_f64().unwrap_or(0.0);
         println!(
-            "{:<41} {:<7} {:<9} {:<28} {:<9} {:.0} pictures, {:.0} tokens wait, {:.0} tokens/s",
+            "{:<41} {:<7} {:<9} {:<28} {:<9} {:.0} images, {:.0} tokens wait, {:.0} tokens/s",
             process.id,
             process.role,
             process.version,
             process.address.as_deref().unwrap_or("-"),
             if process.draining { "draining" } else { "live" },
-            told("pictures"),
+            told("images"),
             told("waiting_tokens"),
             told("tokens_per_second"),
         );
@@ -152,7 +152,7 @@ async fn jobs(registry: &Registry, status: JobStatus, limit: u32) -> anyhow::Res
 async fn replay(registry: &Registry, id: JobId) -> anyhow::Result<()> {
     anyhow::ensure!(
         registry.replay(id).await?,
-        "there is no such job that has failed, or pictures of it were kept; `coar admin jobs` shows what there is"
+        "there is no such job that has failed, or images of it were kept; `coar admin jobs` shows what there is"
     );
     // Whoever works on it looks at once, where others can be told.
     for what in ["trainings", "generations"] {
@@ -227,7 +227,7 @@ async fn delete_tenant(data: &DataArgs, name: &str, yes: bool) -> anyhow::Result
     let usage = registry.usage(tenant.id).await?;
     anyhow::ensure!(
         yes,
-        "this removes the tenant `{name}` with its {} concepts and all its pictures for good; say --yes to do it",
+        "this removes the tenant `{name}` with its {} concepts and all its images for good; say --yes to do it",
         usage.concepts
     );
     let _lock = alone(data).map_err(|_| {

@@ -68,7 +68,7 @@ pub(super) enum ConceptCommand {
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Remove a concept with its pictures and tensors.
+    /// Remove a concept with its images and tensors.
     Delete {
         #[arg(add = ArgValueCompleter::new(concept_names))]
         name: String,

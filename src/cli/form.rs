@@ -8,12 +8,12 @@ use clap::Args;
 use crate::client::NewConcept;
 use crate::service::Registration;
 
-/// A concept's name, pictures and settings.
+/// A concept's name, images and settings.
 #[derive(Debug, Args)]
 pub(super) struct FormArgs {
     /// The concept's name: 1 to 63 of a-z, 0-9 and -.
     pub name: String,
-    /// Reference pictures (JPEG, PNG, WebP): 3 to 6 of a subject, 1 of a style.
+    /// Reference images (JPEG, PNG, WebP): 3 to 6 of a subject, 1 of a style.
     #[arg(required = true)]
     pub images: Vec<PathBuf>,
     /// `subject` or `style`.
@@ -22,7 +22,7 @@ pub(super) struct FormArgs {
     /// What a subject is, in one noun: cat, mug, car.
     #[arg(long, value_name = "NOUN")]
     pub class: Option<String>,
-    /// What else each picture shows ("on the beach"), in the order of the pictures; may be given fewer times.
+    /// What else each image shows ("on the beach"), in the order of the images; may be given fewer times.
     #[arg(long = "caption", value_name = "TEXT")]
     pub captions: Vec<String>,
     /// How it is learned: coar, coar-text or textual-inversion. Default: the model's preset of coar.
@@ -47,7 +47,7 @@ pub(super) struct FormArgs {
 }
 
 impl FormArgs {
-    /// File names and bytes of the pictures.
+    /// File names and bytes of the images.
     ///
     /// # Errors
     /// When a file cannot be read.

@@ -12,19 +12,19 @@ use crate::config::ModelArgs;
 use crate::jobs::DrawEvent;
 use crate::service::{Caller, GenerateInput};
 
-/// Draw pictures, here or with --server there.
+/// Draw images, here or with --server there.
 ///
 /// A plain prompt:     coar generate "a photo of a red cat in the snow"
 /// With a subject:     coar generate "a photo of <rex> cat on the beach"
 /// Subject and style:  coar generate "a picture of <rex> cat in <sepia> style"
 ///
-/// The same seed and settings draw the same picture.
+/// The same seed and settings draw the same image.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct GenerateArgs {
     /// What to draw; concepts are written as <name>.
     prompt: String,
-    /// How many pictures.
+    /// How many images.
     #[arg(short = 'n', long, default_value_t = 1)]
     count: u32,
     /// WIDTHxHEIGHT in pixels, from the model's list (`coar inspect` prints it). Default: its square size.
@@ -45,7 +45,7 @@ pub(super) struct GenerateArgs {
     /// Lets concepts in one prompt see each other; to measure what the identity mask does.
     #[arg(long)]
     no_identity_mask: bool,
-    /// Folder for the pictures.
+    /// Folder for the images.
     #[arg(short, long, default_value = ".", value_name = "DIR")]
     out: PathBuf,
     #[command(flatten)]
@@ -131,6 +131,6 @@ impl GenerateArgs {
                 }
             }
         }
-        anyhow::bail!("the engine stopped before the pictures were done")
+        anyhow::bail!("the engine stopped before the images were done")
     }
 }

@@ -16,7 +16,7 @@ pub(super) struct InspectArgs {
     /// Folder of the tokenizer files where they lie apart from the checkpoint.
     #[arg(long, value_name = "DIR")]
     tokenizer: Option<PathBuf>,
-    /// Picture size that the checkpoint was trained for, where config.json does not say it.
+    /// Image size that the checkpoint was trained for, where config.json does not say it.
     #[arg(long, value_name = "PIXELS")]
     target_size: Option<u32>,
     /// Where the pocket model's files are unpacked.

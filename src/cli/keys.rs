@@ -13,7 +13,7 @@ pub(super) enum KeysCommand {
     ///
     /// Works while the server runs. The tenant is made where it does not exist.
     Create {
-        /// Whose concepts and pictures the key opens: 1 to 63 of a-z, 0-9 and -.
+        /// Whose concepts and images the key opens: 1 to 63 of a-z, 0-9 and -.
         #[arg(long)]
         tenant: String,
         /// What it is for.

@@ -43,7 +43,7 @@ pub(super) async fn existing_registry(data: &DataArgs) -> anyhow::Result<Registr
     Ok(Registry::connect(&storage(data)).await?)
 }
 
-/// How long addresses of pictures last, of which the command line makes none.
+/// How long addresses of images last, of which the command line makes none.
 const KEEP: Duration = Duration::from_secs(3600);
 
 /// Memory for concepts that one command uses, in bytes.
@@ -75,7 +75,7 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
     Ok((service, engine))
 }
 
-/// From here on, files that the process makes are for its user alone: database, pictures and concepts are of people.
+/// From here on, files that the process makes are for its user alone: database, images and concepts are of people.
 pub(super) fn keep_files_private() {
     // SAFETY: it only sets a number of the process.
     unsafe { libc::umask(0o077) };

@@ -41,7 +41,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve the HTTP API: register concepts, train them, draw pictures.
+    /// Serve the HTTP API: register concepts, train them, draw images.
     Serve(Box<serve::ServeArgs>),
     Train(train::TrainArgs),
     Generate(generate::GenerateArgs),

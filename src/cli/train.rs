@@ -13,7 +13,7 @@ use crate::config::ModelArgs;
 use crate::registry::TrainingStatus;
 use crate::service::Caller;
 
-/// Train a concept from pictures, here or with --server there.
+/// Train a concept from images, here or with --server there.
 ///
 /// A subject: coar train rex --class cat concepts/rex/*.png
 /// A style:   coar train blueprint --kind style concepts/blueprint/*.png

@@ -13,11 +13,11 @@ use super::{Client, ClientError, Events};
 pub struct NewConcept {
     /// Fields of the form in order, such as `name`, `kind`, `class`, `caption`, `steps`.
     pub fields: Vec<(&'static str, String)>,
-    /// File names and bytes of the reference pictures.
+    /// File names and bytes of the reference images.
     pub images: Vec<(String, Bytes)>,
 }
 
-/// Pictures to draw; absent values take the server's defaults.
+/// Images to draw; absent values take the server's defaults.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Draw {
     pub prompt: String,
@@ -124,7 +124,7 @@ impl Client {
             .await
     }
 
-    /// Deletes a concept with its pictures, versions and trainings.
+    /// Deletes a concept with its images, versions and trainings.
     pub async fn delete_concept(&self, name: &str) -> Result<(), ClientError> {
         let path = format!("/v1/concepts/{}", segment(name));
         self.send(self.request(Method::DELETE, &path)).await.map(drop)
@@ -178,15 +178,15 @@ impl Client {
         self.json(self.request(Method::POST, &path)).await
     }
 
-    /// Draws pictures: `queued`, `progress`, `image`, and one of `completed`, `failed` and `cancelled`. Dropping the stream cancels.
+    /// Draws images: `queued`, `progress`, `image`, and one of `completed`, `failed` and `cancelled`. Dropping the stream cancels.
     pub async fn draw(&self, draw: &Draw) -> Result<Events, ClientError> {
         self.events(self.request(Method::POST, "/v1/generations").json(draw))
             .await
     }
 
-    /// A picture by its address, which may be relative to the server's. The key is not sent: addresses are signed, and may
+    /// An image by its address, which may be relative to the server's. The key is not sent: addresses are signed, and may
     /// be somebody else's.
-    pub async fn picture(&self, url: &str) -> Result<Bytes, ClientError> {
+    pub async fn image(&self, url: &str) -> Result<Bytes, ClientError> {
         let url = match url.starts_with('/') {
             true => format!("{}{url}", self.base),
             false => url.to_owned(),

@@ -18,7 +18,7 @@ pub use sse::{Event, Events};
 
 /// A server that does not take the connection in this time is not there.
 const CONNECT: Duration = Duration::from_secs(10);
-/// A server that says nothing for this long is gone: event streams carry a comment at least every 15 seconds. Pictures that
+/// A server that says nothing for this long is gone: event streams carry a comment at least every 15 seconds. Images that
 /// are waited for without a stream may take longer, so this is generous.
 const SILENCE: Duration = Duration::from_secs(300);
 

@@ -26,7 +26,7 @@ impl Event {
     }
 }
 
-/// An event larger than this is none of ours: the largest carries one picture.
+/// An event larger than this is none of ours: the largest carries one image.
 const EVENT_LIMIT: usize = 256 << 20;
 
 /// Bytes in, events out; bytes may be cut anywhere.

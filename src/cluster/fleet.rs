@@ -354,7 +354,7 @@ struct Seen {
     started: bool,
     done: u32,
     partials: HashSet<(u32, u32)>,
-    pictures: HashSet<u32>,
+    images: HashSet<u32>,
 }
 
 impl Seen {
@@ -367,9 +367,9 @@ impl Seen {
                 further
             }
             GenerationEvent::Partial { index, number, .. } => {
-                !self.pictures.contains(index) && self.partials.insert((*index, *number))
+                !self.images.contains(index) && self.partials.insert((*index, *number))
             }
-            GenerationEvent::Picture { index, .. } => self.pictures.insert(*index),
+            GenerationEvent::Image { index, .. } => self.images.insert(*index),
             GenerationEvent::Done { .. } | GenerationEvent::Failed(_) => true,
         }
     }
@@ -396,7 +396,7 @@ struct Following {
 }
 
 impl Following {
-    /// Passes events on; where a worker is lost, another draws the same pictures.
+    /// Passes events on; where a worker is lost, another draws the same images.
     async fn run(mut self, mut asked: Asked) {
         for _ in 0..LOSSES {
             let lost = asked.worker.id;
@@ -521,21 +521,18 @@ mod tests {
         assert!(seen.is_new(&progress(5)));
         assert!(!seen.is_new(&progress(3)));
         assert!(seen.is_new(&progress(6)));
-        let picture = || coar_core::picture::RgbPicture {
+        let image = || coar_core::image::RgbImage {
             width: 0,
             height: 0,
             rgb: vec![],
         };
-        let drawn = |index| GenerationEvent::Picture {
-            index,
-            picture: picture(),
-        };
+        let drawn = |index| GenerationEvent::Image { index, image: image() };
         assert!(seen.is_new(&drawn(1)));
         assert!(!seen.is_new(&drawn(1)));
         let partial = GenerationEvent::Partial {
             index: 1,
             number: 0,
-            picture: picture(),
+            image: image(),
         };
         assert!(!seen.is_new(&partial));
     }

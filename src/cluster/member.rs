@@ -24,11 +24,11 @@ const HOT_LENGTH: usize = 16;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct LoadReport {
-    /// Tokens of the pictures that wait for rows.
+    /// Tokens of the images that wait for rows.
     pub waiting_tokens: u64,
     pub tokens_per_second: f64,
-    /// Pictures being drawn.
-    pub pictures: usize,
+    /// Images being drawn.
+    pub images: usize,
     pub free_rows: usize,
     /// Beginnings of the hashes of concepts that were used last.
     pub hot: Vec<String>,
@@ -81,7 +81,7 @@ impl Member {
             LoadReport {
                 waiting_tokens: load.waiting_tokens,
                 tokens_per_second: load.tokens_per_second,
-                pictures: load.pictures,
+                images: load.images,
                 free_rows: load.free_rows,
                 hot: self.hot.list(),
             }

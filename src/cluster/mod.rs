@@ -1,5 +1,5 @@
 //! Where generations are drawn: on this process's device, or by workers that are reached over the network. What drawing
-//! means does not change: the same request gives the same pictures, and the same events in between.
+//! means does not change: the same request gives the same images, and the same events in between.
 
 mod concept_store;
 mod fleet;
@@ -80,7 +80,7 @@ impl Executor {
         }
     }
 
-    /// Whether pictures can be drawn. Workers come and go; where they draw, that is always so.
+    /// Whether images can be drawn. Workers come and go; where they draw, that is always so.
     pub fn health(&self) -> Health {
         match self {
             Self::Local(local) => local.engine.health(),

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::registry::{GenerationConcept, GenerationSettings, NewGeneration};
 use coar_core::engine::{EngineError, GenerationEvent, TokenCounter};
 use coar_core::error::{Error, ErrorKind};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::tokenizer::{TextTokenizer, TokenizerError, Vocabulary};
 
 /// A generation as API processes send it to workers: nothing of it has to be looked up in the database.
@@ -132,7 +132,7 @@ impl From<Refusal> for Error {
     }
 }
 
-/// An event without the bytes of its picture.
+/// An event without the bytes of its image.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Head {
@@ -149,7 +149,7 @@ enum Head {
         width: u32,
         height: u32,
     },
-    Picture {
+    Image {
         index: u32,
         width: u32,
         height: u32,
@@ -165,7 +165,7 @@ enum Head {
     },
 }
 
-/// A frame is refused beyond this: no picture is that large.
+/// A frame is refused beyond this: no image is that large.
 const FRAME_LIMIT: usize = 64 << 20;
 const LENGTHS: usize = 8;
 
@@ -187,7 +187,7 @@ pub(super) fn alive() -> Bytes {
 
 /// An event as a frame.
 pub(super) fn encode(event: &GenerationEvent) -> Bytes {
-    let side = |picture: &RgbPicture| (picture.width, picture.height);
+    let side = |image: &RgbImage| (image.width, image.height);
     match event {
         GenerationEvent::Started => frame(&Head::Started, &[]),
         GenerationEvent::Progress { done, total } => frame(
@@ -197,24 +197,24 @@ pub(super) fn encode(event: &GenerationEvent) -> Bytes {
             },
             &[],
         ),
-        GenerationEvent::Partial { index, number, picture } => {
-            let (width, height) = side(picture);
+        GenerationEvent::Partial { index, number, image } => {
+            let (width, height) = side(image);
             let head = Head::Partial {
                 index: *index,
                 number: *number,
                 width,
                 height,
             };
-            frame(&head, &picture.rgb)
+            frame(&head, &image.rgb)
         }
-        GenerationEvent::Picture { index, picture } => {
-            let (width, height) = side(picture);
-            let head = Head::Picture {
+        GenerationEvent::Image { index, image } => {
+            let (width, height) = side(image);
+            let head = Head::Image {
                 index: *index,
                 width,
                 height,
             };
-            frame(&head, &picture.rgb)
+            frame(&head, &image.rgb)
         }
         GenerationEvent::Done {
             text_tokens,
@@ -281,11 +281,11 @@ impl Decoder {
     }
 }
 
-fn picture(width: u32, height: u32, pixels: &[u8]) -> Result<RgbPicture, String> {
+fn image(width: u32, height: u32, pixels: &[u8]) -> Result<RgbImage, String> {
     if u64::from(width) * u64::from(height) * 3 != pixels.len() as u64 {
         return Err(format!("a picture of {width}x{height} in {} bytes", pixels.len()));
     }
-    Ok(RgbPicture {
+    Ok(RgbImage {
         width,
         height,
         rgb: pixels.to_vec(),
@@ -305,11 +305,11 @@ fn event(head: Head, body: &[u8]) -> Result<Said, String> {
         } => GenerationEvent::Partial {
             index,
             number,
-            picture: picture(width, height, body)?,
+            image: image(width, height, body)?,
         },
-        Head::Picture { index, width, height } => GenerationEvent::Picture {
+        Head::Image { index, width, height } => GenerationEvent::Image {
             index,
-            picture: picture(width, height, body)?,
+            image: image(width, height, body)?,
         },
         Head::Done {
             text_tokens,
@@ -329,7 +329,7 @@ mod tests {
 
     #[test]
     fn events_arrive_as_they_were_sent_however_the_bytes_are_cut() {
-        let picture = RgbPicture {
+        let image = RgbImage {
             width: 2,
             height: 1,
             rgb: vec![1, 2, 3, 4, 5, 6],
@@ -337,9 +337,9 @@ mod tests {
         let mut bytes = Vec::new();
         bytes.extend_from_slice(&encode(&GenerationEvent::Started));
         bytes.extend_from_slice(&alive());
-        bytes.extend_from_slice(&encode(&GenerationEvent::Picture {
+        bytes.extend_from_slice(&encode(&GenerationEvent::Image {
             index: 1,
-            picture: picture.clone(),
+            image: image.clone(),
         }));
         bytes.extend_from_slice(&encode(&GenerationEvent::Failed(EngineError::Stopped)));
         for size in [1, 7, bytes.len()] {
@@ -353,7 +353,7 @@ mod tests {
             assert!(matches!(said[0], Said::Event(GenerationEvent::Started)));
             assert!(matches!(said[1], Said::Alive));
             assert!(
-                matches!(&said[2], Said::Event(GenerationEvent::Picture { index: 1, picture: seen }) if *seen == picture)
+                matches!(&said[2], Said::Event(GenerationEvent::Image { index: 1, image: seen }) if *seen == image)
             );
             assert!(matches!(
                 said[3],
@@ -370,7 +370,7 @@ mod tests {
         assert!(decoder.next().is_err());
         let mut decoder = Decoder::default();
         decoder.add(&frame(
-            &Head::Picture {
+            &Head::Image {
                 index: 0,
                 width: 9,
                 height: 9,

@@ -25,10 +25,10 @@ use crate::cluster::{Executor, Prepared};
 use crate::registry::{Generation, NewGeneration, Registry, RegistryError, StoredImage};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::GenerationId;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
-/// Events that wait for a slow listener. Progress and unfinished pictures are left out where it is behind; there is
-/// always room for ten pictures and the end.
+/// Events that wait for a slow listener. Progress and unfinished images are left out where it is behind; there is
+/// always room for ten images and the end.
 const EVENTS: usize = 64;
 /// When the engine's queue was full, it is tried again after this.
 const RETRY: Duration = Duration::from_millis(500);
@@ -38,7 +38,7 @@ const LONG_PATIENCE: Duration = Duration::from_secs(600);
 /// Without a wake-up the queue is looked at this often.
 const POLL: Duration = Duration::from_secs(5);
 
-/// What a listener is told. Indices are those of the seed: the first picture's is `first_index`.
+/// What a listener is told. Indices are those of the seed: the first image's is `first_index`.
 #[derive(Debug)]
 pub enum DrawEvent {
     Started,
@@ -46,11 +46,11 @@ pub enum DrawEvent {
         done: u32,
         total: u32,
     },
-    /// An unfinished picture.
+    /// An unfinished image.
     Partial {
         index: u32,
         number: u32,
-        picture: RgbPicture,
+        image: RgbImage,
     },
     /// A finished image's file, and where the generation is stored its row.
     Image {
@@ -237,7 +237,7 @@ impl Drawings {
         Ok(())
     }
 
-    /// Cancels a generation; false when it has ended. Pictures that are drawn already stay.
+    /// Cancels a generation; false when it has ended. Images that are drawn already stay.
     ///
     /// # Errors
     /// When the database fails.

@@ -167,7 +167,7 @@ pub struct Worker {
     pub engine: EngineHandle,
     pub wake: Wake,
     pub stop: CancellationToken,
-    /// Pictures that each training draws on its way; 0: none.
+    /// Images that each training draws on its way; 0: none.
     pub previews: u32,
 }
 

@@ -1,4 +1,4 @@
-//! Pictures of a concept while it is trained. They are a courtesy: whatever goes wrong with one, the training goes on.
+//! Images of a concept while it is trained. They are a courtesy: whatever goes wrong with one, the training goes on.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,9 +12,9 @@ use super::Worker;
 use crate::registry::blobs::content_hash;
 use crate::registry::{Claimed, Training};
 use coar_core::engine::{ConceptUse, GenerateRequest, GenerationEvent};
-use coar_core::picture::{OutputFormat, RgbPicture, encode};
+use coar_core::image::{OutputFormat, RgbImage, encode};
 
-/// The training's end waits for its last picture, but not for longer.
+/// The training's end waits for its last image, but not for longer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// `count` steps, evenly spread, the last one at the end.
@@ -51,7 +51,7 @@ impl Previews {
                 Err(problem) => Err(problem),
             };
             if let Err(problem) = stored {
-                tracing::warn!(training = %training.id, step, problem, "no picture of this step");
+                tracing::warn!(training = %training.id, step, problem, "no image of this step");
             }
         };
         self.open.spawn(drawing.in_current_span());
@@ -101,7 +101,7 @@ impl Worker {
         let mut stream = self.engine.generate(request).map_err(|error| error.to_string())?;
         while let Some(event) = stream.next().await {
             match event {
-                GenerationEvent::Picture { picture, .. } => return png(picture).await,
+                GenerationEvent::Image { image, .. } => return png(image).await,
                 GenerationEvent::Failed(error) => return Err(error.to_string()),
                 _ => {}
             }
@@ -110,8 +110,8 @@ impl Worker {
     }
 }
 
-async fn png(picture: RgbPicture) -> Result<Bytes, String> {
-    let encoded = tokio::task::spawn_blocking(move || encode(&picture, OutputFormat::Png, &[])).await;
+async fn png(image: RgbImage) -> Result<Bytes, String> {
+    let encoded = tokio::task::spawn_blocking(move || encode(&image, OutputFormat::Png, &[])).await;
     match encoded {
         Ok(Ok(bytes)) => Ok(bytes.into()),
         Ok(Err(error)) => Err(error.to_string()),

@@ -45,7 +45,7 @@ impl Meter {
         }
     }
 
-    /// Takes in a step. The time before the first one (start words, class pictures) counts for nothing.
+    /// Takes in a step. The time before the first one (start words, class images) counts for nothing.
     pub(super) fn step(&mut self, at: Instant, progress: &TrainingProgress) -> Progress {
         if self.steps.len() > WINDOW {
             self.steps.pop_front();

@@ -1,4 +1,4 @@
-//! Removes what has had its time: drawn pictures, generations, web-hooks, first answers of idempotency keys.
+//! Removes what has had its time: drawn images, generations, web-hooks, first answers of idempotency keys.
 
 use std::time::Duration;
 
@@ -11,13 +11,13 @@ const PERIOD: Duration = Duration::from_secs(600);
 /// Web-hooks are kept this long after their end, for whoever looks into a problem.
 const KEEP_DELIVERIES: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Looks now and then, until `stop`. Pictures, and after them their generations, are kept for `age`.
+/// Looks now and then, until `stop`. Images, and after them their generations, are kept for `age`.
 pub async fn sweep(registry: Registry, age: Duration, stop: CancellationToken) {
     loop {
         match once(&registry, age).await {
             Ok((0, 0, 0)) => {}
-            Ok((pictures, generations, deliveries)) => {
-                tracing::info!(pictures, generations, deliveries, "removed what has expired");
+            Ok((images, generations, deliveries)) => {
+                tracing::info!(images, generations, deliveries, "removed what has expired");
             }
             Err(error) => tracing::warn!(%error, "what has expired could not be removed"),
         }

@@ -12,7 +12,7 @@ use super::progress::{Meter, thin};
 use super::{LEASE_MS, Worker};
 use crate::registry::{Claimed, Progress, Registry, RegistryError};
 use coar_core::engine::{ConceptTokens, EngineError, TrainingEvent, TrainingRequest, TrainingStream};
-use coar_core::picture::{PictureLimits, RgbPicture, decode};
+use coar_core::image::{ImageLimits, RgbImage, decode};
 use coar_core::training::StepLosses;
 
 /// How often progress is written down; also how soon a cancellation is noticed.
@@ -188,22 +188,22 @@ impl Worker {
     }
 }
 
-/// Reads pictures and checkpoint. The inner error is permanent.
+/// Reads images and checkpoint. The inner error is permanent.
 async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingRequest, String>, RegistryError> {
     let training = &claimed.training;
-    let mut pictures: Vec<RgbPicture> = Vec::new();
-    for (index, blob) in registry.pictures(training.concept_id).await?.iter().enumerate() {
+    let mut images: Vec<RgbImage> = Vec::new();
+    for (index, blob) in registry.reference_images(training.concept_id).await?.iter().enumerate() {
         let bytes = match patiently!(PATIENCE, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
             Ok(bytes) => bytes,
             Err(error) if error.may_pass() => return Err(error),
-            Err(error) => return Ok(Err(format!("Reference picture {index} cannot be read: {error}."))),
+            Err(error) => return Ok(Err(format!("Reference image {index} cannot be read: {error}."))),
         };
-        // Stored pictures are our own PNGs; only their pixel count is still open.
+        // Stored images are our own PNGs; only their pixel count is still open.
         let decoded = tokio::task::spawn_blocking(move || decode(&bytes, &stored_limits())).await;
         match decoded {
-            Ok(Ok(picture)) => pictures.push(picture),
-            Ok(Err(error)) => return Ok(Err(format!("Reference picture {index} {error}."))),
-            Err(error) => return Ok(Err(format!("Reference picture {index} could not be decoded: {error}."))),
+            Ok(Ok(image)) => images.push(image),
+            Ok(Err(error)) => return Ok(Err(format!("Reference image {index} {error}."))),
+            Err(error) => return Ok(Err(format!("Reference image {index} could not be decoded: {error}."))),
         }
     }
     let checkpoint = match &training.checkpoint {
@@ -219,16 +219,16 @@ async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingR
     };
     Ok(Ok(TrainingRequest {
         spec: training.spec.clone(),
-        pictures,
+        images,
         checkpoint,
         previews: vec![],
     }))
 }
 
-fn stored_limits() -> PictureLimits {
-    PictureLimits {
+fn stored_limits() -> ImageLimits {
+    ImageLimits {
         bytes: usize::MAX,
-        ..PictureLimits::default()
+        ..ImageLimits::default()
     }
 }
 

@@ -1,4 +1,4 @@
-//! Concepts and their reference pictures.
+//! Concepts and their reference images.
 
 use std::collections::BTreeMap;
 
@@ -40,8 +40,8 @@ pub struct Concept {
     pub versions: u32,
     pub created_at: i64,
     pub updated_at: i64,
-    /// Blobs of the reference pictures, in order.
-    pub pictures: Vec<String>,
+    /// Blobs of the reference images, in order.
+    pub images: Vec<String>,
 }
 
 /// What a registration stores.
@@ -50,8 +50,8 @@ pub struct NewConcept {
     pub name: String,
     pub kind: ConceptKind,
     pub class_noun: Option<String>,
-    /// Blobs of the reference pictures; stored before this is called.
-    pub pictures: Vec<String>,
+    /// Blobs of the reference images; stored before this is called.
+    pub images: Vec<String>,
     pub description: Option<String>,
     pub metadata: Metadata,
     /// Told of the first training's end.
@@ -69,7 +69,7 @@ impl NewConcept {
             name: name.into(),
             kind,
             class_noun: None,
-            pictures: vec![],
+            images: vec![],
             description: None,
             metadata: Metadata::new(),
             webhook_url: None,
@@ -137,7 +137,7 @@ macro_rules! select {
         concat!(
             "SELECT c.*,
              (SELECT string_agg(p.blob, ',' ORDER BY p.position) FROM concept_pictures p WHERE p.concept_id = c.id)
-             AS pictures,
+             AS images,
              (SELECT count(*) FROM concept_versions v WHERE v.concept_id = c.id) AS versions,
              used.created_at AS version_created_at, used.text_tokens, used.image_tokens
              FROM concepts c LEFT JOIN concept_versions used
@@ -170,7 +170,7 @@ fn concept(row: &AnyRow) -> Result<Concept, RegistryError> {
         versions: number(row, "versions")?,
         created_at: row.try_get("created_at")?,
         updated_at: row.try_get("updated_at")?,
-        pictures: list(row, "pictures")?,
+        images: list(row, "images")?,
     })
 }
 
@@ -192,7 +192,7 @@ impl Registry {
         };
         self.check_room(&mut transaction, tenant, new.quotas, addition).await?;
         let concept = insert_concept(&mut transaction, tenant, new, None).await?;
-        let input = input_fingerprint(&new.pictures, spec)?;
+        let input = input_fingerprint(&new.images, spec)?;
         let first = NewTraining {
             spec,
             input: &input,
@@ -395,11 +395,11 @@ impl Registry {
         Ok(found.is_some())
     }
 
-    /// Blobs of a concept's reference pictures, in order.
+    /// Blobs of a concept's reference images, in order.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn pictures(&self, id: ConceptId) -> Result<Vec<String>, RegistryError> {
+    pub async fn reference_images(&self, id: ConceptId) -> Result<Vec<String>, RegistryError> {
         let rows: Vec<(String,)> =
             sqlx::query_as("SELECT blob FROM concept_pictures WHERE concept_id = $1 ORDER BY position")
                 .bind(id.to_string())
@@ -457,16 +457,16 @@ impl Registry {
     }
 }
 
-/// SHA-256 over the reference pictures and every setting but the name: equal inputs train equal concepts.
+/// SHA-256 over the reference images and every setting but the name: equal inputs train equal concepts.
 ///
 /// # Errors
 /// When the settings cannot be written as JSON.
-pub fn input_fingerprint(pictures: &[String], spec: &TrainingSpec) -> Result<String, RegistryError> {
+pub fn input_fingerprint(images: &[String], spec: &TrainingSpec) -> Result<String, RegistryError> {
     let nameless = TrainingSpec {
         name: String::new(),
         ..spec.clone()
     };
-    let text = serde_json::to_vec(&(pictures, nameless)).map_err(|error| RegistryError::Row(error.to_string()))?;
+    let text = serde_json::to_vec(&(images, nameless)).map_err(|error| RegistryError::Row(error.to_string()))?;
     Ok(content_hash(&text))
 }
 
@@ -501,7 +501,7 @@ async fn insert_concept(
             other?;
         }
     }
-    for (position, blob) in new.pictures.iter().enumerate() {
+    for (position, blob) in new.images.iter().enumerate() {
         sqlx::query("INSERT INTO concept_pictures (concept_id, position, blob) VALUES ($1, $2, $3)")
             .bind(id.to_string())
             .bind(position as i64)
@@ -537,6 +537,6 @@ async fn insert_concept(
         versions: version.is_some().into(),
         created_at,
         updated_at: created_at,
-        pictures: new.pictures.clone(),
+        images: new.images.clone(),
     })
 }

@@ -21,21 +21,21 @@ use super::{GenerationStatus, Listed, Made, Page, Registry, RegistryError, Store
 use coar_core::concept::ConceptKind;
 use coar_core::engine::SamplingParams;
 use coar_core::ids::{GenerationId, ProcessId, TenantId};
-use coar_core::picture::{OutputFormat, PictureFormat};
+use coar_core::image::{ImageFormat, OutputFormat};
 
-/// Every setting, resolved: the same again draw the same pictures.
+/// Every setting, resolved: the same again draw the same images.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerationSettings {
-    /// Pictures.
+    /// Images.
     pub n: u32,
     #[serde(flatten)]
     pub sampling: SamplingParams,
-    /// Which picture of the seed the first one is.
+    /// Which image of the seed the first one is.
     pub first_index: u32,
-    pub output_format: PictureFormat,
+    pub output_format: ImageFormat,
     /// Quality of JPEG, 1 to 100, and of WebP, 0 to 99; 100 where nothing is lost.
     pub output_compression: u8,
-    /// Unfinished pictures that a listener gets of each.
+    /// Unfinished images that a listener gets of each.
     pub partial_images: u32,
 }
 
@@ -43,10 +43,10 @@ impl GenerationSettings {
     /// How its files are written.
     pub fn format(&self) -> OutputFormat {
         match self.output_format {
-            PictureFormat::Png => OutputFormat::Png,
-            PictureFormat::Jpeg => OutputFormat::Jpeg(self.output_compression),
-            PictureFormat::WebP if self.output_compression < 100 => OutputFormat::LossyWebP(self.output_compression),
-            PictureFormat::WebP => OutputFormat::WebP,
+            ImageFormat::Png => OutputFormat::Png,
+            ImageFormat::Jpeg => OutputFormat::Jpeg(self.output_compression),
+            ImageFormat::WebP if self.output_compression < 100 => OutputFormat::LossyWebP(self.output_compression),
+            ImageFormat::WebP => OutputFormat::WebP,
         }
     }
 }
@@ -67,7 +67,7 @@ pub struct GenerationConcept {
 pub struct TokenUsage {
     /// Of the prompt.
     pub text_tokens: u64,
-    /// Of all its pictures.
+    /// Of all its images.
     pub image_tokens: u64,
 }
 
@@ -318,7 +318,7 @@ impl Registry {
         Ok(GenerationStatus::ALL.map(counts).to_vec())
     }
 
-    /// Removes a tenant's generation and its pictures. False where there is none.
+    /// Removes a tenant's generation and its images. False where there is none.
     ///
     /// # Errors
     /// When the database or the store fails.
@@ -341,7 +341,7 @@ impl Registry {
         Ok(deleted.rows_affected() > 0)
     }
 
-    /// Forgets generations of all tenants that ended longer than `age` ago; returns how many. Their pictures have expired
+    /// Forgets generations of all tenants that ended longer than `age` ago; returns how many. Their images have expired
     /// before them: see [`Registry::expire_images`].
     ///
     /// # Errors

@@ -93,7 +93,7 @@ impl KeyClaim {
 
 /// A finished key is kept for so long after its thing was made without an answer.
 const MADE_MS: i64 = 24 * 60 * 60 * 1000;
-/// Larger bodies are blobs. Those that name what was made are far below this; those with pictures in them are above.
+/// Larger bodies are blobs. Those that name what was made are far below this; those with images in them are above.
 const BODY_LIMIT: usize = 16 << 10;
 
 impl Registry {

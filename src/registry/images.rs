@@ -1,4 +1,4 @@
-//! Drawn pictures that are kept, each of a generation.
+//! Drawn images that are kept, each of a generation.
 
 use sqlx::Row;
 use sqlx::any::AnyRow;
@@ -6,31 +6,31 @@ use sqlx::any::AnyRow;
 use super::db::{identifier, locking, number, optional_number, places};
 use super::{Registry, RegistryError};
 use coar_core::ids::{GenerationId, ImageId, TenantId};
-use coar_core::picture::PictureFormat;
+use coar_core::image::ImageFormat;
 
-/// A stored picture.
+/// A stored image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredImage {
     pub id: ImageId,
     pub tenant: TenantId,
     /// `None`: drawn before generations were kept.
     pub generation: Option<GenerationId>,
-    /// Which picture of its seed.
+    /// Which image of its seed.
     pub index: u32,
     pub seed: Option<u64>,
     /// Width and height in pixels; 0 where it was drawn before they were noted.
     pub size: (u32, u32),
     /// SHA-256 of the file.
     pub blob: String,
-    pub format: PictureFormat,
+    pub format: ImageFormat,
     pub created_at: i64,
-    /// `None`: as long as the server keeps pictures.
+    /// `None`: as long as the server keeps images.
     pub expires_at: Option<i64>,
 }
 
 fn image(row: &AnyRow) -> Result<StoredImage, RegistryError> {
     let media: String = row.try_get("content_type")?;
-    let formats = [PictureFormat::Png, PictureFormat::Jpeg, PictureFormat::WebP];
+    let formats = [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP];
     let generation: Option<String> = row.try_get("generation_id")?;
     let side = |column: &str| optional_number(row, column).map(Option::unwrap_or_default);
     Ok(StoredImage {
@@ -54,7 +54,7 @@ fn image(row: &AnyRow) -> Result<StoredImage, RegistryError> {
 }
 
 impl Registry {
-    /// Remembers a picture whose blob is stored, of the generation's attempt that this process draws.
+    /// Remembers an image whose blob is stored, of the generation's attempt that this process draws.
     ///
     /// # Errors
     /// `LeaseLost` when it is another's by now, has ended, or is gone; when the database fails.
@@ -93,7 +93,7 @@ impl Registry {
         }
     }
 
-    /// Forgets pictures past their own time, or without one older than `age`, of all tenants, and removes their bytes;
+    /// Forgets images past their own time, or without one older than `age`, of all tenants, and removes their bytes;
     /// returns how many.
     ///
     /// # Errors
@@ -114,7 +114,7 @@ impl Registry {
         Ok(blobs.len())
     }
 
-    /// A picture of whatever tenant: for callers that were shown a signed address of it, and nobody else.
+    /// An image of whatever tenant: for callers that were shown a signed address of it, and nobody else.
     ///
     /// # Errors
     /// When the database fails.
@@ -126,7 +126,7 @@ impl Registry {
         row.as_ref().map(image).transpose()
     }
 
-    /// Pictures of some of a tenant's generations, in the order of each.
+    /// Images of some of a tenant's generations, in the order of each.
     ///
     /// # Errors
     /// When the database fails.
@@ -159,7 +159,7 @@ mod tests {
     use crate::registry::{GenerationSettings, NewGeneration, now};
 
     #[tokio::test]
-    async fn expired_pictures_are_forgotten_and_their_bytes_removed() {
+    async fn expired_images_are_forgotten_and_their_bytes_removed() {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
         let new = NewGeneration {
             tenant: TenantId::DEFAULT,
@@ -177,7 +177,7 @@ mod tests {
                 },
                 n: 2,
                 first_index: 0,
-                output_format: PictureFormat::WebP,
+                output_format: ImageFormat::WebP,
                 output_compression: 100,
                 partial_images: 0,
             },
@@ -199,7 +199,7 @@ mod tests {
                 seed: Some((1 << 53) - 1),
                 size: (96, 64),
                 blob: registry.blobs.put(bytes.into()).await.unwrap(),
-                format: PictureFormat::WebP,
+                format: ImageFormat::WebP,
                 created_at,
                 expires_at: None,
             };

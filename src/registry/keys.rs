@@ -13,7 +13,7 @@ use coar_core::ids::{KeyId, TenantId};
 /// A kind of request that a key may be allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// Looking at concepts, trainings, pictures.
+    /// Looking at concepts, trainings, images.
     Read,
     /// Drawing.
     Generate,

@@ -193,7 +193,7 @@ impl Registry {
         Ok(value)
     }
 
-    /// 32 random bytes in hex that never leave the server: they sign the addresses of pictures.
+    /// 32 random bytes in hex that never leave the server: they sign the addresses of images.
     ///
     /// # Errors
     /// When the database fails.

@@ -40,7 +40,7 @@ pub struct Job {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlobUse {
     pub hash: String,
-    /// `picture`, `concept`, `checkpoint`, `preview`, `image` or `answer`.
+    /// `image`, `concept`, `checkpoint`, `preview`, `image` or `answer`.
     pub role: String,
     /// The concept's, training's or generation's identifier; an answer's idempotency key.
     pub of: String,
@@ -189,7 +189,7 @@ impl Registry {
     pub async fn blob_uses(&self) -> Result<Vec<BlobUse>, RegistryError> {
         let rows = sqlx::query(
             "SELECT u.hash, u.role, u.id, n.name AS tenant FROM (
-                 SELECT p.blob AS hash, 'picture' AS role, c.id, c.tenant_id FROM concept_pictures p
+                 SELECT p.blob AS hash, 'image' AS role, c.id, c.tenant_id FROM concept_pictures p
                      JOIN concepts c ON c.id = p.concept_id
                  UNION ALL SELECT v.hash, 'concept', c.id, c.tenant_id FROM concept_versions v
                      JOIN concepts c ON c.id = v.concept_id
@@ -226,9 +226,9 @@ mod tests {
     async fn dead_letters_are_seen_and_replayed() {
         let (_dir, registry) = test_registry().await;
         let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Style, "ink", None, 6);
-        let stored = registry.store(vec!["picture".into()]).await.unwrap();
+        let stored = registry.store(vec!["image".into()]).await.unwrap();
         let new = NewConcept {
-            pictures: stored.hashes().to_vec(),
+            images: stored.hashes().to_vec(),
             ..NewConcept::new("ink", ConceptKind::Style)
         };
         let (concept, training) = registry.add_concept(TenantId::DEFAULT, &new, &spec).await.unwrap();
@@ -280,7 +280,7 @@ mod tests {
         let uses = registry.blob_uses().await.unwrap();
         assert_eq!(
             (uses.len(), uses[0].role.as_str(), uses[0].of.clone()),
-            (1, "picture", concept.id.to_string())
+            (1, "image", concept.id.to_string())
         );
         assert!("concept_1".parse::<JobId>().is_err());
     }

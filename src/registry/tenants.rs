@@ -1,4 +1,4 @@
-//! Tenants: whose concepts, trainings and pictures they are.
+//! Tenants: whose concepts, trainings and images they are.
 
 use std::time::Duration;
 
@@ -69,7 +69,7 @@ pub struct Usage {
     pub trainings: u32,
 }
 
-/// A tenant's pictures of the last minute leave no room for more.
+/// A tenant's images of the last minute leave no room for more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MinuteFull {
     pub drawn: u32,
@@ -256,7 +256,7 @@ impl Registry {
         quotas.check(usage(&mut **transaction, id).await?, addition)
     }
 
-    /// Removes a tenant with everything that is its: keys, concepts, trainings, generations, pictures.
+    /// Removes a tenant with everything that is its: keys, concepts, trainings, generations, images.
     ///
     /// # Errors
     /// When the database or the blob store fails.
@@ -295,7 +295,7 @@ impl Registry {
         Ok(deleted.rows_affected() > 0)
     }
 
-    /// Admits a generation among those of all processes: its pictures are counted in the present second, unless that would
+    /// Admits a generation among those of all processes: its images are counted in the present second, unless that would
     /// exceed what the tenant may draw in a minute. The second is the answer; how much there is already, the refusal.
     ///
     /// # Errors
@@ -303,7 +303,7 @@ impl Registry {
     pub async fn admit(
         &self,
         id: TenantId,
-        pictures: u32,
+        images: u32,
         per_minute: Option<u32>,
     ) -> Result<Result<i64, MinuteFull>, RegistryError> {
         let second = self.lease_time().await? / 1000;
@@ -319,7 +319,7 @@ impl Registry {
         .fetch_one(&mut *transaction)
         .await?;
         if let Some(limit) = per_minute
-            && drawn + i64::from(pictures) > i64::from(limit)
+            && drawn + i64::from(images) > i64::from(limit)
         {
             return Ok(Err(MinuteFull {
                 drawn: u32::try_from(drawn).unwrap_or(u32::MAX),
@@ -337,7 +337,7 @@ impl Registry {
         )
         .bind(id.to_string())
         .bind(second)
-        .bind(i64::from(pictures))
+        .bind(i64::from(images))
         .execute(&mut *transaction)
         .await?;
         transaction.commit().await?;
@@ -348,9 +348,9 @@ impl Registry {
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn take_back(&self, id: TenantId, second: i64, pictures: u32) -> Result<(), RegistryError> {
+    pub async fn take_back(&self, id: TenantId, second: i64, images: u32) -> Result<(), RegistryError> {
         sqlx::query("UPDATE picture_tallies SET pictures = pictures - $1 WHERE tenant_id = $2 AND second = $3")
-            .bind(i64::from(pictures))
+            .bind(i64::from(images))
             .bind(id.to_string())
             .bind(second)
             .execute(&self.pools.writes)
@@ -359,13 +359,13 @@ impl Registry {
     }
 
     /// What a tenant does at the moment in all processes: generations that are queued or running and not begun by this
-    /// process for somebody who waits, and pictures of the last minute.
+    /// process for somebody who waits, and images of the last minute.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn activity(&self, id: TenantId) -> Result<(u32, u32), RegistryError> {
         let second = self.lease_time().await? / 1000;
-        let (generations, pictures): (i64, i64) = sqlx::query_as(
+        let (generations, images): (i64, i64) = sqlx::query_as(
             "SELECT (SELECT count(*) FROM generations WHERE tenant_id = $1 AND status IN ('queued', 'running')
                      AND (background = 1 OR owner <> $2)),
                     (SELECT CAST(coalesce(sum(pictures), 0) AS BIGINT) FROM picture_tallies
@@ -377,6 +377,6 @@ impl Registry {
         .fetch_one(&self.pools.reads)
         .await?;
         let number = |count: i64| u32::try_from(count).unwrap_or(u32::MAX);
-        Ok((number(generations), number(pictures)))
+        Ok((number(generations), number(images)))
     }
 }

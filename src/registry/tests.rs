@@ -56,7 +56,7 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
     let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
     let blobs = Blobs::open(&dir.path().join("blobs")).unwrap();
     let mut hashes = vec![];
-    for bytes in [&b"picture"[..], b"concept file", b"checkpoint", b"drawn"] {
+    for bytes in [&b"image"[..], b"concept file", b"checkpoint", b"drawn"] {
         hashes.push(blobs.put(bytes.into()).await.unwrap());
     }
     {
@@ -108,7 +108,7 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
         (concept.id, concept.version.as_ref(), concept.version_number),
         (rex, Some(&hashes[1]), Some(1))
     );
-    assert_eq!((concept.created_at, concept.pictures), (1000, vec![hashes[0].clone()]));
+    assert_eq!((concept.created_at, concept.images), (1000, vec![hashes[0].clone()]));
     assert_eq!(
         registry.concept(tenant, "ink").await.unwrap().unwrap().version_number,
         None
@@ -185,7 +185,7 @@ async fn tenants_have_names_of_their_own_and_go_with_all_they_have() {
     for tenant in [TenantId::DEFAULT, acme.id] {
         let new = NewConcept {
             class_noun: Some("cat".into()),
-            pictures: vec![registry.blobs.put(tenant.to_string().into()).await.unwrap()],
+            images: vec![registry.blobs.put(tenant.to_string().into()).await.unwrap()],
             ..NewConcept::new("rex", ConceptKind::Subject)
         };
         trainings.push(registry.add_concept(tenant, &new, &spec).await.unwrap().1.id);
@@ -210,15 +210,15 @@ async fn tenants_have_names_of_their_own_and_go_with_all_they_have() {
 #[test]
 fn equal_inputs_have_equal_fingerprints_whatever_the_name() {
     let spec = |name: &str| TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, name, Some("cat"), 6);
-    let pictures = vec!["a".to_owned(), "b".to_owned()];
-    let rex = input_fingerprint(&pictures, &spec("rex")).unwrap();
-    assert_eq!(rex, input_fingerprint(&pictures, &spec("max")).unwrap());
-    assert_ne!(rex, input_fingerprint(&pictures[..1], &spec("rex")).unwrap());
+    let images = vec!["a".to_owned(), "b".to_owned()];
+    let rex = input_fingerprint(&images, &spec("rex")).unwrap();
+    assert_eq!(rex, input_fingerprint(&images, &spec("max")).unwrap());
+    assert_ne!(rex, input_fingerprint(&images[..1], &spec("rex")).unwrap());
     let longer = TrainingSpec {
         steps: 7,
         ..spec("rex")
     };
-    assert_ne!(rex, input_fingerprint(&pictures, &longer).unwrap());
+    assert_ne!(rex, input_fingerprint(&images, &longer).unwrap());
 }
 
 #[tokio::test]

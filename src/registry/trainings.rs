@@ -20,7 +20,7 @@ pub struct Training {
     pub concept: String,
     pub status: TrainingStatus,
     pub spec: TrainingSpec,
-    /// Over pictures and settings; `None` where an older version stored it.
+    /// Over images and settings; `None` where an older version stored it.
     pub input_fingerprint: Option<String>,
     /// Number of the version that it made.
     pub version: Option<u32>,
@@ -33,7 +33,7 @@ pub struct Training {
     pub error: Option<serde_json::Value>,
     /// JSON: seconds of the last attempt; of older versions the loss curve too.
     pub report: Option<serde_json::Value>,
-    /// Steps of which there is a picture.
+    /// Steps of which there is an image.
     pub previews: Vec<u32>,
     /// Blob of the newest checkpoint.
     pub checkpoint: Option<String>,
@@ -343,7 +343,7 @@ impl Registry {
         Ok(Some(training))
     }
 
-    /// Queues a failed or cancelled training again, from its checkpoint where it has one. Pictures beyond it go. The
+    /// Queues a failed or cancelled training again, from its checkpoint where it has one. Images beyond it go. The
     /// training as it stands then, `None` where there is none; one that has not failed stays as it is.
     ///
     /// # Errors

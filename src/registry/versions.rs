@@ -1,4 +1,4 @@
-//! Versions of concepts, and the pictures that trainings draw on their way to one.
+//! Versions of concepts, and the images that trainings draw on their way to one.
 
 use bytes::Bytes;
 use sqlx::Row;
@@ -116,7 +116,7 @@ impl Registry {
         ))
     }
 
-    /// The blob of the picture that a tenant's training drew after that step.
+    /// The blob of the image that a tenant's training drew after that step.
     ///
     /// # Errors
     /// When the database fails.

@@ -15,7 +15,7 @@ use coar_core::concept::{ConceptKind, is_slug};
 use coar_core::engine::ConceptTokens;
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ConceptId;
-use coar_core::picture::{OutputFormat, PictureError, PictureLimits, decode, encode};
+use coar_core::image::{ImageError, ImageLimits, OutputFormat, decode, encode};
 use coar_core::training::{TokenMethod, TrainingSpec};
 
 /// What a caller wants to register, as parsed; values are checked here.
@@ -24,7 +24,7 @@ pub struct Registration {
     pub name: Option<String>,
     pub kind: Option<String>,
     pub class: Option<String>,
-    /// Encoded pictures.
+    /// Encoded images.
     #[serde(serialize_with = "crate::registry::blobs::hashes")]
     pub images: Vec<Bytes>,
     pub captions: Vec<String>,
@@ -60,7 +60,7 @@ pub struct Change {
 #[derive(Debug, Clone)]
 pub struct Registered {
     pub view: ConceptView,
-    /// The name of another concept that was trained from the same pictures and settings.
+    /// The name of another concept that was trained from the same images and settings.
     pub duplicate_of: Option<String>,
 }
 
@@ -114,18 +114,18 @@ fn check_priority(priority: Option<i32>) -> Result<i32, Error> {
     }
 }
 
-/// Decodes a foreign picture under `limits` and encodes it anew: what is stored carries none of the original's bytes.
-fn clean(bytes: &Bytes, limits: &PictureLimits) -> Result<Vec<u8>, PictureError> {
+/// Decodes a foreign image under `limits` and encodes it anew: what is stored carries none of the original's bytes.
+fn clean(bytes: &Bytes, limits: &ImageLimits) -> Result<Vec<u8>, ImageError> {
     encode(&decode(bytes, limits)?, OutputFormat::Png, &[])
 }
 
-fn picture_error(error: &PictureError) -> Error {
+fn image_error(error: &ImageError) -> Error {
     let (code, kind, limit) = match error {
-        PictureError::UnknownFormat => ("unknown_picture_format", ErrorKind::Invalid, None),
-        PictureError::TooManyBytes { limit, .. } => ("picture_too_large", ErrorKind::TooLarge, Some(*limit as u64)),
-        PictureError::TooManyPixels { pixels, .. } => ("picture_too_many_pixels", ErrorKind::Invalid, Some(*pixels)),
-        PictureError::NoPixels { .. } | PictureError::Truncated { .. } | PictureError::Damaged(_) => {
-            ("damaged_picture", ErrorKind::Invalid, None)
+        ImageError::UnknownFormat => ("unknown_image_format", ErrorKind::Invalid, None),
+        ImageError::TooManyBytes { limit, .. } => ("image_too_large", ErrorKind::TooLarge, Some(*limit as u64)),
+        ImageError::TooManyPixels { pixels, .. } => ("image_too_many_pixels", ErrorKind::Invalid, Some(*pixels)),
+        ImageError::NoPixels { .. } | ImageError::Truncated { .. } | ImageError::Damaged(_) => {
+            ("damaged_image", ErrorKind::Invalid, None)
         }
     };
     let told = Error::field(code, "images", error.to_string()).of_kind(kind);
@@ -136,7 +136,7 @@ fn picture_error(error: &PictureError) -> Error {
 }
 
 impl Service {
-    /// Checks a registration, stores its pictures, and queues its training. Nothing is left of a refused one.
+    /// Checks a registration, stores its images, and queues its training. Nothing is left of a refused one.
     ///
     /// # Errors
     /// The first value that cannot be used; a name that is taken.
@@ -144,13 +144,13 @@ impl Service {
         let images = std::mem::take(&mut registration.images);
         let (mut new, spec) = self.check(registration)?;
         let count = images.len();
-        if count == 0 || count > self.limits.pictures {
+        if count == 0 || count > self.limits.images {
             return Err(Error::field(
                 "invalid_value",
                 "images",
-                format!("has {count} pictures; expected 1 to {}", self.limits.pictures),
+                format!("has {count} images; expected 1 to {}", self.limits.images),
             )
-            .limit(self.limits.pictures as u64));
+            .limit(self.limits.images as u64));
         }
         let taken = self.registry.concept(caller.tenant, &new.name).await?;
         if taken.is_none() {
@@ -158,12 +158,12 @@ impl Service {
                 concepts: 1,
                 trainings: 1,
             };
-            // Before the pictures are decoded and stored. What counts is asked again where the concept is added: no lock is
+            // Before the images are decoded and stored. What counts is asked again where the concept is added: no lock is
             // held meanwhile.
             new.quotas = self.check_room(caller, addition).await?;
             self.check_queue().await?;
         }
-        let limits = self.limits.picture;
+        let limits = self.limits.image;
         let cleaned = tokio::task::spawn_blocking(move || {
             images
                 .iter()
@@ -172,9 +172,9 @@ impl Service {
         })
         .await
         .map_err(Error::internal)?
-        .map_err(|error| picture_error(&error))?;
-        new.pictures = cleaned.iter().map(|png| content_hash(png)).collect();
-        let input = input_fingerprint(&new.pictures, &spec)?;
+        .map_err(|error| image_error(&error))?;
+        new.images = cleaned.iter().map(|png| content_hash(png)).collect();
+        let input = input_fingerprint(&new.images, &spec)?;
         if let Some(taken) = taken {
             return Err(self.name_taken(&taken, &input).await);
         }
@@ -183,7 +183,7 @@ impl Service {
             .store(cleaned.into_iter().map(Into::into).collect())
             .await?;
         let added = self.registry.add_concept(caller.tenant, &new, &spec).await;
-        // Where another request took the name or the last place in between, the pictures of this one go.
+        // Where another request took the name or the last place in between, the images of this one go.
         self.registry.settle(stored, added.is_ok()).await;
         let (concept, training) = added?;
         self.wake.now();
@@ -195,7 +195,7 @@ impl Service {
         })
     }
 
-    /// Everything of a registration but its pictures.
+    /// Everything of a registration but its images.
     fn check(&self, registration: Registration) -> Result<(NewConcept, TrainingSpec), Error> {
         let name = check_name(registration.name)?;
         let kind = registration
@@ -245,7 +245,7 @@ impl Service {
             Ok(false) => conflict,
             Ok(true) => Error {
                 message: format!(
-                    "`name` is `{}`, which another concept has: one of the same pictures and settings",
+                    "`name` is `{}`, which another concept has: one of the same images and settings",
                     taken.name
                 ),
                 ..conflict
@@ -330,22 +330,22 @@ impl Service {
         Ok(self.registry.versions(concept.id, page).await?)
     }
 
-    /// A reference picture of a concept, as PNG.
+    /// A reference image of a concept, as PNG.
     ///
     /// # Errors
     /// When there is none, or the registry fails.
-    pub async fn reference_picture(&self, caller: &Caller, name: &str, index: &str) -> Result<Bytes, Error> {
+    pub async fn reference_image(&self, caller: &Caller, name: &str, index: &str) -> Result<Bytes, Error> {
         let concept = self.find_concept(caller, name).await?;
-        let blob = index.parse().ok().and_then(|index: usize| concept.pictures.get(index));
+        let blob = index.parse().ok().and_then(|index: usize| concept.images.get(index));
         let blob = blob.ok_or_else(|| {
-            let count = concept.pictures.len();
-            let message = format!("The concept has no picture `{index}`; it has {count}, counted from 0.");
+            let count = concept.images.len();
+            let message = format!("The concept has no image `{index}`; it has {count}, counted from 0.");
             Error::new(ErrorKind::NotFound, "image_not_found", message)
         })?;
         Ok(self.registry.blobs.get(blob).await?)
     }
 
-    /// Deletes a concept with its pictures, versions, trainings and previews; a running training ends, a generation that
+    /// Deletes a concept with its images, versions, trainings and previews; a running training ends, a generation that
     /// has begun goes on with the tensors that it has.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use crate::registry::{Concept, GenerationConcept, GenerationSettings, NewGenerat
 use coar_core::concept::{concept_names, parse_prompt};
 use coar_core::engine::{ConceptTokens, Cost, SamplingParams};
 use coar_core::error::{Error, ErrorKind};
-use coar_core::picture::PictureFormat;
+use coar_core::image::ImageFormat;
 
 /// A concept that is named beside the prompt, and the parameter that names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub struct GenerateInput {
     pub top_k: Option<u32>,
     pub identity_mask: Option<bool>,
     /// PNG by default.
-    pub output_format: Option<PictureFormat>,
+    pub output_format: Option<ImageFormat>,
     /// 0 to 100; of JPEG files the quality.
     pub output_compression: Option<u8>,
     pub partial_images: Option<u32>,
@@ -61,7 +61,7 @@ pub struct Transient {
 
 /// Seeds beyond this are not exact in every JSON reader.
 pub const SEED_LIMIT: u64 = (1 << 53) - 1;
-/// Pictures of one seed.
+/// Images of one seed.
 pub const INDEX_LIMIT: u32 = 1_000_000;
 const GUIDANCE_LIMIT: f64 = 20.0;
 const TEMPERATURE_LIMIT: f64 = 5.0;
@@ -92,16 +92,16 @@ fn at_most<T: Copy + PartialOrd + std::fmt::Display + Into<u64>>(
 }
 
 /// Quality of JPEG, and of WebP below 100; the rest loses nothing, and PNG says so.
-fn quality(format: PictureFormat, compression: Option<u8>) -> Result<u8, Error> {
+fn quality(format: ImageFormat, compression: Option<u8>) -> Result<u8, Error> {
     match (format, compression) {
         (_, Some(above)) if above > 100 => {
             let problem = format!("is {above}; expected 0 to 100");
             Err(Error::field("invalid_value", "output_compression", problem).limit(100))
         }
-        (PictureFormat::Jpeg, given) => Ok(given.unwrap_or(JPEG_QUALITY).max(1)),
+        (ImageFormat::Jpeg, given) => Ok(given.unwrap_or(JPEG_QUALITY).max(1)),
         (_, None | Some(100)) => Ok(100),
-        (PictureFormat::WebP, Some(below)) => Ok(below),
-        (format @ PictureFormat::Png, Some(below)) => Err(Error::field(
+        (ImageFormat::WebP, Some(below)) => Ok(below),
+        (format @ ImageFormat::Png, Some(below)) => Err(Error::field(
             "unsupported_value",
             "output_compression",
             format!(
@@ -173,7 +173,7 @@ impl Service {
                 format!("is {width}x{height}; this model draws {}", known.join(", ")),
             ));
         }
-        let output_format = input.output_format.unwrap_or(PictureFormat::Png);
+        let output_format = input.output_format.unwrap_or(ImageFormat::Png);
         let temperature = input.temperature.unwrap_or(info.default_temperature);
         let guidance = input.guidance_scale.unwrap_or(info.default_guidance_scale);
         Ok(GenerationSettings {
@@ -263,15 +263,15 @@ mod tests {
     #[test]
     fn compression_is_quality_where_there_is_one() {
         let code = |outcome: Result<u8, Error>| outcome.map_err(|error| error.code);
-        assert_eq!(code(quality(PictureFormat::Jpeg, None)), Ok(JPEG_QUALITY));
-        assert_eq!(code(quality(PictureFormat::Jpeg, Some(0))), Ok(1));
-        assert_eq!(code(quality(PictureFormat::Jpeg, Some(100))), Ok(100));
-        assert_eq!(code(quality(PictureFormat::Jpeg, Some(101))), Err("invalid_value"));
-        for format in [PictureFormat::Png, PictureFormat::WebP] {
+        assert_eq!(code(quality(ImageFormat::Jpeg, None)), Ok(JPEG_QUALITY));
+        assert_eq!(code(quality(ImageFormat::Jpeg, Some(0))), Ok(1));
+        assert_eq!(code(quality(ImageFormat::Jpeg, Some(100))), Ok(100));
+        assert_eq!(code(quality(ImageFormat::Jpeg, Some(101))), Err("invalid_value"));
+        for format in [ImageFormat::Png, ImageFormat::WebP] {
             assert_eq!(code(quality(format, None)), Ok(100));
             assert_eq!(code(quality(format, Some(100))), Ok(100));
         }
-        assert_eq!(code(quality(PictureFormat::WebP, Some(0))), Ok(0));
-        assert_eq!(code(quality(PictureFormat::Png, Some(99))), Err("unsupported_value"));
+        assert_eq!(code(quality(ImageFormat::WebP, Some(0))), Ok(0));
+        assert_eq!(code(quality(ImageFormat::Png, Some(99))), Err("unsupported_value"));
     }
 }

@@ -175,7 +175,7 @@ impl Service {
         }
     }
 
-    /// A generation, with its pictures and its place.
+    /// A generation, with its images and its place.
     async fn view(&self, generation: Generation) -> Result<GenerationView, Error> {
         let mut views = self.views(generation.new.tenant, vec![generation]).await?;
         views
@@ -183,7 +183,7 @@ impl Service {
             .ok_or_else(|| Error::internal("a generation has no details"))
     }
 
-    /// Generations of one tenant, each with its pictures and its place.
+    /// Generations of one tenant, each with its images and its place.
     async fn views(&self, tenant: TenantId, generations: Vec<Generation>) -> Result<Vec<GenerationView>, Error> {
         let details = self.registry.generation_details(tenant, &generations).await?;
         let view = |(mut generation, (images, queue_position)): (Generation, (Vec<StoredImage>, Option<u32>))| {
@@ -246,7 +246,7 @@ impl Service {
         }
     }
 
-    /// Removes a generation and its pictures; one that has not ended is cancelled first.
+    /// Removes a generation and its images; one that has not ended is cancelled first.
     ///
     /// # Errors
     /// When there is none, or the registry fails.

@@ -1,4 +1,4 @@
-//! Addresses of pictures that need no key: whoever has one may fetch the picture until the address expires.
+//! Addresses of images that need no key: whoever has one may fetch the image until the address expires.
 
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
@@ -11,7 +11,7 @@ use coar_core::ids::ImageId;
 #[derive(Clone)]
 pub struct Links {
     secret: Vec<u8>,
-    /// How long pictures, and so their addresses, last, in milliseconds.
+    /// How long images, and so their addresses, last, in milliseconds.
     lifetime: i64,
 }
 
@@ -23,7 +23,7 @@ impl std::fmt::Debug for Links {
     }
 }
 
-/// What a caller sent with a picture's address.
+/// What a caller sent with an image's address.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Signed<'a> {
     /// Unix seconds, as text.
@@ -32,12 +32,12 @@ pub struct Signed<'a> {
 }
 
 fn absent(image: &str) -> Error {
-    let message = format!("There is no picture `{image}`, or its address is not complete.");
+    let message = format!("There is no image `{image}`, or its address is not complete.");
     Error::new(ErrorKind::NotFound, "image_not_found", message)
 }
 
 impl Links {
-    /// With the server's secret; addresses last as long as pictures are kept.
+    /// With the server's secret; addresses last as long as images are kept.
     pub fn new(secret: &str, lifetime: std::time::Duration) -> Self {
         Self {
             secret: secret.as_bytes().to_vec(),
@@ -52,7 +52,7 @@ impl Links {
         mac
     }
 
-    /// When a picture and its address expire, in Unix seconds.
+    /// When an image and its address expire, in Unix seconds.
     pub fn expires(&self, image: &StoredImage) -> i64 {
         let at = image
             .expires_at
@@ -71,7 +71,7 @@ impl Links {
         )
     }
 
-    /// The picture that an address names. Compares in constant time.
+    /// The image that an address names. Compares in constant time.
     ///
     /// # Errors
     /// `image_not_found` for whatever this server has not signed; `address_expired`.
@@ -83,7 +83,7 @@ impl Links {
             .map_err(|_| absent(file))?;
         let expires: i64 = signed.expires.parse().map_err(|_| absent(file))?;
         if expires <= now() / 1000 {
-            let message = "The address of this picture has expired; ask for its generation again to get a new one.";
+            let message = "The address of this image has expired; ask for its generation again to get a new one.";
             return Err(Error::new(ErrorKind::Forbidden, "address_expired", message));
         }
         Ok(id)
@@ -91,11 +91,11 @@ impl Links {
 }
 
 impl super::Service {
-    /// The picture at a signed address, with its bytes.
+    /// The image at a signed address, with its bytes.
     ///
     /// # Errors
-    /// As [`Links::check`]; when the picture is gone.
-    pub async fn picture(&self, file: &str, signed: Signed<'_>) -> Result<(StoredImage, bytes::Bytes), Error> {
+    /// As [`Links::check`]; when the image is gone.
+    pub async fn image(&self, file: &str, signed: Signed<'_>) -> Result<(StoredImage, bytes::Bytes), Error> {
         let id = self.links.check(file, signed)?;
         let image = self.registry.signed_image(id).await?.ok_or_else(|| absent(file))?;
         if file != format!("{id}.{}", image.format.extension()) {
@@ -112,7 +112,7 @@ mod tests {
 
     use super::*;
     use coar_core::ids::TenantId;
-    use coar_core::picture::PictureFormat;
+    use coar_core::image::ImageFormat;
 
     fn image(created_at: i64) -> StoredImage {
         StoredImage {
@@ -123,7 +123,7 @@ mod tests {
             seed: Some(1),
             size: (1, 1),
             blob: String::new(),
-            format: PictureFormat::Jpeg,
+            format: ImageFormat::Jpeg,
             created_at,
             expires_at: None,
         }
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_opens_its_own_picture_until_it_expires() {
+    fn an_address_opens_its_own_image_until_it_expires() {
         let links = Links::new("secret", Duration::from_secs(60));
         let (one, other) = (image(now()), image(now()));
         let path = links.path(&one);

@@ -33,7 +33,7 @@ use crate::registry::{Quotas, Registry, RegistryError};
 pub use crate::registry::{Scope, Scopes};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::{KeyId, TenantId};
-use coar_core::picture::PictureLimits;
+use coar_core::image::ImageLimits;
 
 /// Who asks. Every use case takes one, and nothing of another tenant's is seen through it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,10 +91,10 @@ pub const PRIORITY_LIMIT: i32 = 100;
 /// What callers may ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    pub picture: PictureLimits,
-    /// Reference pictures of one concept.
-    pub pictures: usize,
-    /// Pictures of one generation.
+    pub image: ImageLimits,
+    /// Reference images of one concept.
+    pub images: usize,
+    /// Images of one generation.
     pub count: u32,
     /// Characters of a prompt.
     pub prompt: usize,
@@ -114,9 +114,9 @@ impl Limits {
         let default = Self::default();
         let quota = |number: u32| (number > 0).then_some(number);
         Self {
-            picture: PictureLimits {
+            image: ImageLimits {
                 bytes: config.limits.picture_limit << 20,
-                ..default.picture
+                ..default.image
             },
             json: config.limits.json_limit << 10,
             quotas: Quotas {
@@ -133,8 +133,8 @@ impl Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            picture: PictureLimits::default(),
-            pictures: coar_core::training::spec::PICTURES_LIMIT,
+            image: ImageLimits::default(),
+            images: coar_core::training::spec::IMAGES_LIMIT,
             count: 10,
             prompt: 4000,
             queued_trainings: 100,

@@ -25,14 +25,14 @@ const NEXT_CONCEPT: Duration = Duration::from_secs(120);
 #[derive(Debug, Clone, Default)]
 pub struct Tallies {
     all: Arc<Mutex<HashMap<TenantId, Tally>>>,
-    /// Where pictures are given back that were counted in the database; the server's stop waits for it.
+    /// Where images are given back that were counted in the database; the server's stop waits for it.
     tasks: TaskTracker,
 }
 
 #[derive(Debug, Default)]
 struct Tally {
     in_flight: u32,
-    /// Admissions of the last minute, oldest first: at most as many as the quota, each has a picture.
+    /// Admissions of the last minute, oldest first: at most as many as the quota, each has an image.
     admitted: VecDeque<Admission>,
     next: u64,
 }
@@ -41,7 +41,7 @@ struct Tally {
 struct Admission {
     id: u64,
     at: Instant,
-    pictures: u32,
+    images: u32,
 }
 
 /// How much of a quota is left.
@@ -57,24 +57,24 @@ pub struct Allowance {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Standing {
     pub requests: Option<Allowance>,
-    pub pictures: Option<Allowance>,
+    pub images: Option<Allowance>,
 }
 
-/// A request that counts as in flight until this is dropped. Its pictures are given back then, unless they were drawn.
+/// A request that counts as in flight until this is dropped. Its images are given back then, unless they were drawn.
 #[derive(Debug)]
 pub struct Admitted {
     tallies: Tallies,
     tenant: TenantId,
-    /// `None`: no pictures were counted, or they are drawn.
-    pictures: Option<u64>,
+    /// `None`: no images were counted, or they are drawn.
+    images: Option<u64>,
     /// The same, of processes that share a database: where they were counted, and how many.
     shared: Option<(Registry, i64, u32)>,
 }
 
 impl Admitted {
-    /// The engine has the request: the pictures count, whatever becomes of them.
+    /// The engine has the request: the images count, whatever becomes of them.
     pub fn drawing(&mut self) {
-        self.pictures = None;
+        self.images = None;
         self.shared = None;
     }
 }
@@ -84,15 +84,15 @@ impl Drop for Admitted {
         let mut tallies = self.tallies.lock();
         if let Some(tally) = tallies.get_mut(&self.tenant) {
             tally.in_flight = tally.in_flight.saturating_sub(1);
-            tally.admitted.retain(|admission| Some(admission.id) != self.pictures);
+            tally.admitted.retain(|admission| Some(admission.id) != self.images);
         }
         drop(tallies);
-        if let Some((registry, second, pictures)) = self.shared.take() {
+        if let Some((registry, second, images)) = self.shared.take() {
             let tenant = self.tenant;
             // Without a runtime the process ends; the count is a minute's.
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
                 let give_back = async move {
-                    if let Err(error) = registry.take_back(tenant, second, pictures).await {
+                    if let Err(error) = registry.take_back(tenant, second, images).await {
                         tracing::debug!(%error, "images were not given back; the minute's count expires");
                     }
                 };
@@ -120,8 +120,8 @@ pub(super) fn no_room(quota: &'static str, used: u32, limit: u32) -> Error {
     exceeded(quota, limit, wait, &what)
 }
 
-fn too_many(pictures: u32, limit: u32) -> Error {
-    let problem = format!("is {pictures}; you may draw {limit} pictures a minute");
+fn too_many(images: u32, limit: u32) -> Error {
+    let problem = format!("is {images}; you may draw {limit} images a minute");
     Error::field("quota_exceeded", "n", problem).limit(limit.into())
 }
 
@@ -137,13 +137,13 @@ impl Tally {
     }
 
     fn drawn(&self) -> u32 {
-        self.admitted.iter().map(|admission| admission.pictures).sum()
+        self.admitted.iter().map(|admission| admission.images).sum()
     }
 
-    /// Until so many pictures are free again.
+    /// Until so many images are free again.
     fn wait(&self, mut missing: u32, now: Instant) -> Duration {
         for admission in &self.admitted {
-            missing = missing.saturating_sub(admission.pictures);
+            missing = missing.saturating_sub(admission.images);
             if missing == 0 {
                 return (admission.at + MINUTE).duration_since(now);
             }
@@ -163,7 +163,7 @@ impl Tally {
                     NEXT_REQUEST
                 },
             }),
-            pictures: quotas.pictures_per_minute.map(|limit| Allowance {
+            images: quotas.pictures_per_minute.map(|limit| Allowance {
                 limit,
                 remaining: limit.saturating_sub(self.drawn()),
                 reset: self
@@ -189,7 +189,7 @@ impl Tallies {
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    fn admit(&self, tenant: TenantId, quotas: Quotas, pictures: u32, now: Instant) -> Result<Admitted, Error> {
+    fn admit(&self, tenant: TenantId, quotas: Quotas, images: u32, now: Instant) -> Result<Admitted, Error> {
         let mut tallies = self.lock();
         let tally = tallies.entry(tenant).or_default();
         tally.forget(now);
@@ -201,19 +201,19 @@ impl Tallies {
         }
         let mut id = None;
         if let Some(limit) = quotas.pictures_per_minute {
-            if pictures > limit {
+            if images > limit {
                 // No wait helps: it is the request that is too large.
-                return Err(too_many(pictures, limit));
+                return Err(too_many(images, limit));
             }
-            let over = (tally.drawn() + pictures).saturating_sub(limit);
+            let over = (tally.drawn() + images).saturating_sub(limit);
             if over > 0 {
-                let what = format!("{} pictures were admitted in the last minute", tally.drawn());
+                let what = format!("{} images were admitted in the last minute", tally.drawn());
                 return Err(exceeded("pictures_per_minute", limit, tally.wait(over, now), &what));
             }
             let admission = Admission {
                 id: tally.next,
                 at: now,
-                pictures,
+                images,
             };
             tally.next += 1;
             tally.admitted.push_back(admission);
@@ -223,7 +223,7 @@ impl Tallies {
         Ok(Admitted {
             tallies: self.clone(),
             tenant,
-            pictures: id,
+            images: id,
             shared: None,
         })
     }
@@ -247,22 +247,22 @@ impl Service {
         })
     }
 
-    /// Lets a generation in, with so many pictures, or says which quota is exceeded and until when. The guard goes where
+    /// Lets a generation in, with so many images, or says which quota is exceeded and until when. The guard goes where
     /// the drawing goes: into the stream of events, or to the background.
     ///
     /// # Errors
     /// `quota_exceeded`; when the registry fails.
-    pub async fn admit(&self, caller: &Caller, pictures: u32) -> Result<Admitted, Error> {
+    pub async fn admit(&self, caller: &Caller, images: u32) -> Result<Admitted, Error> {
         let quotas = self.quotas(caller.tenant).await?;
         if self.registry.backend() == Backend::Postgres {
-            return self.admit_shared(caller.tenant, quotas, pictures).await;
+            return self.admit_shared(caller.tenant, quotas, images).await;
         }
-        self.tallies.admit(caller.tenant, quotas, pictures, Instant::now())
+        self.tallies.admit(caller.tenant, quotas, images, Instant::now())
     }
 
     /// The same among all processes of a database. Requests in flight that are stored count everywhere, those that are
     /// answered without being stored at the process that answers them.
-    async fn admit_shared(&self, tenant: TenantId, mut quotas: Quotas, pictures: u32) -> Result<Admitted, Error> {
+    async fn admit_shared(&self, tenant: TenantId, mut quotas: Quotas, images: u32) -> Result<Admitted, Error> {
         let per_minute = quotas.pictures_per_minute.take();
         if let Some(limit) = quotas.requests_in_flight {
             let (elsewhere, _) = self.registry.activity(tenant).await?;
@@ -272,18 +272,18 @@ impl Service {
             }
             quotas.requests_in_flight = Some(limit - elsewhere);
         }
-        let mut admitted = self.tallies.admit(tenant, quotas, pictures, Instant::now())?;
+        let mut admitted = self.tallies.admit(tenant, quotas, images, Instant::now())?;
         let Some(limit) = per_minute else { return Ok(admitted) };
-        if pictures > limit {
-            return Err(too_many(pictures, limit));
+        if images > limit {
+            return Err(too_many(images, limit));
         }
-        match self.registry.admit(tenant, pictures, per_minute).await? {
+        match self.registry.admit(tenant, images, per_minute).await? {
             Ok(second) => {
-                admitted.shared = Some((self.registry.clone(), second, pictures));
+                admitted.shared = Some((self.registry.clone(), second, images));
                 Ok(admitted)
             }
             Err(full) => {
-                let what = format!("{} pictures were admitted in the last minute", full.drawn);
+                let what = format!("{} images were admitted in the last minute", full.drawn);
                 Err(exceeded("pictures_per_minute", limit, full.wait, &what))
             }
         }
@@ -295,7 +295,7 @@ impl Service {
         Admitted {
             tallies: self.tallies.clone(),
             tenant,
-            pictures: None,
+            images: None,
             shared: None,
         }
     }
@@ -313,13 +313,13 @@ impl Service {
         let mut tallies = self.tallies.lock();
         let mut standing = tallies.entry(tenant).or_default().standing(quotas, Instant::now());
         drop(tallies);
-        if let Some((requests, pictures)) = shared {
+        if let Some((requests, images)) = shared {
             if let Some(allowance) = &mut standing.requests {
                 allowance.remaining = allowance.remaining.saturating_sub(requests);
             }
-            if let Some(allowance) = &mut standing.pictures {
-                allowance.remaining = allowance.limit.saturating_sub(pictures);
-                allowance.reset = if pictures == 0 { Duration::ZERO } else { MINUTE };
+            if let Some(allowance) = &mut standing.images {
+                allowance.remaining = allowance.limit.saturating_sub(images);
+                allowance.reset = if images == 0 { Duration::ZERO } else { MINUTE };
             }
         }
         Ok(standing)
@@ -351,12 +351,12 @@ mod tests {
 
     fn standing(tallies: &Tallies, now: Instant) -> (u32, u32, u64) {
         let standing = tallies.lock().entry(TENANT).or_default().standing(QUOTAS, now);
-        let (requests, pictures) = (standing.requests.unwrap(), standing.pictures.unwrap());
-        (requests.remaining, pictures.remaining, pictures.reset.as_secs())
+        let (requests, images) = (standing.requests.unwrap(), standing.images.unwrap());
+        (requests.remaining, images.remaining, images.reset.as_secs())
     }
 
     #[test]
-    fn pictures_come_back_a_minute_after_they_were_admitted() {
+    fn images_come_back_a_minute_after_they_were_admitted() {
         let (tallies, begin) = (Tallies::default(), Instant::now());
         let later = |seconds| begin + Duration::from_secs(seconds);
         let mut first = tallies.admit(TENANT, QUOTAS, 3, begin).unwrap();

@@ -88,11 +88,11 @@ impl Service {
         .limit(self.limits.queued_trainings as u64))
     }
 
-    /// Queues another training of a concept from its reference pictures, with the settings of its newest training but for
+    /// Queues another training of a concept from its reference images, with the settings of its newest training but for
     /// those given. The version in use stays so until the new one is there.
     ///
     /// # Errors
-    /// When there is no such concept, it has no pictures, it is in training, or a setting cannot be used.
+    /// When there is no such concept, it has no images, it is in training, or a setting cannot be used.
     pub async fn retrain(
         &self,
         caller: &Caller,
@@ -101,12 +101,12 @@ impl Service {
         how: Queued,
     ) -> Result<Training, Error> {
         let concept = self.find_concept(caller, name).await?;
-        if concept.pictures.is_empty() {
+        if concept.images.is_empty() {
             let message = format!(
-                "The concept `{}` was imported without reference pictures; it cannot be trained here.",
+                "The concept `{}` was imported without reference images; it cannot be trained here.",
                 concept.name
             );
-            return Err(Error::new(ErrorKind::Conflict, "no_reference_pictures", message));
+            return Err(Error::new(ErrorKind::Conflict, "no_reference_images", message));
         }
         let info = self.executor.info();
         let latest = self.registry.latest_training(caller.tenant, concept.id).await?;
@@ -116,8 +116,8 @@ impl Service {
         spec.name.clone_from(&concept.name);
         settings.apply(&mut spec);
         spec.check(info.layers)?;
-        if spec.captions.len() > self.limits.pictures {
-            let limit = self.limits.pictures;
+        if spec.captions.len() > self.limits.images {
+            let limit = self.limits.images;
             let problem = format!("has {} texts; the limit is {limit}", spec.captions.len());
             return Err(Error::field("invalid_value", "captions", problem).limit(limit as u64));
         }
@@ -126,7 +126,7 @@ impl Service {
         self.check_queue().await?;
         let new = NewTraining {
             spec: &spec,
-            input: &input_fingerprint(&concept.pictures, &spec)?,
+            input: &input_fingerprint(&concept.images, &spec)?,
             webhook_url: webhook_url.as_deref(),
             priority: how.priority,
             quotas,
@@ -181,10 +181,10 @@ impl Service {
         Ok(self.registry.losses(caller.tenant, training.id).await?)
     }
 
-    /// The picture that a training drew after that step, as PNG.
+    /// The image that a training drew after that step, as PNG.
     ///
     /// # Errors
-    /// When there is no such training or picture.
+    /// When there is no such training or image.
     pub async fn preview(&self, caller: &Caller, id: &str, step: &str) -> Result<Bytes, Error> {
         let known: TrainingId = id.parse().map_err(|_| no_training(id))?;
         let blob = match step.parse() {
@@ -192,7 +192,7 @@ impl Service {
             Err(_) => None,
         };
         let blob = blob.ok_or_else(|| {
-            let message = format!("There is no picture of the training `{id}` at step `{step}`.");
+            let message = format!("There is no image of the training `{id}` at step `{step}`.");
             Error::new(ErrorKind::NotFound, "preview_not_found", message)
         })?;
         Ok(self.registry.blobs.get(&blob).await?)

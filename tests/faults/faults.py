@@ -193,7 +193,7 @@ def flip(path) -> bytes:
     return whole
 
 
-def damaged_picture(c: Context) -> str:
+def damaged_image(c: Context) -> str:
     """A byte of a stored picture changes: reading it says so, and never gives other bytes."""
     with c.load.ledger.lock:
         known = [(id, g) for id, g in c.load.ledger.generations.items() if g["ended"] == "succeeded" and g["images"] and not g.get("deleting")]
@@ -343,7 +343,7 @@ FAULTS = {
     broken_off: 6,
     s3_errors: 5,
     s3_slow: 4,
-    damaged_picture: 4,
+    damaged_image: 4,
     damaged_checkpoint: 3,
     slow_clients: 3,
     overload: 3,

@@ -10,7 +10,7 @@ use coar::registry::Registry;
 use reqwest::multipart::Form;
 use serde_json::json;
 
-use crate::support::{REX, TestApp, answer, form_named, picture_part, pictures};
+use crate::support::{REX, TestApp, answer, form_named, image_part, images};
 
 /// Sends bytes as they are, which a client would not; the whole answer.
 fn raw(app: &TestApp, request: &[u8]) -> String {
@@ -122,7 +122,7 @@ async fn no_secret_gets_into_the_log_or_the_metrics() {
         .text()
         .await
         .unwrap();
-    assert!(metrics.contains("coar_pictures_total"));
+    assert!(metrics.contains("coar_images_total"));
     let log = app.terminate_and_read_log();
     let registry = Registry::open(&app.dir.path().join("data")).await.unwrap();
     let server = registry.server_secret().await.unwrap();
@@ -170,7 +170,7 @@ fn passwords_of_database_and_bucket_are_not_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_address_opens_no_other_picture_no_longer_and_nothing_else() {
+async fn an_address_opens_no_other_image_no_longer_and_nothing_else() {
     let mut app = TestApp::start().await;
     let mut urls = Vec::new();
     for tenant in ["acme", "other"] {
@@ -187,7 +187,7 @@ async fn an_address_opens_no_other_picture_no_longer_and_nothing_else() {
     let later = expires.parse::<i64>().unwrap() + 3600;
     assert_eq!(app.get(&urls[0]).await.0, 200);
     for forged in [
-        // The other tenant's picture by the first one's signature, and the other way round.
+        // The other tenant's image by the first one's signature, and the other way round.
         format!("{other}?{query}"),
         format!("{one}?{foreign}"),
         format!("{one}?expires={later}&signature={signature}"),
@@ -290,7 +290,7 @@ async fn paths_lead_nowhere_else() {
         let form = Form::new()
             .text("name", name)
             .text("kind", "style")
-            .part("images", picture_part(pictures(&REX, 1).remove(0)));
+            .part("images", image_part(images(&REX, 1).remove(0)));
         assert_eq!(app.register(form).await.0, 400, "{name:?}");
     }
     assert_eq!(app.blobs().len(), stored);
@@ -338,7 +338,7 @@ async fn bombs_are_refused_and_take_no_memory() {
     .await
     .unwrap();
     assert!(!status.0 || status.1 == "HTTP/1.1 400", "{status:?}");
-    // A part whose head never ends, and pictures that unpack to more than they may.
+    // A part whose head never ends, and images that unpack to more than they may.
     let endless = [
         &b"--x\r\nContent-Disposition: form-data; name=\""[..],
         &vec![b'a'; 8 << 20],
@@ -352,7 +352,7 @@ async fn bombs_are_refused_and_take_no_memory() {
         let form = Form::new()
             .text("name", "rex")
             .text("kind", "style")
-            .part("images", picture_part(bomb));
+            .part("images", image_part(bomb));
         let (status, body) = app.register(form).await;
         assert_eq!(status, 400, "{body}");
     }

@@ -174,7 +174,7 @@ def test_a_concept_in_training_is_a_conflict_that_is_not_asked_again(server):
 
 
 def test_a_retry_after_a_lost_answer_does_the_work_once(server):
-    before = server.metric("coar_pictures_total")
+    before = server.metric("coar_images_total")
     transport, client = counted(server, lose=1)
     headers = {"Idempotency-Key": "lost-answer-1"}
     answer = client.images.with_raw_response.generate(
@@ -183,7 +183,7 @@ def test_a_retry_after_a_lost_answer_does_the_work_once(server):
     assert transport.count == 2
     assert answer.headers["idempotency-replayed"] == "true"
     assert len(answer.parse().data) == 2
-    assert server.metric("coar_pictures_total") == before + 2
+    assert server.metric("coar_images_total") == before + 2
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         client.images.generate(model="coar", prompt="another cat", extra_headers=headers)
     assert caught.value.code == "idempotency_key_reused"

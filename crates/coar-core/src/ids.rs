@@ -54,11 +54,11 @@ ids! {
     ConceptId = "concept",
     /// One training of a concept.
     TrainingId = "training",
-    /// One request for pictures, and what came of it.
+    /// One request for images, and what came of it.
     GenerationId = "generation",
-    /// A generated picture.
+    /// A generated image.
     ImageId = "image",
-    /// Whose concepts and pictures they are.
+    /// Whose concepts and images they are.
     TenantId = "tenant",
     /// An API key; not the key itself.
     KeyId = "key",

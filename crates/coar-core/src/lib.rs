@@ -9,10 +9,10 @@ pub mod engine;
 pub mod error;
 /// Typed identifiers.
 pub mod ids;
+/// Images in memory: decoding of untrusted bytes under limits, encoding.
+pub mod image;
 /// The process's metrics: one table of names and help texts, and their values.
 pub mod metrics;
-/// Pictures in memory: decoding of untrusted bytes under limits, encoding.
-pub mod picture;
 /// Which of several workers draws next.
 pub mod routing;
 /// Which request is admitted next, and how a device's time is shared.

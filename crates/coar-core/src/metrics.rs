@@ -130,7 +130,7 @@ table! {
 
     generation: HistogramVec = metric(
         "coar_generation_seconds",
-        "Time from a generation's arrival at the engine to its last picture, by outcome.",
+        "Time from a generation's arrival at the engine to its last image, by outcome.",
     )
     .labels(&["outcome"])
     .buckets(REQUEST_SECONDS);
@@ -143,20 +143,20 @@ table! {
     )
     .buckets(REQUEST_SECONDS);
     waiting: IntGauge = metric("coar_generations_waiting", "Generations that wait for rows: the queue's depth.");
-    waiting_tokens: IntGauge = metric("coar_generation_waiting_tokens", "Tokens of all pictures that wait for rows.");
-    pictures: IntCounter = metric("coar_pictures_total", "Pictures decoded to pixels, unfinished ones left out.");
-    picture_decode: Histogram =
-        metric("coar_picture_decode_seconds", "Time from codes to pixels of one picture, finished or not.")
+    waiting_tokens: IntGauge = metric("coar_generation_waiting_tokens", "Tokens of all images that wait for rows.");
+    images: IntCounter = metric("coar_images_total", "Images decoded to pixels, unfinished ones left out.");
+    image_decode: Histogram =
+        metric("coar_image_decode_seconds", "Time from codes to pixels of one image, finished or not.")
             .buckets(STEP_SECONDS);
 
-    batch_pictures: IntGauge = metric("coar_batch_pictures", "Pictures being drawn together.");
+    batch_images: IntGauge = metric("coar_batch_images", "Images being drawn together.");
     batch_fill: Histogram =
         metric("coar_batch_fill_ratio", "Rows in use over rows of the key/value cache, at each decode step.")
             .buckets(TENTHS);
     decode_step: Histogram =
-        metric("coar_decode_step_seconds", "Time of one decode step: one code for every picture of the batch.")
+        metric("coar_decode_step_seconds", "Time of one decode step: one code for every image of the batch.")
             .buckets(STEP_SECONDS);
-    codes: IntCounter = metric("coar_decode_codes_total", "Codes drawn, over all pictures.");
+    codes: IntCounter = metric("coar_decode_codes_total", "Codes drawn, over all images.");
     token_rate: Gauge = metric(
         "coar_decode_tokens_per_second",
         "Tokens per second of all rows, smoothed over the last decode steps.",
@@ -210,12 +210,12 @@ impl Meters {
             })
     }
 
-    /// A decode step has drawn one code of each of `pictures` pictures; `free_rows` of the cache's rows were not in use.
+    /// A decode step has drawn one code of each of `images` images; `free_rows` of the cache's rows were not in use.
     ///
     /// Called by the device thread after every step: a few atomic additions.
-    pub fn decode_step(&self, seconds: f64, pictures: usize, free_rows: usize) {
+    pub fn decode_step(&self, seconds: f64, images: usize, free_rows: usize) {
         self.decode_step.observe(seconds);
-        self.codes.inc_by(pictures as u64);
+        self.codes.inc_by(images as u64);
         self.batch_fill
             .observe(1.0 - free_rows as f64 / self.kv_rows.get().max(1) as f64);
     }
@@ -260,7 +260,7 @@ mod tests {
         const COUNTS: &[&str] = &[
             "coar_http_requests_in_flight",
             "coar_generations_waiting",
-            "coar_batch_pictures",
+            "coar_batch_images",
             "coar_kv_cache_rows",
             "coar_kv_cache_rows_used",
             "coar_trainings_on_device",

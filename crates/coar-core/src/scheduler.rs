@@ -1,6 +1,6 @@
 //! Who is drawn next: a plan without tensors or clocks.
 //!
-//! Pictures are admitted one by one between decode steps, whenever rows are free: a request of several pictures neither
+//! Images are admitted one by one between decode steps, whenever rows are free: a request of several images neither
 //! waits for all its rows nor holds any back. Tenants share by cost in tokens (start-time fair queueing); within a
 //! tenant the order is that of arrival.
 
@@ -14,17 +14,17 @@ pub struct JobId(pub u64);
 /// What a request costs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cost {
-    pub pictures: u32,
-    pub rows_per_picture: usize,
-    /// Tokens of one picture over all its rows, to its end.
-    pub tokens_per_picture: u64,
+    pub images: u32,
+    pub rows_per_image: usize,
+    /// Tokens of one image over all its rows, to its end.
+    pub tokens_per_image: u64,
 }
 
 #[derive(Debug)]
 struct Waiting {
     job: JobId,
     cost: Cost,
-    /// Pictures that were admitted already.
+    /// Images that were admitted already.
     admitted: u32,
 }
 
@@ -35,13 +35,13 @@ struct Tenant {
     served: u64,
 }
 
-/// Pictures `first..first + count` of a job get rows now.
+/// Images `first..first + count` of a job get rows now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Admission {
     pub job: JobId,
     pub first: u32,
     pub count: u32,
-    /// Whether no picture of the job waits any longer.
+    /// Whether no image of the job waits any longer.
     pub last: bool,
 }
 
@@ -63,8 +63,8 @@ impl Scheduler {
         tenant.queue.push_back(Waiting { job, cost, admitted: 0 });
     }
 
-    /// The next pictures to draw, as many of one job as fit into `free_rows`. The tenant whose turn it is is waited for:
-    /// a large picture is not overtaken for ever by small ones.
+    /// The next images to draw, as many of one job as fit into `free_rows`. The tenant whose turn it is is waited for:
+    /// a large image is not overtaken for ever by small ones.
     pub fn admit(&mut self, free_rows: usize) -> Option<Admission> {
         let (_, tenant) = self
             .tenants
@@ -72,8 +72,8 @@ impl Scheduler {
             .filter(|(_, tenant)| !tenant.queue.is_empty())
             .min_by_key(|(_, tenant)| tenant.served)?;
         let waiting = tenant.queue.front_mut()?;
-        let left = waiting.cost.pictures - waiting.admitted;
-        let count = left.min((free_rows / waiting.cost.rows_per_picture.max(1)) as u32);
+        let left = waiting.cost.images - waiting.admitted;
+        let count = left.min((free_rows / waiting.cost.rows_per_image.max(1)) as u32);
         if count == 0 {
             return None;
         }
@@ -85,7 +85,7 @@ impl Scheduler {
         };
         waiting.admitted += count;
         self.clock = tenant.served;
-        tenant.served += u64::from(count) * waiting.cost.tokens_per_picture;
+        tenant.served += u64::from(count) * waiting.cost.tokens_per_image;
         if admission.last {
             tenant.queue.pop_front();
         }
@@ -108,7 +108,7 @@ impl Scheduler {
         self.tenants
             .values()
             .flat_map(|tenant| &tenant.queue)
-            .map(|waiting| u64::from(waiting.cost.pictures - waiting.admitted) * waiting.cost.tokens_per_picture)
+            .map(|waiting| u64::from(waiting.cost.images - waiting.admitted) * waiting.cost.tokens_per_image)
             .sum()
     }
 }
@@ -134,7 +134,7 @@ pub struct DeviceShare {
 const MEMORY: Duration = Duration::from_secs(2);
 
 impl DeviceShare {
-    /// `training_share` of the time goes to training while pictures wait, 0..=1.
+    /// `training_share` of the time goes to training while images wait, 0..=1.
     pub fn new(training_share: f64) -> Self {
         Self {
             training_share: training_share.clamp(0.0, 1.0),
@@ -190,11 +190,11 @@ impl DeviceShare {
 mod tests {
     use super::*;
 
-    fn cost(pictures: u32, tokens: u64) -> Cost {
+    fn cost(images: u32, tokens: u64) -> Cost {
         Cost {
-            pictures,
-            rows_per_picture: 2,
-            tokens_per_picture: tokens,
+            images,
+            rows_per_image: 2,
+            tokens_per_image: tokens,
         }
     }
 
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_enter_as_rows_become_free() {
+    fn images_enter_as_rows_become_free() {
         let mut scheduler = Scheduler::default();
         scheduler.push("", JobId(1), cost(3, 100));
         assert_eq!(scheduler.waiting_tokens(), 300);
@@ -252,10 +252,10 @@ mod tests {
     }
 
     #[test]
-    fn a_large_picture_is_waited_for() {
+    fn a_large_image_is_waited_for() {
         let mut scheduler = Scheduler::default();
         let wide = Cost {
-            rows_per_picture: 8,
+            rows_per_image: 8,
             ..cost(1, 100)
         };
         scheduler.push("a", JobId(1), wide);

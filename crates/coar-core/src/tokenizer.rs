@@ -440,7 +440,7 @@ fn push_text(
 /// Sides are in codes and must be even, since sizes are named in grids of two codes.
 ///
 /// # Errors
-/// When the sides have no name or the codes do not form the picture.
+/// When the sides have no name or the codes do not form the image.
 pub fn image_block(
     vocabulary: &Vocabulary,
     codes: &[i64],

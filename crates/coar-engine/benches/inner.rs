@@ -64,10 +64,10 @@ fn decoding(c: &mut Criterion) {
         }
         batch
     };
-    for pictures in [1usize, 16] {
-        c.bench_function(&format!("a whole picture, {pictures} at once"), |b| {
+    for images in [1usize, 16] {
+        c.bench_function(&format!("a whole image, {images} at once"), |b| {
             b.iter_batched(
-                || fill(2 * pictures),
+                || fill(2 * images),
                 |mut batch| while batch.step(&model.transformer).unwrap().is_empty() {},
                 BatchSize::PerIteration,
             );
@@ -92,7 +92,7 @@ fn decoding(c: &mut Criterion) {
     }
     let codes = vec![1i64; (rows * columns) as usize];
     c.bench_function("codes to pixels", |b| {
-        b.iter(|| model.decode_picture(&codes, width, height).unwrap());
+        b.iter(|| model.decode_image(&codes, width, height).unwrap());
     });
 }
 

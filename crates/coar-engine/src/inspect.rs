@@ -145,7 +145,7 @@ fn tokenizers(
     let tokens = u64::from((w + 1) * h + 4);
     let per_token = 2 * config.num_hidden_layers as u64 * (config.num_key_value_heads * config.head_dim()) as u64;
     lines.push(format!(
-        "cache          {} in f32 for one square picture of {tokens} tokens and its guidance",
+        "cache          {} in f32 for one square image of {tokens} tokens and its guidance",
         megabytes(2 * tokens * per_token * 4)
     ));
     Ok(())

@@ -7,7 +7,7 @@ use crate::model::decoding::{Decoding, DecodingRequest};
 use crate::model::{LuminaMgpt, ModelError};
 use coar_core::concept::{ConceptFile, ConceptKind, PromptPiece, concept_names, parse_prompt};
 use coar_core::engine::{SamplingParams, prompt_parts};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
 /// What the layout needs to know of a concept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,7 +81,7 @@ impl PlannedSequence {
     }
 }
 
-/// Draws pictures of one prompt to their end on this thread, without the engine; `concepts` are those that it names.
+/// Draws images of one prompt to their end on this thread, without the engine; `concepts` are those that it names.
 ///
 /// # Errors
 /// When the prompt names another concept or cannot be used, or the device fails.
@@ -90,11 +90,11 @@ pub fn draw_alone(
     prompt: &str,
     concepts: &[&ConceptFile],
     settings: &DrawSettings,
-) -> Result<Vec<RgbPicture>, ModelError> {
+) -> Result<Vec<RgbImage>, ModelError> {
     draw_together(model, &[prompt], concepts, std::slice::from_ref(settings))
 }
 
-/// As [`draw_alone`] for several prompts in one batch, each with its settings; the pictures are the same as alone where
+/// As [`draw_alone`] for several prompts in one batch, each with its settings; the images are the same as alone where
 /// the device's arithmetic does not depend on the batch. They come one prompt's after the other's.
 ///
 /// # Errors
@@ -104,7 +104,7 @@ pub fn draw_together(
     prompts: &[&str],
     concepts: &[&ConceptFile],
     settings: &[DrawSettings],
-) -> Result<Vec<RgbPicture>, ModelError> {
+) -> Result<Vec<RgbImage>, ModelError> {
     let planned: Vec<PlannedConcept> = concepts
         .iter()
         .map(|file| PlannedConcept {
@@ -138,7 +138,7 @@ pub fn draw_together(
         .codes()
         .iter()
         .zip(sizes)
-        .map(|(codes, (width, height))| model.decode_picture(codes, width, height))
+        .map(|(codes, (width, height))| model.decode_image(codes, width, height))
         .collect()
 }
 

@@ -41,8 +41,8 @@ const MIB: usize = 1 << 20;
 
 /// All of them.
 pub const TARGETS: [Target; 19] = [
-    target("picture", 96 * MIB, coar_core::picture::fuzzing::picture),
-    target("picture_header", 2 * MIB, coar_core::picture::fuzzing::header),
+    target("picture", 96 * MIB, coar_core::image::fuzzing::image),
+    target("picture_header", 2 * MIB, coar_core::image::fuzzing::header),
     target("concept_file", 4 * MIB, concept_file),
     target("checkpoint", 4 * MIB, checkpoint),
     target("checkpoint_index", 4 * MIB, checkpoint_index),
@@ -221,7 +221,7 @@ fn settings(bytes: &[u8]) {
     );
 }
 
-/// An accepted spec is within its limits, has a prompt for every picture, and reads back.
+/// An accepted spec is within its limits, has a prompt for every image, and reads back.
 fn training_spec(bytes: &[u8]) {
     let Ok(spec) = serde_json::from_slice::<TrainingSpec>(bytes) else {
         return;
@@ -357,7 +357,7 @@ mod tests {
     #[test]
     fn seeds_are_what_the_parsers_want() {
         let first = |name| seeds(name).into_iter().next().unwrap();
-        assert!(coar_core::picture::decode(&first("picture"), &Default::default()).is_ok());
+        assert!(coar_core::image::decode(&first("picture"), &Default::default()).is_ok());
         assert!(ConceptFile::from_bytes(&first("concept_file")).is_ok());
         assert!(in_file(&first("pickle"), |file| pickle::read(file, "state_dict")).is_ok());
         assert!(in_file(&first("model_config"), ModelConfig::read).is_ok());

@@ -112,7 +112,7 @@ pub(in crate::api) struct ConceptObject {
     /// How many versions there are.
     #[schema(example = 2)]
     versions: u32,
-    /// How many reference pictures there are; 0 where it was imported.
+    /// How many reference images there are; 0 where it was imported.
     #[schema(example = 5)]
     images: usize,
     #[schema(example = "The dog of the shop window")]
@@ -125,7 +125,7 @@ pub(in crate::api) struct ConceptObject {
     updated_at: i64,
     /// The newest training; null where it was imported.
     training: Option<TrainingObject>,
-    /// Only in a registration's answer: the name of another concept that was trained from the same pictures and settings.
+    /// Only in a registration's answer: the name of another concept that was trained from the same images and settings.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub duplicate_of: Option<String>,
 }
@@ -142,7 +142,7 @@ impl From<&ConceptView> for ConceptObject {
             status: view.status().into(),
             version: InUse::of(concept),
             versions: concept.versions,
-            images: concept.pictures.len(),
+            images: concept.images.len(),
             description: concept.description.clone(),
             metadata: concept.metadata.clone(),
             created_at: concept.created_at / 1000,
@@ -199,10 +199,10 @@ pub(in crate::api) struct RegisterConcept {
     /// The noun of a subject; styles have none.
     #[schema(example = "dog", nullable = false)]
     class: Option<String>,
-    /// 1 to 10 pictures: PNG, JPEG or WebP.
+    /// 1 to 10 images: PNG, JPEG or WebP.
     #[schema(min_items = 1, max_items = 10)]
     images: Vec<File>,
-    /// What else is to be seen in each picture, in the pictures' order.
+    /// What else is to be seen in each image, in the images' order.
     #[schema(max_items = 10, nullable = false)]
     captions: Option<Vec<String>>,
     /// What is learned: context tokens of text and image, of text alone, or one input embedding. Absent: the model's preset.
@@ -268,7 +268,7 @@ pub(in crate::api) struct TrainConcept {
     #[schema(minimum = 0, maximum = 16)]
     image_tokens: Option<u32>,
     seed: Option<u64>,
-    /// In the pictures' order.
+    /// In the images' order.
     #[schema(max_items = 10)]
     captions: Option<Vec<String>>,
     /// Told of the training's end.

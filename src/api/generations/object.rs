@@ -26,7 +26,7 @@ pub(super) struct CreateGeneration {
     /// `auto` or WIDTHxHEIGHT, one of the model's sizes.
     #[schema(example = "auto")]
     size: Option<String>,
-    /// Picture i is drawn from the stream of (seed, first_index + i). Random by default.
+    /// Image i is drawn from the stream of (seed, first_index + i). Random by default.
     #[schema(minimum = 0, maximum = 9007199254740991_u64)]
     seed: Option<u64>,
     #[schema(minimum = 0, maximum = 1000000, default = 0)]
@@ -45,7 +45,7 @@ pub(super) struct CreateGeneration {
     /// Quality of JPEG, default 90, and of WebP, default 100: without loss. With PNG only 100.
     #[schema(minimum = 0, maximum = 100)]
     output_compression: Option<u32>,
-    /// Unfinished pictures in a stream of events, of each picture.
+    /// Unfinished images in a stream of events, of each image.
     #[schema(minimum = 0, maximum = 3, default = 0)]
     partial_images: Option<u32>,
     /// Told of the end: POST, signed (Standard Webhooks). Port 80 or 443 of a public address.
@@ -103,7 +103,7 @@ pub(super) struct ProgressObject {
     pub total: u32,
 }
 
-/// Every setting, resolved: sent again with the prompt they draw the same pictures.
+/// Every setting, resolved: sent again with the prompt they draw the same images.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = GenerationSettings)]
 struct SettingsObject {
@@ -130,18 +130,18 @@ struct SettingsObject {
     partial_images: u32,
 }
 
-/// A kept picture.
+/// A kept image.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = GeneratedImage)]
 pub(in crate::api) struct StoredImageObject {
     #[schema(example = "image_01990000000070008000000000000000")]
     id: String,
-    /// Which picture of the seed.
+    /// Which image of the seed.
     #[schema(example = 0)]
     index: u32,
     #[schema(example = 7)]
     seed: u64,
-    /// Needs no key; expires with the picture.
+    /// Needs no key; expires with the image.
     url: String,
     #[schema(example = 96)]
     width: u32,
@@ -202,7 +202,7 @@ fn settings_object(settings: &GenerationSettings) -> SettingsObject {
     }
 }
 
-/// A picture as JSON; `base` begins its address.
+/// An image as JSON; `base` begins its address.
 pub(super) fn image_object(image: &StoredImage, links: &Links, base: &str) -> StoredImageObject {
     StoredImageObject {
         id: image.id.to_string(),
@@ -215,7 +215,7 @@ pub(super) fn image_object(image: &StoredImage, links: &Links, base: &str) -> St
     }
 }
 
-/// A generation as JSON; `base` begins the addresses of its pictures.
+/// A generation as JSON; `base` begins the addresses of its images.
 pub(in crate::api) fn generation_object(
     generation: &Generation,
     images: &[StoredImage],

@@ -57,10 +57,10 @@ impl Streaming {
                 Some(DrawEvent::Progress { done, total }) => {
                     return Some(sse::event("progress", &ProgressObject { done, total }));
                 }
-                Some(DrawEvent::Partial { index, number, picture }) => {
+                Some(DrawEvent::Partial { index, number, image }) => {
                     let format = self.begun.view.generation.new.settings.format();
-                    // An unfinished picture that cannot be shown is no reason to end.
-                    if let Ok(b64_json) = partial(picture, format).await {
+                    // An unfinished image that cannot be shown is no reason to end.
+                    if let Ok(b64_json) = partial(image, format).await {
                         let data = serde_json::json!({
                             "index": index, "partial_image_index": number, "b64_json": b64_json
                         });

@@ -45,7 +45,7 @@ pub(in crate::api) struct ProgressObject {
     #[schema(example = 2.1)]
     pub steps_per_second: Option<f64>,
     /// At that rate. Null while it is not known: before the second step of an attempt (start words are chosen, class
-    /// pictures drawn), and when it does not run.
+    /// images drawn), and when it does not run.
     #[schema(example = 18)]
     pub eta_seconds: Option<u64>,
 }
@@ -65,7 +65,7 @@ impl From<&Training> for ProgressObject {
     }
 }
 
-/// A picture that a training drew on its way: always of the same prompt and seed.
+/// An image that a training drew on its way: always of the same prompt and seed.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = TrainingPreview)]
 pub(in crate::api) struct PreviewObject {

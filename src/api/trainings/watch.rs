@@ -73,7 +73,7 @@ impl Entry {
                 () = tokio::time::sleep(LOOK) => {}
             }
             let Some(training) = look().await else { return };
-            // A picture that was drawn while the training ended is stored after it: what has ended is looked at twice.
+            // An image that was drawn while the training ended is stored after it: what has ended is looked at twice.
             let last = training.status.is_final() && self.sender.borrow().training.status.is_final();
             let seen = Seen { training, last };
             self.sender.send_if_modified(|old| {

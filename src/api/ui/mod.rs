@@ -38,7 +38,7 @@ const FILES: &[(&str, &str, &str)] = files! {
         "theme.js" "training.js";
 };
 
-/// What the page may do: its own files and its own server, pictures that it has in memory, and nothing inline.
+/// What the page may do: its own files and its own server, images that it has in memory, and nothing inline.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; \
     connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 

@@ -48,7 +48,7 @@ pub(in crate::cli) async fn add(client: &Client, form: &FormArgs, watch: bool) -
         anyhow::bail!("the server has answered without a training: {concept}");
     };
     if let Some(twin) = concept["duplicate_of"].as_str() {
-        eprintln!("`{twin}` has been trained from the same pictures and settings");
+        eprintln!("`{twin}` has been trained from the same images and settings");
     }
     if !watch {
         println!("{id}");

@@ -119,7 +119,7 @@ pub(super) fn concept(concept: &Value) -> String {
         ("status", status(concept)),
         ("version", version(&concept["version"])),
         ("versions", text(&concept["versions"])),
-        ("pictures", text(&concept["images"])),
+        ("images", text(&concept["images"])),
         ("description", text(&concept["description"])),
         ("created", age(&concept["created_at"])),
     ];

@@ -16,11 +16,11 @@ enum Step {
     Nothing,
     Queued { position: Option<u64> },
     Progress { done: u64, total: u64 },
-    Picture { seed: u64, index: u64, source: Source },
+    Image { seed: u64, index: u64, source: Source },
     Completed { seed: Option<u64> },
 }
 
-/// Where a picture's bytes are.
+/// Where an image's bytes are.
 #[derive(Debug, PartialEq)]
 enum Source {
     Bytes(Vec<u8>),
@@ -47,12 +47,12 @@ fn step(event: &Event) -> Result<Step, ClientError> {
             let source = match (data["b64_json"].as_str(), data["url"].as_str()) {
                 (Some(text), _) => {
                     let decoded = STANDARD.decode(text);
-                    Source::Bytes(decoded.map_err(|error| ClientError::Answer(format!("a picture's base64: {error}")))?)
+                    Source::Bytes(decoded.map_err(|error| ClientError::Answer(format!("an image's base64: {error}")))?)
                 }
                 (None, Some(url)) => Source::Url(url.to_owned()),
                 (None, None) => return Err(missing("url")),
             };
-            Step::Picture {
+            Step::Image {
                 seed: number("seed")?,
                 index: number("index")?,
                 source,
@@ -65,7 +65,7 @@ fn step(event: &Event) -> Result<Step, ClientError> {
             let data = event.json()?;
             return Err(ClientError::of_generation(unwrapped(&data)));
         }
-        // Unfinished pictures are not asked for; later servers may tell more.
+        // Unfinished images are not asked for; later servers may tell more.
         _ => Step::Nothing,
     })
 }
@@ -83,7 +83,7 @@ fn file_name(seed: u64, index: u64, extension: &str) -> String {
     format!("coar-{seed}-{index}.{extension}")
 }
 
-/// Draws on the server and writes each picture as soon as it is there.
+/// Draws on the server and writes each image as soon as it is there.
 ///
 /// # Errors
 /// When the server refuses or fails, or a file cannot be written.
@@ -110,10 +110,10 @@ pub(in crate::cli) async fn run(client: &Client, draw: &Draw, out: &Path) -> any
                 bar.set_length(total);
                 bar.set_position(done);
             }
-            Step::Picture { seed, index, source } => {
+            Step::Image { seed, index, source } => {
                 let bytes = match source {
                     Source::Bytes(bytes) => bytes.into(),
-                    Source::Url(url) => client.picture(&url).await?,
+                    Source::Url(url) => client.image(&url).await?,
                 };
                 let file: PathBuf = out.join(file_name(seed, index, extension));
                 std::fs::write(&file, bytes).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
@@ -128,7 +128,7 @@ pub(in crate::cli) async fn run(client: &Client, draw: &Draw, out: &Path) -> any
             }
         }
     }
-    anyhow::bail!("the server ended the stream before the pictures were done")
+    anyhow::bail!("the server ended the stream before the images were done")
 }
 
 #[cfg(test)]
@@ -153,14 +153,14 @@ mod tests {
             Step::Progress { done: 12, total: 288 }
         );
         let image = json!({"index": 1, "seed": 7, "url": "/v1/images/image_1.png?expires=1&signature=x"});
-        let Step::Picture { seed, index, source } = read("image", image).unwrap() else {
-            panic!("no picture");
+        let Step::Image { seed, index, source } = read("image", image).unwrap() else {
+            panic!("no image");
         };
         assert_eq!((seed, index), (7, 1));
         assert!(matches!(source, Source::Url(url) if url.starts_with("/v1/images/")));
         let image = json!({"index": 0, "seed": 7, "b64_json": "iVBO"});
         assert!(
-            matches!(read("image", image).unwrap(), Step::Picture { source: Source::Bytes(bytes), .. } if bytes == b"\x89PN")
+            matches!(read("image", image).unwrap(), Step::Image { source: Source::Bytes(bytes), .. } if bytes == b"\x89PN")
         );
         let completed = json!({"generation": {"request": {"seed": 7}}});
         assert_eq!(read("completed", completed).unwrap(), Step::Completed { seed: Some(7) });

@@ -20,9 +20,9 @@ use crate::registry::{
 use coar_core::engine::{EngineError, GenerationEvent};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::{GenerationId, ImageId};
-use coar_core::picture::{RgbPicture, encode};
+use coar_core::image::{RgbImage, encode};
 
-/// Of a listener's places those that progress and unfinished pictures leave free.
+/// Of a listener's places those that progress and unfinished images leave free.
 const RESERVED: usize = 12;
 
 /// What is drawn.
@@ -79,7 +79,7 @@ pub(super) enum Ending {
     Deleted,
 }
 
-/// What made a picture, for its own metadata. The prompt stays out: it may be private, the picture is passed around.
+/// What made an image, for its own metadata. The prompt stays out: it may be private, the image is passed around.
 pub fn provenance(model: &str, settings: &GenerationSettings, concepts: &[GenerationConcept], index: u32) -> String {
     let concepts: Vec<Value> = concepts
         .iter()
@@ -201,13 +201,13 @@ impl Drawings {
                     live.done.store(done, Ordering::Relaxed);
                     drawing.tell(DrawEvent::Progress { done, total });
                 }
-                Some(GenerationEvent::Partial { index, number, picture }) => {
+                Some(GenerationEvent::Partial { index, number, image }) => {
                     let index = drawing.drawn.request().settings.first_index + index;
-                    drawing.tell(DrawEvent::Partial { index, number, picture });
+                    drawing.tell(DrawEvent::Partial { index, number, image });
                 }
-                Some(GenerationEvent::Picture { index, picture }) => {
+                Some(GenerationEvent::Image { index, image }) => {
                     let index = drawing.drawn.request().settings.first_index + index;
-                    match self.finish_image(drawing, index, picture).await {
+                    match self.finish_image(drawing, index, image).await {
                         Ok(()) => {}
                         // The row was deleted meanwhile, or it is another process's by now.
                         Err(_) if live.cancel.is_cancelled() => return Ok(Ending::Deleted),
@@ -234,11 +234,11 @@ impl Drawings {
         }
     }
 
-    /// A picture as its caller wants it, with what made it.
+    /// An image as its caller wants it, with what made it.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub async fn encode(&self, new: &NewGeneration, index: u32, picture: RgbPicture) -> Result<Bytes, Error> {
+    pub async fn encode(&self, new: &NewGeneration, index: u32, image: RgbImage) -> Result<Bytes, Error> {
         let mut text = vec![];
         if self.provenance {
             text.push((
@@ -247,14 +247,14 @@ impl Drawings {
             ));
         }
         let format = new.settings.format();
-        let encoded = tokio::task::spawn_blocking(move || encode(&picture, format, &text)).await;
+        let encoded = tokio::task::spawn_blocking(move || encode(&image, format, &text)).await;
         Ok(encoded.map_err(Error::internal)?.map_err(Error::internal)?.into())
     }
 
     /// Encodes an image, stores it where its generation is stored, and hands it to the listener.
-    async fn finish_image(&self, drawing: &mut Drawing, index: u32, picture: RgbPicture) -> Result<(), Error> {
-        let size = (picture.width, picture.height);
-        let file = self.encode(drawing.drawn.request(), index, picture).await?;
+    async fn finish_image(&self, drawing: &mut Drawing, index: u32, image: RgbImage) -> Result<(), Error> {
+        let size = (image.width, image.height);
+        let file = self.encode(drawing.drawn.request(), index, image).await?;
         let patience = patience(&drawing.live);
         let stored = match drawing.drawn.stored() {
             Some(generation) => Some(self.store(generation, (index, size), file.clone(), patience).await?),

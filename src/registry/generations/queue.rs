@@ -183,7 +183,7 @@ impl Registry {
         Ok(true)
     }
 
-    /// Queues a running generation again, as if it had not been begun; its pictures so far go. Without effect where it is
+    /// Queues a running generation again, as if it had not been begun; its images so far go. Without effect where it is
     /// no longer its owner's attempt.
     ///
     /// # Errors

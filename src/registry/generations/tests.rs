@@ -23,7 +23,7 @@ fn new(background: bool) -> NewGeneration {
             },
             n: 1,
             first_index: 2,
-            output_format: PictureFormat::Jpeg,
+            output_format: ImageFormat::Jpeg,
             output_compression: 80,
             partial_images: 0,
         },
@@ -44,7 +44,7 @@ async fn registry() -> (tempfile::TempDir, Registry) {
     crate::registry::tests::test_registry().await
 }
 
-async fn picture(registry: &Registry, generation: &Generation) -> Result<StoredImage, RegistryError> {
+async fn image(registry: &Registry, generation: &Generation) -> Result<StoredImage, RegistryError> {
     let bytes = format!("{} {}", generation.id, generation.attempt);
     let stored = registry.store(vec![bytes.into()]).await?;
     let image = StoredImage {
@@ -55,7 +55,7 @@ async fn picture(registry: &Registry, generation: &Generation) -> Result<StoredI
         seed: Some(1),
         size: (96, 96),
         blob: stored.first().to_owned(),
-        format: PictureFormat::Jpeg,
+        format: ImageFormat::Jpeg,
         created_at: now(),
         expires_at: None,
     };
@@ -78,8 +78,8 @@ async fn a_generation_reads_back_and_ends_once() {
     assert_eq!(registry.generation(TenantId::new(), added.id).await.unwrap(), None);
     assert!(registry.begin_generation(added.id, 0, 5).await.unwrap());
     added.attempt = 1;
-    let image = picture(&registry, &added).await.unwrap();
-    assert_eq!(registry.images(TenantId::DEFAULT, &[added.id]).await.unwrap(), [image]);
+    let stored = image(&registry, &added).await.unwrap();
+    assert_eq!(registry.images(TenantId::DEFAULT, &[added.id]).await.unwrap(), [stored]);
     let ended = Generation {
         status: GenerationStatus::Succeeded,
         usage: Some(TokenUsage {
@@ -106,7 +106,7 @@ async fn a_generation_reads_back_and_ends_once() {
         registry.generation(TenantId::DEFAULT, added.id).await.unwrap(),
         Some(ended)
     );
-    assert!(picture(&registry, &added).await.is_err());
+    assert!(image(&registry, &added).await.is_err());
     assert!(!registry.delete_generation(TenantId::new(), added.id).await.unwrap());
     assert!(registry.delete_generation(TenantId::DEFAULT, added.id).await.unwrap());
     assert!(registry.blobs.all().await.unwrap().is_empty());
@@ -122,7 +122,7 @@ async fn a_list_takes_the_same_number_of_statements_however_long_it_is() {
         if !added.new.background {
             registry.begin_generation(added.id, 0, now()).await.unwrap();
             let added = Generation { attempt: 1, ..added };
-            drawn.push(picture(&registry, &added).await.unwrap());
+            drawn.push(image(&registry, &added).await.unwrap());
         }
     }
     let list = async |limit| {
@@ -144,7 +144,7 @@ async fn a_list_takes_the_same_number_of_statements_however_long_it_is() {
         (details, after - before)
     };
     let (details, statements) = list(5).await;
-    // Newest first: the queued ones have those before them, the others their picture.
+    // Newest first: the queued ones have those before them, the others their image.
     let expected = [
         (vec![], Some(2)),
         (vec![drawn[1].clone()], None),
@@ -173,7 +173,7 @@ async fn what_a_lost_process_has_left_is_queued_again_or_ended() {
             assert!(registry.begin_generation(taken.id, attempt - 1, now()).await.unwrap());
         }
         taken.attempt = attempt;
-        picture(&registry, &taken).await.unwrap();
+        image(&registry, &taken).await.unwrap();
         // The process is gone without a word; another one looks.
         registry = Registry::connect(&storage).await.unwrap();
         let lost = registry.left_generations().await.unwrap();
@@ -216,7 +216,7 @@ async fn a_process_that_was_taken_for_lost_writes_nothing() {
     swift.begin_generation(second.id, 1, now()).await.unwrap();
     second.attempt = 2;
     // Now it wakes up.
-    assert!(matches!(picture(&slow, &first).await, Err(RegistryError::LeaseLost)));
+    assert!(matches!(image(&slow, &first).await, Err(RegistryError::LeaseLost)));
     let ended = |taken: &Generation| Generation {
         status: GenerationStatus::Succeeded,
         ..taken.clone()
@@ -225,7 +225,7 @@ async fn a_process_that_was_taken_for_lost_writes_nothing() {
     slow.requeue_generation(&first).await.unwrap();
     assert_eq!(slow.report_drawn(&[(first.id, 7)]).await.unwrap(), [first.id]);
     assert!(swift.report_drawn(&[(first.id, 9)]).await.unwrap().is_empty());
-    picture(&swift, &second).await.unwrap();
+    image(&swift, &second).await.unwrap();
     assert!(swift.end_generation(&ended(&second), None).await.unwrap());
     assert_eq!(swift.images(TenantId::DEFAULT, &[added.id]).await.unwrap().len(), 1);
     assert_eq!(slow.blobs.all().await.unwrap().len(), 1);

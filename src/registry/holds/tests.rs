@@ -24,9 +24,9 @@ fn slowed(registry: &Registry) -> Registry {
     }
 }
 
-fn named(name: &str, pictures: Vec<String>) -> (NewConcept, TrainingSpec) {
+fn named(name: &str, images: Vec<String>) -> (NewConcept, TrainingSpec) {
     let new = NewConcept {
-        pictures,
+        images,
         ..NewConcept::new(name, ConceptKind::Style)
     };
     (
@@ -63,7 +63,7 @@ async fn a_slow_store_holds_up_neither_other_tenants_nor_the_database() {
     for tenant in tenants {
         let slow = slow.clone();
         callers.spawn(async move {
-            // All register the same picture and one of their own.
+            // All register the same image and one of their own.
             let own = Bytes::from(tenant.name.clone());
             let stored = slow.store(vec!["shared".into(), own]).await.unwrap();
             let (new, spec) = named("ink", stored.hashes().to_vec());
@@ -102,7 +102,7 @@ async fn a_slow_store_holds_up_neither_other_tenants_nor_the_database() {
 async fn bytes_that_are_stored_while_they_are_removed_are_there_afterwards() {
     let (_dir, registry) = test_registry().await;
     let (tenant, slow) = (TenantId::DEFAULT, slowed(&registry));
-    let first = registry.store(vec!["picture".into()]).await.unwrap();
+    let first = registry.store(vec!["image".into()]).await.unwrap();
     let (new, spec) = named("first", first.hashes().to_vec());
     registry.add_concept(tenant, &new, &spec).await.unwrap();
     registry.settle(first, true).await;
@@ -113,7 +113,7 @@ async fn bytes_that_are_stored_while_they_are_removed_are_there_afterwards() {
         tokio::task::yield_now().await;
     }
     // The removal is on its way to the store: this waits for its end, and stores after it.
-    let second = registry.store(vec!["picture".into()]).await.unwrap();
+    let second = registry.store(vec!["image".into()]).await.unwrap();
     assert!(removing.await.unwrap().unwrap());
     let (new, spec) = named("second", second.hashes().to_vec());
     registry.add_concept(tenant, &new, &spec).await.unwrap();
@@ -121,7 +121,7 @@ async fn bytes_that_are_stored_while_they_are_removed_are_there_afterwards() {
     registry.remove_unreferenced(second.hashes()).await.unwrap();
     let hash = second.first().to_owned();
     registry.settle(second, true).await;
-    assert_eq!(registry.blobs.get(&hash).await.unwrap(), "picture");
+    assert_eq!(registry.blobs.get(&hash).await.unwrap(), "image");
     assert_eq!(holds(&registry).await, 0);
 }
 

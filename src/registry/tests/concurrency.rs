@@ -6,7 +6,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 use coar_core::ids::GenerationId;
-use coar_core::picture::PictureFormat;
+use coar_core::image::ImageFormat;
 use coar_core::training::StepLosses;
 
 const TOKENS: coar_core::engine::ConceptTokens = coar_core::engine::ConceptTokens { text: 1, image: 1 };
@@ -76,10 +76,10 @@ impl Caller {
 
     async fn concepts(&mut self, name: &str) -> Option<()> {
         let (new, spec) = concept_of(name, vec![]);
-        let picture = name.to_owned().into_bytes().into();
-        let stored = call!(self, store(vec![picture, "in all of them".into()]))?;
+        let image = name.to_owned().into_bytes().into();
+        let stored = call!(self, store(vec![image, "in all of them".into()]))?;
         let new = NewConcept {
-            pictures: stored.hashes().to_vec(),
+            images: stored.hashes().to_vec(),
             ..new
         };
         let added = call!(self, add_concept(TENANT, &new, &spec));
@@ -171,7 +171,7 @@ impl Caller {
             seed: Some(1),
             size: (96, 96),
             blob: stored.first().to_owned(),
-            format: PictureFormat::Png,
+            format: ImageFormat::Png,
             created_at: now(),
             expires_at: None,
         };
@@ -304,9 +304,9 @@ impl Caller {
     }
 }
 
-fn concept_of(name: &str, pictures: Vec<String>) -> (NewConcept, TrainingSpec) {
+fn concept_of(name: &str, images: Vec<String>) -> (NewConcept, TrainingSpec) {
     let new = NewConcept {
-        pictures,
+        images,
         ..NewConcept::new(name, ConceptKind::Style)
     };
     (
@@ -332,7 +332,7 @@ fn generation_of(background: bool) -> NewGeneration {
             },
             n: 1,
             first_index: 0,
-            output_format: PictureFormat::Png,
+            output_format: ImageFormat::Png,
             output_compression: 100,
             partial_images: 0,
         },

@@ -13,11 +13,11 @@ async fn registry() -> (tempfile::TempDir, Registry) {
 }
 
 async fn add(registry: &Registry, name: &str) -> Training {
-    let picture = registry.blobs.put(name.as_bytes().to_vec().into()).await.unwrap();
+    let image = registry.blobs.put(name.as_bytes().to_vec().into()).await.unwrap();
     let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, name, Some("cat"), 6);
     let new = NewConcept {
         class_noun: Some("cat".into()),
-        pictures: vec![picture],
+        images: vec![image],
         ..NewConcept::new(name, spec.kind)
     };
     registry.add_concept(TenantId::DEFAULT, &new, &spec).await.unwrap().1
@@ -186,7 +186,7 @@ async fn a_crash_before_the_row_leaves_nothing_for_long() {
         .await
         .unwrap()
         .unwrap()
-        .pictures;
+        .images;
     assert!(registry.blobs.get(&kept[0]).await.is_ok());
 }
 
@@ -195,9 +195,9 @@ async fn deleting_a_concept_removes_its_blobs_unless_another_uses_them() {
     let (dir, registry) = registry().await;
     let training = add(&registry, "rex").await;
     let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
-    let shared = concept.pictures[0].clone();
+    let shared = concept.images[0].clone();
     let new = NewConcept {
-        pictures: vec![shared.clone()],
+        images: vec![shared.clone()],
         ..NewConcept::new("twin", ConceptKind::Style)
     };
     registry
@@ -308,7 +308,7 @@ async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
     assert!(registry.preview(tenant, id, 30).await.unwrap().is_none());
     // Of a training that is not running nothing is kept.
     registry.add_preview(id, 45, vec![45].into()).await.unwrap();
-    // Picture, checkpoint, one preview.
+    // Image, checkpoint, one preview.
     assert_eq!(registry.blobs.all().await.unwrap().len(), 3);
     let resumed = registry.claim_training(60_000).await.unwrap().unwrap();
     assert_eq!((resumed.training.id, resumed.training.resumed_from_step), (id, 20));

@@ -1,10 +1,10 @@
 //! Every bad input gets its 4xx with a stable code, and leaves nothing behind.
 
-use coar_core::picture::{OutputFormat, RgbPicture, encode};
+use coar_core::image::{OutputFormat, RgbImage, encode};
 use reqwest::multipart::Form;
 use serde_json::{Value, json};
 
-use crate::support::{REX, TestApp, answer, picture_part, pictures};
+use crate::support::{REX, TestApp, answer, image_part, images};
 
 fn form(fields: &[(&'static str, &'static str)]) -> Form {
     let base = [("name", "rex"), ("kind", "subject"), ("class", "cat")];
@@ -16,13 +16,13 @@ fn form(fields: &[(&'static str, &'static str)]) -> Form {
 }
 
 fn png() -> Vec<u8> {
-    pictures(&REX, 1).remove(0)
+    images(&REX, 1).remove(0)
 }
 
 /// A PNG header that claims 16000x16000 pixels, and no pixels.
 fn bomb() -> Vec<u8> {
     let small = encode(
-        &RgbPicture {
+        &RgbImage {
             width: 1,
             height: 1,
             rgb: vec![0; 3],
@@ -50,8 +50,8 @@ fn bomb() -> Vec<u8> {
 #[tokio::test(flavor = "multi_thread")]
 async fn registrations() {
     let app = TestApp::start().await;
-    let with = |fields: &[(&'static str, &'static str)]| form(fields).part("images", picture_part(png()));
-    let many = (0..11).fold(form(&[]), |form, _| form.part("images", picture_part(png())));
+    let with = |fields: &[(&'static str, &'static str)]| form(fields).part("images", image_part(png()));
+    let many = (0..11).fold(form(&[]), |form, _| form.part("images", image_part(png())));
     let cases: Vec<(&str, Form, u16, &str, Option<&str>)> = vec![
         (
             "a name that is a route",
@@ -179,41 +179,41 @@ async fn registrations() {
             "repeated_parameter",
             Some("steps"),
         ),
-        ("no pictures", form(&[]), 400, "invalid_value", Some("images")),
-        ("too many pictures", many, 400, "too_many_pictures", Some("images")),
+        ("no images", form(&[]), 400, "invalid_value", Some("images")),
+        ("too many images", many, 400, "too_many_images", Some("images")),
         (
-            "not a picture",
-            form(&[]).part("images", picture_part(b"<svg/>".to_vec())),
+            "not an image",
+            form(&[]).part("images", image_part(b"<svg/>".to_vec())),
             400,
-            "unknown_picture_format",
+            "unknown_image_format",
             Some("images"),
         ),
         (
-            "a truncated picture",
-            form(&[]).part("images", picture_part(png()[..200].to_vec())),
+            "a truncated image",
+            form(&[]).part("images", image_part(png()[..200].to_vec())),
             400,
             "",
             Some("images"),
         ),
         (
             "a decompression bomb",
-            form(&[]).part("images", picture_part(bomb())),
+            form(&[]).part("images", image_part(bomb())),
             400,
-            "picture_too_many_pixels",
+            "image_too_many_pixels",
             Some("images"),
         ),
         (
-            "an oversized picture",
-            form(&[]).part("images", picture_part(vec![0; (20 << 20) + 1])),
+            "an oversized image",
+            form(&[]).part("images", image_part(vec![0; (20 << 20) + 1])),
             413,
-            "picture_too_large",
+            "image_too_large",
             Some("images"),
         ),
         (
             "one good and one bad",
-            with(&[]).part("images", picture_part(b"GIF89a".to_vec())),
+            with(&[]).part("images", image_part(b"GIF89a".to_vec())),
             400,
-            "unknown_picture_format",
+            "unknown_image_format",
             Some("images"),
         ),
     ];
@@ -250,7 +250,7 @@ async fn registrations() {
 async fn changes_and_retrainings() {
     let app = TestApp::start().await;
     let (status, body) = app
-        .register(form(&[("steps", "5000")]).part("images", picture_part(png())))
+        .register(form(&[("steps", "5000")]).part("images", image_part(png())))
         .await;
     assert_eq!(status, 202, "{body}");
     let (_, before) = app.get("/v1/concepts/rex").await;

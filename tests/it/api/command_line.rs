@@ -2,9 +2,9 @@
 
 use std::process::{Command, Output};
 
-use coar_core::picture::{PictureLimits, decode};
+use coar_core::image::{ImageLimits, decode};
 
-use crate::support::{REX, TestApp, pictures};
+use crate::support::{REX, TestApp, images};
 
 /// Runs the program against a server; its status and what it has written.
 async fn coar(app: &TestApp, args: &[&str]) -> Output {
@@ -42,7 +42,7 @@ async fn complaint(app: &TestApp, args: &[&str]) -> String {
 async fn a_concept_is_added_watched_listed_moved_and_deleted() {
     let app = TestApp::start().await;
     let mut files = Vec::new();
-    for (index, bytes) in pictures(&REX, 3).into_iter().enumerate() {
+    for (index, bytes) in images(&REX, 3).into_iter().enumerate() {
         let file = app.dir.path().join(format!("{index}.png"));
         std::fs::write(&file, bytes).unwrap();
         files.push(file.to_str().unwrap().to_owned());
@@ -97,7 +97,7 @@ async fn refusals_are_shown_in_the_servers_words() {
 
 /// Where the server has the native generations.
 #[tokio::test(flavor = "multi_thread")]
-async fn pictures_are_written_by_seed_and_index() {
+async fn images_are_written_by_seed_and_index() {
     let app = TestApp::start().await;
     let out = app.dir.path().join("drawn");
     let args = [
@@ -119,8 +119,8 @@ async fn pictures_are_written_by_seed_and_index() {
     assert!(said.ends_with("seed 7\n"), "{said}");
     for index in 0..2 {
         let bytes = std::fs::read(out.join(format!("coar-7-{index}.png"))).unwrap();
-        let picture = decode(&bytes, &PictureLimits::default()).unwrap();
-        assert_eq!((picture.width, picture.height), (96, 96));
+        let image = decode(&bytes, &ImageLimits::default()).unwrap();
+        assert_eq!((image.width, image.height), (96, 96));
     }
 }
 

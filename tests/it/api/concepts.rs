@@ -1,11 +1,11 @@
 //! What a concept is over its life: listed, changed, trained again, rolled back, moved, deleted.
 
-use coar_core::picture::{PictureLimits, decode};
+use coar_core::image::{ImageLimits, decode};
 use reqwest::Method;
 use reqwest::multipart::Form;
 use serde_json::{Value, json};
 
-use crate::support::{REX, SPOT, TestApp, answer, form_named, picture_part, pictures, subject_form};
+use crate::support::{REX, SPOT, TestApp, answer, form_named, image_part, images, subject_form};
 
 fn code(body: &Value) -> &str {
     body["error"]["code"].as_str().unwrap_or("")
@@ -96,7 +96,7 @@ async fn a_concept_is_trained_again_and_rolled_back() {
     assert_eq!(bytes(&app, "/v1/concepts/rex/weights?version=3").await.0, 404);
     let (_, drawn) = app.post("/v1/images/generations", draw.clone()).await;
     assert_ne!(drawn["data"][0]["b64_json"], old["data"][0]["b64_json"]);
-    // Back to the first: the same picture as then.
+    // Back to the first: the same image as then.
     let (status, back) = patch(&app, "rex", json!({"version": 1})).await;
     assert_eq!((status, &back["version"]), (200, &first["version"]), "{back}");
     let (_, drawn) = app.post("/v1/images/generations", draw).await;
@@ -135,7 +135,7 @@ async fn concepts_are_listed_described_renamed_and_looked_at() {
         .text("name", "ink")
         .text("kind", "style")
         .text("steps", "5000")
-        .part("images", picture_part(pictures(&REX, 1).remove(0)));
+        .part("images", image_part(images(&REX, 1).remove(0)));
     let (_, style) = app.register(style).await;
     let done = app.until_ended(registered["training"]["id"].as_str().unwrap()).await;
     assert_eq!(done["status"], "succeeded");
@@ -143,12 +143,12 @@ async fn concepts_are_listed_described_renamed_and_looked_at() {
     let (status, same) = app.register(subject_form(&REX).text("steps", "2")).await;
     assert_eq!((status, code(&same)), (409, "name_taken"));
     assert!(
-        same["error"]["message"].as_str().unwrap().contains("same pictures"),
+        same["error"]["message"].as_str().unwrap().contains("same images"),
         "{same}"
     );
     let (_, other) = app.register(subject_form(&REX).text("steps", "3")).await;
     assert!(
-        !other["error"]["message"].as_str().unwrap().contains("same pictures"),
+        !other["error"]["message"].as_str().unwrap().contains("same images"),
         "{other}"
     );
     let (status, twin) = app.register(form_named(&REX, "twin").text("steps", "2")).await;
@@ -185,8 +185,8 @@ async fn concepts_are_listed_described_renamed_and_looked_at() {
     let (status, taken) = patch(&app, "max", json!({"name": "ink"})).await;
     assert_eq!((status, code(&taken)), (409, "name_taken"));
     let (_, png) = bytes(&app, "/v1/concepts/max/images/2").await;
-    let picture = decode(&png, &PictureLimits::default()).unwrap();
-    assert_eq!((picture.width, picture.height), (96, 96));
+    let image = decode(&png, &ImageLimits::default()).unwrap();
+    assert_eq!((image.width, image.height), (96, 96));
     for index in ["3", "-1", "x"] {
         assert_eq!(app.get(&format!("/v1/concepts/max/images/{index}")).await.0, 404);
     }
@@ -232,7 +232,7 @@ async fn models_are_the_base_model_and_every_concept_that_is_ready() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_imported_concept_has_a_version_and_no_pictures_to_train_from() {
+async fn an_imported_concept_has_a_version_and_no_images_to_train_from() {
     let app = TestApp::start().await;
     let training = app.register_subject(&REX, 2).await;
     app.until_ended(&training).await;
@@ -247,7 +247,7 @@ async fn an_imported_concept_has_a_version_and_no_pictures_to_train_from() {
         "{moved}"
     );
     let (status, refused) = app.post("/v1/concepts/moved/trainings", json!({})).await;
-    assert_eq!((status, code(&refused)), (409, "no_reference_pictures"));
+    assert_eq!((status, code(&refused)), (409, "no_reference_images"));
     let (_, versions) = app.get("/v1/concepts/moved/versions").await;
     assert_eq!(versions["data"][0]["training_id"], Value::Null);
     // Its tensors are the first one's, and stay when that goes.

@@ -189,7 +189,7 @@ async fn sixteen_tenants_register_while_the_blob_store_is_slow() {
     let refused: Vec<&(u16, Value)> = registered.iter().filter(|(status, _)| *status != 202).collect();
     assert!(refused.is_empty() && deleted == 204, "{deleted} {refused:?}");
     assert!(longest < LONGEST, "a write beside them took {longest:?}");
-    // All tenants at the same time: three pictures each, one after the other, which may have to wait first until the same three
+    // All tenants at the same time: three images each, one after the other, which may have to wait first until the same three
     // are removed.
     assert!(took < 8 * SLOW, "they took {took:?}");
 }

@@ -4,7 +4,7 @@ use reqwest::Method;
 use reqwest::multipart::Form;
 use serde_json::{Map, Value, json};
 
-use crate::support::{REX, TestApp, answer, picture_part, pictures};
+use crate::support::{REX, TestApp, answer, image_part, images};
 
 /// Something that no field takes: the error names the field that has it.
 fn wrong() -> Value {
@@ -85,7 +85,7 @@ async fn json_body(app: &TestApp, document: &Value, (method, path): (&Method, &s
 async fn form_body(app: &TestApp, path: &str, schema: &Value) {
     for name in schema["properties"].as_object().expect("it has properties").keys() {
         let form = match name.as_str() {
-            "images" => Form::new().part("images", picture_part(pictures(&REX, 1).remove(0))),
+            "images" => Form::new().part("images", image_part(images(&REX, 1).remove(0))),
             _ => Form::new().text(name.clone(), "x"),
         };
         let form = form.text(UNKNOWN, "x");

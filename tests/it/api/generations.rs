@@ -68,7 +68,7 @@ async fn a_generation_is_waited_for_and_kept() {
         app.get(&format!("{ROUTE}?status=done")).await.1["error"]["param"],
         "status"
     );
-    // The settings that were resolved draw the same pictures again.
+    // The settings that were resolved draw the same images again.
     let mut again = generation["request"].clone();
     again["prompt"] = generation["prompt"].clone();
     let (status, twin) = app.post(ROUTE, again).await;

@@ -3,7 +3,7 @@
 use reqwest::{Method, RequestBuilder};
 use serde_json::Value;
 
-use crate::support::{REX, TestApp, form_named, picture_part, pictures};
+use crate::support::{REX, TestApp, form_named, image_part, images};
 
 /// What came back: status, `idempotency-replayed`, `location`, body.
 #[derive(Debug, Clone, PartialEq)]
@@ -64,15 +64,15 @@ async fn the_first_answer_comes_again_also_after_kill_nine() {
         let other = send(other, "order 1").await;
         assert_eq!((other.status, other.code().as_str()), (422, "idempotency_key_reused"));
     }
-    let one_picture_less = app.request(Method::POST, "/v1/concepts").multipart(
+    let one_image_less = app.request(Method::POST, "/v1/concepts").multipart(
         reqwest::multipart::Form::new()
             .text("name", "rex")
             .text("kind", "subject")
             .text("class", REX.class)
             .text("steps", "2")
-            .part("images", picture_part(pictures(&REX, 1).remove(0))),
+            .part("images", image_part(images(&REX, 1).remove(0))),
     );
-    assert_eq!(send(one_picture_less, "order 1").await.status, 422);
+    assert_eq!(send(one_image_less, "order 1").await.status, 422);
     // Under another key it is another request, and the name is taken. A refusal is not kept: the key is free.
     let taken = send(register(&app, "rex", "2"), "order 2").await;
     assert_eq!((taken.status, taken.code().as_str()), (409, "name_taken"));
@@ -133,23 +133,23 @@ async fn of_concurrent_duplicates_one_works() {
     assert_eq!(listed["data"].as_array().map(Vec::len), Some(1), "{listed}");
 }
 
-/// Pictures in an answer are too much for a row: the answer is a blob, and comes again all the same.
+/// Images in an answer are too much for a row: the answer is a blob, and comes again all the same.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_with_pictures_in_it_comes_again_from_the_blob_store() {
+async fn an_answer_with_images_in_it_comes_again_from_the_blob_store() {
     let mut app = TestApp::start().await;
     let body = serde_json::json!({"prompt": "a cat", "n": 2, "seed": 7, "response_format": "b64_json"});
     let draw = |app: &TestApp| app.request(Method::POST, "/v1/images/generations").json(&body);
-    let first = send(draw(&app), "pictures").await;
+    let first = send(draw(&app), "images").await;
     assert_eq!((first.status, first.replayed), (200, false), "{first:?}");
     assert!(first.body.len() > 16 << 10, "{} bytes", first.body.len());
-    assert_eq!(app.blobs().len(), 1, "these pictures are stored nowhere else");
+    assert_eq!(app.blobs().len(), 1, "these images are stored nowhere else");
     let replayed = Answer {
         replayed: true,
         ..first
     };
-    assert!(send(draw(&app), "pictures").await == replayed);
+    assert!(send(draw(&app), "images").await == replayed);
     // Whoever starts next keeps what an answer refers to.
     app.kill_nine_and_restart().await;
-    assert!(send(draw(&app), "pictures").await == replayed);
+    assert!(send(draw(&app), "images").await == replayed);
     assert_eq!(app.blobs().len(), 1);
 }

@@ -1,8 +1,8 @@
-//! OpenAI's route and the addresses of pictures.
+//! OpenAI's route and the addresses of images.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use coar_core::picture::{PictureLimits, decode};
+use coar_core::image::{ImageLimits, decode};
 use image::ImageDecoder as _;
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -27,7 +27,7 @@ fn parts<'a>(app: &TestApp, url: &'a str) -> (&'a str, &'a str, &'a str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_picture_of_a_larger_request_is_drawn_alone() {
+async fn one_image_of_a_larger_request_is_drawn_alone() {
     let app = TestApp::start().await;
     let body = json!({"prompt": "a red car", "n": 3, "seed": 7, "response_format": "b64_json"});
     let (status, all) = app.post(ROUTE, body).await;
@@ -142,7 +142,7 @@ async fn parameters_of_openai_are_accepted_where_they_change_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn concepts_are_placed_and_pictures_say_what_made_them() {
+async fn concepts_are_placed_and_images_say_what_made_them() {
     let app = TestApp::start().await;
     let training = app.register_subject(&REX, 2).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
@@ -211,13 +211,13 @@ async fn concepts_are_placed_and_pictures_say_what_made_them() {
         assert_eq!((&said["seed"], &said["concepts"]), (&json!(3), &json!([])));
     }
     for file in [&webp, &lossy, &jpeg] {
-        let picture = decode(file, &PictureLimits::default()).unwrap();
-        assert_eq!((picture.width, picture.height), (96, 96));
+        let image = decode(file, &ImageLimits::default()).unwrap();
+        assert_eq!((image.width, image.height), (96, 96));
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_has_unfinished_pictures_and_then_the_picture() {
+async fn a_stream_has_unfinished_images_and_then_the_image() {
     let app = TestApp::start_with(&["--provenance", "off"]).await;
     let body = json!({"prompt": "a red car", "seed": 7, "n": 2, "stream": true, "partial_images": 2});
     let mut events = Events::open(app.request(Method::POST, ROUTE).json(&body)).await;
@@ -231,18 +231,18 @@ async fn a_stream_has_unfinished_pictures_and_then_the_picture() {
         );
         assert!(data["created_at"].as_i64().unwrap() > 1_700_000_000);
         let index = data["index"].as_u64().unwrap() as usize;
-        let picture = decode(&bytes(&data), &PictureLimits::default()).unwrap();
+        let image = decode(&bytes(&data), &ImageLimits::default()).unwrap();
         match name.as_str() {
             "image_generation.partial_image" => {
                 assert_eq!(
                     data["partial_image_index"].as_u64().unwrap() as usize,
                     partials[index].len()
                 );
-                partials[index].push(picture);
+                partials[index].push(image);
             }
             "image_generation.completed" => {
                 assert_eq!(data["usage"]["output_tokens"], 144);
-                completed[index] = Some((bytes(&data), picture));
+                completed[index] = Some((bytes(&data), image));
             }
             other => panic!("an event `{other}`"),
         }
@@ -256,7 +256,7 @@ async fn a_stream_has_unfinished_pictures_and_then_the_picture() {
     for index in 0..2 {
         assert_eq!(finished[index].0, bytes(&whole["data"][index]));
         assert_eq!(partials[index].len(), 2);
-        // The decoder sees less of the picture, so the rows that are drawn are not quite the same, but they are its own.
+        // The decoder sees less of the image, so the rows that are drawn are not quite the same, but they are its own.
         let row = 3 * 96;
         let far = |a: &[u8], b: &[u8]| -> u64 {
             let drawn = a.iter().zip(b).take(28 * row);
@@ -281,7 +281,7 @@ async fn hanging_up_frees_the_device() {
     let (first, _) = events.next().await.unwrap();
     assert_eq!(first, "image_generation.partial_image");
     drop(events);
-    // There is room for one picture at a time, and nine of the ten are left.
+    // There is room for one image at a time, and nine of the ten are left.
     let (status, _) = app.post(ROUTE, json!({"prompt": "a cat"})).await;
     assert_eq!(status, 200);
     let (_, metrics) = app.get("/metrics").await;
@@ -289,10 +289,10 @@ async fn hanging_up_frees_the_device() {
         .as_str()
         .unwrap()
         .lines()
-        .find_map(|line| line.strip_prefix("coar_pictures_total "));
+        .find_map(|line| line.strip_prefix("coar_images_total "));
     assert!(
         drawn.unwrap().parse::<u32>().unwrap() <= 3,
-        "{drawn:?} pictures were drawn"
+        "{drawn:?} images were drawn"
     );
     let (_, listed) = app.get("/v1/generations").await;
     assert_eq!(listed["data"].as_array().unwrap().len(), 1, "a stream is not stored");
@@ -318,8 +318,8 @@ async fn addresses_are_signed_and_need_no_key() {
         cache.starts_with("private, max-age=") && cache.ends_with(", immutable"),
         "{cache}"
     );
-    let picture = decode(&file.bytes().await.unwrap(), &PictureLimits::default()).unwrap();
-    assert_eq!((picture.width, picture.height), (96, 96));
+    let image = decode(&file.bytes().await.unwrap(), &ImageLimits::default()).unwrap();
+    assert_eq!((image.width, image.height), (96, 96));
     let again = app
         .client
         .get(&url)
@@ -373,24 +373,24 @@ async fn addresses_are_signed_and_need_no_key() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_public_url_begins_the_addresses() {
-    let app = TestApp::start_with(&["--public-url", "https://pictures.example.com/coar/"]).await;
+    let app = TestApp::start_with(&["--public-url", "https://images.example.com/coar/"]).await;
     let (_, answer) = app.post(ROUTE, json!({"prompt": "a red car"})).await;
     let url = answer["data"][0]["url"].as_str().unwrap();
     assert!(
-        url.starts_with("https://pictures.example.com/coar/v1/images/image_"),
+        url.starts_with("https://images.example.com/coar/v1/images/image_"),
         "{url}"
     );
 }
 
-/// OpenAI's other endpoints say what to do instead, after the whole picture has been sent.
+/// OpenAI's other endpoints say what to do instead, after the whole image has been sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn edits_and_variations_say_what_to_use_instead() {
     let app = TestApp::start().await;
     for route in ["/v1/images/edits", "/v1/images/variations"] {
-        let picture = reqwest::multipart::Part::bytes(vec![7; 5 << 20]).file_name("picture.png");
+        let image = reqwest::multipart::Part::bytes(vec![7; 5 << 20]).file_name("image.png");
         let form = reqwest::multipart::Form::new()
             .text("prompt", "a hat")
-            .part("image", picture);
+            .part("image", image);
         let response = app.request(Method::POST, route).multipart(form).send().await.unwrap();
         assert_eq!(response.status(), 400, "{route}");
         assert_eq!(response.headers()["x-should-retry"], "false");

@@ -68,7 +68,7 @@ impl Things {
             let begin = template.find('{').expect("it has a parameter");
             let end = template[begin..].find('}').expect("it ends") + begin;
             let filled = format!("{}{first}{}", &template[..begin], &template[end + 1..]);
-            // Any further one counts something: pictures, versions, steps.
+            // Any further one counts something: images, versions, steps.
             filled
                 .split('/')
                 .map(|part| if part.starts_with('{') { "0" } else { part })
@@ -177,7 +177,7 @@ async fn every_route_hides_what_is_another_tenants() {
         .post("/v1/images/generations", json!({"prompt": "a <rex> cat"}))
         .await;
     let url = drawn["data"][0]["url"].as_str().unwrap();
-    let image = url[url.find("image_").expect("it names the picture")..]
+    let image = url[url.find("image_").expect("it names the image")..]
         .split('.')
         .next()
         .unwrap();

@@ -1,10 +1,10 @@
 //! Register, train, draw, delete; and what survives.
 
 use base64::Engine as _;
-use coar_core::picture::{PictureLimits, decode};
+use coar_core::image::{ImageLimits, decode};
 use serde_json::json;
 
-use crate::support::{REX, SPOT, TestApp, picture_part, pictures};
+use crate::support::{REX, SPOT, TestApp, image_part, images};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_subject_and_a_style_are_trained_and_drawn_together() {
@@ -14,7 +14,7 @@ async fn a_subject_and_a_style_are_trained_and_drawn_together() {
         .text("name", "ink")
         .text("kind", "style")
         .text("steps", "4")
-        .part("images", picture_part(pictures(&REX, 1).remove(0)));
+        .part("images", image_part(images(&REX, 1).remove(0)));
     let (status, style) = app.register(form).await;
     assert_eq!(
         (status, style["kind"].as_str(), style["class"].is_null()),
@@ -42,7 +42,7 @@ async fn a_subject_and_a_style_are_trained_and_drawn_together() {
     let (status, first) = app.post("/v1/images/generations", body.clone()).await;
     assert_eq!(status, 200, "{first}");
     let (_, again) = app.post("/v1/images/generations", body).await;
-    assert_eq!(first["data"], again["data"], "the same seed draws the same pictures");
+    assert_eq!(first["data"], again["data"], "the same seed draws the same images");
     assert_eq!(first["data"].as_array().unwrap().len(), 2);
     assert_ne!(first["data"][0]["b64_json"], first["data"][1]["b64_json"]);
     let (_, concept) = app.get("/v1/concepts/rex").await;
@@ -50,9 +50,9 @@ async fn a_subject_and_a_style_are_trained_and_drawn_together() {
     let bytes = base64::engine::general_purpose::STANDARD
         .decode(first["data"][0]["b64_json"].as_str().unwrap())
         .unwrap();
-    let picture = decode(&bytes, &PictureLimits::default()).unwrap();
-    assert_eq!((picture.width, picture.height), (96, 96));
-    // One picture alone is the first of several: neighbours change nothing.
+    let image = decode(&bytes, &ImageLimits::default()).unwrap();
+    assert_eq!((image.width, image.height), (96, 96));
+    // One image alone is the first of several: neighbours change nothing.
     let alone = json!({
         "prompt": "a photo of <rex> cat on the beach in <ink> style", "seed": 7, "response_format": "b64_json"
     });
@@ -65,7 +65,7 @@ async fn a_subject_and_a_style_are_trained_and_drawn_together() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pictures_are_served_by_url_in_any_size_and_format() {
+async fn images_are_served_by_url_in_any_size_and_format() {
     let app = TestApp::start().await;
     let body = json!({"prompt": "a red car", "size": "128x64", "output_format": "jpeg", "seed": 1});
     let (status, answer) = app.post("/v1/images/generations", body).await;
@@ -74,8 +74,8 @@ async fn pictures_are_served_by_url_in_any_size_and_format() {
     let file = app.client.get(url).send().await.unwrap();
     assert_eq!(file.headers()["content-type"], "image/jpeg");
     assert_eq!(file.headers()["x-content-type-options"], "nosniff");
-    let picture = decode(&file.bytes().await.unwrap(), &PictureLimits::default()).unwrap();
-    assert_eq!((picture.width, picture.height), (128, 64));
+    let image = decode(&file.bytes().await.unwrap(), &ImageLimits::default()).unwrap();
+    assert_eq!((image.width, image.height), (128, 64));
     let tokens = answer["usage"]["output_tokens"].as_u64().unwrap();
     assert_eq!(tokens, 16 * 8);
     let (_, models) = app.get("/v1/models").await;

@@ -29,12 +29,12 @@ async fn scrape(app: &TestApp) -> BTreeMap<String, f64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metrics_move_when_a_picture_is_drawn_and_a_concept_is_trained() {
-    // A training's own pictures would count too.
+async fn metrics_move_when_a_image_is_drawn_and_a_concept_is_trained() {
+    // A training's own images would count too.
     let app = TestApp::start_with(&["--training-previews", "0"]).await;
     let before = scrape(&app).await;
     assert_eq!(before["coar_ready"], 1.0);
-    assert_eq!(before["coar_pictures_total"], 0.0);
+    assert_eq!(before["coar_images_total"], 0.0);
     assert!(before["coar_kv_cache_bytes"] > 0.0 && before["coar_resident_memory_bytes"] > 1e6);
     let training = app.register_subject(&REX, 6).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
@@ -52,13 +52,13 @@ async fn metrics_move_when_a_picture_is_drawn_and_a_concept_is_trained() {
             let ended = now.get(r#"coar_jobs{kind="training",status="succeeded"}"#) == Some(&1.0)
                 && now.get(r#"coar_jobs{kind="generation",status="succeeded"}"#) == Some(&1.0);
             // The device thread publishes after its turn, which ends after the answer.
-            let rest = now["coar_batch_pictures"] == 0.0 && now["coar_http_requests_in_flight"] == 1.0;
+            let rest = now["coar_batch_images"] == 0.0 && now["coar_http_requests_in_flight"] == 1.0;
             (ended && rest).then_some(now)
         })
         .await;
     let exact = [
-        ("coar_pictures_total", 5.0),
-        ("coar_picture_decode_seconds_count", 5.0),
+        ("coar_images_total", 5.0),
+        ("coar_image_decode_seconds_count", 5.0),
         ("coar_decode_codes_total", 5.0 * 144.0),
         (r#"coar_generation_seconds_count{outcome="succeeded"}"#, 3.0),
         ("coar_generation_queue_seconds_count", 3.0),

@@ -21,7 +21,7 @@ async fn a_foreign_tenant_sees_the_same_bytes_as_for_something_unknown() {
         .post("/v1/images/generations", json!({"prompt": "a <rex> cat", "n": 1}))
         .await;
     let url = drawn["data"][0]["url"].as_str().unwrap();
-    let picture = url
+    let image = url
         .strip_prefix(app.url.as_str())
         .unwrap()
         .split('?')
@@ -58,7 +58,7 @@ async fn a_foreign_tenant_sees_the_same_bytes_as_for_something_unknown() {
         let absent = bytes(method, path.replace("ID", "max"), "max").await;
         assert_eq!((foreign.0, &foreign.1), (404, &absent.1));
     }
-    assert_eq!(app.get(&picture).await.0, 404);
+    assert_eq!(app.get(&image).await.0, 404);
     let (status, body) = app
         .post("/v1/images/generations", json!({"prompt": "a <rex> cat"}))
         .await;

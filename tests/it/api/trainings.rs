@@ -1,8 +1,8 @@
-//! Trainings as a caller sees them: listed, followed, cancelled, tried again, with pictures on the way.
+//! Trainings as a caller sees them: listed, followed, cancelled, tried again, with images on the way.
 
 use std::time::Instant;
 
-use coar_core::picture::{PictureLimits, decode};
+use coar_core::image::{ImageLimits, decode};
 use futures::StreamExt as _;
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -72,9 +72,9 @@ async fn a_training_is_followed_to_its_end_and_draws_on_its_way() {
         (ended[0]["status"].as_str(), &ended[0]["version"]),
         (Some("succeeded"), &json!(1))
     );
-    // The last picture may be late.
+    // The last image may be late.
     let done = app
-        .until("the last picture", || async {
+        .until("the last image", || async {
             let (_, body) = app.get(&format!("/v1/trainings/{training}")).await;
             (body["previews"].as_array()?.len() == 4).then_some(body)
         })
@@ -98,13 +98,13 @@ async fn a_training_is_followed_to_its_end_and_draws_on_its_way() {
             .unwrap();
         assert_eq!(response.headers()["content-type"], "image/png");
         let bytes = response.bytes().await.unwrap();
-        let picture = decode(&bytes, &PictureLimits::default()).unwrap();
-        assert_eq!((picture.width, picture.height), (96, 96));
+        let image = decode(&bytes, &ImageLimits::default()).unwrap();
+        assert_eq!((image.width, image.height), (96, 96));
         drawn.push(bytes);
     }
     assert!(
         drawn.iter().any(|bytes| *bytes != drawn[0]),
-        "the concept changes, and its pictures with it"
+        "the concept changes, and its images with it"
     );
     let losses = done["losses"].as_array().unwrap();
     assert_eq!((losses.len(), &losses[11]["step"]), (12, &json!(12)));

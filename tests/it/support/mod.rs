@@ -1,4 +1,4 @@
-//! The real server as a process, real pictures, and a client.
+//! The real server as a process, real images, and a client.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -272,19 +272,19 @@ pub const SPOT: SampleSubject = SampleSubject {
     class: "dog",
 };
 
-/// The first `count` reference pictures of a subject: PNG files.
-pub fn pictures(subject: &SampleSubject, count: usize) -> Vec<Vec<u8>> {
+/// The first `count` reference images of a subject: PNG files.
+pub fn images(subject: &SampleSubject, count: usize) -> Vec<Vec<u8>> {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("concepts");
     (1..=count)
         .map(|number| std::fs::read(folder.join(format!("{}/{number}.png", subject.name))).unwrap())
         .collect()
 }
 
-pub fn picture_part(bytes: Vec<u8>) -> Part {
-    Part::bytes(bytes).file_name("picture.png")
+pub fn image_part(bytes: Vec<u8>) -> Part {
+    Part::bytes(bytes).file_name("image.png")
 }
 
-/// A registration of a subject with three pictures.
+/// A registration of a subject with three images.
 pub fn subject_form(subject: &SampleSubject) -> Form {
     form_named(subject, subject.name)
 }
@@ -295,9 +295,9 @@ pub fn form_named(subject: &SampleSubject, name: &'static str) -> Form {
         .text("name", name)
         .text("kind", "subject")
         .text("class", subject.class);
-    pictures(subject, 3)
+    images(subject, 3)
         .into_iter()
-        .fold(form, |form, bytes| form.part("images", picture_part(bytes)))
+        .fold(form, |form, bytes| form.part("images", image_part(bytes)))
 }
 
 /// Server-sent events of an answer, as they come.

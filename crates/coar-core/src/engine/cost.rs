@@ -12,7 +12,7 @@ use super::SamplingParams;
 pub struct Cost {
     /// Of the prompt, placeholders not counted.
     pub text: u64,
-    /// Of all its pictures.
+    /// Of all its images.
     pub image: u64,
 }
 
@@ -78,7 +78,7 @@ impl TokenCounter {
         // Image start and both sizes, and a row end after each row.
         let sequence = (prompt.ids.len() + 3 + context) as i64 + i64::from(rows * (columns + 1));
         if sequence > self.longest_row {
-            let problem = format!("and picture need {sequence} tokens, the limit is {}", self.longest_row);
+            let problem = format!("and image need {sequence} tokens, the limit is {}", self.longest_row);
             return Err(TokenizerError::invalid("prompt", problem));
         }
         Ok(Cost {

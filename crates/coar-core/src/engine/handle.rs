@@ -299,5 +299,5 @@ impl EngineHandle {
     }
 }
 
-/// A reader that falls this far behind loses intermediate progress events, never a picture, a checkpoint or the end.
+/// A reader that falls this far behind loses intermediate progress events, never an image, a checkpoint or the end.
 const EVENTS_PER_REQUEST: usize = 64;

@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::concept::{ConceptFile, ConceptFileError, ConceptTensors};
-use crate::picture::RgbPicture;
+use crate::image::RgbImage;
 use crate::tokenizer::TokenizerError;
 use crate::training::{StepLosses, TrainingSpec};
 
@@ -30,7 +30,7 @@ pub struct ConceptUse {
     pub tensors: Arc<ConceptTensors>,
 }
 
-/// One request for `count` pictures.
+/// One request for `count` images.
 #[derive(Debug, Clone)]
 pub struct GenerateRequest {
     /// Who asks: tenants share the device by cost in tokens. Empty for the only one.
@@ -40,9 +40,9 @@ pub struct GenerateRequest {
     pub concepts: Vec<ConceptUse>,
     pub sampling: SamplingParams,
     pub count: u32,
-    /// Which picture of the seed the first one is: picture i of a larger request, alone.
+    /// Which image of the seed the first one is: image i of a larger request, alone.
     pub first_index: u32,
-    /// Unfinished pictures to show of each picture, evenly spread over its rows.
+    /// Unfinished images to show of each image, evenly spread over its rows.
     pub partial_images: u32,
 }
 
@@ -54,17 +54,17 @@ pub enum GenerationEvent {
         done: u32,
         total: u32,
     },
-    /// Picture `index` as far as it is drawn; what is missing is grey.
+    /// Image `index` as far as it is drawn; what is missing is grey.
     Partial {
         index: u32,
-        /// 0 for the first unfinished picture of this index.
+        /// 0 for the first unfinished image of this index.
         number: u32,
-        picture: RgbPicture,
+        image: RgbImage,
     },
-    /// Picture `index` is complete.
-    Picture {
+    /// Image `index` is complete.
+    Image {
         index: u32,
-        picture: RgbPicture,
+        image: RgbImage,
     },
     /// The last event of a request that succeeded, with its cost in tokens.
     Done {
@@ -79,8 +79,8 @@ pub enum GenerationEvent {
 #[derive(Debug, Clone)]
 pub struct TrainingRequest {
     pub spec: TrainingSpec,
-    /// The reference pictures, as decoded.
-    pub pictures: Vec<RgbPicture>,
+    /// The reference images, as decoded.
+    pub images: Vec<RgbImage>,
     /// The newest checkpoint, to continue from.
     pub checkpoint: Option<Bytes>,
     /// Steps after which the concept as it stands is handed out.
@@ -160,7 +160,7 @@ pub struct ModelInfo {
     pub fingerprint: String,
     pub layers: usize,
     pub hidden: usize,
-    /// Pictures of exactly these `(width, height)` can be drawn; the first is the default.
+    /// Images of exactly these `(width, height)` can be drawn; the first is the default.
     pub sizes: Vec<(u32, u32)>,
     pub default_guidance_scale: f64,
     pub default_temperature: f64,
@@ -198,12 +198,12 @@ impl ModelInfo {
 /// What the device thread had to do after its last turn.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Load {
-    /// Tokens of all pictures that wait for rows.
+    /// Tokens of all images that wait for rows.
     pub waiting_tokens: u64,
     /// Tokens per second over the last steps; 0 before the first.
     pub tokens_per_second: f64,
-    /// Pictures being drawn.
-    pub pictures: usize,
+    /// Images being drawn.
+    pub images: usize,
     /// Rows of the batch that are free.
     pub free_rows: usize,
     /// Concepts that were found on the device, that were not, and the bytes that they take there.

@@ -11,7 +11,7 @@ use crate::metrics::meters;
 #[derive(Debug, Clone)]
 pub struct Trace {
     request: Span,
-    /// From the first picture's start to the last one's end.
+    /// From the first image's start to the last one's end.
     decode: Option<Span>,
 }
 
@@ -37,7 +37,7 @@ impl Trace {
         }
     }
 
-    /// Pictures advance from here until the trace is dropped.
+    /// Images advance from here until the trace is dropped.
     pub fn decode(&mut self) {
         let request = &self.request;
         self.decode

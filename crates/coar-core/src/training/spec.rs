@@ -71,7 +71,7 @@ fn is_zero(number: &f64) -> bool {
     *number == 0.0
 }
 
-/// Everything that decides a training's outcome, besides the pictures and the base model. Recorded in the concept file.
+/// Everything that decides a training's outcome, besides the images and the base model. Recorded in the concept file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingSpec {
@@ -97,7 +97,7 @@ pub struct TrainingSpec {
     pub prior_weight: f64,
     /// beta of the context-aware self-regularisation; 0 switches it off.
     pub regularisation_weight: f64,
-    /// Class pictures that the frozen model draws for the prior term.
+    /// Class images that the frozen model draws for the prior term.
     pub prior_pictures: u32,
     /// Random crop offsets and mirrored references, instead of the centre crop alone.
     pub augment: bool,
@@ -137,8 +137,8 @@ pub const STEPS_LIMIT: u32 = 20_000;
 pub const TOKENS_LIMIT: u32 = 16;
 /// The longest caption or class noun, in characters.
 pub const CAPTION_LIMIT: usize = 200;
-/// The most reference pictures.
-pub const PICTURES_LIMIT: usize = 10;
+/// The most reference images.
+pub const IMAGES_LIMIT: usize = 10;
 
 impl TrainingSpec {
     /// The defaults of `preset` for a concept of `kind` on a model with `model_layers` decoder layers.
@@ -400,8 +400,8 @@ impl TrainingSpec {
     }
 
     /// The prompt of one reference, cut at the placeholder: text before and after it.
-    pub fn reference_prompt(&self, picture: usize) -> (String, String) {
-        let caption = self.captions.get(picture).map_or("", |caption| caption.trim());
+    pub fn reference_prompt(&self, image: usize) -> (String, String) {
+        let caption = self.captions.get(image).map_or("", |caption| caption.trim());
         match (&self.class_noun, self.kind) {
             (Some(noun), ConceptKind::Subject) if caption.is_empty() => ("a photo of ".to_owned(), format!(" {noun}")),
             (Some(noun), ConceptKind::Subject) => ("a photo of ".to_owned(), format!(" {noun} {caption}")),
@@ -418,7 +418,7 @@ impl TrainingSpec {
         }
     }
 
-    /// The prompt of the class pictures; `None` for styles, which have no class to preserve.
+    /// The prompt of the class images; `None` for styles, which have no class to preserve.
     pub fn class_prompt(&self) -> Option<String> {
         self.class_noun.as_ref().map(|noun| format!("a photo of a {noun}"))
     }

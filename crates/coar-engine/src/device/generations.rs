@@ -11,17 +11,17 @@ use tokio::sync::mpsc;
 
 use super::concept_cache::ConceptCache;
 use super::guard::{end_process, guarded};
-use super::pictures::{Order, Orders, Recipient};
+use super::images::{Order, Orders, Recipient};
 use crate::injection::DeviceConcept;
 use crate::model::accelerator::{self, Event};
-use crate::model::decoding::{DecodeBatch, Drawn, PictureId};
+use crate::model::decoding::{BatchImageId, DecodeBatch, Drawn};
 use crate::model::{LuminaMgpt, ModelError};
 use crate::plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 use coar_core::engine::{EngineError, GenerateRequest, GenerationEvent, Load, Ticket, Trace};
 use coar_core::metrics::meters;
 use coar_core::scheduler::{Admission, Cost, JobId, Scheduler};
 
-/// Places in an event channel that progress leaves free for pictures, checkpoints and ends.
+/// Places in an event channel that progress leaves free for images, checkpoints and ends.
 pub(super) const RESERVED_EVENTS: usize = 24;
 
 struct Job {
@@ -29,12 +29,12 @@ struct Job {
     plan: PlannedSequence,
     events: mpsc::Sender<GenerationEvent>,
     recipient: Arc<Recipient>,
-    /// Pictures in the batch, with their index in the request.
-    active: Vec<(PictureId, u32)>,
+    /// Images in the batch, with their index in the request.
+    active: Vec<(BatchImageId, u32)>,
     finished: u32,
-    codes_per_picture: u64,
+    codes_per_image: u64,
     columns: i64,
-    /// Held until every picture has rows.
+    /// Held until every image has rows.
     ticket: Option<Ticket>,
     trace: Trace,
 }
@@ -94,7 +94,7 @@ impl Generations {
         self.jobs.is_empty()
     }
 
-    /// Whether nothing is drawn or waits, but pictures are still being decoded.
+    /// Whether nothing is drawn or waits, but images are still being decoded.
     pub(super) fn only_decodes(&self) -> bool {
         self.is_empty() && self.orders.open() > 0
     }
@@ -104,7 +104,7 @@ impl Generations {
         Load {
             waiting_tokens: self.scheduler.waiting_tokens(),
             tokens_per_second: self.speed.tokens_per_second,
-            pictures: self.batch.len(),
+            images: self.batch.len(),
             free_rows: self.batch.free_rows(),
             concept_hits,
             concept_misses,
@@ -130,9 +130,9 @@ impl Generations {
         self.next_job += 1;
         let per_row = plan.layout.ids.len() as u64 + (rows * (columns + 1)) as u64;
         let cost = Cost {
-            pictures: request.count,
-            rows_per_picture: request.sampling.rows_per_image(),
-            tokens_per_picture: per_row * request.sampling.rows_per_image() as u64,
+            images: request.count,
+            rows_per_image: request.sampling.rows_per_image(),
+            tokens_per_image: per_row * request.sampling.rows_per_image() as u64,
         };
         self.scheduler.push(&request.tenant, job, cost);
         let recipient = Arc::new(Recipient {
@@ -150,7 +150,7 @@ impl Generations {
             events,
             active: vec![],
             finished: 0,
-            codes_per_picture: (rows * columns) as u64,
+            codes_per_image: (rows * columns) as u64,
             columns,
             trace: ticket.trace(),
             ticket: Some(ticket),
@@ -158,7 +158,7 @@ impl Generations {
         self.jobs.insert(job, job_state);
     }
 
-    /// One turn: whoever hung up leaves, whoever waits and fits enters, every picture gets one code.
+    /// One turn: whoever hung up leaves, whoever waits and fits enters, every image gets one code.
     pub(super) fn turn(&mut self, model: &LuminaMgpt) {
         self.drop_cancelled();
         while let Some(admission) = self.scheduler.admit(self.batch.free_rows()) {
@@ -167,13 +167,13 @@ impl Generations {
         if self.batch.is_empty() {
             return;
         }
-        let (begun, pictures, free) = (Instant::now(), self.batch.len(), self.batch.free_rows());
+        let (begun, images, free) = (Instant::now(), self.batch.len(), self.batch.free_rows());
         match self.step(model) {
             Ok(drawn) => {
                 // Two rows each, mostly; the unit only has to agree with the cost's.
                 let seconds = begun.elapsed().as_secs_f64();
-                self.speed.saw(2.0 * pictures as f64, seconds);
-                meters().decode_step(seconds, pictures, free);
+                self.speed.saw(2.0 * images as f64, seconds);
+                meters().decode_step(seconds, images, free);
                 drawn.into_iter().for_each(|drawn| self.leave(drawn));
                 self.tell_progress();
             }
@@ -220,9 +220,9 @@ impl Generations {
     fn end(&mut self, id: JobId) -> Option<Job> {
         self.scheduler.remove(id);
         let job = self.jobs.remove(&id)?;
-        for &(picture, _) in &job.active {
-            if let Err(error) = guarded(self.device, || self.batch.remove(picture)) {
-                tracing::error!(%error, "a picture could not be taken out of the batch");
+        for &(image, _) in &job.active {
+            if let Err(error) = guarded(self.device, || self.batch.remove(image)) {
+                tracing::error!(%error, "an image could not be taken out of the batch");
                 self.fail_active(&error);
                 break;
             }
@@ -304,7 +304,7 @@ impl Generations {
         };
         let complete = job.finished == job.request.count;
         if !self.orders.send(id.0, order) {
-            let error = EngineError::Device("a thread that decodes pictures has ended".to_owned());
+            let error = EngineError::Device("a thread that decodes images has ended".to_owned());
             return self.fail(id, &error);
         }
         if complete {
@@ -318,17 +318,17 @@ impl Generations {
             // An unfinished image takes a place that nothing else needs: not that of an image, of the end or of a failure.
             let unfinished = (job.request.count - job.finished) as usize;
             let has_room = room > unfinished + 2 + job.active.len();
-            let mut done = u64::from(job.finished) * job.codes_per_picture;
-            for &(picture, index) in &job.active {
-                let Some((drawn, total)) = self.batch.progress(picture) else {
+            let mut done = u64::from(job.finished) * job.codes_per_image;
+            for &(image, index) in &job.active {
+                let Some((drawn, total)) = self.batch.progress(image) else {
                     continue;
                 };
                 done += drawn as u64;
                 if has_room
                     && let Some(number) = partial_due(job.request.partial_images, drawn, total, job.columns)
-                    && let Ok(codes) = self.batch.codes_so_far(picture)
+                    && let Ok(codes) = self.batch.codes_so_far(image)
                 {
-                    // Where the picture threads are behind, an unfinished picture is the first thing to leave out.
+                    // Where the image threads are behind, an unfinished image is the first thing to leave out.
                     let order = Order {
                         recipient: job.recipient.clone(),
                         index,
@@ -341,7 +341,7 @@ impl Generations {
             if room > RESERVED_EVENTS {
                 let _ = job.events.try_send(GenerationEvent::Progress {
                     done: done as u32,
-                    total: (u64::from(job.request.count) * job.codes_per_picture) as u32,
+                    total: (u64::from(job.request.count) * job.codes_per_image) as u32,
                 });
             }
         }
@@ -355,7 +355,7 @@ impl Generations {
     }
 }
 
-/// Which of `wanted` unfinished pictures is due when `drawn` of `total` codes are there: evenly spread, at row ends.
+/// Which of `wanted` unfinished images is due when `drawn` of `total` codes are there: evenly spread, at row ends.
 fn partial_due(wanted: u32, drawn: i64, total: i64, columns: i64) -> Option<u32> {
     if wanted == 0 || drawn % columns != 0 {
         return None;
@@ -385,14 +385,14 @@ fn plan(model: &LuminaMgpt, request: &GenerateRequest) -> Result<PlannedSequence
     plan_sequence(model, &request.prompt, &planned, size)
 }
 
-/// Puts some of a job's pictures into the batch.
+/// Puts some of a job's images into the batch.
 fn start(
     model: &LuminaMgpt,
     batch: &mut DecodeBatch,
     cache: &mut ConceptCache,
     job: &Job,
     admission: Admission,
-) -> Result<Vec<PictureId>, ModelError> {
+) -> Result<Vec<BatchImageId>, ModelError> {
     let request = &job.request;
     let concepts = request
         .concepts
@@ -413,7 +413,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unfinished_pictures_are_spread_over_the_rows() {
+    fn unfinished_images_are_spread_over_the_rows() {
         let due = |wanted: u32| -> Vec<(i64, u32)> {
             (1..144)
                 .filter_map(|drawn| Some((drawn, partial_due(wanted, drawn, 144, 12)?)))

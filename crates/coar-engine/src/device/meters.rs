@@ -54,7 +54,7 @@ impl Published {
         }
         meters.waiting_tokens.set(load.waiting_tokens as i64);
         meters.token_rate.set(load.tokens_per_second);
-        meters.batch_pictures.set(load.pictures as i64);
+        meters.batch_images.set(load.images as i64);
         meters.kv_rows_used.set(meters.kv_rows.get() - load.free_rows as i64);
         meters.concept_hits.inc_by(load.concept_hits - self.concept_hits);
         meters.concept_misses.inc_by(load.concept_misses - self.concept_misses);

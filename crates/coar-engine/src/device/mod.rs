@@ -5,9 +5,9 @@ mod device_time;
 mod ending;
 mod generations;
 mod guard;
+mod images;
 mod memory;
 mod meters;
-mod pictures;
 mod thread;
 mod trainings;
 

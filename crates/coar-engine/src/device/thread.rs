@@ -1,4 +1,4 @@
-//! The device thread: the only owner of model and cache. Pictures advance by one code each turn, trainings by one slice.
+//! The device thread: the only owner of model and cache. Images advance by one code each turn, trainings by one slice.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -9,9 +9,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::device_time::DeviceTime;
 use super::ending::Joined;
 use super::generations::Generations;
+use super::images;
 use super::memory::{KvMemory, free_bytes, kv_rows};
 use super::meters::Published;
-use super::pictures;
 use super::trainings::Trainings;
 use crate::model::decoding::{BatchOptions, DecodeBatch};
 use crate::model::kv_cache::KvCache;
@@ -29,13 +29,13 @@ pub struct EngineOptions {
     pub queue: usize,
     /// Memory for keys and values, taken once at the start.
     pub kv_bytes: KvMemory,
-    /// The most rows of the batch, whatever the memory admits; a guided picture takes two.
+    /// The most rows of the batch, whatever the memory admits; a guided image takes two.
     pub rows: usize,
     /// Tokens of text that a row has room for.
     pub prompt_tokens: usize,
     /// Memory for concepts that are not in use at the moment, in bytes.
     pub concept_bytes: usize,
-    /// Share of the device's time for trainings while pictures wait, 0..=1. Without pictures they have all of it.
+    /// Share of the device's time for trainings while images wait, 0..=1. Without images they have all of it.
     pub training_share: f64,
     /// Memory in bytes that the graph of one optimizer step may take; a training that needs more recomputes layers in its
     /// backward pass. `None`: half of what is free when the training begins.
@@ -44,7 +44,7 @@ pub struct EngineOptions {
     pub checkpoint_every: Duration,
     /// Threads for libtorch; 0 leaves its default.
     pub threads: i32,
-    /// A picture's codes do not depend on who shares the batch even where libtorch's kernels depend on its size: every
+    /// An image's codes do not depend on who shares the batch even where libtorch's kernels depend on its size: every
     /// step has the shapes of the full batch. Needless where the CPU's own decode step is used.
     pub deterministic: bool,
     /// Measure what the device spends on images and on trainings by its own clock: see [`super::Load`].
@@ -128,7 +128,7 @@ const GLANCE: Duration = Duration::from_millis(1);
 
 struct Thread {
     model: LuminaMgpt,
-    pictures: Vec<JoinHandle<()>>,
+    images: Vec<JoinHandle<()>>,
     inbox: mpsc::Receiver<Command>,
     generations: Generations,
     trainings: Trainings,
@@ -138,14 +138,14 @@ struct Thread {
     published: Published,
 }
 
-/// Tokens of the longest row: text, image start and sizes, context positions, and the largest picture.
+/// Tokens of the longest row: text, image start and sizes, context positions, and the largest image.
 fn longest_row(model: &LuminaMgpt, prompt_tokens: usize) -> i64 {
-    let picture = |&(width, height): &(u32, u32)| {
+    let image = |&(width, height): &(u32, u32)| {
         let (rows, columns) = model.codes_of(width, height);
         rows * (columns + 1)
     };
-    let pictures = model.sizes().iter().map(picture).max().unwrap_or(0);
-    (prompt_tokens as i64 + pictures).min(model.transformer.config().max_position_embeddings)
+    let images = model.sizes().iter().map(image).max().unwrap_or(0);
+    (prompt_tokens as i64 + images).min(model.transformer.config().max_position_embeddings)
 }
 
 impl Thread {
@@ -184,11 +184,11 @@ impl Thread {
         let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, batch)?;
         // Other threads read the weights on streams of their own: what has put them there must be over.
         accelerator::synchronize(device)?;
-        let tokenizers = (0..pictures::threads(model.transformer.device()))
+        let tokenizers = (0..images::threads(model.transformer.device()))
             .map(|_| model.share_vqgan())
             .collect::<Result<_, _>>()?;
-        let (orders, pictures) = pictures::start(tokenizers)
-            .map_err(|error| ModelError::invalid("engine", format!("cannot start its picture thread: {error}")))?;
+        let (orders, images) = images::start(tokenizers)
+            .map_err(|error| ModelError::invalid("engine", format!("cannot start its image thread: {error}")))?;
         let published = Published::new(model.transformer.device());
         Ok(Self {
             generations: Generations::new(device, batch, orders, options.concept_bytes),
@@ -196,7 +196,7 @@ impl Thread {
             share: DeviceShare::new(options.training_share),
             time: options.measure_device_time.then(|| DeviceTime::new(device)),
             model,
-            pictures,
+            images,
             inbox,
             gauge,
             published,
@@ -206,13 +206,13 @@ impl Thread {
     fn run(mut self) {
         self.work();
         let Self {
-            generations, pictures, ..
+            generations, images, ..
         } = self;
         // Their orders end with the sender; what they have begun is delivered.
         drop(generations);
-        for thread in pictures {
+        for thread in images {
             if thread.join().is_err() {
-                tracing::error!("a thread that decodes pictures has panicked");
+                tracing::error!("a thread that decodes images has panicked");
             }
         }
     }
@@ -248,7 +248,7 @@ impl Thread {
                 command = self.inbox.try_recv().ok();
             }
             let training = !self.trainings.is_empty();
-            // On the CPU pictures are decoded on the same cores: that is part of drawing, and where drawing is behind a
+            // On the CPU images are decoded on the same cores: that is part of drawing, and where drawing is behind a
             // training waits for it instead of fighting it.
             let on_cpu = self.model.transformer.device() == tch::Device::Cpu;
             let decoding = on_cpu && training && self.generations.only_decodes();

@@ -95,14 +95,14 @@ impl Trainings {
         }
         let TrainingRequest {
             spec,
-            pictures,
+            images,
             checkpoint,
             previews,
         } = request;
         let device = model.transformer.device();
         let opened = guarded(device, || match &checkpoint {
-            Some(bytes) => Trainer::resume(model, spec, &pictures, bytes),
-            None => Trainer::new(model, spec, &pictures),
+            Some(bytes) => Trainer::resume(model, spec, &images, bytes),
+            None => Trainer::new(model, spec, &images),
         });
         match opened {
             Ok(mut trainer) => {

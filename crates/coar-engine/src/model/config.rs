@@ -48,7 +48,7 @@ pub struct ModelConfig {
     pub torch_dtype: Option<String>,
     #[serde(default)]
     pub vocabulary_map: BTreeMap<String, i64>,
-    /// The picture size in pixels that the checkpoint was trained for (512, 768, 1024). Not a field of the reference's
+    /// The image size in pixels that the checkpoint was trained for (512, 768, 1024). Not a field of the reference's
     /// file, where only the repository's name tells it; written by `coar-lab pocket train`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_size: Option<u32>,

@@ -57,7 +57,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     #[test]
-    fn a_whole_picture_follows_its_sizes_and_a_second_one_starts_anew() {
+    fn a_whole_image_follows_its_sizes_and_a_second_one_starts_anew() {
         let names: BTreeMap<String, i64> = CONTROL_NAMES
             .map(str::to_owned)
             .into_iter()

@@ -15,12 +15,12 @@ pub const IMAGE_SYMBOL: &str = "<|image|>";
 /// Marks ids that a loss ignores.
 pub const IGNORED: i64 = -100;
 
-/// Ids and labels of a conversation; every turn ends with the separator, pictures (whole blocks of ids) stand where the
-/// text has `<|image|>`. Where no text has it, the pictures come before the first turn's text. A turn without text adds
+/// Ids and labels of a conversation; every turn ends with the separator, images (whole blocks of ids) stand where the
+/// text has `<|image|>`. Where no text has it, the images come before the first turn's text. A turn without text adds
 /// nothing. Labels are [`IGNORED`] for the beginning and human turns.
 ///
 /// # Errors
-/// When the symbols and pictures do not match, or a text cannot be tokenised.
+/// When the symbols and images do not match, or a text cannot be tokenised.
 pub fn conversation(
     tokenizer: &TextTokenizer,
     vocabulary: &Vocabulary,

@@ -1,4 +1,4 @@
-//! A whole checkpoint: transformer, image tokenizer, text side and picture preparation.
+//! A whole checkpoint: transformer, image tokenizer, text side and image preparation.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use super::vqgan::{Vqgan, VqganConfig};
 use super::weights::{Checkpoint, Shared, Target, TensorSource, vqgan_source};
 use super::{ModelConfig, ModelError};
 use coar_core::engine::TokenCounter;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::tokenizer::{EncodedPrompt, PromptPart, TextTokenizer, Vocabulary, encode_prompt, image_block};
 
 /// Where the parts of a checkpoint lie. The reference keeps the tokenizer files apart from the language model; here they
@@ -97,9 +97,9 @@ pub struct LuminaMgpt {
     target_size: u32,
 }
 
-/// The picture size where neither the configuration nor the caller says it: the smallest published checkpoint's.
+/// The image size where neither the configuration nor the caller says it: the smallest published checkpoint's.
 const DEFAULT_TARGET: u32 = 512;
-/// What class pictures are drawn with.
+/// What class images are drawn with.
 const PLAIN_GUIDANCE: f64 = 3.0;
 
 impl LuminaMgpt {
@@ -235,7 +235,7 @@ impl LuminaMgpt {
         &self.fingerprint
     }
 
-    /// `(width, height)` of every picture that can be drawn, the square one first.
+    /// `(width, height)` of every image that can be drawn, the square one first.
     pub fn sizes(&self) -> Vec<(u32, u32)> {
         let named = |&(w, h): &(u32, u32)| {
             let unit = 2 * self.vqgan.config().pixels_per_code();
@@ -247,13 +247,13 @@ impl LuminaMgpt {
         sizes
     }
 
-    /// Bytes that decoding the largest picture takes beside the weights.
+    /// Bytes that decoding the largest image takes beside the weights.
     pub fn decode_bytes(&self) -> u64 {
         let bytes = |(width, height): (u32, u32)| self.vqgan.decode_bytes(width, height);
         self.sizes().into_iter().map(bytes).max().unwrap_or(0)
     }
 
-    /// Rows and columns of codes of a picture.
+    /// Rows and columns of codes of an image.
     pub fn codes_of(&self, width: u32, height: u32) -> (i64, i64) {
         let unit = self.vqgan.config().pixels_per_code();
         (i64::from(height / unit), i64::from(width / unit))
@@ -315,31 +315,31 @@ impl LuminaMgpt {
         ])
     }
 
-    /// A picture's codes as ids: `[start, height, width]`, and codes, row ends, image end.
+    /// An image's codes as ids: `[start, height, width]`, and codes, row ends, image end.
     ///
     /// # Errors
-    /// When the codes do not form the picture.
+    /// When the codes do not form the image.
     pub fn image_ids(&self, codes: &[i64], width: u32, height: u32) -> Result<([i64; 3], Vec<i64>), ModelError> {
         let (rows, columns) = self.codes_of(width, height);
         Ok(image_block(&self.vocabulary, codes, rows as usize, columns as usize)?)
     }
 
-    /// Codes of a prepared picture, in raster order.
+    /// Codes of a prepared image, in raster order.
     ///
     /// # Errors
     /// When its size is not on the grid, or the device fails.
-    pub fn encode_picture(&self, picture: &RgbPicture) -> Result<Vec<i64>, ModelError> {
+    pub fn encode_image(&self, image: &RgbImage) -> Result<Vec<i64>, ModelError> {
         tch::no_grad(|| {
-            let pixels = pixels(std::slice::from_ref(picture))?.f_to_device(self.transformer.device())?;
+            let pixels = pixels(std::slice::from_ref(image))?.f_to_device(self.transformer.device())?;
             Ok(Vec::<i64>::try_from(&self.vqgan.encode(&pixels)?.f_view([-1i64])?)?)
         })
     }
 
-    /// The picture of codes in raster order.
+    /// The image of codes in raster order.
     ///
     /// # Errors
-    /// When a code is outside the codebook, the codes do not form the picture, or the device fails.
-    pub fn decode_picture(&self, codes: &[i64], width: u32, height: u32) -> Result<RgbPicture, ModelError> {
+    /// When a code is outside the codebook, the codes do not form the image, or the device fails.
+    pub fn decode_image(&self, codes: &[i64], width: u32, height: u32) -> Result<RgbImage, ModelError> {
         let known = 0..self.vqgan.config().n_embed;
         if let Some(code) = codes.iter().find(|code| !known.contains(code)) {
             let problem = format!("hold {code}; expected 0 to {}", known.end - 1);
@@ -350,12 +350,12 @@ impl LuminaMgpt {
             let codes = Tensor::f_from_slice(codes)?
                 .f_view([1, -1])?
                 .f_to_device(self.transformer.device())?;
-            let mut all = pictures(&self.vqgan.decode(&codes, rows, columns)?)?;
+            let mut all = images(&self.vqgan.decode(&codes, rows, columns)?)?;
             all.pop().ok_or_else(|| ModelError::invalid("codes", "are empty"))
         })
     }
 
-    /// Begins pictures of a prompt without any concept, with this model's usual settings.
+    /// Begins images of a prompt without any concept, with this model's usual settings.
     ///
     /// # Errors
     /// When the prompt or size cannot be used, or the device fails.
@@ -396,13 +396,13 @@ impl LuminaMgpt {
     }
 }
 
-/// Pixels `[batch, 3, H, W]` in -1..1 of pictures of one size: u8 / 255 * 2 - 1, computed in f64.
+/// Pixels `[batch, 3, H, W]` in -1..1 of images of one size: u8 / 255 * 2 - 1, computed in f64.
 ///
 /// # Errors
-/// When the pictures are of several sizes.
-pub fn pixels(pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
+/// When the images are of several sizes.
+pub fn pixels(images: &[RgbImage]) -> Result<Tensor, ModelError> {
     let levels = levels();
-    let stack = pictures
+    let stack = images
         .iter()
         .map(|p| {
             let values: Vec<f32> = p.rgb.iter().map(|&level| levels[usize::from(level)]).collect();
@@ -419,7 +419,7 @@ fn levels() -> Vec<f32> {
         .collect()
 }
 
-/// The bytes of pictures of one size, one after the other, as pixels `[batch, 3, height, width]` in -1..1 on `device`: the
+/// The bytes of images of one size, one after the other, as pixels `[batch, 3, height, width]` in -1..1 on `device`: the
 /// same numbers as [`pixels`], computed there.
 ///
 /// # Errors
@@ -434,11 +434,11 @@ pub fn pixels_on(rgb: &[u8], (height, width): (usize, usize), device: Device) ->
         .f_contiguous()?)
 }
 
-/// Pixels `[batch, 3, H, W]` as 8-bit pictures, as the reference writes them: clamped, scaled, truncated.
+/// Pixels `[batch, 3, H, W]` as 8-bit images, as the reference writes them: clamped, scaled, truncated.
 ///
 /// # Errors
 /// When libtorch fails.
-pub fn pictures(pixels: &Tensor) -> Result<Vec<RgbPicture>, ModelError> {
+pub fn images(pixels: &Tensor) -> Result<Vec<RgbImage>, ModelError> {
     let (batch, _, height, width) = pixels.size4()?;
     let levels = pixels
         .f_clamp(-1.0, 1.0)?
@@ -453,7 +453,7 @@ pub fn pictures(pixels: &Tensor) -> Result<Vec<RgbPicture>, ModelError> {
     (0..batch)
         .map(|index| {
             let rgb = Vec::<u8>::try_from(&bytes.f_get(index)?.f_reshape([-1i64])?)?;
-            Ok(RgbPicture {
+            Ok(RgbImage {
                 width: width as u32,
                 height: height as u32,
                 rgb,

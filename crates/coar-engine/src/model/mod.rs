@@ -9,7 +9,7 @@ pub mod config;
 pub mod context;
 /// Decode steps on the CPU.
 pub mod cpu;
-/// Drawing pictures step by step.
+/// Drawing images step by step.
 pub mod decoding;
 mod error;
 /// Which token may follow inside an image.

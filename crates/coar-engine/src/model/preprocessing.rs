@@ -2,9 +2,9 @@
 
 use rand::{Rng, RngCore};
 
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
-/// Largest ratio of a picture's sides.
+/// Largest ratio of an image's sides.
 const MAX_RATIO: f64 = 4.0;
 
 /// Sizes in pixels with at most `patches` patches of `patch` pixels and sides within `max_ratio`, in the reference's
@@ -24,7 +24,7 @@ pub fn crop_sizes(patches: u32, patch: u32, max_ratio: f64) -> Vec<(u32, u32)> {
     sizes
 }
 
-/// Where a resized picture is cut.
+/// Where a resized image is cut.
 pub enum CropOffset<'a> {
     /// In the middle: what users expect of their references.
     Centre,
@@ -34,13 +34,13 @@ pub enum CropOffset<'a> {
     At(u32, u32),
 }
 
-/// The sizes that a checkpoint draws, and how pictures are brought to one of them.
+/// The sizes that a checkpoint draws, and how images are brought to one of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CropPlan {
     sizes: Vec<(u32, u32)>,
 }
 
-/// The steps from a picture's size to a crop size.
+/// The steps from an image's size to a crop size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CropSteps {
     /// The chosen size.
@@ -71,7 +71,7 @@ impl CropPlan {
         &self.sizes
     }
 
-    /// What happens to a picture of `width` x `height`, both at least 1.
+    /// What happens to an image of `width` x `height`, both at least 1.
     pub fn steps(&self, width: u32, height: u32) -> CropSteps {
         let score = |&(cw, ch): &(u32, u32)| {
             let (a, b) = (f64::from(cw) / f64::from(width), f64::from(ch) / f64::from(height));
@@ -98,12 +98,12 @@ impl CropPlan {
         }
     }
 
-    /// Halves, resizes and cuts a picture.
-    pub fn prepare(&self, picture: &RgbPicture, offset: CropOffset) -> RgbPicture {
-        let steps = self.steps(picture.width, picture.height);
+    /// Halves, resizes and cuts an image.
+    pub fn prepare(&self, image: &RgbImage, offset: CropOffset) -> RgbImage {
+        let steps = self.steps(image.width, image.height);
         let mut halved = None;
         for &(w, h) in &steps.halvings {
-            halved = Some(resize(halved.as_ref().unwrap_or(picture), w, h, Filter::Box));
+            halved = Some(resize(halved.as_ref().unwrap_or(image), w, h, Filter::Box));
         }
         let (left, upper) = match offset {
             CropOffset::Centre => (steps.room.0 / 2, steps.room.1 / 2),
@@ -113,7 +113,7 @@ impl CropPlan {
             }
             CropOffset::At(left, upper) => (left.min(steps.room.0), upper.min(steps.room.1)),
         };
-        // Only the part that is kept is computed: a picture one pixel wide would else grow to gigabytes on its way.
+        // Only the part that is kept is computed: an image one pixel wide would else grow to gigabytes on its way.
         let (w, h) = steps.size;
         let columns = Span {
             full: steps.resized.0,
@@ -125,7 +125,7 @@ impl CropPlan {
             from: upper,
             count: h,
         };
-        resize_part(halved.as_ref().unwrap_or(picture), columns, rows, Filter::Bicubic)
+        resize_part(halved.as_ref().unwrap_or(image), columns, rows, Filter::Bicubic)
     }
 }
 
@@ -189,7 +189,7 @@ fn coefficients(input: u32, output: Span, filter: Filter) -> Vec<Taps> {
     (output.from..output.from + output.count)
         .map(|index| {
             let centre = (f64::from(index) + 0.5) * scale;
-            // Pillow truncates towards zero after adding a half, and clips to the picture.
+            // Pillow truncates towards zero after adding a half, and clips to the image.
             let first = ((centre - support + 0.5) as i64).max(0);
             let last = ((centre + support + 0.5) as i64).min(i64::from(input));
             let weights: Vec<f64> = (first..last)
@@ -213,49 +213,49 @@ fn clip(sum: i64) -> u8 {
 }
 
 /// Resizes as Pillow does: horizontally, then vertically, with 8 bits in between. Compared bit by bit with Pillow 10.4, of
-/// the reference's time; Pillow 13 gives other values for some tall pictures.
-pub fn resize(picture: &RgbPicture, width: u32, height: u32, filter: Filter) -> RgbPicture {
+/// the reference's time; Pillow 13 gives other values for some tall images.
+pub fn resize(image: &RgbImage, width: u32, height: u32, filter: Filter) -> RgbImage {
     let whole = |full| Span {
         full,
         from: 0,
         count: full,
     };
-    resize_part(picture, whole(width), whole(height), filter)
+    resize_part(image, whole(width), whole(height), filter)
 }
 
 /// What [`resize`] to `full` would make, cut to `size` at `(left, upper)`, all as `(width, height)`; only the part that is
 /// kept is computed. The part lies within `full`.
 pub fn resize_and_cut(
-    picture: &RgbPicture,
+    image: &RgbImage,
     full: (u32, u32),
     (left, upper): (u32, u32),
     size: (u32, u32),
     filter: Filter,
-) -> RgbPicture {
+) -> RgbImage {
     let span = |full, from, count| Span { full, from, count };
-    resize_part(picture, span(full.0, left, size.0), span(full.1, upper, size.1), filter)
+    resize_part(image, span(full.0, left, size.0), span(full.1, upper, size.1), filter)
 }
 
 /// The given columns and rows of what [`resize`] would make. The passes are separable, so leaving the rest out changes
 /// nothing in what is kept.
-fn resize_part(picture: &RgbPicture, columns: Span, rows: Span, filter: Filter) -> RgbPicture {
-    let vertical = coefficients(picture.height, rows, filter);
+fn resize_part(image: &RgbImage, columns: Span, rows: Span, filter: Filter) -> RgbImage {
+    let vertical = coefficients(image.height, rows, filter);
     // Source rows that the kept output rows look at.
-    let (first, last) = if rows.full == picture.height {
+    let (first, last) = if rows.full == image.height {
         (rows.from as usize, (rows.from + rows.count) as usize)
     } else {
         let ends = vertical.iter().map(|(first, weights)| first + weights.len());
         (vertical.first().map_or(0, |taps| taps.0), ends.max().unwrap_or(0))
     };
-    let stride = 3 * picture.width as usize;
-    let source = &picture.rgb[first * stride..last * stride];
-    let narrowed = horizontal_pass(source, picture.width, columns, filter);
-    let rgb = if rows.full == picture.height {
+    let stride = 3 * image.width as usize;
+    let source = &image.rgb[first * stride..last * stride];
+    let narrowed = horizontal_pass(source, image.width, columns, filter);
+    let rgb = if rows.full == image.height {
         narrowed
     } else {
         vertical_pass(&narrowed, 3 * columns.count as usize, first, &vertical)
     };
-    RgbPicture {
+    RgbImage {
         width: columns.count,
         height: rows.count,
         rgb,
@@ -311,23 +311,23 @@ fn vertical_pass(source: &[u8], stride: usize, offset: usize, taps: &[Taps]) -> 
 mod tests {
     use super::*;
 
-    /// The picture that the fixtures' scripts make with the same numbers.
-    fn noise(width: u32, height: u32) -> RgbPicture {
+    /// The image that the fixtures' scripts make with the same numbers.
+    fn noise(width: u32, height: u32) -> RgbImage {
         let mut state = 7u32;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 24) as u8
         };
-        RgbPicture {
+        RgbImage {
             width,
             height,
             rgb: (0..3 * width * height).map(|_| next()).collect(),
         }
     }
 
-    fn cut(picture: &RgbPicture, left: u32, upper: u32, (width, height): (u32, u32)) -> Vec<u8> {
-        let (stride, from, n) = (3 * picture.width as usize, 3 * left as usize, 3 * width as usize);
-        let rows = picture
+    fn cut(image: &RgbImage, left: u32, upper: u32, (width, height): (u32, u32)) -> Vec<u8> {
+        let (stride, from, n) = (3 * image.width as usize, 3 * left as usize, 3 * width as usize);
+        let rows = image
             .rgb
             .chunks_exact(stride)
             .skip(upper as usize)
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn the_thinnest_pictures_cost_no_more_than_their_crop() {
+    fn the_thinnest_images_cost_no_more_than_their_crop() {
         let plan = CropPlan::new(512, 32);
         for (width, height) in [(1, 16_384), (16_384, 1), (1, 1)] {
             let prepared = plan.prepare(&noise(width, height), CropOffset::Centre);

@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use super::references::References;
 use super::trainer::Trainer;
 use crate::model::{LuminaMgpt, ModelError};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::training::StepLosses;
 use coar_core::training::spec::TrainingSpec;
 
@@ -33,7 +33,7 @@ fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>, ModelError> {
 }
 
 impl Trainer {
-    /// Everything that is needed to continue from here, beside the pictures.
+    /// Everything that is needed to continue from here, beside the images.
     ///
     /// # Errors
     /// When the device fails.
@@ -73,17 +73,17 @@ impl Trainer {
         safetensors::serialize(views, Some(meta)).map_err(fault)
     }
 
-    /// Continues a training of the same spec and pictures.
+    /// Continues a training of the same spec and images.
     ///
     /// # Errors
     /// When the bytes are not a checkpoint of this spec.
     pub fn resume(
         model: &LuminaMgpt,
         spec: TrainingSpec,
-        pictures: &[RgbPicture],
+        images: &[RgbImage],
         bytes: &[u8],
     ) -> Result<Self, ModelError> {
-        Self::resume_as(model, spec, bytes, |spec| Self::new(model, spec, pictures))
+        Self::resume_as(model, spec, bytes, |spec| Self::new(model, spec, images))
     }
 
     /// As [`Self::resume`], with references that are encoded already.

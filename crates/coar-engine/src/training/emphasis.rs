@@ -8,7 +8,7 @@ use super::references::{Reference, References};
 use crate::model::{LuminaMgpt, ModelError};
 use coar_core::training::spec::TrainingSpec;
 
-/// For each view of each picture the weights of its image tokens, computed before they are first needed.
+/// For each view of each image the weights of its image tokens, computed before they are first needed.
 ///
 /// A token's weight is `1 - focus + focus * d / mean(d)`, where `d` is how far the frozen model's prediction moves there
 /// when the start words stand in the prompt beside the class noun (`KL(with || without)`). The background, which the
@@ -103,8 +103,8 @@ mod tests {
         let model = LuminaMgpt::load(&files, Device::Cpu, Kind::Float, None).unwrap();
         let mut spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
         spec.captions = vec!["on the beach".to_owned()];
-        let picture = rex(1);
-        let references = References::encode(&model, &spec, std::slice::from_ref(&picture)).unwrap();
+        let image = rex(1);
+        let references = References::encode(&model, &spec, std::slice::from_ref(&image)).unwrap();
         spec.focus = 0.0;
         assert!(Emphasis::new(&spec, &references).is_none());
         let words = ["a", "purple", "and", "yellow", "striped", "hat"].map(|word| model.first_token_of(word).unwrap());
@@ -136,7 +136,7 @@ mod tests {
         let codes = references.view(0).codes.len();
         let columns = (codes as f64).sqrt() as usize;
         assert!(full[columns] < 0.01 && full[full.len() - 1] < 0.01, "{full:?}");
-        // The subject fills less than half of the picture and has most of the weight.
+        // The subject fills less than half of the image and has most of the weight.
         full.sort_by(|a, b| b.total_cmp(a));
         half.sort_by(|a, b| b.total_cmp(a));
         let top = |weights: &[f32]| weights[..codes / 2].iter().sum::<f32>() / weights.iter().sum::<f32>();

@@ -21,12 +21,12 @@ pub use trainer::{Advance, PRIOR_SEED, Trainer};
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use coar_core::picture::{PictureLimits, RgbPicture, decode};
+    use coar_core::image::{ImageLimits, RgbImage, decode};
 
-    /// Reference picture `number`, from 1, of the sample subject `rex`: a cat on the beach, in the snow, …
-    pub(crate) fn rex(number: usize) -> RgbPicture {
+    /// Reference image `number`, from 1, of the sample subject `rex`: a cat on the beach, in the snow, …
+    pub(crate) fn rex(number: usize) -> RgbImage {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         let bytes = std::fs::read(root.join(format!("concepts/rex/{number}.png"))).unwrap();
-        decode(&bytes, &PictureLimits::default()).unwrap()
+        decode(&bytes, &ImageLimits::default()).unwrap()
     }
 }

@@ -1,4 +1,4 @@
-//! Reference pictures as the model sees them: codes and prompts.
+//! Reference images as the model sees them: codes and prompts.
 
 use std::ops::Range;
 
@@ -8,10 +8,10 @@ use rand_chacha::ChaCha8Rng;
 use crate::injection::SequenceLayout;
 use crate::model::preprocessing::CropOffset;
 use crate::model::{LuminaMgpt, ModelError};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::training::spec::TrainingSpec;
 
-/// One picture with its prompt.
+/// One image with its prompt.
 #[derive(Debug, Clone)]
 pub struct Reference {
     /// Prompt ids, placeholder tokens included.
@@ -29,10 +29,10 @@ pub struct Reference {
 }
 
 impl Reference {
-    /// A picture of `columns` x `rows` codes behind a prompt; the slot stands between `before` and `after`.
+    /// An image of `columns` x `rows` codes behind a prompt; the slot stands between `before` and `after`.
     ///
     /// # Errors
-    /// When the prompt cannot be tokenised or the codes do not form the picture.
+    /// When the prompt cannot be tokenised or the codes do not form the image.
     pub fn new(
         model: &LuminaMgpt,
         (before, slot_tokens, after): (&str, usize, &str),
@@ -78,33 +78,33 @@ impl Reference {
 #[derive(Debug, Clone)]
 pub struct References {
     views: Vec<Reference>,
-    of_picture: Vec<Range<usize>>,
+    of_image: Vec<Range<usize>>,
     size: (u32, u32),
 }
 
-/// Views of a picture besides the centred one: mirrored, and random crops.
+/// Views of an image besides the centred one: mirrored, and random crops.
 const RANDOM_CROPS: usize = 2;
 
 impl References {
-    /// Prepares the pictures as the base model's pipeline does and encodes them.
+    /// Prepares the images as the base model's pipeline does and encodes them.
     ///
     /// # Errors
-    /// When there are no pictures, or the device fails.
-    pub fn encode(model: &LuminaMgpt, spec: &TrainingSpec, pictures: &[RgbPicture]) -> Result<Self, ModelError> {
-        if pictures.is_empty() {
-            return Err(ModelError::invalid("images", "has no pictures; expected at least 1"));
+    /// When there are no images, or the device fails.
+    pub fn encode(model: &LuminaMgpt, spec: &TrainingSpec, images: &[RgbImage]) -> Result<Self, ModelError> {
+        if images.is_empty() {
+            return Err(ModelError::invalid("images", "has no images; expected at least 1"));
         }
         let mut rng = ChaCha8Rng::seed_from_u64(spec.seed);
-        let (mut views, mut of_picture) = (Vec::new(), Vec::new());
+        let (mut views, mut of_image) = (Vec::new(), Vec::new());
         let mut size = (0, 0);
-        for (index, picture) in pictures.iter().enumerate() {
+        for (index, image) in images.iter().enumerate() {
             let from = views.len();
             let (before, after) = spec.reference_prompt(index);
-            let mut prepared = vec![model.crop.prepare(picture, CropOffset::Centre)];
+            let mut prepared = vec![model.crop.prepare(image, CropOffset::Centre)];
             if spec.augment {
                 prepared.push(mirrored(&prepared[0]));
                 for _ in 0..RANDOM_CROPS {
-                    let crop = model.crop.prepare(picture, CropOffset::Random(&mut rng));
+                    let crop = model.crop.prepare(image, CropOffset::Random(&mut rng));
                     prepared.push(if rng.random_bool(0.5) { mirrored(&crop) } else { crop });
                 }
             }
@@ -113,7 +113,7 @@ impl References {
                 if views.is_empty() {
                     size = own;
                 }
-                let codes = model.encode_picture(&view)?;
+                let codes = model.encode_image(&view)?;
                 views.push(Reference::new(
                     model,
                     (&before, spec.text_tokens as usize, &after),
@@ -121,53 +121,49 @@ impl References {
                     own,
                 )?);
             }
-            of_picture.push(from..views.len());
+            of_image.push(from..views.len());
         }
-        Ok(Self {
-            views,
-            of_picture,
-            size,
-        })
+        Ok(Self { views, of_image, size })
     }
 
-    /// The same with other codes in the centred view of picture `index`.
+    /// The same with other codes in the centred view of image `index`.
     ///
     /// # Errors
     /// When the codes do not form an image of that size.
     pub fn with_codes(&self, model: &LuminaMgpt, index: usize, codes: Vec<i64>) -> Result<Self, ModelError> {
         let mut other = self.clone();
-        let view = &mut other.views[self.of_picture[index].start];
+        let view = &mut other.views[self.of_image[index].start];
         view.image = model.image_ids(&codes, self.size.0, self.size.1)?.1;
         view.codes = codes;
         Ok(other)
     }
 
-    /// How many pictures.
+    /// How many images.
     pub fn len(&self) -> usize {
-        self.of_picture.len()
+        self.of_image.len()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.of_picture.is_empty()
+        self.of_image.is_empty()
     }
 
-    /// The first picture's prepared size.
+    /// The first image's prepared size.
     pub fn size(&self) -> (u32, u32) {
         self.size
     }
 
-    /// The centred view of every picture.
+    /// The centred view of every image.
     pub fn centred(&self) -> impl Iterator<Item = &Reference> {
-        self.of_picture.iter().map(|range| &self.views[range.start])
+        self.of_image.iter().map(|range| &self.views[range.start])
     }
 
-    /// The views of picture `index`, the centred one first.
+    /// The views of image `index`, the centred one first.
     pub(super) fn views(&self, index: usize) -> Range<usize> {
-        self.of_picture[index].clone()
+        self.of_image[index].clone()
     }
 
-    /// How many views of all pictures there are.
+    /// How many views of all images there are.
     pub(super) fn view_count(&self) -> usize {
         self.views.len()
     }
@@ -177,21 +173,21 @@ impl References {
         &self.views[view]
     }
 
-    /// A class picture that the frozen model drew from `prompt`, of the references' size.
+    /// A class image that the frozen model drew from `prompt`, of the references' size.
     ///
     /// # Errors
-    /// When the codes do not form a picture.
-    pub fn class_picture(&self, model: &LuminaMgpt, prompt: &str, codes: &[i64]) -> Result<Reference, ModelError> {
+    /// When the codes do not form an image.
+    pub fn class_image(&self, model: &LuminaMgpt, prompt: &str, codes: &[i64]) -> Result<Reference, ModelError> {
         Reference::new(model, (prompt, 0, ""), codes.to_vec(), self.size)
     }
 }
 
-fn mirrored(picture: &RgbPicture) -> RgbPicture {
-    let row = 3 * picture.width as usize;
-    let rgb = picture
+fn mirrored(image: &RgbImage) -> RgbImage {
+    let row = 3 * image.width as usize;
+    let rgb = image
         .rgb
         .chunks_exact(row)
         .flat_map(|row| row.rchunks_exact(3).flatten().copied())
         .collect();
-    RgbPicture { rgb, ..*picture }
+    RgbImage { rgb, ..*image }
 }

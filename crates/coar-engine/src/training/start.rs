@@ -157,13 +157,13 @@ fn observe_inputs(
 /// Tokens over which the emphasis of [`early_loss`] falls to a third.
 const EARLY: f64 = 5.0;
 
-/// Cross-entropy in which the first few tokens of each picture weigh as much as all the others together. A style's
-/// colours are decided there: later tokens see them in the picture itself and hardly need the words any more.
-fn early_loss(logits: &Tensor, targets: &Tensor, pictures: &[Reference]) -> Result<Tensor, ModelError> {
+/// Cross-entropy in which the first few tokens of each image weigh as much as all the others together. A style's
+/// colours are decided there: later tokens see them in the image itself and hardly need the words any more.
+fn early_loss(logits: &Tensor, targets: &Tensor, images: &[Reference]) -> Result<Tensor, ModelError> {
     let weight = |token: usize, tokens: usize| 1.0 + tokens as f64 / EARLY * (-(token as f64) / EARLY).exp();
-    let weights: Vec<f32> = pictures
+    let weights: Vec<f32> = images
         .iter()
-        .flat_map(|picture| (0..picture.image.len()).map(|token| weight(token, picture.image.len()) as f32))
+        .flat_map(|image| (0..image.image.len()).map(|token| weight(token, image.image.len()) as f32))
         .collect();
     let weights = Tensor::f_from_slice(&weights)?.f_to_device(logits.device())?;
     weighted_next_token(logits, targets, &weights)
@@ -184,7 +184,7 @@ pub(super) struct StartSearch {
     candidates: Vec<Vec<(String, i64)>>,
     /// Whether only a shortlist of a token's candidates is tried.
     shortlisted: bool,
-    /// Whether the pictures' first tokens count most, see [`early_loss`].
+    /// Whether the images' first tokens count most, see [`early_loss`].
     early: bool,
     chosen: Vec<usize>,
     /// Losses of what was tried: later sweeps meet much of it again.

@@ -20,9 +20,9 @@ use crate::injection::DeviceConcept;
 use crate::model::decoding::Decoding;
 use crate::model::{LuminaMgpt, ModelError};
 use coar_core::concept::{ConceptFile, ConceptHeader};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::training::StepLosses;
-use coar_core::training::spec::{PICTURES_LIMIT, Parametrisation, TrainingSpec};
+use coar_core::training::spec::{IMAGES_LIMIT, Parametrisation, TrainingSpec};
 
 /// What one call of [`Trainer::advance`] did.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,12 +32,12 @@ pub enum Advance {
         done: u32,
         total: u32,
     },
-    /// A class picture for the prior term is being drawn: tokens done and in all.
+    /// A class image for the prior term is being drawn: tokens done and in all.
     DrawingPrior {
         done: u32,
         total: u32,
     },
-    /// How much each image token of the coming step's pictures counts is being settled: pictures done, and of how many.
+    /// How much each image token of the coming step's images counts is being settled: images done, and of how many.
     Weighing {
         done: u32,
         total: u32,
@@ -48,8 +48,8 @@ pub enum Advance {
     Finished,
 }
 
-/// A class picture drawn by the frozen model, and what the frozen model says of it.
-struct PriorPicture {
+/// A class image drawn by the frozen model, and what the frozen model says of it.
+struct PriorImage {
     reference: Reference,
     /// Final hidden states `[tokens, hidden]` without any concept, computed once. The head makes log-probabilities of
     /// them, which are exactly those of the whole model and take `vocab / hidden` times the memory, 32 times in f32.
@@ -86,7 +86,7 @@ pub struct Trainer {
     text: Tensor,
     image: Tensor,
     optimizer: Optimizer,
-    prior: Vec<PriorPicture>,
+    prior: Vec<PriorImage>,
     drawing: Option<Decoding>,
     losses: Vec<StepLosses>,
     graph: Graph,
@@ -110,13 +110,13 @@ impl Trainer {
     ///
     /// # Errors
     /// When the spec does not fit the model, or the device fails.
-    pub fn new(model: &LuminaMgpt, spec: TrainingSpec, pictures: &[RgbPicture]) -> Result<Self, ModelError> {
+    pub fn new(model: &LuminaMgpt, spec: TrainingSpec, images: &[RgbImage]) -> Result<Self, ModelError> {
         check(model, &spec)?;
-        if pictures.len() > PICTURES_LIMIT {
-            let problem = format!("has {} pictures; expected 1 to {PICTURES_LIMIT}", pictures.len());
+        if images.len() > IMAGES_LIMIT {
+            let problem = format!("has {} images; expected 1 to {IMAGES_LIMIT}", images.len());
             return Err(ModelError::invalid("images", problem));
         }
-        let references = References::encode(model, &spec, pictures)?;
+        let references = References::encode(model, &spec, images)?;
         Self::of_references(model, spec, references)
     }
 
@@ -237,7 +237,7 @@ impl Trainer {
         self.spec.prior_weight > 0.0 && self.spec.image_tokens > 0 && self.spec.class_prompt().is_some()
     }
 
-    /// One unit of work: a candidate for the start, some tokens of the class pictures, a picture's weights, or one
+    /// One unit of work: a candidate for the start, some tokens of the class images, an image's weights, or one
     /// optimizer step.
     ///
     /// # Errors
@@ -258,7 +258,7 @@ impl Trainer {
         tch::with_grad(|| self.optimize(model))
     }
 
-    /// A picture of the coming step whose tokens have no weights yet.
+    /// An image of the coming step whose tokens have no weights yet.
     fn unweighed(&self) -> Option<usize> {
         let emphasis = self.emphasis.as_ref()?;
         let views = self.references.batch(&self.spec, &mut self.step_rng());
@@ -326,21 +326,21 @@ impl Trainer {
         let (done, tokens) = decoding.progress();
         // All of a batch advance together.
         let batch = decoding.codes().len() as u32;
-        let (per_picture, before) = (tokens.max(1) as u32, self.prior.len() as u32);
+        let (per_image, before) = (tokens.max(1) as u32, self.prior.len() as u32);
         if decoding.is_done() {
             let drawn = decoding.codes().to_vec();
             self.drawing = None;
             for codes in drawn {
-                let reference = self.references.class_picture(model, &prompt, &codes)?;
-                self.prior.push(PriorPicture {
+                let reference = self.references.class_image(model, &prompt, &codes)?;
+                self.prior.push(PriorImage {
                     reference,
                     frozen: None,
                 });
             }
         }
         Ok(Advance::DrawingPrior {
-            done: before * per_picture + done as u32 * batch,
-            total: total * per_picture,
+            done: before * per_image + done as u32 * batch,
+            total: total * per_image,
         })
     }
 
@@ -411,9 +411,9 @@ impl Trainer {
 
     /// What the frozen model predicts of a class image.
     fn observe_frozen(&mut self, model: &LuminaMgpt, index: usize) -> Result<(), ModelError> {
-        let picture = &mut self.prior[index];
-        let states = tch::no_grad(|| predicting_states(model, &rows(&[&picture.reference], None)))?;
-        picture.frozen = Some(states);
+        let image = &mut self.prior[index];
+        let states = tch::no_grad(|| predicting_states(model, &rows(&[&image.reference], None)))?;
+        image.frozen = Some(states);
         Ok(())
     }
 
@@ -424,10 +424,10 @@ impl Trainer {
         which: &[usize],
         concept: &DeviceConcept,
     ) -> Result<TrainingPass, ModelError> {
-        let pictures = || which.iter().map(|&index| &self.prior[index]);
-        let frozen: Vec<&Tensor> = pictures().filter_map(|picture| picture.frozen.as_ref()).collect();
+        let images = || which.iter().map(|&index| &self.prior[index]);
+        let frozen: Vec<&Tensor> = images().filter_map(|image| image.frozen.as_ref()).collect();
         let frozen = Tensor::f_cat(&frozen, 0)?;
-        let picked: Vec<&Reference> = pictures().map(|picture| &picture.reference).collect();
+        let picked: Vec<&Reference> = images().map(|image| &image.reference).collect();
         let objective = (Objective::Prior { frozen }, self.spec.prior_weight);
         TrainingPass::new(model, &rows(&picked, Some((concept, false))), objective, self.graph)
     }
@@ -546,10 +546,7 @@ impl Trainer {
         }
         (
             state,
-            self.prior
-                .iter()
-                .map(|picture| picture.reference.codes.clone())
-                .collect(),
+            self.prior.iter().map(|image| image.reference.codes.clone()).collect(),
         )
     }
 
@@ -583,8 +580,8 @@ impl Trainer {
             }
             let prompt = self.spec.class_prompt().unwrap_or_default();
             for codes in prior {
-                let reference = self.references.class_picture(model, &prompt, codes)?;
-                self.prior.push(PriorPicture {
+                let reference = self.references.class_image(model, &prompt, codes)?;
+                self.prior.push(PriorImage {
                     reference,
                     frozen: None,
                 });
@@ -595,7 +592,7 @@ impl Trainer {
     }
 }
 
-/// Keeps the class pictures' random streams apart from every other use of the seed.
+/// Keeps the class images' random streams apart from every other use of the seed.
 pub const PRIOR_SEED: u64 = 0x7072_696f_7200_0000;
 
 impl References {

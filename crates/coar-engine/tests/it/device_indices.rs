@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use coar_core::concept::{ConceptFile, ConceptKind, ConceptTensors};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::training::TrainingSpec;
 use coar_core::training::spec::Preset;
 use coar_engine::model::decoding::{BatchOptions, DecodeBatch, Decoding, DecodingRequest};
@@ -75,7 +75,7 @@ const INDEXED: &[(&str, usize, &str)] = &[
     (
         "model/vqgan/mod.rs",
         1,
-        "codes below the codebook's size: `decode_picture` checks, the batch draws no others",
+        "codes below the codebook's size: `decode_image` checks, the batch draws no others",
     ),
     (
         "training/losses.rs",
@@ -178,7 +178,7 @@ fn ids_and_codes_outside_are_refused_on_the_host() {
     refused(model.transformer.embedding_of(id), "id");
     refused(model.transformer.embedding_of(-1), "id");
     for code in [-1, model.vqgan.config().n_embed] {
-        refused(model.decode_picture(&[0, 0, 0, code], 16, 16), "codes");
+        refused(model.decode_image(&[0, 0, 0, code], 16, 16), "codes");
         refused(model.image_ids(&[code; 144], 96, 96), "code");
     }
     refused(model.image_start(96, 96 * 40), "size");
@@ -227,7 +227,7 @@ fn concepts_and_snapshots_of_other_models_are_refused_on_the_host() {
     let model = load(&dir).unwrap();
     let config = model.transformer.config();
     let (layers, hidden) = (config.num_hidden_layers, config.hidden_size as usize);
-    let images: Vec<RgbPicture> = vec![RgbPicture {
+    let images: Vec<RgbImage> = vec![RgbImage {
         width: 96,
         height: 96,
         rgb: vec![90; 3 * 96 * 96],

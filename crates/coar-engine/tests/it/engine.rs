@@ -6,7 +6,7 @@ use coar_core::concept::{ConceptKind, ConceptTensors};
 use coar_core::engine::{
     ConceptUse, EngineError, EngineHandle, GenerateRequest, GenerationEvent, ModelInfo, SamplingParams,
 };
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::training::Preset;
 use coar_engine::device::{EngineOptions, start};
 use coar_engine::model::LuminaMgpt;
@@ -60,7 +60,7 @@ fn engine_with(kind: Kind, options: EngineOptions, change: fn(&mut LuminaMgpt)) 
     .unwrap()
 }
 
-/// A concept of arbitrary small numbers: what it does to the picture does not matter here, only that it does something.
+/// A concept of arbitrary small numbers: what it does to the image does not matter here, only that it does something.
 fn concept(info: &ModelInfo, index: usize) -> ConceptUse {
     let (layers, hidden) = (info.layers / (1 + index % 2), info.hidden);
     let numbers = |count: usize| {
@@ -110,15 +110,15 @@ fn request(info: &ModelInfo, index: usize) -> GenerateRequest {
     }
 }
 
-/// All pictures, in order; `None` where the request failed.
-fn pictures(mut stream: coar_core::engine::GenerationStream) -> Result<Vec<RgbPicture>, EngineError> {
+/// All images, in order; `None` where the request failed.
+fn images(mut stream: coar_core::engine::GenerationStream) -> Result<Vec<RgbImage>, EngineError> {
     let mut all = Vec::new();
     while let Some(event) = stream.blocking_next() {
         match event {
-            GenerationEvent::Picture { index, picture } => all.push((index, picture)),
+            GenerationEvent::Image { index, image } => all.push((index, image)),
             GenerationEvent::Done { .. } => {
                 all.sort_by_key(|(index, _)| *index);
-                return Ok(all.into_iter().map(|(_, picture)| picture).collect());
+                return Ok(all.into_iter().map(|(_, image)| image).collect());
             }
             GenerationEvent::Failed(error) => return Err(error),
             _ => {}
@@ -128,12 +128,12 @@ fn pictures(mut stream: coar_core::engine::GenerationStream) -> Result<Vec<RgbPi
 }
 
 #[test]
-fn a_picture_does_not_depend_on_who_shares_the_batch() {
+fn a_image_does_not_depend_on_who_shares_the_batch() {
     let engine = engine(EngineOptions::default());
     let requests: Vec<GenerateRequest> = (0..8).map(|index| request(engine.info(), index)).collect();
     let alone: Vec<_> = requests
         .iter()
-        .map(|request| pictures(engine.generate(request.clone()).unwrap()).unwrap())
+        .map(|request| images(engine.generate(request.clone()).unwrap()).unwrap())
         .collect();
     assert_eq!(alone.iter().map(Vec::len).collect::<Vec<_>>(), [1, 2, 1, 2, 1, 2, 1, 2]);
     let streams: Vec<_> = requests
@@ -148,13 +148,10 @@ fn a_picture_does_not_depend_on_who_shares_the_batch() {
     };
     let bad = engine.generate(bad).unwrap();
     for (index, stream) in streams.into_iter().enumerate() {
-        assert_eq!(pictures(stream).unwrap(), alone[index], "request {index}");
+        assert_eq!(images(stream).unwrap(), alone[index], "request {index}");
     }
-    assert!(matches!(
-        pictures(bad),
-        Err(EngineError::Invalid { field: "prompt", .. })
-    ));
-    // Picture 1 of a request is the same when it is drawn with others of its request or in few rows.
+    assert!(matches!(images(bad), Err(EngineError::Invalid { field: "prompt", .. })));
+    // Image 1 of a request is the same when it is drawn with others of its request or in few rows.
     assert_ne!(alone[1][0], alone[1][1]);
 }
 
@@ -166,7 +163,7 @@ fn accelerator_path_draws_the_same_codes() {
     let requests: Vec<GenerateRequest> = (0..8).map(|index| request(own.info(), index)).collect();
     let expected: Vec<_> = requests
         .iter()
-        .map(|request| pictures(own.generate(request.clone()).unwrap()).unwrap())
+        .map(|request| images(own.generate(request.clone()).unwrap()).unwrap())
         .collect();
     for dense in [false, true] {
         let other = accelerator_engine(EngineOptions::default(), dense);
@@ -177,7 +174,7 @@ fn accelerator_path_draws_the_same_codes() {
         drop(other.generate(request(own.info(), 9)).unwrap());
         let (mut same, mut all) = (0, 0);
         for (stream, expected) in streams.into_iter().zip(&expected) {
-            let found = pictures(stream).unwrap();
+            let found = images(stream).unwrap();
             same += found
                 .iter()
                 .zip(expected)
@@ -211,7 +208,7 @@ fn fixed_shapes_keep_images_apart(engine: EngineHandle) {
     let requests: Vec<GenerateRequest> = [0, 1, 3].map(single).into();
     let alone: Vec<_> = requests
         .iter()
-        .map(|request| pictures(engine.generate(request.clone()).unwrap()).unwrap())
+        .map(|request| images(engine.generate(request.clone()).unwrap()).unwrap())
         .collect();
     // Backwards, so that everybody has another place.
     let streams: Vec<_> = requests
@@ -220,7 +217,7 @@ fn fixed_shapes_keep_images_apart(engine: EngineHandle) {
         .map(|request| engine.generate(request.clone()).unwrap())
         .collect();
     for (stream, alone) in streams.into_iter().zip(alone.iter().rev()) {
-        assert_eq!(pictures(stream).unwrap(), *alone);
+        assert_eq!(images(stream).unwrap(), *alone);
     }
 }
 
@@ -245,15 +242,15 @@ fn a_request_larger_than_the_batch_is_drawn_in_pieces_and_a_full_queue_says_when
         Some(EngineError::Overloaded { limit: 2, retry_after }) => assert!((1..=120).contains(&retry_after.as_secs())),
         other => panic!("{other:?}"),
     }
-    let all = pictures(stream).unwrap();
+    let all = images(stream).unwrap();
     assert_eq!(all.len(), 5);
-    pictures(second).unwrap();
+    images(second).unwrap();
     let single = GenerateRequest { count: 1, ..many };
-    assert_eq!(pictures(engine.generate(single).unwrap()).unwrap()[0], all[0]);
+    assert_eq!(images(engine.generate(single).unwrap()).unwrap()[0], all[0]);
 }
 
 #[test]
-fn unfinished_pictures_show_the_rows_that_are_drawn() {
+fn unfinished_images_show_the_rows_that_are_drawn() {
     let engine = engine(EngineOptions::default());
     let asked = GenerateRequest {
         partial_images: 2,
@@ -263,9 +260,9 @@ fn unfinished_pictures_show_the_rows_that_are_drawn() {
     let mut seen = Vec::new();
     while let Some(event) = stream.blocking_next() {
         match event {
-            GenerationEvent::Partial { index, number, picture } => {
-                let row = 3 * picture.width as usize;
-                let grey = picture
+            GenerationEvent::Partial { index, number, image } => {
+                let row = 3 * image.width as usize;
+                let grey = image
                     .rgb
                     .rchunks_exact(row)
                     .take_while(|row| row.iter().all(|v| *v == 128))
@@ -293,7 +290,7 @@ fn a_broken_concept_fails_alone_and_leaves_nothing_behind() {
         ..request(engine.info(), index)
     };
     let alone: Vec<_> = [3, 6]
-        .map(|index| pictures(engine.generate(sound(index)).unwrap()).unwrap())
+        .map(|index| images(engine.generate(sound(index)).unwrap()).unwrap())
         .into();
     let mut broken = sound(7);
     let mut tensors = (*broken.concepts[0].tensors).clone();
@@ -303,11 +300,11 @@ fn a_broken_concept_fails_alone_and_leaves_nothing_behind() {
     // Whatever place of the batch it had, whoever comes next finds it clean.
     for _ in 0..2 {
         let streams = [broken.clone(), sound(3), broken.clone()].map(|one| engine.generate(one).unwrap());
-        let [first, second, third] = streams.map(pictures);
+        let [first, second, third] = streams.map(images);
         assert!(matches!(first, Err(EngineError::Device(_))), "{first:?}");
         assert_eq!(second.unwrap(), alone[0]);
         assert!(matches!(third, Err(EngineError::Device(_))), "{third:?}");
-        assert_eq!(pictures(engine.generate(sound(6)).unwrap()).unwrap(), alone[1]);
+        assert_eq!(images(engine.generate(sound(6)).unwrap()).unwrap(), alone[1]);
     }
 }
 
@@ -324,7 +321,7 @@ fn who_hangs_up_gives_the_rows_back_while_others_are_drawn() {
     };
     let mut streams: Vec<_> = (0..3).map(|_| engine.generate(guided.clone()).unwrap()).collect();
     let mut waiting = streams.pop().unwrap();
-    // Two pictures fill the batch; the third starts as soon as one of them is given up, long before one is done.
+    // Two images fill the batch; the third starts as soon as one of them is given up, long before one is done.
     let mut other = streams.pop().unwrap();
     while !matches!(other.blocking_next(), Some(GenerationEvent::Progress { .. })) {}
     drop(streams);
@@ -339,8 +336,8 @@ fn who_hangs_up_gives_the_rows_back_while_others_are_drawn() {
         }
     }
     assert!(last > 0);
-    let undisturbed = pictures(waiting).unwrap();
-    assert_eq!(undisturbed, pictures(engine.generate(guided).unwrap()).unwrap());
+    let undisturbed = images(waiting).unwrap();
+    assert_eq!(undisturbed, images(engine.generate(guided).unwrap()).unwrap());
 }
 
 #[test]
@@ -350,7 +347,7 @@ fn a_thousand_concepts_pass_through_a_small_cache() {
         ..EngineOptions::default()
     };
     let engine = engine(options);
-    // What comes before the first code is what a concept costs; nobody waits for these pictures.
+    // What comes before the first code is what a concept costs; nobody waits for these images.
     let visit = |index: usize| {
         let mut asked = request(engine.info(), 1);
         asked.concepts = vec![concept(engine.info(), 1)];

@@ -1,7 +1,7 @@
 //! Concept training on the shipped pocket model, in this process.
 
 use coar_core::concept::ConceptKind;
-use coar_core::picture::{PictureLimits, RgbPicture, decode};
+use coar_core::image::{ImageLimits, RgbImage, decode};
 use coar_core::training::{Preset, TrainingSpec};
 use coar_engine::model::LuminaMgpt;
 use coar_engine::model::lumina::CheckpointFiles;
@@ -17,10 +17,10 @@ fn model() -> LuminaMgpt {
     LuminaMgpt::load(&files, Device::Cpu, Kind::Float, None).unwrap()
 }
 
-fn references() -> Vec<RgbPicture> {
+fn references() -> Vec<RgbImage> {
     rex(3)
         .iter()
-        .map(|png| decode(png, &PictureLimits::default()).unwrap())
+        .map(|png| decode(png, &ImageLimits::default()).unwrap())
         .collect()
 }
 
@@ -48,7 +48,7 @@ fn an_interrupted_training_ends_with_the_same_tensors() {
         let advance = first.advance(&model).unwrap();
         weighed += usize::from(matches!(advance, Advance::Weighing { .. }));
     }
-    assert_eq!(weighed, references().len(), "a unit of work for each picture");
+    assert_eq!(weighed, references().len(), "a unit of work for each image");
     assert_eq!(first.start_words().unwrap()[..3], ["a", "purple", "and"]);
     let checkpoint = first.checkpoint().unwrap();
     drop(first);

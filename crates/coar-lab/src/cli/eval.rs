@@ -16,7 +16,7 @@ pub(super) enum EvalCommand {
     /// Train concepts on the held-out subjects and styles of the pocket world, draw with them, and print what comes of it.
     Pocket(Box<PocketArgs>),
     Dreambench(Box<dreambench::DreambenchArgs>),
-    /// Compare every method on the pocket model: same pictures, seeds, sampler and judge.
+    /// Compare every method on the pocket model: same images, seeds, sampler and judge.
     Methods(Box<methods::MethodsArgs>),
     /// Write docs/evidence.md, its plots and its contact sheets from the JSON of `coar-lab eval methods`.
     Report(methods::ReportArgs),
@@ -32,19 +32,19 @@ pub(super) struct PocketArgs {
     /// Folder for contact sheets.
     #[arg(long, value_name = "DIR")]
     sheets: Option<PathBuf>,
-    /// Two subjects, one picture per scene, no ablation, no composition.
+    /// Two subjects, one image per scene, no ablation, no composition.
     #[arg(long)]
     quick: bool,
     /// Measure on the development subjects, on which settings are chosen, instead of the reported ones.
     #[arg(long)]
     development: bool,
-    /// Train without words for what else the reference pictures show.
+    /// Train without words for what else the reference images show.
     #[arg(long)]
     no_captions: bool,
     /// Held-out subjects, from the first.
     #[arg(long)]
     subjects: Option<usize>,
-    /// Pictures for each of the nine scenes.
+    /// Images for each of the nine scenes.
     #[arg(long)]
     per_scene: Option<usize>,
     /// Leave parts out: base, ablation, styles, compositions.

@@ -14,7 +14,7 @@ use crate::pocket::measure::{as_drawn, measure_tokenizer};
 use crate::pocket::tokenizer_training::{TokenizerRecipe, train_tokenizer, trained_tokenizer};
 use crate::pocket::transformer_training::{TransformerRecipe, train_transformer, transformer_config};
 use crate::pocket::world::{Class, Scene, Spec, contact_sheet, held_out_styles, held_out_subjects, render};
-use coar_core::picture::{OutputFormat, RgbPicture, encode};
+use coar_core::image::{OutputFormat, RgbImage, encode};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum PocketCommand {
@@ -25,13 +25,13 @@ pub(super) enum PocketCommand {
     Designers(DesignersCommand),
 }
 
-/// Draw the world: a contact sheet, or the sample pictures of held-out subjects and styles.
+/// Draw the world: a contact sheet, or the sample images of held-out subjects and styles.
 #[derive(Debug, Args)]
 pub(super) struct DrawArgs {
     /// Write a contact sheet of the pre-training world (PNG).
     #[arg(long, value_name = "FILE")]
     sheet: Option<PathBuf>,
-    /// Write five reference pictures of each held-out subject and one of each held-out style below this folder.
+    /// Write five reference images of each held-out subject and one of each held-out style below this folder.
     #[arg(long, value_name = "DIR")]
     samples: Option<PathBuf>,
     #[arg(long, default_value_t = 4)]
@@ -40,7 +40,7 @@ pub(super) struct DrawArgs {
 
 /// Train the pocket model from nothing, stage by stage; every stage continues where an interrupted run stopped.
 ///
-/// tokenizer: the VQGAN on pictures of the world. transformer: on captions and codes. judge: the network that measures.
+/// tokenizer: the VQGAN on images of the world. transformer: on captions and codes. judge: the network that measures.
 /// checkpoint: writes the results in the layout of the real checkpoints.
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -62,7 +62,7 @@ pub(super) struct TrainArgs {
     /// Optimizer steps of the judge.
     #[arg(long, default_value_t = 2000)]
     judge_steps: i64,
-    /// Square pictures to draw and encode for the transformer.
+    /// Square images to draw and encode for the transformer.
     #[arg(long, default_value_t = 48_000)]
     pictures: usize,
     /// Threads for libtorch.
@@ -78,7 +78,7 @@ enum Stage {
     Checkpoint,
 }
 
-/// Measure the trained tokenizer on fresh pictures. `coar-lab eval pocket` measures the whole model.
+/// Measure the trained tokenizer on fresh images. `coar-lab eval pocket` measures the whole model.
 #[derive(Debug, Args)]
 pub(super) struct MeasureArgs {
     /// Folder of the tokenizer's results.
@@ -160,14 +160,14 @@ impl MeasureArgs {
     }
 }
 
-pub(super) fn save_png(file: &Path, picture: &RgbPicture) -> anyhow::Result<()> {
+pub(super) fn save_png(file: &Path, picture: &RgbImage) -> anyhow::Result<()> {
     if let Some(dir) = file.parent() {
         std::fs::create_dir_all(dir)?;
     }
     Ok(std::fs::write(file, encode(picture, OutputFormat::Png, &[])?)?)
 }
 
-/// Scenes of the sample pictures.
+/// Scenes of the sample images.
 const SCENES: [Scene; 5] = [Scene::Grass, Scene::Room, Scene::Beach, Scene::White, Scene::City];
 
 impl DrawArgs {

@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use coar::config::ModelArgs;
 use coar_core::engine::SamplingParams;
-use coar_core::picture::{OutputFormat, PictureLimits, RgbPicture, decode, encode};
+use coar_core::image::{ImageLimits, OutputFormat, RgbImage, decode, encode};
 use coar_engine::plan::{DrawSettings, draw_alone};
 use coar_engine::training::Advance;
 
@@ -68,9 +68,9 @@ impl TrainArgs {
             .map(|file| {
                 let named = |error: &dyn std::fmt::Display| anyhow::anyhow!("{}: {error}", file.display());
                 let bytes = std::fs::read(file).map_err(|error| named(&error))?;
-                decode(&bytes, &PictureLimits::default()).map_err(|error| named(&error))
+                decode(&bytes, &ImageLimits::default()).map_err(|error| named(&error))
             })
-            .collect::<anyhow::Result<Vec<RgbPicture>>>()?;
+            .collect::<anyhow::Result<Vec<RgbImage>>>()?;
         let (model, info) = self.model.load()?;
         let preset = TuningSpec::preset(info.preset, method, name, &self.class);
         let spec = TuningSpec {

@@ -1,4 +1,4 @@
-//! The judge: a small convolutional network trained on the world's pictures after they went through the image
+//! The judge: a small convolutional network trained on the world's images after they went through the image
 //! tokenizer, with other seeds than the generator's. It knows the held-out subjects and styles, the generator does not.
 
 use std::path::Path;
@@ -12,7 +12,7 @@ use super::judges::{Classifier, ClassifierShape};
 use crate::pocket::measure::as_drawn;
 use crate::pocket::parameters::{Parameters, save};
 use crate::pocket::world::{self, Accessory, Class, Colour, Pattern, Scene, Spec, Style};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::lumina::pixels;
 use coar_engine::model::weights::{Checkpoint, Target, TensorSource};
 use coar_engine::model::{ModelError, Vqgan};
@@ -35,7 +35,7 @@ const SHAPE: ClassifierShape = ClassifierShape {
     heads: &HEADS,
 };
 
-/// The right answers for a picture, in the order of [`HEADS`].
+/// The right answers for an image, in the order of [`HEADS`].
 pub fn answers(spec: &Spec) -> [i64; 7] {
     [
         spec.class.index() as i64,
@@ -62,7 +62,7 @@ pub struct Judge(Classifier);
 
 /// What the judge says of a batch.
 pub struct Judgement {
-    /// For each head: the most likely answer of each picture.
+    /// For each head: the most likely answer of each image.
     pub answers: Vec<Vec<i64>>,
     /// Unit features `[batch, 192]`.
     pub features: Tensor,
@@ -89,11 +89,11 @@ impl Judge {
         tch::no_grad(|| Self::load(&Checkpoint::open_file(file, target)?))
     }
 
-    /// Judges pictures of 96x96 pixels.
+    /// Judges images of 96x96 pixels.
     ///
     /// # Errors
     /// When libtorch fails.
-    pub fn judge(&self, pictures: &[RgbPicture]) -> Result<Judgement, ModelError> {
+    pub fn judge(&self, pictures: &[RgbImage]) -> Result<Judgement, ModelError> {
         tch::no_grad(|| {
             let features = self.0.features(&pixels(pictures)?)?;
             let answers = self.0.answers(&features)?;
@@ -108,12 +108,12 @@ impl Judge {
     }
 }
 
-/// Keeps the judge's pictures apart from the generator's.
+/// Keeps the judge's images apart from the generator's.
 const JUDGE_SEED: u64 = 77_001;
 const PICTURES: usize = 8000;
 const BATCH: usize = 32;
 
-/// A picture for the judge: mostly the world's own, some held-out subjects and styles.
+/// An image for the judge: mostly the world's own, some held-out subjects and styles.
 fn draw(rng: &mut ChaCha8Rng) -> Spec {
     let mut spec = Spec::sample(rng);
     if rng.random_bool(0.2)
@@ -131,8 +131,8 @@ fn draw(rng: &mut ChaCha8Rng) -> Spec {
     spec
 }
 
-/// Trains the judge on pictures that went through `vqgan` and writes it to `file`; returns its accuracy per head on
-/// pictures that it has not seen: the ceiling of every accuracy that it reports.
+/// Trains the judge on images that went through `vqgan` and writes it to `file`; returns its accuracy per head on
+/// images that it has not seen: the ceiling of every accuracy that it reports.
 ///
 /// # Errors
 /// When libtorch fails or the file cannot be written.
@@ -142,7 +142,7 @@ pub fn train_judge(vqgan: &Vqgan, steps: i64, file: &Path) -> Result<Vec<(String
     let specs: Vec<Spec> = (0..PICTURES).map(|_| draw(&mut rng)).collect();
     let mut images = Vec::with_capacity(PICTURES);
     for chunk in specs.chunks(64) {
-        let originals: Vec<RgbPicture> = chunk.iter().map(|spec| world::render(spec, 96, 96)).collect();
+        let originals: Vec<RgbImage> = chunk.iter().map(|spec| world::render(spec, 96, 96)).collect();
         images.extend(as_drawn(vqgan, &originals)?);
         if images.len() % 1024 == 0 {
             tracing::info!(pictures = images.len(), "judge");
@@ -161,8 +161,8 @@ pub fn train_judge(vqgan: &Vqgan, steps: i64, file: &Path) -> Result<Vec<(String
     while optimizer.steps() < steps {
         let step = optimizer.steps();
         let picked: Vec<usize> = (0..BATCH).map(|_| rng.random_range(held_back..PICTURES)).collect();
-        let batch: Vec<RgbPicture> = picked.iter().map(|&index| images[index].clone()).collect();
-        // Small noise: generated pictures are not quite like decoded ones.
+        let batch: Vec<RgbImage> = picked.iter().map(|&index| images[index].clone()).collect();
+        // Small noise: generated images are not quite like decoded ones.
         let input = pixels(&batch)?;
         let input = input.f_add(&input.f_randn_like()?.f_mul_scalar(0.03)?)?;
         let logits = judge.0.logits(&judge.0.features(&input)?)?;

@@ -1,18 +1,18 @@
-//! Similarities of pictures.
+//! Similarities of images.
 
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
 const LEVELS: usize = 6;
 
-/// Share of colour that two pictures have in common around their middle: intersection of histograms with 6 levels per
-/// channel over the central part, where the subject is. 1 for equal pictures, 0 where no colour is shared.
-pub(super) fn colour_similarity(a: &RgbPicture, b: &RgbPicture) -> f64 {
+/// Share of colour that two images have in common around their middle: intersection of histograms with 6 levels per
+/// channel over the central part, where the subject is. 1 for equal images, 0 where no colour is shared.
+pub(super) fn colour_similarity(a: &RgbImage, b: &RgbImage) -> f64 {
     let (a, b) = (histogram(a), histogram(b));
     a.iter().zip(&b).map(|(a, b)| a.min(*b)).sum()
 }
 
 /// Normalised histogram of the central 60 % along each side, a little below the middle.
-fn histogram(picture: &RgbPicture) -> Vec<f64> {
+fn histogram(picture: &RgbImage) -> Vec<f64> {
     let (w, h) = (picture.width as usize, picture.height as usize);
     let mut bins = vec![0f64; LEVELS.pow(3)];
     let mut count = 0.0;
@@ -30,9 +30,9 @@ fn histogram(picture: &RgbPicture) -> Vec<f64> {
     bins
 }
 
-/// Intersection of whole-picture histograms: a style's palette.
-pub(super) fn palette_similarity(a: &RgbPicture, b: &RgbPicture) -> f64 {
-    let bins = |picture: &RgbPicture| {
+/// Intersection of whole-image histograms: a style's palette.
+pub(super) fn palette_similarity(a: &RgbImage, b: &RgbImage) -> f64 {
+    let bins = |picture: &RgbImage| {
         let mut bins = vec![0f64; LEVELS.pow(3)];
         for pixel in picture.rgb.chunks_exact(3) {
             bins[pixel
@@ -50,8 +50,8 @@ pub(super) fn palette_similarity(a: &RgbPicture, b: &RgbPicture) -> f64 {
 mod tests {
     use super::*;
 
-    fn plain(colour: [u8; 3]) -> RgbPicture {
-        RgbPicture {
+    fn plain(colour: [u8; 3]) -> RgbImage {
+        RgbImage {
             width: 10,
             height: 10,
             rgb: colour.repeat(100),

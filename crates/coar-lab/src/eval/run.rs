@@ -16,7 +16,7 @@ use crate::pocket::measure::as_drawn;
 use crate::pocket::world::{self, Scene, Spec, contact_sheet};
 use coar_core::concept::{ConceptFile, ConceptKind};
 use coar_core::engine::SamplingParams;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::training::TrainingSpec;
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::{LuminaMgpt, ModelError};
@@ -29,13 +29,13 @@ pub struct EvalOptions {
     pub seed: u64,
     pub guidance_scale: f64,
     pub top_k: u32,
-    /// Pictures of each prompt; nine scenes times this per condition.
+    /// Images of each prompt; nine scenes times this per condition.
     pub per_scene: usize,
     /// Held-out subjects, from the first.
     pub subjects: usize,
     /// Measure on the development subjects instead of the reported ones.
     pub development: bool,
-    /// Say in words where each reference picture is ("on the grass"), as a careful user would.
+    /// Say in words where each reference image is ("on the grass"), as a careful user would.
     pub captions: bool,
     pub base: bool,
     pub ablation: bool,
@@ -70,7 +70,7 @@ pub(super) struct Run<'a> {
 
 pub(super) const SIZE: (u32, u32) = (96, 96);
 
-/// Pictures of one batch at most: as many as are the same, bit for bit, as each alone on a CPU.
+/// Images of one batch at most: as many as are the same, bit for bit, as each alone on a CPU.
 const BATCH: usize = 40;
 
 /// Runs the parts that the options ask for. Calls `progress` with what is being done.
@@ -119,7 +119,7 @@ pub(super) fn values<const N: usize>(pairs: [(&str, f64); N]) -> Vec<(String, f6
     pairs.map(|(name, value)| (name.to_owned(), value)).to_vec()
 }
 
-/// Share of the pictures whose answer of `head` is `wanted`.
+/// Share of the images whose answer of `head` is `wanted`.
 pub(super) fn accuracy(judgement: &Judgement, head: &str, wanted: &[i64]) -> f64 {
     let index = HEADS.iter().position(|(name, _)| *name == head).unwrap_or(0);
     let right = judgement.answers[index]
@@ -144,15 +144,15 @@ impl Run<'_> {
     }
 
     /// Trains a concept to its end.
-    pub(super) fn train(&self, spec: TrainingSpec, pictures: &[RgbPicture]) -> Result<Trained, ModelError> {
+    pub(super) fn train(&self, spec: TrainingSpec, pictures: &[RgbImage]) -> Result<Trained, ModelError> {
         self.train_from(spec, pictures, &mut None)
     }
 
-    /// Trains a concept to its end from the start that an earlier training on the same pictures has found, or finds it.
+    /// Trains a concept to its end from the start that an earlier training on the same images has found, or finds it.
     pub(super) fn train_from(
         &self,
         spec: TrainingSpec,
-        pictures: &[RgbPicture],
+        pictures: &[RgbImage],
         start: &mut Option<FoundStart>,
     ) -> Result<Trained, ModelError> {
         let begun = std::time::Instant::now();
@@ -182,7 +182,7 @@ impl Run<'_> {
         })
     }
 
-    /// Draws `count` pictures of each prompt in one batch, one prompt's after the other's; concepts are those named in
+    /// Draws `count` images of each prompt in one batch, one prompt's after the other's; concepts are those named in
     /// them, `stream` is the first prompt's random stream.
     pub(super) fn draw(
         &self,
@@ -191,7 +191,7 @@ impl Run<'_> {
         identity_mask: bool,
         stream: u64,
         count: usize,
-    ) -> Result<Vec<RgbPicture>, ModelError> {
+    ) -> Result<Vec<RgbImage>, ModelError> {
         let settings: Vec<DrawSettings> = (stream..)
             .take(prompts.len())
             .map(|stream| DrawSettings {
@@ -234,12 +234,12 @@ impl Run<'_> {
     }
 
     /// Writes a contact sheet where the options ask for them.
-    pub(super) fn sheet(&self, name: &str, pictures: &[RgbPicture], columns: usize) -> Result<(), ModelError> {
+    pub(super) fn sheet(&self, name: &str, pictures: &[RgbImage], columns: usize) -> Result<(), ModelError> {
         let Some(dir) = &self.options.sheets else { return Ok(()) };
         std::fs::create_dir_all(dir).map_err(|error| ModelError::file(dir, error))?;
         let sheet = contact_sheet(pictures, columns);
         let file = dir.join(format!("{name}.png"));
-        let png = coar_core::picture::encode(&sheet, coar_core::picture::OutputFormat::Png, &[])
+        let png = coar_core::image::encode(&sheet, coar_core::image::OutputFormat::Png, &[])
             .map_err(|error| ModelError::file(&file, error))?;
         std::fs::write(&file, png).map_err(|error| ModelError::file(&file, error))
     }
@@ -258,7 +258,7 @@ impl Run<'_> {
         let prompts: Vec<String> = specs.iter().map(world::caption_full).collect();
         let drawn = self.draw(&prompts, &[], false, 1000, 1)?;
         self.sheet("base", &drawn[..drawn.len().min(48)], 12)?;
-        let judge = |pictures: &[RgbPicture]| -> Result<Vec<(String, f64)>, ModelError> {
+        let judge = |pictures: &[RgbImage]| -> Result<Vec<(String, f64)>, ModelError> {
             let judgement = self.judge.judge(pictures)?;
             let heads = ["class", "scene", "accessory", "pattern", "colour1", "colour2", "style"];
             Ok(heads
@@ -270,7 +270,7 @@ impl Run<'_> {
                 })
                 .collect())
         };
-        let originals: Vec<RgbPicture> = specs.iter().map(|spec| world::render(spec, SIZE.0, SIZE.1)).collect();
+        let originals: Vec<RgbImage> = specs.iter().map(|spec| world::render(spec, SIZE.0, SIZE.1)).collect();
         let ceiling = judge(&as_drawn(&self.model.vqgan, &originals)?)?;
         for (condition, values) in [("drawn", judge(&drawn)?), ("the judge's ceiling", ceiling)] {
             report.rows.push(Row {

@@ -1,4 +1,4 @@
-//! Held-out styles from one picture.
+//! Held-out styles from one image.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -12,19 +12,19 @@ use crate::pocket::world::{
     Class, HeldOutStyle, Scene, Spec, development_styles, held_out_styles, render, scene_phrase,
 };
 use coar_core::concept::{ConceptFile, ConceptKind};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 use coar_engine::training::Reference;
 
-/// A held-out style with pictures of other things drawn in it.
+/// A held-out style with images of other things drawn in it.
 pub(super) struct StyleCase {
     pub held_out: &'static HeldOutStyle,
     pub trained: Trained,
 }
 
 impl Run<'_> {
-    /// What the style's single reference shows, and the picture itself.
-    fn style_reference(&self, style: &HeldOutStyle) -> (String, RgbPicture) {
+    /// What the style's single reference shows, and the image itself.
+    fn style_reference(&self, style: &HeldOutStyle) -> (String, RgbImage) {
         let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed ^ 0x57_1e);
         let mut spec = Spec::sample(&mut rng);
         (spec.class, spec.scene) = (Class::House, Scene::Grass);
@@ -33,7 +33,7 @@ impl Run<'_> {
         (caption, render(&spec, SIZE.0, SIZE.1))
     }
 
-    /// Trains a style on its single picture.
+    /// Trains a style on its single image.
     pub(super) fn train_style(
         &self,
         held_out: &HeldOutStyle,
@@ -99,7 +99,7 @@ impl Run<'_> {
         held_out: &HeldOutStyle,
         phrase: &str,
         file: Option<&ConceptFile>,
-    ) -> Result<(Values, Vec<RgbPicture>), ModelError> {
+    ) -> Result<(Values, Vec<RgbImage>), ModelError> {
         let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed ^ 0x57_1f);
         let (mut prompts, mut likes, mut references) = (vec![], vec![], vec![]);
         let (mut classes, mut scenes) = (vec![], vec![]);
@@ -114,7 +114,7 @@ impl Run<'_> {
             };
             held_out.apply(&mut spec);
             let unseen = render(&spec, SIZE.0, SIZE.1);
-            let codes = self.model.encode_picture(&unseen)?;
+            let codes = self.model.encode_image(&unseen)?;
             let head = format!("a picture of a {} {}", class.name(), scene_phrase(scene));
             references.push(match file {
                 Some(file) => Reference::new(

@@ -13,16 +13,16 @@ use crate::pocket::world::{
     HeldOutSubject, Scene, Spec, development_subjects, held_out_subjects, render, scene_phrase, subject_phrase,
 };
 use coar_core::concept::{ConceptFile, ConceptKind};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 use coar_engine::training::Reference;
 
-/// A held-out subject with its pictures.
+/// A held-out subject with its images.
 pub(super) struct Subject {
     pub held_out: &'static HeldOutSubject,
-    pub references: Vec<RgbPicture>,
-    /// Two unseen pictures for each scene.
-    pub unseen: Vec<(Spec, RgbPicture)>,
+    pub references: Vec<RgbImage>,
+    /// Two unseen images for each scene.
+    pub unseen: Vec<(Spec, RgbImage)>,
 }
 
 /// A prompt by scene.
@@ -106,18 +106,18 @@ impl Run<'_> {
         self.train(with_overrides(&spec, overrides)?, &subject.references)
     }
 
-    /// Draws and judges one condition; returns the row's values and the pictures.
+    /// Draws and judges one condition; returns the row's values and the images.
     pub(super) fn measure_subject(
         &self,
         subject: &Subject,
         condition: &Condition,
-    ) -> Result<(Values, Vec<RgbPicture>), ModelError> {
+    ) -> Result<(Values, Vec<RgbImage>), ModelError> {
         let tokens = condition.concept.map_or(0, |file| file.tensors.text_tokens);
         let references = subject
             .unseen
             .iter()
             .map(|(spec, picture)| {
-                let codes = self.model.encode_picture(picture)?;
+                let codes = self.model.encode_image(picture)?;
                 let after = format!("{} {}", condition.after, scene_phrase(spec.scene));
                 Reference::new(self.model, (&condition.before, tokens, &after), codes, SIZE)
             })
@@ -193,10 +193,10 @@ impl Run<'_> {
                 Condition::described(spec),
                 Condition::concept("concept", noun, &trained.file),
             ];
-            let mut sheet: Vec<RgbPicture> = subject.references.clone();
+            let mut sheet: Vec<RgbImage> = subject.references.clone();
             sheet.resize(
                 9,
-                RgbPicture {
+                RgbImage {
                     width: SIZE.0,
                     height: SIZE.1,
                     rgb: vec![255; 3 * (SIZE.0 * SIZE.1) as usize],

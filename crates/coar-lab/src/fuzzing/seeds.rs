@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use coar_core::concept::{ConceptFile, ConceptHeader, ConceptKind, ConceptTensors};
-use coar_core::picture::{OutputFormat, RgbPicture, encode};
+use coar_core::image::{OutputFormat, RgbImage, encode};
 use coar_core::training::spec::{Preset, TrainingSpec};
 
 /// Well-formed inputs of a target, the plainest first.
@@ -63,7 +63,7 @@ fn file(path: &str) -> Vec<u8> {
 }
 
 fn pictures() -> Vec<Vec<u8>> {
-    let picture = RgbPicture {
+    let picture = RgbImage {
         width: 9,
         height: 6,
         rgb: (0..9 * 6 * 3).map(|at| (at * 37 % 256) as u8).collect(),

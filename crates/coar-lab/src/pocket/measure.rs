@@ -1,4 +1,4 @@
-//! Measures of the tokenizer on fresh pictures of the world.
+//! Measures of the tokenizer on fresh images of the world.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -6,11 +6,11 @@ use serde::Serialize;
 use tch::Tensor;
 
 use super::world::{self, Scene, Spec, Style};
-use coar_core::picture::RgbPicture;
-use coar_engine::model::lumina::{pictures, pixels};
+use coar_core::image::RgbImage;
+use coar_engine::model::lumina::{images as decoded_images, pixels};
 use coar_engine::model::{ModelError, Vqgan};
 
-/// How well pictures survive the tokenizer.
+/// How well images survive the tokenizer.
 #[derive(Debug, Clone, Serialize)]
 pub struct TokenizerMeasure {
     /// Mean peak signal-to-noise ratio in dB by group: pre-training mix, each style, held-out subjects and styles.
@@ -19,8 +19,8 @@ pub struct TokenizerMeasure {
     pub codes_used: f64,
 }
 
-/// Peak signal-to-noise ratio of 8-bit pictures, in dB.
-fn psnr(a: &RgbPicture, b: &RgbPicture) -> f64 {
+/// Peak signal-to-noise ratio of 8-bit images, in dB.
+fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
     let square: f64 = a
         .rgb
         .iter()
@@ -30,35 +30,38 @@ fn psnr(a: &RgbPicture, b: &RgbPicture) -> f64 {
     10.0 * (255.0f64.powi(2) * a.rgb.len() as f64 / square.max(1e-9)).log10()
 }
 
-/// Pictures as the tokenizer keeps them: the fair comparison for what the model draws.
+/// Images as the tokenizer keeps them: the fair comparison for what the model draws.
 ///
 /// # Errors
 /// When libtorch fails.
-pub fn as_drawn(vqgan: &Vqgan, originals: &[RgbPicture]) -> Result<Vec<RgbPicture>, ModelError> {
+pub fn as_drawn(vqgan: &Vqgan, originals: &[RgbImage]) -> Result<Vec<RgbImage>, ModelError> {
     Ok(through(vqgan, originals)?.0)
 }
 
-/// Pictures through the tokenizer and back, with the codes.
+/// Images through the tokenizer and back, with the codes.
 ///
 /// # Errors
 /// When libtorch fails.
-fn through(vqgan: &Vqgan, originals: &[RgbPicture]) -> Result<(Vec<RgbPicture>, Tensor), ModelError> {
+fn through(vqgan: &Vqgan, originals: &[RgbImage]) -> Result<(Vec<RgbImage>, Tensor), ModelError> {
     tch::no_grad(|| {
         let pixels = pixels(originals)?;
         let unit = i64::from(vqgan.config().pixels_per_code());
         let (_, _, height, width) = pixels.size4()?;
         let codes = vqgan.encode(&pixels)?;
-        Ok((pictures(&vqgan.decode(&codes, height / unit, width / unit)?)?, codes))
+        Ok((
+            decoded_images(&vqgan.decode(&codes, height / unit, width / unit)?)?,
+            codes,
+        ))
     })
 }
 
-/// Measures the tokenizer on pictures that no training step has seen (another seed).
+/// Measures the tokenizer on images that no training step has seen (another seed).
 ///
 /// # Errors
 /// When libtorch fails.
 pub fn measure_tokenizer(vqgan: &Vqgan, seed: u64, per_group: usize) -> Result<TokenizerMeasure, ModelError> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x6d65_6173_7572_6500);
-    let mut groups: Vec<(String, Vec<RgbPicture>)> = Vec::new();
+    let mut groups: Vec<(String, Vec<RgbImage>)> = Vec::new();
     let mut draw = |name: &str, make: &mut dyn FnMut(&mut ChaCha8Rng, usize) -> Spec, count: usize| {
         let pictures = (0..count)
             .map(|index| world::render(&make(&mut rng, index), 96, 96))

@@ -5,7 +5,7 @@ pub mod checkpoint;
 mod codebook;
 /// A world of designers' drawings, and the recipe of a model of it.
 pub mod designers;
-/// Measures of the tokenizer and the transformer on fresh pictures.
+/// Measures of the tokenizer and the transformer on fresh images.
 pub mod measure;
 /// Trainable parameters and their files.
 pub(crate) mod parameters;

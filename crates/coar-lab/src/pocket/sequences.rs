@@ -1,4 +1,4 @@
-//! Training sequences: pictures of the world as codes, drawn and encoded once, with captions drawn anew at every visit.
+//! Training sequences: images of the world as codes, drawn and encoded once, with captions drawn anew at every visit.
 
 use std::ops::Range;
 use std::path::Path;
@@ -23,7 +23,7 @@ pub struct Sequence {
     pub slots: Range<usize>,
 }
 
-/// Pictures of one size.
+/// Images of one size.
 #[derive(Debug, Clone, Copy)]
 pub struct CorpusSize {
     pub index: usize,
@@ -45,7 +45,7 @@ const SIZES: [(u32, u32, f64); 5] = [
 const CORPUS_SEED: u64 = 11;
 const ENCODE_BATCH: usize = 64;
 
-/// All pictures as codes.
+/// All images as codes.
 #[derive(Debug)]
 pub struct Corpus {
     sizes: Vec<CorpusSize>,
@@ -56,7 +56,7 @@ pub struct Corpus {
     vocabulary: Vocabulary,
 }
 
-/// The specification of picture `index` of size `size`: the same in every run.
+/// The specification of image `index` of size `size`: the same in every run.
 fn spec(size: usize, index: usize) -> world::Spec {
     let mut rng = ChaCha8Rng::seed_from_u64(CORPUS_SEED + size as u64);
     rng.set_stream(index as u64);
@@ -64,7 +64,7 @@ fn spec(size: usize, index: usize) -> world::Spec {
 }
 
 impl Corpus {
-    /// Draws and encodes `pictures` square pictures and a sixteenth of that of each other size with `vqgan`, or reads the codes from `dir/codes.safetensors` where they are.
+    /// Draws and encodes `pictures` square images and a sixteenth of that of each other size with `vqgan`, or reads the codes from `dir/codes.safetensors` where they are.
     ///
     /// # Errors
     /// When files cannot be written or libtorch fails.
@@ -112,10 +112,10 @@ impl Corpus {
         &self.sizes
     }
 
-    /// Square pictures that training never visits.
+    /// Square images that training never visits.
     const HELD_BACK: usize = 256;
 
-    /// `count` of the pictures that training never visits, with captions.
+    /// `count` of the images that training never visits, with captions.
     pub fn held_back(&self, count: usize, seed: u64) -> Result<Vec<Sequence>, ModelError> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let from = self.counts[0] - Self::HELD_BACK;
@@ -124,7 +124,7 @@ impl Corpus {
             .collect()
     }
 
-    /// A random picture of size `size`, with a caption drawn anew, or none.
+    /// A random image of size `size`, with a caption drawn anew, or none.
     ///
     /// # Errors
     /// When the caption cannot be tokenised.

@@ -1,4 +1,4 @@
-//! Trains the pocket model's VQGAN on pictures of the world, drawn on the fly.
+//! Trains the pocket model's VQGAN on images of the world, drawn on the fly.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::codebook::Codebook;
 use super::parameters::{Parameters, load, save};
 use super::world;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::lumina::pixels;
 use coar_engine::model::vqgan::{EncoderDecoderConfig, VqganConfig, nearest};
 use coar_engine::model::{ModelError, Vqgan};
@@ -25,7 +25,7 @@ pub struct TokenizerRecipe {
     pub steps: i64,
     pub batch: usize,
     pub learning_rate: f64,
-    /// Steps in which some pictures have permuted or inverted channels, so that tones which the world's palette lacks
+    /// Steps in which some images have permuted or inverted channels, so that tones which the world's palette lacks
     /// can be expressed too.
     pub augmented_steps: i64,
     /// Steps of plain auto-encoding before the codebook is set by k-means.
@@ -70,7 +70,7 @@ pub(super) const COMMITMENT: f64 = 0.25;
 const CHECKPOINT_SECONDS: u64 = 60;
 
 /// The batch of training step `step`. One step in eight has another aspect ratio.
-fn draw_batch(recipe: &TokenizerRecipe, step: i64) -> Vec<RgbPicture> {
+fn draw_batch(recipe: &TokenizerRecipe, step: i64) -> Vec<RgbImage> {
     let mut rng = ChaCha8Rng::seed_from_u64(recipe.seed);
     let augmented = step < recipe.augmented_steps;
     rng.set_stream(step as u64 + 1);
@@ -248,7 +248,7 @@ fn export(dir: &Path, config: &VqganConfig, parameters: &Parameters, codebook: &
 }
 
 /// Draws the batches of `from..` on a thread of its own, a few ahead.
-fn prefetch(recipe: TokenizerRecipe, from: i64) -> mpsc::Receiver<Vec<RgbPicture>> {
+fn prefetch(recipe: TokenizerRecipe, from: i64) -> mpsc::Receiver<Vec<RgbImage>> {
     let (send, receive) = mpsc::sync_channel(4);
     std::thread::spawn(move || {
         for step in from.. {

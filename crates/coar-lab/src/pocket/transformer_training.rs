@@ -329,7 +329,7 @@ pub fn train_transformer(
 }
 
 impl Corpus {
-    /// One training batch: pictures of one size, captions drawn anew.
+    /// One training batch: images of one size, captions drawn anew.
     fn batch(&self, recipe: &TransformerRecipe, rng: &mut ChaCha8Rng) -> Result<Vec<Sequence>, ModelError> {
         let size = *self
             .sizes()

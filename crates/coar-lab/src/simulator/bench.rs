@@ -23,7 +23,7 @@ fn decode(times: &mut Times, report: &Value) -> Result<(), FleetError> {
     Ok(())
 }
 
-/// Of `coar-lab bench serve --json`: what pixels take, out of pictures one after the other; what a cold concept takes; what
+/// Of `coar-lab bench serve --json`: what pixels take, out of images one after the other; what a cold concept takes; what
 /// drawing beside a training keeps.
 fn serve(times: &mut Times, report: &Value) -> Result<(), FleetError> {
     let missing = || FleetError::new("serve", "is not what `coar-lab bench serve --json` prints");
@@ -86,7 +86,7 @@ pub fn from_bench(
         notes: vec![format!("what no line below names is from `{}`", base.name)],
         ..base.clone()
     };
-    // In this order: what pixels take is what steps leave of a picture.
+    // In this order: what pixels take is what steps leave of an image.
     if let Some(report) = reports.0 {
         decode(&mut times, report)?;
     }
@@ -117,7 +117,7 @@ mod tests {
         assert_eq!(times.decode.rows, [2.0, 8.0]);
         assert!((times.decode.step(5.0, 5.0 * times.decode.context_tokens) - 0.002).abs() < 1e-12);
         assert_eq!((times.sizes[0].prefill_ms, times.training.step_ms), (5.0, 100.0));
-        // A picture of 144 ms in steps and 5 ms of prompt, 160 ms in all, leaves 11 ms for pixels.
+        // An image of 144 ms in steps and 5 ms of prompt, 160 ms in all, leaves 11 ms for pixels.
         let alone = json!([{"condition": "one after the other", "pictures_per_minute": 375.0}]);
         let served = json!({"conditions": alone, "concept_swap": {"from_the_store_ms": {"median": 0.1}},
             "training_share": 0.5, "generation_kept_beside_training": 0.4, "training_kept_beside_generation": 0.4});

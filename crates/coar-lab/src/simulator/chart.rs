@@ -1,4 +1,4 @@
-//! SVG pictures of what the command printed as JSON.
+//! SVG images of what the command printed as JSON.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,7 @@ struct Axes {
     y: &'static str,
 }
 
-/// Draws what `coar-lab simulate plan --json` (workers by pictures per second) or `coar-lab simulate run --json` (p95 by pictures
+/// Draws what `coar-lab simulate plan --json` (workers by images per second) or `coar-lab simulate run --json` (p95 by images
 /// per second and worker) printed.
 ///
 /// # Errors

@@ -1,20 +1,20 @@
-//! What grows with concepts, pictures and trainings beside the devices: rows, bytes, requests. Closed forms over counts
+//! What grows with concepts, images and trainings beside the devices: rows, bytes, requests. Closed forms over counts
 //! that were read from the code; the functions are named beside each.
 
 use serde::Serialize;
 
 use super::times::Times;
 
-/// What one synchronous picture of one concept asks of database and store.
+/// What one synchronous image of one concept asks of database and store.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct PerPicture {
     /// Transactions that write: `add_generation`, `begin_generation`, `add_image`, `end_generation`.
     pub writes: f64,
-    /// Statements that only read: the concept by its name; `remove_unreferenced` when the picture expires.
+    /// Statements that only read: the concept by its name; `remove_unreferenced` when the image expires.
     pub reads: f64,
-    /// Objects written: the picture.
+    /// Objects written: the image.
     pub puts: f64,
-    /// Objects read: the concept's file, which `service::generate` reads for every request, hot or not; and the picture,
+    /// Objects read: the concept's file, which `service::generate` reads for every request, hot or not; and the image,
     /// once by whoever asked for it.
     pub gets: f64,
     /// Objects removed, when it has had its time.
@@ -27,7 +27,7 @@ pub struct PerTraining {
     /// Transactions that write: `add_concept`, `claim_training`, four previews, the last curve, `succeed`; and while it
     /// runs progress twice a second, the curve every two seconds, and each checkpoint.
     pub writes: f64,
-    /// Statements that only read: name, `trained_alike`, pictures, losses, five rows; and one for each checkpoint that goes.
+    /// Statements that only read: name, `trained_alike`, images, losses, five rows; and one for each checkpoint that goes.
     pub reads: f64,
     /// References, previews, the concept, checkpoints.
     pub puts: f64,
@@ -48,7 +48,7 @@ impl PerPicture {
     };
 }
 
-/// Reference pictures of a training.
+/// Reference images of a training.
 const REFERENCES: f64 = 5.0;
 /// Its previews: the default of `--training-previews`.
 const PREVIEWS: f64 = 4.0;
@@ -59,7 +59,7 @@ const TICKS_PER_CURVE: f64 = 4.0;
 const CONCEPT_ROWS: f64 = 5_000.0;
 /// The same with a loss curve of 500 points.
 const CONCEPT_ROWS_AND_CURVE: f64 = 70_200.0;
-/// Bytes of the database for a generation with one picture.
+/// Bytes of the database for a generation with one image.
 const PICTURE_ROWS: f64 = 1_400.0;
 /// Idle workers look for a training so often a second, each in a transaction that writes: `jobs::POLL`.
 const CLAIMS_PER_SECOND: f64 = 0.5;
@@ -106,13 +106,13 @@ pub struct Growth {
     pub concept_rows_gb: f64,
     /// GB of the curves.
     pub curves_gb: f64,
-    /// GB of the database for the pictures that are kept.
+    /// GB of the database for the images that are kept.
     pub picture_rows_gb: f64,
     /// GB of concept files in the store.
     pub concept_files_gb: f64,
-    /// GB of reference pictures and previews in the store.
+    /// GB of reference images and previews in the store.
     pub references_and_previews_gb: f64,
-    /// GB of the pictures that are kept.
+    /// GB of the images that are kept.
     pub pictures_gb: f64,
     /// GB of device memory that would hold all concepts at once.
     pub all_concepts_on_a_device_gb: f64,
@@ -121,7 +121,7 @@ pub struct Growth {
 }
 
 /// What `concepts` concepts take, and drawing and training at those rates by `workers` workers. A training runs slower
-/// than alone, `slowdown` times; pictures are kept for `keep_hours`.
+/// than alone, `slowdown` times; images are kept for `keep_hours`.
 pub fn growth(
     times: &Times,
     concepts: f64,

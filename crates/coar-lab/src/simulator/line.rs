@@ -6,7 +6,7 @@ use std::collections::BinaryHeap;
 /// Something that happens.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Event {
-    /// A picture is asked for.
+    /// An image is asked for.
     Picture,
     /// A training is asked for.
     Training,
@@ -20,7 +20,7 @@ pub(super) enum Event {
         worker: usize,
         turn: u64,
     },
-    /// A picture's pixels are there.
+    /// An image's pixels are there.
     Drawn {
         request: usize,
         attempt: u32,

@@ -11,9 +11,9 @@ use super::{Arrivals, FleetError};
 /// What must hold.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Goal {
-    /// The 95th percentile of the time from asking for a picture to having it, in seconds.
+    /// The 95th percentile of the time from asking for an image to having it, in seconds.
     pub p95: f64,
-    /// The largest part of the pictures that may be refused.
+    /// The largest part of the images that may be refused.
     pub refused: f64,
     /// The 95th percentile of the seconds until a training is begun.
     pub training_wait: f64,
@@ -22,7 +22,7 @@ pub struct Goal {
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Planned {
-    /// The fewest workers that reach the goal; `None`: no number does, a single picture takes longer than the goal.
+    /// The fewest workers that reach the goal; `None`: no number does, a single image takes longer than the goal.
     pub workers: Option<usize>,
     /// What the devices' time alone would need, with full batches and nobody waiting.
     pub at_least: usize,
@@ -32,10 +32,10 @@ pub struct Planned {
 
 /// More workers than this are not tried.
 const MOST: usize = 20_000;
-/// Pictures that are simulated at least.
+/// Images that are simulated at least.
 const PICTURES: f64 = 20_000.0;
 
-/// Seconds of the device for one picture in a full batch, by the sizes' weights.
+/// Seconds of the device for one image in a full batch, by the sizes' weights.
 fn picture_seconds(times: &Times) -> f64 {
     let places = times.places() as f64;
     times.mean_of(|size| {
@@ -51,12 +51,12 @@ fn training_seconds(times: &Times) -> f64 {
     times.training_steps() * times.training_step()
 }
 
-/// The most pictures per second of one worker: a full batch, always, and no training.
+/// The most images per second of one worker: a full batch, always, and no training.
 pub fn most_pictures_per_second(times: &Times) -> f64 {
     1.0 / picture_seconds(times)
 }
 
-/// As long as it takes to see enough pictures and, where there are any, several trainings after each other.
+/// As long as it takes to see enough images and, where there are any, several trainings after each other.
 fn duration(times: &Times, workload: &Workload) -> f64 {
     let pictures = PICTURES / workload.pictures_per_second.max(1e-9);
     let batch = 40.0 * picture_seconds(times) * times.places() as f64;

@@ -64,17 +64,17 @@ pub struct Report {
     /// From asking to the last pixel.
     pub latency: Latency,
     pub first_code: Latency,
-    /// Part of the time that devices are at work: on pictures and on trainings.
+    /// Part of the time that devices are at work: on images and on trainings.
     pub utilisation: f64,
     pub drawing: f64,
     pub training: f64,
-    /// Mean rows of the batch while pictures are drawn.
+    /// Mean rows of the batch while images are drawn.
     pub rows: f64,
-    /// Part of the pictures that was refused with 429.
+    /// Part of the images that was refused with 429.
     pub refused: f64,
     /// Part of the concepts that was on the device already.
     pub concept_hits: f64,
-    /// Mean number of pictures in the system.
+    /// Mean number of images in the system.
     pub in_system: f64,
     pub trainings: TrainingReport,
     /// Of the whole time, the warm-up included: asked for, delivered, refused, and in the system when the last was asked for.
@@ -85,7 +85,7 @@ pub struct Report {
     /// Delivered after that.
     pub done_later: u64,
     pub deaths: u64,
-    /// Pictures that a death has interrupted.
+    /// Images that a death has interrupted.
     pub interrupted: u64,
     pub events: u64,
 }
@@ -99,7 +99,7 @@ pub(super) struct Seen {
     refused_counted: u64,
     pub in_system_at_end: u64,
     pub trainings_waiting_at_end: usize,
-    /// Pictures in the system times seconds, after the warm-up.
+    /// Images in the system times seconds, after the warm-up.
     pub integral: f64,
     pub deaths: u64,
     pub interrupted: u64,

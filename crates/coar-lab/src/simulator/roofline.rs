@@ -34,16 +34,16 @@ pub struct Shape {
     pub vocabulary: f64,
     /// Ids of the head that a step multiplies: image codes.
     pub codes: f64,
-    /// Codes along each side of a picture.
+    /// Codes along each side of an image.
     pub side: u32,
     /// Tokens of text, image start and sizes.
     pub prompt_tokens: u32,
     /// Decoder layers with context tokens.
     pub concept_layers: f64,
-    /// Reference pictures of a training, and class pictures of its prior term.
+    /// Reference images of a training, and class images of its prior term.
     pub references: f64,
     pub steps: u32,
-    /// TFLOP of turning one picture's codes into pixels, in f32.
+    /// TFLOP of turning one image's codes into pixels, in f32.
     pub pixels_tflop: f64,
     /// The most rows, if memory admits them.
     pub rows: usize,
@@ -55,7 +55,7 @@ const OPERATIONS: f64 = 30.0;
 const KEPT_FREE: f64 = 12.0;
 /// Tokens of text that a row of the cache has room for: `EngineOptions::prompt_tokens`.
 const TEXT_ROOM: f64 = 256.0;
-/// Bytes of a picture's file for each of its pixels.
+/// Bytes of an image's file for each of its pixels.
 const PNG_BYTES_PER_PIXEL: f64 = 1.7;
 
 impl Accelerator {
@@ -135,7 +135,7 @@ impl Roof<'_> {
         device.max(shape.layers * OPERATIONS * self.0.launch_us / 1e6)
     }
 
-    /// An optimizer step: the reference and a class picture, forward and backward; gradients pass through all layers,
+    /// An optimizer step: the reference and a class image, forward and backward; gradients pass through all layers,
     /// none of the weights has one.
     fn training_step(&self, shape: &Shape) -> f64 {
         let tokens = f64::from(shape.side * (shape.side + 1) + shape.prompt_tokens);
@@ -188,7 +188,7 @@ fn decode(shape: &Shape, device: &Accelerator, rows: usize) -> Decode {
 
 fn training(shape: &Shape, device: &Accelerator, first_size: &Size, decode: &Decode) -> Training {
     let step_ms = 1e3 * Roof(device).training_step(shape);
-    // Eight class pictures in one batch, and the references through the encoder, about as long as the decoder.
+    // Eight class images in one batch, and the references through the encoder, about as long as the decoder.
     let drawing = f64::from(first_size.codes) * decode.step(16.0, 16.0 * decode.context_tokens);
     let concept = 2.0 * shape.concept_layers * shape.hidden * 4.0;
     Training {

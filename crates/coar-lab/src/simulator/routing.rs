@@ -12,7 +12,7 @@ use super::worker::Worker;
 pub enum Policy {
     /// Any worker that lives.
     Random,
-    /// The one with the fewest pictures at work and waiting; beside a training they count for more.
+    /// The one with the fewest images at work and waiting; beside a training they count for more.
     LeastLoaded,
     /// As the server chooses.
     Server,

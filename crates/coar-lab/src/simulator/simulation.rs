@@ -9,7 +9,7 @@ use super::trainings::Trainings;
 use super::worker::{Queued, Worker};
 use super::workload::{Arrivals, Clock, Failures, Fleet, Workload};
 
-/// A picture that was asked for and not refused.
+/// An image that was asked for and not refused.
 #[derive(Debug, Clone)]
 pub(super) struct Request {
     pub asked: f64,
@@ -186,7 +186,7 @@ impl<'a> Simulation<'a> {
         }
     }
 
-    /// A picture is asked for: it is sent to a worker or refused.
+    /// An image is asked for: it is sent to a worker or refused.
     fn ask(&mut self, now: f64) {
         let size = self.sizes.draw(&mut self.pictures);
         let uses = self.pictures.unit() < self.workload.concept_share;

@@ -3,7 +3,7 @@
 use super::times::{Concepts, Decode, Engine, Origin, Size, Training};
 use super::*;
 
-/// One picture at a time, `seconds` each, a queue without end.
+/// One image at a time, `seconds` each, a queue without end.
 fn server(seconds: f64) -> Times {
     let codes = 1000;
     Times {
@@ -210,7 +210,7 @@ fn trainings_get_their_share_while_pictures_wait() {
         trainings_at_start: 1,
         ..load(5.0, 20_000.0)
     };
-    // Twice as many pictures as the device can draw: it is never without.
+    // Twice as many images as the device can draw: it is never without.
     for share in [0.25, 0.5] {
         times.engine.training_share = share;
         times.engine.queue = 10;
@@ -231,7 +231,7 @@ fn workers_for_trainings_alone_leave_the_others_alone() {
     let mixed = simulate(&times, &workload, &fleet, 12).unwrap();
     fleet.training_workers = 2;
     let apart = simulate(&times, &workload, &fleet, 12).unwrap();
-    // Two devices draw two pictures a second as if there were no training.
+    // Two devices draw two images a second as if there were no training.
     let alone = simulate(&times, &load(2.0, 20_000.0), &workers(2, Policy::LeastLoaded), 12).unwrap();
     assert_eq!(apart.latency, alone.latency);
     assert!(

@@ -39,7 +39,7 @@ pub struct Engine {
     pub rows_per_picture: usize,
     /// Requests that may wait for rows; more are refused with 429.
     pub queue: usize,
-    /// Share of the device's time for trainings while pictures wait, 0 to 1.
+    /// Share of the device's time for trainings while images wait, 0 to 1.
     pub training_share: f64,
     /// Threads or streams that turn codes into pixels.
     pub picture_threads: usize,
@@ -61,12 +61,12 @@ pub struct Decode {
     pub row_token_us: f64,
 }
 
-/// A size of picture.
+/// A size of image.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Size {
     pub name: String,
-    /// Its part of all pictures, in any unit.
+    /// Its part of all images, in any unit.
     pub weight: f64,
     /// Codes: that many steps. Row ends ride along.
     pub codes: u32,
@@ -76,7 +76,7 @@ pub struct Size {
     pub prompt_tokens: u32,
     /// Milliseconds of the device to read the prompt.
     pub prefill_ms: f64,
-    /// Milliseconds from the last code to the picture, when nobody waits before it.
+    /// Milliseconds from the last code to the image, when nobody waits before it.
     pub pixels_ms: f64,
     /// Milliseconds of the device's time that this takes from decoding.
     pub pixels_device_ms: f64,
@@ -107,7 +107,7 @@ pub struct Training {
     pub steps: u32,
     /// Milliseconds of a step with the device to itself.
     pub step_ms: f64,
-    /// Seconds of the device before the first step: references, class pictures.
+    /// Seconds of the device before the first step: references, class images.
     pub start_seconds: f64,
     /// Trainings at once on one worker.
     pub slots: usize,
@@ -197,7 +197,7 @@ impl Times {
         need(good, "training", "must have steps, step_ms and beside above 0")
     }
 
-    /// Pictures that fit into the batch at once.
+    /// Images that fit into the batch at once.
     pub(super) fn places(&self) -> usize {
         self.engine.rows / self.engine.rows_per_picture
     }

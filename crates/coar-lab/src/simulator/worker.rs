@@ -21,7 +21,7 @@ pub(super) struct Queued {
     pub lead: f64,
 }
 
-/// A picture in the batch.
+/// An image in the batch.
 #[derive(Debug, Clone)]
 struct Drawing {
     request: usize,
@@ -96,7 +96,7 @@ pub(super) struct Begun {
 #[derive(Debug, Clone)]
 pub(super) struct Worker {
     pub up: bool,
-    /// Whether it takes pictures, and whether it takes trainings.
+    /// Whether it takes images, and whether it takes trainings.
     pub draws: bool,
     pub trains: bool,
     pub cache: Cache,
@@ -147,7 +147,7 @@ impl Worker {
         }
     }
 
-    /// Pictures at work, waiting and on their way.
+    /// Images at work, waiting and on their way.
     pub fn load(&self) -> usize {
         self.rows.len() + self.queue.len() + self.incoming
     }
@@ -356,7 +356,7 @@ impl Worker {
             .collect()
     }
 
-    /// Gives a picture to the thread that is free first; when its pixels will be there.
+    /// Gives an image to the thread that is free first; when its pixels will be there.
     fn decode(&mut self, request: usize, now: f64, size: &super::times::Size) -> f64 {
         self.debt += size.pixels_device_ms / 1e3;
         self.pixels.push(request);

@@ -6,7 +6,7 @@ use super::FleetError;
 use super::draws::{Draws, Stream};
 use super::routing::Policy;
 
-/// How pictures are asked for.
+/// How images are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Arrivals {
@@ -26,7 +26,7 @@ pub(super) const BURSTS: f64 = 0.1;
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Workload {
     pub arrivals: Arrivals,
-    /// Pictures per second, one a request.
+    /// Images per second, one a request.
     pub pictures_per_second: f64,
     /// Trainings per hour, Poisson.
     pub trainings_per_hour: f64,
@@ -36,12 +36,12 @@ pub struct Workload {
     pub concepts: usize,
     /// Exponent of that Zipf law; 0: all alike.
     pub zipf: f64,
-    /// Part of the pictures that use a concept, 0 to 1.
+    /// Part of the images that use a concept, 0 to 1.
     pub concept_share: f64,
-    /// Pictures end by themselves after a geometric number of codes with the size's mean, as in no model here: for
+    /// Images end by themselves after a geometric number of codes with the size's mean, as in no model here: for
     /// comparison with theory.
     pub geometric: bool,
-    /// Seconds in which pictures are asked for.
+    /// Seconds in which images are asked for.
     pub seconds: f64,
     /// Seconds at the beginning that count for nothing.
     pub warm_up: f64,
@@ -60,7 +60,7 @@ pub struct Failures {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Fleet {
     pub workers: usize,
-    /// So many of them take trainings and no pictures, the others pictures and no trainings; 0: all take both.
+    /// So many of them take trainings and no images, the others images and no trainings; 0: all take both.
     pub training_workers: usize,
     pub policy: Policy,
     /// Milliseconds that the way from API to worker and back adds.
@@ -132,7 +132,7 @@ impl Workload {
     }
 }
 
-/// When pictures are asked for.
+/// When images are asked for.
 #[derive(Debug)]
 pub(super) struct Clock {
     draws: Draws,

@@ -22,7 +22,7 @@ pub enum WeightMethod {
     /// First an input embedding, then low-rank updates.
     #[serde(rename = "personalar-lora")]
     PersonalArLora,
-    /// Low-rank updates on pictures of the subject that another model has drawn (arXiv 2503.10125).
+    /// Low-rank updates on images of the subject that another model has drawn (arXiv 2503.10125).
     ProxyTuning,
 }
 
@@ -70,7 +70,7 @@ impl std::str::FromStr for WeightMethod {
     }
 }
 
-/// Everything that decides a tuning's outcome, besides the pictures and the base model.
+/// Everything that decides a tuning's outcome, besides the images and the base model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TuningSpec {
@@ -87,7 +87,7 @@ pub struct TuningSpec {
     /// Steps and rate of the first stage, in which an input embedding is learned; 0: there is none.
     pub embedding_steps: u32,
     pub embedding_learning_rate: f64,
-    /// Weight of the next-token cross-entropy of class pictures that the frozen model drew.
+    /// Weight of the next-token cross-entropy of class images that the frozen model drew.
     pub prior_weight: f64,
     /// Weight of the divergence of their predictions from the frozen model's. Together with `prior_weight`: the dual prior
     /// preservation.
@@ -95,7 +95,7 @@ pub struct TuningSpec {
     /// Weight of the distance of each layer's mean image state from the frozen model's (self-regularisation).
     pub regularisation_weight: f64,
     pub prior_pictures: u32,
-    /// What else is to be seen in each picture, after the class noun.
+    /// What else is to be seen in each image, after the class noun.
     #[serde(default)]
     pub captions: Vec<String>,
     pub seed: u64,

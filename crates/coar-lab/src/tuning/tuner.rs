@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use super::file::TuningFile;
 use super::spec::TuningSpec;
 use super::weights::{BaseWeights, Change};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::training::{Preset, StepLosses};
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::{LuminaMgpt, ModelError};
@@ -29,7 +29,7 @@ pub struct Tuner<'b> {
     embedding: Option<Trainer>,
     identifier: Option<DeviceConcept>,
     prior: Vec<Reference>,
-    /// The frozen model's log-probabilities `[tokens, vocab]` for each class picture.
+    /// The frozen model's log-probabilities `[tokens, vocab]` for each class image.
     frozen: Vec<Tensor>,
     /// `[layers, hidden]`: mean image states of the references in the frozen model.
     anchor: Option<Tensor>,
@@ -39,7 +39,7 @@ pub struct Tuner<'b> {
 const CLIP: f64 = 1.0;
 
 impl<'b> Tuner<'b> {
-    /// Encodes the pictures and stands before the first step. For proxy tuning these are the pictures that
+    /// Encodes the images and stands before the first step. For proxy tuning these are the images that
     /// another model has drawn.
     ///
     /// # Errors
@@ -49,7 +49,7 @@ impl<'b> Tuner<'b> {
         base: &'b BaseWeights,
         preset: Preset,
         spec: TuningSpec,
-        pictures: &[RgbPicture],
+        pictures: &[RgbImage],
     ) -> Result<Self, ModelError> {
         spec.check()
             .map_err(|fault| ModelError::invalid(fault.field, fault.problem))?;
@@ -153,7 +153,7 @@ impl<'b> Tuner<'b> {
             decoding.step(&frozen.transformer)?;
         }
         for codes in decoding.codes() {
-            let picture = self.references.class_picture(frozen, &prompt, codes)?;
+            let picture = self.references.class_image(frozen, &prompt, codes)?;
             let (logits, _) = row_logits(frozen, &rows(&[&picture], None))?;
             self.frozen.push(logits.f_log_softmax(-1, Kind::Float)?);
             self.prior.push(picture);

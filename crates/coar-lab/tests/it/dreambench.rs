@@ -5,7 +5,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use coar_core::concept::ConceptFile;
-use coar_core::picture::{PictureLimits, decode};
+use coar_core::image::{ImageLimits, decode};
 use coar_core::training::Preset;
 use coar_engine::model::LuminaMgpt;
 use coar_engine::model::lumina::CheckpointFiles;
@@ -24,7 +24,7 @@ const PROMPTS: &str = "Classes\n\nsubject_name,class\nrex,cat\nmy_house,house\n\
     prompt_list = [\n'a photo of {0} {1} on the grass'.format(unique_token, class_token),\n\
     'a photo of {0} {1} at night'.format(unique_token, class_token),\n]\n";
 
-/// A data folder with two subjects from the sample concepts: two pictures of one and three of the other.
+/// A data folder with two subjects from the sample concepts: two images of one and three of the other.
 fn data(dir: &Path) -> PathBuf {
     let data = dir.join("data");
     let samples = repository().join("concepts");
@@ -96,7 +96,7 @@ fn complaint(data: &Path, out: &Path, more: &[&str]) -> String {
     String::from_utf8(stderr).unwrap()
 }
 
-/// Every drawn picture by its path in the folder.
+/// Every drawn image by its path in the folder.
 fn pictures(out: &Path) -> Vec<(String, Vec<u8>)> {
     let mut found = Vec::new();
     for subject in std::fs::read_dir(out.join("pictures")).into_iter().flatten() {
@@ -162,7 +162,7 @@ fn killed_shared_and_undisturbed_runs_draw_the_same_and_report_all_of_it() {
     );
     assert!(said.contains("report.html"), "{said}");
 
-    // Another setting has nothing to do with these pictures.
+    // Another setting has nothing to do with these images.
     let refused = complaint(&data, &whole, &[&SMALL[..7], &["8"]].concat());
     assert!(
         refused.contains("manifest.json: `seed` was 7 when this folder was begun and is 8 now"),
@@ -171,7 +171,7 @@ fn killed_shared_and_undisturbed_runs_draw_the_same_and_report_all_of_it() {
     let steps = ["--settings", "{\"steps\": 4, \"batch_size\": 1, \"start_words\": []}"];
     let refused = complaint(&data, &whole, &[&steps, &SMALL[2..]].concat());
     assert!(refused.contains("`training.steps` was 3"), "{refused}");
-    // Nor have other prompts, or other reference pictures.
+    // Nor have other prompts, or other reference images.
     let prompts = data.join("prompts_and_classes.txt");
     std::fs::write(&prompts, PROMPTS.replace("at night", "in a city")).unwrap();
     let refused = complaint(&data, &whole, &["--report-only"]);
@@ -214,7 +214,7 @@ fn reports_everything(data: &Path, out: &Path, said: &str) {
     holds_every_picture(data, out, &results);
 }
 
-/// The page has the small copy of each real and each drawn picture, and loads nothing.
+/// The page has the small copy of each real and each drawn image, and loads nothing.
 fn holds_every_picture(data: &Path, out: &Path, results: &Value) {
     use base64::Engine;
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();
@@ -244,14 +244,14 @@ fn holds_every_picture(data: &Path, out: &Path, results: &Value) {
         let (bytes, rest) = copy.split_once('"').unwrap();
         assert!(rest.split('>').next().unwrap().contains(&*name), "{name}");
         let bytes = base64::engine::general_purpose::STANDARD.decode(bytes).unwrap();
-        let small = decode(&bytes, &PictureLimits::default()).unwrap();
-        let original = decode(&std::fs::read(file).unwrap(), &PictureLimits::default()).unwrap();
+        let small = decode(&bytes, &ImageLimits::default()).unwrap();
+        let original = decode(&std::fs::read(file).unwrap(), &ImageLimits::default()).unwrap();
         assert_eq!(
             (small.width, small.height),
             (original.width, original.height),
             "not larger than a small copy"
         );
-        // Lossy, but of this picture: the mean difference of a sample is a few levels.
+        // Lossy, but of this image: the mean difference of a sample is a few levels.
         let difference: u64 = small
             .rgb
             .iter()

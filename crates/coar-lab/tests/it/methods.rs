@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use coar_core::concept::ConceptFile;
-use coar_core::picture::{PictureLimits, RgbPicture, decode};
+use coar_core::image::{ImageLimits, RgbImage, decode};
 use coar_core::training::Preset;
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::LuminaMgpt;
@@ -35,15 +35,15 @@ fn pocket() -> Pocket {
     }
 }
 
-fn references() -> Vec<RgbPicture> {
-    let decoded = |png: &Vec<u8>| decode(png, &PictureLimits::default()).unwrap();
+fn references() -> Vec<RgbImage> {
+    let decoded = |png: &Vec<u8>| decode(png, &ImageLimits::default()).unwrap();
     rex(3).iter().map(decoded).collect()
 }
 
-/// A picture of rex behind a prompt with a slot of `tokens`.
+/// An image of rex behind a prompt with a slot of `tokens`.
 fn reference(model: &LuminaMgpt, prompt: (&str, usize, &str)) -> Reference {
     let picture = &references()[0];
-    let codes = tch::no_grad(|| model.encode_picture(picture)).unwrap();
+    let codes = tch::no_grad(|| model.encode_image(picture)).unwrap();
     Reference::new(model, prompt, codes, (96, 96)).unwrap()
 }
 
@@ -243,7 +243,7 @@ fn the_command_line_trains_and_draws_with_each_kind_of_method() {
     assert!(printed(dir, &tuned).contains("coar-3-0.png"));
     let picture = decode(
         &std::fs::read(dir.join("coar-3-0.png")).unwrap(),
-        &PictureLimits::default(),
+        &ImageLimits::default(),
     )
     .unwrap();
     assert_eq!((picture.width, picture.height), (96, 96));
@@ -348,7 +348,7 @@ fn the_comparison_is_resumed_and_reported() {
     printed(dir, &[&args[..], &["same.json", "--sheets", "report"]].concat());
     for subject in ["rex", "minty"] {
         let sheet = std::fs::read(dir.join(format!("report/sheet-{subject}.webp"))).unwrap();
-        let sheet = decode(&sheet, &PictureLimits::default()).unwrap();
+        let sheet = decode(&sheet, &ImageLimits::default()).unwrap();
         assert_eq!(
             (sheet.width, sheet.height),
             (9 * 98 - 2, 4 * 98 - 2),
@@ -406,7 +406,7 @@ fn styles_and_compositions_are_cells_too() {
         }
     }
     let of = |condition: &str| -> Vec<&PartRow> { one.parts.iter().filter(|row| row.condition == condition).collect() };
-    // At half of the layers the mask changes pictures.
+    // At half of the layers the mask changes images.
     let (mask, none) = (of("both, N = 3, mask"), of("both, N = 3, none"));
     assert!(
         mask.iter()

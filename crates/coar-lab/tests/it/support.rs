@@ -11,7 +11,7 @@ pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// The first `count` reference pictures of the sample subject `rex`, a cat: PNG files.
+/// The first `count` reference images of the sample subject `rex`, a cat: PNG files.
 pub fn rex(count: usize) -> Vec<Vec<u8>> {
     (1..=count)
         .map(|number| {

@@ -2,7 +2,7 @@
 //! small operations and its matrix product for few rows take several times as long as that.
 //!
 //! Every sum of a token is taken in the same order whoever else is in the batch: in the products over the whole inner
-//! dimension in one fixed tree, in attention over the token's own keys. So a picture does not depend on its neighbours,
+//! dimension in one fixed tree, in attention over the token's own keys. So an image does not depend on its neighbours,
 //! bit for bit.
 
 #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,4 @@
-//! The batch: which pictures have which rows of the cache, and what each row is fed next.
+//! The batch: which images have which rows of the cache, and what each row is fed next.
 
 use tch::Tensor;
 
@@ -13,14 +13,14 @@ use crate::model::transformer::CodeHead;
 use crate::model::{ModelError, Transformer};
 use coar_core::tokenizer::Vocabulary;
 
-/// Names one picture in a [`DecodeBatch`].
+/// Names one image in a [`DecodeBatch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PictureId(u64);
+pub struct BatchImageId(u64);
 
-/// A picture that has left the batch.
+/// An image that has left the batch.
 #[derive(Debug)]
 pub struct Drawn {
-    pub id: PictureId,
+    pub id: BatchImageId,
     /// Codes in raster order; an error where the model's scores were not finite.
     pub codes: Result<Vec<i64>, ModelError>,
 }
@@ -28,7 +28,7 @@ pub struct Drawn {
 /// How a batch is made.
 #[derive(Debug, Clone, Copy)]
 pub struct BatchOptions {
-    /// Rows of the cache: a picture takes two with guidance, else one.
+    /// Rows of the cache: an image takes two with guidance, else one.
     pub rows: usize,
     /// Tokens of the longest row.
     pub max_seq: i64,
@@ -38,8 +38,8 @@ pub struct BatchOptions {
 }
 
 #[derive(Debug)]
-struct Picture {
-    id: PictureId,
+struct BatchImage {
+    id: BatchImageId,
     conditional: usize,
     unconditional: Option<usize>,
     rows: i64,
@@ -56,7 +56,7 @@ struct Picture {
     broken: bool,
 }
 
-impl Picture {
+impl BatchImage {
     fn total(&self) -> i64 {
         self.rows * self.columns
     }
@@ -74,7 +74,7 @@ impl Picture {
 /// One sequence of the batch.
 #[derive(Debug, Clone, Copy)]
 struct Row {
-    picture: PictureId,
+    image: BatchImageId,
     /// Its row of the cache.
     slot: i64,
     /// Position of its next token.
@@ -95,14 +95,14 @@ enum Codes {
     Device(Tensor),
 }
 
-/// Pictures being drawn, and the cache that they share.
+/// Images being drawn, and the cache that they share.
 #[derive(Debug)]
 pub struct DecodeBatch {
     head: CodeHead,
     row_end: i64,
     cache: KvCache,
     rows: Vec<Row>,
-    pictures: Vec<Picture>,
+    images: Vec<BatchImage>,
     /// `[rows, hidden]`: what each row's next code is predicted from.
     hidden: Option<Tensor>,
     backend: Backend,
@@ -141,7 +141,7 @@ impl DecodeBatch {
             row_end: vocabulary.row_end(),
             cache,
             rows: Vec::with_capacity(rows),
-            pictures: vec![],
+            images: vec![],
             hidden: None,
             free_slots: (0..rows as i64).rev().collect(),
             free_buffers: (0..rows).rev().collect(),
@@ -154,36 +154,36 @@ impl DecodeBatch {
         self.free_slots.len()
     }
 
-    /// Pictures being drawn.
+    /// Images being drawn.
     pub fn len(&self) -> usize {
-        self.pictures.len()
+        self.images.len()
     }
 
     /// Whether nothing is being drawn.
     pub fn is_empty(&self) -> bool {
-        self.pictures.is_empty()
+        self.images.is_empty()
     }
 
-    /// Codes drawn of a picture, and in all; `None` when it has left.
-    pub fn progress(&self, id: PictureId) -> Option<(i64, i64)> {
-        let picture = self.pictures.iter().find(|picture| picture.id == id)?;
-        Some((picture.done, picture.total()))
+    /// Codes drawn of an image, and in all; `None` when it has left.
+    pub fn progress(&self, id: BatchImageId) -> Option<(i64, i64)> {
+        let image = self.images.iter().find(|image| image.id == id)?;
+        Some((image.done, image.total()))
     }
 
     /// The codes drawn so far, in raster order.
     ///
     /// # Errors
-    /// When the picture has left, or the device fails.
-    pub fn codes_so_far(&self, id: PictureId) -> Result<Vec<i64>, ModelError> {
-        let picture = self.pictures.iter().find(|picture| picture.id == id);
-        let picture = picture.ok_or_else(|| ModelError::invalid("picture", "has left the batch"))?;
-        self.codes_of(picture)
+    /// When the image has left, or the device fails.
+    pub fn codes_so_far(&self, id: BatchImageId) -> Result<Vec<i64>, ModelError> {
+        let image = self.images.iter().find(|image| image.id == id);
+        let image = image.ok_or_else(|| ModelError::invalid("image", "has left the batch"))?;
+        self.codes_of(image)
     }
 
-    fn codes_of(&self, picture: &Picture) -> Result<Vec<i64>, ModelError> {
+    fn codes_of(&self, image: &BatchImage) -> Result<Vec<i64>, ModelError> {
         let codes = match &self.backend {
-            Backend::Host(host) => host.codes(picture.buffer),
-            Backend::Device(device) => device.codes(picture.buffer, picture.done)?,
+            Backend::Host(host) => host.codes(image.buffer),
+            Backend::Device(device) => device.codes(image.buffer, image.done)?,
         };
         match codes.contains(&NO_CODE) {
             true => Err(ModelError::invalid("scores", "had no finite largest one")),
@@ -196,38 +196,38 @@ impl DecodeBatch {
     ///
     /// # Errors
     /// When the image has left, or the device fails.
-    pub fn hidden_of(&self, id: PictureId) -> Result<Tensor, ModelError> {
-        let image = self.pictures.iter().find(|picture| picture.id == id);
+    pub fn hidden_of(&self, id: BatchImageId) -> Result<Tensor, ModelError> {
+        let image = self.images.iter().find(|image| image.id == id);
         match image.zip(self.hidden.as_ref()) {
             Some((image, hidden)) => {
                 let rows = image.own_rows().map(|row| hidden.f_get(row as i64));
                 Ok(Tensor::f_stack(&rows.collect::<Result<Vec<_>, _>>()?, 0)?)
             }
-            None => Err(ModelError::invalid("picture", "has left the batch")),
+            None => Err(ModelError::invalid("image", "has left the batch")),
         }
     }
 
-    /// Runs the prompt, once for all its pictures; they advance from the next step on.
+    /// Runs the prompt, once for all its images; they advance from the next step on.
     ///
     /// # Errors
     /// When the sequence is longer than the model's positions or the cache's rows, when there are too few free rows, or
     /// the device fails. The batch is as before then.
-    pub fn add(&mut self, model: &Transformer, request: &DecodingRequest) -> Result<Vec<PictureId>, ModelError> {
-        let (pictures, each) = (request.streams.len(), request.rows_per_picture());
+    pub fn add(&mut self, model: &Transformer, request: &DecodingRequest) -> Result<Vec<BatchImageId>, ModelError> {
+        let (images, each) = (request.streams.len(), request.rows_per_image());
         let limit = (self.cache.max_seq() - 1).min(model.config().max_position_embeddings);
         if request.tokens() > limit {
             return Err(ModelError::invalid(
                 "prompt",
-                format!("and picture need {} tokens, the limit is {limit}", request.tokens()),
+                format!("and image need {} tokens, the limit is {limit}", request.tokens()),
             ));
         }
-        if pictures == 0 || pictures * each > self.free_rows() {
+        if images == 0 || images * each > self.free_rows() {
             return Err(ModelError::invalid(
                 "n",
-                format!("needs {} rows, {} are free", pictures * each, self.free_rows()),
+                format!("needs {} rows, {} are free", images * each, self.free_rows()),
             ));
         }
-        if pictures > self.free_buffers.len() {
+        if images > self.free_buffers.len() {
             // There are as many buffers as rows, and an image has one row at least.
             return Err(ModelError::invalid(
                 "batch",
@@ -235,7 +235,7 @@ impl DecodeBatch {
             ));
         }
         let branches = &[&request.prompt, &request.unconditional][..each];
-        let slots = self.free_slots[self.free_slots.len() - pictures * each..]
+        let slots = self.free_slots[self.free_slots.len() - images * each..]
             .iter()
             .rev()
             .copied()
@@ -254,11 +254,11 @@ impl DecodeBatch {
                 return Err(error);
             }
         };
-        let mut added: Vec<Picture> = Vec::with_capacity(pictures);
+        let mut added: Vec<BatchImage> = Vec::with_capacity(images);
         for (own_slots, &stream) in slots.chunks(each).zip(&request.streams) {
             let conditional = self.rows.len() + added.len() * own_slots.len();
-            added.push(Picture {
-                id: PictureId(self.next_id + added.len() as u64),
+            added.push(BatchImage {
+                id: BatchImageId(self.next_id + added.len() as u64),
                 conditional,
                 unconditional: (each == 2).then_some(conditional + 1),
                 rows: request.rows,
@@ -278,28 +278,28 @@ impl DecodeBatch {
         }
         // Nothing fails from here on.
         self.free_slots.truncate(self.free_slots.len() - slots.len());
-        self.free_buffers.truncate(self.free_buffers.len() - pictures);
-        self.next_id += pictures as u64;
+        self.free_buffers.truncate(self.free_buffers.len() - images);
+        self.next_id += images as u64;
         self.hidden = Some(hidden);
-        for (picture, own_slots) in added.iter().zip(slots.chunks(each)) {
+        for (image, own_slots) in added.iter().zip(slots.chunks(each)) {
             self.rows.extend(branches.iter().zip(own_slots).map(|(own, &slot)| Row {
-                picture: picture.id,
+                image: image.id,
                 slot,
                 next: own.len() as i64,
             }));
         }
-        let ids = added.iter().map(|picture| picture.id).collect();
-        self.pictures.extend(added);
+        let ids = added.iter().map(|image| image.id).collect();
+        self.images.extend(added);
         Ok(ids)
     }
 
     /// Makes the buffers of images that are about to enter ready.
-    fn begin(&mut self, added: &[Picture]) -> Result<(), ModelError> {
+    fn begin(&mut self, added: &[BatchImage]) -> Result<(), ModelError> {
         match &mut self.backend {
-            Backend::Host(host) => added.iter().for_each(|picture| host.begin(picture.buffer)),
+            Backend::Host(host) => added.iter().for_each(|image| host.begin(image.buffer)),
             Backend::Device(device) => {
-                for picture in added {
-                    device.begin(picture.buffer, (0..picture.total()).map(|index| picture.uniform(index)))?;
+                for image in added {
+                    device.begin(image.buffer, (0..image.total()).map(|index| image.uniform(index)))?;
                 }
                 device.members_changed();
             }
@@ -314,7 +314,7 @@ impl DecodeBatch {
         Ok(())
     }
 
-    /// Fills `slots` with the branches of every picture; returns `[slots, hidden]`.
+    /// Fills `slots` with the branches of every image; returns `[slots, hidden]`.
     fn prefill(
         &mut self,
         model: &Transformer,
@@ -343,12 +343,12 @@ impl DecodeBatch {
         Ok(hidden.f_repeat([(slots.len() / each) as i64, 1])?)
     }
 
-    /// Takes a picture out before it is done; its rows are free at once.
+    /// Takes an image out before it is done; its rows are free at once.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn remove(&mut self, id: PictureId) -> Result<(), ModelError> {
-        let Some(index) = self.pictures.iter().position(|picture| picture.id == id) else {
+    pub fn remove(&mut self, id: BatchImageId) -> Result<(), ModelError> {
+        let Some(index) = self.images.iter().position(|image| image.id == id) else {
             return Ok(());
         };
         let mut order: Vec<i64> = (0..self.rows.len() as i64).collect();
@@ -359,15 +359,15 @@ impl DecodeBatch {
         Ok(())
     }
 
-    /// Frees a picture's rows; the last rows move into the holes, in `order` too. Through libtorch a step reads the first
+    /// Frees an image's rows; the last rows move into the holes, in `order` too. Through libtorch a step reads the first
     /// rows of the cache, so what is cached moves along there.
-    fn release(&mut self, index: usize, order: &mut Vec<i64>) -> Result<Picture, ModelError> {
-        let picture = self.pictures.swap_remove(index);
-        self.free_buffers.push(picture.buffer);
+    fn release(&mut self, index: usize, order: &mut Vec<i64>) -> Result<BatchImage, ModelError> {
+        let image = self.images.swap_remove(index);
+        self.free_buffers.push(image.buffer);
         if let Backend::Device(device) = &mut self.backend {
             device.members_changed();
         }
-        let mut freed: Vec<usize> = picture.own_rows().collect();
+        let mut freed: Vec<usize> = image.own_rows().collect();
         freed.sort_unstable();
         for hole in freed.into_iter().rev() {
             let last = self.rows.len() - 1;
@@ -383,7 +383,7 @@ impl DecodeBatch {
             }
             if hole != last {
                 self.rows[last] = moved;
-                if let Some(owner) = self.pictures.iter_mut().find(|p| p.id == moved.picture) {
+                if let Some(owner) = self.images.iter_mut().find(|p| p.id == moved.image) {
                     if owner.conditional == last {
                         owner.conditional = hole;
                     } else {
@@ -395,7 +395,7 @@ impl DecodeBatch {
             self.rows.swap_remove(hole);
             order.swap_remove(hole);
         }
-        Ok(picture)
+        Ok(image)
     }
 
     /// Takes everything out, whatever state a failed step has left.
@@ -407,7 +407,7 @@ impl DecodeBatch {
         self.hidden = None;
         self.free_slots = (0..self.cache.rows()).rev().collect();
         self.free_buffers
-            .extend(self.pictures.drain(..).map(|picture| picture.buffer));
+            .extend(self.images.drain(..).map(|image| image.buffer));
         if let Backend::Device(device) = &mut self.backend {
             device.members_changed();
         }
@@ -420,17 +420,17 @@ impl DecodeBatch {
     /// # Errors
     /// When an image has no more than that many codes, or has drawn more.
     pub fn skip_to(&mut self, codes: i64) -> Result<(), ModelError> {
-        let fits = |picture: &Picture| picture.done <= codes && codes < picture.total();
-        if !self.pictures.iter().all(fits) {
+        let fits = |image: &BatchImage| image.done <= codes && codes < image.total();
+        if !self.images.iter().all(fits) {
             let problem = format!("is {codes}, which is not between what every image has drawn and has in all");
             return Err(ModelError::invalid("codes", problem));
         }
-        for picture in &mut self.pictures {
-            let skipped = codes + codes / picture.columns - picture.done - picture.done / picture.columns;
-            picture.own_rows().for_each(|row| self.rows[row].next += skipped);
-            picture.done = codes;
+        for image in &mut self.images {
+            let skipped = codes + codes / image.columns - image.done - image.done / image.columns;
+            image.own_rows().for_each(|row| self.rows[row].next += skipped);
+            image.done = codes;
             if let Backend::Host(host) = &mut self.backend {
-                host.skip_to(picture.buffer, codes);
+                host.skip_to(image.buffer, codes);
             }
         }
         if let Backend::Device(device) = &mut self.backend {
@@ -439,7 +439,7 @@ impl DecodeBatch {
         Ok(())
     }
 
-    /// One more code for every picture; those that are complete leave and are returned.
+    /// One more code for every image; those that are complete leave and are returned.
     ///
     /// # Errors
     /// When the device fails; the batch must be cleared then.
@@ -463,18 +463,14 @@ impl DecodeBatch {
             return Ok(false);
         };
         // An image's end is the end of a row, too.
-        if self
-            .pictures
-            .iter()
-            .any(|picture| (picture.done + 1) % picture.columns == 0)
-        {
+        if self.images.iter().any(|image| (image.done + 1) % image.columns == 0) {
             return Ok(false);
         }
         let highest = self.rows.iter().map(|row| row.next).max().unwrap_or(0);
         let Some(next) = device.step_by_graph((model, &self.head), hidden, highest, &mut self.cache)? else {
             return Ok(false);
         };
-        self.pictures.iter_mut().for_each(|picture| picture.done += 1);
+        self.images.iter_mut().for_each(|image| image.done += 1);
         self.rows.iter_mut().for_each(|row| row.next += 1);
         self.hidden = Some(next);
         Ok(true)
@@ -485,23 +481,23 @@ impl DecodeBatch {
     /// # Errors
     /// As [`Self::step`], and what `observe` returns.
     pub fn step_observed(&mut self, model: &Transformer, observe: &mut Observe) -> Result<Vec<Drawn>, ModelError> {
-        let Some(hidden) = self.hidden.take().filter(|_| !self.pictures.is_empty()) else {
+        let Some(hidden) = self.hidden.take().filter(|_| !self.images.is_empty()) else {
             return Ok(vec![]);
         };
         let drawn = self.draw(model, &hidden, observe)?;
-        for (index, picture) in self.pictures.iter_mut().enumerate() {
-            picture.done += 1;
+        for (index, image) in self.images.iter_mut().enumerate() {
+            image.done += 1;
             // On a device this would need a wait: such an image goes on to its end.
-            picture.broken = matches!(&drawn, Codes::Host(codes) if codes[index] == NO_CODE);
+            image.broken = matches!(&drawn, Codes::Host(codes) if codes[index] == NO_CODE);
         }
         // Which draw each image goes on with; images move when others leave.
-        let mut stayed: Vec<i64> = (0..self.pictures.len() as i64).collect();
+        let mut stayed: Vec<i64> = (0..self.images.len() as i64).collect();
         let mut left = Vec::new();
-        while let Some(index) = self.pictures.iter().position(|p| p.broken || p.done == p.total()) {
-            let codes = self.codes_of(&self.pictures[index]);
-            let picture = self.release(index, &mut vec![0; self.rows.len()])?;
+        while let Some(index) = self.images.iter().position(|p| p.broken || p.done == p.total()) {
+            let codes = self.codes_of(&self.images[index]);
+            let image = self.release(index, &mut vec![0; self.rows.len()])?;
             stayed.swap_remove(index);
-            left.push(Drawn { id: picture.id, codes });
+            left.push(Drawn { id: image.id, codes });
         }
         if self.rows.is_empty() {
             return Ok(left);
@@ -512,7 +508,7 @@ impl DecodeBatch {
 
     /// Draws one code of every image from `hidden` `[rows, hidden]`.
     fn draw(&mut self, model: &Transformer, hidden: &Tensor, observe: &mut Observe) -> Result<Codes, ModelError> {
-        let images: Vec<ImageDraw> = self.pictures.iter().map(ImageDraw::from).collect();
+        let images: Vec<ImageDraw> = self.images.iter().map(ImageDraw::from).collect();
         let rows = self.feeds();
         match &mut self.backend {
             Backend::Host(host) => Ok(Codes::Host(host.draw(&self.head, hidden, &images, observe)?)),
@@ -535,10 +531,10 @@ impl DecodeBatch {
         observe: &mut Observe,
     ) -> Result<Tensor, ModelError> {
         let mut forced: Vec<usize> = self
-            .pictures
+            .images
             .iter()
-            .filter(|picture| picture.done % picture.columns == 0)
-            .flat_map(Picture::own_rows)
+            .filter(|image| image.done % image.columns == 0)
+            .flat_map(BatchImage::own_rows)
             .collect();
         forced.sort_unstable();
         let rows = self.feeds();
@@ -552,7 +548,7 @@ impl DecodeBatch {
                 host.advance(decoder, &codes, &rows, forced, &mut self.cache, observe)
             }
             (Backend::Device(device), Codes::Device(codes), _) => {
-                let images: Vec<ImageDraw> = self.pictures.iter().map(ImageDraw::from).collect();
+                let images: Vec<ImageDraw> = self.images.iter().map(ImageDraw::from).collect();
                 let (batch, by_length) = ((&images[..], &rows[..]), model.reads_by_length());
                 let drawn = Some((codes, stayed));
                 let codes = device
@@ -567,8 +563,8 @@ impl DecodeBatch {
     /// What every row is fed next.
     fn feeds(&self) -> Vec<RowFeed> {
         let mut image_of = vec![0; self.rows.len()];
-        for (index, picture) in self.pictures.iter().enumerate() {
-            picture.own_rows().for_each(|row| image_of[row] = index);
+        for (index, image) in self.images.iter().enumerate() {
+            image.own_rows().for_each(|row| image_of[row] = index);
         }
         let feed = |(row, &image): (&Row, &usize)| RowFeed {
             image,
@@ -579,19 +575,19 @@ impl DecodeBatch {
     }
 }
 
-impl From<&Picture> for ImageDraw {
-    fn from(picture: &Picture) -> Self {
+impl From<&BatchImage> for ImageDraw {
+    fn from(image: &BatchImage) -> Self {
         Self {
-            conditional: picture.conditional,
-            unconditional: picture.unconditional,
-            guidance_scale: picture.guidance_scale,
+            conditional: image.conditional,
+            unconditional: image.unconditional,
+            guidance_scale: image.guidance_scale,
             draw: Draw {
-                top_k: picture.top_k,
-                temperature: picture.temperature,
-                uniform: picture.uniform(picture.done),
+                top_k: image.top_k,
+                temperature: image.temperature,
+                uniform: image.uniform(image.done),
             },
-            buffer: picture.buffer,
-            done: picture.done,
+            buffer: image.buffer,
+            done: image.done,
         }
     }
 }

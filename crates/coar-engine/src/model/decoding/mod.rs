@@ -1,4 +1,4 @@
-//! Drawing pictures code by code on the frozen model: any number of pictures of any prompts, sizes and settings advance
+//! Drawing images code by code on the frozen model: any number of images of any prompts, sizes and settings advance
 //! together, one forward pass per code.
 //!
 //! Order per code as the reference's (`inference_solver.py`): raw logits, guidance, grammar, top-k, temperature, softmax,
@@ -12,7 +12,7 @@ mod step;
 
 use super::context::ContextBatch;
 use super::{ModelError, Transformer};
-pub use batch::{BatchOptions, DecodeBatch, Drawn, PictureId};
+pub use batch::{BatchImageId, BatchOptions, DecodeBatch, Drawn};
 use coar_core::tokenizer::Vocabulary;
 pub use step::{Observe, StepPart};
 
@@ -25,20 +25,20 @@ pub struct DecodingRequest {
     pub unconditional: Vec<i64>,
     /// Injections into the prompt, which is row 0.
     pub context: Option<ContextBatch>,
-    /// Codes per column and per row of the picture.
+    /// Codes per column and per row of the image.
     pub rows: i64,
     pub columns: i64,
     /// `u + s * (c - u)`; 1 leaves the unconditional branch out.
     pub guidance_scale: f64,
     pub temperature: f64,
     pub top_k: i64,
-    /// One picture for each: the random stream `(seed, index)`.
+    /// One image for each: the random stream `(seed, index)`.
     pub streams: Vec<(u64, u64)>,
 }
 
 impl DecodingRequest {
-    /// Cache rows that each picture takes.
-    pub fn rows_per_picture(&self) -> usize {
+    /// Cache rows that each image takes.
+    pub fn rows_per_image(&self) -> usize {
         if self.guidance_scale == 1.0 { 1 } else { 2 }
     }
 
@@ -48,18 +48,18 @@ impl DecodingRequest {
     }
 }
 
-/// The pictures of some requests, with a cache of their own.
+/// The images of some requests, with a cache of their own.
 #[derive(Debug)]
 pub struct Decoding {
     batch: DecodeBatch,
-    ids: Vec<PictureId>,
+    ids: Vec<BatchImageId>,
     codes: Vec<Vec<i64>>,
     total: i64,
     done: i64,
 }
 
 impl Decoding {
-    /// Runs the prompts. The pictures are those of the requests, one after the other.
+    /// Runs the prompts. The images are those of the requests, one after the other.
     ///
     /// # Errors
     /// When a sequence is longer than the model's positions or the device fails.
@@ -68,7 +68,7 @@ impl Decoding {
         vocabulary: &Vocabulary,
         requests: &[DecodingRequest],
     ) -> Result<Self, ModelError> {
-        let each = |request: &DecodingRequest| request.streams.len() * request.rows_per_picture();
+        let each = |request: &DecodingRequest| request.streams.len() * request.rows_per_image();
         let options = BatchOptions {
             rows: requests.iter().map(each).sum(),
             max_seq: requests.iter().map(DecodingRequest::tokens).max().unwrap_or(0),
@@ -89,7 +89,7 @@ impl Decoding {
         })
     }
 
-    /// Codes drawn of each picture so far, and of the largest in all.
+    /// Codes drawn of each image so far, and of the largest in all.
     pub fn progress(&self) -> (i64, i64) {
         (self.done, self.total)
     }
@@ -99,12 +99,12 @@ impl Decoding {
         self.batch.is_empty()
     }
 
-    /// The codes of each picture, in raster order; empty until it is done.
+    /// The codes of each image, in raster order; empty until it is done.
     pub fn codes(&self) -> &[Vec<i64>] {
         &self.codes
     }
 
-    /// One more code for every picture.
+    /// One more code for every image.
     ///
     /// # Errors
     /// When the device fails, or the model's scores are not finite.

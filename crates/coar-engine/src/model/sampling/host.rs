@@ -1,9 +1,9 @@
-//! Guidance and drawing on numbers in the CPU's memory, one picture a thread: the same order of operations as on tensors.
+//! Guidance and drawing on numbers in the CPU's memory, one image a thread: the same order of operations as on tensors.
 
 use super::{Draw, NO_CODE};
 use crate::model::cpu;
 
-/// One picture's draw from rows of logits.
+/// One image's draw from rows of logits.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::model) struct HostDraw {
     /// Row of the conditional branch, and of the other one where there is guidance.
@@ -19,14 +19,14 @@ struct Rows {
     drawn: *mut i64,
 }
 
-// SAFETY: every picture has rows of its own.
+// SAFETY: every image has rows of its own.
 unsafe impl Sync for Rows {}
 
 impl Rows {
     /// # Safety
-    /// No other thread holds a row of the same picture.
+    /// No other thread holds a row of the same image.
     unsafe fn draw(&self, index: usize, n: usize, one: &HostDraw) {
-        // SAFETY: the caller's; rows and the picture's own scratch are inside.
+        // SAFETY: the caller's; rows and the image's own scratch are inside.
         unsafe {
             let row = |row: usize| std::slice::from_raw_parts_mut(self.logits.add(row * n), n);
             let scores = row(one.conditional);
@@ -41,7 +41,7 @@ impl Rows {
     }
 }
 
-/// Draws one code for each picture from `logits` `[rows, n]`, which it overwrites. No two pictures may share a row.
+/// Draws one code for each image from `logits` `[rows, n]`, which it overwrites. No two images may share a row.
 /// `scratch` grows to what is needed and stays.
 pub(in crate::model) fn draw_on_host(
     logits: &mut [f32],
@@ -51,7 +51,7 @@ pub(in crate::model) fn draw_on_host(
 ) -> Vec<i64> {
     let rows = logits.len() / n.max(1);
     let inside = |one: &HostDraw| one.conditional < rows && one.unconditional.is_none_or(|row| row < rows);
-    assert!(draws.iter().all(inside), "a picture's rows are rows of the logits");
+    assert!(draws.iter().all(inside), "an image's rows are rows of the logits");
     let mut drawn = vec![NO_CODE; draws.len()];
     if scratch.len() < draws.len() * n {
         scratch.resize(draws.len() * n, 0.0);
@@ -61,7 +61,7 @@ pub(in crate::model) fn draw_on_host(
         scratch: scratch.as_mut_ptr(),
         drawn: drawn.as_mut_ptr(),
     };
-    // SAFETY: rows are inside, and every picture has its own.
+    // SAFETY: rows are inside, and every image has its own.
     cpu::for_each(draws.len(), |index| unsafe { pointers.draw(index, n, &draws[index]) });
     drawn
 }
@@ -157,15 +157,15 @@ mod tests {
         let _ = logits.get(12).get(17).fill_(f64::INFINITY);
         let _ = logits.get(15).get(17).fill_(f64::NEG_INFINITY);
         let mut draws = Vec::new();
-        for picture in 0..20usize {
+        for image in 0..20usize {
             draws.push(HostDraw {
-                conditional: 2 * picture,
-                unconditional: (picture % 3 == 0).then_some(2 * picture + 1),
+                conditional: 2 * image,
+                unconditional: (image % 3 == 0).then_some(2 * image + 1),
                 guidance_scale: 2.5,
                 draw: Draw {
-                    top_k: [0, 7, 300, 1][picture % 4],
-                    temperature: [1.0, 0.0, 0.4][picture % 3],
-                    uniform: uniform(3, picture as u64, 0),
+                    top_k: [0, 7, 300, 1][image % 4],
+                    temperature: [1.0, 0.0, 0.4][image % 3],
+                    uniform: uniform(3, image as u64, 0),
                 },
             });
         }
@@ -191,7 +191,7 @@ mod tests {
             let same = found == expected
                 || (draws[index].draw.temperature == 0.0
                     && row.get(*found).double_value(&[]) == row.get(*expected).double_value(&[]));
-            assert!(same, "picture {index}: {found}, {expected}");
+            assert!(same, "image {index}: {found}, {expected}");
         }
         assert_eq!(found.iter().filter(|&&code| code == NO_CODE).count(), 3, "{found:?}");
     }

@@ -1,4 +1,4 @@
-//! From logits to drawn codes: top-k with ties, temperature, softmax, and one draw from a stream of the picture's own.
+//! From logits to drawn codes: top-k with ties, temperature, softmax, and one draw from a stream of the image's own.
 
 mod device;
 mod host;
@@ -36,16 +36,16 @@ pub fn keep_top_k(scores: &Tensor, k: i64) -> Result<Tensor, ModelError> {
     Ok(scores.f_masked_fill(&scores.f_lt_tensor(&threshold)?, f64::NEG_INFINITY)?)
 }
 
-/// A uniform number in [0, 1) that depends on nothing but its three indices: the picture's stream does not know who else
-/// is being drawn (SplitMix64 over the seed, the picture's index and the position).
-pub fn uniform(seed: u64, picture: u64, position: u64) -> f64 {
+/// A uniform number in [0, 1) that depends on nothing but its three indices: the image's stream does not know who else
+/// is being drawn (SplitMix64 over the seed, the image's index and the position).
+pub fn uniform(seed: u64, image: u64, position: u64) -> f64 {
     let mix = |mut x: u64| {
         x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         x ^ (x >> 31)
     };
-    let bits = mix(mix(mix(seed) ^ picture.wrapping_mul(0xd1b5_4a32_d192_ed03)) ^ position);
+    let bits = mix(mix(mix(seed) ^ image.wrapping_mul(0xd1b5_4a32_d192_ed03)) ^ position);
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
@@ -84,13 +84,13 @@ mod tests {
     #[test]
     fn draws_follow_the_probabilities_and_do_not_know_their_neighbours() {
         let scores = Tensor::from_slice(&[0.1f32, 0.2, 0.7]).log().view([1, 3]);
-        let draw = |picture| Draw {
+        let draw = |image| Draw {
             top_k: 0,
             temperature: 1.0,
-            uniform: uniform(7, picture, 5),
+            uniform: uniform(7, image, 5),
         };
         let mut counts = [0; 3];
-        let alone: Vec<i64> = (0..3000).map(|picture| codes(&scores, &[draw(picture)])[0]).collect();
+        let alone: Vec<i64> = (0..3000).map(|image| codes(&scores, &[draw(image)])[0]).collect();
         alone.iter().for_each(|&code| counts[code as usize] += 1);
         assert!(
             (counts[0] - 300i32).abs() < 60 && (counts[2] - 2100i32).abs() < 120,

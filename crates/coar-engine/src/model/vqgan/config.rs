@@ -28,7 +28,7 @@ pub struct VqganConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EncoderDecoderConfig {
     pub z_channels: i64,
-    /// The size that `attn_resolutions` counts from, whatever the actual picture's size.
+    /// The size that `attn_resolutions` counts from, whatever the actual image's size.
     pub resolution: i64,
     pub in_channels: i64,
     pub out_ch: i64,
@@ -119,10 +119,7 @@ impl VqganConfig {
         if d.in_channels != colours || d.out_ch != colours {
             return fault(
                 "ddconfig.in_channels",
-                format!(
-                    "is {} (out_ch {}); RGB pictures need {colours}",
-                    d.in_channels, d.out_ch
-                ),
+                format!("is {} (out_ch {}); RGB images need {colours}", d.in_channels, d.out_ch),
             );
         }
         Ok(())

@@ -30,7 +30,7 @@ struct Decoder {
     conv_out: Conv,
 }
 
-/// Pictures to codes and back.
+/// Images to codes and back.
 #[derive(Debug)]
 pub struct Vqgan {
     config: VqganConfig,
@@ -210,7 +210,7 @@ impl Vqgan {
         }
     }
 
-    /// Bytes that [`Self::decode`] takes for a picture of that size beside the weights: the last level's widest layer in
+    /// Bytes that [`Self::decode`] takes for an image of that size beside the weights: the last level's widest layer in
     /// f32, eight times: a block's input and output, its norms and convolutions, and what libraries work in.
     pub fn decode_bytes(&self, width: u32, height: u32) -> u64 {
         let d = &self.config.ddconfig;

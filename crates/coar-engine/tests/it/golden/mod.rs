@@ -4,8 +4,8 @@
 //! here; an unknown kind of case, a missing file and a directory without cases are failures.
 
 mod data;
+mod images;
 mod network;
-mod pictures;
 mod report;
 mod text;
 
@@ -120,11 +120,11 @@ fn dispatch(run: &Run, report: &mut Report) -> Outcome {
         "mask_image_logits" => network::mask_image_logits(run, report),
         "inject" => network::inject(run, report),
         "decode" => network::decode(run, report),
-        "vq_encode" => pictures::vq_encode(run, report),
-        "vq_decode" => pictures::vq_decode(run, report),
-        "whiten" => pictures::whiten(run, report),
-        "crop" => pictures::crop(run, report),
-        "crop_table" => pictures::crop_table(run, report),
+        "vq_encode" => images::vq_encode(run, report),
+        "vq_decode" => images::vq_decode(run, report),
+        "whiten" => images::whiten(run, report),
+        "crop" => images::crop(run, report),
+        "crop_table" => images::crop_table(run, report),
         "ckpt_pickle" => data::ckpt_pickle(run, report),
         "topk" => text::topk(run, report),
         "grammar" => text::grammar(run, report),

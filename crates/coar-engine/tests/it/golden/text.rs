@@ -10,7 +10,7 @@ use coar_engine::model::sampling::keep_top_k;
 use serde_json::Value;
 
 use super::data::{Arrays, differing};
-use super::pictures::{read_picture, vqgan};
+use super::images::{read_image, vqgan};
 use super::{Outcome, Report, Run};
 
 fn ints(value: &Value) -> Result<Vec<i64>, String> {
@@ -201,15 +201,15 @@ pub fn item(run: &Run, report: &mut Report) -> Outcome {
     let vocabulary = Vocabulary::from_names(&tokenizer.names()).map_err(|error| error.to_string())?;
     let vqgan = vqgan(run)?;
     let unit = vqgan.config().pixels_per_code();
-    let pictures: Vec<&String> = run.case.files.iter().filter(|name| name.ends_with(".png")).collect();
+    let images: Vec<&String> = run.case.files.iter().filter(|name| name.ends_with(".png")).collect();
     let mut blocks = Vec::new();
-    for name in pictures {
-        let picture = read_picture(&run.path(name))?;
-        let codes = pixels(std::slice::from_ref(&picture))
+    for name in images {
+        let image = read_image(&run.path(name))?;
+        let codes = pixels(std::slice::from_ref(&image))
             .and_then(|p| vqgan.encode(&p))
             .map_err(|e| e.to_string())?;
         let codes = Vec::<i64>::try_from(&codes.view(-1)).map_err(|error| error.to_string())?;
-        let (rows, columns) = ((picture.height / unit) as usize, (picture.width / unit) as usize);
+        let (rows, columns) = ((image.height / unit) as usize, (image.width / unit) as usize);
         let (start, rest) = image_block(&vocabulary, &codes, rows, columns).map_err(|error| error.to_string())?;
         blocks.push([start.to_vec(), rest].concat());
     }

@@ -263,8 +263,8 @@ mod tests {
         while !drawing.is_done() {
             drawing.step(&model.transformer).unwrap();
         }
-        let image = model.decode_picture(&drawing.codes()[0], 32, 32).unwrap();
-        assert_eq!(model.encode_picture(&image).unwrap().len(), 4);
+        let image = model.decode_image(&drawing.codes()[0], 32, 32).unwrap();
+        assert_eq!(model.encode_image(&image).unwrap().len(), 4);
     }
 
     #[test]
@@ -292,7 +292,7 @@ mod tests {
         while !drawing.is_done() {
             drawing.step(&model.transformer).unwrap();
         }
-        let picture = model.decode_picture(&drawing.codes()[0], 64, 64).unwrap();
-        assert_eq!(model.encode_picture(&picture).unwrap().len(), 16);
+        let picture = model.decode_image(&drawing.codes()[0], 64, 64).unwrap();
+        assert_eq!(model.encode_image(&picture).unwrap().len(), 16);
     }
 }

@@ -28,7 +28,7 @@ pub(in crate::cli) struct DecodeArgs {
     /// `auto`, `cpu` or `cuda:N`.
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Pictures in the batch; with guidance each takes two rows.
+    /// Images in the batch; with guidance each takes two rows.
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8,16")]
     pictures: Vec<usize>,
     /// Without guidance.
@@ -180,7 +180,7 @@ impl DecodeArgs {
         self.show(&report)
     }
 
-    /// What one batch's steps took. Codes are what a picture is made of; tokens count the row ends as well, which ride
+    /// What one batch's steps took. Codes are what an image is made of; tokens count the row ends as well, which ride
     /// along.
     fn row(&self, timed: &Timed, (pictures, concept): (usize, bool), floor_ms: f64) -> Value {
         let step_ms = mean(&timed.step_ms);
@@ -269,7 +269,7 @@ impl DecodeArgs {
         Ok(timed)
     }
 
-    /// A batch of pictures at their first code.
+    /// A batch of images at their first code.
     fn fill(&self, loaded: &Loaded, pictures: usize, with_concept: bool) -> anyhow::Result<Timed> {
         let Loaded { model, vocabulary, .. } = loaded;
         let config = model.config();
@@ -280,7 +280,7 @@ impl DecodeArgs {
             image: random()?,
         };
         let request = || self.request(loaded, with_concept.then_some(&used));
-        let (each, tokens) = (request()?.rows_per_picture(), request()?.tokens());
+        let (each, tokens) = (request()?.rows_per_image(), request()?.tokens());
         let options = BatchOptions {
             rows: pictures * each,
             max_seq: tokens,
@@ -302,7 +302,7 @@ impl DecodeArgs {
         })
     }
 
-    /// A picture of the same number of tokens with and without a concept.
+    /// An image of the same number of tokens with and without a concept.
     fn request(&self, loaded: &Loaded, used: Option<&DeviceConcept>) -> anyhow::Result<DecodingRequest> {
         let Loaded {
             model,

@@ -17,11 +17,11 @@ use coar_core::engine::{
 use coar_core::training::TrainingSpec;
 use coar_engine::device::EngineOptions;
 
-/// Draw many pictures at once through the engine, as the server does: throughput and latency with no concepts, the same
+/// Draw many images at once through the engine, as the server does: throughput and latency with no concepts, the same
 /// one and all different ones; one after the other; and beside a training.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct ServeBenchArgs {
-    /// Requests of one picture each.
+    /// Requests of one image each.
     #[arg(long, default_value_t = 16)]
     requests: usize,
     /// Times that every condition is measured; the median counts.
@@ -78,7 +78,7 @@ pub(super) struct Run {
     pub latency: Vec<f64>,
 }
 
-/// Sends every request at once, or one after the other, and waits for all pictures.
+/// Sends every request at once, or one after the other, and waits for all images.
 pub(super) async fn draw(engine: &EngineHandle, requests: Vec<GenerateRequest>, at_once: bool) -> anyhow::Result<Run> {
     async fn one(engine: EngineHandle, request: GenerateRequest) -> anyhow::Result<(f64, f64)> {
         let begun = Instant::now();
@@ -136,7 +136,7 @@ pub(super) fn start_training(engine: &EngineHandle, info: &ModelInfo) -> anyhow:
             steps: 20_000,
             ..super::train::spec(info)
         },
-        pictures: super::train::pictures(width, height),
+        images: super::train::pictures(width, height),
         checkpoint: None,
         previews: vec![],
     };

@@ -17,8 +17,8 @@ use coar_core::engine::{EngineHandle, GenerateRequest, GenerationEvent, ModelInf
 use coar_engine::device::EngineOptions;
 
 /// Send requests of mixed sizes, concepts, guidance and counts through the engine, some of which are given up while they
-/// wait or are drawn; compare finished pictures with the same request alone; compare memory before and after. The status
-/// is not 0 where a picture differs, a request fails, rows stay taken, or memory has grown.
+/// wait or are drawn; compare finished images with the same request alone; compare memory before and after. The status
+/// is not 0 where an image differs, a request fails, rows stay taken, or memory has grown.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct SoakArgs {
     #[arg(long, default_value_t = 1000)]
@@ -207,7 +207,7 @@ fn request(info: &ModelInfo, seed: u64, index: usize, concepts: usize) -> (Gener
 /// How a request ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum End {
-    /// The hash of all its pictures.
+    /// The hash of all its images.
     Drawn([u8; 32]),
     GivenUp,
     Failed(String),
@@ -226,7 +226,7 @@ async fn send(engine: &EngineHandle, request: GenerateRequest, fate: Fate) -> En
     while let Some(event) = stream.next().await {
         match event {
             GenerationEvent::Progress { .. } => progress += 1,
-            GenerationEvent::Picture { index, picture } => pictures[index as usize] = picture.rgb,
+            GenerationEvent::Image { index, image } => pictures[index as usize] = image.rgb,
             GenerationEvent::Done { .. } => {
                 let mut hash = Sha256::new();
                 pictures.iter().for_each(|rgb| hash.update(rgb));
@@ -247,7 +247,7 @@ pub(super) async fn idle(engine: &EngineHandle) -> bool {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let load = engine.load();
-        if load.pictures == 0 && load.waiting_tokens == 0 {
+        if load.images == 0 && load.waiting_tokens == 0 {
             return true;
         }
         if Instant::now() > deadline {

@@ -13,13 +13,13 @@ use device::{Pace, stand_in};
 
 /// Serve like `coar serve`, but on a device that computes nothing and only takes time: for benchmarks of what is around it.
 ///
-/// Its pictures are grey. Every answer is checked, counted, stored and sent as it would be; nothing trains.
+/// Its images are grey. Every answer is checked, counted, stored and sent as it would be; nothing trains.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct StandInArgs {
-    /// Milliseconds of one step of the batch: a code of every picture in it.
+    /// Milliseconds of one step of the batch: a code of every image in it.
     #[arg(long, default_value_t = 5.0, value_name = "MS")]
     step_ms: f64,
-    /// Pictures that advance in one step.
+    /// Images that advance in one step.
     #[arg(long, default_value_t = 8, value_name = "N")]
     pictures: usize,
     #[command(flatten)]

@@ -68,7 +68,7 @@ fn tempfile_dir() -> std::io::Result<std::path::PathBuf> {
     Ok(folder)
 }
 
-/// A picture that is drawn for as long as the measurement lasts, and when its codes came.
+/// An image that is drawn for as long as the measurement lasts, and when its codes came.
 struct Drawing {
     stamps: tokio::sync::mpsc::UnboundedReceiver<Instant>,
     task: tokio::task::JoinHandle<()>,
@@ -79,7 +79,7 @@ impl Drawing {
     fn start(engine: EngineHandle, request: GenerateRequest) -> Self {
         let (stamp, stamps) = tokio::sync::mpsc::unbounded_channel();
         let task = tokio::spawn(async move {
-            // One picture after the other: a gap between two is as long as a gap within one.
+            // One image after the other: a gap between two is as long as a gap within one.
             while let Ok(mut stream) = engine.generate(request.clone()) {
                 while let Some(event) = stream.next().await {
                     if matches!(event, GenerationEvent::Progress { .. }) && stamp.send(Instant::now()).is_err() {
@@ -108,7 +108,7 @@ impl Drawing {
     }
 }
 
-/// How long the codes of a picture are apart: undisturbed, and where another request is admitted meanwhile, without a
+/// How long the codes of an image are apart: undisturbed, and where another request is admitted meanwhile, without a
 /// concept, with one that is on the device, and with one that is new. The difference between these is the concept's.
 pub(super) async fn stalls(
     engine: &EngineHandle,

@@ -15,7 +15,7 @@ use crate::pocket::world::{Scene, held_out_subjects, render};
 use coar::config::ModelArgs;
 use coar_core::concept::ConceptKind;
 use coar_core::engine::ModelInfo;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::training::TrainingSpec;
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::vqgan::VqganConfig;
@@ -26,7 +26,7 @@ use coar_engine::training::{Advance, Graph, Reference, References, Row, Trainer,
 /// one's peak is not the other's.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct TrainBenchArgs {
-    /// Codes along each side of the pictures: 32 are 512 pixels of the 7B. Default: the model's usual size.
+    /// Codes along each side of the images: 32 are 512 pixels of the 7B. Default: the model's usual size.
     #[arg(long)]
     side: Option<u32>,
     /// Steps that are timed, after one to warm up.
@@ -65,8 +65,8 @@ enum GraphChoice {
     Recomputed,
 }
 
-/// Pictures to train with: what they show does not matter to the clock.
-pub(super) fn pictures(width: u32, height: u32) -> Vec<RgbPicture> {
+/// Images to train with: what they show does not matter to the clock.
+pub(super) fn pictures(width: u32, height: u32) -> Vec<RgbImage> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let subject = &held_out_subjects()[0];
     [Scene::Grass, Scene::Room, Scene::Beach, Scene::White, Scene::City]
@@ -141,7 +141,7 @@ impl TrainBenchArgs {
         spec.layers = self.layers.unwrap_or(spec.layers);
         spec.batch_size = self.batch_size.unwrap_or(spec.batch_size);
         spec.image_tokens = self.image_tokens.unwrap_or(spec.image_tokens);
-        // As many class pictures as one step looks at: more would cost no step more.
+        // As many class images as one step looks at: more would cost no step more.
         spec.prior_pictures = spec.batch_size.div_ceil(2);
         let pictures = pictures(info.sizes[0].0, info.sizes[0].1);
         if self.together.is_empty() {
@@ -152,7 +152,7 @@ impl TrainBenchArgs {
         self.together.iter().map(each).collect()
     }
 
-    fn train(&self, model: &LuminaMgpt, spec: TrainingSpec, pictures: &[RgbPicture]) -> anyhow::Result<Value> {
+    fn train(&self, model: &LuminaMgpt, spec: TrainingSpec, pictures: &[RgbImage]) -> anyhow::Result<Value> {
         let device = model.transformer.device();
         let mut trainer = Trainer::new(model, spec, pictures)?;
         let estimate = trainer.estimate(model);

@@ -21,15 +21,15 @@ use coar_core::training::Preset;
 /// A part of it:   coar-lab eval dreambench --data DIR --out DIR --subjects dog,can --prompts 0-4
 /// Scores later:   coar-lab eval dreambench --data DIR --out DIR --report-only --dino DIR --clip DIR
 ///
-/// DIR of --data has a folder of pictures for each subject, as the DreamBooth dataset. The same command goes on where an
+/// DIR of --data has a folder of images for each subject, as the DreamBooth dataset. The same command goes on where an
 /// interrupted one was; several at once on the same --out share the work.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(in crate::cli) struct DreambenchArgs {
-    /// Folder with a folder of pictures for each subject; its prompts_and_classes.txt counts instead of the dataset's own.
+    /// Folder with a folder of images for each subject; its prompts_and_classes.txt counts instead of the dataset's own.
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// Folder for concepts, pictures, scores and report.
+    /// Folder for concepts, images, scores and report.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Folder of DINO ViT-S/16 (`facebook/dino-vits16`).
@@ -44,7 +44,7 @@ pub(in crate::cli) struct DreambenchArgs {
     /// Only these of each subject's prompts, counted from 0, such as 0,3,5-9. Default: all.
     #[arg(long, value_name = "NUMBERS")]
     prompts: Option<String>,
-    /// Pictures for each prompt.
+    /// Images for each prompt.
     #[arg(long, default_value_t = 4, value_name = "N")]
     pictures: u32,
     #[arg(long, default_value_t = 0)]

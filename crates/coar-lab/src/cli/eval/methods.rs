@@ -13,13 +13,13 @@ use coar::config::ModelArgs;
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct MethodsArgs {
-    /// The first seed. A seed decides the reference pictures, the training and the drawing.
+    /// The first seed. A seed decides the reference images, the training and the drawing.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// How many seeds, from the first. Default: 3, with --quick 1.
     #[arg(long)]
     seeds: Option<u64>,
-    /// Two subjects, one seed, two pictures per scene, no ablations.
+    /// Two subjects, one seed, two images per scene, no ablations.
     #[arg(long)]
     quick: bool,
     /// Also write every row as JSON to this file; `-` prints it instead of the table.
@@ -50,7 +50,7 @@ pub(in crate::cli) struct MethodsArgs {
     /// Also vary CoAR's settings one at a time.
     #[arg(long)]
     ablations: bool,
-    /// Also styles from one picture, and every subject with every style.
+    /// Also styles from one image, and every subject with every style.
     #[arg(long)]
     styles: bool,
     /// Also the same subjects in shades that no word of the captions means.
@@ -59,7 +59,7 @@ pub(in crate::cli) struct MethodsArgs {
     /// Folder for a contact sheet of each subject, from the finished cells: the folder beside the report, for it to show.
     #[arg(long, value_name = "DIR", requires = "dir")]
     sheets: Option<PathBuf>,
-    /// Pictures for each of the nine scenes. Default: 4, with --quick 2.
+    /// Images for each of the nine scenes. Default: 4, with --quick 2.
     #[arg(long)]
     per_scene: Option<usize>,
     /// Default: the model's.

@@ -5,8 +5,8 @@ use clap::Args;
 use super::load::TimesArgs;
 use crate::simulator::growth;
 
-/// What grows beside the devices: rows and bytes by concepts and pictures, transactions and requests to the object store by
-/// pictures and trainings. Counted from the code, not simulated.
+/// What grows beside the devices: rows and bytes by concepts and images, transactions and requests to the object store by
+/// images and trainings. Counted from the code, not simulated.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct GrowthArgs {
     #[command(flatten)]
@@ -14,7 +14,7 @@ pub(in crate::cli) struct GrowthArgs {
     /// Concepts that are registered, each trained once.
     #[arg(long, default_value_t = 1e6)]
     concepts: f64,
-    /// Pictures per second, of one concept each.
+    /// Images per second, of one concept each.
     #[arg(long, default_value_t = 10.0)]
     pictures_per_second: f64,
     /// Trainings per hour.
@@ -23,10 +23,10 @@ pub(in crate::cli) struct GrowthArgs {
     /// Workers: those without a training look for one.
     #[arg(long, default_value_t = 10.0)]
     workers: f64,
-    /// How many times longer than alone a training takes beside pictures; 2 at a share of one half.
+    /// How many times longer than alone a training takes beside images; 2 at a share of one half.
     #[arg(long, default_value_t = 2.0)]
     slowdown: f64,
-    /// Hours for which pictures are kept: `--keep-images` of `coar serve`.
+    /// Hours for which images are kept: `--keep-images` of `coar serve`.
     #[arg(long, default_value_t = 24.0)]
     keep_hours: f64,
     /// Print JSON instead of the table.

@@ -18,7 +18,7 @@ impl TimesArgs {
     }
 }
 
-/// How pictures come, and with which concepts.
+/// How images come, and with which concepts.
 #[derive(Debug, Args)]
 pub(super) struct LoadArgs {
     /// A tenth of the time the rate is so many times the mean, 1 to 10; 1: Poisson.
@@ -33,7 +33,7 @@ pub(super) struct LoadArgs {
     /// Exponent of the Zipf law by which they are asked for; 0: all alike.
     #[arg(long, default_value_t = 1.0)]
     zipf: f64,
-    /// Part of the pictures that use one.
+    /// Part of the images that use one.
     #[arg(long, default_value_t = 1.0)]
     concept_share: f64,
 }
@@ -62,7 +62,7 @@ impl LoadArgs {
 enum PolicyChoice {
     /// Any worker.
     Random,
-    /// The one with the fewest pictures; beside a training they count for more.
+    /// The one with the fewest images; beside a training they count for more.
     LeastLoaded,
     /// As the server chooses: the one with the least to do, or one that has the concept on its device where that makes nobody wait.
     Server,
@@ -73,7 +73,7 @@ enum PolicyChoice {
 pub(super) struct FleetArgs {
     #[arg(long, value_enum, default_value = "server")]
     policy: PolicyChoice,
-    /// So many of the workers take trainings and no pictures, the others pictures and no trainings; 0: all take both.
+    /// So many of the workers take trainings and no images, the others images and no trainings; 0: all take both.
     #[arg(long, default_value_t = 0, value_name = "N")]
     training_workers: usize,
     /// Milliseconds that the way from API to worker adds.

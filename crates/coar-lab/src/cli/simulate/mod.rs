@@ -37,7 +37,7 @@ pub(super) struct RunArgs {
     /// Workers, one device each.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     workers: Vec<usize>,
-    /// Pictures per second that are asked for, of all workers together.
+    /// Images per second that are asked for, of all workers together.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     pictures_per_second: Vec<f64>,
     /// The rates are those of each worker.
@@ -46,33 +46,33 @@ pub(super) struct RunArgs {
     /// Trainings per hour.
     #[arg(long, default_value_t = 0.0)]
     trainings_per_hour: f64,
-    /// This many pictures at the beginning and none after, in place of a rate.
+    /// This many images at the beginning and none after, in place of a rate.
     #[arg(long, value_name = "N")]
     at_once: Option<u64>,
     /// A training that waits at the beginning, as many as there are.
     #[arg(long, default_value_t = 0, value_name = "N")]
     trainings_at_start: u32,
-    /// Seconds in which pictures are asked for; the first fifth does not count.
+    /// Seconds in which images are asked for; the first fifth does not count.
     #[arg(long, default_value_t = 3600.0)]
     seconds: f64,
     #[command(flatten)]
     shared: Shared,
 }
 
-/// Find the fewest workers for pictures per second and trainings per hour within a p95. Several of each are tried each with
+/// Find the fewest workers for images per second and trainings per hour within a p95. Several of each are tried each with
 /// each.
 #[derive(Debug, Args)]
 pub(super) struct PlanArgs {
-    /// Pictures per second.
+    /// Images per second.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     pictures_per_second: Vec<f64>,
     /// Trainings per hour.
     #[arg(long, value_delimiter = ',', default_value = "0")]
     trainings_per_hour: Vec<f64>,
-    /// Seconds from asking for a picture to having it, the 95th percentile.
+    /// Seconds from asking for an image to having it, the 95th percentile.
     #[arg(long, value_delimiter = ',', default_value = "30")]
     p95: Vec<f64>,
-    /// The largest part of the pictures that may be refused.
+    /// The largest part of the images that may be refused.
     #[arg(long, default_value_t = 0.001)]
     refused: f64,
     /// Seconds until a training is begun, the 95th percentile.

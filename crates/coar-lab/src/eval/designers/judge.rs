@@ -16,7 +16,7 @@ use crate::pocket::designers::training::Budget;
 use crate::pocket::designers::training::run::{Run, State, saved_state, steps};
 use crate::pocket::designers::{Spec, World};
 use crate::pocket::parameters::Parameters;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 use coar_engine::model::lumina::pixels;
 use coar_engine::training::next_token;
@@ -119,7 +119,7 @@ impl Judge {
     ///
     /// # Errors
     /// When the images are of several sizes, or libtorch fails.
-    pub fn judge(&self, images: &[RgbPicture]) -> Result<Vec<Vec<i64>>, ModelError> {
+    pub fn judge(&self, images: &[RgbImage]) -> Result<Vec<Vec<i64>>, ModelError> {
         tch::no_grad(|| {
             let mut all = vec![Vec::with_capacity(images.len()); HEADS.len()];
             for chunk in images.chunks(BATCH) {
@@ -134,7 +134,7 @@ impl Judge {
     ///
     /// # Errors
     /// As [`Self::judge`].
-    pub fn accuracy(&self, images: &[RgbPicture], specs: &[Spec]) -> Result<Accuracy, ModelError> {
+    pub fn accuracy(&self, images: &[RgbImage], specs: &[Spec]) -> Result<Accuracy, ModelError> {
         let found = self.judge(images)?;
         let wanted: Vec<_> = specs.iter().map(answers).collect();
         Ok(HEADS
@@ -153,7 +153,7 @@ impl Judge {
 
 /// A batch as training shows it: shifted, in part blurred, with a little noise, since drawn images are not quite like those
 /// of the world.
-fn disturbed(images: &[RgbPicture], rng: &mut dyn RngCore) -> Result<Tensor, ModelError> {
+fn disturbed(images: &[RgbImage], rng: &mut dyn RngCore) -> Result<Tensor, ModelError> {
     let images = pixels(images)?;
     let (count, _, height, width) = images.size4()?;
     let padded = images.f_replication_pad2d([SHIFT; 4])?;
@@ -244,7 +244,7 @@ pub fn train_judge(
     Ok((judge, accuracy))
 }
 
-pub(super) fn rendered(world: &World, specs: &[Spec]) -> Result<Vec<RgbPicture>, ModelError> {
+pub(super) fn rendered(world: &World, specs: &[Spec]) -> Result<Vec<RgbImage>, ModelError> {
     specs.iter().map(|spec| Ok(world.render(spec)?)).collect()
 }
 

@@ -15,7 +15,7 @@ use crate::pocket::designers::training::measure::as_kept;
 use crate::pocket::designers::{IMAGE_SIDE, Spec, World, caption_full, is_held_out};
 use crate::pocket::world::contact_sheet;
 use coar_core::engine::SamplingParams;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::plan::{DrawSettings, draw_together};
 
@@ -96,7 +96,7 @@ struct Judged {
     images: &'static str,
     sampling: Option<Sampling>,
     seconds_per_image: Option<f64>,
-    pictures: Vec<RgbPicture>,
+    pictures: Vec<RgbImage>,
     outputs: Outputs,
     /// Against references as the tokenizer keeps them.
     kept: Vec<Recognised>,
@@ -104,7 +104,7 @@ struct Judged {
     own: Vec<Recognised>,
 }
 
-fn kept(model: &LuminaMgpt, images: &[RgbPicture]) -> Result<Vec<RgbPicture>, ModelError> {
+fn kept(model: &LuminaMgpt, images: &[RgbImage]) -> Result<Vec<RgbImage>, ModelError> {
     as_kept(&model.vqgan, images, model.transformer.device())
 }
 
@@ -115,7 +115,7 @@ fn drawn(
     sampling: Sampling,
     seed: u64,
     progress: &mut dyn FnMut(&str),
-) -> Result<Vec<RgbPicture>, ModelError> {
+) -> Result<Vec<RgbImage>, ModelError> {
     let settings: Vec<_> = (0..captions.len() as u64)
         .map(|stream| DrawSettings {
             sampling: SamplingParams {
@@ -173,7 +173,7 @@ pub fn report(
     judge: &Judge,
     options: &ReportOptions,
     progress: &mut dyn FnMut(&str),
-) -> Result<(DesignersReport, RgbPicture), ModelError> {
+) -> Result<(DesignersReport, RgbImage), ModelError> {
     let _no_grad = tch::no_grad_guard();
     let side = IMAGE_SIDE as u32;
     if !model.sizes().contains(&(side, side)) || options.images == 0 {
@@ -244,7 +244,7 @@ impl Judged {
         images: &'static str,
         sampling: Option<Sampling>,
         seconds_per_image: Option<f64>,
-        pictures: Vec<RgbPicture>,
+        pictures: Vec<RgbImage>,
         efficientnet: &EfficientNet,
     ) -> Result<Self, ModelError> {
         Ok(Self {
@@ -293,7 +293,7 @@ impl Judged {
 }
 
 /// The first images, whole rows of them: true ones, and below them those of each sampling.
-fn sheet(groups: &[Judged], shown: usize) -> RgbPicture {
+fn sheet(groups: &[Judged], shown: usize) -> RgbImage {
     let count = groups.iter().map(|group| group.pictures.len()).min().unwrap_or(0);
     let columns = COLUMNS.min(count).max(1);
     let mut images = Vec::new();

@@ -14,10 +14,10 @@ use sha2::{Digest, Sha256};
 
 use super::layout::{Catalogue, DataFolder, Subject};
 use super::plan::Unit;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 
-/// Everything that decides the pictures. Fixed by the first run in a folder.
+/// Everything that decides the images. Fixed by the first run in a folder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -28,7 +28,7 @@ pub struct Settings {
     /// `paper` or `pocket`: the model's own, which tells whether figures mean anything.
     pub model_preset: String,
     pub seed: u64,
-    /// Pictures for each prompt.
+    /// Images for each prompt.
     pub pictures: u32,
     pub width: u32,
     pub height: u32,
@@ -50,7 +50,7 @@ struct Manifest {
 
 const FORMAT: &str = "coar-dreambench-1";
 
-/// The reference pictures that a concept is trained on, and what it took.
+/// The reference images that a concept is trained on, and what it took.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingRecord {
     /// File names with SHA-256 of the files.
@@ -69,10 +69,10 @@ pub struct OutFolder {
     users: File,
 }
 
-/// A subject's real pictures.
+/// A subject's real images.
 #[derive(Debug, Clone)]
 pub struct References {
-    pub pictures: Vec<RgbPicture>,
+    pub pictures: Vec<RgbImage>,
     /// File names with SHA-256 of the files.
     pub files: Vec<(String, String)>,
 }
@@ -152,17 +152,17 @@ impl OutFolder {
         self.dir.join("concepts").join(format!("{subject}.checkpoint"))
     }
 
-    /// A drawn picture's path, inside the folder.
+    /// A drawn image's path, inside the folder.
     pub fn picture_name(subject: &str, unit: &Unit, index: u32) -> String {
         format!("pictures/{subject}/{}-{index}.png", unit.index)
     }
 
-    /// A drawn picture's path.
+    /// A drawn image's path.
     pub fn picture(&self, subject: &str, unit: &Unit, index: u32) -> PathBuf {
         self.dir.join(Self::picture_name(subject, unit, index))
     }
 
-    /// How many of a unit's pictures are there.
+    /// How many of a unit's images are there.
     pub fn drawn(&self, subject: &str, unit: &Unit, pictures: u32) -> u32 {
         (0..pictures)
             .filter(|&index| self.picture(subject, unit, index).exists())
@@ -182,7 +182,7 @@ impl OutFolder {
         }
     }
 
-    /// The subject's real pictures, which must be those that its concept is trained on, where it is begun.
+    /// The subject's real images, which must be those that its concept is trained on, where it is begun.
     ///
     /// # Errors
     /// When one cannot be read or decoded, or they are others.

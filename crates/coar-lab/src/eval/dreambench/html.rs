@@ -1,4 +1,4 @@
-//! The page: one file with everything in it, without scripts. Pictures are small copies (WebP) as data addresses; whoever
+//! The page: one file with everything in it, without scripts. Images are small copies (WebP) as data addresses; whoever
 //! wants the originals finds their names beside them.
 
 use std::io::Write;
@@ -11,13 +11,13 @@ use super::folder::OutFolder;
 use super::judging::read;
 use super::metric::{Fidelity, Scores};
 use super::report::{DrawnPicture, Results, SubjectResults};
-use coar_core::picture::{OutputFormat, PictureError, PictureLimits, RgbPicture, decode, encode};
+use coar_core::image::{ImageError, ImageLimits, OutputFormat, RgbImage, decode, encode};
 use coar_engine::model::ModelError;
 use coar_engine::model::preprocessing::{Filter, resize};
 
 /// The longest side of a small copy, in pixels.
 const SIDE: u32 = 160;
-/// The least side of a drawn picture in the page.
+/// The least side of a drawn image in the page.
 const LEAST: u32 = 128;
 /// WebP quality of a small copy.
 const QUALITY: u8 = 82;
@@ -38,8 +38,8 @@ fn escaped(text: &str) -> String {
     out
 }
 
-/// A picture's `img` element.
-fn image(picture: &RgbPicture, title: &str) -> Result<String, PictureError> {
+/// An image's `img` element.
+fn image(picture: &RgbImage, title: &str) -> Result<String, ImageError> {
     let (width, height) = small(picture.width, picture.height);
     let copy = match (width, height) == (picture.width, picture.height) {
         true => picture.clone(),
@@ -52,7 +52,7 @@ fn image(picture: &RgbPicture, title: &str) -> Result<String, PictureError> {
     ))
 }
 
-/// Sides of a small copy: in proportion, never larger than the picture.
+/// Sides of a small copy: in proportion, never larger than the image.
 fn small(width: u32, height: u32) -> (u32, u32) {
     let longest = width.max(height);
     if longest <= SIDE {
@@ -66,7 +66,7 @@ fn number(value: Option<f64>) -> String {
     value.map_or_else(|| "–".to_owned(), |value| format!("{value:.3}"))
 }
 
-/// Five cells: three scores, two of the real pictures.
+/// Five cells: three scores, two of the real images.
 fn cells(scores: Option<Scores>, real: Option<Fidelity>) -> String {
     [
         scores.map(|s| s.dino),
@@ -79,7 +79,7 @@ fn cells(scores: Option<Scores>, real: Option<Fidelity>) -> String {
     .concat()
 }
 
-/// Writes the page. `progress` is told how many pictures went in.
+/// Writes the page. `progress` is told how many images went in.
 pub(super) fn write(
     page: &Path,
     results: &Results,
@@ -184,7 +184,7 @@ fn settings(results: &Results) -> String {
     list
 }
 
-/// A subject: its real pictures, then every prompt with its pictures.
+/// A subject: its real images, then every prompt with its images.
 fn section(subject: &SubjectResults, results: &Results, folder: &OutFolder) -> Result<String, ModelError> {
     let name = escaped(&subject.name);
     let trained = subject.training.as_ref().and_then(|record| record.parameters);
@@ -197,14 +197,14 @@ fn section(subject: &SubjectResults, results: &Results, folder: &OutFolder) -> R
     );
     for file in &subject.references {
         let bytes = std::fs::read(file).map_err(|error| ModelError::file(file, error))?;
-        let element = decode(&bytes, &PictureLimits::default())
+        let element = decode(&bytes, &ImageLimits::default())
             .and_then(|picture| image(&picture, &file.file_name().unwrap_or_default().to_string_lossy()))
             .map_err(|error| ModelError::file(file, error))?;
         section.push_str(&element);
         section.push('\n');
     }
     // At least two side by side, so that a prompt's text has room; a little smaller than they are, so that two prompts of
-    // four pictures fit beside each other.
+    // four images fit beside each other.
     let across = results.settings.pictures.clamp(2, 4);
     let card = across * results.settings.width.max(results.settings.height).min(LEAST);
     section.push_str(&format!(
@@ -233,7 +233,7 @@ fn figures(subject: &SubjectResults) -> String {
     )
 }
 
-/// A prompt with its pictures and their mean scores.
+/// A prompt with its images and their mean scores.
 fn prompt(pictures: &[DrawnPicture], folder: &OutFolder) -> Result<String, ModelError> {
     let Some(first) = pictures.first() else {
         return Ok(String::new());

@@ -7,25 +7,25 @@ use super::layout::{DataFolder, Subject};
 use super::metric::{Fidelity, Scores, against_references, among_references, to_text};
 use super::plan::{Plan, Unit};
 use super::report::{DrawnPicture, Results, SubjectResults};
-use coar_core::picture::{PictureLimits, RgbPicture, decode};
+use coar_core::image::{ImageLimits, RgbImage, decode};
 use coar_engine::model::ModelError;
 
-/// An embedding for each picture or text.
+/// An embedding for each image or text.
 pub type Embeddings = Vec<Vec<f32>>;
 
 /// The networks that the scores come from.
 pub trait Judges {
-    /// DINO's embeddings of pictures.
+    /// DINO's embeddings of images.
     ///
     /// # Errors
     /// When the device fails.
-    fn dino(&self, pictures: &[RgbPicture]) -> Result<Embeddings, ModelError>;
+    fn dino(&self, pictures: &[RgbImage]) -> Result<Embeddings, ModelError>;
 
-    /// CLIP's embeddings of pictures.
+    /// CLIP's embeddings of images.
     ///
     /// # Errors
     /// When the device fails.
-    fn clip(&self, pictures: &[RgbPicture]) -> Result<Embeddings, ModelError>;
+    fn clip(&self, pictures: &[RgbImage]) -> Result<Embeddings, ModelError>;
 
     /// CLIP's embeddings of texts.
     ///
@@ -48,13 +48,13 @@ pub struct JudgeFacts {
 /// Numbers in an embedding of DINO ViT-S/16 and of CLIP ViT-B/32.
 const DIMENSIONS: (usize, usize) = (384, 512);
 
-/// Pictures that go through a judge at once.
+/// Images that go through a judge at once.
 const BATCH: usize = 16;
 
-/// Scores everything of the plan that is there; without judges only counts it. `progress` is told pictures done.
+/// Scores everything of the plan that is there; without judges only counts it. `progress` is told images done.
 ///
 /// # Errors
-/// When a picture cannot be read, or the device fails.
+/// When an image cannot be read, or the device fails.
 pub fn score(
     data: &DataFolder,
     (folder, settings): (&OutFolder, &Settings),
@@ -128,7 +128,7 @@ impl Scoring<'_> {
     /// Fills in the scores; returns the lengths of DINO's and CLIP's embeddings.
     fn judge(
         &self,
-        real: &[RgbPicture],
+        real: &[RgbImage],
         results: &mut SubjectResults,
         judges: &dyn Judges,
     ) -> Result<(usize, usize), ModelError> {
@@ -160,7 +160,7 @@ impl Scoring<'_> {
         Ok(sizes)
     }
 
-    /// The embedding of each picture's text; every text goes through the judge once.
+    /// The embedding of each image's text; every text goes through the judge once.
     fn texts(&self, pictures: &[DrawnPicture], judges: &dyn Judges) -> Result<Embeddings, ModelError> {
         let mut texts: Vec<&str> = pictures.iter().map(|picture| picture.text.as_str()).collect();
         texts.dedup();
@@ -177,10 +177,10 @@ fn scores_of(picture: &DrawnPicture) -> Option<&Scores> {
     picture.scores.as_ref()
 }
 
-/// A drawn picture.
-pub(super) fn read(file: &std::path::Path) -> Result<RgbPicture, ModelError> {
+/// A drawn image.
+pub(super) fn read(file: &std::path::Path) -> Result<RgbImage, ModelError> {
     let bytes = std::fs::read(file).map_err(|error| ModelError::file(file, error))?;
-    decode(&bytes, &PictureLimits::default()).map_err(|error| ModelError::file(file, error))
+    decode(&bytes, &ImageLimits::default()).map_err(|error| ModelError::file(file, error))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
-//! What the user supplies: a folder of pictures for each subject, and a file that says classes and prompts.
+//! What the user supplies: a folder of images for each subject, and a file that says classes and prompts.
 //!
-//! Both in the layout of the DreamBooth dataset. Its file of classes and prompts is part of this program, so that pictures
+//! Both in the layout of the DreamBooth dataset. Its file of classes and prompts is part of this program, so that images
 //! are enough; one in the data folder counts instead.
 
 use std::path::{Path, PathBuf};
@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use coar_core::concept::{concept_names, is_slug, parse_prompt};
-use coar_core::picture::{PictureLimits, RgbPicture, decode};
-use coar_core::training::spec::PICTURES_LIMIT;
+use coar_core::image::{ImageLimits, RgbImage, decode};
+use coar_core::training::spec::IMAGES_LIMIT;
 use coar_engine::model::ModelError;
 
 /// The file's name, in the data folder.
@@ -228,7 +228,7 @@ pub struct DataFolder {
 }
 
 impl DataFolder {
-    /// Opens a folder with a folder of pictures for each subject.
+    /// Opens a folder with a folder of images for each subject.
     ///
     /// # Errors
     /// When it is missing, or its file of classes and prompts cannot be used.
@@ -251,10 +251,10 @@ impl DataFolder {
         })
     }
 
-    /// A subject's picture files, sorted by name.
+    /// A subject's image files, sorted by name.
     ///
     /// # Errors
-    /// When the folder is missing or holds no picture, or more than a training takes.
+    /// When the folder is missing or holds no image, or more than a training takes.
     pub fn files(&self, subject: &Subject) -> Result<Vec<PathBuf>, ModelError> {
         let dir = self.dir.join(&subject.name);
         let fault =
@@ -271,9 +271,9 @@ impl DataFolder {
             }
         }
         files.sort();
-        if files.is_empty() || files.len() > PICTURES_LIMIT {
+        if files.is_empty() || files.len() > IMAGES_LIMIT {
             let problem = format!(
-                "has {} JPEG, PNG or WebP pictures; expected 1 to {PICTURES_LIMIT}",
+                "has {} JPEG, PNG or WebP pictures; expected 1 to {IMAGES_LIMIT}",
                 files.len()
             );
             return Err(ModelError::file(dir, problem));
@@ -281,14 +281,14 @@ impl DataFolder {
         Ok(files)
     }
 
-    /// A subject's pictures, with the bytes of their files.
+    /// A subject's images, with the bytes of their files.
     ///
     /// # Errors
     /// When one cannot be read or decoded; the message has its path.
-    pub fn pictures(&self, subject: &Subject) -> Result<Vec<(PathBuf, Vec<u8>, RgbPicture)>, ModelError> {
+    pub fn pictures(&self, subject: &Subject) -> Result<Vec<(PathBuf, Vec<u8>, RgbImage)>, ModelError> {
         let read = |file: PathBuf| {
             let bytes = std::fs::read(&file).map_err(|error| ModelError::file(&file, error))?;
-            let picture = decode(&bytes, &PictureLimits::default()).map_err(|error| ModelError::file(&file, error))?;
+            let picture = decode(&bytes, &ImageLimits::default()).map_err(|error| ModelError::file(&file, error))?;
             Ok((file, bytes, picture))
         };
         self.files(subject)?.into_iter().map(read).collect()

@@ -4,14 +4,14 @@
 
 use serde::Serialize;
 
-/// Likeness to a subject's real pictures.
+/// Likeness to a subject's real images.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Fidelity {
     pub dino: f64,
     pub clip_i: f64,
 }
 
-/// The three figures of the paper's table, for a picture or as means over many.
+/// The three figures of the paper's table, for an image or as means over many.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Scores {
     pub dino: f64,
@@ -34,14 +34,14 @@ pub fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     (count > 0).then(|| sum / count as f64)
 }
 
-/// For each drawn picture the mean cosine with every real picture of its subject. The mean of these over a subject's
-/// pictures is the paper's average over pairs of a generated and a real picture.
+/// For each drawn image the mean cosine with every real image of its subject. The mean of these over a subject's
+/// images is the paper's average over pairs of a generated and a real image.
 pub fn against_references(drawn: &[Vec<f32>], references: &[Vec<f32>]) -> Vec<f64> {
     let of = |picture: &Vec<f32>| mean(references.iter().map(|real| cosine(picture, real))).unwrap_or(0.0);
     drawn.iter().map(of).collect()
 }
 
-/// The mean cosine between different real pictures of one subject: the table's first row. `None` for a single picture.
+/// The mean cosine between different real images of one subject: the table's first row. `None` for a single image.
 pub fn among_references(references: &[Vec<f32>]) -> Option<f64> {
     let pairs = references
         .iter()
@@ -50,7 +50,7 @@ pub fn among_references(references: &[Vec<f32>]) -> Option<f64> {
     mean(pairs)
 }
 
-/// For each drawn picture its cosine with the embedding of its prompt.
+/// For each drawn image its cosine with the embedding of its prompt.
 pub fn to_text(drawn: &[Vec<f32>], prompts: &[Vec<f32>]) -> Vec<f64> {
     drawn
         .iter()
@@ -60,7 +60,7 @@ pub fn to_text(drawn: &[Vec<f32>], prompts: &[Vec<f32>]) -> Vec<f64> {
 }
 
 impl Scores {
-    /// Means over pictures, or over subjects; `None` for none.
+    /// Means over images, or over subjects; `None` for none.
     pub fn mean_of<'a>(all: impl IntoIterator<Item = &'a Scores> + Clone) -> Option<Scores> {
         let of = |value: fn(&Scores) -> f64| mean(all.clone().into_iter().map(value));
         Some(Scores {
@@ -105,7 +105,7 @@ mod tests {
         let real = [vec![1.0, 0.0], vec![3.0, 4.0]];
         let scores = against_references(&[vec![2.0, 0.0], vec![0.0, 1.0]], &real);
         assert!(close(scores[0], 0.8) && close(scores[1], 0.4), "{scores:?}");
-        // The mean over pictures is the mean over the four pairs.
+        // The mean over images is the mean over the four pairs.
         assert!(close(mean(scores).unwrap(), (1.0 + 0.6 + 0.0 + 0.8) / 4.0));
     }
 

@@ -1,4 +1,4 @@
-//! DreamBench as the DreamBooth paper runs it (arXiv 2208.12242, section 4.1): a concept for each subject, pictures of
+//! DreamBench as the DreamBooth paper runs it (arXiv 2208.12242, section 4.1): a concept for each subject, images of
 //! every prompt, subject fidelity by DINO and CLIP-I, prompt fidelity by CLIP-T. `docs/dreambench.md` has the protocol.
 
 mod folder;

@@ -1,4 +1,4 @@
-//! The networks that score: DINO with DreamBooth's preparation of pictures, CLIP with its own.
+//! The networks that score: DINO with DreamBooth's preparation of images, CLIP with its own.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use tch::Device;
 
 use super::judging::{Embeddings, JudgeFacts, Judges};
 use crate::eval::judges::{Clip, Dino, Preprocessing};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 
 /// DINO and CLIP from their folders.
@@ -34,11 +34,11 @@ impl Networks {
 }
 
 impl Judges for Networks {
-    fn dino(&self, pictures: &[RgbPicture]) -> Result<Embeddings, ModelError> {
+    fn dino(&self, pictures: &[RgbImage]) -> Result<Embeddings, ModelError> {
         self.dino.embed(pictures)
     }
 
-    fn clip(&self, pictures: &[RgbPicture]) -> Result<Embeddings, ModelError> {
+    fn clip(&self, pictures: &[RgbImage]) -> Result<Embeddings, ModelError> {
         self.clip.embed_pictures(pictures)
     }
 

@@ -14,7 +14,7 @@ pub struct Choice {
     pub prompts: Option<Vec<usize>>,
 }
 
-/// One prompt of one subject, all its pictures: what is drawn in one batch and claimed by one worker.
+/// One prompt of one subject, all its images: what is drawn in one batch and claimed by one worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit {
     /// Index in the subject's list.
@@ -29,19 +29,19 @@ pub struct Unit {
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub subjects: Vec<(Subject, Vec<Unit>)>,
-    /// Pictures for each unit.
+    /// Images for each unit.
     pub pictures: u32,
 }
 
-/// The most pictures for each prompt: they are drawn in one batch.
-pub const PICTURES_LIMIT: u32 = 16;
+/// The most images for each prompt: they are drawn in one batch.
+pub const IMAGES_LIMIT: u32 = 16;
 
 impl Plan {
     /// # Errors
-    /// When the choice names a subject or prompt that the catalogue lacks, or nothing, or too many pictures.
+    /// When the choice names a subject or prompt that the catalogue lacks, or nothing, or too many images.
     pub fn new(catalogue: &Catalogue, choice: &Choice, pictures: u32) -> Result<Self, ModelError> {
-        if !(1..=PICTURES_LIMIT).contains(&pictures) {
-            let problem = format!("is {pictures}; expected 1 to {PICTURES_LIMIT}");
+        if !(1..=IMAGES_LIMIT).contains(&pictures) {
+            let problem = format!("is {pictures}; expected 1 to {IMAGES_LIMIT}");
             return Err(ModelError::invalid("pictures", problem));
         }
         let known: Vec<&str> = catalogue.subjects.iter().map(|subject| subject.name.as_str()).collect();
@@ -63,7 +63,7 @@ impl Plan {
         Ok(Self { subjects, pictures })
     }
 
-    /// Pictures in all.
+    /// Images in all.
     pub fn total(&self) -> u64 {
         let units: usize = self.subjects.iter().map(|(_, units)| units.len()).sum();
         units as u64 * u64::from(self.pictures)
@@ -90,7 +90,7 @@ fn units(catalogue: &Catalogue, subject: &Subject, choice: &Choice) -> Result<Ve
     Ok((0..prompts.len()).filter(wanted).map(unit).collect())
 }
 
-/// A unit's random stream; its pictures are the stream's indices 0, 1, ... The same for any choice of the other subjects
+/// A unit's random stream; its images are the stream's indices 0, 1, ... The same for any choice of the other subjects
 /// and prompts, any order, and any worker.
 pub fn stream(seed: u64, subject: &Subject, unit: &Unit) -> u64 {
     let mut hash = Sha256::new();

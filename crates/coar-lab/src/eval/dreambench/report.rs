@@ -1,4 +1,4 @@
-//! What came of it: a table, JSON and CSV. The page with the pictures is in `html`.
+//! What came of it: a table, JSON and CSV. The page with the images is in `html`.
 
 use std::path::PathBuf;
 
@@ -11,12 +11,12 @@ use super::metric::{Fidelity, Scores};
 use super::plan::Plan;
 use coar_engine::model::ModelError;
 
-/// One drawn picture.
+/// One drawn image.
 #[derive(Debug, Clone, Serialize)]
 pub struct DrawnPicture {
     /// Of the subject's list of prompts.
     pub prompt_index: usize,
-    /// Among the pictures of this prompt.
+    /// Among the images of this prompt.
     pub index: u32,
     /// What it was drawn from.
     pub prompt: String,
@@ -34,13 +34,13 @@ pub struct SubjectResults {
     pub name: String,
     pub class: String,
     pub live: bool,
-    /// Its real pictures; as JSON their file names.
+    /// Its real images; as JSON their file names.
     #[serde(serialize_with = "file_names")]
     pub references: Vec<PathBuf>,
     pub training: Option<TrainingRecord>,
-    /// Means over its pictures.
+    /// Means over its images.
     pub scores: Option<Scores>,
-    /// Among its real pictures.
+    /// Among its real images.
     pub real: Option<Fidelity>,
     pub pictures: Vec<DrawnPicture>,
 }
@@ -78,12 +78,12 @@ pub struct Results {
     pub warnings: Vec<String>,
     pub settings: Settings,
     pub judges: Option<JudgeFacts>,
-    /// Pictures of the plan, and those of them that are there.
+    /// Images of the plan, and those of them that are there.
     pub planned: u64,
     pub drawn: u64,
     /// Means of the subjects' means.
     pub total: Option<Scores>,
-    /// The row of real pictures: means of the subjects'.
+    /// The row of real images: means of the subjects'.
     pub real: Option<Fidelity>,
     pub subjects: Vec<SubjectResults>,
     /// Lengths of DINO's and CLIP's embeddings, where there were any.
@@ -150,11 +150,11 @@ impl Results {
     }
 }
 
-/// Writes `results.json`, `results.csv` (a line for each picture), `subjects.csv` (a line for each subject, and the
+/// Writes `results.json`, `results.csv` (a line for each image), `subjects.csv` (a line for each subject, and the
 /// means) and `report.html` into the folder; returns the page's path.
 ///
 /// # Errors
-/// When a file cannot be written, or a picture cannot be read.
+/// When a file cannot be written, or an image cannot be read.
 pub fn write_all(results: &Results, folder: &OutFolder, progress: &mut dyn FnMut(u64)) -> Result<PathBuf, ModelError> {
     let dir = folder.dir();
     folder.write_json(&dir.join("results.json"), results)?;
@@ -282,7 +282,7 @@ pub(super) mod tests {
     use crate::eval::dreambench::plan::{Choice, numbers};
     use serde_json::json;
 
-    /// Two subjects, one prompt, one picture each, with scores.
+    /// Two subjects, one prompt, one image each, with scores.
     pub fn some(preset: &str, dimensions: (usize, usize)) -> Results {
         let catalogue = Catalogue::of_dataset().unwrap();
         let choice = Choice {

@@ -11,7 +11,7 @@ use super::plan::{Plan, Unit, stream};
 use crate::eval::run::with_overrides;
 use coar_core::concept::{ConceptFile, ConceptKind};
 use coar_core::engine::SamplingParams;
-use coar_core::picture::{OutputFormat, RgbPicture, encode};
+use coar_core::image::{OutputFormat, RgbImage, encode};
 use coar_core::training::{Preset, TrainingSpec};
 use coar_engine::device::free_bytes;
 use coar_engine::injection::DeviceConcept;
@@ -20,7 +20,7 @@ use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::plan::{DrawSettings, PlannedConcept, plan_sequence};
 use coar_engine::training::{Advance, Trainer};
 
-/// What decides the pictures beside model, data and plan.
+/// What decides the images beside model, data and plan.
 #[derive(Debug, Clone)]
 pub struct RunOptions {
     pub seed: u64,
@@ -37,7 +37,7 @@ pub struct RunOptions {
 /// What is going on.
 #[derive(Debug)]
 pub struct Progress<'a> {
-    /// Pictures of the plan that are there, whoever drew them, and in all.
+    /// Images of the plan that are there, whoever drew them, and in all.
     pub done: u64,
     pub total: u64,
     /// In words.
@@ -64,7 +64,7 @@ fn spec(model: &LuminaMgpt, options: &RunOptions, name: &str, class: &str) -> Re
     Ok(spec)
 }
 
-/// Everything that decides the pictures, to be kept with them. `model_preset` is the model's own.
+/// Everything that decides the images, to be kept with them. `model_preset` is the model's own.
 ///
 /// # Errors
 /// When the options do not fit the model.
@@ -105,7 +105,7 @@ pub fn settings(
 /// Draws what the plan still lacks in the folder, and returns when all of it is there.
 ///
 /// # Errors
-/// When pictures of the data are missing, cannot be decoded or are not those of an earlier run, when a file cannot be
+/// When images of the data are missing, cannot be decoded or are not those of an earlier run, when a file cannot be
 /// written, or the device fails. What was finished until then stays.
 pub fn run(
     model: &LuminaMgpt,
@@ -125,7 +125,7 @@ pub fn run(
         progress,
         done: 0,
     };
-    // All of the data is looked at first: a damaged picture shall not end a run of days.
+    // All of the data is looked at first: a damaged image shall not end a run of days.
     for (subject, _) in &plan.subjects {
         worker.tell(&format!("looking at {}", subject.name));
         folder.references(data, subject)?;
@@ -249,7 +249,7 @@ impl Worker<'_> {
             seconds: None,
             parameters: None,
         };
-        // Written first, so that a resumed training has the same pictures.
+        // Written first, so that a resumed training has the same images.
         self.folder.write_record(&subject.name, &record)?;
         let started = Instant::now();
         let mut trainer = self.trainer(subject, &references.pictures)?;
@@ -301,7 +301,7 @@ impl Worker<'_> {
     }
 
     /// A trainer at its last checkpoint, or before its first step.
-    fn trainer(&self, subject: &Subject, pictures: &[RgbPicture]) -> Result<Trainer, ModelError> {
+    fn trainer(&self, subject: &Subject, pictures: &[RgbImage]) -> Result<Trainer, ModelError> {
         let spec = spec(self.model, self.options, &subject.slug(), &subject.class)?;
         let file = self.folder.checkpoint(&subject.name);
         match std::fs::read(&file) {
@@ -312,7 +312,7 @@ impl Worker<'_> {
         }
     }
 
-    /// All pictures of a unit in one batch, always of the same size: what was there before is drawn again and is the same.
+    /// All images of a unit in one batch, always of the same size: what was there before is drawn again and is the same.
     fn draw(
         &mut self,
         subject: &Subject,
@@ -332,7 +332,7 @@ impl Worker<'_> {
         }
         let already = self.folder.drawn(&subject.name, unit, self.plan.pictures);
         for (index, codes) in decoding.codes().iter().enumerate() {
-            let picture = self.model.decode_picture(codes, width, height)?;
+            let picture = self.model.decode_image(codes, width, height)?;
             let file = self.folder.picture(&subject.name, unit, index as u32);
             let text = [("prompt", unit.prompt.clone()), ("seed", format!("{own}/{index}"))];
             let png = encode(&picture, OutputFormat::Png, &text).map_err(|error| ModelError::file(&file, error))?;

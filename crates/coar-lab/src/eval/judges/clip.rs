@@ -1,4 +1,4 @@
-//! CLIP (arXiv 2103.00020): a picture tower and a text tower into one space. Follows `CLIPModel` of `transformers`:
+//! CLIP (arXiv 2103.00020): an image tower and a text tower into one space. Follows `CLIPModel` of `transformers`:
 //! `get_image_features` and `get_text_features`.
 
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use super::encoder::{Encoder, Linear, Names, Norm, patches, to_rows};
 use super::preprocessor::{Family, Preprocessing, Steps};
 use super::tokenizer::ClipTokenizer;
 use super::weights;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 use coar_engine::model::weights::TensorSource;
 
@@ -150,11 +150,11 @@ impl Clip {
         })
     }
 
-    /// The picture tower's input, `[batch, 3, side, side]` in f32 on the CPU.
+    /// The image tower's input, `[batch, 3, side, side]` in f32 on the CPU.
     ///
     /// # Errors
-    /// When a picture has no pixels.
-    pub fn pixels(&self, pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
+    /// When an image has no pixels.
+    pub fn pixels(&self, pictures: &[RgbImage]) -> Result<Tensor, ModelError> {
         self.steps.pixels(pictures)
     }
 
@@ -167,11 +167,11 @@ impl Clip {
         texts.iter().map(|text| self.tokenizer.ids(text)).collect()
     }
 
-    /// For each picture its projected embedding, `projection_dim` numbers, not normalised.
+    /// For each image its projected embedding, `projection_dim` numbers, not normalised.
     ///
     /// # Errors
-    /// When a picture has no pixels, the device fails, or a number is not finite.
-    pub fn embed_pictures(&self, pictures: &[RgbPicture]) -> Result<Vec<Vec<f32>>, ModelError> {
+    /// When an image has no pixels, the device fails, or a number is not finite.
+    pub fn embed_pictures(&self, pictures: &[RgbImage]) -> Result<Vec<Vec<f32>>, ModelError> {
         let _no_grad = tch::no_grad_guard();
         let mut rows = Vec::with_capacity(pictures.len());
         for some in pictures.chunks(BATCH) {

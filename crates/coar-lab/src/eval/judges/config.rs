@@ -18,17 +18,17 @@ const MOST_PATCHES: i64 = 4096;
 const MOST_WORDS: i64 = 1 << 20;
 const MOST_POSITIONS: i64 = 1024;
 
-/// How a picture becomes tokens.
+/// How an image becomes tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PatchConfig {
-    /// Pixels along a side of the square picture.
+    /// Pixels along a side of the square image.
     pub side: i64,
     /// Pixels along a side of a patch; divides `side`.
     pub patch: i64,
 }
 
 impl PatchConfig {
-    /// Patches of a picture.
+    /// Patches of an image.
     pub fn patches(&self) -> i64 {
         (self.side / self.patch).pow(2)
     }

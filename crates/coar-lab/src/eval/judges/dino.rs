@@ -1,4 +1,4 @@
-//! DINO (arXiv 2104.14294): a vision transformer whose class token is the picture's embedding. Follows `ViTModel` of
+//! DINO (arXiv 2104.14294): a vision transformer whose class token is the image's embedding. Follows `ViTModel` of
 //! `transformers` without its pooler.
 
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use super::config::DinoConfig;
 use super::encoder::{Encoder, Linear, Names, Norm, patches, to_rows};
 use super::preprocessor::{Family, Preprocessing, Steps};
 use super::weights;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 
 const NAMES: Names = Names {
@@ -25,7 +25,7 @@ const NAMES: Names = Names {
     before_mlp: "layernorm_after",
 };
 
-/// Pictures that go through a tower at once.
+/// Images that go through a tower at once.
 pub(super) const BATCH: usize = 16;
 
 /// DINO of a folder such as `facebook/dino-vits16`, in f32.
@@ -45,7 +45,7 @@ pub struct Dino {
 }
 
 impl Dino {
-    /// As [`Self::open_with`], with the folder's own preparation of pictures.
+    /// As [`Self::open_with`], with the folder's own preparation of images.
     ///
     /// # Errors
     /// As [`Self::open_with`].
@@ -92,19 +92,19 @@ impl Dino {
         })
     }
 
-    /// The network's input for pictures, `[batch, 3, side, side]` in f32 on the CPU.
+    /// The network's input for images, `[batch, 3, side, side]` in f32 on the CPU.
     ///
     /// # Errors
-    /// When a picture has no pixels.
-    pub fn pixels(&self, pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
+    /// When an image has no pixels.
+    pub fn pixels(&self, pictures: &[RgbImage]) -> Result<Tensor, ModelError> {
         self.steps.pixels(pictures)
     }
 
-    /// For each picture the class token behind the last norm, `hidden_size` numbers.
+    /// For each image the class token behind the last norm, `hidden_size` numbers.
     ///
     /// # Errors
-    /// When a picture has no pixels, the device fails, or a number is not finite.
-    pub fn embed(&self, pictures: &[RgbPicture]) -> Result<Vec<Vec<f32>>, ModelError> {
+    /// When an image has no pixels, the device fails, or a number is not finite.
+    pub fn embed(&self, pictures: &[RgbImage]) -> Result<Vec<Vec<f32>>, ModelError> {
         let _no_grad = tch::no_grad_guard();
         let mut rows = Vec::with_capacity(pictures.len());
         for some in pictures.chunks(BATCH) {

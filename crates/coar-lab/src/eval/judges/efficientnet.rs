@@ -7,7 +7,7 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use super::weights;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 use coar_engine::model::preprocessing::{Filter, resize};
 use coar_engine::model::weights::pickle::PickleSource;
@@ -287,7 +287,7 @@ impl EfficientNet {
     ///
     /// # Errors
     /// When an image has no pixels, or libtorch fails.
-    pub fn pixels(&self, images: &[RgbPicture]) -> Result<Tensor, ModelError> {
+    pub fn pixels(&self, images: &[RgbImage]) -> Result<Tensor, ModelError> {
         if images.iter().any(|image| image.rgb.is_empty()) {
             return Err(ModelError::invalid("image", "has no pixels"));
         }
@@ -331,7 +331,7 @@ impl EfficientNet {
     ///
     /// # Errors
     /// When there are none, one has no pixels, or libtorch fails.
-    pub fn judge(&self, images: &[RgbPicture]) -> Result<Outputs, ModelError> {
+    pub fn judge(&self, images: &[RgbImage]) -> Result<Outputs, ModelError> {
         if images.is_empty() {
             return Err(ModelError::invalid("images", "are none"));
         }
@@ -438,14 +438,14 @@ pub(crate) mod tests {
         }
     }
 
-    fn image(index: usize, height: usize, width: usize) -> RgbPicture {
+    fn image(index: usize, height: usize, width: usize) -> RgbImage {
         let noise = formula(&format!("image {index}"), height * width * 3);
         let rgb = noise.iter().enumerate().map(|(at, noise)| {
             let (x, y, c) = (at / 3 % width, at / 3 / width, at % 3);
             let waves = (((x * (index + 1) * 3 + y * 5 + c * 80) % 256) as f64 - 128.0) * 0.75;
             (128.0 + waves + 24.0 * noise).floor().clamp(0.0, 255.0) as u8
         });
-        RgbPicture {
+        RgbImage {
             width: width as u32,
             height: height as u32,
             rgb: rgb.collect(),
@@ -467,7 +467,7 @@ pub(crate) mod tests {
             serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap()
         }
 
-        fn images(&self) -> Vec<RgbPicture> {
+        fn images(&self) -> Vec<RgbImage> {
             (0..self.logits.len())
                 .map(|index| image(index, self.height, self.width))
                 .collect()
@@ -563,7 +563,7 @@ pub(crate) mod tests {
             "{problem}"
         );
         let network = small();
-        let empty = RgbPicture {
+        let empty = RgbImage {
             width: 0,
             height: 0,
             rgb: vec![],

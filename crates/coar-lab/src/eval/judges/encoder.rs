@@ -60,7 +60,7 @@ impl Linear {
         Ok(Self { weight, bias })
     }
 
-    /// Patches of pictures as rows: the weight of a convolution whose stride is its kernel, `[out, 3, patch, patch]`.
+    /// Patches of images as rows: the weight of a convolution whose stride is its kernel, `[out, 3, patch, patch]`.
     pub fn load_patches(
         source: &dyn TensorSource,
         name: &str,
@@ -83,7 +83,7 @@ impl Linear {
     }
 }
 
-/// Cuts pictures `[batch, 3, side, side]` into rows `[batch, patches, 3 * patch * patch]`, as [`Linear::load_patches`]
+/// Cuts images `[batch, 3, side, side]` into rows `[batch, patches, 3 * patch * patch]`, as [`Linear::load_patches`]
 /// takes them. A matrix product instead of a convolution keeps cuDNN's reduced precision out of it.
 pub(super) fn patches(pixels: &Tensor, patch: i64) -> Result<Tensor, ModelError> {
     let (batch, _, height, width) = pixels.size4()?;

@@ -6,12 +6,12 @@ use super::config::{ClipConfig, DinoConfig, PatchConfig};
 use super::encoder::EncoderConfig;
 use super::preprocessor::{Family, Steps};
 use super::tokenizer::{ClipTokenizer, whole_file};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
 /// Ids and positions of the network that the tokenizer is for.
 const VOCABULARY: i64 = 600;
 const POSITIONS: i64 = 77;
-/// Pixels along a side of the network that pictures are prepared for.
+/// Pixels along a side of the network that images are prepared for.
 pub(crate) const SIDE: i64 = 24;
 
 fn check(encoder: &EncoderConfig, patches: &PatchConfig) {
@@ -39,13 +39,13 @@ pub(crate) fn config(kind: u8, file: &Path) -> bool {
     }
 }
 
-/// Accepted steps make the network's input of any picture, of finite numbers.
+/// Accepted steps make the network's input of any image, of finite numbers.
 fn prepare(family: Family, file: &Path) -> bool {
     let Ok(steps) = Steps::read(file, family, SIDE) else {
         return false;
     };
     for (width, height) in [(9, 5), (1, 300)] {
-        let picture = RgbPicture {
+        let picture = RgbImage {
             width,
             height,
             rgb: (0..3 * width * height).map(|at| (at * 37) as u8).collect(),

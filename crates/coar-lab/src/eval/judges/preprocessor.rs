@@ -1,4 +1,4 @@
-//! From a picture to a network's input: resize, cut, rescale, normalise, as `preprocessor_config.json` says, or as
+//! From an image to a network's input: resize, cut, rescale, normalise, as `preprocessor_config.json` says, or as
 //! DreamBooth's evaluation did it. Resizing is Pillow's, byte for byte.
 
 use std::path::Path;
@@ -7,17 +7,17 @@ use serde_json::Value;
 use tch::Tensor;
 
 use super::fields::{Fields, read_object, shown};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 use coar_engine::model::preprocessing::{Filter, resize_and_cut};
 
-/// How pictures are prepared.
+/// How images are prepared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Preprocessing {
     /// As the folder's `preprocessor_config.json` says, read as `ViTImageProcessor` and `CLIPImageProcessor` read it.
     Folder,
-    /// As the DreamBooth evaluation prepared DINO's pictures: shortest side to 256 (bicubic), 224 from the middle, mean and
-    /// deviation of ImageNet; for another picture size in proportion. `preprocessor_config.json` is not read.
+    /// As the DreamBooth evaluation prepared DINO's images: shortest side to 256 (bicubic), 224 from the middle, mean and
+    /// deviation of ImageNet; for another image size in proportion. `preprocessor_config.json` is not read.
     DreamBooth,
 }
 
@@ -37,7 +37,7 @@ const OPENAI: ([f64; 3], [f64; 3]) = (
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Resize {
-    /// To a square, whatever the picture's shape.
+    /// To a square, whatever the image's shape.
     Square(u32),
     /// The shorter side to this, the other in proportion and rounded down.
     Shortest(u32),
@@ -154,8 +154,8 @@ impl Steps {
     /// `[batch, 3, side, side]`, f32, on the CPU.
     ///
     /// # Errors
-    /// When a picture has no pixels, or not those that its sides ask for.
-    pub fn pixels(&self, pictures: &[RgbPicture]) -> Result<Tensor, ModelError> {
+    /// When an image has no pixels, or not those that its sides ask for.
+    pub fn pixels(&self, pictures: &[RgbImage]) -> Result<Tensor, ModelError> {
         let area = (self.side * self.side) as usize;
         let mut values = Vec::with_capacity(pictures.len() * 3 * area);
         for picture in pictures {
@@ -180,8 +180,8 @@ impl Steps {
         Ok(Tensor::f_from_slice(&values)?.f_view([pictures.len() as i64, 3, side, side])?)
     }
 
-    /// The part of a picture that the network sees, in its size.
-    fn square(&self, picture: &RgbPicture) -> RgbPicture {
+    /// The part of an image that the network sees, in its size.
+    fn square(&self, picture: &RgbImage) -> RgbImage {
         let (width, height) = (picture.width, picture.height);
         let full = match self.resize {
             Resize::Square(side) => (side, side),

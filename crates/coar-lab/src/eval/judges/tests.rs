@@ -8,19 +8,19 @@ use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
 use super::{Clip, Dino, Preprocessing};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 use coar_engine::model::preprocessing::{Filter, resize};
 use coar_engine::model::weights::{Checkpoint, Target};
 
-/// The picture that the fixtures' scripts make with the same numbers.
-fn noise(width: u32, height: u32) -> RgbPicture {
+/// The image that the fixtures' scripts make with the same numbers.
+fn noise(width: u32, height: u32) -> RgbImage {
     let mut state = 7u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 24) as u8
     };
-    RgbPicture {
+    RgbImage {
         width,
         height,
         rgb: (0..3 * width * height).map(|_| next()).collect(),
@@ -58,7 +58,7 @@ impl Fixtures {
         }
     }
 
-    fn pictures(&self) -> Vec<RgbPicture> {
+    fn pictures(&self) -> Vec<RgbImage> {
         self.expected.pictures.iter().map(|&(w, h)| noise(w, h)).collect()
     }
 
@@ -246,7 +246,7 @@ fn an_embedding_does_not_depend_on_its_neighbours() {
     }
     assert!(clip.embed_texts(&[]).unwrap().is_empty() && clip.embed_pictures(&[]).unwrap().is_empty());
     let dino = Dino::open(&tiny().join("dino"), Device::Cpu).unwrap();
-    let pictures: Vec<RgbPicture> = (0..17).map(|index| noise(20 + index, 30)).collect();
+    let pictures: Vec<RgbImage> = (0..17).map(|index| noise(20 + index, 30)).collect();
     assert_eq!(dino.embed(&pictures).unwrap().len(), 17);
     assert!(dino.embed(&[]).unwrap().is_empty());
 }
@@ -291,7 +291,7 @@ fn the_thinnest_picture_costs_no_more_than_its_middle() {
         assert_eq!(dino.pixels(&[noise(width, height)]).unwrap().size(), [1, 3, 28, 28]);
     }
     for (width, height, bytes) in [(0, 3, 0), (2, 2, 11), (2, 2, 13)] {
-        let picture = RgbPicture {
+        let picture = RgbImage {
             width,
             height,
             rgb: vec![0; bytes],

@@ -5,10 +5,10 @@ use serde_json::{Map, Value, json};
 use crate::tuning::WeightMethod;
 use coar_core::training::TokenMethod;
 
-/// How an arm comes to its pictures.
+/// How an arm comes to its images.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Recipe {
-    /// Unseen pictures of the subject itself: how alike two of them are.
+    /// Unseen images of the subject itself: how alike two of them are.
     Real,
     /// The class noun alone.
     Plain,
@@ -53,7 +53,7 @@ fn tokens(method: TokenMethod, changed: Value) -> Recipe {
 
 /// The paper's settings (section 4): one text and one image context token at 9 of 32 layers, AdamW 1e-2 on the tokens
 /// themselves, batch 1, both further terms. Depth and steps are scaled: the pocket model has 6 layers, and a step of the
-/// preset sees five pictures where the paper's sees one.
+/// preset sees five images where the paper's sees one.
 fn paper() -> Value {
     json!({
         "layers": 2, "text_tokens": 1, "image_tokens": 1, "parametrisation": "absolute", "learning_rate": 1e-2,

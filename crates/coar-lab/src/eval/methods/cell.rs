@@ -1,4 +1,4 @@
-//! One cell: a method trained on one subject with one seed, its pictures judged.
+//! One cell: a method trained on one subject with one seed, its images judged.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -22,7 +22,7 @@ use crate::pocket::measure::as_drawn;
 use crate::pocket::world::{HeldOutSubject, Scene, contact_sheet, render, scene_phrase};
 use crate::tuning::{BaseWeights, Tuner, TuningFile, TuningSpec, WeightMethod};
 use coar_core::concept::{ConceptFile, ConceptKind};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_core::training::{Preset, TrainingSpec};
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::{LuminaMgpt, ModelError};
@@ -61,7 +61,7 @@ pub(super) const INSTRUMENTS: u32 = 1;
 /// Names of the concepts of compositions among the changed settings.
 const SUBJECT: &str = "subject";
 const STYLE: &str = "style";
-/// Pictures of each scene that stand for what another model would supply to proxy tuning.
+/// Images of each scene that stand for what another model would supply to proxy tuning.
 const PROXIES_PER_SCENE: usize = 4;
 /// The scene of a sixth reference; then come those that are left.
 const SIXTH: Scene = Scene::Forest;
@@ -115,11 +115,11 @@ impl Bench<'_> {
         rows.find(|row| row.cell == cell).cloned()
     }
 
-    /// The pictures of a finished cell, one for each scene.
+    /// The images of a finished cell, one for each scene.
     ///
     /// # Errors
-    /// When the picture is damaged.
-    pub fn pictures(&self, arm: &Arm, held_out: &HeldOutSubject, seed: u64) -> Result<Option<RgbPicture>, ModelError> {
+    /// When the image is damaged.
+    pub fn pictures(&self, arm: &Arm, held_out: &HeldOutSubject, seed: u64) -> Result<Option<RgbImage>, ModelError> {
         let Some(file) = self.file(held_out.name, seed, &self.decided_by(arm, held_out, seed)?) else {
             return Ok(None);
         };
@@ -127,8 +127,8 @@ impl Bench<'_> {
         let Ok(bytes) = std::fs::read(&file) else {
             return Ok(None);
         };
-        let limits = coar_core::picture::PictureLimits::default();
-        let picture = coar_core::picture::decode(&bytes, &limits).map_err(|error| ModelError::file(&file, error))?;
+        let limits = coar_core::image::ImageLimits::default();
+        let picture = coar_core::image::decode(&bytes, &limits).map_err(|error| ModelError::file(&file, error))?;
         Ok(Some(picture))
     }
 
@@ -185,7 +185,7 @@ impl Bench<'_> {
         let row = MethodRow { cell, ..row };
         if let Some(file) = file {
             let sheet = contact_sheet(&pictures, 9);
-            let png = coar_core::picture::encode(&sheet, coar_core::picture::OutputFormat::Png, &[])
+            let png = coar_core::image::encode(&sheet, coar_core::image::OutputFormat::Png, &[])
                 .map_err(|error| ModelError::file(&file, error))?;
             replace(&file.with_extension("png"), &png)?;
             write(&file, &json!({"made_with": decided_by, "row": &row}))?;
@@ -235,7 +235,7 @@ impl Bench<'_> {
         arm: &Arm,
         held_out: &'static HeldOutSubject,
         seed: u64,
-    ) -> Result<(MethodRow, Vec<RgbPicture>), ModelError> {
+    ) -> Result<(MethodRow, Vec<RgbImage>), ModelError> {
         let options = self.eval_options(seed);
         let run = Run {
             model: self.model,
@@ -297,9 +297,9 @@ impl Bench<'_> {
         }
     }
 
-    /// How alike two real pictures of the subject in the same scene are: what no method can be expected to exceed.
-    fn real(&self, run: &Run, subject: &Subject, seed: u64) -> Result<(MethodRow, Vec<RgbPicture>), ModelError> {
-        let real: Vec<RgbPicture> = subject.unseen.iter().map(|(_, picture)| picture.clone()).collect();
+    /// How alike two real images of the subject in the same scene are: what no method can be expected to exceed.
+    fn real(&self, run: &Run, subject: &Subject, seed: u64) -> Result<(MethodRow, Vec<RgbImage>), ModelError> {
+        let real: Vec<RgbImage> = subject.unseen.iter().map(|(_, picture)| picture.clone()).collect();
         let real = as_drawn(&run.model.vqgan, &real)?;
         let judgement = run.judge.judge(&real)?;
         let (mut cosine, mut colour) = (0.0, 0.0);
@@ -425,8 +425,8 @@ fn proxy_scenes() -> impl Iterator<Item = Scene> {
     Scene::ALL.iter().flat_map(|&scene| [scene; PROXIES_PER_SCENE])
 }
 
-/// Pictures that another model would have drawn of the subject; here the world draws them, without a fault.
-fn proxies(subject: &Subject, seed: u64) -> Vec<RgbPicture> {
+/// Images that another model would have drawn of the subject; here the world draws them, without a fault.
+fn proxies(subject: &Subject, seed: u64) -> Vec<RgbImage> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x70_72_6f_78_79);
     proxy_scenes()
         .map(|scene| render(&subject.held_out.spec(scene, &mut rng), SIZE.0, SIZE.1))

@@ -1,4 +1,4 @@
-//! Every method of the paper's table on one frozen backbone, with the same pictures, seeds, sampler and judge.
+//! Every method of the paper's table on one frozen backbone, with the same images, seeds, sampler and judge.
 
 mod arms;
 mod cell;
@@ -36,7 +36,7 @@ pub struct MethodsOptions {
     pub named: Vec<String>,
     /// On the development subjects, on which settings are chosen.
     pub development: bool,
-    /// Pictures of each of the nine scenes.
+    /// Images of each of the nine scenes.
     pub per_scene: usize,
     pub guidance_scale: f64,
     pub top_k: u32,
@@ -72,23 +72,23 @@ pub struct MethodRow {
     pub method: String,
     pub subject: String,
     pub seed: u64,
-    /// Cosine of the judge's features with unseen pictures of the subject in the same scene.
+    /// Cosine of the judge's features with unseen images of the subject in the same scene.
     pub similarity: f64,
-    /// Intersection of colour histograms with the same pictures.
+    /// Intersection of colour histograms with the same images.
     pub colour: f64,
-    /// Share of pictures in the scene that was asked for.
+    /// Share of images in the scene that was asked for.
     pub scene: f64,
-    /// Share of pictures that show the subject's class.
+    /// Share of images that show the subject's class.
     pub class: f64,
     /// Mean share of right answers for both colours, pattern and accessory.
     pub attributes: f64,
-    /// Nats per image code on unseen pictures.
+    /// Nats per image code on unseen images.
     pub loss: Option<f64>,
     /// Trained numbers.
     pub parameters: u64,
     /// Of the file that holds what was learned.
     pub bytes: u64,
-    /// Of training, first stages and class pictures included.
+    /// Of training, first stages and class images included.
     pub seconds: f64,
     /// From the file's bytes to something that can draw.
     pub swap_ms: f64,
@@ -112,7 +112,7 @@ pub struct Evidence {
     /// Subjects in shades that no word means.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub between: Vec<MethodRow>,
-    /// Styles from one picture, and every subject with every style.
+    /// Styles from one image, and every subject with every style.
     #[serde(default)]
     pub parts: Vec<PartRow>,
 }

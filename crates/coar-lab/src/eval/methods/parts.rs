@@ -1,4 +1,4 @@
-//! Styles from one picture, and every subject with every style: cells like the methods'.
+//! Styles from one image, and every subject with every style: cells like the methods'.
 
 use std::collections::BTreeMap;
 

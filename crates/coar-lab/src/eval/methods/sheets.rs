@@ -5,7 +5,7 @@ use std::path::Path;
 use super::arms::Arm;
 use super::cell::{Bench, replace};
 use crate::pocket::world::{HeldOutSubject, contact_sheet};
-use coar_core::picture::{OutputFormat, RgbPicture, encode};
+use coar_core::image::{OutputFormat, RgbImage, encode};
 use coar_engine::model::ModelError;
 
 /// Of lossy WebP: flat colours show no loss at it.
@@ -15,9 +15,9 @@ impl Bench<'_> {
     /// Writes `sheet-SUBJECT.webp`: a line for each arm whose cell is there, in their order, a column for each scene.
     ///
     /// # Errors
-    /// When a cell's picture is damaged or the file cannot be written.
+    /// When a cell's image is damaged or the file cannot be written.
     pub fn sheet(&self, arms: &[Arm], subject: &HeldOutSubject, seed: u64, dir: &Path) -> Result<(), ModelError> {
-        let mut lines: Vec<RgbPicture> = Vec::new();
+        let mut lines: Vec<RgbImage> = Vec::new();
         for arm in arms {
             lines.extend(self.pictures(arm, subject, seed)?);
         }

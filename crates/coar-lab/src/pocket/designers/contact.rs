@@ -8,13 +8,13 @@ use super::{
     Accessory, Colour, Designer, Object, Place, Scene, Spec, World, WorldError, development_subjects, reported_subjects,
 };
 use crate::pocket::world::contact_sheet;
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
 /// One sheet and the name of its file, without extension.
 #[derive(Debug)]
 pub struct Sheet {
     pub name: &'static str,
-    pub image: RgbPicture,
+    pub image: RgbImage,
 }
 
 fn sheet(world: &World, name: &'static str, specs: &[Spec], columns: usize) -> Result<Sheet, WorldError> {

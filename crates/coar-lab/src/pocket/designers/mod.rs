@@ -32,7 +32,7 @@ pub use pack::{EFFICIENTNET, Pack, default_dir};
 pub use recolour::recolour;
 pub use spec::{Place, Spec};
 
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
 /// Sides of the world's images, in pixels.
 pub const IMAGE_SIDE: usize = 128;
@@ -185,14 +185,14 @@ impl World {
     ///
     /// # Errors
     /// When the pack lacks a drawing that it needs.
-    pub fn render(&self, spec: &Spec) -> Result<RgbPicture, WorldError> {
+    pub fn render(&self, spec: &Spec) -> Result<RgbImage, WorldError> {
         let placed = self.placed(spec)?;
         let mut rgb = self.backgrounds[spec.scene.index()].clone();
         if spec.scene != Scene::Space {
             placed.iter().for_each(|placed| cast_shadow(&mut rgb, placed));
         }
         placed.iter().for_each(|placed| paste(&mut rgb, placed));
-        Ok(RgbPicture {
+        Ok(RgbImage {
             width: IMAGE_SIDE as u32,
             height: IMAGE_SIDE as u32,
             rgb,

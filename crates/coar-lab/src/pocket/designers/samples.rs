@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use super::{
     Designer, Object, Place, Scene, Spec, World, WorldError, development_subjects, reported_subjects, scene_phrase,
 };
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
 /// References of a subject.
 const REFERENCES: usize = 5;
@@ -20,7 +20,7 @@ pub struct Sample {
     /// A subject's noun; `None` for a style.
     pub class_noun: Option<&'static str>,
     /// Images, each with what its caption says beside the concept ("on the beach", "a cat in the snow").
-    pub references: Vec<(RgbPicture, String)>,
+    pub references: Vec<(RgbImage, String)>,
 }
 
 /// Five references of every held-out subject, each in another scene, and one of every unseen designer.

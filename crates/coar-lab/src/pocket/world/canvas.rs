@@ -2,7 +2,7 @@
 
 use tiny_skia::{Color, FillRule, LineCap, LineJoin, Mask, Paint, Path, PathBuilder, Pixmap, Rect, Stroke, Transform};
 
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
 pub(super) type Rgb = [u8; 3];
 
@@ -153,7 +153,7 @@ impl Canvas {
         }
     }
 
-    pub(super) fn finish(self) -> RgbPicture {
+    pub(super) fn finish(self) -> RgbImage {
         let (width, height) = (self.pixels.width(), self.pixels.height());
         let rgb = self
             .pixels
@@ -161,6 +161,6 @@ impl Canvas {
             .iter()
             .flat_map(|p| [p.red(), p.green(), p.blue()])
             .collect();
-        RgbPicture { width, height, rgb }
+        RgbImage { width, height, rgb }
     }
 }

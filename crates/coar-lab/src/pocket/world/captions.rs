@@ -1,4 +1,4 @@
-//! Words for a picture: everything, or a random part.
+//! Words for an image: everything, or a random part.
 
 use rand::{Rng, RngCore};
 
@@ -83,7 +83,7 @@ pub fn subject_phrase(spec: &Spec) -> String {
     )
 }
 
-/// Everything: "a photo of a purple and yellow striped cat with a hat on the beach"; "a picture of" where it is none.
+/// Everything: "a photo of a purple and yellow striped cat with a hat on the beach"; "an image of" where it is none.
 pub fn caption_full(spec: &Spec) -> String {
     let lead = if spec.style == Style::Photo { "photo" } else { "picture" };
     let style = style_phrase(spec, true).map_or_else(String::new, |style| format!(" {style}"));

@@ -281,7 +281,7 @@ pub(super) fn is_held_out(spec: &Spec) -> bool {
 }
 
 impl HeldOutSubject {
-    /// A picture of it in `scene`; its shades are its own and always the same.
+    /// An image of it in `scene`; its shades are its own and always the same.
     pub fn spec(&self, scene: Scene, rng: &mut dyn RngCore) -> Spec {
         use rand::SeedableRng;
         let name = self

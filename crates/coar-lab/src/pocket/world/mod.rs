@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use canvas::{Canvas, Rgb};
 pub use captions::{caption_full, caption_random, scene_phrase, style_phrase, subject_phrase, words};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 pub use held_out::{
     HeldOutStyle, HeldOutSubject, Shades, development_styles, development_subjects, development_subjects_between,
     held_out_styles, held_out_subjects, held_out_subjects_between,
@@ -47,7 +47,7 @@ macro_rules! named {
 }
 
 named! {
-    /// What the picture shows.
+    /// What the image shows.
     Class {
         Cat => "cat", Dog => "dog", Robot => "robot", Mug => "mug", Car => "car", House => "house", Fish => "fish",
         Bird => "bird", Backpack => "backpack", Teapot => "teapot",
@@ -140,7 +140,7 @@ pub struct Layout {
     pub variant: u8,
 }
 
-/// One picture of the world, fully described.
+/// One image of the world, fully described.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Spec {
     pub class: Class,
@@ -193,7 +193,7 @@ impl Layout {
 }
 
 impl Spec {
-    /// A picture of the pre-training distribution: held-out subjects and styles never occur.
+    /// An image of the pre-training distribution: held-out subjects and styles never occur.
     pub fn sample(rng: &mut dyn RngCore) -> Self {
         let mut spec = loop {
             let spec = Self::subject(rng);
@@ -264,7 +264,7 @@ impl Spec {
 }
 
 /// Draws `spec` in 8-bit RGB; sides of 48 pixels and more look as intended.
-pub fn render(spec: &Spec, width: u32, height: u32) -> RgbPicture {
+pub fn render(spec: &Spec, width: u32, height: u32) -> RgbImage {
     let mut canvas = Canvas::new(width, height, [255; 3]);
     scenes::draw(&mut canvas, spec);
     subjects::draw(&mut canvas, spec);
@@ -273,11 +273,11 @@ pub fn render(spec: &Spec, width: u32, height: u32) -> RgbPicture {
     picture
 }
 
-/// Pictures of one size side by side, `columns` in a row, with a gap of two pixels.
-pub fn contact_sheet(pictures: &[RgbPicture], columns: usize) -> RgbPicture {
+/// Images of one size side by side, `columns` in a row, with a gap of two pixels.
+pub fn contact_sheet(pictures: &[RgbImage], columns: usize) -> RgbImage {
     const GAP: usize = 2;
     let Some(first) = pictures.first() else {
-        return RgbPicture {
+        return RgbImage {
             width: 0,
             height: 0,
             rgb: vec![],
@@ -296,7 +296,7 @@ pub fn contact_sheet(pictures: &[RgbPicture], columns: usize) -> RgbPicture {
             rgb[to..to + n].copy_from_slice(&picture.rgb[from..from + n]);
         }
     }
-    RgbPicture {
+    RgbImage {
         width: width as u32,
         height: height as u32,
         rgb,

@@ -3,8 +3,8 @@
 use super::canvas::{Canvas, Rgb, Shape, mix};
 use super::{Scene, Spec};
 
-/// Coordinates: a square of side 12 cells around the middle of the picture, 0..12 in both directions; the background
-/// goes on beyond it in pictures that are not square.
+/// Coordinates: a square of side 12 cells around the middle of the image, 0..12 in both directions; the background
+/// goes on beyond it in images that are not square.
 struct Stage<'a> {
     canvas: &'a mut Canvas,
     left: f32,

@@ -1,8 +1,8 @@
-//! Ways of drawing, applied to the finished picture.
+//! Ways of drawing, applied to the finished image.
 
 use super::canvas::{Rgb, mix};
 use super::{Colour, Spec, Style};
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 
 const BLUEPRINT: (Rgb, Rgb) = ([238, 244, 255], [30, 74, 168]);
 const SEPIA: (Rgb, Rgb) = ([52, 30, 14], [250, 228, 186]);
@@ -35,7 +35,7 @@ fn luminance(pixel: &[u8]) -> f32 {
 }
 
 /// How strongly the colour changes at each pixel, 0..1, over a neighbourhood of two pixels.
-fn edges(picture: &RgbPicture) -> Vec<f32> {
+fn edges(picture: &RgbImage) -> Vec<f32> {
     let (w, h) = (picture.width as usize, picture.height as usize);
     let at = |x: usize, y: usize| &picture.rgb[(y * w + x) * 3..][..3];
     let difference = |a: &[u8], b: &[u8]| a.iter().zip(b).map(|(a, b)| f32::from(a.abs_diff(*b))).sum::<f32>();
@@ -54,21 +54,21 @@ fn edges(picture: &RgbPicture) -> Vec<f32> {
     edges
 }
 
-fn line_art(picture: &mut RgbPicture, ink: Rgb, paper: Rgb) {
+fn line_art(picture: &mut RgbImage, ink: Rgb, paper: Rgb) {
     let edges = edges(picture);
     for (pixel, edge) in picture.rgb.chunks_exact_mut(3).zip(edges) {
         pixel.copy_from_slice(&mix(paper, ink, edge));
     }
 }
 
-fn duotone(picture: &mut RgbPicture, dark: Rgb, light: Rgb) {
+fn duotone(picture: &mut RgbImage, dark: Rgb, light: Rgb) {
     for pixel in picture.rgb.chunks_exact_mut(3) {
         let tone = luminance(pixel);
         pixel.copy_from_slice(&mix(dark, light, tone));
     }
 }
 
-fn pixel_art(picture: &mut RgbPicture) {
+fn pixel_art(picture: &mut RgbImage) {
     const BLOCK: usize = 4;
     let (w, h) = (picture.width as usize, picture.height as usize);
     for y in (0..h).step_by(BLOCK) {
@@ -93,7 +93,7 @@ fn pixel_art(picture: &mut RgbPicture) {
     }
 }
 
-fn neon(picture: &mut RgbPicture) {
+fn neon(picture: &mut RgbImage) {
     let edges = edges(picture);
     for (pixel, edge) in picture.rgb.chunks_exact_mut(3).zip(edges) {
         let mean = pixel.iter().map(|&v| f32::from(v)).sum::<f32>() / 3.0;
@@ -104,7 +104,7 @@ fn neon(picture: &mut RgbPicture) {
 }
 
 /// Redraws a photo of `spec` in its style.
-pub(super) fn apply(picture: &mut RgbPicture, spec: &Spec) {
+pub(super) fn apply(picture: &mut RgbImage, spec: &Spec) {
     let colours = spec.style_colours.unwrap_or((Colour::Black, Colour::White));
     match spec.style {
         Style::Photo => {}

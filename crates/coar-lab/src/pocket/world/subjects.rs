@@ -65,7 +65,7 @@ impl Pen<'_> {
 }
 
 /// Fills the mask with the subject's colours. Patterns repeat every two cells and are laid from the subject's middle, a
-/// whole number of cells from the picture's grid, so that the same part of a subject falls on the same cell.
+/// whole number of cells from the image's grid, so that the same part of a subject falls on the same cell.
 fn surface(canvas: &mut Canvas, spec: &Spec, mask: &Mask) {
     let (width, height) = (canvas.width(), canvas.height());
     let side = width.min(height);

@@ -94,7 +94,7 @@ impl Plan {
             prompt: request.prompt.len() as i64,
             columns: request.columns,
             total: request.rows * request.columns,
-            rows_per_image: request.rows_per_picture() as u64,
+            rows_per_image: request.rows_per_image() as u64,
             read,
             weights,
         })

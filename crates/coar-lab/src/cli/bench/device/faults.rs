@@ -44,7 +44,7 @@ fn draw(engine: &EngineHandle) -> anyhow::Result<Vec<u8>> {
     let mut pixels = vec![];
     while let Some(event) = stream.blocking_next() {
         match event {
-            GenerationEvent::Picture { picture, .. } => pixels = picture.rgb,
+            GenerationEvent::Image { image, .. } => pixels = image.rgb,
             GenerationEvent::Done { .. } => return Ok(pixels),
             GenerationEvent::Failed(error) => return Err(error.into()),
             _ => {}
@@ -107,7 +107,7 @@ fn training(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     };
     let mut stream = engine.train(TrainingRequest {
         spec,
-        pictures: pictures(width, height),
+        images: pictures(width, height),
         checkpoint: None,
         previews: vec![],
     })?;

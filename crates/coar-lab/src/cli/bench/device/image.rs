@@ -9,7 +9,7 @@ use super::report::{Findings, Late};
 use super::setup::Bench;
 use super::workload::{batch, median, peak_of, request};
 use coar_core::engine::ModelInfo;
-use coar_core::picture::{OutputFormat, RgbPicture, encode};
+use coar_core::image::{OutputFormat, RgbImage, encode};
 use coar_engine::model::decoding::{BatchOptions, DecodeBatch};
 use coar_engine::model::{LuminaMgpt, accelerator};
 
@@ -29,7 +29,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     drop(warm);
     let (first, seconds) = draw(&model, &info, findings)?;
     let begun = Instant::now();
-    let image = model.decode_picture(&first, width, height)?;
+    let image = model.decode_image(&first, width, height)?;
     let whole = seconds + begun.elapsed().as_secs_f64();
     findings.figure("size", format!("{width}x{height}"));
     findings.figure("seconds", whole);
@@ -51,13 +51,13 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let other = first.iter().zip(&second).filter(|(a, b)| a != b).count();
     findings.check("codes that differ with the same seed", other as f64, 0.0);
     if other > 0 {
-        write(bench, "image-again.png", &model.decode_picture(&second, width, height)?)?;
+        write(bench, "image-again.png", &model.decode_image(&second, width, height)?)?;
     }
     prefill(&model, &info, findings, bench.small)?;
     tokenizer(&model, findings, bench.small)
 }
 
-fn write(bench: &Bench, name: &str, image: &RgbPicture) -> anyhow::Result<()> {
+fn write(bench: &Bench, name: &str, image: &RgbImage) -> anyhow::Result<()> {
     Ok(std::fs::write(
         bench.out.join(name),
         encode(image, OutputFormat::Png, &[])?,
@@ -69,7 +69,7 @@ fn draw(model: &LuminaMgpt, info: &ModelInfo, findings: &Findings) -> anyhow::Re
     let device = model.transformer.device();
     let request = request(model, info, None, (1, 0))?;
     let options = BatchOptions {
-        rows: request.rows_per_picture(),
+        rows: request.rows_per_image(),
         max_seq: request.tokens(),
         fixed_shapes: false,
     };
@@ -97,7 +97,7 @@ fn prefill(model: &LuminaMgpt, info: &ModelInfo, findings: &Findings, small: boo
         let missing = tokens as usize - request.prompt.len().min(tokens as usize);
         request.prompt.splice(start..start, std::iter::repeat_n(word, missing));
         let options = BatchOptions {
-            rows: request.rows_per_picture(),
+            rows: request.rows_per_image(),
             max_seq: request.tokens(),
             fixed_shapes: false,
         };

@@ -140,7 +140,7 @@ async fn twice(engine: &EngineHandle) -> anyhow::Result<Vec<u8>> {
     let mut images = [vec![], vec![]];
     while let Some(event) = stream.next().await {
         match event {
-            GenerationEvent::Picture { index, picture } => images[index as usize % 2] = picture.rgb,
+            GenerationEvent::Image { index, image } => images[index as usize % 2] = image.rgb,
             GenerationEvent::Done { .. } => return Ok(images.concat()),
             GenerationEvent::Failed(error) => return Err(error.into()),
             _ => {}

@@ -237,7 +237,7 @@ fn beside(bench: &Bench, findings: &Findings) -> anyhow::Result<f64> {
     let (width, height) = engine.info().sizes[0];
     let mut training = engine.train(TrainingRequest {
         spec,
-        pictures: pictures(width, height),
+        images: pictures(width, height),
         checkpoint: Some(saved.into()),
         previews: vec![],
     })?;

@@ -9,7 +9,7 @@ use coar_core::concept::{ConceptKind, ConceptTensors};
 use coar_core::engine::{ModelInfo, SamplingParams};
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::accelerator::{self, Event};
-use coar_engine::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest, PictureId};
+use coar_engine::model::decoding::{BatchImageId, BatchOptions, DecodeBatch, DecodingRequest};
 use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::plan::{DrawSettings, PlannedConcept, plan_sequence};
 
@@ -73,7 +73,7 @@ pub(super) fn batch(
     info: &ModelInfo,
     count: usize,
     fixed_shapes: bool,
-) -> Result<(DecodeBatch, Vec<PictureId>), ModelError> {
+) -> Result<(DecodeBatch, Vec<BatchImageId>), ModelError> {
     let requests = (0..count)
         .map(|index| request(model, info, None, (0, index as u64)))
         .collect::<Result<Vec<_>, _>>()?;
@@ -85,9 +85,9 @@ pub(super) fn begin(
     model: &LuminaMgpt,
     requests: &[DecodingRequest],
     fixed_shapes: bool,
-) -> Result<(DecodeBatch, Vec<PictureId>), ModelError> {
+) -> Result<(DecodeBatch, Vec<BatchImageId>), ModelError> {
     let options = BatchOptions {
-        rows: requests.iter().map(DecodingRequest::rows_per_picture).sum(),
+        rows: requests.iter().map(DecodingRequest::rows_per_image).sum(),
         max_seq: requests.iter().map(DecodingRequest::tokens).max().unwrap_or(0),
         fixed_shapes,
     };

@@ -11,15 +11,15 @@ use coar_core::engine::{
     Command, DeviceThread, EngineError, EngineHandle, Gauge, GenerateRequest, GenerationEvent, Health, Load, ModelInfo,
     Ticket, TrainingEvent,
 };
-use coar_core::picture::RgbPicture;
+use coar_core::image::RgbImage;
 use coar_engine::model::{LuminaMgpt, ModelError};
 
 /// How long things take on the device that is stood for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pace {
-    /// One step of the whole batch: a code of every picture in it.
+    /// One step of the whole batch: a code of every image in it.
     pub step: Duration,
-    /// Pictures that advance in one step; more wait.
+    /// Images that advance in one step; more wait.
     pub pictures: usize,
     /// Requests that may wait; more are refused.
     pub queue: usize,
@@ -52,8 +52,8 @@ impl Drawing {
         let (width, height) = (self.request.sampling.width, self.request.sampling.height);
         for index in 0..self.request.count {
             let rgb = vec![128; (width * height * 3) as usize];
-            let picture = RgbPicture { width, height, rgb };
-            let _ = self.events.try_send(GenerationEvent::Picture { index, picture });
+            let image = RgbImage { width, height, rgb };
+            let _ = self.events.try_send(GenerationEvent::Image { index, image });
         }
         let _ = self.events.try_send(GenerationEvent::Done {
             text_tokens: 0,
@@ -77,7 +77,7 @@ impl Drop for Joined {
     }
 }
 
-/// Starts a device that takes time and draws grey pictures. Requests are checked, and their tokens counted, as the model
+/// Starts a device that takes time and draws grey images. Requests are checked, and their tokens counted, as the model
 /// would.
 ///
 /// # Errors
@@ -173,7 +173,7 @@ fn run(pace: Pace, pixels: u32, mut inbox: mpsc::Receiver<Command>, gauge: &Gaug
         gauge.tell(Load {
             waiting_tokens: codes,
             tokens_per_second: pictures(&drawn) as f64 / pace.step.as_secs_f64().max(1e-6),
-            pictures: pictures(&drawn),
+            images: pictures(&drawn),
             free_rows: 2 * pace.pictures.saturating_sub(pictures(&drawn)),
             ..Load::default()
         });

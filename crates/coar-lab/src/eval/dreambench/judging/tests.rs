@@ -5,17 +5,17 @@ use serde_json::json;
 
 use super::*;
 use crate::eval::dreambench::plan::{Choice, numbers};
-use coar_core::picture::{OutputFormat, encode};
+use coar_core::image::{OutputFormat, encode};
 
-/// Judges whose embeddings can be worked out by hand: of a picture its mean red and green, of a text its letters `a` and `b`.
+/// Judges whose embeddings can be worked out by hand: of an image its mean red and green, of a text its letters `a` and `b`.
 #[derive(Default)]
 struct Colours {
     texts: RefCell<Vec<String>>,
 }
 
 impl Judges for Colours {
-    fn dino(&self, pictures: &[RgbPicture]) -> Result<Embeddings, ModelError> {
-        let mean = |picture: &RgbPicture, channel| {
+    fn dino(&self, pictures: &[RgbImage]) -> Result<Embeddings, ModelError> {
+        let mean = |picture: &RgbImage, channel| {
             let values = picture.rgb.iter().skip(channel).step_by(3);
             values.map(|&value| f32::from(value)).sum::<f32>() / (picture.rgb.len() / 3) as f32
         };
@@ -26,7 +26,7 @@ impl Judges for Colours {
     }
 
     /// Red and green change places and green counts for three: another cosine than DINO's.
-    fn clip(&self, pictures: &[RgbPicture]) -> Result<Embeddings, ModelError> {
+    fn clip(&self, pictures: &[RgbImage]) -> Result<Embeddings, ModelError> {
         Ok(self
             .dino(pictures)?
             .iter()
@@ -59,7 +59,7 @@ const GREEN: [u8; 3] = [0, 100, 0];
 const BOTH: [u8; 3] = [60, 80, 0];
 
 fn write(file: &Path, colour: [u8; 3]) {
-    let picture = RgbPicture {
+    let picture = RgbImage {
         width: 8,
         height: 8,
         rgb: colour.repeat(64),
@@ -88,7 +88,7 @@ fn settings() -> Settings {
     }
 }
 
-/// A data folder with two subjects and a folder of results, the pictures of which are those of the list.
+/// A data folder with two subjects and a folder of results, the images of which are those of the list.
 fn folders(dir: &Path, drawn: &[(&str, [u8; 3])]) -> (DataFolder, OutFolder) {
     let (data, out) = (dir.join("data"), dir.join("out"));
     for (file, colour) in [("mug/0.png", RED), ("mug/1.png", GREEN), ("rex/0.png", GREEN)] {

@@ -13,8 +13,8 @@ use crate::pocket::designers::{
     reported_subjects,
 };
 use crate::pocket::world::contact_sheet;
-use coar_core::picture::RgbPicture;
-use coar_engine::model::lumina::{pictures, pixels};
+use coar_core::image::RgbImage;
+use coar_engine::model::lumina::{images as decoded_images, pixels};
 use coar_engine::model::{ModelError, Vqgan};
 
 /// Seed of every image that is measured on; no training step uses it.
@@ -26,7 +26,7 @@ const CHUNK: usize = 16;
 /// Images by group, and pairs of images of one drawing.
 #[derive(Debug)]
 pub struct Validation {
-    groups: Vec<(&'static str, Vec<RgbPicture>)>,
+    groups: Vec<(&'static str, Vec<RgbImage>)>,
     /// The same place in two scenes.
     scenes: Pairs,
     /// The same scene at two places.
@@ -170,11 +170,11 @@ fn through(vqgan: &Vqgan, images: &Tensor) -> Result<(Tensor, Tensor), ModelErro
 ///
 /// # Errors
 /// When libtorch fails.
-pub fn as_kept(vqgan: &Vqgan, images: &[RgbPicture], device: Device) -> Result<Vec<RgbPicture>, ModelError> {
+pub fn as_kept(vqgan: &Vqgan, images: &[RgbImage], device: Device) -> Result<Vec<RgbImage>, ModelError> {
     let mut kept = Vec::with_capacity(images.len());
     for chunk in images.chunks(CHUNK) {
         let drawn = tch::no_grad(|| through(vqgan, &pixels(chunk)?.f_to_device(device)?))?.0;
-        kept.extend(pictures(&drawn)?);
+        kept.extend(decoded_images(&drawn)?);
     }
     Ok(kept)
 }
@@ -263,7 +263,7 @@ pub fn reconstructions(
     validation: &Validation,
     device: Device,
     zoom: u32,
-) -> Result<RgbPicture, ModelError> {
+) -> Result<RgbImage, ModelError> {
     let mut sheet = Vec::new();
     for (_, images) in &validation.groups {
         let shown = images.len().min(SHEET_COLUMNS * SHEET_ROWS);
@@ -278,13 +278,13 @@ pub fn reconstructions(
     Ok(contact_sheet(&enlarged, SHEET_COLUMNS))
 }
 
-fn enlarge(image: &RgbPicture, zoom: usize) -> RgbPicture {
+fn enlarge(image: &RgbImage, zoom: usize) -> RgbImage {
     let width = image.width as usize;
     let rgb = (0..image.height as usize * zoom)
         .flat_map(|y| (0..width * zoom).map(move |x| (y / zoom * width + x / zoom) * 3))
         .flat_map(|at| [image.rgb[at], image.rgb[at + 1], image.rgb[at + 2]])
         .collect();
-    RgbPicture {
+    RgbImage {
         width: image.width * zoom as u32,
         height: image.height * zoom as u32,
         rgb,

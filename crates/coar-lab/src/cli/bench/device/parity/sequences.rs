@@ -52,7 +52,7 @@ impl Sequences {
         let mut rng = ChaCha8Rng::seed_from_u64(5);
         let mut row = |subject: usize, scene: Scene| -> anyhow::Result<(Vec<i64>, Vec<i64>)> {
             let image = render(&held_out_subjects()[subject].spec(scene, &mut rng), width, height);
-            let codes = model.encode_picture(&image)?;
+            let codes = model.encode_image(&image)?;
             let (mut prompt, _) = model.prompt_with_slot("a photo of a red cat on the beach", 0, "", width, height)?;
             let (start, image) = model.image_ids(&codes, width, height)?;
             prompt.extend(start);

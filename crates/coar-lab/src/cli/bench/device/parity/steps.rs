@@ -7,7 +7,7 @@ use super::super::report::Findings;
 use super::Mode;
 use super::sequences::Sequences;
 use coar_core::tokenizer::{Vocabulary, image_block};
-use coar_engine::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest, PictureId};
+use coar_engine::model::decoding::{BatchImageId, BatchOptions, DecodeBatch, DecodingRequest};
 use coar_engine::model::{ModelError, Transformer};
 
 /// An image, and the step before which it joins the batch.
@@ -45,7 +45,7 @@ fn plan(sequences: &Sequences, device: Device) -> Result<[Planned; 3], ModelErro
 
 /// What one image's codes were predicted from, and what they became.
 struct Seen {
-    id: PictureId,
+    id: BatchImageId,
     /// One for each code: `[1 or 2, hidden]`.
     hidden: Vec<Tensor>,
     codes: Vec<i64>,
@@ -59,7 +59,7 @@ fn draw(
 ) -> Result<Vec<Seen>, ModelError> {
     let requests = || planned.iter().map(|planned| &planned.request);
     let options = BatchOptions {
-        rows: requests().map(DecodingRequest::rows_per_picture).sum::<usize>() + 1,
+        rows: requests().map(DecodingRequest::rows_per_image).sum::<usize>() + 1,
         max_seq: requests().map(DecodingRequest::tokens).max().unwrap_or(0),
         fixed_shapes,
     };
@@ -126,7 +126,7 @@ pub(super) fn compare(
                 // [codes, 1 or 2, hidden]
                 let hidden = Tensor::f_stack(&one.hidden, 0)?;
                 for (branch, prompt) in [&request.prompt, &request.unconditional].into_iter().enumerate() {
-                    if branch < request.rows_per_picture() {
+                    if branch < request.rows_per_image() {
                         found.push(device.logits(&hidden.f_select(1, branch as i64)?)?);
                         let whole = read(reference, vocabulary, (request, prompt), &one.codes)?;
                         expected.push(reference.logits(&whole)?);

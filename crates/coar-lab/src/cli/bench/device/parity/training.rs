@@ -169,7 +169,7 @@ mod tests {
         let references = References::encode(&model, &spec, images).unwrap();
         let snapshot = before_the_step(&model, &spec, &references).unwrap();
 
-        // The code of the second picture that is nearest to being another one.
+        // The code of the second image that is nearest to being another one.
         let prepared = model.crop.prepare(&images[1], CropOffset::Centre);
         let latents = model.vqgan.latents(&pixels(&[prepared]).unwrap()).unwrap();
         let (width, codebook) = (latents.size()[1], model.vqgan.codebook().to_kind(Kind::Float));

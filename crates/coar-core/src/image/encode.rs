@@ -1,4 +1,4 @@
-//! Writing pictures.
+//! Writing images.
 
 use std::ffi::c_int;
 
@@ -6,9 +6,9 @@ use image::codecs::{jpeg::JpegEncoder, webp::WebPEncoder};
 use image::{ExtendedColorType, ImageEncoder};
 
 use super::xmp::{into_jpeg, into_webp, packet};
-use super::{PictureError, PictureFormat, RgbPicture};
+use super::{ImageError, ImageFormat, RgbImage};
 
-/// Formats that pictures are answered in.
+/// Formats that images are answered in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutputFormat {
     Png,
@@ -20,7 +20,7 @@ pub enum OutputFormat {
     LossyWebP(u8),
 }
 
-impl From<OutputFormat> for PictureFormat {
+impl From<OutputFormat> for ImageFormat {
     fn from(format: OutputFormat) -> Self {
         match format {
             OutputFormat::Png => Self::Png,
@@ -30,15 +30,15 @@ impl From<OutputFormat> for PictureFormat {
     }
 }
 
-/// Encodes a picture. `text` becomes a PNG's international text chunks, keys of 1 to 79 Latin-1 characters; in the other
+/// Encodes an image. `text` becomes a PNG's international text chunks, keys of 1 to 79 Latin-1 characters; in the other
 /// formats an XMP packet with a property for each, whose keys must be XML names.
 ///
 /// # Errors
-/// When the pixels do not form the picture, the format cannot hold its sides, or a key is malformed.
-pub fn encode(picture: &RgbPicture, format: OutputFormat, text: &[(&str, String)]) -> Result<Vec<u8>, PictureError> {
-    let (rgb, width, height) = (&picture.rgb, picture.width, picture.height);
-    if !picture.is_consistent() || rgb.is_empty() {
-        return Err(PictureError::Damaged(format!(
+/// When the pixels do not form the image, the format cannot hold its sides, or a key is malformed.
+pub fn encode(image: &RgbImage, format: OutputFormat, text: &[(&str, String)]) -> Result<Vec<u8>, ImageError> {
+    let (rgb, width, height) = (&image.rgb, image.width, image.height);
+    if !image.is_consistent() || rgb.is_empty() {
+        return Err(ImageError::Damaged(format!(
             "{} bytes are not {width}x{height} pixels",
             rgb.len()
         )));
@@ -47,15 +47,15 @@ pub fn encode(picture: &RgbPicture, format: OutputFormat, text: &[(&str, String)
     let kind = ExtendedColorType::Rgb8;
     match format {
         OutputFormat::Png => {
-            encode_png(picture, text, &mut file).map_err(|error| PictureError::Damaged(error.to_string()))?;
+            encode_png(image, text, &mut file).map_err(|error| ImageError::Damaged(error.to_string()))?;
         }
         OutputFormat::Jpeg(quality) => JpegEncoder::new_with_quality(&mut file, quality.clamp(1, 100))
             .write_image(rgb, width, height, kind)
-            .map_err(|error| PictureError::Damaged(error.to_string()))?,
+            .map_err(|error| ImageError::Damaged(error.to_string()))?,
         OutputFormat::WebP => WebPEncoder::new_lossless(&mut file)
             .write_image(rgb, width, height, kind)
-            .map_err(|error| PictureError::Damaged(error.to_string()))?,
-        OutputFormat::LossyWebP(quality) => file = encode_lossy_webp(picture, quality)?,
+            .map_err(|error| ImageError::Damaged(error.to_string()))?,
+        OutputFormat::LossyWebP(quality) => file = encode_lossy_webp(image, quality)?,
     }
     match format {
         _ if text.is_empty() => Ok(file),
@@ -65,22 +65,17 @@ pub fn encode(picture: &RgbPicture, format: OutputFormat, text: &[(&str, String)
     }
 }
 
-/// By libwebp: the encoder that decodes foreign pictures here has no lossy mode.
-fn encode_lossy_webp(picture: &RgbPicture, quality: u8) -> Result<Vec<u8>, PictureError> {
-    let refused = || {
-        PictureError::Damaged(format!(
-            "{}x{} is no size of a WebP file",
-            picture.width, picture.height
-        ))
-    };
+/// By libwebp: the encoder that decodes foreign images here has no lossy mode.
+fn encode_lossy_webp(image: &RgbImage, quality: u8) -> Result<Vec<u8>, ImageError> {
+    let refused = || ImageError::Damaged(format!("{}x{} is no size of a WebP file", image.width, image.height));
     let side = |side: u32| c_int::try_from(side).map_err(|_| refused());
-    let (width, height) = (side(picture.width)?, side(picture.height)?);
+    let (width, height) = (side(image.width)?, side(image.height)?);
     let stride = width.checked_mul(3).ok_or_else(refused)?;
     let mut bytes = std::ptr::null_mut();
     // SAFETY: the caller has checked that `rgb` is `height` rows of `stride` bytes; the call writes `bytes` where its
     // answer is above 0, and what it points to, so many bytes of libwebp's, is copied before it is freed, once.
     unsafe {
-        let rgb = picture.rgb.as_ptr();
+        let rgb = image.rgb.as_ptr();
         let size = libwebp_sys::WebPEncodeRGB(rgb, width, height, stride, quality.min(100).into(), &raw mut bytes);
         if size == 0 || bytes.is_null() {
             return Err(refused());
@@ -91,14 +86,14 @@ fn encode_lossy_webp(picture: &RgbPicture, quality: u8) -> Result<Vec<u8>, Pictu
     }
 }
 
-fn encode_png(picture: &RgbPicture, text: &[(&str, String)], file: &mut Vec<u8>) -> Result<(), png::EncodingError> {
-    let mut encoder = png::Encoder::new(file, picture.width, picture.height);
+fn encode_png(image: &RgbImage, text: &[(&str, String)], file: &mut Vec<u8>) -> Result<(), png::EncodingError> {
+    let mut encoder = png::Encoder::new(file, image.width, image.height);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
     for (key, value) in text {
         encoder.add_itxt_chunk((*key).to_owned(), value.clone())?;
     }
     let mut writer = encoder.write_header()?;
-    writer.write_image_data(&picture.rgb)?;
+    writer.write_image_data(&image.rgb)?;
     writer.finish()
 }

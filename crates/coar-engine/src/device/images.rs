@@ -1,4 +1,4 @@
-//! Codes to pictures, on threads of their own, so that drawing goes on meanwhile. They share the image tokenizer's weights
+//! Codes to images, on threads of their own, so that drawing goes on meanwhile. They share the image tokenizer's weights
 //! with the device thread.
 
 use std::sync::Arc;
@@ -11,19 +11,19 @@ use tokio::sync::mpsc;
 
 use super::guard::guarded;
 use crate::model::cpu::without_pool;
-use crate::model::lumina::pictures;
+use crate::model::lumina::images;
 use crate::model::{ModelError, Vqgan, accelerator};
 use coar_core::engine::GenerationEvent;
+use coar_core::image::RgbImage;
 use coar_core::metrics::meters;
-use coar_core::picture::RgbPicture;
 
-/// Where a request's pictures go.
+/// Where a request's images go.
 #[derive(Debug)]
 pub(super) struct Recipient {
     pub events: mpsc::Sender<GenerationEvent>,
     /// Width and height in pixels.
     pub size: (u32, u32),
-    /// Pictures that are not delivered; with the last one the request is done.
+    /// Images that are not delivered; with the last one the request is done.
     pub left: AtomicU32,
     /// The request's cost, which its end tells.
     pub text_tokens: u64,
@@ -32,22 +32,22 @@ pub(super) struct Recipient {
     pub span: tracing::Span,
 }
 
-/// One picture to decode.
+/// One image to decode.
 #[derive(Debug)]
 pub(super) struct Order {
     pub recipient: Arc<Recipient>,
-    /// The picture's index in its request.
+    /// The image's index in its request.
     pub index: u32,
-    /// Codes in raster order: all of them, or for an unfinished picture whole rows.
+    /// Codes in raster order: all of them, or for an unfinished image whole rows.
     pub codes: Vec<i64>,
-    /// For an unfinished picture its number, from 0.
+    /// For an unfinished image its number, from 0.
     pub partial: Option<u32>,
 }
 
 /// Orders that may wait for each thread; a device thread that is faster than these threads waits for them.
 const QUEUE: usize = 64;
 
-/// How many threads decode pictures: on the CPU a few, since each computes alone; another device does one thing after the
+/// How many threads decode images: on the CPU a few, since each computes alone; another device does one thing after the
 /// other anyway.
 pub(super) fn threads(device: Device) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -57,7 +57,7 @@ pub(super) fn threads(device: Device) -> usize {
     }
 }
 
-/// The door to the threads. One picture's orders all go to the same thread, so that they stay in order.
+/// The door to the threads. One image's orders all go to the same thread, so that they stay in order.
 #[derive(Debug)]
 pub(super) struct Orders {
     senders: Vec<sync::SyncSender<Order>>,
@@ -71,12 +71,12 @@ impl Orders {
         &self.senders[at as usize]
     }
 
-    /// Pictures that are being decoded or wait for it.
+    /// Images that are being decoded or wait for it.
     pub fn open(&self) -> usize {
         self.open.load(Ordering::Acquire)
     }
 
-    /// Hands a picture over and waits where that thread is far behind; false when it has ended. `shard` is the same for
+    /// Hands an image over and waits where that thread is far behind; false when it has ended. `shard` is the same for
     /// all orders of a request.
     pub fn send(&self, shard: u64, order: Order) -> bool {
         self.open.fetch_add(1, Ordering::AcqRel);
@@ -87,7 +87,7 @@ impl Orders {
         sent
     }
 
-    /// As [`Self::send`], but leaves the picture out where the thread is behind.
+    /// As [`Self::send`], but leaves the image out where the thread is behind.
     pub fn offer(&self, shard: u64, order: Order) {
         self.open.fetch_add(1, Ordering::AcqRel);
         if self.of(shard, &order).try_send(order).is_err() {
@@ -108,10 +108,10 @@ pub(super) fn start(tokenizers: Vec<Vqgan>) -> std::io::Result<(Orders, Vec<Join
         let (sender, inbox) = sync::sync_channel::<Order>(QUEUE);
         senders.push(sender);
         let thread = std::thread::Builder::new()
-            .name("coar-pictures".to_owned())
+            .name("coar-images".to_owned())
             .spawn(move || {
                 without_pool();
-                // Decode steps do not wait for a picture that is decoded beside them.
+                // Decode steps do not wait for an image that is decoded beside them.
                 if let Err(error) = accelerator::use_own_stream(vqgan.device()) {
                     tracing::warn!(%error, "images are decoded on the decode steps' stream");
                 }
@@ -142,11 +142,11 @@ fn deliver(vqgan: &Vqgan, order: Order) {
         .in_scope(|| guarded(vqgan.device(), || decode(vqgan, &codes, recipient.size)));
     let send = |event| drop(recipient.events.try_send(event));
     match (decoded, partial) {
-        (Ok(picture), Some(number)) => send(GenerationEvent::Partial { index, number, picture }),
+        (Ok(image), Some(number)) => send(GenerationEvent::Partial { index, number, image }),
         (Err(_), Some(_)) => {}
-        (Ok(picture), None) => {
-            meters().pictures.inc();
-            send(GenerationEvent::Picture { index, picture });
+        (Ok(image), None) => {
+            meters().images.inc();
+            send(GenerationEvent::Image { index, image });
             if recipient.left.fetch_sub(1, Ordering::AcqRel) == 1 {
                 send(GenerationEvent::Done {
                     text_tokens: recipient.text_tokens,
@@ -154,25 +154,25 @@ fn deliver(vqgan: &Vqgan, order: Order) {
                 });
             }
         }
-        // The request has failed; as this picture stays undelivered, its end is not told twice.
+        // The request has failed; as this image stays undelivered, its end is not told twice.
         (Err(error), None) => send(GenerationEvent::Failed(error)),
     }
 }
 
 const GREY: u8 = 128;
 
-/// The picture of as many whole rows of codes as there are.
-fn decode(vqgan: &Vqgan, codes: &[i64], (width, height): (u32, u32)) -> Result<RgbPicture, ModelError> {
+/// The image of as many whole rows of codes as there are.
+fn decode(vqgan: &Vqgan, codes: &[i64], (width, height): (u32, u32)) -> Result<RgbImage, ModelError> {
     let _span = tracing::info_span!("vqgan.decode").entered();
-    let _timer = meters().picture_decode.start_timer();
+    let _timer = meters().image_decode.start_timer();
     let unit = vqgan.config().pixels_per_code();
     let columns = i64::from(width / unit);
     let rows = codes.len() as i64 / columns.max(1);
     let codes = accelerator::upload(codes, vqgan.device())?.f_view([1, -1])?;
-    let mut picture = pictures(&vqgan.decode(&codes, rows, columns)?)?
+    let mut image = images(&vqgan.decode(&codes, rows, columns)?)?
         .pop()
         .ok_or_else(|| ModelError::invalid("codes", "are empty"))?;
-    picture.height = height;
-    picture.rgb.resize(3 * (width * height) as usize, GREY);
-    Ok(picture)
+    image.height = height;
+    image.rgb.resize(3 * (width * height) as usize, GREY);
+    Ok(image)
 }

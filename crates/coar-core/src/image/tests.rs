@@ -1,7 +1,7 @@
 use super::*;
 
 /// Left half red, right half blue: survives JPEG and shows every rotation.
-fn halves(width: u32, height: u32) -> RgbPicture {
+fn halves(width: u32, height: u32) -> RgbImage {
     let rgb = (0..width * height)
         .flat_map(|i| {
             if i % width < width / 2 {
@@ -11,22 +11,22 @@ fn halves(width: u32, height: u32) -> RgbPicture {
             }
         })
         .collect();
-    RgbPicture { width, height, rgb }
+    RgbImage { width, height, rgb }
 }
 
 const FORMATS: [OutputFormat; 3] = [OutputFormat::Png, OutputFormat::Jpeg(92), OutputFormat::WebP];
 
-fn decode(bytes: &[u8]) -> Result<RgbPicture, PictureError> {
-    super::decode(bytes, &PictureLimits::default())
+fn decode(bytes: &[u8]) -> Result<RgbImage, ImageError> {
+    super::decode(bytes, &ImageLimits::default())
 }
 
-fn file_of(picture: &RgbPicture, format: OutputFormat) -> Vec<u8> {
-    encode(picture, format, &[]).unwrap()
+fn file_of(image: &RgbImage, format: OutputFormat) -> Vec<u8> {
+    encode(image, format, &[]).unwrap()
 }
 
-fn colour_at(picture: &RgbPicture, x: u32, y: u32) -> &'static str {
-    let at = 3 * (y * picture.width + x) as usize;
-    if picture.rgb[at] > picture.rgb[at + 2] {
+fn colour_at(image: &RgbImage, x: u32, y: u32) -> &'static str {
+    let at = 3 * (y * image.width + x) as usize;
+    if image.rgb[at] > image.rgb[at + 2] {
         "red"
     } else {
         "blue"
@@ -49,12 +49,12 @@ fn png_of(colour: png::ColorType, depth: png::BitDepth, (width, height): (u32, u
     file
 }
 
-/// A picture in which no two pixels are alike: what is lost of it shows.
-fn gradient(side: u32) -> RgbPicture {
+/// An image in which no two pixels are alike: what is lost of it shows.
+fn gradient(side: u32) -> RgbImage {
     let rgb = (0..side * side)
         .flat_map(|at| [(at % side * 4) as u8, (at / side * 4) as u8, (at * 7 % 256) as u8])
         .collect();
-    RgbPicture {
+    RgbImage {
         width: side,
         height: side,
         rgb,
@@ -63,17 +63,17 @@ fn gradient(side: u32) -> RgbPicture {
 
 #[test]
 fn less_quality_is_a_smaller_webp_file_with_more_lost() {
-    let picture = gradient(64);
-    let files = [0, 50, 99].map(|quality| encode(&picture, OutputFormat::LossyWebP(quality), &[]).unwrap());
+    let image = gradient(64);
+    let files = [0, 50, 99].map(|quality| encode(&image, OutputFormat::LossyWebP(quality), &[]).unwrap());
     assert!(files[0].len() < files[1].len() && files[1].len() < files[2].len());
     let lost = files.map(|file| {
         let read = decode(&file).unwrap();
         assert_eq!((read.width, read.height), (64, 64));
         let apart = |(a, b): (&u8, &u8)| u64::from(a.abs_diff(*b));
-        read.rgb.iter().zip(&picture.rgb).map(apart).sum::<u64>()
+        read.rgb.iter().zip(&image.rgb).map(apart).sum::<u64>()
     });
     assert!(lost[0] > lost[1] && lost[1] > lost[2] && lost[2] > 0, "{lost:?}");
-    let wide = RgbPicture {
+    let wide = RgbImage {
         width: 16_384,
         height: 1,
         rgb: vec![0; 3 * 16_384],
@@ -86,13 +86,13 @@ fn less_quality_is_a_smaller_webp_file_with_more_lost() {
 
 #[test]
 fn lossless_formats_keep_every_pixel() {
-    let picture = halves(33, 21);
+    let image = halves(33, 21);
     for format in [OutputFormat::Png, OutputFormat::WebP] {
-        let bytes = file_of(&picture, format);
-        assert_eq!(PictureFormat::of_bytes(&bytes), Some(format.into()));
-        assert_eq!(decode(&bytes).unwrap(), picture, "{format:?}");
+        let bytes = file_of(&image, format);
+        assert_eq!(ImageFormat::of_bytes(&bytes), Some(format.into()));
+        assert_eq!(decode(&bytes).unwrap(), image, "{format:?}");
     }
-    let jpeg = decode(&file_of(&picture, OutputFormat::Jpeg(92))).unwrap();
+    let jpeg = decode(&file_of(&image, OutputFormat::Jpeg(92))).unwrap();
     assert_eq!(
         (jpeg.width, jpeg.height, colour_at(&jpeg, 2, 2), colour_at(&jpeg, 30, 2)),
         (33, 21, "red", "blue")
@@ -101,10 +101,10 @@ fn lossless_formats_keep_every_pixel() {
 
 #[test]
 fn every_cut_of_a_file_is_refused() {
-    let picture = halves(40, 24);
+    let image = halves(40, 24);
     for format in FORMATS {
-        let bytes = file_of(&picture, format);
-        // PNG's last 12 bytes are the empty end chunk: without it the picture is still whole.
+        let bytes = file_of(&image, format);
+        // PNG's last 12 bytes are the empty end chunk: without it the image is still whole.
         let whole = if format == OutputFormat::Png {
             bytes.len() - 12
         } else {
@@ -113,13 +113,13 @@ fn every_cut_of_a_file_is_refused() {
         for length in 0..whole - 4 {
             let error = decode(&bytes[..length]).expect_err(&format!("{format:?} cut at {length}"));
             assert!(
-                matches!(error.code(), "picture_truncated" | "not_a_picture" | "picture_damaged"),
+                matches!(error.code(), "image_truncated" | "not_an_image" | "image_damaged"),
                 "{format:?} {length}: {error}"
             );
             if length > 64 {
                 assert_eq!(
                     error,
-                    PictureError::Truncated { format: format.into() },
+                    ImageError::Truncated { format: format.into() },
                     "{format:?} cut at {length} of {}",
                     bytes.len()
                 );
@@ -136,8 +136,8 @@ fn flipped_bytes_never_panic() {
             for flip in [0x01, 0x80, 0xff] {
                 let mut damaged = bytes.clone();
                 damaged[at] ^= flip;
-                if let Ok(picture) = decode(&damaged) {
-                    assert!(picture.is_consistent());
+                if let Ok(image) = decode(&damaged) {
+                    assert!(image.is_consistent());
                 }
             }
         }
@@ -146,16 +146,16 @@ fn flipped_bytes_never_panic() {
 
 #[test]
 fn a_bomb_is_refused_by_its_header() {
-    // Signature and IHDR of a 16384x16384 picture, and 32 bytes of nothing: 65 bytes.
+    // Signature and IHDR of a 16384x16384 image, and 32 bytes of nothing: 65 bytes.
     let mut bomb = vec![0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', 0, 0, 0, 13];
     bomb.extend(b"IHDR");
     bomb.extend(16_384u32.to_be_bytes());
     bomb.extend(16_384u32.to_be_bytes());
     bomb.extend([8, 6, 0, 0, 0]);
     bomb.resize(65, 0);
-    let PictureLimits { pixels, side, .. } = PictureLimits::default();
+    let ImageLimits { pixels, side, .. } = ImageLimits::default();
     let refused = |width, height| {
-        Err(PictureError::TooManyPixels {
+        Err(ImageError::TooManyPixels {
             width,
             height,
             pixels,
@@ -167,18 +167,18 @@ fn a_bomb_is_refused_by_its_header() {
     bomb[20..24].copy_from_slice(&1u32.to_be_bytes());
     assert_eq!(decode(&bomb), refused(16_385, 1));
     bomb[16..20].copy_from_slice(&0u32.to_be_bytes());
-    assert_eq!(decode(&bomb), Err(PictureError::NoPixels { width: 0, height: 1 }));
+    assert_eq!(decode(&bomb), Err(ImageError::NoPixels { width: 0, height: 1 }));
 }
 
 #[test]
 fn jpeg_and_webp_sides_are_checked_on_the_header() {
-    let small = PictureLimits {
+    let small = ImageLimits {
         pixels: 100,
-        ..PictureLimits::default()
+        ..ImageLimits::default()
     };
     for format in FORMATS {
         let bytes = file_of(&halves(24, 16), format);
-        let expected = PictureError::TooManyPixels {
+        let expected = ImageError::TooManyPixels {
             width: 24,
             height: 16,
             pixels: 100,
@@ -186,13 +186,13 @@ fn jpeg_and_webp_sides_are_checked_on_the_header() {
         };
         assert_eq!(super::decode(&bytes, &small), Err(expected), "{format:?}");
     }
-    let few = PictureLimits {
+    let few = ImageLimits {
         bytes: 10,
-        ..PictureLimits::default()
+        ..ImageLimits::default()
     };
     assert_eq!(
         super::decode(&[0; 11], &few),
-        Err(PictureError::TooManyBytes { actual: 11, limit: 10 })
+        Err(ImageError::TooManyBytes { actual: 11, limit: 10 })
     );
 }
 
@@ -207,7 +207,7 @@ fn a_webp_canvas_does_not_hide_a_larger_frame() {
     file[4..8].copy_from_slice(&size.to_le_bytes());
     let header = header::read(&file).unwrap();
     assert_eq!((header.width, header.height), (24, 16));
-    assert_eq!(decode(&file).unwrap_err().code(), "picture_damaged");
+    assert_eq!(decode(&file).unwrap_err().code(), "image_damaged");
 }
 
 #[test]
@@ -228,9 +228,9 @@ fn frames_within_frames_do_not_use_up_the_stack() {
 }
 
 #[test]
-fn other_bytes_are_not_a_picture() {
+fn other_bytes_are_not_an_image() {
     for bytes in [&b""[..], b"GIF89a......", b"<svg/>", b"\x89PNG", &[0xff, 0xd8]] {
-        assert_eq!(decode(bytes), Err(PictureError::UnknownFormat));
+        assert_eq!(decode(bytes), Err(ImageError::UnknownFormat));
     }
 }
 
@@ -276,7 +276,7 @@ fn exif_orientation_is_applied() {
     };
     let plain = rotated(1);
     assert_eq!((plain.width, plain.height, colour_at(&plain, 2, 2)), (32, 16, "red"));
-    // 6: the camera was turned, the picture must be turned clockwise: red comes to the top.
+    // 6: the camera was turned, the image must be turned clockwise: red comes to the top.
     let turned = rotated(6);
     assert_eq!((turned.width, turned.height), (16, 32));
     assert_eq!((colour_at(&turned, 8, 2), colour_at(&turned, 8, 29)), ("red", "blue"));
@@ -329,13 +329,13 @@ fn png_text_is_written() {
 
 #[test]
 fn inconsistent_pixels_are_not_encoded() {
-    let wrong = RgbPicture {
+    let wrong = RgbImage {
         width: 4,
         height: 4,
         rgb: vec![0; 3],
     };
     for format in FORMATS {
-        assert_eq!(encode(&wrong, format, &[]).unwrap_err().code(), "picture_damaged");
+        assert_eq!(encode(&wrong, format, &[]).unwrap_err().code(), "image_damaged");
     }
 }
 
@@ -344,14 +344,14 @@ fn inconsistent_pixels_are_not_encoded() {
 fn text_is_found_in_every_format_and_the_pixels_stay() {
     use image::ImageDecoder as _;
 
-    let picture = RgbPicture {
+    let image = RgbImage {
         width: 17,
         height: 9,
         rgb: (0..17 * 9 * 3).map(|i| (i * 7 % 256) as u8).collect(),
     };
     let json = r#"{"seed":7,"note":"a < b & c > \"d\" 猫"}"#;
     let text = [("coar", json.to_owned())];
-    let png = encode(&picture, OutputFormat::Png, &text).unwrap();
+    let png = encode(&image, OutputFormat::Png, &text).unwrap();
     let reader = png::Decoder::new(Cursor::new(&png)).read_info().unwrap();
     let found: Vec<_> = reader
         .info()
@@ -360,9 +360,9 @@ fn text_is_found_in_every_format_and_the_pixels_stay() {
         .map(|t| (t.keyword.clone(), t.get_text().unwrap()))
         .collect();
     assert_eq!(found, [("coar".to_owned(), json.to_owned())]);
-    let jpeg = encode(&picture, OutputFormat::Jpeg(90), &text).unwrap();
-    let webp = encode(&picture, OutputFormat::WebP, &text).unwrap();
-    let lossy = encode(&picture, OutputFormat::LossyWebP(90), &text).unwrap();
+    let jpeg = encode(&image, OutputFormat::Jpeg(90), &text).unwrap();
+    let webp = encode(&image, OutputFormat::WebP, &text).unwrap();
+    let lossy = encode(&image, OutputFormat::LossyWebP(90), &text).unwrap();
     let packets = [
         JpegDecoder::new(Cursor::new(&jpeg)).unwrap().xmp_metadata().unwrap(),
         WebPDecoder::new(Cursor::new(&webp)).unwrap().xmp_metadata().unwrap(),
@@ -382,9 +382,9 @@ fn text_is_found_in_every_format_and_the_pixels_stay() {
             json
         );
     }
-    assert_eq!(decode(&webp).unwrap(), picture);
+    assert_eq!(decode(&webp).unwrap(), image);
     for (format, file) in [(OutputFormat::Jpeg(90), jpeg), (OutputFormat::LossyWebP(90), lossy)] {
-        let plain = encode(&picture, format, &[]).unwrap();
+        let plain = encode(&image, format, &[]).unwrap();
         assert_eq!(decode(&file).unwrap(), decode(&plain).unwrap());
     }
 }

@@ -1,30 +1,30 @@
-//! What a file says about its picture, read without decoding: format, largest sides, and whether the end is there.
+//! What a file says about its image, read without decoding: format, largest sides, and whether the end is there.
 
-use super::{PictureError, PictureFormat};
+use super::{ImageError, ImageFormat};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
-    pub format: PictureFormat,
+    pub format: ImageFormat,
     /// The largest sides that any header inside the file claims: a decoder allocates no more than these.
     pub width: u32,
     pub height: u32,
-    /// Whether the file reaches the picture's end. Decoders fill what is missing with grey instead of failing.
+    /// Whether the file reaches the image's end. Decoders fill what is missing with grey instead of failing.
     pub complete: bool,
     /// Whether an alpha channel comes from a colour key only, which the reference ignores in RGB files.
     pub opaque: bool,
 }
 
-pub(super) fn read(bytes: &[u8]) -> Result<Header, PictureError> {
-    let format = PictureFormat::of_bytes(bytes).ok_or(PictureError::UnknownFormat)?;
+pub(super) fn read(bytes: &[u8]) -> Result<Header, ImageError> {
+    let format = ImageFormat::of_bytes(bytes).ok_or(ImageError::UnknownFormat)?;
     let found = match format {
-        PictureFormat::Png => png(bytes),
-        PictureFormat::Jpeg => jpeg(bytes),
-        PictureFormat::WebP => webp(bytes),
+        ImageFormat::Png => png(bytes),
+        ImageFormat::Jpeg => jpeg(bytes),
+        ImageFormat::WebP => webp(bytes),
     };
     // A header that stops short of the sides is a file that was cut.
-    let header = found.ok_or(PictureError::Truncated { format })?;
+    let header = found.ok_or(ImageError::Truncated { format })?;
     if header.width == 0 || header.height == 0 {
-        return Err(PictureError::NoPixels {
+        return Err(ImageError::NoPixels {
             width: header.width,
             height: header.height,
         });
@@ -49,7 +49,7 @@ fn le(bytes: &[u8], at: usize, count: usize) -> Option<u32> {
 fn png(bytes: &[u8]) -> Option<Header> {
     const RGB: u8 = 2;
     Some(Header {
-        format: PictureFormat::Png,
+        format: ImageFormat::Png,
         width: be32(bytes, 16)?,
         height: be32(bytes, 20)?,
         complete: true,
@@ -60,7 +60,7 @@ fn png(bytes: &[u8]) -> Option<Header> {
 /// Walks the markers to the end of the image, past every scan.
 fn jpeg(bytes: &[u8]) -> Option<Header> {
     let mut header = Header {
-        format: PictureFormat::Jpeg,
+        format: ImageFormat::Jpeg,
         width: 0,
         height: 0,
         complete: false,
@@ -116,7 +116,7 @@ fn end_of_scan(bytes: &[u8], mut at: usize) -> usize {
 /// RIFF chunks: the canvas (`VP8X`), the frames (`VP8 `, `VP8L`), and frames inside animations (`ANMF`).
 fn webp(bytes: &[u8]) -> Option<Header> {
     let mut header = Header {
-        format: PictureFormat::WebP,
+        format: ImageFormat::WebP,
         width: 0,
         height: 0,
         complete: false,

@@ -1,4 +1,4 @@
-//! Pictures in memory: foreign bytes are decoded under limits, pictures of ours are encoded.
+//! Images in memory: foreign bytes are decoded under limits, images of ours are encoded.
 
 mod encode;
 #[cfg(feature = "fuzzing")]
@@ -12,13 +12,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use image::codecs::{jpeg::JpegDecoder, png::PngDecoder, webp::WebPDecoder};
 use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, ImageDecoder, ImageError, RgbImage};
+use image::{ColorType, DynamicImage, ImageDecoder};
 
 pub use encode::{OutputFormat, encode};
 
 /// 8-bit RGB, row by row: `rgb.len() == 3 * width * height`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RgbPicture {
+pub struct RgbImage {
     pub width: u32,
     pub height: u32,
     pub rgb: Vec<u8>,
@@ -27,13 +27,13 @@ pub struct RgbPicture {
 /// The file formats that are read and written. As a word: `png`, `jpeg`, `webp`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum PictureFormat {
+pub enum ImageFormat {
     Png,
     Jpeg,
     WebP,
 }
 
-impl PictureFormat {
+impl ImageFormat {
     /// The format that the first bytes of a file announce.
     pub fn of_bytes(bytes: &[u8]) -> Option<Self> {
         match bytes {
@@ -72,7 +72,7 @@ impl PictureFormat {
     }
 }
 
-impl std::fmt::Display for PictureFormat {
+impl std::fmt::Display for ImageFormat {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Png => "PNG",
@@ -84,7 +84,7 @@ impl std::fmt::Display for PictureFormat {
 
 /// What foreign bytes may cost. Sides and pixels are checked on the file's header, before anything is decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PictureLimits {
+pub struct ImageLimits {
     /// Bytes of the file.
     pub bytes: usize,
     /// Pixels along one side.
@@ -93,7 +93,7 @@ pub struct PictureLimits {
     pub pixels: u64,
 }
 
-impl Default for PictureLimits {
+impl Default for ImageLimits {
     fn default() -> Self {
         Self {
             bytes: 20 << 20,
@@ -103,11 +103,11 @@ impl Default for PictureLimits {
     }
 }
 
-/// Why a picture is refused. Each message completes a sentence that begins with the picture's name.
+/// Why an image is refused. Each message completes a sentence that begins with the image's name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PictureError {
+pub enum ImageError {
     /// The first bytes are those of no format that is read.
-    #[error("is not a JPEG, PNG or WebP picture")]
+    #[error("is not a JPEG, PNG or WebP image")]
     UnknownFormat,
     /// The file has too many bytes.
     #[error("has {actual} bytes, the limit is {limit}")]
@@ -123,28 +123,28 @@ pub enum PictureError {
     /// A side is 0.
     #[error("is empty: {width}x{height} pixels")]
     NoPixels { width: u32, height: u32 },
-    /// The file ends before its picture does.
-    #[error("is truncated: the {format} file ends before its picture does")]
-    Truncated { format: PictureFormat },
-    /// The file contradicts its format, or a picture of ours cannot be written.
+    /// The file ends before its image does.
+    #[error("is truncated: the {format} file ends before its image does")]
+    Truncated { format: ImageFormat },
+    /// The file contradicts its format, or an image of ours cannot be written.
     #[error("is damaged: {0}")]
     Damaged(String),
 }
 
-impl PictureError {
+impl ImageError {
     /// A stable word for programs.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::UnknownFormat => "not_a_picture",
-            Self::TooManyBytes { .. } | Self::TooManyPixels { .. } => "picture_too_large",
-            Self::NoPixels { .. } => "picture_empty",
-            Self::Truncated { .. } => "picture_truncated",
-            Self::Damaged(_) => "picture_damaged",
+            Self::UnknownFormat => "not_an_image",
+            Self::TooManyBytes { .. } | Self::TooManyPixels { .. } => "image_too_large",
+            Self::NoPixels { .. } => "image_empty",
+            Self::Truncated { .. } => "image_truncated",
+            Self::Damaged(_) => "image_damaged",
         }
     }
 }
 
-impl RgbPicture {
+impl RgbImage {
     /// Whether `rgb` has the length that the sides ask for.
     pub fn is_consistent(&self) -> bool {
         self.rgb.len() as u64 == 3 * u64::from(self.width) * u64::from(self.height)
@@ -156,10 +156,10 @@ impl RgbPicture {
 /// bits lose the lower byte, transparency is blended onto white (`ItemProcessor._whiten_transparency`).
 ///
 /// # Errors
-/// When the bytes are no such picture, are incomplete or damaged, or exceed a limit.
-pub fn decode(bytes: &[u8], limits: &PictureLimits) -> Result<RgbPicture, PictureError> {
+/// When the bytes are no such image, are incomplete or damaged, or exceed a limit.
+pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError> {
     if bytes.len() > limits.bytes {
-        return Err(PictureError::TooManyBytes {
+        return Err(ImageError::TooManyBytes {
             actual: bytes.len(),
             limit: limits.bytes,
         });
@@ -167,7 +167,7 @@ pub fn decode(bytes: &[u8], limits: &PictureLimits) -> Result<RgbPicture, Pictur
     let header = header::read(bytes)?;
     let (width, height) = (header.width, header.height);
     if width.max(height) > limits.side || u64::from(width) * u64::from(height) > limits.pixels {
-        return Err(PictureError::TooManyPixels {
+        return Err(ImageError::TooManyPixels {
             width,
             height,
             pixels: limits.pixels,
@@ -175,21 +175,21 @@ pub fn decode(bytes: &[u8], limits: &PictureLimits) -> Result<RgbPicture, Pictur
         });
     }
     if !header.complete {
-        return Err(PictureError::Truncated { format: header.format });
+        return Err(ImageError::Truncated { format: header.format });
     }
     // The decoders are memory-safe, but a file that makes one panic must cost its sender alone.
     catch_unwind(AssertUnwindSafe(|| decode_pixels(bytes, &header)))
-        .unwrap_or_else(|_| Err(PictureError::Damaged("its decoder gave up".to_owned())))
+        .unwrap_or_else(|_| Err(ImageError::Damaged("its decoder gave up".to_owned())))
 }
 
-/// What PNG's internal buffers (text, colour profiles) may take; rows of the widest allowed picture fit many times over.
+/// What PNG's internal buffers (text, colour profiles) may take; rows of the widest allowed image fit many times over.
 const PNG_BUFFERS: u64 = 64 << 20;
 
-fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbPicture, PictureError> {
+fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageError> {
     let format = header.format;
     let fault = |error| decoding_fault(format, error);
     match format {
-        PictureFormat::Png => {
+        ImageFormat::Png => {
             let mut limits = image::Limits::no_limits();
             limits.max_alloc = Some(PNG_BUFFERS);
             to_rgb(
@@ -197,29 +197,29 @@ fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbPicture, Pi
                 header,
             )
         }
-        PictureFormat::Jpeg => to_rgb(JpegDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
-        PictureFormat::WebP => to_rgb(WebPDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
+        ImageFormat::Jpeg => to_rgb(JpegDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
+        ImageFormat::WebP => to_rgb(WebPDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
     }
 }
 
-fn decoding_fault(format: PictureFormat, error: ImageError) -> PictureError {
+fn decoding_fault(format: ImageFormat, error: image::ImageError) -> ImageError {
     match error {
-        ImageError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-            PictureError::Truncated { format }
+        image::ImageError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            ImageError::Truncated { format }
         }
-        other => PictureError::Damaged(other.to_string()),
+        other => ImageError::Damaged(other.to_string()),
     }
 }
 
-fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<RgbPicture, PictureError> {
+fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<RgbImage, ImageError> {
     let format = header.format;
     let fault = |error| decoding_fault(format, error);
-    let damaged = |problem: &str| PictureError::Damaged(problem.to_owned());
+    let damaged = |problem: &str| ImageError::Damaged(problem.to_owned());
     let (width, height) = decoder.dimensions();
     if width > header.width || height > header.height || width == 0 || height == 0 {
         return Err(damaged("its headers contradict each other"));
     }
-    // Unreadable metadata is no reason to refuse the picture.
+    // Unreadable metadata is no reason to refuse the image.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let colour = decoder.color_type();
     let mut samples = vec![0; usize::try_from(decoder.total_bytes()).map_err(|_| damaged("it is too large"))?];
@@ -250,11 +250,11 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
         ),
         _ => return Err(damaged("it has an unknown number of channels")),
     };
-    let upright = RgbImage::from_raw(width, height, rgb).ok_or_else(|| damaged("it has too few pixels"))?;
+    let upright = image::RgbImage::from_raw(width, height, rgb).ok_or_else(|| damaged("it has too few pixels"))?;
     let mut upright = DynamicImage::ImageRgb8(upright);
     upright.apply_orientation(orientation);
     let upright = upright.into_rgb8();
-    Ok(RgbPicture {
+    Ok(RgbImage {
         width: upright.width(),
         height: upright.height(),
         rgb: upright.into_raw(),
@@ -262,7 +262,7 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
 }
 
 /// Blends RGBA pixels onto white, in f64 and truncated to 8 bits. Without real transparency the result is the colours
-/// themselves, so the reference's separate branch for opaque pictures needs none here.
+/// themselves, so the reference's separate branch for opaque images needs none here.
 fn whiten(pixels: impl Iterator<Item = [u8; 4]>) -> Vec<u8> {
     let blend = |value: u8, alpha: f64| ((1.0 - alpha) * 255.0 + alpha * f64::from(value)) as u8;
     pixels

@@ -1,6 +1,6 @@
 //! XMP packets (ISO 16684-1) in JPEG and WebP files of ours.
 
-use super::PictureError;
+use super::ImageError;
 
 /// The namespace of our properties; a name, not an address.
 const NAMESPACE: &str = "urn:coar:1";
@@ -32,21 +32,19 @@ pub(super) fn packet(text: &[(&str, String)]) -> Vec<u8> {
 ///
 /// # Errors
 /// When the file does not begin as a JPEG does, or the packet is too long for a segment.
-pub(super) fn into_jpeg(file: &[u8], packet: &[u8]) -> Result<Vec<u8>, PictureError> {
+pub(super) fn into_jpeg(file: &[u8], packet: &[u8]) -> Result<Vec<u8>, ImageError> {
     let length = JPEG_HEADER.len() + packet.len();
     if length > SEGMENT_LIMIT {
-        return Err(PictureError::Damaged(format!(
-            "{length} bytes of metadata are too many"
-        )));
+        return Err(ImageError::Damaged(format!("{length} bytes of metadata are too many")));
     }
     let at = match file {
         [0xff, 0xd8, 0xff, 0xe0, high, low, ..] => 4 + usize::from(u16::from_be_bytes([*high, *low])),
         [0xff, 0xd8, ..] => 2,
-        _ => return Err(PictureError::Damaged("it is no JPEG file".to_owned())),
+        _ => return Err(ImageError::Damaged("it is no JPEG file".to_owned())),
     };
     let (before, after) = file
         .split_at_checked(at)
-        .ok_or_else(|| PictureError::Damaged("its first segment is too long".to_owned()))?;
+        .ok_or_else(|| ImageError::Damaged("its first segment is too long".to_owned()))?;
     let size = (length + 2) as u16;
     let marker = [&[0xff, 0xe1][..], &size.to_be_bytes()].concat();
     Ok([before, &marker, JPEG_HEADER, packet, after].concat())
@@ -64,14 +62,14 @@ fn chunk(name: &[u8; 4], data: &[u8]) -> Vec<u8> {
 ///
 /// # Errors
 /// When the file is none, or not a simple one.
-pub(super) fn into_webp(file: &[u8], packet: &[u8], (width, height): (u32, u32)) -> Result<Vec<u8>, PictureError> {
+pub(super) fn into_webp(file: &[u8], packet: &[u8], (width, height): (u32, u32)) -> Result<Vec<u8>, ImageError> {
     let pixels = match file {
         [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', pixels @ ..]
             if pixels.starts_with(b"VP8L") || pixels.starts_with(b"VP8 ") =>
         {
             pixels
         }
-        _ => return Err(PictureError::Damaged("it is no simple WebP file".to_owned())),
+        _ => return Err(ImageError::Damaged("it is no simple WebP file".to_owned())),
     };
     /// Flag of a file with XMP.
     const HAS_XMP: u32 = 4;

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use coar_core::picture::{PictureLimits, RgbPicture, decode};
+use coar_core::image::{ImageLimits, RgbImage, decode};
 use coar_engine::model::Vqgan;
-use coar_engine::model::lumina::{pictures, pixels};
+use coar_engine::model::lumina::{images, pixels};
 use coar_engine::model::preprocessing::{CropOffset, CropPlan};
 use coar_engine::model::vqgan::VqganConfig;
 use coar_engine::model::weights::vqgan_source;
@@ -14,9 +14,9 @@ use tch::Tensor;
 use super::data::{Arrays, F32, differing, largest};
 use super::{Outcome, Report, Run};
 
-pub fn read_picture(file: &Path) -> Result<RgbPicture, String> {
+pub fn read_image(file: &Path) -> Result<RgbImage, String> {
     let bytes = std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
-    decode(&bytes, &PictureLimits::default()).map_err(|error| error.to_string())
+    decode(&bytes, &ImageLimits::default()).map_err(|error| error.to_string())
 }
 
 pub fn vqgan(run: &Run) -> Result<Vqgan, String> {
@@ -38,8 +38,8 @@ fn case_arrays(run: &Run) -> Result<Arrays, String> {
 
 pub fn vq_encode(run: &Run, report: &mut Report) -> Outcome {
     let (vqgan, arrays) = (vqgan(run)?, case_arrays(run)?);
-    let picture = read_picture(&run.file(".png")?)?;
-    let latents = pixels(&[picture])
+    let image = read_image(&run.file(".png")?)?;
+    let latents = pixels(&[image])
         .and_then(|pixels| vqgan.latents(&pixels))
         .map_err(|error| error.to_string())?;
     report.number(
@@ -74,14 +74,14 @@ pub fn vq_decode(run: &Run, report: &mut Report) -> Outcome {
         largest(&drawn.get(0), arrays.get("pixels")?),
         run.tolerance("pixels_abs")?,
     );
-    let drawn = pictures(&drawn).map_err(|error| error.to_string())?;
-    let expected = read_picture(&run.file(".png")?)?;
+    let drawn = images(&drawn).map_err(|error| error.to_string())?;
+    let expected = read_image(&run.file(".png")?)?;
     let sentence = run.case.tolerance["png"].as_str().ok_or("tolerance `png` is missing")?;
     let [levels, percent] = numbers(sentence)[..] else {
         return Err(format!("tolerance `{sentence}` is unknown"));
     };
     if (drawn[0].width, drawn[0].height) != (expected.width, expected.height) {
-        return Err("the picture has another size".to_owned());
+        return Err("the image has another size".to_owned());
     }
     let off: Vec<u8> = drawn[0]
         .rgb
@@ -91,16 +91,16 @@ pub fn vq_decode(run: &Run, report: &mut Report) -> Outcome {
         .collect();
     report.number(
         &run.case.id,
-        "picture, levels",
+        "image, levels",
         off.iter().copied().max().unwrap_or(0).into(),
         levels,
     );
     let share = off.iter().filter(|&&off| off > 0).count() as f64 / off.len() as f64 * 100.0;
-    report.number(&run.case.id, "picture, % of samples", share, percent);
+    report.number(&run.case.id, "image, % of samples", share, percent);
     Ok(())
 }
 
-fn level_difference(a: &RgbPicture, b: &RgbPicture) -> f64 {
+fn level_difference(a: &RgbImage, b: &RgbImage) -> f64 {
     if (a.width, a.height) != (b.width, b.height) {
         return f64::INFINITY;
     }
@@ -117,7 +117,7 @@ pub fn whiten(run: &Run, report: &mut Report) -> Outcome {
             pair[0].as_str().ok_or("no input")?,
             pair[1].as_str().ok_or("no output")?,
         );
-        let difference = level_difference(&read_picture(&run.path(from))?, &read_picture(&run.path(to))?);
+        let difference = level_difference(&read_image(&run.path(from))?, &read_image(&run.path(to))?);
         report.number(&run.case.id, from, difference, run.tolerance("levels")?);
     }
     Ok(())
@@ -139,8 +139,8 @@ pub fn crop(run: &Run, report: &mut Report) -> Outcome {
     );
     for image in run.parameter("images")?.as_array().ok_or("no images")? {
         let name = image["input"].as_str().ok_or("no input")?;
-        let input = read_picture(&run.path(name))?;
-        let expected = read_picture(&run.path(image["output"].as_str().ok_or("no output")?))?;
+        let input = read_image(&run.path(name))?;
+        let expected = read_image(&run.path(image["output"].as_str().ok_or("no output")?))?;
         let at = |key: &str| image[key].as_u64().map(|n| n as u32).ok_or_else(|| format!("no {key}"));
         let cropped = plan.prepare(&input, CropOffset::At(at("left")?, at("upper")?));
         report.number(
