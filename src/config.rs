@@ -197,7 +197,7 @@ pub struct QuotaArgs {
     #[arg(long, env = "COAR_QUOTA_REQUESTS_IN_FLIGHT", default_value_t = 64, value_name = "N")]
     pub quota_requests_in_flight: u32,
     /// Images of each tenant in a minute; 0: any number.
-    #[arg(long, env = "COAR_QUOTA_IMAGES_PER_MINUTE", default_value_t = 0, value_name = "N")]
+    #[arg(long, env = "COAR_QUOTA_PICTURES_PER_MINUTE", default_value_t = 0, value_name = "N")]
     pub quota_pictures_per_minute: u32,
 }
 
@@ -310,6 +310,32 @@ fn is_origin(text: &str, path: bool) -> bool {
 }
 
 impl Config {
+    /// The settings that differ from their defaults, each as a line of TOML. Variables and files count as what they set.
+    pub fn changed(&self) -> Vec<String> {
+        let known = Self::augment_args(clap::Command::new("serve"));
+        let is_default = |line: &str| {
+            let Some((key, value)) = line.split_once(" = ") else {
+                return false;
+            };
+            let Some(argument) = known.get_arguments().find(|argument| argument.get_id() == key) else {
+                return false;
+            };
+            let defaults: Vec<_> = argument
+                .get_default_values()
+                .iter()
+                .map(|default| default.to_string_lossy())
+                .collect();
+            let value = value.trim_matches('"');
+            match (value.parse::<f64>(), defaults.concat().parse::<f64>()) {
+                (Ok(value), Ok(default)) => value == default,
+                _ => value == defaults.concat() || (value == "[]" && defaults.is_empty()),
+            }
+        };
+        let all = self.to_toml();
+        let lines = all.lines().filter(|line| !line.is_empty() && !is_default(line));
+        lines.map(str::to_owned).collect()
+    }
+
     /// Checks every value, and tells of all that are wrong.
     ///
     /// # Errors
@@ -513,6 +539,16 @@ mod tests {
         let Faults(faults) = bad.validate().unwrap_err();
         let keys: Vec<_> = faults.iter().filter_map(|fault| fault.split(' ').next()).collect();
         assert_eq!(keys, ["training_share", "rows", "public_url", "cors_origin"]);
+    }
+
+    #[test]
+    fn changed_settings_are_those_that_differ_from_their_defaults() {
+        assert_eq!(parse(&[]).changed(), Vec::<String>::new());
+        let changed = parse(&["--rows=8", "--training-share=0.25", "--cors-origin=*", "--kv-memory=100"]).changed();
+        assert_eq!(
+            changed,
+            ["cors_origin = [\"*\"]", "training_share = 0.25", "kv_memory = 100", "rows = 8"]
+        );
     }
 
     #[test]

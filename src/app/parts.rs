@@ -1,5 +1,7 @@
 //! What the roles have in common.
 
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -41,6 +43,7 @@ pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
         tracing::info!(process = %registry.process(), "this process shares its database");
         return Ok(Opened { registry, lock: None });
     }
+    close_to_others(&storage.data);
     let lock = DataLock::take(&storage.data)?;
     let registry = Registry::connect(&storage).await?;
     registry.forget_processes().await?;
@@ -67,6 +70,30 @@ pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
         registry,
         lock: Some(lock),
     })
+}
+
+/// Takes the permissions of group and others away from the data folder and its database: they hold the secrets that sign
+/// addresses and web-hooks. A copy made without care, as a restored backup, may have them.
+fn close_to_others(data: &Path) {
+    let names = ["", "coar.sqlite", "coar.sqlite-wal", "coar.sqlite-shm", "blobs"];
+    for path in names.map(|name| data.join(name)) {
+        let Ok(metadata) = std::fs::metadata(&path) else {
+            continue;
+        };
+        let mode = metadata.permissions().mode();
+        if mode & 0o077 == 0 {
+            continue;
+        }
+        let private = std::fs::Permissions::from_mode(mode & !0o077);
+        match std::fs::set_permissions(&path, private) {
+            Ok(()) => {
+                tracing::warn!(path = %path.display(), mode = format!("{:o}", mode & 0o777), "group and others could read this; their permissions are removed")
+            }
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "group and others can read this, and their permissions cannot be removed")
+            }
+        }
+    }
 }
 
 pub(super) fn webhooks(config: &Config, registry: &Registry, links: &Arc<Links>, own_address: &str) -> Webhooks {

@@ -2,14 +2,14 @@
 
 use clap::Subcommand;
 
-use super::local::{DataArgs, block_on, keep_files_private, storage};
+use super::local::{DataArgs, block_on, existing_registry, keep_files_private, storage};
 use crate::registry::{Page, Registry, now};
 use crate::service::{KeyRequest, Keys, Scopes};
 use coar_core::ids::KeyId;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum KeysCommand {
-    /// Make a key and print it, once. The first one closes the server to everybody without a key.
+    /// Make a key and print it, once. From the first key on, every request needs one.
     ///
     /// Works while the server runs. The tenant is made where it does not exist.
     Create {
@@ -28,7 +28,7 @@ pub(super) enum KeysCommand {
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Every key, revoked and expired ones included; not their texts, which are nowhere.
+    /// List all keys, including revoked and expired ones. Their secrets are not stored.
     List {
         #[command(flatten)]
         data: DataArgs,
@@ -54,7 +54,10 @@ impl KeysCommand {
                     expires,
                     data,
                 } => {
-                    let keys = open(&data).await?;
+                    if data.database.is_none() && !data.data.join("coar.sqlite").exists() {
+                        eprintln!("new database in {}", data.data.display());
+                    }
+                    let keys = Keys::new(Registry::connect(&storage(&data)).await?);
                     let owner = keys.tenant_or_new(&tenant).await?;
                     let request = KeyRequest {
                         tenant,
@@ -72,19 +75,15 @@ impl KeysCommand {
                     eprintln!("web-hooks of this tenant are signed with {}", owner.webhook_secret);
                     Ok(())
                 }
-                Self::List { data } => list(&open(&data).await?).await,
+                Self::List { data } => list(&Keys::new(existing_registry(&data).await?)).await,
                 Self::Revoke { id, data } => {
-                    open(&data).await?.revoke(&id).await?;
+                    Keys::new(existing_registry(&data).await?).revoke(&id).await?;
                     println!("{id} is revoked");
                     Ok(())
                 }
             }
         })
     }
-}
-
-async fn open(data: &DataArgs) -> anyhow::Result<Keys> {
-    Ok(Keys::new(Registry::connect(&storage(data)).await?))
 }
 
 async fn list(keys: &Keys) -> anyhow::Result<()> {

@@ -37,7 +37,7 @@ pub(super) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyh
 pub(super) async fn existing_registry(data: &DataArgs) -> anyhow::Result<Registry> {
     anyhow::ensure!(
         data.database.is_some() || data.data.join("coar.sqlite").exists(),
-        "there are no concepts in {}: train one with `coar train`, or name another folder with --data",
+        "there is no database in {}: name its folder with --data, or train a first concept with `coar train`",
         data.data.display()
     );
     Ok(Registry::connect(&storage(data)).await?)

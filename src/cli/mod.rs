@@ -19,7 +19,9 @@ mod train;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Command as Clap, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Command as Clap, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::config::{Faults, read_file};
 
@@ -31,7 +33,14 @@ pub use completions::complete;
 #[command(name = "coar", version, about, long_about = None)]
 pub struct Cli {
     /// How log lines are written; COAR_LOG says which, such as `warn` or `info,coar::api=debug`.
-    #[arg(long, global = true, env = "COAR_LOG_FORMAT", value_enum, default_value_t)]
+    #[arg(
+        long,
+        global = true,
+        env = "COAR_LOG_FORMAT",
+        value_enum,
+        default_value_t,
+        help_heading = "Options of every command"
+    )]
     pub log_format: LogFormat,
     #[command(flatten)]
     remote: remote::RemoteArgs,
@@ -94,6 +103,35 @@ fn with_defaults(command: Clap, settings: &[(String, Vec<String>)]) -> Clap {
     })
 }
 
+/// Why `--server` is refused, where the command works on something else. A key that is made in a local folder, when its
+/// user thinks of a server, would leave that server open.
+fn useless_server(matches: &ArgMatches) -> Option<String> {
+    let (name, _) = matches.subcommand()?;
+    let source = matches.value_source("server_url");
+    let named = match name {
+        "keys" | "admin" => matches!(source, Some(ValueSource::CommandLine | ValueSource::EnvVariable)),
+        "serve" | "config" | "completions" | "inspect" => source == Some(ValueSource::CommandLine),
+        _ => false,
+    };
+    let empty = matches
+        .get_one::<String>("server_url")
+        .is_none_or(|server| server.is_empty());
+    (named && !empty).then(|| match name {
+        "keys" | "admin" => format!(
+            "`coar {name}` works on the folder that --data names, or on --database, and not through --server (or COAR_SERVER): \
+             leave it out, or use the server's /v1/admin routes"
+        ),
+        _ => format!("`coar {name}` does not use --server; leave it out"),
+    })
+}
+
+/// Lets the process end without a word where the reader of its output has gone, as in `coar concept list | head -1`. A
+/// server goes on: it notices closed connections itself.
+fn end_with_the_reader() {
+    // SAFETY: sets the default action of a signal, before any thread is started.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 impl Cli {
     /// Reads the arguments, and beneath them the file that `--config` names. Ends the process where they are wrong, as
     /// `--help` does.
@@ -113,7 +151,10 @@ impl Cli {
                         .mut_subcommand("show", |show| with_defaults(show, &settings))
                 });
         }
-        let matches = command.get_matches_from(arguments);
+        let matches = command.clone().get_matches_from(arguments);
+        if let Some(problem) = useless_server(&matches) {
+            command.error(ErrorKind::ArgumentConflict, problem).exit();
+        }
         Ok(Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
     }
 
@@ -122,6 +163,9 @@ impl Cli {
     /// # Errors
     /// What the command could not do, and what to do about it.
     pub fn run(self) -> anyhow::Result<()> {
+        if !matches!(self.command, Command::Serve(_)) {
+            end_with_the_reader();
+        }
         let server = self.remote.client()?;
         match self.command {
             Command::Serve(args) => args.run(),

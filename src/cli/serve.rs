@@ -23,7 +23,8 @@ impl ServeArgs {
             cfg!(feature = "device") || config.role == Role::Api,
             "this build of coar has no device: start it with --role api, or build it with the feature `device`"
         );
-        for line in config.to_toml().lines() {
+        // What differs from the defaults; `coar config show` prints everything.
+        for line in config.changed() {
             tracing::info!(target: "coar::config", "{line}");
         }
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -33,7 +34,7 @@ impl ServeArgs {
                 Role::All | Role::Api => (config.listen, "--listen"),
             };
             let listener = tokio::net::TcpListener::bind(address).await.map_err(|error| {
-                anyhow::anyhow!("cannot listen on {address}: {error}; choose another address with {flag}")
+                anyhow::anyhow!("cannot listen on {address}: {error}; choose another address with {flag} (`make serve LISTEN=HOST:PORT`)")
             })?;
             let stop = CancellationToken::new();
             tokio::spawn(crate::app::signalled(stop.clone()));

@@ -11,7 +11,8 @@ use super::remote;
 use crate::client::Client;
 use crate::config::ModelArgs;
 use crate::registry::TrainingStatus;
-use crate::service::Caller;
+use crate::service::{Caller, Service};
+use coar_core::training::TrainingSpec;
 
 /// Train a concept from images, here or with --server there.
 ///
@@ -47,14 +48,52 @@ impl TrainArgs {
         outcome
     }
 
+    /// Trainings of this folder that were interrupted are finished first.
+    async fn name_those_before(&self, service: &Service) -> anyhow::Result<()> {
+        let concepts = service.registry.concepts(Caller::LOCAL.tenant).await?;
+        let ids: Vec<_> = concepts.iter().map(|concept| concept.id).collect();
+        let latest = service.registry.latest_trainings(Caller::LOCAL.tenant, &ids).await?;
+        for training in latest {
+            if training.spec.name != self.form.name && !training.status.is_final() {
+                println!(
+                    "{} was interrupted at step {} of {} in this folder, and is finished first",
+                    training.spec.name, training.step, training.total_steps
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// An interrupted training continues with the settings that it has.
+    fn same_settings(&self, spec: &TrainingSpec) -> anyhow::Result<()> {
+        let form = &self.form;
+        let given = [
+            ("--steps", form.steps, spec.steps),
+            ("--layers", form.layers, spec.layers),
+            ("--text-tokens", form.text_tokens, spec.text_tokens),
+            ("--image-tokens", form.image_tokens, spec.image_tokens),
+        ];
+        for (flag, given, is) in given {
+            anyhow::ensure!(
+                given.is_none_or(|given| given == is),
+                "{} has an unfinished training with {flag} {is}: give that or leave {flag} out, or begin anew after \
+                 `coar concept delete {0}`",
+                form.name
+            );
+        }
+        Ok(())
+    }
+
     async fn watch(&self, workshop: &Workshop, images: Vec<(String, bytes::Bytes)>) -> anyhow::Result<()> {
         let service = &workshop.service;
         let unfinished = match service.concept(&Caller::LOCAL, &self.form.name).await {
             Ok(view) => view.training.filter(|training| !training.status.is_final()),
             Err(_) => None,
         };
+        self.name_those_before(service).await?;
         let training = match unfinished {
             Some(training) => {
+                self.same_settings(&training.spec)?;
                 println!(
                     "{} goes on from step {} of {}",
                     self.form.name, training.step, training.total_steps

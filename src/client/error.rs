@@ -80,6 +80,9 @@ impl ClientError {
         } = &mut refused
         {
             *wait = retry_after;
+            if status == 401 {
+                message.push_str(" With `coar` it is given as --key or COAR_API_KEY.");
+            }
             if message.is_empty() {
                 let text: String = String::from_utf8_lossy(body).trim().chars().take(200).collect();
                 *message = format!("The server answered {status}: {text}");

@@ -47,7 +47,13 @@ impl Client {
             server: server.to_owned(),
             problem,
         };
+        if !server.starts_with("http://") && !server.starts_with("https://") {
+            return Err(address("it must begin with http:// or https://".to_owned()));
+        }
         let url = reqwest::Url::parse(server).map_err(|error| address(error.to_string()))?;
+        if url.path().trim_end_matches('/').ends_with("/v1") {
+            return Err(address("leave out the `/v1` at its end".to_owned()));
+        }
         if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
             return Err(address("it must begin with http:// or https://".to_owned()));
         }

@@ -121,7 +121,7 @@ fn clean(bytes: &Bytes, limits: &ImageLimits) -> Result<Vec<u8>, ImageError> {
 
 fn image_error(error: &ImageError) -> Error {
     let (code, kind, limit) = match error {
-        ImageError::UnknownFormat => ("unknown_image_format", ErrorKind::Invalid, None),
+        ImageError::UnknownFormat | ImageError::Heic => ("unknown_image_format", ErrorKind::Invalid, None),
         ImageError::TooManyBytes { limit, .. } => ("image_too_large", ErrorKind::TooLarge, Some(*limit as u64)),
         ImageError::TooManyPixels { pixels, .. } => ("image_too_many_pixels", ErrorKind::Invalid, Some(*pixels)),
         ImageError::NoPixels { .. } | ImageError::Truncated { .. } | ImageError::Damaged(_) => {
@@ -245,7 +245,7 @@ impl Service {
             Ok(false) => conflict,
             Ok(true) => Error {
                 message: format!(
-                    "`name` is `{}`, which another concept has: one of the same images and settings",
+                    "`name` is `{0}`: `{0}` is trained already from these images with these settings, so there is nothing to do",
                     taken.name
                 ),
                 ..conflict

@@ -15,7 +15,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "target" / "ui"
-# A training and some pictures on a loaded machine.
+# A training and some images on a loaded machine.
 PATIENCE_MS = int(os.environ.get("PATIENCE", 240_000))
 STILL = """Promise.allSettled(document.getAnimations()
     .filter((animation) => animation.effect.getTiming().iterations !== Infinity).map((animation) => animation.finished)).then(() => null)"""
@@ -117,7 +117,7 @@ class Visit:
         self.count = 0
 
     def pictures_are_there(self, selector):
-        """Waits until every picture has come; the page's policy refuses what `wait_for_function` does."""
+        """Waits until every image has come; the page's policy refuses what `wait_for_function` does."""
         # Those below the window are asked for when they come into sight.
         script = """(selector) => {
             const missing = [...document.querySelectorAll(selector)].find((image) => !image.complete || image.naturalWidth === 0);

@@ -58,7 +58,7 @@ def drop(page, files):
 
 
 def register(visit, name):
-    """Pictures, a caption, one picture too many; the API's refusal beside the field; then the real thing."""
+    """Images, a caption, one image too many; the API's refusal beside the field; then the real thing."""
     page = visit.page
     page.goto("/")
     expect(page).to_have_title("Create · coar Studio")
@@ -67,12 +67,12 @@ def register(visit, name):
     page.get_by_role("link", name="New concept").click()
     expect(page.get_by_role("heading", level=1)).to_be_focused()
     drop(page, [(pictures("rex")[0], "image/png"), (ROOT / "README.md", "text/markdown")])
-    expect(page.get_by_role("list", name="Chosen pictures").get_by_role("listitem")).to_have_count(1)
+    expect(page.get_by_role("list", name="Chosen images").get_by_role("listitem")).to_have_count(1)
     expect(page.locator("#images-error")).to_contain_text("Only PNG, JPEG and WebP")
     visit.shot("dropped")
     page.locator("#pictures").set_input_files([*pictures("rex")[1:], pictures("finn")[0]])
     expect(page.locator("#images-error")).to_be_empty()
-    chosen = page.get_by_role("list", name="Chosen pictures").get_by_role("listitem")
+    chosen = page.get_by_role("list", name="Chosen images").get_by_role("listitem")
     expect(chosen).to_have_count(len(pictures("rex")) + 1)
     chosen.last.get_by_role("button").click()
     expect(chosen).to_have_count(len(pictures("rex")))
@@ -105,7 +105,7 @@ def watch(visit, name):
     expect(panel.locator(".curve path.raw")).to_have_count(1)
     expect(page.locator("#concept-facts .badge")).to_have_text("Ready")
     expect(page.get_by_role("region", name="Versions").get_by_role("listitem")).to_have_count(1)
-    references = page.get_by_role("region", name="Reference pictures").get_by_role("img")
+    references = page.get_by_role("region", name="Reference images").get_by_role("img")
     expect(references).to_have_count(len(pictures("rex")))
     visit.pictures_are_there("#concept-body img")
     visit.shot("concept")
@@ -146,11 +146,11 @@ def prompt_with_completion(visit, name):
 
 
 def draw(visit, name):
-    """Refused settings beside their field, then a picture that appears row by row."""
+    """Refused settings beside their field, then an image that appears row by row."""
     page = visit.page
     page.get_by_text("Settings", exact=True).click()
     settings(page).get_by_label("Seed", exact=True).fill("7")
-    settings(page).get_by_label("Pictures", exact=True).fill("2")
+    settings(page).get_by_label("Images", exact=True).fill("2")
     settings(page).get_by_label("Temperature", exact=True).fill("9")
     with visit.faults.expecting(r"400: POST .*/v1/generations$"):
         page.get_by_role("button", name="Draw", exact=True).click()
@@ -165,14 +165,14 @@ def draw(visit, name):
     expect(drawing).to_have_attribute("data-status", "succeeded")
     tiles = drawing.locator(".tile[data-done][data-partials]")
     expect(tiles).to_have_count(2)
-    expect(tiles.first).to_contain_text("seed 7 · picture 0")
+    expect(tiles.first).to_contain_text("seed 7 · image 0")
     expect(drawing.get_by_role("img", name=f"a photo of <{name}> cat on the beach")).to_have_count(2)
     visit.shot("drawn")
 
 
 def cancel(visit):
     page = visit.page
-    settings(page).get_by_label("Pictures", exact=True).fill("10")
+    settings(page).get_by_label("Images", exact=True).fill("10")
     page.get_by_role("button", name="Draw", exact=True).click()
     drawing = page.locator(".drawing").first
     expect(drawing.locator(".state")).to_contain_text(re.compile("drawing|waiting for|before it"))
@@ -183,7 +183,7 @@ def cancel(visit):
 def compare(visit, name):
     """With and without, side by side, from one seed."""
     page = visit.page
-    settings(page).get_by_label("Pictures", exact=True).fill("")
+    settings(page).get_by_label("Images", exact=True).fill("")
     settings(page).get_by_label("Compare with and without").check()
     page.get_by_role("button", name="Draw", exact=True).click()
     pair = page.locator(".pair").first
@@ -191,7 +191,7 @@ def compare(visit, name):
         drawing = pair.get_by_role("article", name=side)
         expect(drawing).to_have_attribute("data-status", "succeeded")
         expect(drawing.locator(".prompt")).to_have_text(prompt)
-        expect(drawing.locator(".tile")).to_contain_text("seed 7 · picture 0")
+        expect(drawing.locator(".tile")).to_contain_text("seed 7 · image 0")
     visit.shot("compared")
 
 
@@ -206,8 +206,8 @@ def gallery(visit, name):
     count = items.count()
     visit.shot("gallery")
     item = items.filter(has=page.locator(".shots:not(.one)")).first
-    item.get_by_role("button", name=re.compile("^Picture 1")).click()
-    viewer = page.get_by_role("dialog", name="Picture")
+    item.get_by_role("button", name=re.compile("^Image 1")).click()
+    viewer = page.get_by_role("dialog", name="Image")
     expect(viewer).to_contain_text("Guidance")
     visit.shot("viewer")
     with page.expect_download() as download:
@@ -215,17 +215,17 @@ def gallery(visit, name):
     assert download.value.suggested_filename == "coar-7-1.png"
     viewer.get_by_role("button", name="Again, same seed").click()
     expect(settings(page).get_by_label("Seed", exact=True)).to_have_value("7")
-    expect(settings(page).get_by_label("First picture", exact=True)).to_have_value("1")
+    expect(settings(page).get_by_label("First image", exact=True)).to_have_value("1")
     expect(settings(page).get_by_label("Prompt", exact=True)).to_have_value(f"a photo of <{name}> cat on the beach")
     page.get_by_role("button", name="Draw", exact=True).click()
     drawing = page.locator(".drawing").first
     expect(drawing).to_have_attribute("data-status", "succeeded")
-    expect(drawing.locator(".tile")).to_contain_text("seed 7 · picture 1")
+    expect(drawing.locator(".tile")).to_contain_text("seed 7 · image 1")
     go(page, "Gallery")
     count += 1
     expect(items).to_have_count(count)
     items.first.get_by_role("button", name=re.compile("^Delete")).click()
-    sheet = page.get_by_role("dialog", name="Delete these pictures?")
+    sheet = page.get_by_role("dialog", name="Delete these images?")
     expect(sheet.get_by_role("button", name="Keep")).to_be_focused()
     visit.shot("confirm")
     page.keyboard.press("Escape")

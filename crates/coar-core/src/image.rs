@@ -109,6 +109,11 @@ pub enum ImageError {
     /// The first bytes are those of no format that is read.
     #[error("is not a JPEG, PNG or WebP image")]
     UnknownFormat,
+    /// What telephones write by default; nothing here decodes it.
+    #[error(
+        "is a HEIC image; convert it to JPEG (an iPhone writes JPEG with Settings > Camera > Formats > Most Compatible)"
+    )]
+    Heic,
     /// The file has too many bytes.
     #[error("has {actual} bytes, the limit is {limit}")]
     TooManyBytes { actual: usize, limit: usize },
@@ -135,7 +140,7 @@ impl ImageError {
     /// A stable word for programs.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::UnknownFormat => "not_an_image",
+            Self::UnknownFormat | Self::Heic => "not_an_image",
             Self::TooManyBytes { .. } | Self::TooManyPixels { .. } => "image_too_large",
             Self::NoPixels { .. } => "image_empty",
             Self::Truncated { .. } => "image_truncated",

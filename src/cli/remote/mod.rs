@@ -18,6 +18,7 @@ pub(super) struct RemoteArgs {
         id = "server_url",
         long = "server",
         global = true,
+        help_heading = "Options of every command",
         env = "COAR_SERVER",
         value_name = "URL"
     )]
@@ -27,6 +28,7 @@ pub(super) struct RemoteArgs {
         id = "api_key",
         long = "key",
         global = true,
+        help_heading = "Options of every command",
         env = "COAR_API_KEY",
         value_name = "KEY",
         hide_env_values = true

@@ -14,8 +14,17 @@ pub(super) struct Header {
     pub opaque: bool,
 }
 
+/// Whether the first box of a file names a HEIF brand with HEVC, or the general one.
+fn is_heic(bytes: &[u8]) -> bool {
+    const BRANDS: [&[u8]; 6] = [b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1"];
+    bytes.get(4..8) == Some(b"ftyp") && bytes.get(8..12).is_some_and(|brand| BRANDS.contains(&brand))
+}
+
 pub(super) fn read(bytes: &[u8]) -> Result<Header, ImageError> {
-    let format = ImageFormat::of_bytes(bytes).ok_or(ImageError::UnknownFormat)?;
+    let format = ImageFormat::of_bytes(bytes).ok_or(match is_heic(bytes) {
+        true => ImageError::Heic,
+        false => ImageError::UnknownFormat,
+    })?;
     let found = match format {
         ImageFormat::Png => png(bytes),
         ImageFormat::Jpeg => jpeg(bytes),

@@ -232,6 +232,9 @@ fn other_bytes_are_not_an_image() {
     for bytes in [&b""[..], b"GIF89a......", b"<svg/>", b"\x89PNG", &[0xff, 0xd8]] {
         assert_eq!(decode(bytes), Err(ImageError::UnknownFormat));
     }
+    let heic = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic";
+    assert_eq!(decode(heic), Err(ImageError::Heic));
+    assert!(ImageError::Heic.to_string().contains("JPEG"));
 }
 
 #[test]

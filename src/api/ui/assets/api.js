@@ -96,7 +96,7 @@ export async function blobUrl(path, signal) {
   return URL.createObjectURL(await response.blob());
 }
 
-/** The server writes full URLs for its own pictures; behind a proxy their host may be another, so this page takes the path. */
+/** The server writes full URLs for its own images; behind a proxy their host may be another, so this page takes the path. */
 export function localPath(url) {
   const { pathname, search } = new URL(url, location.href);
   return pathname + search;

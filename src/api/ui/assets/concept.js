@@ -1,4 +1,4 @@
-// One concept: its training, pictures, versions, and what can be done with it.
+// One concept: its training, images, versions, and what can be done with it.
 
 import { blobUrl, call } from "./api.js";
 import { $, actionButton, announce, confirmed, h, toast } from "./dom.js";
@@ -19,12 +19,12 @@ function showFacts(concept) {
 function references(concept) {
   const pictures = h("div", { class: "pictures" });
   for (let index = 0; index < concept.images; index += 1) {
-    const image = h("img", { alt: `Reference picture ${index + 1}` });
+    const image = h("img", { alt: `Reference image ${index + 1}` });
     showPicture(image, conceptPath(concept.id, `/images/${index}`)).catch(() => image.remove());
     pictures.append(image);
   }
-  return h("section", { class: "card stack", "aria-label": "Reference pictures" }, h("h2", { text: "Reference pictures" }),
-    concept.images ? pictures : h("p", { class: "hint", text: "This concept was imported: it has no pictures here." }));
+  return h("section", { class: "card stack", "aria-label": "Reference images" }, h("h2", { text: "Reference images" }),
+    concept.images ? pictures : h("p", { class: "hint", text: "This concept was imported: it has no images here." }));
 }
 
 /** The versions, and going back to one of them. */
@@ -117,7 +117,7 @@ function lastActions(concept) {
   });
   download.disabled = concept.status !== "ready";
   const remove = actionButton("Delete", async () => {
-    const sure = await confirmed(`Delete ${concept.name}?`, "Its pictures, versions and trainings are removed for good.");
+    const sure = await confirmed(`Delete ${concept.name}?`, "Its images, versions and trainings are removed for good.");
     if (!sure) return;
     await call("DELETE", conceptPath(concept.id));
     forgetCover(concept);

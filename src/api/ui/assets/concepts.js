@@ -22,7 +22,7 @@ function card(concept) {
 
 const nothing = () =>
   h("li", { class: "empty" },
-    h("p", { text: "No concepts yet. Show the model a few pictures of something it should know." }),
+    h("p", { text: "No concepts yet. Show the model a few images of something it should know." }),
     h("a", { class: "button primary", href: "#/concepts/new", text: "Register the first" }));
 
 /** Shows the list, and keeps it fresh while something in it is in training. */

@@ -91,7 +91,7 @@ async function run(drawings) {
   const box = h("div", { class: drawings.length > 1 ? "pair" : "" }, ...drawings.map((drawing) => drawing.element));
   $("stage").querySelector(".empty")?.remove();
   $("stage").prepend(box);
-  // Beside a form on a wide screen the pictures are in sight; on a phone they are below it.
+  // Beside a form on a wide screen the images are in sight; on a phone they are below it.
   box.scrollIntoView({ block: "nearest", behavior: "smooth" });
   const results = await Promise.allSettled(drawings.map((drawing) => drawing.run()));
   const refused = results.find((result) => result.status === "rejected");

@@ -1,4 +1,4 @@
-// One generation on the page: its pictures appear while they are drawn.
+// One generation on the page: its images appear while they are drawn.
 
 import { call, localPath, send, wait } from "./api.js";
 import { actionButton, announce, h } from "./dom.js";
@@ -6,17 +6,17 @@ import { plain } from "./forms.js";
 import { readEvents } from "./sse.js";
 import { ended } from "./training.js";
 
-/** As many unfinished pictures as the API sends. */
+/** As many unfinished images as the API sends. */
 const PARTIALS = 3;
 const POLL_SECONDS = 1;
 
-/** The bytes of a base64 text as a blob URL; the page's policy admits no data: pictures. */
+/** The bytes of a base64 text as a blob URL; the page's policy admits no data: images. */
 function decoded(base64, format) {
   const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
   return URL.createObjectURL(new Blob([bytes], { type: `image/${format}` }));
 }
 
-/** A link that saves a picture under a name that says what it is. */
+/** A link that saves an image under a name that says what it is. */
 export function downloadLink(image, text = "Download") {
   const href = localPath(image.url);
   const extension = href.split("?")[0].split(".").pop();
@@ -25,7 +25,7 @@ export function downloadLink(image, text = "Download") {
 
 const percent = (part) => `${Math.round(100 * part)}%`;
 
-/** A picture's place: a moving ground at first, then the rows that are drawn, then the picture. */
+/** An image's place: a moving ground at first, then the rows that are drawn, then the image. */
 class Tile {
   #partials = 0;
 
@@ -58,7 +58,7 @@ class Tile {
   }
 
   partial(base64, format) {
-    // Below the rows that are drawn the API's picture is grey.
+    // Below the rows that are drawn the API's image is grey.
     this.#lay(decoded(base64, format), "", (this.#partials + 1) / (PARTIALS + 1));
     this.#partials += 1;
     this.caption.textContent = "being drawn";
@@ -70,7 +70,7 @@ class Tile {
     this.done = true;
     const url = image.url ? localPath(image.url) : decoded(image.b64_json, "png");
     this.#lay(url, this.prompt, 1);
-    this.caption.textContent = `seed ${image.seed} · picture ${image.index}`;
+    this.caption.textContent = `seed ${image.seed} · image ${image.index}`;
     this.element.dataset.done = "true";
   }
 
@@ -202,7 +202,7 @@ export class Drawing {
     this.text.textContent = status === "failed" ? plain(failure ?? "The drawing failed.") : status === "cancelled" ? "Cancelled." : "";
     this.text.className = status === "failed" ? "bad" : "";
     this.work.hidden = status === "succeeded";
-    announce(status === "succeeded" ? `${this.tiles.length === 1 ? "The picture is" : "The pictures are"} drawn.` : `Drawing: ${this.text.textContent}`);
+    announce(status === "succeeded" ? `${this.tiles.length === 1 ? "The image is" : "The images are"} drawn.` : `Drawing: ${this.text.textContent}`);
     if (status === "succeeded") this.after.replaceChildren(...(this.finished?.(generation) ?? []));
   }
 }

@@ -24,13 +24,13 @@ function picture(generation, image) {
 
 function facts(generation, image) {
   const concepts = (generation.concepts ?? []).map(({ name, version }) => `${name} (version ${version})`).join(", ");
-  const pairs = [["Prompt", generation.prompt], ...described(generation), ["Picture", String(image.index)]];
+  const pairs = [["Prompt", generation.prompt], ...described(generation), ["Image", String(image.index)]];
   if (concepts) pairs.push(["Concepts", concepts]);
   pairs.push(["Drawn", moment(generation.finished_at ?? generation.created_at)]);
   return h("dl", { class: "list" }, ...pairs.flatMap(([name, text]) => [h("dt", { text: name }), h("dd", { text })]));
 }
 
-/** One picture, large, with its settings. */
+/** One image, large, with its settings. */
 function view(generation, image) {
   const dialog = $("viewer");
   const again = (label, options) => h("button", {
@@ -53,7 +53,7 @@ function view(generation, image) {
 function shots(generation) {
   const { images } = generation;
   const buttons = images.map((image) => h("button", {
-    type: "button", class: "shot", "aria-label": `Picture ${image.index}: ${generation.prompt}`, onclick: () => view(generation, image),
+    type: "button", class: "shot", "aria-label": `Image ${image.index}: ${generation.prompt}`, onclick: () => view(generation, image),
   }, picture(generation, image)));
   return h("div", { class: images.length === 1 ? "shots one" : "shots" }, ...buttons);
 }
@@ -69,7 +69,7 @@ function card(generation) {
   const { seed, size, guidance_scale: guidance } = generation.request ?? {};
   const meta = [`seed ${seed}`, size, guidance === undefined ? null : `guidance ${guidance}`].filter(Boolean).join(" · ");
   const remove = actionButton("Delete", async () => {
-    if (!(await confirmed("Delete these pictures?", `“${generation.prompt}” and what was drawn from it are removed for good.`))) return;
+    if (!(await confirmed("Delete these images?", `“${generation.prompt}” and what was drawn from it are removed for good.`))) return;
     await call("DELETE", `/v1/generations/${generation.id}`);
     const next = item.nextElementSibling ?? item.previousElementSibling;
     item.remove();

@@ -1,4 +1,4 @@
-// The caller's concepts: asked for, and their first pictures.
+// The caller's concepts: asked for, and their first images.
 
 import { blobUrl, call } from "./api.js";
 import { h } from "./dom.js";
@@ -25,7 +25,7 @@ export async function allConcepts() {
 /** A concept's address in the API; `rest` begins with a slash. */
 export const conceptPath = (name, rest = "") => `/v1/concepts/${encodeURIComponent(name)}${rest}`;
 
-/** Shows a picture that needs the key; rejects when it cannot be had. Its memory is given back once it is drawn. */
+/** Shows an image that needs the key; rejects when it cannot be had. Its memory is given back once it is drawn. */
 export async function showPicture(image, path, signal) {
   const url = await blobUrl(path, signal);
   image.addEventListener("load", () => URL.revokeObjectURL(url), { once: true });
@@ -34,7 +34,7 @@ export async function showPicture(image, path, signal) {
 
 const covers = new Map();
 
-/** A square with the concept's first reference picture, or its first letter where there is none. */
+/** A square with the concept's first reference image, or its first letter where there is none. */
 export function cover(concept, className) {
   const letter = h("div", { class: className, "aria-hidden": "true", text: concept.name[0].toUpperCase() });
   if (!concept.images) return letter;
@@ -49,7 +49,7 @@ export function cover(concept, className) {
   return image;
 }
 
-/** Gives the memory of a deleted concept's picture back. */
+/** Gives the memory of a deleted concept's image back. */
 export function forgetCover(concept) {
   covers.get(concept.id)?.then(URL.revokeObjectURL, () => {});
   covers.delete(concept.id);

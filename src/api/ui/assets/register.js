@@ -1,4 +1,4 @@
-// Registering a concept: pictures chosen or dropped, their captions, a name.
+// Registering a concept: images chosen or dropped, their captions, a name.
 
 import { call } from "./api.js";
 import { $, announce, h, toast } from "./dom.js";
@@ -8,7 +8,7 @@ import { clearErrors, fieldError, number, showError } from "./forms.js";
 const PICTURES = 10;
 const TYPES = ["image/png", "image/jpeg", "image/webp"];
 
-/** Chosen pictures: `{file, url, item, caption}`. */
+/** Chosen images: `{file, url, item, caption}`. */
 let chosen = [];
 
 const form = $("register-form");
@@ -35,7 +35,7 @@ function drop(picture) {
   (chosen[Math.min(at, chosen.length - 1)]?.item.querySelector("button") ?? $("pictures")).focus();
 }
 
-/** Takes pictures in; others, and those beyond the limit, are told. */
+/** Takes images in; others, and those beyond the limit, are told. */
 function take(files) {
   clearErrors(form);
   const good = [...files].filter((file) => TYPES.includes(file.type));
@@ -46,9 +46,9 @@ function take(files) {
     chosen.push(picture);
     $("chosen").append(picture.item);
   }
-  announce(`${chosen.length} pictures chosen.`);
-  if (good.length > room) showError(form, fieldError("images", `At most ${PICTURES} pictures; ${good.length - room} left out.`));
-  else if (good.length < files.length) showError(form, fieldError("images", "Only PNG, JPEG and WebP pictures can be used."));
+  announce(`${chosen.length} images chosen.`);
+  if (good.length > room) showError(form, fieldError("images", `At most ${PICTURES} images; ${good.length - room} left out.`));
+  else if (good.length < files.length) showError(form, fieldError("images", "Only PNG, JPEG and WebP images can be used."));
 }
 
 const kind = () => form.elements.kind.value;
@@ -61,7 +61,7 @@ function showKind() {
 
 /** The form as the API takes it. */
 function body() {
-  if (chosen.length === 0) throw fieldError("images", "Choose at least one picture.");
+  if (chosen.length === 0) throw fieldError("images", "Choose at least one image.");
   const data = new FormData();
   data.append("name", form.elements.name.value.trim());
   data.append("kind", kind());
@@ -95,7 +95,7 @@ async function submit(event) {
   try {
     const concept = await call("POST", "/v1/concepts", { form: body() });
     empty();
-    if (concept.duplicate_of) toast(`The same pictures and settings have made ${concept.duplicate_of.name ?? concept.duplicate_of} already.`);
+    if (concept.duplicate_of) toast(`The same images and settings have made ${concept.duplicate_of.name ?? concept.duplicate_of} already.`);
     location.hash = `#/concepts/${concept.name}`;
   } catch (error) {
     showError(form, error);

@@ -1,8 +1,8 @@
 // A generation's settings: as text, and back into the form. No page in here: tested with node.
 
-const NAMES = { size: "Size", seed: "Seed", n: "Pictures", guidance_scale: "Guidance", temperature: "Temperature", top_k: "Top-k" };
+const NAMES = { size: "Size", seed: "Seed", n: "Images", guidance_scale: "Guidance", temperature: "Temperature", top_k: "Top-k" };
 
-/** The settings of a generation, to be drawn again; with `index` one of its pictures alone. */
+/** The settings of a generation, to be drawn again; with `index` one of its images alone. */
 export function settingsOf(generation, { index = null, newSeed = false, compare = false } = {}) {
   const { n, size, seed, first_index: first, guidance_scale, temperature, top_k } = generation.request ?? {};
   const settings = { prompt: generation.prompt, n, size, seed, guidance_scale, temperature, top_k };
