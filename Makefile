@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build build-lab test test-api check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
+.PHONY: serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -73,9 +73,16 @@ limits: libtorch
 fuzz-parsers: libtorch
 	fuzz/run.sh $(or $(SECONDS),20)
 
+# Every command of README, tutorial and how-tos, pasted as a user would, against a real server. Lists what needs a GPU, containers or a
+# cluster and was left out.
+docs-test: libtorch
+	cargo build --bin coar
+	cargo build -p coar-lab
+	tests/docs/run.sh
+
 # Every case of a golden directory, each with its largest difference: COAR_GOLDEN=DIR make golden
 golden: libtorch
-	cargo test -p coar-engine --test it golden::every_case -- --nocapture
+	$(if $(COAR_GOLDEN),COAR_GOLDEN=$(abspath $(COAR_GOLDEN))) cargo test -p coar-engine --test it golden::every_case -- --nocapture
 
 # Every part of the program on this machine's GPU, in nine minutes at most; the report goes to target/gpu-check: docs/howto/gpu-7b.md.
 # make gpu-check SECONDS=200 ARGS="--parts env,parity"
@@ -108,7 +115,7 @@ deny:
 sbom: target/tools/bin/cargo-cyclonedx
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) target/tools/bin/cargo-cyclonedx cyclonedx --format json --spec-version 1.5 --target x86_64-unknown-linux-gnu --override-filename coar.cdx
 	python3 scripts/sbom.py coar.cdx.json scripts/install-libtorch.sh > target/coar.cdx.json
-	rm coar.cdx.json
+	rm -f coar.cdx.json crates/*/coar.cdx.json
 	@echo target/coar.cdx.json
 
 target/tools/bin/cargo-cyclonedx:

@@ -544,10 +544,21 @@ mod tests {
     #[test]
     fn changed_settings_are_those_that_differ_from_their_defaults() {
         assert_eq!(parse(&[]).changed(), Vec::<String>::new());
-        let changed = parse(&["--rows=8", "--training-share=0.25", "--cors-origin=*", "--kv-memory=100"]).changed();
+        let changed = parse(&[
+            "--rows=8",
+            "--training-share=0.25",
+            "--cors-origin=*",
+            "--kv-memory=100",
+        ])
+        .changed();
         assert_eq!(
             changed,
-            ["cors_origin = [\"*\"]", "training_share = 0.25", "kv_memory = 100", "rows = 8"]
+            [
+                "cors_origin = [\"*\"]",
+                "training_share = 0.25",
+                "kv_memory = 100",
+                "rows = 8"
+            ]
         );
     }
 

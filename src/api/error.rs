@@ -77,13 +77,13 @@ impl IntoResponse for ApiError {
         let wait = wait.map(|seconds| seconds.clamp(1, RETRY_AFTER_LIMIT));
         match kind {
             ErrorKind::Overloaded | ErrorKind::Unavailable => {
-                drop(headers.insert(header::RETRY_AFTER, wait.unwrap_or(RETRY_AFTER).into()))
+                drop(headers.insert(header::RETRY_AFTER, wait.unwrap_or(RETRY_AFTER).into()));
             }
             ErrorKind::Unauthorized => {
-                drop(headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")))
+                drop(headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")));
             }
             ErrorKind::Conflict if wait.is_some() => {
-                drop(wait.map(|wait| headers.insert(header::RETRY_AFTER, wait.into())))
+                drop(wait.map(|wait| headers.insert(header::RETRY_AFTER, wait.into())));
             }
             ErrorKind::Internal => {}
             // The same request would be refused again; clients that retry 408 and 409 by default would wait for nothing.

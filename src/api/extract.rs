@@ -39,7 +39,9 @@ impl FromRequest<AppState> for MaybeFields {
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
         let headers = request.headers();
-        let length = headers.get(header::CONTENT_LENGTH).map(|value| value.as_bytes());
+        let length = headers
+            .get(header::CONTENT_LENGTH)
+            .map(object_store::HeaderValue::as_bytes);
         let empty = matches!(length, None | Some(b"0")) && !headers.contains_key(header::TRANSFER_ENCODING);
         match empty {
             true => Ok(Self(Fields(Map::new()))),
@@ -57,7 +59,7 @@ impl FromRequest<AppState> for MaybeFields {
 /// The error of a body that paused for too long, if that was it.
 pub(super) fn too_slow(error: &(dyn std::error::Error + 'static)) -> Option<Error> {
     let mut causes = std::iter::successors(Some(error), |cause| cause.source());
-    let slow = causes.any(|cause| cause.is::<tower_http::timeout::TimeoutError>());
+    let slow = causes.any(<dyn std::error::Error>::is::<tower_http::timeout::TimeoutError>);
     slow.then(|| Error::new(ErrorKind::Timeout, "body_timeout", "The body did not come in time."))
 }
 

@@ -87,10 +87,10 @@ fn close_to_others(data: &Path) {
         let private = std::fs::Permissions::from_mode(mode & !0o077);
         match std::fs::set_permissions(&path, private) {
             Ok(()) => {
-                tracing::warn!(path = %path.display(), mode = format!("{:o}", mode & 0o777), "group and others could read this; their permissions are removed")
+                tracing::warn!(path = %path.display(), mode = format!("{:o}", mode & 0o777), "group and others could read this; their permissions are removed");
             }
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "group and others can read this, and their permissions cannot be removed")
+                tracing::warn!(path = %path.display(), %error, "group and others can read this, and their permissions cannot be removed");
             }
         }
     }

@@ -115,7 +115,7 @@ fn useless_server(matches: &ArgMatches) -> Option<String> {
     };
     let empty = matches
         .get_one::<String>("server_url")
-        .is_none_or(|server| server.is_empty());
+        .is_none_or(std::string::String::is_empty);
     (named && !empty).then(|| match name {
         "keys" | "admin" => format!(
             "`coar {name}` works on the folder that --data names, or on --database, and not through --server (or COAR_SERVER): \

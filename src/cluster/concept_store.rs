@@ -1,4 +1,4 @@
-//! Concepts in this process's memory: each file is read, verified and parsed once, however many requests use it.
+//! In-memory cache of concepts: each file is read, verified and parsed once, however many requests use it.
 
 use std::sync::Arc;
 
@@ -10,14 +10,14 @@ use coar_core::concept::ConceptTensors;
 use coar_core::engine::ModelInfo;
 use coar_core::error::{Error, ErrorKind};
 
-/// Tensors by the hash of their file, the least useful ones evicted first.
+/// Tensors by the hash of their file; evicted by size and use.
 #[derive(Debug, Clone)]
 pub(super) struct ConceptStore {
     blobs: Blobs,
     cache: Arc<Cache<String, Arc<ConceptTensors>, Bytes>>,
 }
 
-/// A concept weighs what its numbers take, in bytes.
+/// A concept's weight is the size of its tensors in bytes.
 #[derive(Debug, Clone)]
 struct Bytes;
 
@@ -27,11 +27,11 @@ impl Weighter<String, Arc<ConceptTensors>> for Bytes {
     }
 }
 
-/// Bytes of a usual concept: 9 layers of 2 x 4096 numbers.
+/// Size in bytes of a typical concept: 9 layers of 2 x 4096 numbers.
 const USUAL: usize = 300 << 10;
 
 impl ConceptStore {
-    /// Keeps about `bytes` of tensors.
+    /// A cache of about `bytes` of tensors.
     pub fn new(blobs: Blobs, bytes: usize) -> Self {
         Self {
             blobs,
@@ -39,16 +39,21 @@ impl ConceptStore {
         }
     }
 
-    /// The tensors of a concept, as `model` takes them. Requests that want the same one at once wait for one read.
+    /// Returns a concept's tensors, checked against `model`. Concurrent requests for the same concept share one
+    /// read.
     ///
     /// # Errors
-    /// `concept_not_found` where the file is gone, `concept_unusable` where it does not fit the model; when the store fails.
+    /// `concept_not_found` if the file is gone, `concept_unusable` if it does not fit the model; when the store
+    /// fails.
     pub async fn get(&self, model: &ModelInfo, concept: &GenerationConcept) -> Result<Arc<ConceptTensors>, Error> {
         self.cache
             .get_or_insert_async(&concept.hash, async {
                 let bytes = match self.blobs.get(&concept.hash).await {
                     Err(BlobError::Missing(_)) => {
-                        let message = format!("The concept `{}` was deleted before this was drawn.", concept.name);
+                        let message = format!(
+                            "The concept `{}` was deleted before the generation started.",
+                            concept.name
+                        );
                         return Err(Error::new(ErrorKind::NotFound, "concept_not_found", message));
                     }
                     other => other?,

@@ -1,4 +1,4 @@
-//! Workers, as an API process sees them: who is there, who should draw what, and what happens when one is lost.
+//! Workers as seen by an API process: discovery, routing, and failover when a worker is lost.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,30 +11,30 @@ use tokio_util::sync::CancellationToken;
 
 use super::Streams;
 use super::member::{LoadReport, short};
-use super::wire::{Decoder, GenerationRequest, Refusal, Said, TokenizerFile};
+use super::wire::{Decoder, Frame, GenerationRequest, Refusal, TokenizerFile};
 use crate::registry::{Process, Registry};
 use coar_core::engine::{EngineError, GenerationEvent, ModelInfo, TokenCounter};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ProcessId;
 use coar_core::routing::{Candidate, choose_worker};
 
-/// How often the list of workers is read.
+/// How often the list of workers is refreshed.
 const REFRESH: Duration = Duration::from_millis(500);
-/// A worker says at least every two seconds that it lives; one that is silent for this long is lost.
+/// A worker sends a frame at least every two seconds; one that is silent for this long is considered lost.
 const SILENCE: Duration = Duration::from_secs(6);
-/// How long a worker may take to accept.
+/// How long a worker may take to accept a request.
 const ACCEPT: Duration = Duration::from_secs(4);
-/// One that has not answered is left alone for this long, as long as there are others: by then it is off the list, if it is
-/// lost.
-const DOUBT: Duration = Duration::from_secs(7);
+/// A worker that did not answer is avoided for this long if there are others. If it is dead, it is off the list by
+/// then.
+const SUSPECT_FOR: Duration = Duration::from_secs(7);
 /// How long a generation that has lost its worker waits for another.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Workers that one generation may lose.
+/// How many workers one generation may lose.
 const LOSSES: usize = 4;
-/// Events on their way to a slow listener.
+/// Buffered events for a slow reader.
 const EVENTS: usize = 64;
 
-/// The workers of one base model.
+/// The workers that serve one base model.
 #[derive(Debug, Clone)]
 pub struct Fleet(Arc<Shared>);
 
@@ -46,8 +46,8 @@ struct Shared {
     client: Client,
     token: String,
     workers: RwLock<Vec<Worker>>,
-    /// Workers that have not answered, and since when.
-    doubts: Mutex<HashMap<ProcessId, Instant>>,
+    /// Workers that did not answer, and since when.
+    suspects: Mutex<HashMap<ProcessId, Instant>>,
     streams: Streams,
 }
 
@@ -57,13 +57,13 @@ struct Worker {
     address: String,
     draining: bool,
     report: LoadReport,
-    /// Tokens that this process has sent there and that are not drawn yet.
+    /// Tokens that this process has sent to the worker and that are not generated yet.
     sent: Arc<AtomicU64>,
-    /// Tokens that wait there beyond those, as far as its last report tells: other processes'.
+    /// Tokens queued at the worker in addition to those, from other processes, according to its last report.
     others: u64,
 }
 
-/// Tokens that are at a worker or on their way there, until dropped.
+/// Counts tokens sent to a worker until dropped.
 #[derive(Debug)]
 struct Load {
     sent: Arc<AtomicU64>,
@@ -86,7 +86,7 @@ impl Drop for Load {
     }
 }
 
-/// Events of a generation that workers draw; dropping it cancels the generation.
+/// Events of a generation that runs on a worker. Dropping it cancels the generation.
 #[derive(Debug)]
 pub struct RemoteStream {
     events: mpsc::Receiver<GenerationEvent>,
@@ -99,7 +99,7 @@ impl RemoteStream {
     }
 }
 
-/// What is needed to count tokens as the worker at `address` does.
+/// What is needed to count tokens the same way as the worker at `address`.
 async fn tokenizer_of(client: &Client, address: &str, token: &str) -> Result<TokenCounter, String> {
     let url = format!("{}{}", address.trim_end_matches('/'), super::worker::TOKENIZER);
     let file = async {
@@ -108,7 +108,7 @@ async fn tokenizer_of(client: &Client, address: &str, token: &str) -> Result<Tok
     };
     let file = tokio::time::timeout(ACCEPT, file)
         .await
-        .map_err(|_| format!("it has not answered for {} s", ACCEPT.as_secs()))?
+        .map_err(|_| format!("no answer within {} s", ACCEPT.as_secs()))?
         .map_err(|error| error.to_string())?;
     TokenCounter::try_from(file).map_err(|error| error.to_string())
 }
@@ -117,7 +117,7 @@ fn model_of(process: &Process) -> Option<ModelInfo> {
     serde_json::from_str(process.model.as_deref()?).ok()
 }
 
-/// What an request gives a worker to do. Relative to others is enough: a code is 16 x 16 pixels.
+/// The cost of a request for a worker, as a relative measure: a code covers 16 x 16 pixels.
 fn tokens(request: &GenerationRequest) -> u64 {
     let settings = &request.settings;
     u64::from(settings.n) * u64::from(settings.sampling.width) * u64::from(settings.sampling.height) / 256
@@ -127,12 +127,12 @@ fn no_worker() -> Error {
     Error::new(
         ErrorKind::Unavailable,
         "no_worker",
-        "No worker can be reached that draws; try again soon.",
+        "No worker is available; retry shortly.",
     )
     .retry_after(Duration::from_secs(2))
 }
 
-/// Which of several workers draws next: see [`choose_worker`].
+/// Picks one of several workers: see [`choose_worker`].
 fn choose<'a>(
     workers: impl Iterator<Item = &'a Worker>,
     hashes: &[String],
@@ -140,7 +140,7 @@ fn choose<'a>(
 ) -> Option<&'a Worker> {
     let workers: Vec<&Worker> = workers.collect();
     let candidate = |worker: &&Worker| {
-        let warm: HashSet<&str> = worker.report.hot.iter().map(String::as_str).collect();
+        let warm: HashSet<&str> = worker.report.warm.iter().map(String::as_str).collect();
         Candidate {
             pending_tokens: worker.sent.load(Ordering::Relaxed) + worker.others,
             begins_at_once: worker.report.free_rows >= rows && worker.report.waiting_tokens == 0,
@@ -152,12 +152,12 @@ fn choose<'a>(
 }
 
 impl Fleet {
-    /// Waits for the first worker: its model is the fleet's.
+    /// Waits for the first worker. Its model becomes the fleet's model.
     ///
     /// # Errors
     /// When the HTTP client cannot be built.
     pub async fn find(registry: Registry, token: String, streams: Streams) -> anyhow::Result<Self> {
-        // Refused where one is chosen already, which then stays.
+        // Fails if a provider is already installed, which is then kept.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder()
             .connect_timeout(Duration::from_secs(2))
@@ -165,7 +165,7 @@ impl Fleet {
             .no_proxy()
             .pool_idle_timeout(Duration::from_secs(30))
             .build()?;
-        let mut told = false;
+        let mut logged = false;
         loop {
             match registry.processes().await {
                 Ok(processes) => {
@@ -183,19 +183,19 @@ impl Fleet {
                                     client,
                                     token,
                                     workers: RwLock::default(),
-                                    doubts: Mutex::default(),
+                                    suspects: Mutex::default(),
                                     streams,
                                 }));
                                 fleet.update(&processes);
                                 return Ok(fleet);
                             }
-                            Err(problem) => tracing::warn!(%worker, problem, "the worker's tokenizer cannot be read"),
+                            Err(problem) => tracing::warn!(%worker, problem, "cannot fetch the worker's tokenizer"),
                         }
                     }
                 }
-                Err(error) => tracing::warn!(%error, "the list of workers cannot be read"),
+                Err(error) => tracing::warn!(%error, "cannot list workers"),
             }
-            if !std::mem::replace(&mut told, true) {
+            if !std::mem::replace(&mut logged, true) {
                 tracing::info!("waiting for a worker");
             }
             tokio::time::sleep(REFRESH).await;
@@ -207,12 +207,12 @@ impl Fleet {
         &self.0.info
     }
 
-    /// Counts what generations cost on that model.
+    /// Counts the cost of generations on that model.
     pub fn counter(&self) -> &TokenCounter {
         &self.0.counter
     }
 
-    /// Reads the list of workers now and then, until `stop`.
+    /// Refreshes the list of workers periodically until `stop`.
     pub async fn follow(self, stop: CancellationToken) {
         loop {
             tokio::select! {
@@ -226,8 +226,8 @@ impl Fleet {
     async fn refresh(&self) {
         match self.0.registry.processes().await {
             Ok(processes) => self.update(&processes),
-            // Those that were there may be there still.
-            Err(error) => tracing::warn!(%error, "the list of workers cannot be read"),
+            // Keeps the previous list.
+            Err(error) => tracing::warn!(%error, "cannot list workers"),
         }
     }
 
@@ -240,7 +240,7 @@ impl Fleet {
             .filter_map(|process| {
                 let model = model_of(process)?;
                 if model.fingerprint != self.0.info.fingerprint {
-                    tracing::debug!(worker = %process.id, model = model.id, "a worker has another model");
+                    tracing::debug!(worker = %process.id, model = model.id, "ignoring worker with a different model");
                     return None;
                 }
                 let sent = sent.get(&process.id).cloned().unwrap_or_default();
@@ -257,28 +257,28 @@ impl Fleet {
             .collect();
     }
 
-    /// The worker that draws next. The request counts there from now on: others that ask at the same moment see it.
+    /// Picks the next worker. The request counts against it from now on, so concurrent calls see it.
     fn pick(&self, request: &GenerationRequest, tried: &HashSet<ProcessId>) -> Option<(Worker, Load)> {
-        // Of several that choose at once each sees what those before it have chosen.
+        // Concurrent callers see each other's choices.
         let workers = self.0.workers.write().unwrap_or_else(PoisonError::into_inner);
         let hashes: Vec<String> = request.concepts.iter().map(|concept| concept.hash.clone()).collect();
         let each = request.settings.sampling.rows_per_image();
-        let mut doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
-        doubts.retain(|_, since| since.elapsed() < DOUBT);
+        let mut suspects = self.0.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+        suspects.retain(|_, since| since.elapsed() < SUSPECT_FOR);
         let (rows, able) = (each * request.settings.n as usize, |worker: &&Worker| {
             !worker.draining && !tried.contains(&worker.id)
         });
-        let sound = workers
+        let healthy = workers
             .iter()
-            .filter(|worker| able(worker) && !doubts.contains_key(&worker.id));
-        let worker = choose(sound, &hashes, (rows, tokens(request)))
+            .filter(|worker| able(worker) && !suspects.contains_key(&worker.id));
+        let worker = choose(healthy, &hashes, (rows, tokens(request)))
             .or_else(|| choose(workers.iter().filter(able), &hashes, (rows, tokens(request))))?;
         Some((worker.clone(), Load::new(worker, tokens(request))))
     }
 
-    fn doubt(&self, worker: ProcessId) {
-        let mut doubts = self.0.doubts.lock().unwrap_or_else(PoisonError::into_inner);
-        doubts.insert(worker, Instant::now());
+    fn suspect(&self, worker: ProcessId) {
+        let mut suspects = self.0.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+        suspects.insert(worker, Instant::now());
     }
 
     async fn post(&self, worker: &Worker, path: &str, request: &GenerationRequest) -> Result<Response, String> {
@@ -286,11 +286,11 @@ impl Fleet {
         let sent = self.0.client.post(url).bearer_auth(&self.0.token).json(request).send();
         match tokio::time::timeout(ACCEPT, sent).await {
             Ok(answer) => answer.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("it has not answered for {} s", ACCEPT.as_secs())),
+            Err(_) => Err(format!("no answer within {} s", ACCEPT.as_secs())),
         }
     }
 
-    /// Asks workers in turn until one accepts.
+    /// Asks workers one after another until one accepts.
     async fn ask(
         &self,
         path: &str,
@@ -306,15 +306,15 @@ impl Fleet {
                         Ok(refusal) => Error::from(refusal),
                         Err(error) => Error::internal(error),
                     };
-                    // Another worker would say the same.
+                    // Another worker would give the same answer.
                     if !matches!(error.kind, ErrorKind::Overloaded | ErrorKind::Unavailable) {
                         return Err(error);
                     }
                     last = Some(error);
                 }
                 Err(problem) => {
-                    tracing::warn!(worker = %worker.id, problem, "a worker cannot be reached");
-                    self.doubt(worker.id);
+                    tracing::warn!(worker = %worker.id, problem, "worker unreachable");
+                    self.suspect(worker.id);
                 }
             }
             tried.insert(worker.id);
@@ -322,7 +322,7 @@ impl Fleet {
         Err(last.unwrap_or_else(no_worker))
     }
 
-    /// Lets a worker draw.
+    /// Sends a generation to a worker.
     pub(super) async fn start(&self, request: Arc<GenerationRequest>) -> Result<RemoteStream, Error> {
         let mut tried = HashSet::new();
         let asked = self.ask(super::worker::GENERATE, &request, &mut tried).await?;
@@ -348,7 +348,7 @@ impl Fleet {
     }
 }
 
-/// What a listener has been told: another worker begins anew, and nothing is told twice.
+/// What the reader has already received. Another worker starts over, and duplicates are dropped.
 #[derive(Debug, Default)]
 struct Seen {
     started: bool,
@@ -375,13 +375,13 @@ impl Seen {
     }
 }
 
-/// Whether a stream has come to its end, or its worker is lost.
+/// Whether a stream has ended, or its worker was lost.
 enum Outcome {
     Ended,
     Lost(String),
 }
 
-/// A worker that has accepted, and its answer.
+/// A worker that has accepted, with its response.
 struct Asked {
     worker: Worker,
     load: Load,
@@ -396,7 +396,7 @@ struct Following {
 }
 
 impl Following {
-    /// Passes events on; where a worker is lost, another draws the same images.
+    /// Forwards events. If a worker is lost, another one generates the same images.
     async fn run(mut self, mut asked: Asked) {
         for _ in 0..LOSSES {
             let lost = asked.worker.id;
@@ -404,8 +404,8 @@ impl Following {
                 Outcome::Ended => return,
                 Outcome::Lost(problem) => problem,
             };
-            tracing::warn!(worker = %lost, problem, "a worker was lost while it drew; another draws it again");
-            self.fleet.doubt(lost);
+            tracing::warn!(worker = %lost, problem, "worker lost during a generation; retrying on another worker");
+            self.fleet.suspect(lost);
             match self.another(lost).await {
                 Some(next) => asked = next,
                 None => break,
@@ -437,19 +437,19 @@ impl Following {
         loop {
             let piece = match tokio::time::timeout(SILENCE, answer.chunk()).await {
                 Ok(Ok(Some(piece))) => piece,
-                Ok(Ok(None)) => return Outcome::Lost("its answer ended in the middle".to_owned()),
+                Ok(Ok(None)) => return Outcome::Lost("the response ended early".to_owned()),
                 Ok(Err(error)) => return Outcome::Lost(error.to_string()),
-                Err(_) => return Outcome::Lost(format!("it said nothing for {} s", SILENCE.as_secs())),
+                Err(_) => return Outcome::Lost(format!("no data for {} s", SILENCE.as_secs())),
             };
             decoder.add(&piece);
             loop {
                 let event = match decoder.next() {
                     Ok(None) => break,
-                    Ok(Some(Said::Alive)) => continue,
-                    Ok(Some(Said::Event(GenerationEvent::Failed(EngineError::Stopped)))) => {
+                    Ok(Some(Frame::Alive)) => continue,
+                    Ok(Some(Frame::Event(GenerationEvent::Failed(EngineError::Stopped)))) => {
                         return Outcome::Lost("it stops".to_owned());
                     }
-                    Ok(Some(Said::Event(event))) => event,
+                    Ok(Some(Frame::Event(event))) => event,
                     Err(problem) => return Outcome::Lost(problem),
                 };
                 if !self.seen.is_new(&event) {
@@ -468,7 +468,7 @@ impl Following {
 mod tests {
     use super::*;
 
-    fn worker(waiting: u64, free_rows: usize, hot: &[&str]) -> Worker {
+    fn worker(waiting: u64, free_rows: usize, warm: &[&str]) -> Worker {
         Worker {
             id: ProcessId::new(),
             address: String::new(),
@@ -476,7 +476,7 @@ mod tests {
             report: LoadReport {
                 waiting_tokens: waiting,
                 free_rows,
-                hot: hot.iter().map(|hash| (*hash).to_owned()).collect(),
+                warm: warm.iter().map(|hash| (*hash).to_owned()).collect(),
                 ..LoadReport::default()
             },
             sent: Arc::default(),
@@ -491,19 +491,19 @@ mod tests {
     }
 
     #[test]
-    fn a_warm_worker_is_chosen_where_it_makes_nobody_wait() {
+    fn prefers_a_warm_worker_without_extra_wait() {
         let (a, b) = ("aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb");
-        // Both have room: the warm one.
+        // Both have free capacity: the warm one.
         assert_eq!(chosen(&[worker(0, 8, &[]), worker(0, 8, &[b, a])], &[a]), 1);
         // The warm one is full: the cold one.
         assert_eq!(chosen(&[worker(0, 8, &[]), worker(500, 0, &[a])], &[a]), 0);
-        // Both are full alike: the warm one.
+        // Both are equally full: the warm one.
         assert_eq!(chosen(&[worker(500, 0, &[]), worker(500, 0, &[a])], &[a]), 1);
-        // Nobody is warm: the one with less to do, what was just sent there included.
+        // Neither is warm: the one with less queued work, including what was just sent.
         let busy = [worker(0, 8, &[]), worker(0, 8, &[])];
         busy[0].sent.fetch_add(144, Ordering::Relaxed);
         assert_eq!(chosen(&busy, &[a]), 1);
-        // One request more is worth a warm cache, two are not.
+        // A warm cache is worth one extra request, not two.
         let warm = [worker(0, 8, &[]), worker(0, 8, &[a])];
         warm[1].sent.fetch_add(144, Ordering::Relaxed);
         assert_eq!(chosen(&warm, &[a]), 1);
@@ -513,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_worker_draws_again_is_told_once() {
+    fn failover_drops_duplicate_events() {
         let mut seen = Seen::default();
         let progress = |done| GenerationEvent::Progress { done, total: 9 };
         assert!(seen.is_new(&GenerationEvent::Started));

@@ -1,6 +1,6 @@
-//! What processes say to each other.
+//! Fuzz targets for the protocol between processes.
 
-use super::wire::{Decoder, GenerationRequest, Refusal, Said, TokenizerFile, encode};
+use super::wire::{Decoder, Frame, GenerationRequest, Refusal, TokenizerFile, encode};
 use coar_core::engine::TokenCounter;
 use coar_core::error::Error;
 
@@ -10,12 +10,12 @@ fn decoded(pieces: &[&[u8]]) -> (Vec<String>, bool) {
         decoder.add(piece);
         loop {
             match decoder.next() {
-                Ok(Some(said)) => {
-                    events.push(format!("{said:?}"));
-                    if let Said::Event(event) = said {
+                Ok(Some(received)) => {
+                    events.push(format!("{received:?}"));
+                    if let Frame::Event(event) = received {
                         let mut again = Decoder::default();
                         again.add(&encode(&event));
-                        let read = again.next().expect("a frame of ours can be read").expect("it is whole");
+                        let read = again.next().expect("a valid frame").expect("a complete frame");
                         assert_eq!(Some(&format!("{read:?}")), events.last());
                     }
                 }
@@ -27,7 +27,7 @@ fn decoded(pieces: &[&[u8]]) -> (Vec<String>, bool) {
     (events, false)
 }
 
-/// Frames are the same however they are cut, and what they say can be said again.
+/// Decoding does not depend on how frames are split, and decoded events encode to the same bytes.
 pub fn frames(bytes: &[u8]) {
     let whole = decoded(&[bytes]);
     let (left, right) = bytes.split_at(bytes.len() / 2);

@@ -1,4 +1,4 @@
-//! How processes that share a database tell each other that they live, and workers what they have to do.
+//! Heartbeats and load reports of processes that share a database.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,46 +11,47 @@ use tokio_util::sync::CancellationToken;
 use crate::registry::{Announcement, Registry};
 use coar_core::engine::{EngineHandle, ModelInfo};
 
-/// How often a process says that it lives: a sixth of what makes it lost.
+/// Heartbeat interval: a sixth of the time after which a process is declared dead.
 const BEAT: Duration = Duration::from_secs(1);
-/// What takes longer is tried again, on another connection.
+/// A heartbeat that takes longer is retried on another connection.
 const BEAT_TIME: Duration = Duration::from_secs(2);
-/// Concepts that a worker tells to be on its device.
-const HOT: usize = 256;
-/// So much of a hash tells concepts apart well enough to choose a worker.
-const HOT_LENGTH: usize = 16;
+/// How many resident concepts a worker reports.
+const WARM_CONCEPTS: usize = 256;
+/// A hash prefix of this length identifies a concept well enough to choose a worker.
+const HASH_PREFIX: usize = 16;
 
-/// What a worker has to do. What an older worker does not tell is as if it were idle.
+/// A worker's load. Fields that an older worker does not send default to idle.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct LoadReport {
-    /// Tokens of the images that wait for rows.
+    /// Tokens of images that wait for rows.
     pub waiting_tokens: u64,
     pub tokens_per_second: f64,
-    /// Images being drawn.
+    /// Images being generated.
     pub images: usize,
     pub free_rows: usize,
-    /// Beginnings of the hashes of concepts that were used last.
-    pub hot: Vec<String>,
+    /// Hash prefixes of the concepts used last.
+    #[serde(rename = "hot")]
+    pub warm: Vec<String>,
 }
 
 /// The concepts that a worker used last.
 #[derive(Debug, Clone, Default)]
 pub struct Hot(Arc<Mutex<VecDeque<String>>>);
 
-/// A hash as workers tell it.
+/// The hash prefix that workers report.
 pub(super) fn short(hash: &str) -> &str {
-    hash.get(..HOT_LENGTH).unwrap_or(hash)
+    hash.get(..HASH_PREFIX).unwrap_or(hash)
 }
 
 impl Hot {
-    /// A concept is used.
+    /// Records a use of a concept.
     pub fn used(&self, hash: &str) {
         let hash = short(hash);
         let mut hot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         hot.retain(|known| known != hash);
         hot.push_back(hash.to_owned());
-        if hot.len() > HOT {
+        if hot.len() > WARM_CONCEPTS {
             hot.pop_front();
         }
     }
@@ -61,13 +62,13 @@ impl Hot {
     }
 }
 
-/// What a process tells of itself, at every moment.
+/// The state that a process reports with each heartbeat.
 #[derive(Debug, Clone)]
 pub struct Member {
     pub role: &'static str,
-    /// Where API processes reach it; `None`: it draws for nobody else.
+    /// Where API processes reach it; `None`: it serves no other process.
     pub address: Option<String>,
-    /// `None`: it has no device.
+    /// `None`: the process has no device.
     pub engine: Option<EngineHandle>,
     pub hot: Hot,
     pub draining: Arc<AtomicBool>,
@@ -83,7 +84,7 @@ impl Member {
                 tokens_per_second: load.tokens_per_second,
                 images: load.images,
                 free_rows: load.free_rows,
-                hot: self.hot.list(),
+                warm: self.hot.list(),
             }
         });
         let json = |value: serde_json::Result<String>| value.unwrap_or_else(|_| "{}".to_owned());
@@ -96,7 +97,7 @@ impl Member {
         }
     }
 
-    /// Says once that this process lives.
+    /// Sends one heartbeat.
     ///
     /// # Errors
     /// When the database fails.
@@ -104,7 +105,7 @@ impl Member {
         registry.announce(&self.announcement()).await
     }
 
-    /// Says so until `stop`.
+    /// Sends heartbeats until `stop`.
     pub async fn beat(self, registry: Registry, stop: CancellationToken) {
         let mut tick = tokio::time::interval(BEAT);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -115,8 +116,8 @@ impl Member {
             }
             match tokio::time::timeout(BEAT_TIME, self.announce(&registry)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(%error, "this process cannot say that it lives"),
-                Err(_) => tracing::warn!("this process cannot say that it lives: the database does not answer"),
+                Ok(Err(error)) => tracing::warn!(%error, "heartbeat failed"),
+                Err(_) => tracing::warn!("heartbeat failed: the database does not answer"),
             }
         }
     }
@@ -127,22 +128,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_concepts_used_last_are_told_and_no_more() {
+    fn warm_concepts_are_bounded_and_most_recent() {
         let (hot, hash) = (Hot::default(), |number: usize| format!("{number:016}{number:048}"));
-        for number in 0..HOT + 2 {
+        for number in 0..WARM_CONCEPTS + 2 {
             hot.used(&hash(number));
         }
         hot.used(&hash(5));
         let list = hot.list();
-        assert_eq!(list.len(), HOT);
+        assert_eq!(list.len(), WARM_CONCEPTS);
         assert_eq!(
-            (list[0].as_str(), list[HOT - 1].as_str()),
+            (list[0].as_str(), list[WARM_CONCEPTS - 1].as_str()),
             (short(&hash(2)), short(&hash(5)))
         );
     }
 
     #[test]
-    fn a_report_of_another_version_can_be_read() {
+    fn load_report_ignores_unknown_fields() {
         let report: LoadReport = serde_json::from_str(r#"{"waiting_tokens": 7, "colour": "red"}"#).unwrap();
         assert_eq!((report.waiting_tokens, report.free_rows), (7, 0));
     }

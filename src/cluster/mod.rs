@@ -1,5 +1,5 @@
-//! Where generations are drawn: on this process's device, or by workers that are reached over the network. What drawing
-//! means does not change: the same request gives the same images, and the same events in between.
+//! Where generations run: on this process's device, or on workers reached over the network. The result does not
+//! depend on it: the same request gives the same images and the same events.
 
 mod concept_store;
 mod fleet;
@@ -26,12 +26,12 @@ pub use streams::Streams;
 pub use wire::GenerationRequest;
 pub use worker::{WorkerState, worker_router, worker_token};
 
-/// Where generations are drawn.
+/// Where generations run.
 #[derive(Debug, Clone)]
 pub enum Executor {
-    /// By this process.
+    /// In this process.
     Local(Local),
-    /// By workers.
+    /// On workers.
     Remote(Fleet),
 }
 
@@ -42,14 +42,14 @@ pub struct Local {
     concepts: ConceptStore,
 }
 
-/// A generation that can be drawn, and what it costs.
+/// A checked generation and its cost.
 #[derive(Debug, Clone)]
 pub struct Prepared {
     pub cost: Cost,
     request: Arc<GenerationRequest>,
 }
 
-/// Events of one generation; dropping it cancels the generation.
+/// Events of one generation. Dropping it cancels the generation.
 #[derive(Debug)]
 pub enum EventStream {
     Local(GenerationStream),
@@ -67,12 +67,12 @@ impl EventStream {
 }
 
 impl Executor {
-    /// On this process's device, with the concepts of a registry, of which `concept_bytes` are kept in memory.
+    /// On this process's device, with the concepts of a registry; `concept_bytes` of them are cached in memory.
     pub fn local(engine: EngineHandle, registry: &Registry, concept_bytes: usize) -> Self {
         Self::Local(Local::new(engine, registry, concept_bytes))
     }
 
-    /// What the base model is.
+    /// The base model.
     pub fn info(&self) -> &ModelInfo {
         match self {
             Self::Local(local) => local.engine.info(),
@@ -80,7 +80,7 @@ impl Executor {
         }
     }
 
-    /// Whether images can be drawn. Workers come and go; where they draw, that is always so.
+    /// Whether images can be generated. A fleet always reports true: workers come and go.
     pub fn health(&self) -> Health {
         match self {
             Self::Local(local) => local.engine.health(),
@@ -88,8 +88,8 @@ impl Executor {
         }
     }
 
-    /// Checks a generation as far as the model is concerned, and counts its cost. `tokens` are those of its concepts, in
-    /// order; no file is read.
+    /// Validates a generation for the model and counts its cost. `tokens` are those of its concepts, in order; no
+    /// file is read.
     ///
     /// # Errors
     /// When the prompt cannot be tokenized or is too long.
@@ -112,7 +112,7 @@ impl Executor {
         })
     }
 
-    /// Begins to draw what [`Self::prepare`] has checked.
+    /// Starts a generation that [`Self::prepare`] has checked.
     ///
     /// # Errors
     /// As [`Self::draw`].
@@ -120,10 +120,10 @@ impl Executor {
         self.draw(prepared.request.clone()).await
     }
 
-    /// Begins to draw.
+    /// Starts a generation.
     ///
     /// # Errors
-    /// `overloaded`, `stopping`; a concept's file that is gone or does not fit; where workers draw, `no_worker`.
+    /// `overloaded`, `stopping`; if a concept's file is gone or does not fit; on a fleet, `no_worker`.
     pub async fn draw(&self, request: Arc<GenerationRequest>) -> Result<EventStream, Error> {
         match self {
             Self::Local(local) => Ok(EventStream::Local(local.draw(&request).await?)),
@@ -133,16 +133,16 @@ impl Executor {
 }
 
 impl Local {
-    /// With the concepts of a registry, of which `concept_bytes` are kept in memory.
+    /// With the concepts of a registry; `concept_bytes` of them are cached in memory.
     pub fn new(engine: EngineHandle, registry: &Registry, concept_bytes: usize) -> Self {
         let concepts = ConceptStore::new(registry.blobs.clone(), concept_bytes);
         Self { engine, concepts }
     }
 
-    /// Begins to draw.
+    /// Starts a generation.
     ///
     /// # Errors
-    /// `overloaded`, `stopping`; a concept's file that is gone or does not fit.
+    /// `overloaded`, `stopping`; if a concept's file is gone or does not fit.
     pub async fn draw(&self, request: &GenerationRequest) -> Result<GenerationStream, Error> {
         let mut concepts = Vec::with_capacity(request.concepts.len());
         for concept in &request.concepts {

@@ -1,9 +1,10 @@
-//! The tasks that pass events on between processes.
+//! The tasks that forward events between processes.
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Tasks that pass events on. Each ends with its reader; [`Self::close`] ends those that are left when the process stops.
+/// Tasks that forward events. Each ends when its reader is dropped; [`Self::close`] aborts the rest when the process
+/// stops.
 #[derive(Debug, Clone, Default)]
 pub struct Streams {
     tasks: TaskTracker,
@@ -21,7 +22,7 @@ impl Streams {
         });
     }
 
-    /// Ends every task, and waits for that. To be called when their readers have had their time.
+    /// Aborts every task and waits for them. Call it after the readers' grace period.
     pub async fn close(&self) {
         self.closed.cancel();
         self.tasks.close();
@@ -34,14 +35,14 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn closing_ends_what_is_left_and_what_comes_later() {
+    async fn close_aborts_current_and_later_tasks() {
         let (streams, (open, dropped)) = (Streams::default(), tokio::sync::oneshot::channel::<()>());
         streams.spawn(async move {
             std::future::pending::<()>().await;
             drop(open);
         });
         streams.close().await;
-        assert!(dropped.await.is_err(), "its task is gone with all that it held");
+        assert!(dropped.await.is_err(), "the task and its captures are dropped");
         streams.spawn(std::future::pending());
         streams.close().await;
     }

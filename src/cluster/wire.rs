@@ -1,5 +1,5 @@
-//! What API processes and workers send to each other: a generation, and frames of events. Both sides are this program, maybe
-//! of neighbouring versions: unknown fields are ignored, new ones have defaults.
+//! The protocol between API processes and workers: a generation request, and frames of events. Both ends are this
+//! program, possibly one version apart: unknown fields are ignored, new fields have defaults.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +13,7 @@ use coar_core::error::{Error, ErrorKind};
 use coar_core::image::RgbImage;
 use coar_core::tokenizer::{TextTokenizer, TokenizerError, Vocabulary};
 
-/// A generation as API processes send it to workers: nothing of it has to be looked up in the database.
+/// A generation as API processes send it to workers. It is self-contained: the worker needs no database lookup.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct GenerationRequest {
     pub tenant: String,
@@ -33,14 +33,14 @@ impl From<&NewGeneration> for GenerationRequest {
     }
 }
 
-/// What an API process needs to count the tokens of requests to a worker's model.
+/// What an API process needs to count the tokens of requests for a worker's model.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct TokenizerFile {
     /// The checkpoint's `text_tokenizer.json`.
     pub tokenizer: String,
-    /// Pixels along a side that one image code stands for.
+    /// Pixels per side that one image code covers.
     pub pixels_per_code: u32,
-    /// Tokens of the longest sequence that a row of the batch holds.
+    /// Length in tokens of the longest sequence that fits a row of the batch.
     pub longest_row: i64,
 }
 
@@ -68,7 +68,7 @@ impl TryFrom<TokenizerFile> for TokenCounter {
     }
 }
 
-/// A refusal, whole: the API process answers it as if it were its own.
+/// A complete refusal. The API process returns it as its own error.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Refusal {
     kind: String,
@@ -87,7 +87,7 @@ const KINDS: [(&str, ErrorKind); 5] = [
     ("unavailable", ErrorKind::Unavailable),
 ];
 
-/// Codes are words of this program; a worker of another version may know a few more.
+/// Error codes are static strings; a worker of another version may use codes unknown here.
 fn known_code(code: &str) -> &'static str {
     static KNOWN: Mutex<Option<HashSet<&'static str>>> = Mutex::new(None);
     const MOST: usize = 256;
@@ -136,7 +136,7 @@ impl From<Refusal> for Error {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Head {
-    /// Nothing new; the worker lives.
+    /// Keep-alive without news.
     Alive,
     Started,
     Progress {
@@ -158,19 +158,19 @@ enum Head {
         text_tokens: u64,
         image_tokens: u64,
     },
-    /// The worker stops: another may draw it.
+    /// The worker is stopping: another one may take the generation.
     Stopped,
     Failed {
         message: String,
     },
 }
 
-/// A frame is refused beyond this: no image is that large.
+/// The largest frame accepted: no image is that large.
 const FRAME_LIMIT: usize = 64 << 20;
 const LENGTHS: usize = 8;
 
 fn frame(head: &Head, body: &[u8]) -> Bytes {
-    // A `Head` of numbers and texts is always JSON.
+    // A `Head` of numbers and strings always serialises to JSON.
     let head = serde_json::to_vec(head).unwrap_or_default();
     let mut frame = BytesMut::with_capacity(LENGTHS + head.len() + body.len());
     frame.put_u32(head.len() as u32);
@@ -180,12 +180,12 @@ fn frame(head: &Head, body: &[u8]) -> Bytes {
     frame.freeze()
 }
 
-/// The frame that only says that the worker lives.
+/// The keep-alive frame.
 pub(super) fn alive() -> Bytes {
     frame(&Head::Alive, &[])
 }
 
-/// An event as a frame.
+/// Encodes an event as a frame.
 pub(super) fn encode(event: &GenerationEvent) -> Bytes {
     let side = |image: &RgbImage| (image.width, image.height);
     match event {
@@ -242,13 +242,13 @@ pub(super) fn encode(event: &GenerationEvent) -> Bytes {
     }
 }
 
-/// Bytes as they arrive, and the events in them.
+/// Decodes events from bytes as they arrive.
 #[derive(Debug, Default)]
 pub(super) struct Decoder(BytesMut);
 
-/// What a frame says.
+/// The content of a frame.
 #[derive(Debug)]
-pub(super) enum Said {
+pub(super) enum Frame {
     Alive,
     Event(GenerationEvent),
 }
@@ -258,11 +258,11 @@ impl Decoder {
         self.0.extend_from_slice(bytes);
     }
 
-    /// The next whole frame, if it is there.
+    /// The next complete frame, if there is one.
     ///
     /// # Errors
-    /// When the bytes are no frames.
-    pub(super) fn next(&mut self) -> Result<Option<Said>, String> {
+    /// When the bytes are not valid frames.
+    pub(super) fn next(&mut self) -> Result<Option<Frame>, String> {
         let Some(mut lengths) = self.0.get(..LENGTHS) else {
             return Ok(None);
         };
@@ -283,7 +283,7 @@ impl Decoder {
 
 fn image(width: u32, height: u32, pixels: &[u8]) -> Result<RgbImage, String> {
     if u64::from(width) * u64::from(height) * 3 != pixels.len() as u64 {
-        return Err(format!("a picture of {width}x{height} in {} bytes", pixels.len()));
+        return Err(format!("an image of {width}x{height} in {} bytes", pixels.len()));
     }
     Ok(RgbImage {
         width,
@@ -292,9 +292,9 @@ fn image(width: u32, height: u32, pixels: &[u8]) -> Result<RgbImage, String> {
     })
 }
 
-fn event(head: Head, body: &[u8]) -> Result<Said, String> {
-    Ok(Said::Event(match head {
-        Head::Alive => return Ok(Said::Alive),
+fn event(head: Head, body: &[u8]) -> Result<Frame, String> {
+    Ok(Frame::Event(match head {
+        Head::Alive => return Ok(Frame::Alive),
         Head::Started => GenerationEvent::Started,
         Head::Progress { done, total } => GenerationEvent::Progress { done, total },
         Head::Partial {
@@ -328,7 +328,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn events_arrive_as_they_were_sent_however_the_bytes_are_cut() {
+    fn decode_is_independent_of_chunking() {
         let image = RgbImage {
             width: 2,
             height: 1,
@@ -343,28 +343,28 @@ mod tests {
         }));
         bytes.extend_from_slice(&encode(&GenerationEvent::Failed(EngineError::Stopped)));
         for size in [1, 7, bytes.len()] {
-            let (mut decoder, mut said) = (Decoder::default(), Vec::new());
+            let (mut decoder, mut frames) = (Decoder::default(), Vec::new());
             for piece in bytes.chunks(size) {
                 decoder.add(piece);
                 while let Some(one) = decoder.next().unwrap() {
-                    said.push(one);
+                    frames.push(one);
                 }
             }
-            assert!(matches!(said[0], Said::Event(GenerationEvent::Started)));
-            assert!(matches!(said[1], Said::Alive));
+            assert!(matches!(frames[0], Frame::Event(GenerationEvent::Started)));
+            assert!(matches!(frames[1], Frame::Alive));
             assert!(
-                matches!(&said[2], Said::Event(GenerationEvent::Image { index: 1, image: seen }) if *seen == image)
+                matches!(&frames[2], Frame::Event(GenerationEvent::Image { index: 1, image: seen }) if *seen == image)
             );
             assert!(matches!(
-                said[3],
-                Said::Event(GenerationEvent::Failed(EngineError::Stopped))
+                frames[3],
+                Frame::Event(GenerationEvent::Failed(EngineError::Stopped))
             ));
-            assert_eq!(said.len(), 4);
+            assert_eq!(frames.len(), 4);
         }
     }
 
     #[test]
-    fn what_is_no_frame_is_refused() {
+    fn decode_rejects_invalid_frames() {
         let mut decoder = Decoder::default();
         decoder.add(&[255; 16]);
         assert!(decoder.next().is_err());

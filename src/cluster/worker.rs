@@ -1,4 +1,5 @@
-//! A worker's own listener: API processes let it draw. They prove themselves by a secret of the database that both use.
+//! A worker's own listener, on which API processes submit generations. They authenticate with a secret derived from
+//! the shared database.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,18 +28,18 @@ use coar_core::metrics::{CONTENT_TYPE, meters};
 pub(super) const TOKENIZER: &str = "/internal/v1/tokenizer";
 pub(super) const GENERATE: &str = "/internal/v1/generations";
 
-/// A worker says at least this often that it lives.
+/// Keep-alive interval of an idle stream.
 const ALIVE: Duration = Duration::from_secs(2);
-/// Frames on their way to an API process.
+/// Buffered frames for an API process.
 const FRAMES: usize = 64;
-/// Progress is not told more often: a frame for each step of a small model costs more than the step.
+/// Minimum interval of progress frames: for a small model, a frame per step would cost more than the step.
 const PROGRESS: Duration = Duration::from_millis(40);
 
-/// What the worker's routes share.
+/// Shared state of the worker's routes.
 #[derive(Debug, Clone)]
 pub struct WorkerState {
     token: Arc<str>,
-    /// Whether everybody may read the metrics; otherwise loopback and whoever has the token.
+    /// Whether the metrics are public; otherwise they need loopback or the token.
     metrics_open: bool,
     /// Empty until the model is loaded.
     ready: Arc<OnceLock<Ready>>,
@@ -53,7 +54,7 @@ struct Ready {
 }
 
 impl WorkerState {
-    /// Without a model yet.
+    /// State without a model.
     pub fn new(token: &str, metrics_open: bool, streams: Streams) -> Self {
         Self {
             token: token.into(),
@@ -63,9 +64,9 @@ impl WorkerState {
         }
     }
 
-    /// From now on it draws.
+    /// Starts to accept generations.
     pub fn ready(&self, local: Local, member: &Member) {
-        // A second call would be a mistake of the caller; the first device stays.
+        // Called once; on a second call the first device is kept.
         let _ = self.ready.set(Ready {
             local,
             hot: member.hot.clone(),
@@ -85,9 +86,9 @@ impl WorkerState {
     }
 }
 
-/// The secret by which API processes and workers of one database know each other, from the database's own.
+/// The secret that authenticates API processes to workers, derived from the database's own.
 pub fn worker_token(server_secret: &str) -> String {
-    // HMAC takes keys of every length.
+    // HMAC accepts keys of any length.
     let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(server_secret.as_bytes()) else {
         return String::new();
     };
@@ -127,7 +128,7 @@ async fn known(State(state): State<WorkerState>, request: Request, next: Next) -
     refuse(&Error::new(
         ErrorKind::Unauthorized,
         "invalid_api_key",
-        "Only API processes of the same database may ask.",
+        "Only API processes of the same database have access.",
     ))
 }
 
@@ -153,7 +154,7 @@ async fn metrics(
     refuse(&Error::new(
         ErrorKind::Unauthorized,
         "invalid_api_key",
-        "The metrics are for loopback alone, unless --metrics-open opens them.",
+        "The metrics are served on loopback only; --metrics-open makes them public.",
     ))
 }
 
@@ -172,7 +173,7 @@ async fn tokenizer(State(state): State<WorkerState>) -> Response {
     }
 }
 
-/// Draws, and sends the events as frames. Dropping the connection cancels the drawing.
+/// Runs a generation and sends its events as frames. Dropping the connection cancels it.
 async fn generate(State(state): State<WorkerState>, Json(request): Json<GenerationRequest>) -> Response {
     let started = async {
         let ready = state.drawing()?;
@@ -187,14 +188,14 @@ async fn generate(State(state): State<WorkerState>, Json(request): Json<Generati
     };
     let (frames, body) = mpsc::channel::<Bytes>(FRAMES);
     state.streams.spawn(async move {
-        let mut told: Option<Instant> = None;
+        let mut last_progress: Option<Instant> = None;
         loop {
             let (frame, last) = tokio::select! {
                 event = stream.next() => match event {
-                    Some(GenerationEvent::Progress { .. }) if told.is_some_and(|at| at.elapsed() < PROGRESS) => continue,
+                    Some(GenerationEvent::Progress { .. }) if last_progress.is_some_and(|at| at.elapsed() < PROGRESS) => continue,
                     Some(event) => {
                         if matches!(event, GenerationEvent::Progress { .. }) {
-                            told = Some(Instant::now());
+                            last_progress = Some(Instant::now());
                         }
                         let last = matches!(event, GenerationEvent::Done { .. } | GenerationEvent::Failed(_));
                         (encode(&event), last)
@@ -225,7 +226,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokens_differ_with_the_secret_and_do_not_tell_it() {
+    fn tokens_depend_on_the_secret_and_do_not_reveal_it() {
         let token = worker_token("secret");
         assert_eq!(token.len(), 64);
         assert_ne!(token, worker_token("Secret"));
@@ -247,7 +248,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn metrics_are_for_loopback_unless_they_are_opened() {
+    async fn metrics_are_loopback_only_by_default() {
         let token = format!("Bearer {}", worker_token("secret"));
         for (peer, open, authorization, expected) in [
             ([127, 0, 0, 1], false, "", StatusCode::OK),
@@ -264,7 +265,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn without_the_token_only_health_and_metrics_answer() {
+    async fn other_routes_need_the_token() {
         let right = format!("Bearer {}", worker_token("secret"));
         let cut = &right[..right.len() - 1];
         for (method, path) in [("GET", TOKENIZER), ("POST", GENERATE)] {
@@ -285,10 +286,10 @@ mod tests {
                     "{path} {wrong:?}"
                 );
             }
-            // Beyond the door the order is looked at.
+            // Past authentication the request body is checked.
             assert_ne!(status(method, path, Some(&right)).await, StatusCode::UNAUTHORIZED);
         }
-        // A worker that has no secret lets nobody in, instead of everybody.
+        // A worker without a secret rejects every request.
         let open = worker_router(WorkerState::new("", false, Streams::default()));
         let request = Request::get(TOKENIZER)
             .header(header::AUTHORIZATION, "Bearer ")

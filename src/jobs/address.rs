@@ -1,18 +1,18 @@
-//! Where web-hooks may go. A caller names the address, the server connects: it must not become a way into the network
-//! that the server stands in.
+//! Which addresses web-hooks may have. A caller names the address and the server connects to it, so this must not
+//! open a way into the server's own network.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
-/// The longest address of a web-hook, in bytes.
+/// The longest web-hook address, in bytes.
 const URL_LIMIT: usize = 2048;
 
 /// Which addresses are allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AddressPolicy {
-    /// Everything is: for tests and closed networks.
+    /// All addresses: for tests and closed networks.
     pub allow_private: bool,
 }
 
@@ -21,9 +21,9 @@ fn within(address: u32, network: [u8; 4], bits: u32) -> bool {
     address & mask == u32::from(Ipv4Addr::from(network)) & mask
 }
 
-/// Whether the whole internet means the same host by it.
+/// Whether the address is globally routable.
 fn is_public_v4(address: Ipv4Addr) -> bool {
-    // The special-purpose registry of RFC 6890 and its updates, multicast, and what is reserved.
+    // The special-purpose registry of RFC 6890 and its updates, multicast, and reserved ranges.
     const SPECIAL: [([u8; 4], u32); 16] = [
         ([0, 0, 0, 0], 8),
         ([10, 0, 0, 0], 8),
@@ -47,8 +47,9 @@ fn is_public_v4(address: Ipv4Addr) -> bool {
         .any(|&(network, bits)| within(address.into(), network, bits))
 }
 
-/// As [`is_public_v4`]: of global unicast (2000::/3) what is not set apart in it. Everything else, so loopback, mapped
-/// and translated IPv4 addresses (::ffff:0:0/96, 64:ff9b::/96), unique local, link-local and multicast ones, is not.
+/// As [`is_public_v4`]: global unicast (2000::/3) without its special-purpose ranges. Everything else is excluded:
+/// loopback, mapped and translated IPv4 addresses (::ffff:0:0/96, 64:ff9b::/96), unique local, link-local and
+/// multicast addresses.
 fn is_public_v6(address: Ipv6Addr) -> bool {
     let [first, second, ..] = address.segments();
     let global = first & 0xe000 == 0x2000;
@@ -60,7 +61,7 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
 }
 
 impl AddressPolicy {
-    /// Whether the server may connect there.
+    /// Whether the server may connect to the address.
     pub fn allows(self, address: IpAddr) -> bool {
         self.allow_private
             || match address {
@@ -69,7 +70,7 @@ impl AddressPolicy {
             }
     }
 
-    /// An address as callers write it. A host's name is looked at again whenever the server connects.
+    /// Parses an address as written by a caller. A host name is checked again whenever the server connects.
     ///
     /// # Errors
     /// What is wrong with it; completes a sentence that begins with the field's name.
@@ -100,7 +101,8 @@ impl AddressPolicy {
     }
 }
 
-/// Looks names up and leaves out addresses that are not allowed: what is checked is what is connected to.
+/// A DNS resolver that drops addresses which are not allowed: the addresses that are checked are those that are
+/// used.
 impl Resolve for AddressPolicy {
     fn resolve(&self, name: Name) -> Resolving {
         let policy = *self;
@@ -181,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_checked_however_they_are_written() {
+    fn parse_checks_every_spelling_of_an_address() {
         for bad in [
             "",
             "nonsense",
@@ -198,7 +200,7 @@ mod tests {
             "http://[::ffff:10.0.0.1]/",
             "http://[64:ff9b::a00:1]/",
             "http://169.254.169.254/latest",
-            // The same host in the other ways that a URL may be written.
+            // The same host in the other notations that a URL allows.
             "http://127.0.0.1./",
             "http://0/",
             "http://127.1/",
@@ -235,7 +237,7 @@ mod tests {
         ] {
             assert!(STRICT.check(good).is_ok(), "{good}");
         }
-        // What could end a line of the request is no part of an address any more.
+        // What could end a line of the request is not part of an address any more.
         let split = STRICT
             .check("http://example.com/\r\nX-Injected: 1?a=\r\nHost: b#\n")
             .unwrap();
@@ -247,7 +249,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_name_that_leads_inside_is_not_connected_to() {
+    async fn resolver_drops_private_addresses() {
         let name = || "localhost".parse::<Name>().unwrap();
         let refused = STRICT.resolve(name()).await.err().unwrap();
         assert!(

@@ -1,5 +1,6 @@
-//! Stored generations, from the engine's events to rows and files. Those that somebody waits for go to the engine at once;
-//! the others wait in the database and are fed to it a few at a time, so that its queue has room for whoever waits.
+//! Stored generations, from the engine's events to rows and files. Foreground generations go to the engine at once.
+//! Background generations wait in the database and are submitted a few at a time, so the engine queue keeps capacity
+//! for the foreground.
 
 mod drawing;
 mod watch;
@@ -27,18 +28,18 @@ use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::GenerationId;
 use coar_core::image::RgbImage;
 
-/// Events that wait for a slow listener. Progress and unfinished images are left out where it is behind; there is
-/// always room for ten images and the end.
+/// Buffered events for a slow reader. Progress and partial images are dropped if it falls behind; there is always
+/// capacity for ten images and the final event.
 const EVENTS: usize = 64;
-/// When the engine's queue was full, it is tried again after this.
+/// Delay before a retry when the engine's queue was full.
 const RETRY: Duration = Duration::from_millis(500);
-/// A registry that does not answer is asked again for this long: for somebody who waits, and for nobody.
-const PATIENCE: Duration = Duration::from_secs(15);
-const LONG_PATIENCE: Duration = Duration::from_secs(600);
-/// Without a wake-up the queue is looked at this often.
+/// How long a registry that does not answer is retried, with and without a waiting caller.
+const RETRY_FOR: Duration = Duration::from_secs(15);
+const RETRY_LONG_FOR: Duration = Duration::from_secs(600);
+/// Poll interval of the queue without a notification.
 const POLL: Duration = Duration::from_secs(5);
 
-/// What a listener is told. Indices are those of the seed: the first image's is `first_index`.
+/// Events for a reader. Indices are those of the seed: the first image's is `first_index`.
 #[derive(Debug)]
 pub enum DrawEvent {
     Started,
@@ -46,23 +47,23 @@ pub enum DrawEvent {
         done: u32,
         total: u32,
     },
-    /// An unfinished image.
+    /// A partial image.
     Partial {
         index: u32,
         number: u32,
         image: RgbImage,
     },
-    /// A finished image's file, and where the generation is stored its row.
+    /// A finished image's file, and its row if the generation is stored.
     Image {
         index: u32,
         file: Bytes,
         stored: Option<StoredImage>,
     },
-    /// The last event; where the generation is stored its row says the same.
+    /// The last event; if the generation is stored, its row has the same state.
     Ended(Result<(), Error>),
 }
 
-/// A generation at work, seen from outside.
+/// A running generation, as seen by its caller.
 #[derive(Debug)]
 struct Live {
     cancel: CancellationToken,
@@ -70,7 +71,7 @@ struct Live {
     done: AtomicU32,
 }
 
-/// Ends a generation that somebody waits for, when they are gone.
+/// Cancels a foreground generation when its caller disconnects.
 #[derive(Debug)]
 pub struct Waiting {
     live: Arc<Live>,
@@ -78,7 +79,7 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// The generation goes on without anybody waiting. [`Drawings::keep`] calls it.
+    /// Detaches the generation from its caller. [`Drawings::keep`] calls it.
     fn disarm(mut self) {
         self.live.background.store(true, Ordering::Relaxed);
         self.armed = false;
@@ -93,19 +94,19 @@ impl Drop for Waiting {
     }
 }
 
-/// Something that is given back when a generation ends: its place among its tenant's requests in flight.
+/// Something that is dropped when a generation ends: its slot among its tenant's requests in flight.
 pub type Held = Box<dyn Any + Send>;
 
-/// What drawing needs.
+/// Shared state of generations.
 #[derive(Debug, Clone)]
 pub struct Drawings {
     registry: Registry,
     executor: Executor,
     webhooks: Webhooks,
-    /// Whether files say what made them.
+    /// Whether files record how they were made.
     provenance: bool,
     live: Arc<Mutex<HashMap<GenerationId, Arc<Live>>>>,
-    /// The one of the queue that is being handed to the engine.
+    /// The queued generation that is being submitted to the engine.
     taken: Arc<Mutex<Option<GenerationId>>>,
     held: Arc<Mutex<HashMap<GenerationId, Held>>>,
     queued: Wake,
@@ -115,7 +116,7 @@ pub struct Drawings {
 }
 
 impl Drawings {
-    /// `background` generations that nobody waits for are at the engine at once.
+    /// At most `background` background generations are in the engine at once.
     pub fn new(
         registry: Registry,
         executor: Executor,
@@ -138,7 +139,7 @@ impl Drawings {
         }
     }
 
-    /// The same, heard by other processes too.
+    /// With notifications for other processes.
     pub fn with_wakes(mut self, wakes: &Wakes) -> Self {
         self.queued = wakes.generations.clone();
         self.ends = wakes.ends.clone();
@@ -153,17 +154,17 @@ impl Drawings {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Codes drawn so far, while it is at the engine.
+    /// Codes generated so far, while it is in the engine.
     pub fn progress(&self, id: GenerationId) -> Option<u32> {
         self.live().get(&id).map(|live| live.done.load(Ordering::Relaxed))
     }
 
-    /// For whoever waits for a generation's end without having begun it.
+    /// Subscribes to the end of a generation that another request started.
     pub fn interest(&self, id: GenerationId) -> Interest {
         self.ends.interest(id)
     }
 
-    /// Puts a generation into the queue.
+    /// Adds a generation to the queue.
     ///
     /// # Errors
     /// When the database fails.
@@ -174,10 +175,10 @@ impl Drawings {
         Ok(generation)
     }
 
-    /// Hands a generation to the engine at once, for somebody who waits: dropping [`Waiting`] cancels it.
+    /// Submits a foreground generation to the engine at once. Dropping [`Waiting`] cancels it.
     ///
     /// # Errors
-    /// When the engine's queue is full or it stops: then nothing is stored; when the database fails.
+    /// When the engine's queue is full or it is stopping: then nothing is stored; when the database fails.
     pub async fn begin(
         &self,
         new: NewGeneration,
@@ -185,36 +186,32 @@ impl Drawings {
     ) -> Result<(Generation, mpsc::Receiver<DrawEvent>, Waiting), Error> {
         let stream = self.executor.start(prepared).await?;
         let generation = self.registry.add_generation(new).await?;
-        let (listener, events) = mpsc::channel(EVENTS);
-        let live = self.start(Drawn::Stored(generation.clone()), stream, (Some(listener), None));
+        let (reader, events) = mpsc::channel(EVENTS);
+        let live = self.start(Drawn::Stored(generation.clone()), stream, (Some(reader), None));
         Ok((generation, events, Waiting { live, armed: true }))
     }
 
-    /// As [`Self::begin`], for images that only their reader gets: nothing is stored.
+    /// As [`Self::begin`], but nothing is stored: the images go to the reader only.
     ///
     /// # Errors
-    /// When the engine's queue is full or it stops.
+    /// When the engine's queue is full or it is stopping.
     pub async fn begin_transient(
         &self,
         new: NewGeneration,
         prepared: &Prepared,
     ) -> Result<(mpsc::Receiver<DrawEvent>, Waiting), Error> {
         let stream = self.executor.start(prepared).await?;
-        let (listener, events) = mpsc::channel(EVENTS);
-        let live = self.start(
-            Drawn::Transient(GenerationId::new(), new),
-            stream,
-            (Some(listener), None),
-        );
+        let (reader, events) = mpsc::channel(EVENTS);
+        let live = self.start(Drawn::Transient(GenerationId::new(), new), stream, (Some(reader), None));
         Ok((events, Waiting { live, armed: true }))
     }
 
-    /// Keeps something until a generation has ended that an earlier process has queued. Before [`Self::work`].
+    /// Holds something until a generation that an earlier process has queued ends. Call it before [`Self::work`].
     pub fn hold_queued(&self, id: GenerationId, held: Held) {
         self.held().insert(id, held);
     }
 
-    /// Keeps something until a generation that was begun has ended.
+    /// Holds something until a generation ends.
     pub fn hold(&self, id: GenerationId, held: Held) {
         let live = self.live();
         if live.contains_key(&id) {
@@ -222,12 +219,12 @@ impl Drawings {
         }
     }
 
-    /// Tells who wants to know of an end.
+    /// Web-hook deliveries.
     pub fn webhooks(&self) -> &Webhooks {
         &self.webhooks
     }
 
-    /// From now on nobody waits for it, and it survives a restart.
+    /// Turns a foreground generation into a background one, which survives a restart.
     ///
     /// # Errors
     /// When the database fails.
@@ -237,21 +234,21 @@ impl Drawings {
         Ok(())
     }
 
-    /// Cancels a generation; false when it has ended. Images that are drawn already stay.
+    /// Cancels a generation; false if it has already ended. Finished images are kept.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn cancel(&self, mut generation: Generation) -> Result<bool, RegistryError> {
         let images = self.registry.images(generation.new.tenant, &[generation.id]).await?;
         generation.done = self.progress(generation.id).unwrap_or(generation.done);
-        // Whoever draws it: the caller's word counts.
+        // The caller's request takes effect, whichever process runs the generation.
         generation.owner = None;
         let cancelled = self.end(&mut generation, &images, Ending::Cancelled).await?;
         self.stop(generation.id);
         Ok(cancelled)
     }
 
-    /// Takes a generation off the engine, whose row is ended or gone.
+    /// Removes a generation from the engine whose row has ended or was deleted.
     pub fn stop(&self, id: GenerationId) {
         if let Some(live) = self.live().get(&id) {
             live.cancel.cancel();
@@ -259,10 +256,10 @@ impl Drawings {
         self.held().remove(&id);
     }
 
-    /// Draws what is queued until `stop`; returns when everything at work has ended.
+    /// Runs queued generations until `stop`; returns when everything running has ended.
     pub async fn work(self, stop: CancellationToken) {
         while !stop.is_cancelled() {
-            // Interest is registered before looking, so that no wake-up in between is lost.
+            // Subscribe before reading the queue, so no notification is missed.
             let woken = self.queued.woken();
             let slot = tokio::select! {
                 slot = self.slots.clone().acquire_owned() => slot,
@@ -273,7 +270,7 @@ impl Drawings {
                 Ok(true) => continue,
                 Ok(false) => POLL,
                 Err(error) => {
-                    tracing::error!(%error, "a queued generation cannot be begun");
+                    tracing::error!(%error, "cannot start a queued generation");
                     RETRY
                 }
             };
@@ -287,14 +284,14 @@ impl Drawings {
         self.tasks.wait().await;
     }
 
-    /// Draws nothing of the queue; returns after `stop` when everything at work has ended.
+    /// Ignores the queue; returns after `stop` when everything running has ended.
     pub async fn finish(self, stop: CancellationToken) {
         stop.cancelled().await;
         self.tasks.close();
         self.tasks.wait().await;
     }
 
-    /// Begins the next queued generation. False when there is none.
+    /// Starts the next queued generation. False if there is none.
     async fn next(&self, slot: OwnedSemaphorePermit) -> Result<bool, Error> {
         let Some(generation) = self.registry.claim_generation().await? else {
             return Ok(false);
@@ -307,12 +304,12 @@ impl Drawings {
         handed
     }
 
-    /// Hands a generation of the queue to the engine. False when there is no point in looking for another.
+    /// Submits a queued generation to the engine. False if there is no point in trying another.
     async fn hand_over(&self, mut generation: Generation, slot: OwnedSemaphorePermit) -> Result<bool, Error> {
         let request = Arc::new((&generation.new).into());
         match self.executor.draw(request).await {
             Ok(stream) => drop(self.start(Drawn::Stored(generation), stream, (None, Some(slot)))),
-            // The store, the queue or the process: what was asked for is not to blame.
+            // A fault of the store, the queue or the process, not of the request.
             Err(error)
                 if matches!(
                     error.kind,
@@ -320,7 +317,7 @@ impl Drawings {
                 ) =>
             {
                 let wait = RETRY.as_millis() as i64;
-                patiently!(PATIENCE, self.registry.return_generation(generation.id, wait).await)?;
+                retry_transient!(RETRY_FOR, self.registry.return_generation(generation.id, wait).await)?;
                 if error.kind == ErrorKind::Internal {
                     return Err(error);
                 }

@@ -1,4 +1,4 @@
-//! Waiting for one generation's end: an end wakes whoever waits for that generation, and nobody else.
+//! Notifications about the end of a generation, for the subscribers of that generation only.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,7 +7,7 @@ use super::Wake;
 use super::outbox::{Outbox, Signal};
 use coar_core::ids::GenerationId;
 
-/// Who waits for which end.
+/// Subscriptions by generation.
 #[derive(Debug, Clone, Default)]
 pub struct Ends {
     awaited: Arc<Mutex<HashMap<GenerationId, Awaited>>>,
@@ -18,10 +18,10 @@ pub struct Ends {
 #[derive(Debug, Default)]
 struct Awaited {
     wake: Wake,
-    interests: usize,
+    subscribers: usize,
 }
 
-/// Somebody's interest in one generation's end.
+/// A subscription to one generation's end.
 #[derive(Debug)]
 pub struct Interest {
     ends: Ends,
@@ -31,14 +31,14 @@ pub struct Interest {
 
 impl Ends {
     fn lock(&self) -> MutexGuard<'_, HashMap<GenerationId, Awaited>> {
-        // Nothing in it can be half-written.
+        // The map is valid even if a holder of the lock has panicked.
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn interest(&self, id: GenerationId) -> Interest {
         let mut all = self.lock();
         let awaited = all.entry(id).or_default();
-        awaited.interests += 1;
+        awaited.subscribers += 1;
         Interest {
             ends: self.clone(),
             id,
@@ -46,7 +46,7 @@ impl Ends {
         }
     }
 
-    /// Heard by other processes too.
+    /// With notifications for other processes.
     pub(super) fn shared(others: Outbox) -> Self {
         Self {
             awaited: Arc::default(),
@@ -54,16 +54,16 @@ impl Ends {
         }
     }
 
-    /// The generation has ended, or is gone.
-    pub(super) fn tell(&self, id: GenerationId) {
-        self.here(id);
+    /// Notifies that the generation has ended or was deleted.
+    pub(super) fn notify(&self, id: GenerationId) {
+        self.notify_local(id);
         if let Some(others) = &self.others {
             others.add(Signal::End(id));
         }
     }
 
-    /// Tells this process alone.
-    pub(super) fn here(&self, id: GenerationId) {
+    /// Notifies subscribers in this process.
+    pub(super) fn notify_local(&self, id: GenerationId) {
         if let Some(awaited) = self.lock().get(&id) {
             awaited.wake.now();
         }
@@ -71,8 +71,8 @@ impl Ends {
 }
 
 impl Ends {
-    /// Many have ended elsewhere: in this process everybody who waits for one looks.
-    pub(super) fn all_here(&self) {
+    /// Many generations have ended elsewhere: notifies every subscriber in this process.
+    pub(super) fn notify_all_local(&self) {
         for awaited in self.lock().values() {
             awaited.wake.now();
         }
@@ -90,8 +90,8 @@ impl Drop for Interest {
     fn drop(&mut self) {
         let mut all = self.ends.lock();
         if let Some(awaited) = all.get_mut(&self.id) {
-            awaited.interests -= 1;
-            if awaited.interests == 0 {
+            awaited.subscribers -= 1;
+            if awaited.subscribers == 0 {
                 all.remove(&self.id);
             }
         }
@@ -105,17 +105,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_end_wakes_those_who_wait_for_it_alone() {
+    fn an_end_notifies_its_subscribers_only() {
         let (ends, id) = (Ends::default(), GenerationId::new());
         let (one, two, other) = (ends.interest(id), ends.interest(id), ends.interest(GenerationId::new()));
         let (first, second, third) = (one.woken(), two.woken(), other.woken());
-        ends.tell(id);
+        ends.notify(id);
         assert!(first.now_or_never().is_some() && second.now_or_never().is_some());
         assert!(third.now_or_never().is_none());
         let all = [&one, &two, &other].map(Interest::woken);
-        ends.all_here();
+        ends.notify_all_local();
         assert!(all.into_iter().all(|woken| woken.now_or_never().is_some()));
         drop((one, two, other));
-        assert!(ends.lock().is_empty(), "nothing is left of those who have gone");
+        assert!(ends.lock().is_empty(), "dropped subscriptions are removed");
     }
 }

@@ -1,16 +1,16 @@
-//! Work that outlives a request: trainings, generations, web-hooks, and the removal of what has expired. It holds no
-//! tensors; the engine is reached through its door alone.
+//! Work that outlives a request: trainings, generations, web-hooks, and the removal of expired data. This module
+//! holds no tensors; it uses the engine through its handle.
 
-/// Does something with the registry until it succeeds, fails for good, or has failed for so long. A macro: futures that
-/// borrow from closures cannot be sent between threads yet.
-macro_rules! patiently {
+/// Retries a registry operation until it succeeds, fails permanently, or has failed for the given time. A macro,
+/// since futures that borrow from closures cannot be sent between threads yet.
+macro_rules! retry_transient {
     ($within:expr, $attempt:expr) => {{
         let since = tokio::time::Instant::now();
         loop {
             match $attempt {
                 Err(error) if error.may_pass() && since.elapsed() < $within => {
-                    tracing::warn!(%error, "the registry does not answer as it should; it is tried again");
-                    tokio::time::sleep($crate::jobs::AGAIN).await;
+                    tracing::warn!(%error, "transient registry error; retrying");
+                    tokio::time::sleep($crate::jobs::RETRY_DELAY).await;
                 }
                 outcome => break outcome,
             }
@@ -44,42 +44,42 @@ use outbox::{Outbox, Signal};
 pub use sweeper::sweep;
 pub use webhook::{Describe, Webhooks, deliver, iso_8601};
 
-/// The code of an error that says that another process has taken something over.
+/// The error code for work that another process has taken over.
 pub(crate) const LEASE_LOST: &str = "lease_lost";
-/// How long a claimed training stays claimed without a sign of life: as long as a process counts as living.
+/// How long a training's lease lasts without renewal: as long as a process counts as alive.
 pub(crate) const LEASE_MS: i64 = LOST_AFTER_MS;
-/// Without a wake-up the queue is looked at this often.
+/// Poll interval of the queue without a notification.
 const POLL: Duration = Duration::from_secs(2);
 
-/// Wakes whoever waits for something: in this process, and in the others of the same database.
+/// Notifies waiting tasks, in this process and in the others of the same database.
 #[derive(Debug, Clone, Default)]
 pub struct Wake {
-    here: Arc<Notify>,
+    local: Arc<Notify>,
     /// `None`: there are no others.
     others: Option<(Signal, Outbox)>,
 }
 
 impl Wake {
-    /// Something was queued, cancelled, or has ended.
+    /// Notifies that something was queued, cancelled, or has ended.
     pub fn now(&self) {
-        self.here();
+        self.notify_local();
         if let Some((signal, others)) = &self.others {
             others.add(*signal);
         }
     }
 
-    /// Wakes this process alone.
-    fn here(&self) {
-        self.here.notify_waiters();
+    /// Notifies this process only.
+    fn notify_local(&self) {
+        self.local.notify_waiters();
     }
 
-    /// Resolves at the next wake-up; interest is registered when this is called.
+    /// Resolves at the next notification after this call.
     pub fn woken(&self) -> impl Future<Output = ()> + use<> {
-        self.here.clone().notified_owned()
+        self.local.clone().notified_owned()
     }
 }
 
-/// What processes of one database tell each other.
+/// Notifications between the processes of one database.
 #[derive(Debug, Clone, Default)]
 pub struct Wakes {
     /// Trainings were queued or cancelled, or have ended.
@@ -91,14 +91,14 @@ pub struct Wakes {
 }
 
 impl Wakes {
-    /// Of a registry that several processes share; without others the same as the default.
+    /// For a registry that several processes share; otherwise the same as the default.
     pub fn shared(registry: &Registry, stop: &CancellationToken, tracker: &TaskTracker) -> Self {
         if registry.backend() == Backend::Sqlite {
             return Self::default();
         }
         let others = Outbox::default();
         let wake = |signal| Wake {
-            here: Arc::default(),
+            local: Arc::default(),
             others: Some((signal, others.clone())),
         };
         let wakes = Self {
@@ -106,16 +106,16 @@ impl Wakes {
             generations: wake(Signal::Generations),
             ends: Ends::shared(others.clone()),
         };
-        tracker.spawn(tell(registry.clone(), others, stop.clone()));
-        tracker.spawn(listen(registry.clone(), wakes.clone(), stop.clone()));
+        tracker.spawn(send_signals(registry.clone(), others, stop.clone()));
+        tracker.spawn(receive_signals(registry.clone(), wakes.clone(), stop.clone()));
         wakes
     }
 }
 
-/// When the database does not answer, it is tried again after this.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Delay before a retry when the database does not answer.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-async fn tell(registry: Registry, outbox: Outbox, stop: CancellationToken) {
+async fn send_signals(registry: Registry, outbox: Outbox, stop: CancellationToken) {
     loop {
         let signals = tokio::select! {
             signals = outbox.take() => signals,
@@ -129,8 +129,8 @@ async fn tell(registry: Registry, outbox: Outbox, stop: CancellationToken) {
     }
 }
 
-async fn listen(registry: Registry, wakes: Wakes, stop: CancellationToken) {
-    let hear = async {
+async fn receive_signals(registry: Registry, wakes: Wakes, stop: CancellationToken) {
+    let receive = async {
         loop {
             let outcome: Result<(), RegistryError> = async {
                 let Some(mut signals) = registry.signals().await? else {
@@ -139,43 +139,43 @@ async fn listen(registry: Registry, wakes: Wakes, stop: CancellationToken) {
                 loop {
                     let text = signals.next().await?;
                     match text.parse() {
-                        Ok(Signal::Trainings) => wakes.trainings.here(),
-                        Ok(Signal::Generations) => wakes.generations.here(),
-                        Ok(Signal::End(generation)) => wakes.ends.here(generation),
-                        Ok(Signal::Ends) => wakes.ends.all_here(),
+                        Ok(Signal::Trainings) => wakes.trainings.notify_local(),
+                        Ok(Signal::Generations) => wakes.generations.notify_local(),
+                        Ok(Signal::End(generation)) => wakes.ends.notify_local(generation),
+                        Ok(Signal::Ends) => wakes.ends.notify_all_local(),
                         Err(()) => tracing::debug!(text, "unknown signal"),
                     }
                 }
             }
             .await;
             if let Err(error) = outcome {
-                tracing::warn!(%error, "signals of other processes cannot be heard; this one looks by itself");
+                tracing::warn!(%error, "cannot receive signals of other processes; polling");
             }
-            tokio::time::sleep(AGAIN).await;
+            tokio::time::sleep(RETRY_DELAY).await;
         }
     };
     tokio::select! {
-        () = hear => {}
+        () = receive => {}
         () = stop.cancelled() => {}
     }
 }
 
-/// One of the workers; as many trainings run at once as there are.
+/// One training worker; as many trainings run at once as there are workers.
 #[derive(Debug, Clone)]
 pub struct Worker {
     pub registry: Registry,
     pub engine: EngineHandle,
     pub wake: Wake,
     pub stop: CancellationToken,
-    /// Images that each training draws on its way; 0: none.
+    /// Preview images per training; 0: none.
     pub previews: u32,
 }
 
 impl Worker {
-    /// Works on queued trainings, one at a time, until it is to stop.
+    /// Runs queued trainings, one at a time, until `stop`.
     pub async fn work(self) {
         while !self.stop.is_cancelled() {
-            // Interest is registered before looking, so that no wake-up in between is lost.
+            // Subscribe before reading the queue, so no notification is missed.
             let woken = self.wake.woken();
             match self.registry.claim_training(LEASE_MS).await {
                 Ok(Some(claimed)) => {
@@ -183,7 +183,7 @@ impl Worker {
                     continue;
                 }
                 Ok(None) => {}
-                Err(error) => tracing::error!(%error, "the queue of trainings cannot be read"),
+                Err(error) => tracing::error!(%error, "cannot read the queue of trainings"),
             }
             tokio::select! {
                 () = woken => {}

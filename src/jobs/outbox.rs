@@ -7,8 +7,8 @@ use tokio::sync::Notify;
 
 use coar_core::ids::GenerationId;
 
-/// Generations whose ends are kept apart. Beyond that one signal stands for all of them: each process then looks at what it
-/// waits for.
+/// How many ended generations are named one by one. Beyond that a single signal covers all of them, and each process
+/// checks what it waits for.
 const ENDS: usize = 1024;
 
 /// A signal to other processes.
@@ -48,7 +48,7 @@ impl std::str::FromStr for Signal {
     }
 }
 
-/// Signals that wait to be sent. Each waits once, so that their number is bounded however long the database is away.
+/// Signals to be sent. Each is queued once, so the outbox is bounded however long the database is unavailable.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Outbox(Arc<Waiting>);
 
@@ -60,11 +60,11 @@ struct Waiting {
 
 impl Outbox {
     fn lock(&self) -> MutexGuard<'_, BTreeSet<Signal>> {
-        // Nothing in it can be half-written.
+        // The set is valid even if a holder of the lock has panicked.
         self.0.signals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Never waits.
+    /// Never blocks.
     pub(super) fn add(&self, signal: Signal) {
         let mut signals = self.lock();
         signals.insert(signal);
@@ -76,7 +76,7 @@ impl Outbox {
         self.0.added.notify_one();
     }
 
-    /// What waits, as soon as something does.
+    /// Takes the queued signals, as soon as there are any.
     pub(super) async fn take(&self) -> BTreeSet<Signal> {
         loop {
             let signals = std::mem::take(&mut *self.lock());
@@ -109,7 +109,7 @@ mod tests {
             taken,
             [Signal::Trainings, Signal::End(first), Signal::End(second)].into()
         );
-        // The database is away, and generations end.
+        // The database is unavailable, and generations end.
         for _ in 0..10 * ENDS {
             outbox.add(Signal::End(GenerationId::new()));
             assert!(outbox.lock().len() <= ENDS);
@@ -117,7 +117,7 @@ mod tests {
         outbox.add(Signal::Generations);
         let taken = outbox.take().await;
         assert!(taken.contains(&Signal::Ends) && taken.contains(&Signal::Generations));
-        // A waiting task is woken by the next signal.
+        // The next signal wakes a waiting task.
         let waiting = tokio::spawn({
             let outbox = outbox.clone();
             async move { outbox.take().await }

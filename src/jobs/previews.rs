@@ -1,4 +1,5 @@
-//! Images of a concept while it is trained. They are a courtesy: whatever goes wrong with one, the training goes on.
+//! Preview images of a concept during its training. They are best effort: a failed preview does not affect the
+//! training.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,8 +15,8 @@ use crate::registry::{Claimed, Training};
 use coar_core::engine::{ConceptUse, GenerateRequest, GenerationEvent};
 use coar_core::image::{OutputFormat, RgbImage, encode};
 
-/// The training's end waits for its last image, but not for longer.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the end of a training waits for its last preview.
+const WAIT: Duration = Duration::from_secs(5);
 
 /// `count` steps, evenly spread, the last one at the end.
 pub(super) fn preview_steps(total_steps: u32, count: u32) -> Vec<u32> {
@@ -25,7 +26,7 @@ pub(super) fn preview_steps(total_steps: u32, count: u32) -> Vec<u32> {
     steps
 }
 
-/// Those of one training that are being drawn.
+/// The previews of one training that are in progress.
 #[derive(Debug, Default)]
 pub(super) struct Previews {
     open: JoinSet<()>,
@@ -33,13 +34,13 @@ pub(super) struct Previews {
 }
 
 impl Previews {
-    /// Begins to draw one.
+    /// Starts a preview.
     pub(super) fn begin(&mut self, worker: &Worker, claimed: &Claimed, step: u32, file: Bytes) {
         let (worker, training, stop) = (worker.clone(), claimed.training.clone(), self.stop.clone());
         let drawing = async move {
             let drawn = tokio::select! {
                 drawn = worker.draw(&training, &file) => drawn,
-                // Dropping the drawing cancels it.
+                // Dropping the future cancels it.
                 () = stop.cancelled() => return,
             };
             let stored = match drawn {
@@ -51,19 +52,19 @@ impl Previews {
                 Err(problem) => Err(problem),
             };
             if let Err(problem) = stored {
-                tracing::warn!(training = %training.id, step, problem, "no image of this step");
+                tracing::warn!(training = %training.id, step, problem, "preview failed");
             }
         };
         self.open.spawn(drawing.in_current_span());
     }
 
-    /// Waits for all of them, though not for long.
+    /// Waits for all of them, up to a limit.
     pub(super) async fn wait(&mut self) {
         let all = async { while self.open.join_next().await.is_some() {} };
-        let _ = tokio::time::timeout(PATIENCE, all).await;
+        let _ = tokio::time::timeout(WAIT, all).await;
     }
 
-    /// Lets all of them finish, unless the server stops.
+    /// Waits for all of them, unless the server is stopping.
     pub(super) async fn finish(mut self, stop: &CancellationToken) {
         tokio::select! {
             () = async { while self.open.join_next().await.is_some() {} } => {}
@@ -71,7 +72,7 @@ impl Previews {
         }
     }
 
-    /// Ends those that are being drawn; one that is being stored is stored.
+    /// Cancels those being generated; one that is being stored is completed.
     pub(super) async fn cancel(mut self) {
         self.stop.cancel();
         while self.open.join_next().await.is_some() {}
@@ -79,7 +80,7 @@ impl Previews {
 }
 
 impl Worker {
-    /// Draws the concept in its plainest prompt, always with the same seed, so that the steps compare.
+    /// Generates the concept with its plainest prompt and a fixed seed, so that steps can be compared.
     async fn draw(&self, training: &Training, file: &[u8]) -> Result<Bytes, String> {
         let info = self.engine.info();
         let concept = info.read_concept(file).map_err(|error| error.to_string())?;
@@ -106,7 +107,7 @@ impl Worker {
                 _ => {}
             }
         }
-        Err("the engine stops".to_owned())
+        Err("the engine is stopping".to_owned())
     }
 }
 

@@ -1,4 +1,4 @@
-//! How fast a training is, and its loss curve.
+//! The speed of a training, and its loss curve.
 
 use std::collections::VecDeque;
 
@@ -8,26 +8,26 @@ use crate::registry::Progress;
 use coar_core::engine::TrainingProgress;
 use coar_core::training::StepLosses;
 
-/// The rate is that of the last so many steps.
+/// The rate is averaged over this many steps.
 const WINDOW: usize = 20;
-/// A loss curve is written down with about so many points at most.
+/// Maximum number of points in a stored loss curve.
 const POINTS: u32 = 500;
 
-/// What is known of one attempt.
+/// Progress of one attempt.
 #[derive(Debug)]
 pub(super) struct Meter {
-    /// When which step was done, the last ones.
+    /// When the last steps were done.
     steps: VecDeque<(Instant, u32)>,
     losses: Vec<StepLosses>,
     total_steps: u32,
 }
 
-/// Every so many steps there is a point.
+/// One point for every so many steps.
 fn stride(total_steps: u32) -> u32 {
     total_steps.div_ceil(POINTS).max(1)
 }
 
-/// The first and the last step, and in between as many as there may be.
+/// The first and the last step, and as many in between as the limit allows.
 pub(super) fn thin(losses: &[StepLosses], total_steps: u32) -> Vec<StepLosses> {
     let stride = stride(total_steps);
     let kept = |loss: &&StepLosses| loss.step == 1 || loss.step == total_steps || loss.step.is_multiple_of(stride);
@@ -35,7 +35,7 @@ pub(super) fn thin(losses: &[StepLosses], total_steps: u32) -> Vec<StepLosses> {
 }
 
 impl Meter {
-    /// Goes on from a curve that was written down, as far as the checkpoint goes.
+    /// Continues a stored curve up to the checkpoint.
     pub(super) fn resume(mut losses: Vec<StepLosses>, step: u32, total_steps: u32) -> Self {
         losses.retain(|loss| loss.step <= step);
         Self {
@@ -45,7 +45,7 @@ impl Meter {
         }
     }
 
-    /// Takes in a step. The time before the first one (start words, class images) counts for nothing.
+    /// Adds a step. The time before the first one (start words, class images) is not counted.
     pub(super) fn step(&mut self, at: Instant, progress: &TrainingProgress) -> Progress {
         if self.steps.len() > WINDOW {
             self.steps.pop_front();
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_is_that_of_the_last_steps_and_unknown_before_the_second() {
+    fn rate_covers_the_last_steps_and_needs_two() {
         let begun = Instant::now();
         let mut meter = Meter::resume(vec![], 0, 1000);
         let at = |ms: u64| begun + Duration::from_millis(ms);
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_curve_is_thinned_out_and_goes_on_where_the_checkpoint_is() {
+    fn long_curve_is_thinned_and_resumes_at_the_checkpoint() {
         let all: Vec<StepLosses> = (1..=20_000).map(losses).collect();
         let thinned = thin(&all, 20_000);
         assert!((POINTS as usize..=POINTS as usize + 2).contains(&thinned.len()));

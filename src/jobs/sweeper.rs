@@ -1,4 +1,4 @@
-//! Removes what has had its time: drawn images, generations, web-hooks, first answers of idempotency keys.
+//! Removes expired images, generations, web-hook deliveries and idempotency keys.
 
 use std::time::Duration;
 
@@ -6,28 +6,28 @@ use tokio_util::sync::CancellationToken;
 
 use crate::registry::{Registry, RegistryError};
 
-/// How often it looks.
+/// Sweep interval.
 const PERIOD: Duration = Duration::from_secs(600);
-/// Web-hooks are kept this long after their end, for whoever looks into a problem.
+/// How long ended web-hook deliveries are kept for inspection.
 const KEEP_DELIVERIES: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Looks now and then, until `stop`. Images, and after them their generations, are kept for `age`.
+/// Sweeps periodically until `stop`. Images, and then their generations, are kept for `age`.
 pub async fn sweep(registry: Registry, age: Duration, stop: CancellationToken) {
     loop {
         match once(&registry, age).await {
             Ok((0, 0, 0)) => {}
             Ok((images, generations, deliveries)) => {
-                tracing::info!(images, generations, deliveries, "removed what has expired");
+                tracing::info!(images, generations, deliveries, "removed expired objects");
             }
-            Err(error) => tracing::warn!(%error, "what has expired could not be removed"),
+            Err(error) => tracing::warn!(%error, "could not remove expired objects"),
         }
         if let Err(error) = registry.expire_keys().await {
-            tracing::warn!(%error, "expired idempotency keys could not be removed");
+            tracing::warn!(%error, "could not remove expired idempotency keys");
         }
         match registry.expire_holds().await {
             Ok(0) => {}
-            Ok(blobs) => tracing::info!(blobs, "removed what interrupted requests left"),
-            Err(error) => tracing::warn!(%error, "what interrupted requests left could not be removed"),
+            Ok(blobs) => tracing::info!(blobs, "removed blobs of interrupted requests"),
+            Err(error) => tracing::warn!(%error, "could not remove blobs of interrupted requests"),
         }
         tokio::select! {
             () = stop.cancelled() => return,

@@ -15,20 +15,20 @@ use coar_core::engine::{ConceptTokens, EngineError, TrainingEvent, TrainingReque
 use coar_core::image::{ImageLimits, RgbImage, decode};
 use coar_core::training::StepLosses;
 
-/// How often progress is written down; also how soon a cancellation is noticed.
+/// How often progress is stored; also how soon a cancellation is noticed.
 const TICK: Duration = Duration::from_millis(500);
-/// The loss curve is written down every so many ticks.
+/// The loss curve is stored every so many ticks.
 const CURVE_TICKS: u32 = 4;
 
-/// A registry that does not answer is asked again for this long: meanwhile the training goes on.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// How long a registry that does not answer is retried; the training continues meanwhile.
+const RETRY_FOR: Duration = Duration::from_secs(600);
 
-/// How an attempt has ended.
+/// How an attempt ended.
 enum End {
     /// With a concept file and a report.
     Done(Bytes, serde_json::Value),
     Failed(EngineError),
-    /// The engine stops: its last checkpoint is stored, another process goes on from there.
+    /// The engine is stopping: its last checkpoint is stored, and another process resumes from it.
     Stopped,
 }
 
@@ -42,32 +42,32 @@ impl Worker {
             ended = self.run(&claimed, &mut previews) => ended,
             never = self.keep_lease(&claimed) => match never {},
         };
-        // Whoever tells of ends looks now.
+        // Web-hooks and other subscribers are notified now.
         self.wake.now();
         match ended {
             Ok(()) => return previews.finish(&self.stop).await,
             Err(RegistryError::LeaseLost) => {
-                tracing::info!(training = %id, "the training is no longer wanted")
+                tracing::info!(training = %id, "training cancelled or taken over");
             }
             Err(error) => {
-                tracing::error!(training = %id, %error, "the training cannot be written down");
+                tracing::error!(training = %id, %error, "cannot store the training");
                 let body = json!({"code": "storage_failed", "message": "The server could not store the training.", "field": null});
-                // Where even this fails, the lease runs out and the training is taken up again.
+                // If this fails as well, the lease expires and the training is requeued.
                 let _ = self.registry.fail(&claimed, &body, true).await;
             }
         }
         previews.cancel().await;
     }
 
-    /// Says that this process works on it, also while it waits for a store that does not answer.
+    /// Renews the lease, also while the work waits for a store that does not answer.
     async fn keep_lease(&self, claimed: &Claimed) -> Infallible {
         loop {
             tokio::time::sleep(2 * TICK).await;
             match self.registry.report_progress(claimed, LEASE_MS, None).await {
                 Ok(()) => {}
-                // The work notices it by its own next write.
+                // The next fenced write of the work fails, so nothing to do here.
                 Err(RegistryError::LeaseLost) => std::future::pending().await,
-                Err(error) => tracing::debug!(%error, "a training's lease cannot be renewed"),
+                Err(error) => tracing::debug!(%error, "cannot renew the lease of a training"),
             }
         }
     }
@@ -79,12 +79,12 @@ impl Worker {
             Ok(request) => request,
             Err(problem) => {
                 let body = json!({"code": "unreadable_input", "message": problem, "field": "images"});
-                return patiently!(PATIENCE, registry.fail(claimed, &body, false).await);
+                return retry_transient!(RETRY_FOR, registry.fail(claimed, &body, false).await);
             }
         };
         request.previews = preview_steps(total_steps, self.previews);
         let Some(stream) = self.begin(claimed, request).await? else {
-            return patiently!(PATIENCE, registry.release(claimed).await);
+            return retry_transient!(RETRY_FOR, registry.release(claimed).await);
         };
         let losses = registry.losses(claimed.training.tenant, claimed.training.id).await?;
         let mut meter = Meter::resume(losses, claimed.training.resumed_from_step, total_steps);
@@ -93,25 +93,25 @@ impl Worker {
                 let whole = report.as_object_mut().and_then(|report| report.remove("losses"));
                 let whole: Option<Vec<StepLosses>> = whole.and_then(|losses| serde_json::from_value(losses).ok());
                 let curve = whole.map_or_else(|| meter.losses().to_vec(), |losses| thin(&losses, total_steps));
-                patiently!(PATIENCE, registry.record_losses(claimed, &curve).await)?;
+                retry_transient!(RETRY_FOR, registry.record_losses(claimed, &curve).await)?;
                 previews.wait().await;
                 self.finish(claimed, file, &report).await
             }
             End::Failed(error) => {
-                patiently!(PATIENCE, registry.record_losses(claimed, meter.losses()).await)?;
+                retry_transient!(RETRY_FOR, registry.record_losses(claimed, meter.losses()).await)?;
                 let (body, retry) = describe(&error);
-                patiently!(PATIENCE, registry.fail(claimed, &body, retry).await)
+                retry_transient!(RETRY_FOR, registry.fail(claimed, &body, retry).await)
             }
             End::Stopped => {
-                patiently!(PATIENCE, registry.record_losses(claimed, meter.losses()).await)?;
-                patiently!(PATIENCE, registry.release(claimed).await)?;
+                retry_transient!(RETRY_FOR, registry.record_losses(claimed, meter.losses()).await)?;
+                retry_transient!(RETRY_FOR, registry.release(claimed).await)?;
                 self.stop.cancelled().await;
                 Ok(())
             }
         }
     }
 
-    /// Hands the training to the engine as soon as it has room; `None`: it stops.
+    /// Submits the training to the engine as soon as it has capacity; `None`: the engine is stopping.
     async fn begin(
         &self,
         claimed: &Claimed,
@@ -123,11 +123,11 @@ impl Worker {
                 Err(EngineError::Overloaded { .. }) => tokio::time::sleep(TICK).await,
                 Err(_) => return Ok(None),
             }
-            patiently!(PATIENCE, self.registry.report_progress(claimed, LEASE_MS, None).await)?;
+            retry_transient!(RETRY_FOR, self.registry.report_progress(claimed, LEASE_MS, None).await)?;
         }
     }
 
-    /// Writes down what the engine tells, until the attempt's end.
+    /// Stores the events of the engine until the end of the attempt.
     async fn follow(
         &self,
         claimed: &Claimed,
@@ -146,7 +146,7 @@ impl Worker {
                     Some(TrainingEvent::Progress(progress)) => latest = Some(meter.step(Instant::now(), &progress)),
                     Some(TrainingEvent::Preview { step, file }) => previews.begin(self, claimed, step, file),
                     Some(TrainingEvent::Checkpoint { step, bytes }) => {
-                        patiently!(PATIENCE, registry.record_checkpoint(claimed, step, bytes.clone()).await)?;
+                        retry_transient!(RETRY_FOR, registry.record_checkpoint(claimed, step, bytes.clone()).await)?;
                     }
                     Some(TrainingEvent::Done { file, report }) => return Ok(End::Done(file, report)),
                     Some(TrainingEvent::Failed(error)) => return Ok(End::Failed(error)),
@@ -154,35 +154,35 @@ impl Worker {
                 },
                 _ = tick.tick() => {
                     if written.elapsed() >= TICK {
-                        let told = latest.take();
-                        patiently!(PATIENCE, registry.report_progress(claimed, LEASE_MS, told).await)?;
+                        let progress = latest.take();
+                        retry_transient!(RETRY_FOR, registry.report_progress(claimed, LEASE_MS, progress).await)?;
                         written = Instant::now();
                         ticks += 1;
                         if ticks.is_multiple_of(CURVE_TICKS) {
-                            patiently!(PATIENCE, registry.record_losses(claimed, meter.losses()).await)?;
+                            retry_transient!(RETRY_FOR, registry.record_losses(claimed, meter.losses()).await)?;
                         }
                     }
                 }
                 () = self.wake.woken() => {
-                    let told = latest.take();
-                    patiently!(PATIENCE, registry.report_progress(claimed, LEASE_MS, told).await)?;
+                    let progress = latest.take();
+                    retry_transient!(RETRY_FOR, registry.report_progress(claimed, LEASE_MS, progress).await)?;
                 }
             }
         }
     }
 
-    /// Stores the concept file, after reading it back as any user of it would.
+    /// Stores the concept file, after reading it back the way its users do.
     async fn finish(&self, claimed: &Claimed, file: Bytes, report: &serde_json::Value) -> Result<(), RegistryError> {
         let info = self.engine.info();
         let tokens = match info.read_concept(&file) {
             Ok(read) => ConceptTokens::from(&read.tensors),
             Err(error) => {
                 let body = json!({"code": "training_failed", "message": format!("The trained concept cannot be used: {error}."), "field": null});
-                return patiently!(PATIENCE, self.registry.fail(claimed, &body, false).await);
+                return retry_transient!(RETRY_FOR, self.registry.fail(claimed, &body, false).await);
             }
         };
-        patiently!(
-            PATIENCE,
+        retry_transient!(
+            RETRY_FOR,
             self.registry.succeed(claimed, (file.clone(), tokens), report).await
         )
     }
@@ -193,12 +193,12 @@ async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingR
     let training = &claimed.training;
     let mut images: Vec<RgbImage> = Vec::new();
     for (index, blob) in registry.reference_images(training.concept_id).await?.iter().enumerate() {
-        let bytes = match patiently!(PATIENCE, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
+        let bytes = match retry_transient!(RETRY_FOR, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
             Ok(bytes) => bytes,
             Err(error) if error.may_pass() => return Err(error),
             Err(error) => return Ok(Err(format!("Reference image {index} cannot be read: {error}."))),
         };
-        // Stored images are our own PNGs; only their pixel count is still open.
+        // Stored images are our own PNGs; only their pixel count is unchecked.
         let decoded = tokio::task::spawn_blocking(move || decode(&bytes, &stored_limits())).await;
         match decoded {
             Ok(Ok(image)) => images.push(image),
@@ -207,11 +207,11 @@ async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingR
         }
     }
     let checkpoint = match &training.checkpoint {
-        Some(blob) => match patiently!(PATIENCE, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
+        Some(blob) => match retry_transient!(RETRY_FOR, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
             Ok(bytes) => Some(bytes),
             Err(error) if error.may_pass() => return Err(error),
             Err(error) => {
-                tracing::warn!(training = %training.id, %error, "the checkpoint is lost; the training starts anew");
+                tracing::warn!(training = %training.id, %error, "checkpoint lost; restarting the training");
                 None
             }
         },

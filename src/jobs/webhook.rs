@@ -1,5 +1,6 @@
-//! Web-hooks (standardwebhooks.com): what ended is told to the address that the request named. Each is a row until it is
-//! delivered or given up, so that a restart loses none; receivers may get one twice, with the same id.
+//! Web-hooks (standardwebhooks.com): the end of a training or generation is posted to the address that the request
+//! named. Each delivery is a row until it succeeds or is given up, so a restart loses none; receivers may get one
+//! twice, with the same id.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use crate::registry::{
 };
 use coar_core::ids::TenantId;
 
-/// Waits after the first, second, … failed attempt: five attempts in all, the last within an hour of the first.
+/// Delays after the first, second, … failed attempt: five attempts in all, the last within an hour of the first.
 const WAITS: [Duration; 4] = [
     Duration::from_secs(5),
     Duration::from_secs(60),
@@ -29,18 +30,18 @@ const WAITS: [Duration; 4] = [
 ];
 /// From connecting to the last byte that is read.
 const TIME: Duration = Duration::from_secs(5);
-/// A delivery of which a crash has hidden the outcome is due again after this.
+/// When a delivery whose outcome was lost in a crash is due again.
 const LEASE: Duration = Duration::from_secs(30);
-/// Bytes of an answer that are read.
+/// Maximum number of response bytes that are read.
 const ANSWER_LIMIT: usize = 64 << 10;
-/// Deliveries at once.
+/// Concurrent deliveries.
 const AT_ONCE: usize = 8;
-/// Without a wake-up the rows are looked at this often.
+/// Poll interval without a notification.
 const POLL: Duration = Duration::from_secs(30);
-/// Ends of trainings are told at most this late, after a time without a server.
+/// How far back ends of trainings are still delivered after the server was down.
 const UNTOLD: Duration = Duration::from_secs(24 * 3600);
 
-/// How objects look to receivers: as the API answers them. `api` implements it.
+/// How objects look to receivers: as the API returns them. `api` implements it.
 pub trait Describe: Send + Sync + std::fmt::Debug {
     /// A generation that has ended.
     fn generation(&self, generation: &Generation, images: &[StoredImage]) -> Value;
@@ -48,7 +49,7 @@ pub trait Describe: Send + Sync + std::fmt::Debug {
     fn training(&self, training: &Training) -> Value;
 }
 
-/// Takes what is to be told.
+/// Queues deliveries.
 #[derive(Debug, Clone)]
 pub struct Webhooks {
     registry: Registry,
@@ -78,24 +79,24 @@ impl Webhooks {
         self.describe.as_ref()
     }
 
-    /// Stores what tells of every training's end that has not been told. The end itself says so, whoever wrote it and
-    /// whatever happened to the process afterwards.
+    /// Queues deliveries for ended trainings that have none yet. It relies on the stored end, whichever process
+    /// wrote it and whatever happened to that process afterwards.
     ///
     /// # Errors
     /// When the database fails.
-    async fn tell_of_trainings(&self) -> Result<(), RegistryError> {
-        for ended in self.registry.untold_trainings(UNTOLD).await? {
+    async fn queue_training_deliveries(&self) -> Result<(), RegistryError> {
+        for ended in self.registry.undelivered_trainings(UNTOLD).await? {
             let Some(url) = &ended.webhook_url else { continue };
             let event = format!("training.{}", ended.status.as_str());
             let data = self.describe.training(&ended);
-            let told = message(ended.tenant, &ended.id.to_string(), &event, url, &data);
-            self.registry.tell_of_training(&told).await?;
+            let delivery = message(ended.tenant, &ended.id.to_string(), &event, url, &data);
+            self.registry.add_training_delivery(&delivery).await?;
         }
         Ok(())
     }
 
-    /// What tells of a generation's end, to be stored in the transaction that writes the end; `None` where nobody wants
-    /// to be told. [`Self::stored`] is to be called after it.
+    /// The delivery for a generation's end, to be stored in the transaction that writes the end; `None` if no
+    /// web-hook was requested. Call [`Self::stored`] after it.
     pub(super) fn of_generation(&self, ended: &Generation, images: &[StoredImage]) -> Option<NewDelivery> {
         let url = ended.new.webhook_url.as_deref()?;
         let event = format!("generation.{}", ended.status.as_str());
@@ -119,10 +120,11 @@ fn message(tenant: TenantId, subject: &str, event: &str, url: &str, data: &Value
     }
 }
 
-/// A time as RFC 3339 has it (`2026-11-27T10:30:45Z`), from Unix seconds.
+/// Formats Unix seconds as RFC 3339 (`2026-11-27T10:30:45Z`).
 pub fn iso_8601(seconds: i64) -> String {
     let (days, of_day) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
-    // Years that begin in March have their leap day at the end (Hinnant, "chrono-compatible low-level date algorithms").
+    // Years that begin in March have their leap day at the end (Hinnant, "chrono-compatible low-level date
+    // algorithms").
     let shifted = days + 719_468;
     let (era, of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
     let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
@@ -135,7 +137,7 @@ pub fn iso_8601(seconds: i64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
-/// `v1,` and the base64 of HMAC-SHA256 over id, time and body. `None` where the secret is none.
+/// `v1,` and the base64 of HMAC-SHA256 over id, time and body. `None` if the secret is malformed.
 fn signature(secret: &str, id: &str, timestamp: i64, body: &str) -> Option<String> {
     let key = STANDARD.decode(secret.strip_prefix("whsec_")?).ok()?;
     let mut mac = Hmac::<Sha256>::new_from_slice(&key).ok()?;
@@ -144,36 +146,36 @@ fn signature(secret: &str, id: &str, timestamp: i64, body: &str) -> Option<Strin
 }
 
 fn client(policy: AddressPolicy) -> reqwest::Result<Client> {
-    // Refused where one is chosen already, which then stays.
+    // Fails if a provider is already installed, which is then kept.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let builder = || {
         Client::builder()
             .user_agent(concat!("coar/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
-            // A proxy would connect where this process may not.
+            // A proxy could connect to addresses that this process must not reach.
             .no_proxy()
             .dns_resolver(policy)
             .timeout(TIME)
     };
     builder().build().or_else(|error| {
-        tracing::warn!(%error, "web-hooks to https addresses will fail: there are no certificates here");
+        tracing::warn!(%error, "no root certificates found: web-hooks to https addresses will fail");
         builder().tls_certs_only([]).build()
     })
 }
 
-/// Sends what is stored until `stop`; `trainings` wakes it when one may have ended.
+/// Sends stored deliveries until `stop`; `trainings` notifies that one may have ended.
 pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToken) {
     let client = match client(webhooks.policy) {
         Ok(client) => client,
-        Err(error) => return tracing::error!(%error, "web-hooks cannot be sent"),
+        Err(error) => return tracing::error!(%error, "cannot send web-hooks"),
     };
     let registry = &webhooks.registry;
     let mut sending = JoinSet::new();
     loop {
-        // Interest is registered before looking, so that no wake-up in between is lost.
+        // Subscribe before reading the rows, so no notification is missed.
         let (woken, ended) = (webhooks.wake.woken(), trainings.woken());
-        if let Err(error) = webhooks.tell_of_trainings().await {
-            tracing::error!(%error, "ends of trainings cannot be told");
+        if let Err(error) = webhooks.queue_training_deliveries().await {
+            tracing::error!(%error, "cannot queue web-hooks for ended trainings");
         }
         match registry.claim_deliveries(AT_ONCE - sending.len(), LEASE).await {
             Ok(due) => {
@@ -181,7 +183,7 @@ pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToke
                     sending.spawn(send(client.clone(), webhooks.clone(), delivery));
                 }
             }
-            Err(error) => tracing::error!(%error, "web-hooks cannot be read"),
+            Err(error) => tracing::error!(%error, "cannot read web-hook deliveries"),
         }
         let wait = match tokio::try_join!(registry.next_delivery(), registry.lease_time()) {
             Ok((Some(at), present)) if sending.len() < AT_ONCE => {
@@ -198,17 +200,17 @@ pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToke
             () = stop.cancelled() => break,
         }
     }
-    // What does not end in time is due again when the next process starts.
+    // A delivery that does not end in time is due again when the next process starts.
     while sending.join_next().await.is_some() {}
 }
 
 async fn send(client: Client, webhooks: Webhooks, delivery: Delivery) {
     let (status, problem) = match attempt(&client, webhooks.policy, &delivery).await {
         Ok(status) if (200..300).contains(&status) => (Some(status), None),
-        Ok(status) => (Some(status), Some(format!("it answered {status}"))),
+        Ok(status) => (Some(status), Some(format!("the receiver returned {status}"))),
         Err(problem) => (None, Some(problem)),
     };
-    // Gone: the receiver wants no more.
+    // 410 Gone: the receiver wants no more deliveries.
     let wait = WAITS.get(delivery.attempt as usize - 1).filter(|_| status != Some(410));
     let outcome = Attempt {
         status,
@@ -222,17 +224,17 @@ async fn send(client: Client, webhooks: Webhooks, delivery: Delivery) {
         }
     }
     if let Err(error) = webhooks.registry.record_attempt(delivery.id, &outcome).await {
-        tracing::error!(%error, "a web-hook's outcome cannot be written down");
+        tracing::error!(%error, "cannot store the outcome of a web-hook");
     }
 }
 
-/// One attempt: the answer's status, or why there was none.
+/// One attempt: the response status, or the reason for the failure.
 async fn attempt(client: &Client, policy: AddressPolicy, delivery: &Delivery) -> Result<u16, String> {
-    // An address of numbers is not looked up, so the resolver does not see it.
+    // The resolver is not called for literal IP addresses, so they are checked here.
     let url = policy.check(&delivery.url)?;
     let (id, timestamp) = (delivery.id.to_string(), now() / 1000);
     let signature = signature(&delivery.secret, &id, timestamp, &delivery.body)
-        .ok_or_else(|| "the secret is damaged".to_owned())?;
+        .ok_or_else(|| "the secret is malformed".to_owned())?;
     let request = client
         .post(url)
         .header("content-type", "application/json")
@@ -246,7 +248,7 @@ async fn attempt(client: &Client, policy: AddressPolicy, delivery: &Delivery) ->
     Ok(status)
 }
 
-/// Reads an answer as far as it is reasonable, so that the connection ends in order. What it says does not matter.
+/// Reads a bounded part of the response, so the connection closes cleanly. The content is ignored.
 async fn read(mut answer: Response) {
     let mut left = ANSWER_LIMIT;
     while let Ok(Some(piece)) = answer.chunk().await {
@@ -257,8 +259,8 @@ async fn read(mut answer: Response) {
     }
 }
 
-/// An error with its causes; reqwest's own sentence leaves them out. Addresses may hold secrets of their receivers: the
-/// error comes without.
+/// An error with its causes, which reqwest's own message leaves out. The URL is removed: it may contain the
+/// receiver's secrets.
 fn described(error: &reqwest::Error) -> String {
     let causes = std::iter::successors(Some(error as &dyn std::error::Error), |cause| cause.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
@@ -269,7 +271,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_signature_is_the_specifications_example() {
+    fn sign_matches_the_specification() {
         let signed = signature(
             "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
             "msg_p5jXN8AQM9LWM0D4loKWxJek",
@@ -284,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_written_as_dates() {
+    fn iso_8601_formats_dates() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_399, "2000-02-28T23:59:59Z"),
@@ -299,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn five_attempts_fit_into_an_hour() {
+    fn attempts_fit_into_an_hour() {
         let total: Duration = WAITS.iter().sum::<Duration>() + TIME * 5;
         assert!(total <= Duration::from_secs(3600));
         assert_eq!(WAITS.len() + 1, 5);

@@ -1,4 +1,4 @@
-//! Bytes by their SHA-256: written once, verified at each read.
+//! Content-addressed storage: bytes are written once under their SHA-256 and verified at each read.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use object_store::path::Path as Key;
 use object_store::{ClientOptions, ObjectStore, ObjectStoreExt, RetryConfig};
 use sha2::{Digest, Sha256};
 
-/// A store that does not answer is asked again for this long.
+/// How long the client retries a store that does not answer.
 const RETRIES: Duration = Duration::from_secs(30);
 
 /// Why bytes could not be stored or read.
@@ -22,7 +22,7 @@ pub enum BlobError {
     Missing(String),
     #[error("blob {0} is damaged: its content has another hash")]
     Damaged(String),
-    #[error("`{0}` is no address of a blob store: {1}")]
+    #[error("`{0}` is not a blob store URL: {1}")]
     Address(String, String),
     #[error(transparent)]
     Store(#[from] object_store::Error),
@@ -34,7 +34,7 @@ pub enum BlobError {
 #[derive(Debug, Clone)]
 pub struct Blobs {
     store: Arc<dyn ObjectStore>,
-    /// Before every key.
+    /// Prefix of every key.
     prefix: Key,
 }
 
@@ -43,7 +43,7 @@ pub fn content_hash(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
 
-/// Writes bytes as their hashes, for comparing what holds them.
+/// Serialises a value with blobs as their hashes, to compare what refers to them.
 ///
 /// # Errors
 /// As the serializer.
@@ -51,7 +51,7 @@ pub fn hashes<S: serde::Serializer>(all: &[Bytes], serializer: S) -> Result<S::O
     serializer.collect_seq(all.iter().map(|bytes| content_hash(bytes)))
 }
 
-/// Whether S3 may be asked without TLS: the operator has named such an address, or says so.
+/// Whether S3 may be used without TLS: the operator has configured an `http` address, or allows it explicitly.
 fn plain_http() -> bool {
     let is = |name: &str, wanted: fn(&str) -> bool| std::env::var(name).is_ok_and(|value| wanted(&value));
     ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]
@@ -91,7 +91,7 @@ impl Blobs {
         if bucket.is_empty() {
             return Err(unusable("names no bucket"));
         }
-        // Refused where one is chosen already, which then stays.
+        // Fails if a provider is already installed, which is then kept.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let retry = RetryConfig {
             max_retries: 8,
@@ -101,7 +101,7 @@ impl Blobs {
         let client = ClientOptions::new()
             .with_connect_timeout(Duration::from_secs(3))
             .with_timeout(Duration::from_secs(20))
-            // A connection that is open at this end alone.
+            // Drops connections that only this end still considers open.
             .with_read_timeout(Duration::from_secs(10))
             .with_allow_http(plain_http());
         let store = AmazonS3Builder::from_env()
@@ -119,7 +119,7 @@ impl Blobs {
         self.prefix.clone().join(hash.get(..2).unwrap_or("__")).join(hash)
     }
 
-    /// Stores bytes and returns their hash; storing the same bytes again changes nothing.
+    /// Stores bytes and returns their hash; storing the same bytes again has no effect.
     ///
     /// # Errors
     /// When the store fails.
@@ -129,7 +129,7 @@ impl Blobs {
         Ok(hash)
     }
 
-    /// The same for a caller that knows the hash already.
+    /// As [`Self::put`], with a known hash.
     ///
     /// # Errors
     /// When the store fails.
@@ -138,7 +138,7 @@ impl Blobs {
         Ok(())
     }
 
-    /// The same store behind another one: tests make it slow, or let it fail.
+    /// Wraps the store: tests make it slow or let it fail.
     #[cfg(test)]
     pub(crate) fn wrap<S: ObjectStore>(&self, wrap: impl FnOnce(Arc<dyn ObjectStore>) -> S) -> Self {
         Self {
@@ -164,7 +164,7 @@ impl Blobs {
         }
     }
 
-    /// Hashes of everything that is stored.
+    /// Hashes of all stored blobs.
     ///
     /// # Errors
     /// When the store fails.
@@ -176,7 +176,7 @@ impl Blobs {
             .collect())
     }
 
-    /// Removes bytes; absent ones are no error.
+    /// Removes a blob; it is no error if it is absent.
     ///
     /// # Errors
     /// When the store fails.
@@ -193,7 +193,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn bytes_are_found_by_hash_and_damage_is_noticed() {
+    async fn blobs_are_addressed_by_hash_and_verified() {
         let dir = tempfile::tempdir().unwrap();
         let blobs = Blobs::open(dir.path()).unwrap();
         let hash = blobs.put(Bytes::from_static(b"abc")).await.unwrap();

@@ -15,7 +15,7 @@ use coar_core::engine::ConceptTokens;
 use coar_core::ids::{ConceptId, TenantId};
 use coar_core::training::TrainingSpec;
 
-/// What callers write beside an object, for themselves.
+/// Key-value pairs that callers attach to an object.
 pub type Metadata = BTreeMap<String, String>;
 
 /// A registered concept.
@@ -32,9 +32,9 @@ pub struct Concept {
     pub version: Option<String>,
     /// The number of that version, from 1.
     pub version_number: Option<u32>,
-    /// When that version was made.
+    /// When that version was created.
     pub version_created_at: Option<i64>,
-    /// Context tokens of that version; `None` where an earlier release has stored it.
+    /// Context tokens of that version; `None` if an earlier release has stored it.
     pub tokens: Option<ConceptTokens>,
     /// How many versions there are.
     pub versions: u32,
@@ -44,7 +44,7 @@ pub struct Concept {
     pub images: Vec<String>,
 }
 
-/// What a registration stores.
+/// Input of a registration.
 #[derive(Debug, Clone)]
 pub struct NewConcept {
     pub name: String,
@@ -54,16 +54,16 @@ pub struct NewConcept {
     pub images: Vec<String>,
     pub description: Option<String>,
     pub metadata: Metadata,
-    /// Told of the first training's end.
+    /// Web-hook for the end of the first training.
     pub webhook_url: Option<String>,
     /// Of the first training.
     pub priority: i32,
-    /// What the tenant may have with it.
+    /// The tenant's quotas.
     pub quotas: Quotas,
 }
 
 impl NewConcept {
-    /// With nothing but what every concept has.
+    /// With defaults for everything that is optional.
     pub fn new(name: impl Into<String>, kind: ConceptKind) -> Self {
         Self {
             name: name.into(),
@@ -79,7 +79,7 @@ impl NewConcept {
     }
 }
 
-/// How a concept is.
+/// The state of a concept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConceptStatus {
     /// It has no version yet, and its newest training is queued or running.
@@ -93,7 +93,7 @@ pub enum ConceptStatus {
 }
 
 impl ConceptStatus {
-    /// The word.
+    /// The name used in the API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Training => "training",
@@ -114,14 +114,14 @@ impl std::str::FromStr for ConceptStatus {
     }
 }
 
-/// Which concepts are wanted.
+/// Filter for concepts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ConceptFilter {
     pub kind: Option<ConceptKind>,
     pub status: Option<ConceptStatus>,
 }
 
-/// What is to change of a concept; `None` stays.
+/// Changes to a concept; `None` leaves a field as it is.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ConceptChange {
     pub name: Option<String>,
@@ -175,7 +175,7 @@ fn concept(row: &AnyRow) -> Result<Concept, RegistryError> {
 }
 
 impl Registry {
-    /// Stores a concept with its training, all or nothing.
+    /// Stores a concept and its training atomically.
     ///
     /// # Errors
     /// `NameTaken`, `QuotaExceeded`; when the database fails.
@@ -201,12 +201,12 @@ impl Registry {
             quotas: new.quotas,
         };
         let training = insert_training(&mut transaction, &concept, first).await?;
-        self.note_made(&mut transaction, Made::Concept(concept.id)).await?;
+        self.bind_key(&mut transaction, Made::Concept(concept.id)).await?;
         transaction.commit().await?;
         Ok((concept, training))
     }
 
-    /// Stores a concept whose file is there already.
+    /// Stores a concept whose file already exists.
     ///
     /// # Errors
     /// `NameTaken`, `QuotaExceeded`; when the database fails.
@@ -223,12 +223,12 @@ impl Registry {
         };
         self.check_room(&mut transaction, tenant, new.quotas, addition).await?;
         let concept = insert_concept(&mut transaction, tenant, new, Some((version, tokens))).await?;
-        self.note_made(&mut transaction, Made::Concept(concept.id)).await?;
+        self.bind_key(&mut transaction, Made::Concept(concept.id)).await?;
         transaction.commit().await?;
         Ok(concept)
     }
 
-    /// Notes the context tokens of a concept's version that an earlier release has stored.
+    /// Records the context tokens of a concept version that an earlier release has stored.
     ///
     /// # Errors
     /// When the database fails.
@@ -257,7 +257,7 @@ impl Registry {
         rows.iter().map(concept).collect()
     }
 
-    /// A part of a tenant's concepts, newest first.
+    /// A page of a tenant's concepts, newest first.
     ///
     /// # Errors
     /// When the database fails.
@@ -284,7 +284,7 @@ impl Registry {
         Ok(page.cut(rows.iter().map(concept).collect::<Result<_, _>>()?))
     }
 
-    /// A tenant's concept by its name or identifier; no name looks like an identifier.
+    /// A tenant's concept by name or identifier; no name looks like an identifier.
     ///
     /// # Errors
     /// When the database fails.
@@ -297,7 +297,7 @@ impl Registry {
         row.as_ref().map(concept).transpose()
     }
 
-    /// Changes a concept; `None` where it is gone.
+    /// Changes a concept; `None` if it was deleted.
     ///
     /// # Errors
     /// `NameTaken`, `NoVersion`; when the database fails.
@@ -408,15 +408,15 @@ impl Registry {
         Ok(rows.into_iter().map(|(blob,)| blob).collect())
     }
 
-    /// Removes a concept by its name or identifier, with its versions, trainings, previews, and every blob that only they
-    /// referred to. False where there is none.
+    /// Removes a concept by name or identifier, with its versions, trainings, previews, and every blob that nothing
+    /// else refers to. False if there is none.
     ///
     /// # Errors
     /// When the database or the blob store fails.
     pub async fn delete_concept(&self, tenant: TenantId, name: &str) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
-        // Found and held at once: a worker that publishes a version of it right now comes before, or finds nothing, and
-        // what is deleted below is this concept, whatever it or another is renamed to.
+        // Find and lock in one step: a worker that publishes a version at the same time either comes first or finds
+        // nothing, and the concept deleted below is this one, even if it or another is renamed.
         let statement = locking!(
             self.backend,
             "SELECT id FROM concepts WHERE tenant_id = $1 AND (name = $2 OR id = $2)",
@@ -457,7 +457,7 @@ impl Registry {
     }
 }
 
-/// SHA-256 over the reference images and every setting but the name: equal inputs train equal concepts.
+/// SHA-256 over the reference images and all settings but the name: equal inputs train equal concepts.
 ///
 /// # Errors
 /// When the settings cannot be written as JSON.

@@ -1,6 +1,5 @@
-//! What the two databases do differently: SQLite in the data folder of one process, PostgreSQL for many. Statements are
-//! the same text on both where that is possible; where it is not, the difference is here or beside a `match` on
-//! [`Backend`].
+//! The differences between the two databases: SQLite in the data folder of one process, PostgreSQL for several. SQL
+//! text is the same on both if possible; where it is not, the difference is here or beside a `match` on [`Backend`].
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,34 +13,33 @@ use sqlx::{Connection as _, Executor, Row};
 use super::pool::{Pool, answers};
 use super::{RegistryError, now};
 
-/// Which database it is.
+/// The database in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
     Sqlite,
     Postgres,
 }
 
-/// How long a statement of SQLite waits for a writer in another process: a command beside the server.
+/// How long a SQLite statement waits for a writer in another process, such as a command that runs beside the server.
 const BUSY: Duration = Duration::from_secs(20);
-/// How long a caller waits for a connection to PostgreSQL, and for the answer to a statement.
+/// How long a caller waits for a PostgreSQL connection, and for the result of a statement.
 const CONNECT: Duration = Duration::from_secs(10);
 const STATEMENT: Duration = Duration::from_secs(10);
-/// PostgreSQL's own limits for a statement, for a wait for a lock and for an open transaction that is idle. They end the
-/// work on the server, which the limits above cannot; each is below [`STATEMENT`], so that the server's answer, which
-/// names the reason, comes first.
+/// PostgreSQL's own timeouts for a statement, a lock and an idle transaction. They end the work on the server, which
+/// the client-side limits cannot; each is below [`STATEMENT`], so the server's error, which names the reason,
+/// arrives first.
 const SERVER_STATEMENT: Duration = Duration::from_secs(9);
 const SERVER_LOCK: Duration = Duration::from_secs(5);
 const SERVER_IDLE: Duration = Duration::from_secs(9);
-/// A connection that does not answer within this time is given up.
+/// When a connection that does not answer is dropped.
 const PING: Duration = Duration::from_secs(1);
-/// Connections of one process to PostgreSQL.
+/// PostgreSQL connections per process.
 pub(super) const CONNECTIONS: u32 = 16;
-/// Connections of SQLite that only read. One more writes: SQLite has one writer at a time, and those that wait for it do
-/// so in the pool's queue, in order, instead of polling the file's lock.
+/// SQLite connections that only read. There is one more for writes: SQLite has one writer at a time, and waiting
+/// writers queue in the pool, in order, instead of polling the file lock.
 const READERS: u32 = 8;
 
-/// A statement with what PostgreSQL needs at its end to keep others from the rows that it reads; a writing transaction of
-/// SQLite keeps everybody out.
+/// Adds row locks to a statement on PostgreSQL; a writing transaction of SQLite excludes all others anyway.
 macro_rules! locking {
     ($backend:expr, $sql:expr, $clause:literal) => {
         match $backend {
@@ -59,13 +57,13 @@ pub(super) fn identifier<I: std::str::FromStr>(row: &AnyRow, column: &str) -> Re
         .map_err(|_| RegistryError::Row(format!("{column} `{text}`")))
 }
 
-/// A column that holds a number from 0 on.
+/// A column that holds a number >= 0.
 pub(super) fn number<N: TryFrom<i64>>(row: &AnyRow, column: &str) -> Result<N, RegistryError> {
     let number: i64 = row.try_get(column)?;
     N::try_from(number).map_err(|_| RegistryError::Row(format!("{column} {number}")))
 }
 
-/// The same, where it may be NULL.
+/// As above, nullable.
 pub(super) fn optional_number<N: TryFrom<i64>>(row: &AnyRow, column: &str) -> Result<Option<N>, RegistryError> {
     match row.try_get::<Option<i64>, _>(column)? {
         None => Ok(None),
@@ -75,7 +73,7 @@ pub(super) fn optional_number<N: TryFrom<i64>>(row: &AnyRow, column: &str) -> Re
     }
 }
 
-/// A column that `string_agg(…, ',')` made; NULL where there was nothing.
+/// A column made by `string_agg(…, ',')`; NULL if there was nothing to aggregate.
 pub(super) fn list<T: std::str::FromStr>(row: &AnyRow, column: &str) -> Result<Vec<T>, RegistryError> {
     let text: Option<String> = row.try_get(column)?;
     let read = |part: &str| {
@@ -85,8 +83,7 @@ pub(super) fn list<T: std::str::FromStr>(row: &AnyRow, column: &str) -> Result<V
     text.iter().flat_map(|text| text.split(',')).map(read).collect()
 }
 
-/// So many placeholders from `$first` on, for a list of values: neither database takes one as a single value in the other's
-/// way.
+/// Placeholders for a list of `count` values, from `$first` on: the databases have no common way to bind a list.
 pub(super) fn places(first: usize, count: usize) -> String {
     let places: Vec<String> = (first..first + count).map(|place| format!("${place}")).collect();
     places.join(", ")
@@ -114,15 +111,15 @@ pub(super) struct Pools {
     pub writes: Pool,
 }
 
-/// Opens SQLite's file, which is created, and brings it to this version's schema.
+/// Opens the SQLite file, which is created if absent, and migrates it to this version's schema.
 pub(super) async fn open_sqlite(file: &Path, migrations: &Migrator) -> Result<Pools, RegistryError> {
     sqlx::any::install_default_drivers();
     let pool = |connections: u32, pragmas: &'static str| {
         AnyPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(BUSY * 2)
-            // SQLite ends a transaction by itself where the disk is full; the driver, whose rollback finds none then, would
-            // refuse to begin another for ever.
+            // SQLite rolls a transaction back on its own when the disk is full. The driver's rollback then finds
+            // none, and the driver would refuse every later transaction on the connection.
             .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
             .after_connect(move |connection, _| {
                 Box::pin(async move {
@@ -135,7 +132,7 @@ pub(super) async fn open_sqlite(file: &Path, migrations: &Migrator) -> Result<Po
             })
     };
     let options: AnyConnectOptions = format!("{}?mode=rwc", percent_encoded(file)).parse()?;
-    // FULL: what was acknowledged survives a power cut too.
+    // FULL: acknowledged writes survive a power failure too.
     let writes = pool(
         1,
         "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;",
@@ -143,7 +140,7 @@ pub(super) async fn open_sqlite(file: &Path, migrations: &Migrator) -> Result<Po
     .connect_with(options.clone())
     .await?;
     migrations.run(&writes).await?;
-    // A statement that writes fails on these: it belongs to the writer.
+    // Statements that write fail on these connections.
     let reads = pool(READERS, "PRAGMA query_only = ON;").connect_with(options).await?;
     Ok(Pools {
         reads: Pool::new(reads, BUSY * 3),
@@ -151,7 +148,7 @@ pub(super) async fn open_sqlite(file: &Path, migrations: &Migrator) -> Result<Po
     })
 }
 
-/// Connects to PostgreSQL and brings the database to this version's schema.
+/// Connects to PostgreSQL and migrates the database to this version's schema.
 pub(super) async fn open_postgres(url: &str, migrations: &Migrator, connections: u32) -> Result<Pools, RegistryError> {
     sqlx::any::install_default_drivers();
     let options: AnyConnectOptions = url.parse()?;
@@ -178,7 +175,7 @@ pub(super) async fn open_postgres(url: &str, migrations: &Migrator, connections:
                 Ok(())
             })
         })
-        // Instead of the pool's own question, which has no limit.
+        // Instead of the pool's own check, which has no timeout.
         .test_before_acquire(false)
         .before_acquire(|connection, _| Box::pin(async move { Ok(answers(connection, PING).await) }))
         .after_release(|connection, _| Box::pin(async move { Ok(answers(connection, PING).await) }))
@@ -191,7 +188,7 @@ pub(super) async fn open_postgres(url: &str, migrations: &Migrator, connections:
     })
 }
 
-/// The number of an advisory lock for something with a name.
+/// The advisory lock number for a kind and a name.
 pub(super) fn lock_number(kind: &str, name: &str) -> i64 {
     let digest = Sha256::new()
         .chain_update(kind)
@@ -203,8 +200,8 @@ pub(super) fn lock_number(kind: &str, name: &str) -> i64 {
     i64::from_be_bytes(first)
 }
 
-/// The time that leases go by: the database's own, carried on by a clock that nobody can set. So processes agree, and a
-/// jump of a machine's clock ends no lease.
+/// The clock of leases: the database's time, carried forward by a monotonic clock. All processes agree on it, and
+/// setting a machine's clock expires no lease.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Clock(Arc<Mutex<Option<Reading>>>);
 
@@ -214,7 +211,7 @@ struct Reading {
     at: Instant,
 }
 
-/// The database is asked again after this: clocks drift.
+/// How often the database is asked again: clocks drift.
 const READING: Duration = Duration::from_secs(10);
 
 impl Clock {
@@ -251,7 +248,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_locks_do_not_run_into_each_other() {
+    fn lock_numbers_separate_kind_and_name() {
         assert_eq!(lock_number("blob", "ab"), lock_number("blob", "ab"));
         assert_ne!(lock_number("blob", "ab"), lock_number("blo", "bab"));
     }
@@ -263,7 +260,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_is_not_spoilt_by_a_disk_that_was_full() {
+    async fn connection_survives_a_full_disk() {
         let dir = tempfile::tempdir().unwrap();
         let pool = pools(dir.path()).await.writes;
         sqlx::query("CREATE TABLE t (a BLOB)").execute(&pool).await.unwrap();
@@ -283,7 +280,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn any_path_can_be_a_data_folder() {
+    async fn data_folder_may_have_any_path() {
         let dir = tempfile::tempdir().unwrap();
         let odd = dir.path().join("a b?#%&ü");
         std::fs::create_dir(&odd).unwrap();
@@ -297,16 +294,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn sqlite_has_one_writer_and_readers_that_cannot_write() {
+    async fn sqlite_has_one_writer_and_read_only_readers() {
         let dir = tempfile::tempdir().unwrap();
         let pools = pools(dir.path()).await;
         let insert = "INSERT INTO settings (key, value) VALUES ('a', 'b')";
         assert!(sqlx::query(insert).execute(&pools.reads).await.is_err());
         let open = pools.writes.begin_with("BEGIN IMMEDIATE").await.unwrap();
-        // Readers go on while somebody writes.
+        // Reads proceed during a write.
         let read = sqlx::query("SELECT * FROM settings").fetch_all(&pools.reads);
         assert!(tokio::time::timeout(PING, read).await.unwrap().is_ok());
-        // The second writer waits for the first one's end.
+        // The second writer waits for the first one to finish.
         let second = tokio::spawn({
             let writes = pools.writes.clone();
             async move { sqlx::query(insert).execute(&writes).await }

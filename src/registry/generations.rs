@@ -1,8 +1,8 @@
-//! Generations: what was asked for, how far it is, what came of it.
+//! Generations: parameters, status and results.
 //!
-//! The queue of those that nobody waits for is in here too: rows with `background` that are `queued`. What a process has
-//! taken bears its name until it has ended; what a lost process has left is found by its name. `owner` and `attempt`
-//! together are the fence: whoever was taken for lost and comes back writes nothing.
+//! This is also the queue of background generations: rows with `background` that are `queued`. A claimed row carries
+//! the owner's process id until it has ended, which is how rows of a dead process are found. `owner` and `attempt`
+//! together are the fencing token: a process that was declared dead and comes back cannot write.
 
 mod queue;
 #[cfg(test)]
@@ -23,24 +23,24 @@ use coar_core::engine::SamplingParams;
 use coar_core::ids::{GenerationId, ProcessId, TenantId};
 use coar_core::image::{ImageFormat, OutputFormat};
 
-/// Every setting, resolved: the same again draw the same images.
+/// All settings, resolved: the same values generate the same images.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerationSettings {
-    /// Images.
+    /// Number of images.
     pub n: u32,
     #[serde(flatten)]
     pub sampling: SamplingParams,
-    /// Which image of the seed the first one is.
+    /// Index of the first image within the seed.
     pub first_index: u32,
     pub output_format: ImageFormat,
-    /// Quality of JPEG, 1 to 100, and of WebP, 0 to 99; 100 where nothing is lost.
+    /// Quality of JPEG, 1 to 100, and of WebP, 0 to 99; 100 is lossless.
     pub output_compression: u8,
-    /// Unfinished images that a listener gets of each.
+    /// Partial images per image that a reader gets.
     pub partial_images: u32,
 }
 
 impl GenerationSettings {
-    /// How its files are written.
+    /// File format.
     pub fn format(&self) -> OutputFormat {
         match self.output_format {
             ImageFormat::Png => OutputFormat::Png,
@@ -51,7 +51,7 @@ impl GenerationSettings {
     }
 }
 
-/// A concept and the version of it that is used.
+/// A concept and the version in use.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GenerationConcept {
     pub name: String,
@@ -62,7 +62,7 @@ pub struct GenerationConcept {
     pub hash: String,
 }
 
-/// Tokens that a generation took.
+/// Token usage of a generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenUsage {
     /// Of the prompt.
@@ -75,7 +75,7 @@ pub struct TokenUsage {
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewGeneration {
     pub tenant: TenantId,
-    /// Nobody waits on a connection: it is drawn by the worker, and once more after a crash.
+    /// No caller waits on a connection: it runs from the queue, and is retried after a crash.
     pub background: bool,
     pub prompt: String,
     pub settings: GenerationSettings,
@@ -83,9 +83,9 @@ pub struct NewGeneration {
     /// JSON object of strings.
     pub metadata: Value,
     pub webhook_url: Option<String>,
-    /// Codes to draw.
+    /// Codes to generate.
     pub total: u32,
-    /// Among those of its tenant the higher one is drawn first.
+    /// Priority among the tenant's own; higher runs first.
     pub priority: i32,
 }
 
@@ -95,21 +95,21 @@ pub struct Generation {
     pub id: GenerationId,
     pub status: GenerationStatus,
     pub new: NewGeneration,
-    /// Codes drawn; written down at the end.
+    /// Codes generated; stored at the end.
     pub done: u32,
     pub usage: Option<TokenUsage>,
     /// `{code, message, field}`
     pub error: Option<Value>,
-    /// How often its drawing was begun.
+    /// How often it was started.
     pub attempt: u32,
-    /// The process that draws it, or is about to.
+    /// The process that runs it, or is about to.
     pub owner: Option<ProcessId>,
     pub created_at: i64,
     pub started_at: Option<i64>,
     pub finished_at: Option<i64>,
 }
 
-/// Generations are begun this often before they fail for good.
+/// A generation fails for good after this many attempts.
 pub const GENERATION_ATTEMPTS: u32 = 5;
 
 fn json<T: serde::de::DeserializeOwned>(column: &str, text: &str) -> Result<T, RegistryError> {
@@ -177,9 +177,9 @@ impl Registry {
         .bind(i64::from(new.priority))
         .execute(&mut *transaction)
         .await?;
-        // What somebody waits for is drawn anew for whoever asks again.
+        // A foreground generation is not bound to the key: a retry starts a new one.
         if new.background {
-            self.note_made(&mut transaction, Made::Generation(id)).await?;
+            self.bind_key(&mut transaction, Made::Generation(id)).await?;
         }
         transaction.commit().await?;
         Ok(Generation {
@@ -210,7 +210,7 @@ impl Registry {
         row.as_ref().map(generation).transpose()
     }
 
-    /// A tenant's generations, newest first, of one status or of all.
+    /// A tenant's generations, newest first; with or without a filter on the status.
     ///
     /// # Errors
     /// When the database fails.
@@ -233,8 +233,8 @@ impl Registry {
         Ok(page.cut(rows.iter().map(generation).collect::<Result<_, _>>()?))
     }
 
-    /// The images of each of a tenant's generations, in order, and of those that are queued how many queued ones of all
-    /// tenants are older. Two statements, however many generations there are.
+    /// The images of each of a tenant's generations, in order, and for queued ones their position in the queue of
+    /// all tenants. Two statements, however many generations there are.
     ///
     /// # Errors
     /// When the database fails.
@@ -259,7 +259,7 @@ impl Registry {
         Ok(all.iter().map(details).collect())
     }
 
-    /// Of each of these how many queued generations of all tenants are older.
+    /// For each of these, how many queued generations of all tenants are older.
     async fn queue_positions(&self, ids: &[GenerationId]) -> Result<HashMap<GenerationId, u32>, RegistryError> {
         if ids.is_empty() {
             return Ok(HashMap::new());
@@ -279,7 +279,7 @@ impl Registry {
             .collect()
     }
 
-    /// How many generations of all tenants are queued.
+    /// Number of queued generations of all tenants.
     ///
     /// # Errors
     /// When the database fails.
@@ -290,7 +290,7 @@ impl Registry {
         Ok(count)
     }
 
-    /// Every queued generation that nobody waits for, and whose it is.
+    /// Every queued background generation, with its tenant.
     ///
     /// # Errors
     /// When the database fails.
@@ -303,7 +303,7 @@ impl Registry {
         Ok(rows.into_iter().filter_map(parsed).collect())
     }
 
-    /// How many generations there are in each status.
+    /// Number of generations per status.
     ///
     /// # Errors
     /// When the database fails.
@@ -318,7 +318,7 @@ impl Registry {
         Ok(GenerationStatus::ALL.map(counts).to_vec())
     }
 
-    /// Removes a tenant's generation and its images. False where there is none.
+    /// Removes a tenant's generation and its images. False if there is none.
     ///
     /// # Errors
     /// When the database or the store fails.
@@ -341,8 +341,8 @@ impl Registry {
         Ok(deleted.rows_affected() > 0)
     }
 
-    /// Forgets generations of all tenants that ended longer than `age` ago; returns how many. Their images have expired
-    /// before them: see [`Registry::expire_images`].
+    /// Removes generations of all tenants that ended longer than `age` ago; returns how many. Their images have
+    /// expired earlier: see [`Registry::expire_images`].
     ///
     /// # Errors
     /// When the database fails.

@@ -1,12 +1,12 @@
-//! Blobs between their bytes and the rows that refer to them.
+//! Protection of blobs between the write of their bytes and of the rows that refer to them.
 //!
-//! Bytes are stored before a row refers to them and removed after the last such row is gone, so that for a while no row
-//! tells whether they are wanted. A *hold* does: a row that is written before the first byte is sent and deleted when the
-//! referring row is there. A removal takes a hold too, and only of a blob that no row refers to and nobody stores; whoever
-//! wants to store that blob meanwhile waits for its end.
+//! Bytes are stored before a row refers to them and removed after the last such row is deleted, so for a while the
+//! rows do not tell whether a blob is needed. A *hold* does: a row that is written before the first byte is sent and
+//! deleted once the referring row exists. A removal takes a hold too, and only on a blob that no row refers to and
+//! that is not being stored; storing that blob waits for the removal.
 //!
-//! Holds are rows and not locks, since the blob store may be slow: no transaction and no connection is kept while it works.
-//! The holds of a process that dies expire; [`Registry::expire_holds`] removes what they have left behind.
+//! Holds are rows and not locks, since the blob store may be slow: no transaction and no connection is kept while it
+//! works. The holds of a process that dies expire; [`Registry::expire_holds`] cleans up after them.
 
 use std::time::{Duration, Instant};
 
@@ -16,17 +16,17 @@ use uuid::Uuid;
 use super::blobs::content_hash;
 use super::{Registry, RegistryError};
 
-/// A hold of bytes that are stored: longer than any retry between the bytes and their row.
+/// Lifetime of a hold for storing: longer than any retry between the bytes and their row.
 const STORING_MS: i64 = 30 * 60 * 1000;
-/// A hold of bytes that are removed: several times as long as the blob store's client keeps trying.
+/// Lifetime of a hold for removal: several times as long as the blob store's client retries.
 const REMOVING_MS: i64 = 5 * 60 * 1000;
-/// How long storing waits for the removal of the same bytes, and how often it looks.
+/// How long storing waits for a removal of the same bytes, and the poll interval.
 const REMOVAL: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(20);
-/// Blobs that one transaction looks at.
+/// Maximum number of blobs per transaction.
 const AT_ONCE: usize = 64;
 
-/// Bytes that stay until [`Registry::settle`], whether a row refers to them or not.
+/// Bytes that are kept until [`Registry::settle`], whether or not a row refers to them.
 #[derive(Debug)]
 #[must_use]
 pub struct Stored {
@@ -35,19 +35,19 @@ pub struct Stored {
 }
 
 impl Stored {
-    /// Of all of them, as they were given.
+    /// The hashes of all of them, in the order given.
     pub fn hashes(&self) -> &[String] {
         &self.hashes
     }
 
-    /// Of the first; empty where nothing was stored.
+    /// The hash of the first; empty if nothing was stored.
     pub fn first(&self) -> &str {
         self.hashes.first().map_or("", String::as_str)
     }
 }
 
 impl Registry {
-    /// Stores bytes; they stay until [`Self::settle`], so that a row can be written that refers to them.
+    /// Stores bytes and holds them until [`Self::settle`], so that a row that refers to them can be written.
     ///
     /// # Errors
     /// When the store or the database fails.
@@ -56,7 +56,8 @@ impl Registry {
         let stored = self.hold(hashes).await?;
         for (hash, bytes) in stored.hashes.iter().zip(all) {
             if let Err(error) = self.blobs.put_as(hash, bytes).await {
-                // Not removed now: a store that takes nothing removes nothing either, and the caller has waited long enough.
+                // No removal here: a store that rejects writes will not remove either, and the caller has waited
+                // long enough.
                 self.expire_hold(&stored.holder).await?;
                 return Err(error.into());
             }
@@ -64,8 +65,8 @@ impl Registry {
         Ok(stored)
     }
 
-    /// Ends a hold: where `referred`, a row refers to the bytes by now; otherwise those that no row refers to are removed.
-    /// Where the database or the store fails, [`Self::expire_holds`] does the rest later.
+    /// Releases a hold. With `referred`, a row refers to the bytes now; otherwise bytes that no row refers to are
+    /// removed. If the database or the store fails, [`Self::expire_holds`] cleans up later.
     pub async fn settle(&self, stored: Stored, referred: bool) {
         let settled = async {
             self.end_hold(&stored.holder).await?;
@@ -75,13 +76,13 @@ impl Registry {
             }
         };
         if let Err(error) = settled.await {
-            tracing::warn!(%error, "blobs that were stored are still held; the hold expires");
+            tracing::warn!(%error, "cannot release a hold on stored blobs; it will expire");
         }
     }
 
     async fn hold(&self, hashes: Vec<String>) -> Result<Stored, RegistryError> {
         let (holder, since) = (Uuid::new_v4().to_string(), Instant::now());
-        // In one order, so that two callers do not wait for each other.
+        // In a fixed order, so that two callers do not deadlock.
         let mut distinct: Vec<&String> = hashes.iter().collect();
         distinct.sort_unstable();
         distinct.dedup();
@@ -94,7 +95,7 @@ impl Registry {
         Ok(Stored { hashes, holder })
     }
 
-    /// False where one of them is being removed.
+    /// False if one of them is being removed.
     async fn try_hold(&self, hashes: &[&String], holder: &str) -> Result<bool, RegistryError> {
         let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
@@ -129,7 +130,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Nobody waits for what is held any more; [`Self::expire_holds`] removes what is there of it.
+    /// Expires a hold at once; [`Self::expire_holds`] removes what was stored under it.
     async fn expire_hold(&self, holder: &str) -> Result<(), RegistryError> {
         sqlx::query("UPDATE blob_holds SET expires_at = 0 WHERE holder = $1")
             .bind(holder)
@@ -138,7 +139,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Removes blobs that no row refers to any more.
+    /// Removes blobs that no row refers to.
     ///
     /// # Errors
     /// When the database or the store fails.
@@ -146,7 +147,7 @@ impl Registry {
         self.remove(hashes).await.map(|_| ())
     }
 
-    /// Removes those of the blobs that no row refers to and nobody stores; returns how many those were.
+    /// Removes those of the blobs that no row refers to and that are not being stored; returns how many.
     async fn remove(&self, hashes: &[String]) -> Result<usize, RegistryError> {
         let mut hashes = hashes.to_vec();
         hashes.sort_unstable();
@@ -176,14 +177,15 @@ impl Registry {
         Ok(unwanted.len())
     }
 
-    /// Takes the hold of a removal on those that no row refers to and nobody stores.
+    /// Takes a removal hold on the blobs that no row refers to and that are not being stored.
     async fn hold_unwanted<'a>(&self, hashes: &'a [String], holder: &str) -> Result<Vec<&'a String>, RegistryError> {
         let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
         let mut unwanted = Vec::new();
         for hash in hashes {
             self.hold_name(&mut transaction, "blob", hash).await?;
-            // One statement, one snapshot: a hold ends after its row is written, so that one of the two is seen.
+            // One statement, one snapshot: a storing hold is released after its row is written, so at least one of
+            // the two is visible.
             let (uses,): (i64,) = sqlx::query_as(
                 "SELECT count(*) FROM (
                      SELECT 1 AS found FROM blob_holds WHERE hash = $1 AND removing = 0 AND expires_at >= $2
@@ -215,8 +217,8 @@ impl Registry {
         Ok(unwanted)
     }
 
-    /// Removes what processes have left behind that died while they stored or removed, and what could not be removed;
-    /// returns how many blobs that were.
+    /// Removes what dead processes have left while storing or removing, and what could not be removed earlier;
+    /// returns the number of blobs.
     ///
     /// # Errors
     /// When the database or the store fails.
@@ -240,7 +242,8 @@ impl Registry {
         Ok(removed)
     }
 
-    /// Ends every hold. Only the holder of the data folder's lock may ask, before it stores anything: the others are dead.
+    /// Releases every hold. Only the owner of the data folder's lock may call it, before it stores anything: all
+    /// other holders are dead.
     ///
     /// # Errors
     /// When the database fails.
@@ -251,8 +254,8 @@ impl Registry {
         Ok(())
     }
 
-    /// Removes every blob that no row refers to: what crashes between storing bytes and writing their row have left.
-    /// Safe beside others that store.
+    /// Removes every blob that no row refers to, such as those left by a crash between storing bytes and writing
+    /// their row. Safe while others store.
     ///
     /// # Errors
     /// When the database or the store fails.

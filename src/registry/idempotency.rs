@@ -1,8 +1,9 @@
-//! First answers to requests with an `Idempotency-Key`, and who works on one that has none yet. Small answers are in the
-//! row, larger ones in the blob store.
+//! Stored responses to requests with an `Idempotency-Key`, and leases on keys whose request is still running. Small
+//! responses are in the row, larger ones in the blob store.
 //!
-//! A row without a status and without a blob is a request that runs: until `expires_at`, its lease, nobody else begins it, and `created_at`
-//! is the fence: a later attempt has a later one, so that a worker that lost its lease writes nothing.
+//! A row without a status and without a blob is a running request: until `expires_at`, its lease, no other request
+//! can claim the key. `created_at` is the fencing token: a later attempt has a later one, so a request that lost its
+//! lease cannot write.
 
 use bytes::Bytes;
 
@@ -10,7 +11,7 @@ use super::pool::Transaction;
 use super::{Registry, RegistryError};
 use coar_core::ids::{ConceptId, GenerationId, TenantId, TrainingId};
 
-/// What was answered, to be answered again.
+/// A response to be replayed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredAnswer {
     pub status: u16,
@@ -19,7 +20,7 @@ pub struct StoredAnswer {
     pub body: Bytes,
 }
 
-/// What a request with a key has made.
+/// The object that a request with a key has created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Made {
     Concept(ConceptId),
@@ -40,7 +41,7 @@ impl std::fmt::Display for Made {
 impl std::str::FromStr for Made {
     type Err = RegistryError;
 
-    /// Identifiers of different things differ: at most one of the three can be read.
+    /// The identifier formats are disjoint: at most one of the three parses.
     fn from_str(text: &str) -> Result<Self, RegistryError> {
         let concept = || text.parse().map(Self::Concept).ok();
         let training = || text.parse().map(Self::Training).ok();
@@ -52,7 +53,7 @@ impl std::str::FromStr for Made {
     }
 }
 
-/// The right to answer first.
+/// The right to execute the request of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyClaim {
     tenant: TenantId,
@@ -60,44 +61,45 @@ pub struct KeyClaim {
     began: i64,
 }
 
-/// What becomes of a request with a key.
+/// What to do with a request that has a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FirstOrAgain {
-    /// Nobody answered before: do it, and store the answer.
+    /// The key is new or its lease has expired: execute the request and store the response.
     First(KeyClaim),
-    /// It is being done.
+    /// A request with this key is running.
     Running,
-    /// The key came before with something else.
+    /// The key was used with a different request.
     Reused,
     Again(StoredAnswer),
-    /// What was to be made is there; its process has died before it could say so.
+    /// The object was created, but its process died before it stored the response.
     Made(Made),
 }
 
 tokio::task_local! {
-    /// The claim under which the present task makes something.
+    /// The claim under which the current task creates objects.
     static CLAIM: KeyClaim;
 }
 
 impl KeyClaim {
-    /// The claim under which the present task works.
+    /// The claim of the current task.
     pub fn current() -> Option<Self> {
         CLAIM.try_with(Clone::clone).ok()
     }
 
-    /// Does some work under the claim: what it makes bears the key from its first moment.
+    /// Runs a future under the claim: what it creates is bound to the key from the start.
     pub async fn under<F: Future>(self, work: F) -> F::Output {
         CLAIM.scope(self, work).await
     }
 }
 
-/// A finished key is kept for so long after its thing was made without an answer.
+/// How long a key without a response stays bound to the object it created.
 const MADE_MS: i64 = 24 * 60 * 60 * 1000;
-/// Larger bodies are blobs. Those that name what was made are far below this; those with images in them are above.
+/// Larger bodies are stored as blobs. Responses that name an object are far below this; responses with images are
+/// above.
 const BODY_LIMIT: usize = 16 << 10;
 
 impl Registry {
-    /// Begins a request with a key, unless it was begun before and its lease holds, or has an answer.
+    /// Claims a key, unless its lease is held or it has a response.
     ///
     /// # Errors
     /// When the database fails.
@@ -122,7 +124,7 @@ impl Registry {
         );
         let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
-        // There may be no row yet that could be held.
+        // A lock on the name: there may be no row yet to lock.
         self.hold_name(&mut transaction, "idempotency key", &format!("{tenant} {key}"))
             .await?;
         let found: Option<Row> = sqlx::query_as(
@@ -151,7 +153,7 @@ impl Registry {
                 let Some(status) = status else {
                     return Ok(FirstOrAgain::Running);
                 };
-                // Before the blob store is asked.
+                // End the transaction before the blob store is read.
                 drop(transaction);
                 return Ok(FirstOrAgain::Again(StoredAnswer {
                     status: u16::try_from(status).map_err(|error| RegistryError::Row(error.to_string()))?,
@@ -180,11 +182,11 @@ impl Registry {
         .execute(&mut *transaction)
         .await?;
         transaction.commit().await?;
-        // The next sweep removes what cannot be removed now.
+        // If this fails, the next sweep removes it.
         if let Some(outdated) = outdated
             && let Err(error) = self.remove_unreferenced(&[outdated]).await
         {
-            tracing::warn!(%error, "an expired answer could not be removed");
+            tracing::warn!(%error, "could not remove an expired response");
         }
         Ok(FirstOrAgain::First(KeyClaim {
             tenant,
@@ -193,11 +195,13 @@ impl Registry {
         }))
     }
 
-    /// Where the present task works under a key, notes what it makes, in the transaction that makes it.
+    /// If the current task works under a key, binds the key to the object it creates, in the transaction that
+    /// creates it.
     ///
     /// # Errors
-    /// `LeaseLost` when somebody else has begun it anew: then nothing may be made; when the database fails.
-    pub(super) async fn note_made(&self, transaction: &mut Transaction, made: Made) -> Result<(), RegistryError> {
+    /// `LeaseLost` if another request has claimed the key since: then nothing may be created; when the database
+    /// fails.
+    pub(super) async fn bind_key(&self, transaction: &mut Transaction, made: Made) -> Result<(), RegistryError> {
         let Ok(claim) = CLAIM.try_with(Clone::clone) else {
             return Ok(());
         };
@@ -217,11 +221,16 @@ impl Registry {
         }
     }
 
-    /// The same where the thing is finished, for whoever has waited for it: the answer may have been given by now.
+    /// As [`Self::bind_key`], for an object that is complete and whose caller waits for it: the response may
+    /// already be stored.
     ///
     /// # Errors
-    /// As [`Self::note_made`].
-    pub(super) async fn note_finished(&self, transaction: &mut Transaction, made: Made) -> Result<(), RegistryError> {
+    /// As [`Self::bind_key`].
+    pub(super) async fn bind_key_if_open(
+        &self,
+        transaction: &mut Transaction,
+        made: Made,
+    ) -> Result<(), RegistryError> {
         let Some(claim) = KeyClaim::current() else {
             return Ok(());
         };
@@ -239,10 +248,10 @@ impl Registry {
         }
     }
 
-    /// Keeps a running request's lease.
+    /// Renews the lease of a running request.
     ///
     /// # Errors
-    /// `LeaseLost` when somebody else began it anew; when the database fails.
+    /// `LeaseLost` if another request has claimed the key since; when the database fails.
     pub async fn renew_key(&self, claim: &KeyClaim, lease_ms: i64) -> Result<(), RegistryError> {
         let changed = sqlx::query(
             "UPDATE idempotency_keys SET expires_at = $1
@@ -260,7 +269,7 @@ impl Registry {
         }
     }
 
-    /// Stores the first answer for `keep_ms`. Without effect where the lease was lost.
+    /// Stores the response for `keep_ms`. No effect if the lease was lost.
     ///
     /// # Errors
     /// When the database or the blob store fails.
@@ -280,7 +289,7 @@ impl Registry {
         written.map(|_| ())
     }
 
-    /// False where the lease was lost.
+    /// False if the lease was lost.
     async fn write_answer(
         &self,
         claim: &KeyClaim,
@@ -308,7 +317,7 @@ impl Registry {
         Ok(written.rows_affected() > 0)
     }
 
-    /// Frees the key of a request that came to nothing; one that has made something keeps it.
+    /// Releases the key of a request that failed, unless the request has created an object.
     ///
     /// # Errors
     /// When the database fails.
@@ -325,8 +334,8 @@ impl Registry {
         Ok(())
     }
 
-    /// Frees the keys of every running request of a process that is gone. Only the holder of the data folder's lock may
-    /// ask, before it serves anybody.
+    /// Releases the keys of all running requests of an earlier process. Only the owner of the data folder's lock may
+    /// call it, before it accepts requests.
     ///
     /// # Errors
     /// When the database fails.
@@ -343,7 +352,7 @@ impl Registry {
         Ok(released.rows_affected())
     }
 
-    /// Forgets answers that were kept long enough, and removes their bytes; returns how many.
+    /// Removes expired responses and their bytes; returns how many.
     ///
     /// # Errors
     /// When the database or the blob store fails.
@@ -386,11 +395,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_first_answer_is_kept_and_whoever_lost_the_lease_writes_nothing() {
+    async fn first_response_is_kept_and_a_lost_lease_cannot_write() {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         let claim = |fingerprint: &'static str, lease| registry.claim_key(tenant, "k", fingerprint, lease);
-        // The first attempt's lease has run out as soon as it began.
+        // The first attempt's lease expires as soon as it is taken.
         let slow = first(claim("a", 0).await.unwrap());
         let next = first(claim("a", 60_000).await.unwrap());
         assert_eq!(claim("a", 60_000).await.unwrap(), FirstOrAgain::Running);
@@ -413,7 +422,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_made_before_the_answer_is_not_made_again() {
+    async fn object_created_before_a_crash_is_not_created_twice() {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
         let (tenant, style) = (TenantId::DEFAULT, coar_core::concept::ConceptKind::Style);
         let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
@@ -423,23 +432,23 @@ mod tests {
         };
         let slow = first(claim(0).await.unwrap());
         let next = first(claim(0).await.unwrap());
-        // Whoever lost the lease makes nothing any more.
+        // After a lost lease nothing can be created.
         assert!(matches!(slow.under(add("slow")).await, Err(RegistryError::LeaseLost)));
         assert!(registry.concept(tenant, "slow").await.unwrap().is_none());
         let made = next.clone().under(add("next")).await.unwrap();
-        // Its process dies before it answers, or cannot answer.
+        // Its process dies before it stores the response.
         registry.release_key(&next).await.unwrap();
         assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(Made::Concept(made.id)));
         assert_eq!(registry.release_keys().await.unwrap(), 0);
         assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(Made::Concept(made.id)));
         let other = registry.claim_key(tenant, "k", "b", 60_000).await.unwrap();
         assert_eq!(other, FirstOrAgain::Reused);
-        // Without a key nothing is noted.
+        // Without a key nothing is recorded.
         add("free").await.unwrap();
     }
 
     #[tokio::test]
-    async fn what_somebody_waited_for_bears_the_key_when_it_is_finished() {
+    async fn foreground_generation_is_bound_to_the_key_at_its_end() {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
@@ -447,11 +456,12 @@ mod tests {
         let finish = |claim: KeyClaim| {
             claim.under(async {
                 let mut transaction = registry.write().await.unwrap();
-                registry.note_finished(&mut transaction, made).await?;
+                registry.bind_key_if_open(&mut transaction, made).await?;
                 transaction.commit().await.map_err(RegistryError::from)
             })
         };
-        // The first one's lease has run out as soon as it began; the second is killed after the end, before the answer.
+        // The first one's lease expires as soon as it is taken; the second process is killed after the end of the
+        // generation, before it responds.
         let slow = first(claim(0).await.unwrap());
         let next = first(claim(0).await.unwrap());
         assert!(matches!(finish(slow).await, Err(RegistryError::LeaseLost)));
@@ -460,7 +470,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_dead_process_locks_no_key_and_old_answers_are_forgotten() {
+    async fn keys_of_dead_processes_and_old_responses_expire() {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         first(registry.claim_key(tenant, "dead", "a", 60_000).await.unwrap());
@@ -481,7 +491,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn large_answers_are_blobs_that_go_with_their_key() {
+    async fn large_responses_are_blobs_removed_with_their_key() {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         let claim = || registry.claim_key(tenant, "k", "a", 60_000);
@@ -492,7 +502,7 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(claim().await.unwrap(), FirstOrAgain::Again(large.clone()));
-        // Programs of the schema before see a request that runs.
+        // Programs with the previous schema see a running request.
         let (inline, status): (Option<Vec<u8>>, Option<i64>) =
             sqlx::query_as("SELECT body, status FROM idempotency_keys")
                 .fetch_one(&registry.pools.reads)
@@ -507,7 +517,7 @@ mod tests {
                 .await
                 .unwrap();
         };
-        // Expired, and the key is used anew; then expired and swept; then its tenant goes.
+        // Expired, and the key is used again; then expired and swept; then its tenant is deleted.
         expire().await;
         let again = first(claim().await.unwrap());
         assert_eq!(blobs().await, 0);
@@ -517,7 +527,7 @@ mod tests {
         let lost = first(claim().await.unwrap());
         registry.release_key(&lost).await.unwrap();
         registry.store_answer(&lost, &large, 60_000).await.unwrap();
-        assert_eq!(blobs().await, 0, "whoever lost the lease leaves nothing");
+        assert_eq!(blobs().await, 0, "a lost lease leaves no blob");
         let last = first(claim().await.unwrap());
         registry.store_answer(&last, &large, 60_000).await.unwrap();
         assert!(registry.delete_tenant(tenant).await.unwrap());

@@ -1,4 +1,4 @@
-//! API keys: who they belong to and what they allow. The keys themselves are not here, only their hashes.
+//! API keys, their tenants and scopes. Only the hashes of the keys are stored.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,16 +10,16 @@ use super::db::identifier;
 use super::{Listed, Page, Registry, RegistryError, now};
 use coar_core::ids::{KeyId, TenantId};
 
-/// A kind of request that a key may be allowed.
+/// A kind of request that a key may allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// Looking at concepts, trainings, images.
+    /// Reading concepts, trainings and images.
     Read,
-    /// Drawing.
+    /// Generating images.
     Generate,
     /// Registering, training, changing and deleting concepts.
     Train,
-    /// Keys and tenants.
+    /// Managing keys and tenants.
     Admin,
 }
 
@@ -27,7 +27,7 @@ impl Scope {
     /// Every scope.
     pub const ALL: [Self; 4] = [Self::Read, Self::Generate, Self::Train, Self::Admin];
 
-    /// The word.
+    /// The name used in the API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Read => "read",
@@ -38,7 +38,7 @@ impl Scope {
     }
 }
 
-/// Scopes of one key.
+/// The scopes of one key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scopes(u8);
 
@@ -46,19 +46,19 @@ impl Scopes {
     /// Every scope.
     pub const ALL: Self = Self(0b1111);
 
-    /// Whether it is among them. None includes another.
+    /// Whether it is among them. No scope implies another.
     pub fn contains(self, scope: Scope) -> bool {
         self.0 & (1 << scope as u8) != 0
     }
 
-    /// They, in order.
+    /// The scopes, in order.
     pub fn iter(self) -> impl Iterator<Item = Scope> {
         Scope::ALL.into_iter().filter(move |scope| self.contains(*scope))
     }
 }
 
 impl Default for Scopes {
-    /// Everything but administration.
+    /// All scopes but `admin`.
     fn default() -> Self {
         [Scope::Read, Scope::Generate, Scope::Train].into_iter().collect()
     }
@@ -80,7 +80,7 @@ impl fmt::Display for Scopes {
 impl FromStr for Scopes {
     type Err = String;
 
-    /// Reads words with commas between them; at least one.
+    /// Parses scopes separated by commas; at least one.
     fn from_str(text: &str) -> Result<Self, String> {
         let word = |word: &str| {
             let found = Scope::ALL.into_iter().find(|scope| scope.as_str() == word.trim());
@@ -95,7 +95,7 @@ impl FromStr for Scopes {
     }
 }
 
-/// What is known of a key.
+/// A stored key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiKey {
     pub id: KeyId,
@@ -115,7 +115,7 @@ pub struct ApiKey {
 }
 
 impl ApiKey {
-    /// Whether it opens anything at that time, in milliseconds.
+    /// Whether it is valid at that time, in milliseconds.
     pub fn is_valid(&self, at: i64) -> bool {
         self.revoked_at.is_none() && self.expires_at.is_none_or(|end| at < end)
     }
@@ -132,7 +132,7 @@ pub struct NewKey {
     pub expires_at: Option<i64>,
 }
 
-/// `last_used_at` is as exact as this, in milliseconds.
+/// Resolution of `last_used_at`, in milliseconds.
 const USE_RESOLUTION: i64 = 60_000;
 
 fn key(row: &AnyRow) -> Result<ApiKey, RegistryError> {
@@ -177,7 +177,7 @@ impl Registry {
         key(&row)
     }
 
-    /// Whether there is any key, revoked and expired ones included: revoking the last one does not open the server.
+    /// Whether there is any key, revoked and expired ones included: revoking the last key does not open the server.
     ///
     /// # Errors
     /// When the database fails.
@@ -218,7 +218,7 @@ impl Registry {
         Ok(page.cut(rows.iter().map(key).collect::<Result<_, _>>()?))
     }
 
-    /// Revokes a key, for good; the row stays. False where there is none.
+    /// Revokes a key permanently; the row is kept. False if there is none.
     ///
     /// # Errors
     /// When the database fails.
@@ -231,7 +231,7 @@ impl Registry {
         Ok(changed.rows_affected() > 0)
     }
 
-    /// Notes that a key was used, where the last note is older than a minute.
+    /// Records the use of a key, at most once a minute.
     ///
     /// # Errors
     /// When the database fails.

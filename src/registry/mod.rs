@@ -1,11 +1,12 @@
-//! Everything that must survive: a database for facts, a content-addressed store for bytes.
+//! Persistent state: a database for records, a content-addressed store for bytes.
 //!
-//! No tensors and no engine in this room. The database is SQLite in one process's folder, or PostgreSQL for many; every
-//! statement runs on both. On SQLite one connection writes and the others read; transactions begin IMMEDIATE, since a
-//! command beside the server may write too. On PostgreSQL whoever decides by what it reads holds the rows that it read.
+//! This module uses no tensors and no engine. The database is SQLite in one process's folder, or PostgreSQL for
+//! several processes; every statement runs on both. On SQLite one connection writes and the others read;
+//! transactions begin IMMEDIATE, since a command beside the server may write too. On PostgreSQL, transactions that
+//! decide by what they read lock the rows that they read.
 //!
-//! Inside a transaction every read goes through that transaction: one that asks the pool for a second connection while it
-//! holds the first waits for ever when all callers do so. No transaction is open while the blob store is asked.
+//! Inside a transaction every read goes through that transaction: if it took a second connection from the pool,
+//! concurrent callers could exhaust the pool and deadlock. No transaction is open during calls to the blob store.
 
 /// Bytes by their hash.
 pub mod blobs;
@@ -52,7 +53,7 @@ pub use trainings::{ATTEMPTS, Claimed, NewTraining, Progress, TAKEOVERS, Trainin
 pub use versions::Version;
 pub use webhooks::{Attempt, Delivery, NewDelivery};
 
-/// Why the registry could not answer.
+/// Why a registry operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
     /// Another concept has the name.
@@ -67,7 +68,7 @@ pub enum RegistryError {
     /// Another tenant has the name.
     #[error("the tenant `{0}` exists already")]
     TenantTaken(String),
-    /// The lease is no longer held: somebody else works on the training, or it was cancelled or deleted.
+    /// The lease is no longer held: another process has taken over the training, or it was cancelled or deleted.
     #[error("the lease of the training is lost")]
     LeaseLost,
     #[error("the data folder {0} is in use by another server")]
@@ -78,13 +79,13 @@ pub enum RegistryError {
     Migration(#[from] sqlx::migrate::MigrateError),
     #[error("blob store: {0}")]
     Blob(#[from] BlobError),
-    /// A later version has changed the database so that this one cannot use it.
+    /// A later version has migrated the database so that this one cannot use it.
     #[error("the database has been changed by a newer coar (schema {0}); use that version")]
     Newer(String),
-    /// The same bytes are being removed, and that takes long.
+    /// The same bytes are being removed, and the removal takes too long.
     #[error("the blob store is still removing the same bytes")]
     BlobBusy,
-    /// The tenant has as much as it may have.
+    /// A quota of the tenant is used up.
     #[error("the tenant has {used} {quota}; the limit is {limit}")]
     QuotaExceeded { quota: &'static str, used: u32, limit: u32 },
     #[error("a row of the database cannot be read: {0}")]
@@ -94,13 +95,13 @@ pub enum RegistryError {
 }
 
 impl RegistryError {
-    /// Whether the same may succeed later: the database or the store cannot be reached, is full, or is busy.
+    /// Whether the error is transient: the database or the store cannot be reached, is full, or is busy.
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Database(sqlx::Error::Database(error)) => {
                 let code = error.code().unwrap_or_default();
-                // SQLite: busy, I/O, full. PostgreSQL: connection, a transaction that was idle for too long, rollback,
-                // resources, locks, operator and timeouts, system.
+                // SQLite: busy, I/O, full. PostgreSQL: connection, idle transaction timeout, rollback, resources,
+                // locks, operator intervention and timeouts, system.
                 let passing = ["08", "25P03", "40", "53", "55", "57", "58"];
                 matches!(code.as_ref(), "5" | "10" | "13" | "261" | "517")
                     || passing.iter().any(|class| code.len() == 5 && code.starts_with(class))
@@ -133,16 +134,16 @@ pub struct Registry {
     pub blobs: Blobs,
 }
 
-/// A part of a list, newest first.
+/// A page of a list, newest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Page<I> {
-    /// At most this many rows.
+    /// Maximum number of rows.
     pub limit: u32,
-    /// The last identifier of the part before.
+    /// The last identifier of the previous page.
     pub after: Option<I>,
 }
 
-/// Rows of a list, and whether more follow.
+/// Rows of a page, and whether more follow.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed<T> {
     pub rows: Vec<T>,
@@ -150,13 +151,13 @@ pub struct Listed<T> {
 }
 
 impl<I: std::fmt::Display> Page<I> {
-    /// Identifiers begin with their time, so that a list goes by them: `id < after`. Without one, from the newest;
-    /// `~` is beyond every identifier.
+    /// Identifiers begin with their time, so lists are paged by `id < after`. The first page starts at the newest;
+    /// `~` sorts after every identifier.
     fn after(&self) -> String {
         self.after.as_ref().map_or_else(|| "~".to_owned(), ToString::to_string)
     }
 
-    /// One row more than wanted: it tells whether there is more.
+    /// One more row than requested shows whether there is another page.
     fn fetched(&self) -> i64 {
         i64::from(self.limit) + 1
     }
@@ -176,7 +177,7 @@ pub fn now() -> i64 {
 }
 
 impl Registry {
-    /// A value that the database keeps; the first one stays.
+    /// Returns a value stored in the database; the first one stored is kept.
     ///
     /// # Errors
     /// When the database fails.
@@ -193,7 +194,7 @@ impl Registry {
         Ok(value)
     }
 
-    /// 32 random bytes in hex that never leave the server: they sign the addresses of images.
+    /// 32 random bytes in hex that never leave the server; they sign image addresses.
     ///
     /// # Errors
     /// When the database fails.
@@ -210,16 +211,16 @@ impl Registry {
     }
 }
 
-/// A folder with those above it; what is made is for its owner alone. One that is there keeps its permissions.
+/// Creates a folder and its parents, accessible to the owner only. The permissions of existing folders are kept.
 ///
 /// # Errors
-/// When it cannot be made.
+/// When it cannot be created.
 pub(crate) fn create_private_dir(dir: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt as _;
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
-/// Marks a data folder as in use by this process, until dropped or the process ends, however it ends.
+/// Locks a data folder for this process, until the lock is dropped or the process ends in any way.
 #[derive(Debug)]
 pub struct DataLock {
     _file: std::fs::File,

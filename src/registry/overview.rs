@@ -1,4 +1,4 @@
-//! What an operator wants to see of all tenants, and to set right: the queue, its dead letters, what is damaged.
+//! The operator's view across tenants: the queue, failed jobs, damaged blobs.
 
 use sqlx::Row;
 use sqlx::any::AnyRow;
@@ -7,7 +7,7 @@ use super::db::{identifier, number};
 use super::{JobStatus, Quotas, Registry, RegistryError};
 use coar_core::ids::{DeliveryId, GenerationId, TenantId, TrainingId};
 
-/// How many jobs of a kind a tenant has in a status.
+/// Number of a tenant's jobs by kind and status.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QueueCount {
     /// `training`, `generation` or `webhook`.
@@ -17,7 +17,7 @@ pub struct QueueCount {
     /// `queued` or `running`; of web-hooks `pending`.
     pub status: String,
     pub count: u64,
-    /// The oldest one's time of creation.
+    /// Creation time of the oldest.
     pub oldest: i64,
 }
 
@@ -29,10 +29,10 @@ pub struct Job {
     pub tenant: String,
     pub status: String,
     pub attempt: u32,
-    /// The process that works on it.
+    /// The process that runs it.
     pub process: Option<String>,
     pub created_at: i64,
-    /// Why it has failed: JSON of trainings and generations, a sentence of web-hooks.
+    /// Why it failed: JSON for trainings and generations, a sentence for web-hooks.
     pub error: Option<String>,
 }
 
@@ -47,7 +47,7 @@ pub struct BlobUse {
     pub tenant: String,
 }
 
-/// What a replay is of.
+/// The subject of a replay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JobId {
     Training(TrainingId),
@@ -83,7 +83,7 @@ fn job(row: &AnyRow) -> Result<Job, RegistryError> {
 }
 
 impl Registry {
-    /// What waits and runs, by kind, tenant and status.
+    /// Queued and running jobs, by kind, tenant and status.
     ///
     /// # Errors
     /// When the database fails.
@@ -117,7 +117,7 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn jobs(&self, status: JobStatus, limit: u32) -> Result<Vec<Job>, RegistryError> {
-        // Web-hooks have words of their own.
+        // Web-hooks have other status names.
         let delivery = match status {
             JobStatus::Queued | JobStatus::Running => "pending",
             JobStatus::Succeeded => "delivered",
@@ -142,8 +142,8 @@ impl Registry {
         rows.iter().map(job).collect()
     }
 
-    /// Puts a failed job into the queue again, of whatever tenant: a training from its checkpoint, a generation from its
-    /// beginning, a web-hook at once and with all its attempts. False where there is none that has failed.
+    /// Requeues a failed job of any tenant: a training from its checkpoint, a generation from the start, a web-hook
+    /// at once and with all its attempts. False if there is no such failed job.
     ///
     /// # Errors
     /// `ConceptBusy` while another training of the concept is queued or running; when the database fails.
@@ -223,7 +223,7 @@ mod tests {
     use coar_core::training::{Preset, TrainingSpec};
 
     #[tokio::test]
-    async fn dead_letters_are_seen_and_replayed() {
+    async fn failed_jobs_are_listed_and_replayed() {
         let (_dir, registry) = test_registry().await;
         let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Style, "ink", None, 6);
         let stored = registry.store(vec!["image".into()]).await.unwrap();
@@ -241,14 +241,14 @@ mod tests {
         let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
         let error = serde_json::json!({"code": "unreadable_input"});
         registry.fail(&claimed, &error, false).await.unwrap();
-        let told = NewDelivery {
+        let delivery = NewDelivery {
             tenant: TenantId::DEFAULT,
             subject: training.id.to_string(),
             event: "training.failed".into(),
             url: "https://example.com".into(),
             body: "{}".into(),
         };
-        registry.add_delivery(&told).await.unwrap();
+        registry.add_delivery(&delivery).await.unwrap();
         let delivery = registry
             .claim_deliveries(1, std::time::Duration::from_secs(60))
             .await

@@ -1,5 +1,5 @@
-//! Connections on which every statement has its time. A connection whose other end is gone without a word would be waited
-//! for for ever: neither PostgreSQL's protocol nor the driver has a limit of its own.
+//! Connection pools with a timeout on every statement. Neither PostgreSQL's protocol nor the driver has one, so a
+//! statement on a connection whose peer has vanished would wait for ever.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use sqlx::{AnyPool, Connection as _, Either, Error, Execute, Executor, SqlStr};
 
 type Answers<'e> = BoxStream<'e, Result<Either<AnyQueryResult, AnyRow>, Error>>;
 
-/// What does not come in time has failed as a broken connection does; whoever has patience tries again.
+/// A timeout is reported as a broken connection, which callers retry.
 async fn in_time<T>(within: Duration, answer: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     match tokio::time::timeout(within, answer).await {
         Ok(answer) => answer,
@@ -21,7 +21,7 @@ async fn in_time<T>(within: Duration, answer: impl Future<Output = Result<T, Err
     }
 }
 
-/// All answers of a statement, once they are there. Nothing that the registry reads is too long for that.
+/// All results of a statement, once they have arrived. No result that the registry reads is too large for that.
 fn collected<'e, T: Send + 'e>(
     all: impl Future<Output = Result<Vec<T>, Error>> + Send + 'e,
 ) -> BoxStream<'e, Result<T, Error>> {
@@ -31,7 +31,7 @@ fn collected<'e, T: Send + 'e>(
         .boxed()
 }
 
-/// Whether a connection still answers; asked when it is taken and when it is given back.
+/// Whether a connection still answers; checked when it is acquired and released.
 pub(super) async fn answers(connection: &mut sqlx::AnyConnection, within: Duration) -> bool {
     matches!(tokio::time::timeout(within, connection.ping()).await, Ok(Ok(())))
 }
@@ -41,7 +41,7 @@ pub(super) async fn answers(connection: &mut sqlx::AnyConnection, within: Durati
 pub(super) struct Pool {
     inner: AnyPool,
     within: Duration,
-    /// Statements so far, outside of transactions.
+    /// Number of statements outside of transactions.
     #[cfg(test)]
     pub statements: std::sync::Arc<std::sync::atomic::AtomicUsize>,
 }
@@ -69,7 +69,7 @@ impl Pool {
         self.begun(self.inner.begin()).await
     }
 
-    /// The same with a statement of the caller's choice.
+    /// The same with a custom BEGIN statement.
     pub(super) async fn begin_with(&self, statement: &'static str) -> Result<Transaction, Error> {
         self.begun(self.inner.begin_with(statement)).await
     }
@@ -78,7 +78,7 @@ impl Pool {
         &self,
         begun: impl Future<Output = Result<sqlx::Transaction<'static, Any>, Error>>,
     ) -> Result<Transaction, Error> {
-        Ok(Transaction(Line {
+        Ok(Transaction(TimedConnection {
             inner: in_time(self.within, begun).await?,
             within: self.within,
         }))
@@ -123,7 +123,7 @@ impl<'p> Executor<'p> for &'_ Pool {
         })
     }
 
-    // Only the driver's own macros ask.
+    // Used by the driver's own macros only.
     fn describe<'e>(self, sql: SqlStr) -> BoxFuture<'e, Result<sqlx::Describe<Any>, Error>>
     where
         'p: 'e,
@@ -138,38 +138,38 @@ impl<'p> Executor<'p> for &'_ Pool {
 
 /// A transaction.
 #[derive(Debug)]
-pub(super) struct Transaction(Line);
+pub(super) struct Transaction(TimedConnection);
 
 impl Transaction {
-    /// Whether it took place is unknown where this fails.
+    /// If this fails, the outcome of the transaction is unknown.
     pub(super) async fn commit(self) -> Result<(), Error> {
-        let Line { inner, within } = self.0;
+        let TimedConnection { inner, within } = self.0;
         in_time(within, inner.commit()).await
     }
 }
 
 impl std::ops::Deref for Transaction {
-    type Target = Line;
+    type Target = TimedConnection;
 
-    fn deref(&self) -> &Line {
+    fn deref(&self) -> &TimedConnection {
         &self.0
     }
 }
 
 impl std::ops::DerefMut for Transaction {
-    fn deref_mut(&mut self) -> &mut Line {
+    fn deref_mut(&mut self) -> &mut TimedConnection {
         &mut self.0
     }
 }
 
 /// A transaction's connection.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct TimedConnection {
     inner: sqlx::Transaction<'static, Any>,
     within: Duration,
 }
 
-impl<'c> Executor<'c> for &'c mut Line {
+impl<'c> Executor<'c> for &'c mut TimedConnection {
     type Database = Any;
 
     fn fetch_many<'e, 'q: 'e, E>(self, query: E) -> Answers<'e>
@@ -207,7 +207,7 @@ impl<'c> Executor<'c> for &'c mut Line {
 mod tests {
     use super::*;
 
-    /// A server that takes connections and never says anything.
+    /// A server that accepts connections and never answers.
     async fn silent() -> (tokio::net::TcpListener, String) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("postgres://coar@{}/postgres", listener.local_addr().unwrap());
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_statement_that_nobody_answers_fails_in_time() {
+    async fn unanswered_statement_times_out() {
         let never = std::future::pending::<Result<(), Error>>();
         let error = in_time(Duration::from_millis(10), never).await.unwrap_err();
         assert!(crate::registry::RegistryError::from(error).may_pass());
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_connection_that_is_open_at_one_end_alone_is_given_up() {
+    async fn half_open_connection_is_dropped() {
         sqlx::any::install_default_drivers();
         let (_listener, address) = silent().await;
         let within = Duration::from_millis(50);
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn statements_and_transactions_do_what_the_drivers_own_do() {
+    async fn pool_behaves_like_the_driver() {
         sqlx::any::install_default_drivers();
         let inner = sqlx::any::AnyPoolOptions::new()
             .max_connections(1)

@@ -1,5 +1,5 @@
-//! The processes that share the database. Each says now and then that it lives; one that has not said so for a while is
-//! lost, and what it had taken is free.
+//! The processes that share the database. Each sends heartbeats; one without a heartbeat for a while is declared
+//! dead, and what it owned can be claimed.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,29 +11,30 @@ use super::db::{identifier, number};
 use super::{Backend, Registry, RegistryError};
 use coar_core::ids::ProcessId;
 
-/// A process that has not been seen for this long is lost.
+/// A process without a heartbeat for this long is declared dead.
 pub const LOST_AFTER_MS: i64 = 6_000;
 
-/// Since when, and when last, this process has said that it lives.
+/// Time of this process's first and last heartbeat.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Presence(Arc<Mutex<Option<(Instant, Instant)>>>);
 
-/// Who has been silent for longer was away: a beat before that, and others would seem lost.
+/// A longer gap means that this process, or the database, was away: one heartbeat less, and live processes would
+/// look dead.
 const AWAY: Duration = Duration::from_millis(LOST_AFTER_MS as u64 * 3 / 4);
 
 impl Presence {
-    fn said(&self) {
-        let (mut spoken, at) = (self.0.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
-        let since = match *spoken {
+    fn heartbeat_sent(&self) {
+        let (mut sent, at) = (self.0.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+        let since = match *sent {
             Some((since, last)) if last.elapsed() < AWAY => since,
             _ => at,
         };
-        *spoken = Some((since, at));
+        *sent = Some((since, at));
     }
 
     fn settled(&self) -> bool {
         match *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            // Not one of the processes that tell: a test, a command.
+            // Not a process that sends heartbeats: a test, a command.
             None => true,
             Some((since, last)) => {
                 last.elapsed() < AWAY && since.elapsed() >= Duration::from_millis(LOST_AFTER_MS as u64)
@@ -42,7 +43,7 @@ impl Presence {
     }
 }
 
-/// What a process tells of itself.
+/// The content of a heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Announcement {
     /// `all`, `api` or `worker`.
@@ -51,9 +52,9 @@ pub struct Announcement {
     pub address: Option<String>,
     /// JSON: the base model that it has loaded.
     pub model: Option<String>,
-    /// JSON: what it has to do.
+    /// JSON: its load.
     pub load: String,
-    /// It takes no new work.
+    /// It accepts no new work.
     pub draining: bool,
 }
 
@@ -86,7 +87,7 @@ fn process(row: &AnyRow) -> Result<Process, RegistryError> {
 }
 
 impl Registry {
-    /// Says that this process lives, and how it is.
+    /// Stores this process's heartbeat.
     ///
     /// # Errors
     /// When the database fails.
@@ -107,17 +108,17 @@ impl Registry {
         .bind(self.lease_time().await?)
         .execute(&self.pools.writes)
         .await?;
-        self.presence.said();
+        self.presence.heartbeat_sent();
         Ok(())
     }
 
-    /// Whether this process can tell who is lost. Where the database was away nobody has said for a while that they live,
-    /// so that whoever comes back first would take everything from the others; it waits until they have had their time.
-    pub fn may_judge(&self) -> bool {
+    /// Whether this process may declare others dead. After an outage of the database no process has a recent
+    /// heartbeat, and the first one back would take over everything; it waits until the others could have sent one.
+    pub fn can_declare_dead(&self) -> bool {
         self.backend == Backend::Sqlite || self.presence.settled()
     }
 
-    /// Processes that live, oldest first.
+    /// Live processes, oldest first.
     ///
     /// # Errors
     /// When the database fails.
@@ -129,12 +130,12 @@ impl Registry {
         rows.iter().map(process).collect()
     }
 
-    /// A process last seen before that time is lost.
+    /// A process whose last heartbeat is older is dead.
     pub(super) async fn lost_before(&self) -> Result<i64, RegistryError> {
         Ok(self.lease_time().await? - LOST_AFTER_MS)
     }
 
-    /// This process ends, in order: whatever it still had is free at once.
+    /// Deregisters this process: whatever it still owned can be claimed at once.
     ///
     /// # Errors
     /// When the database fails.
@@ -146,7 +147,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Forgets every other process. Only the holder of the data folder's lock may ask: there are none.
+    /// Removes all other processes. Only the owner of the data folder's lock may call it: no other process is alive.
     ///
     /// # Errors
     /// When the database fails.
@@ -158,7 +159,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Forgets processes that were lost long ago; returns how many.
+    /// Removes processes that died long ago; returns how many.
     ///
     /// # Errors
     /// When the database fails.
@@ -177,18 +178,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_was_away_judges_nobody_for_a_while() {
+    fn no_process_is_declared_dead_after_an_outage() {
         let ago = |millis| Instant::now().checked_sub(Duration::from_millis(millis)).unwrap();
         let presence = |since, last| Presence(Arc::new(Mutex::new(Some((ago(since), ago(last))))));
         assert!(Presence::default().settled());
         assert!(presence(7_000, 1_000).settled());
-        assert!(!presence(5_000, 1_000).settled(), "it has just come");
+        assert!(!presence(5_000, 1_000).settled(), "it has just started");
         let away = presence(60_000, 5_000);
-        assert!(!away.settled(), "it has not spoken for a while");
-        away.said();
+        assert!(!away.settled(), "it has sent no heartbeat for a while");
+        away.heartbeat_sent();
         assert!(!away.settled(), "it is back, the others may not be");
         let steady = presence(60_000, 1_000);
-        steady.said();
+        steady.heartbeat_sent();
         assert!(steady.settled());
     }
 }

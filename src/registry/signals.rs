@@ -1,4 +1,5 @@
-//! Signals between the processes of one database: PostgreSQL's NOTIFY. They only hasten what polling would find too.
+//! Signals between the processes of one database, by PostgreSQL's NOTIFY. They only speed up what polling would find
+//! too.
 
 use std::time::Duration;
 
@@ -8,16 +9,16 @@ use tokio::time::timeout;
 use super::{Registry, RegistryError};
 
 const CHANNEL: &str = "coar";
-/// After so long without a signal the server is asked whether it is there, and has so long to answer.
+/// After this long without a signal the connection is probed, and the server has this long to answer.
 const QUIET: Duration = Duration::from_secs(5);
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// Signals as they arrive.
+/// A stream of signals.
 #[derive(Debug)]
 pub struct Signals(PgListener);
 
 impl Signals {
-    /// The next one. After a lost connection it is connected anew, and what was said in between is lost.
+    /// The next signal. A lost connection is re-established; signals sent in between are lost.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -26,7 +27,7 @@ impl Signals {
             if let Ok(heard) = timeout(QUIET, self.0.recv()).await {
                 return Ok(heard?.payload().to_owned());
             }
-            // Nobody has said anything for a while: or is the other end gone?
+            // No signal for a while: check that the connection is alive.
             let asked = timeout(ANSWER, sqlx::query("SELECT 1").execute(&mut self.0)).await;
             let late = |_| sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
             asked.map_err(late)??;
@@ -35,7 +36,7 @@ impl Signals {
 }
 
 impl Registry {
-    /// Signals of other processes and of this one; `None` where there are no others.
+    /// Subscribes to the signals of all processes, this one included; `None` on SQLite, where there are no others.
     ///
     /// # Errors
     /// When the database cannot be reached.
@@ -46,7 +47,7 @@ impl Registry {
         Ok(Some(Signals(listener)))
     }
 
-    /// Tells every process; without effect where there is only one.
+    /// Notifies every process; no effect if there is only one.
     ///
     /// # Errors
     /// When the database fails.

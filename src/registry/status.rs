@@ -1,10 +1,10 @@
-//! How far a job is: the words of the fine-tuning APIs.
+//! Job status, named as in the fine-tuning APIs.
 
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// How far a training or a generation is.
+/// The status of a training or a generation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum JobStatus {
@@ -21,7 +21,7 @@ pub type TrainingStatus = JobStatus;
 pub type GenerationStatus = JobStatus;
 
 impl JobStatus {
-    /// In the order of a job's life.
+    /// In the order of a job's life cycle.
     pub const ALL: [Self; 5] = [
         Self::Queued,
         Self::Running,
@@ -30,7 +30,7 @@ impl JobStatus {
         Self::Cancelled,
     ];
 
-    /// The word.
+    /// The name used in the API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Queued => "queued",
@@ -41,12 +41,12 @@ impl JobStatus {
         }
     }
 
-    /// Whether nothing more will happen.
+    /// Whether the status is final.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
 
-    /// The status of a word.
+    /// Parses a status.
     pub fn of_word(word: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|status| status.as_str() == word)
     }

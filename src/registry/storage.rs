@@ -1,4 +1,4 @@
-//! Where a registry lies, and how one is opened.
+//! Location of a registry, and how one is opened.
 
 use std::path::{Path, PathBuf};
 
@@ -10,10 +10,10 @@ use coar_core::ids::ProcessId;
 /// This program's schema: the number of the last migration.
 const SCHEMA: i64 = 4;
 
-/// Where everything that must survive is kept.
+/// Where persistent state is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Storage {
-    /// Folder of what has no address of its own below.
+    /// Folder for whatever has no address of its own below.
     pub data: PathBuf,
     /// `postgres://…`; `None`: SQLite in the folder.
     pub database: Option<String>,
@@ -22,7 +22,7 @@ pub struct Storage {
 }
 
 impl Storage {
-    /// All of it in one folder.
+    /// Everything in one folder.
     pub fn folder(data: impl Into<PathBuf>) -> Self {
         Self {
             data: data.into(),
@@ -38,7 +38,7 @@ impl Storage {
 }
 
 impl Registry {
-    /// Opens a data folder, creating what is missing, and brings its database to this version's schema.
+    /// Opens a data folder, creating what is missing, and migrates its database to this version's schema.
     ///
     /// # Errors
     /// When the folder cannot be written or its database is of a newer version.
@@ -46,7 +46,7 @@ impl Registry {
         Self::connect(&Storage::folder(dir)).await
     }
 
-    /// Opens database and blob store, creating what is missing, and brings the database to this version's schema.
+    /// Opens database and blob store, creating what is missing, and migrates the database to this version's schema.
     ///
     /// # Errors
     /// When one cannot be reached or written, or the database is of a version that this program cannot use.
@@ -54,7 +54,7 @@ impl Registry {
         Self::connect_with(storage, db::CONNECTIONS).await
     }
 
-    /// The same with so many connections to PostgreSQL.
+    /// The same, with a given number of PostgreSQL connections.
     pub(super) async fn connect_with(storage: &Storage, connections: u32) -> Result<Self, RegistryError> {
         let file = |error| RegistryError::File(storage.data.display().to_string(), error);
         let (backend, pools) = match &storage.database {
@@ -66,7 +66,7 @@ impl Registry {
             }
             Some(url) => {
                 let mut migrations = sqlx::migrate!("migrations/postgres");
-                // A program of the version before goes on beside one of the next: see `check_schema`.
+                // The previous version keeps running beside the next one: see `check_schema`.
                 migrations.set_ignore_missing(true);
                 let pools = db::open_postgres(url, &migrations, connections).await?;
                 (Backend::Postgres, pools)
@@ -90,12 +90,12 @@ impl Registry {
         Ok(registry)
     }
 
-    /// Which database it is.
+    /// The database in use.
     pub fn backend(&self) -> Backend {
         self.backend
     }
 
-    /// The name of this process among those that share the database.
+    /// The identifier of this process among those that share the database.
     pub fn process(&self) -> ProcessId {
         self.process
     }
@@ -108,7 +108,7 @@ impl Registry {
         }
     }
 
-    /// Waits until no other transaction holds the name, and holds it until this one ends.
+    /// Takes an exclusive lock on a name until the transaction ends.
     pub(super) async fn hold_name(
         &self,
         transaction: &mut Transaction,
@@ -124,7 +124,8 @@ impl Registry {
         Ok(())
     }
 
-    /// The time that leases go by, in milliseconds since 1970: all processes agree on it, and no clock's jump changes it.
+    /// The lease clock, in milliseconds since 1970: all processes agree on it, and setting a machine's clock does
+    /// not affect it.
     ///
     /// # Errors
     /// When the database fails.

@@ -1,4 +1,4 @@
-//! Tenants: whose concepts, trainings and images they are.
+//! Tenants: the owners of concepts, trainings and images.
 
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ use super::pool::Transaction;
 use super::{Listed, Page, Registry, RegistryError, now};
 use coar_core::ids::TenantId;
 
-/// The kind of name that whoever adds to what a tenant has holds. Another one than that of schema 3, whose programs hold it while
-/// they store images.
-const ROOM: &str = "room of a tenant";
+/// The kind of the name lock taken to add to a tenant's objects. It differs from that of schema 3, whose programs
+/// hold it while they store images.
+const QUOTA_LOCK: &str = "room of a tenant";
 
-/// How much a tenant may have and do at once; `None`: the server's default; 0: any number.
+/// Quotas of a tenant; `None`: the server's default; 0: unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Quotas {
     /// Concepts.
@@ -29,7 +29,7 @@ pub struct Quotas {
 }
 
 impl Quotas {
-    /// These, and where there is none the other's.
+    /// These quotas, with the other's for those that are unset.
     pub fn or(self, default: Self) -> Self {
         Self {
             concepts: self.concepts.or(default.concepts),
@@ -41,7 +41,7 @@ impl Quotas {
 }
 
 impl Quotas {
-    /// Whether a tenant that has so much may have the addition too.
+    /// Checks that a tenant with a given usage may add more.
     ///
     /// # Errors
     /// `QuotaExceeded`
@@ -61,7 +61,7 @@ impl Quotas {
     }
 }
 
-/// What a tenant has of what is limited.
+/// A tenant's usage of what is limited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     pub concepts: u32,
@@ -69,11 +69,11 @@ pub struct Usage {
     pub trainings: u32,
 }
 
-/// A tenant's images of the last minute leave no room for more.
+/// The tenant's images of the last minute leave no capacity for more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MinuteFull {
     pub drawn: u32,
-    /// Until some of them are a minute old.
+    /// Until enough of them are a minute old.
     pub wait: Duration,
 }
 
@@ -121,13 +121,13 @@ async fn usage<'e>(
     })
 }
 
-/// 24 random bytes, as the Standard Webhooks libraries read them.
+/// 24 random bytes, the length that the Standard Webhooks libraries expect.
 fn webhook_secret() -> String {
     format!("whsec_{}", STANDARD.encode(rand::random::<[u8; 24]>()))
 }
 
 impl Registry {
-    /// Gives tenants that a migration made their secrets.
+    /// Generates secrets for tenants that a migration has created.
     pub(super) async fn complete_tenants(&self) -> Result<(), RegistryError> {
         let incomplete: Vec<(String,)> = sqlx::query_as("SELECT id FROM tenants WHERE webhook_secret IS NULL")
             .fetch_all(&self.pools.reads)
@@ -142,7 +142,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Makes a tenant.
+    /// Creates a tenant.
     ///
     /// # Errors
     /// `TenantTaken`; when the database fails.
@@ -213,7 +213,7 @@ impl Registry {
         Ok(page.cut(rows.iter().map(tenant).collect::<Result<_, _>>()?))
     }
 
-    /// Replaces a tenant's quotas; `None` where there is no such tenant.
+    /// Replaces a tenant's quotas; `None` if there is no such tenant.
     ///
     /// # Errors
     /// When the database fails.
@@ -232,7 +232,7 @@ impl Registry {
         self.tenant(name).await
     }
 
-    /// What a tenant has.
+    /// A tenant's usage.
     ///
     /// # Errors
     /// When the database fails.
@@ -240,8 +240,8 @@ impl Registry {
         usage(&self.pools.reads, id).await
     }
 
-    /// Checks that a tenant may have so much more, and keeps others from adding to it until the transaction ends: two
-    /// requests cannot both take the last place.
+    /// Checks a tenant's quotas for an addition, and locks out other additions until the transaction ends, so that
+    /// two requests cannot both take the last slot.
     ///
     /// # Errors
     /// `QuotaExceeded`; when the database fails.
@@ -252,19 +252,19 @@ impl Registry {
         quotas: Quotas,
         addition: Usage,
     ) -> Result<(), RegistryError> {
-        self.hold_name(transaction, ROOM, &id.to_string()).await?;
+        self.hold_name(transaction, QUOTA_LOCK, &id.to_string()).await?;
         quotas.check(usage(&mut **transaction, id).await?, addition)
     }
 
-    /// Removes a tenant with everything that is its: keys, concepts, trainings, generations, images.
+    /// Removes a tenant with all its keys, concepts, trainings, generations and images.
     ///
     /// # Errors
     /// When the database or the blob store fails.
     pub async fn delete_tenant(&self, id: TenantId) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
-        // In the order of those that add to it: they hold this name first.
-        self.hold_name(&mut transaction, ROOM, &id.to_string()).await?;
-        // Whatever is added to the tenant from here on fails, or waits for the end.
+        // Lock order: additions to a tenant take this name first.
+        self.hold_name(&mut transaction, QUOTA_LOCK, &id.to_string()).await?;
+        // Additions to the tenant fail from here on, or wait for the end.
         sqlx::query(locking!(
             self.backend,
             "SELECT id FROM tenants WHERE id = $1",
@@ -295,8 +295,8 @@ impl Registry {
         Ok(deleted.rows_affected() > 0)
     }
 
-    /// Admits a generation among those of all processes: its images are counted in the present second, unless that would
-    /// exceed what the tenant may draw in a minute. The second is the answer; how much there is already, the refusal.
+    /// Rate-limits generations across all processes: counts the images in the current second, unless that would
+    /// exceed the tenant's limit per minute. Returns that second, or the current count as a refusal.
     ///
     /// # Errors
     /// When the database fails.
@@ -358,8 +358,8 @@ impl Registry {
         Ok(())
     }
 
-    /// What a tenant does at the moment in all processes: generations that are queued or running and not begun by this
-    /// process for somebody who waits, and images of the last minute.
+    /// A tenant's current usage in all processes: queued and running generations other than this process's
+    /// foreground ones, and images of the last minute.
     ///
     /// # Errors
     /// When the database fails.

@@ -1,20 +1,20 @@
-//! Databases of older versions, and what tenants do not share.
+//! Databases of older versions, and isolation between tenants.
 //!
-//! Every test of this room that asks for [`test_registry`] runs on SQLite and files; `scripts/with-postgres.sh` runs them
-//! on PostgreSQL and S3 too, by two variables.
+//! Every test of this module that uses [`test_registry`] runs on SQLite and files; `scripts/with-postgres.sh` runs
+//! them on PostgreSQL and S3 too, selected by two variables.
 
 mod concurrency;
 
 use super::*;
 
-/// A registry of its own: on SQLite and files; on PostgreSQL where COAR_TEST_DATABASE has the address of a server on which
-/// databases can be made, and on S3 where COAR_TEST_BLOBS names a bucket.
+/// A registry of its own: on SQLite and files; on PostgreSQL if COAR_TEST_DATABASE is the address of a server on
+/// which databases can be created, and on S3 if COAR_TEST_BLOBS names a bucket.
 pub(crate) async fn test_registry() -> (tempfile::TempDir, Registry) {
     let (dir, storage) = test_storage().await;
     (dir, Registry::connect(&storage).await.unwrap())
 }
 
-/// The same, for several that share it.
+/// The same, for several processes that share it.
 pub(crate) async fn test_storage() -> (tempfile::TempDir, Storage) {
     let dir = tempfile::tempdir().unwrap();
     let mut storage = Storage::folder(dir.path());
@@ -38,7 +38,7 @@ use coar_core::concept::ConceptKind;
 use coar_core::ids::{ConceptId, ImageId, TenantId, TrainingId};
 use coar_core::training::{Preset, TrainingSpec};
 
-/// The writer of a database as it was after so many migrations.
+/// The writer of a database after the given number of migrations.
 async fn earlier(dir: &Path, migrations: usize) -> pool::Pool {
     let mut earlier = sqlx::migrate!("migrations/sqlite");
     earlier.migrations = earlier.iter().take(migrations).cloned().collect::<Vec<_>>().into();
@@ -49,7 +49,7 @@ async fn earlier(dir: &Path, migrations: usize) -> pool::Pool {
 }
 
 #[tokio::test]
-async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
+async fn schema_1_is_upgraded_without_loss() {
     let dir = tempfile::tempdir().unwrap();
     let (rex, ink, image) = (ConceptId::new(), ConceptId::new(), ImageId::new());
     let (done, running) = (TrainingId::new(), TrainingId::new());
@@ -119,7 +119,7 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
         (done, TrainingStatus::Succeeded, Some(1))
     );
     assert_eq!((trained.spec, trained.total_steps), (spec, 40));
-    // What was running is taken up from its checkpoint.
+    // A running training resumes from its checkpoint.
     assert_eq!(registry.release_all().await.unwrap(), 1);
     let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
     assert_eq!((claimed.training.id, claimed.training.resumed_from_step), (running, 20));
@@ -138,14 +138,14 @@ async fn a_database_of_0001_is_upgraded_and_keeps_everything() {
         registry.server_secret().await.unwrap(),
         registry.server_secret().await.unwrap()
     );
-    // Deleting takes the versions' files too.
+    // Deletion includes the versions' files.
     assert!(registry.delete_concept(tenant, "rex").await.unwrap());
     assert!(registry.blobs.get(&hashes[1]).await.is_err());
 }
 
-/// The limits of our own end the wait; those of the server end the work too.
+/// Client-side limits end the wait; server-side limits end the work too.
 #[tokio::test]
-async fn postgresql_has_limits_of_its_own() {
+async fn postgresql_has_server_side_timeouts() {
     let (_dir, registry) = test_registry().await;
     if registry.backend() == Backend::Sqlite {
         return;
@@ -173,7 +173,7 @@ async fn postgresql_has_limits_of_its_own() {
 }
 
 #[tokio::test]
-async fn tenants_have_names_of_their_own_and_go_with_all_they_have() {
+async fn tenants_have_separate_names_and_are_deleted_completely() {
     let (_dir, registry) = test_registry().await;
     let acme = registry.add_tenant("acme", Quotas::default()).await.unwrap();
     assert!(matches!(
@@ -208,7 +208,7 @@ async fn tenants_have_names_of_their_own_and_go_with_all_they_have() {
 }
 
 #[test]
-fn equal_inputs_have_equal_fingerprints_whatever_the_name() {
+fn fingerprint_ignores_the_name() {
     let spec = |name: &str| TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, name, Some("cat"), 6);
     let images = vec!["a".to_owned(), "b".to_owned()];
     let rex = input_fingerprint(&images, &spec("rex")).unwrap();
@@ -222,7 +222,7 @@ fn equal_inputs_have_equal_fingerprints_whatever_the_name() {
 }
 
 #[tokio::test]
-async fn a_database_of_0002_goes_on_with_what_was_queued_and_running() {
+async fn schema_2_keeps_queued_and_running_jobs() {
     let dir = tempfile::tempdir().unwrap();
     let ids: Vec<coar_core::ids::GenerationId> = (0..3).map(|_| coar_core::ids::GenerationId::new()).collect();
     {
@@ -254,7 +254,7 @@ async fn a_database_of_0002_goes_on_with_what_was_queued_and_running() {
         .unwrap();
     }
     let registry = Registry::open(dir.path()).await.unwrap();
-    // Nobody waits any more for the third; the second is drawn again, with the first.
+    // The third has no waiting caller any more; the second runs again, after the first.
     let lost = registry.left_generations().await.unwrap();
     assert_eq!(lost.iter().map(|left| left.id).collect::<Vec<_>>(), [ids[2]]);
     let mut taken = vec![];
@@ -263,7 +263,7 @@ async fn a_database_of_0002_goes_on_with_what_was_queued_and_running() {
     }
     assert_eq!(taken, [(ids[0], 1, 0), (ids[1], 1, 0)]);
     assert_eq!(registry.release_keys().await.unwrap(), 1);
-    // A program that knows less than the database asks for says so, and changes nothing.
+    // A program older than the database requires refuses it and changes nothing.
     sqlx::query("UPDATE settings SET value = '99' WHERE key = 'schema_requires'")
         .execute(&registry.pools.writes)
         .await

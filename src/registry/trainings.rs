@@ -1,4 +1,4 @@
-//! Trainings: what they are to be, how far they are. The queue that they form is in `queue`.
+//! Trainings: settings, status and progress. Their queue is in `queue`.
 
 use sqlx::Row;
 use sqlx::any::AnyRow;
@@ -16,13 +16,13 @@ pub struct Training {
     pub id: TrainingId,
     pub tenant: TenantId,
     pub concept_id: ConceptId,
-    /// The concept's name at present.
+    /// The concept's current name.
     pub concept: String,
     pub status: TrainingStatus,
     pub spec: TrainingSpec,
-    /// Over images and settings; `None` where an older version stored it.
+    /// Over images and settings; `None` if an older version stored it.
     pub input_fingerprint: Option<String>,
-    /// Number of the version that it made.
+    /// Number of the version that it created.
     pub version: Option<u32>,
     pub webhook_url: Option<String>,
     pub step: u32,
@@ -31,17 +31,17 @@ pub struct Training {
     pub steps_per_second: Option<f64>,
     /// JSON: code, message, field.
     pub error: Option<serde_json::Value>,
-    /// JSON: seconds of the last attempt; of older versions the loss curve too.
+    /// JSON: seconds of the last attempt; from older versions the loss curve too.
     pub report: Option<serde_json::Value>,
-    /// Steps of which there is an image.
+    /// Steps with a preview image.
     pub previews: Vec<u32>,
     /// Blob of the newest checkpoint.
     pub checkpoint: Option<String>,
-    /// The step that it stands at.
+    /// The step of that checkpoint.
     pub checkpoint_step: Option<u32>,
     pub resumed_from_step: u32,
     pub attempt: u32,
-    /// Among those of its tenant the higher one comes first.
+    /// Priority among the tenant's own; higher runs first.
     pub priority: i32,
     pub created_at: i64,
     pub started_at: Option<i64>,
@@ -55,38 +55,38 @@ pub struct Claimed {
     pub lease: String,
 }
 
-/// How far a training is.
+/// Progress of a training.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Progress {
     pub step: u32,
     pub loss: f64,
-    /// Over the last steps; `None`: too few yet.
+    /// Averaged over the last steps; `None`: too few yet.
     pub steps_per_second: Option<f64>,
 }
 
-/// Which trainings are wanted.
+/// Filter for trainings.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TrainingFilter {
     pub concept: Option<ConceptId>,
     pub status: Option<TrainingStatus>,
 }
 
-/// A training that fails is begun at most this often.
+/// Maximum number of attempts of a training that fails.
 pub const ATTEMPTS: u32 = 3;
-/// A training whose lease runs out more often than this without a checkpoint in between fails: it takes its workers with
-/// it. Counted at most once in [`TAKEOVER_MS`].
+/// A training whose lease expires more often than this without a checkpoint in between fails: it crashes its
+/// workers. Counted at most once in [`TAKEOVER_MS`].
 pub const TAKEOVERS: u32 = 5;
-/// A series of kills from outside is one event: in a shorter time no training can be shown to be at fault, since it had
-/// none to run in. One that does take its workers with it still fails, some minutes later.
+/// A series of external kills counts as one event: within this time a training had no chance to run and cannot be at
+/// fault. One that does crash its workers still fails, some minutes later.
 pub(super) const TAKEOVER_MS: i64 = 60_000;
 
-/// A training that its tenant has more.
+/// Adds a training to a tenant's usage.
 const ANOTHER: Usage = Usage {
     concepts: 0,
     trainings: 1,
 };
 
-/// Every column of a [`Training`]; the loss curve is long and read apart.
+/// Every column of a [`Training`]; the loss curve is large and read separately.
 macro_rules! select {
     ($rest:literal) => {
         concat!(
@@ -101,7 +101,7 @@ macro_rules! select {
     };
 }
 
-/// What a training is to be.
+/// Input of a new training.
 #[derive(Debug, Clone, Copy)]
 pub struct NewTraining<'a> {
     pub spec: &'a TrainingSpec,
@@ -109,7 +109,7 @@ pub struct NewTraining<'a> {
     pub input: &'a str,
     pub webhook_url: Option<&'a str>,
     pub priority: i32,
-    /// What the tenant may have with it.
+    /// The tenant's quotas.
     pub quotas: Quotas,
 }
 
@@ -206,11 +206,11 @@ fn training(row: &AnyRow) -> Result<Training, RegistryError> {
 }
 
 impl Registry {
-    /// Trainings that have ended within the last `age` and whose receiver has not been told of that end.
+    /// Trainings that have ended within the last `age` and whose web-hook has not been queued.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn untold_trainings(&self, age: std::time::Duration) -> Result<Vec<Training>, RegistryError> {
+    pub async fn undelivered_trainings(&self, age: std::time::Duration) -> Result<Vec<Training>, RegistryError> {
         let since = self
             .lease_time()
             .await?
@@ -288,7 +288,7 @@ impl Registry {
         rows.iter().map(training).collect()
     }
 
-    /// The loss curve of a tenant's training as far as it is written down, in steps' order.
+    /// The stored loss curve of a tenant's training, in the order of steps.
     ///
     /// # Errors
     /// When the database fails.
@@ -314,7 +314,7 @@ impl Registry {
         }
     }
 
-    /// Queues another training of a concept that has one already or none; `None` where the concept is gone.
+    /// Queues another training of a concept; `None` if the concept was deleted.
     ///
     /// # Errors
     /// `ConceptBusy` while one is queued or running; `QuotaExceeded`; when the database fails.
@@ -338,16 +338,17 @@ impl Registry {
             return Err(RegistryError::ConceptBusy(concept.name.clone()));
         }
         let training = insert_training(&mut transaction, concept, new).await?;
-        self.note_made(&mut transaction, Made::Training(training.id)).await?;
+        self.bind_key(&mut transaction, Made::Training(training.id)).await?;
         transaction.commit().await?;
         Ok(Some(training))
     }
 
-    /// Queues a failed or cancelled training again, from its checkpoint where it has one. Images beyond it go. The
-    /// training as it stands then, `None` where there is none; one that has not failed stays as it is.
+    /// Requeues a failed or cancelled training, from its checkpoint if it has one. Previews after the checkpoint are
+    /// removed. Returns the resulting training, `None` if there is none; one in another status is left unchanged.
     ///
     /// # Errors
-    /// `ConceptBusy` while another training of the concept is queued or running; `QuotaExceeded`; when the database fails.
+    /// `ConceptBusy` while another training of the concept is queued or running; `QuotaExceeded`; when the database
+    /// fails.
     pub async fn retry_training(
         &self,
         tenant: TenantId,
@@ -391,7 +392,7 @@ impl Registry {
         .await?;
         let mut gone: Vec<(String,)> = vec![];
         if changed.rows_affected() > 0 {
-            self.note_made(&mut transaction, Made::Training(id)).await?;
+            self.bind_key(&mut transaction, Made::Training(id)).await?;
             gone = sqlx::query_as(
                 "DELETE FROM training_previews WHERE training_id = $1
                  AND step > (SELECT coalesce(checkpoint_step, 0) FROM trainings WHERE id = $1) RETURNING blob",
@@ -406,7 +407,7 @@ impl Registry {
         self.training(tenant, id).await
     }
 
-    /// Cancels a training that is not finished; returns the training as it stands, and its checkpoint goes.
+    /// Cancels an unfinished training and removes its checkpoint; returns the resulting training.
     ///
     /// # Errors
     /// When the database fails.

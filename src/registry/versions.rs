@@ -1,4 +1,4 @@
-//! Versions of concepts, and the images that trainings draw on their way to one.
+//! Versions of concepts, and the preview images of trainings.
 
 use bytes::Bytes;
 use sqlx::Row;
@@ -11,7 +11,7 @@ use coar_core::ids::{ConceptId, TenantId, TrainingId};
 /// One version of a concept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Version {
-    /// From 1, never used again.
+    /// From 1, never reused.
     pub number: u32,
     /// SHA-256 of the concept file in the blob store.
     pub hash: String,
@@ -32,7 +32,7 @@ fn version(row: &AnyRow) -> Result<Version, RegistryError> {
 }
 
 impl Registry {
-    /// A part of a concept's versions, newest first; the page goes by their numbers.
+    /// A page of a concept's versions, newest first; paged by number.
     ///
     /// # Errors
     /// When the database fails.
@@ -64,7 +64,7 @@ impl Registry {
         row.as_ref().map(version).transpose()
     }
 
-    /// Stores a picture of a training that runs or has succeeded; of any other, and of one that is gone, nothing is kept.
+    /// Stores a preview of a training that runs or has succeeded; ignored for any other training or a deleted one.
     ///
     /// # Errors
     /// When the database or the blob store fails.
@@ -78,7 +78,7 @@ impl Registry {
         }
     }
 
-    /// The blobs that are not needed any more; `None`: nothing was kept.
+    /// The blobs that are no longer needed; `None`: nothing was stored.
     async fn replace_preview(
         &self,
         training: TrainingId,
@@ -116,7 +116,7 @@ impl Registry {
         ))
     }
 
-    /// The blob of the image that a tenant's training drew after that step.
+    /// The blob of a training's preview after that step.
     ///
     /// # Errors
     /// When the database fails.

@@ -1,4 +1,4 @@
-//! Web-hooks to be delivered. They are rows, so that what happened is told even after a restart.
+//! Web-hook deliveries. They are rows, so pending ones survive a restart.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use super::pool::Transaction;
 use super::{Registry, RegistryError, now};
 use coar_core::ids::{DeliveryId, TenantId};
 
-/// Something to tell.
+/// A delivery to be stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewDelivery {
     pub tenant: TenantId,
-    /// What it is about: a training's or a generation's id.
+    /// Its subject: a training's or a generation's id.
     pub subject: String,
     /// `generation.succeeded`, `training.failed`, …
     pub event: String,
@@ -32,18 +32,18 @@ pub struct Delivery {
     pub body: String,
     /// `whsec_…` of its tenant.
     pub secret: String,
-    /// Attempts with the one that now begins.
+    /// Attempts so far, including the current one.
     pub attempt: u32,
 }
 
-/// How an attempt went.
+/// The outcome of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attempt {
-    /// The answer's status, where there was one.
+    /// The response status, if there was one.
     pub status: Option<u16>,
-    /// What was wrong; `None`: delivered.
+    /// What went wrong; `None`: delivered.
     pub problem: Option<String>,
-    /// After how long to try again; `None`: not any more.
+    /// Delay before the next attempt; `None`: no more attempts.
     pub again_after: Option<Duration>,
 }
 
@@ -79,7 +79,7 @@ pub(super) async fn insert_delivery(
 }
 
 impl Registry {
-    /// Stores something to tell.
+    /// Stores a delivery.
     ///
     /// # Errors
     /// When the database fails.
@@ -91,16 +91,16 @@ impl Registry {
         Ok(())
     }
 
-    /// Stores what tells of a training's last end, unless another process has done so.
+    /// Stores the delivery for a training's latest end, unless another process has done so.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn tell_of_training(&self, new: &NewDelivery) -> Result<(), RegistryError> {
+    pub async fn add_training_delivery(&self, new: &NewDelivery) -> Result<(), RegistryError> {
         let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
         self.hold_name(&mut transaction, "end of a training", &new.subject)
             .await?;
-        let told = sqlx::query(
+        let delivery = sqlx::query(
             "SELECT d.id FROM webhook_deliveries d JOIN trainings t ON t.id = d.subject
              WHERE d.subject = $1 AND d.event = $2 AND d.created_at >= t.finished_at LIMIT 1",
         )
@@ -108,15 +108,15 @@ impl Registry {
         .bind(&new.event)
         .fetch_optional(&mut *transaction)
         .await?;
-        if told.is_none() {
+        if delivery.is_none() {
             insert_delivery(&mut transaction, new, at).await?;
         }
         transaction.commit().await?;
         Ok(())
     }
 
-    /// Takes deliveries that are due and counts an attempt of each. They are due again after `lease`, should this
-    /// process not say before how it went.
+    /// Claims deliveries that are due and counts an attempt for each. They are due again after `lease`, unless this
+    /// process stores an outcome before.
     ///
     /// # Errors
     /// When the database fails.
@@ -147,7 +147,7 @@ impl Registry {
         Ok(due)
     }
 
-    /// Writes down how an attempt went.
+    /// Stores the outcome of an attempt.
     ///
     /// # Errors
     /// When the database fails.
@@ -187,7 +187,7 @@ impl Registry {
         Ok(at)
     }
 
-    /// Forgets deliveries that ended longer than `age` ago; returns how many.
+    /// Removes deliveries that ended longer than `age` ago; returns how many.
     ///
     /// # Errors
     /// When the database fails.
@@ -207,7 +207,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_end_of_a_training_is_told_once_whoever_sees_it() {
+    async fn the_end_of_a_training_is_delivered_once() {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
         let new = crate::registry::NewConcept {
             webhook_url: Some("https://example.com/".to_owned()),
@@ -218,7 +218,7 @@ mod tests {
         registry.add_concept(TenantId::DEFAULT, &new, &spec).await.unwrap();
         let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
         registry.fail(&claimed, &serde_json::json!({}), false).await.unwrap();
-        let told = NewDelivery {
+        let delivery = NewDelivery {
             tenant: TenantId::DEFAULT,
             subject: claimed.training.id.to_string(),
             event: "training.failed".to_owned(),
@@ -226,16 +226,23 @@ mod tests {
             body: "{}".to_owned(),
         };
         assert_eq!(
-            registry.untold_trainings(Duration::from_secs(60)).await.unwrap().len(),
+            registry
+                .undelivered_trainings(Duration::from_secs(60))
+                .await
+                .unwrap()
+                .len(),
             1
         );
-        let both = tokio::join!(registry.tell_of_training(&told), registry.tell_of_training(&told));
+        let both = tokio::join!(
+            registry.add_training_delivery(&delivery),
+            registry.add_training_delivery(&delivery)
+        );
         both.0.unwrap();
         both.1.unwrap();
         assert_eq!(registry.claim_deliveries(8, Duration::ZERO).await.unwrap().len(), 1);
         assert!(
             registry
-                .untold_trainings(Duration::from_secs(60))
+                .undelivered_trainings(Duration::from_secs(60))
                 .await
                 .unwrap()
                 .is_empty()
@@ -243,7 +250,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_delivery_keeps_its_id_over_all_attempts() {
+    async fn delivery_keeps_its_id_across_attempts() {
         let (_dir, registry) = crate::registry::tests::test_registry().await;
         let new = NewDelivery {
             tenant: TenantId::DEFAULT,
@@ -256,7 +263,7 @@ mod tests {
         let first = registry.claim_deliveries(8, Duration::ZERO).await.unwrap().remove(0);
         assert_eq!((first.attempt, first.body.as_str()), (1, "{}"));
         assert!(first.secret.starts_with("whsec_"));
-        // The lease is over at once: as after a crash, it is due again.
+        // The lease expires at once, as after a crash: the delivery is due again.
         let second = registry
             .claim_deliveries(8, Duration::from_secs(60))
             .await

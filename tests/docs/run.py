@@ -17,7 +17,7 @@ HTML comments before a block change how it is run:
     <!-- docs-test: skip, REASON -->             not run; listed at the end
     <!-- docs-test: fails -->                    must fail
     <!-- docs-test: stop the server -->          what a reader does with Ctrl-C in the other terminal
-    <!-- docs-test: data, rex, sepia -->         before the page's first block: `data` has these concepts
+    <!-- docs-test: data, rex, sepia -->         `data` has these concepts when the page begins
     <!-- docs-test: replace `A` with `B` -->     A is what a reader fills in
 """
 
@@ -53,7 +53,7 @@ CONCEPTS = {
 }
 #: Steps of the concepts that a page finds in its data folder: enough to draw with, not to look at.
 CONCEPT_STEPS = "10"
-TALKS = re.compile(r"\$\{?COAR\b|127\.0\.0\.1:8080|COAR_SERVER|examples/python/")
+TALKS = re.compile(r"\$\{?COAR\b|127\.0\.0\.1:8080|COAR_SERVER|examples/python/\w+\.py")
 
 
 def program(variable: str, default: str) -> str:
@@ -374,9 +374,9 @@ class Page:
         """How many blocks were run."""
         ran = 0
         try:
+            if concepts := [name for block in self.blocks for name in block.data]:
+                self.template(concepts, self.folder / "data")
             for block in self.blocks:
-                if block.data:
-                    self.template(block.data, self.folder / "data")
                 if block.skip is None:
                     self.run_block(block)
                     ran += 1

@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
 # Pastes every command block of README.md, docs/tutorial.md and docs/howto/*.md as a reader would. Usage: tests/docs/run.sh [PAGE...]
-# COAR_BIN and COAR_LAB_BIN choose the programs (default: target/debug/coar, which is built, and target/debug/coar-lab).
+# COAR_BIN and COAR_LAB_BIN choose the programs (default: target/debug/coar and target/debug/coar-lab). It builds nothing.
 # DOCS_KEEP=1 keeps the folder that the pages ran in; a failed run keeps it anyway.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 scripts/venv.sh target/docs-venv examples/python/requirements.txt
-if [ -z "${COAR_BIN:-}" ]; then
-    cargo build --bin coar
-fi
 exec python3 -B tests/docs/run.py "$@"

@@ -1,38 +1,38 @@
-//! Kinds of failure, shared by every room above the engine. Only `api` knows what they mean in HTTP.
+//! Error kinds shared by all modules above the engine. Only `api` maps them to HTTP.
 
 use std::borrow::Cow;
 
 use crate::engine::EngineError;
 use crate::training::SpecFault;
 
-/// What went wrong, in kind.
+/// The kind of an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// The caller's values cannot be used.
+    /// Invalid values in the request.
     Invalid,
-    /// No key, or one that opens nothing.
+    /// No key, or an invalid one.
     Unauthorized,
-    /// The key does not allow it.
+    /// The key lacks the scope.
     Forbidden,
-    /// The body has a form that cannot be read.
+    /// The body's media type or syntax is not supported.
     UnsupportedMediaType,
-    /// Well-formed, but not what was sent before under the same idempotency key.
+    /// Well-formed, but differs from the earlier request with the same idempotency key.
     Unprocessable,
-    /// The request did not come in time.
+    /// The request was not received in time.
     Timeout,
     NotFound,
     MethodNotAllowed,
-    /// It collides with what is there; a retry helps only where `retry_after` says when.
+    /// A conflict with the current state; retry only if `retry_after` is set.
     Conflict,
     TooLarge,
-    /// Too much is waiting; a retry helps.
+    /// The queue is full; retry later.
     Overloaded,
-    /// Starting or stopping; a retry helps.
+    /// Starting or stopping; retry later.
     Unavailable,
     Internal,
 }
 
-/// A failure as it is told to the caller: a stable code, a sentence, and where it applies the field and its limit.
+/// An error as reported to the caller: a stable code, a message, and where applicable the field and its limit.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
@@ -41,12 +41,12 @@ pub struct Error {
     pub message: String,
     pub field: Option<Cow<'static, str>>,
     pub limit: Option<u64>,
-    /// Where a retry helps: when, in seconds.
+    /// When to retry, in seconds, if a retry may help.
     pub retry_after: Option<u64>,
 }
 
 impl Error {
-    /// A failure of that kind.
+    /// An error of that kind.
     pub fn new(kind: ErrorKind, code: &'static str, message: impl Into<String>) -> Self {
         Self {
             kind,
@@ -58,7 +58,7 @@ impl Error {
         }
     }
 
-    /// A field of the request that cannot be used; the sentence begins with the field's name.
+    /// An invalid field of the request; the message begins with the field's name.
     pub fn field(code: &'static str, field: impl Into<Cow<'static, str>>, problem: impl AsRef<str>) -> Self {
         let field = field.into();
         let message = format!("`{field}` {}", problem.as_ref());
@@ -72,31 +72,31 @@ impl Error {
         }
     }
 
-    /// The same failure as another kind.
+    /// The same error with another kind.
     pub fn of_kind(mut self, kind: ErrorKind) -> Self {
         self.kind = kind;
         self
     }
 
-    /// The same failure with the limit that was exceeded.
+    /// The same error with the limit that was exceeded.
     pub fn limit(mut self, limit: u64) -> Self {
         self.limit = Some(limit);
         self
     }
 
-    /// The same failure with the time after which a retry may help, in whole seconds.
+    /// The same error with a delay before a retry, in whole seconds.
     pub fn retry_after(mut self, wait: std::time::Duration) -> Self {
         self.retry_after = Some(wait.as_secs_f64().ceil() as u64);
         self
     }
 
-    /// A failure of the server's own; the cause is logged here and not told.
+    /// An internal error; its cause is logged here and not returned.
     pub fn internal(cause: impl std::fmt::Display) -> Self {
         tracing::error!(%cause, "internal error");
         Self::new(
             ErrorKind::Internal,
             "internal_error",
-            "The server failed; its log has the cause under this request's id.",
+            "Internal error; the server's log has the cause under this request's id.",
         )
     }
 }
@@ -108,7 +108,7 @@ impl From<EngineError> for Error {
             EngineError::Overloaded { limit, retry_after } => Self::new(
                 ErrorKind::Overloaded,
                 "overloaded",
-                "Too many requests are waiting; try again soon.",
+                "Too many requests are queued; retry shortly.",
             )
             .limit(limit as u64)
             .retry_after(retry_after),
@@ -116,7 +116,7 @@ impl From<EngineError> for Error {
             EngineError::Lost => Self::new(
                 ErrorKind::Unavailable,
                 "worker_lost",
-                "The workers that drew this were lost, and no other can be reached; try again soon.",
+                "All workers that ran this generation were lost and no other is available; retry shortly.",
             )
             .retry_after(std::time::Duration::from_secs(5)),
             EngineError::Device(cause) => Self::internal(cause),

@@ -1,11 +1,11 @@
-//! Typed identifiers: UUIDv7 behind a prefix, so that they sort by time and cannot be mixed up.
+//! Typed identifiers: UUIDv7 with a prefix, so they sort by time and cannot be confused.
 
 use std::fmt;
 use std::str::FromStr;
 
 use uuid::Uuid;
 
-/// A text that is not an identifier of the wanted type.
+/// A string that is not an identifier of the expected type.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("is not an identifier of the form `{0}…`")]
 pub struct InvalidId(&'static str);
@@ -42,7 +42,7 @@ macro_rules! ids {
                 let invalid = InvalidId(concat!($prefix, "_"));
                 let uuid = text.strip_prefix(concat!($prefix, "_")).ok_or_else(|| invalid.clone())?;
                 let id = Uuid::try_parse(uuid).map(Self).map_err(|_| invalid.clone())?;
-                // Other ways of writing the same UUID are none of ours.
+                // Other spellings of the same UUID are rejected.
                 if id.to_string() == text { Ok(id) } else { Err(invalid) }
             }
         }
@@ -54,22 +54,22 @@ ids! {
     ConceptId = "concept",
     /// One training of a concept.
     TrainingId = "training",
-    /// One request for images, and what came of it.
+    /// One request for images and its result.
     GenerationId = "generation",
     /// A generated image.
     ImageId = "image",
-    /// Whose concepts and images they are.
+    /// The owner of concepts and images.
     TenantId = "tenant",
     /// An API key; not the key itself.
     KeyId = "key",
-    /// One web-hook to be delivered, over all attempts.
+    /// One web-hook delivery, over all attempts.
     DeliveryId = "delivery",
     /// A running program: an API process, a worker, or both in one.
     ProcessId = "process",
 }
 
 impl TenantId {
-    /// The tenant `default`: everybody, as long as there are no keys, and the command line.
+    /// The tenant `default`: used without API keys, and by the command line.
     pub const DEFAULT: Self = Self(Uuid::nil());
 }
 
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn identifiers_read_back_and_types_do_not_mix() {
+    fn ids_round_trip_and_types_are_distinct() {
         let id = ConceptId::new();
         assert_eq!(id.to_string().parse(), Ok(id));
         assert!(id.to_string().parse::<TrainingId>().is_err());

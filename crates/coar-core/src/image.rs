@@ -1,4 +1,4 @@
-//! Images in memory: foreign bytes are decoded under limits, images of ours are encoded.
+//! Images in memory: untrusted bytes are decoded under limits, and own images are encoded.
 
 mod encode;
 #[cfg(feature = "fuzzing")]
@@ -24,7 +24,7 @@ pub struct RgbImage {
     pub rgb: Vec<u8>,
 }
 
-/// The file formats that are read and written. As a word: `png`, `jpeg`, `webp`.
+/// The file formats that are read and written. As text: `png`, `jpeg`, `webp`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ImageFormat {
@@ -34,7 +34,7 @@ pub enum ImageFormat {
 }
 
 impl ImageFormat {
-    /// The format that the first bytes of a file announce.
+    /// Detects the format from the first bytes of a file.
     pub fn of_bytes(bytes: &[u8]) -> Option<Self> {
         match bytes {
             [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => Some(Self::Png),
@@ -44,7 +44,7 @@ impl ImageFormat {
         }
     }
 
-    /// The word.
+    /// The name of the format.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Png => "png",
@@ -82,14 +82,14 @@ impl std::fmt::Display for ImageFormat {
     }
 }
 
-/// What foreign bytes may cost. Sides and pixels are checked on the file's header, before anything is decoded.
+/// Limits for untrusted images. Sides and pixels are checked in the file's header, before anything is decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImageLimits {
-    /// Bytes of the file.
+    /// Size of the file in bytes.
     pub bytes: usize,
-    /// Pixels along one side.
+    /// Pixels per side.
     pub side: u32,
-    /// Pixels in all.
+    /// Total number of pixels.
     pub pixels: u64,
 }
 
@@ -103,13 +103,13 @@ impl Default for ImageLimits {
     }
 }
 
-/// Why an image is refused. Each message completes a sentence that begins with the image's name.
+/// Why an image is rejected. Each message completes a sentence that begins with the image's name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ImageError {
-    /// The first bytes are those of no format that is read.
+    /// Not a supported format, by its first bytes.
     #[error("is not a JPEG, PNG or WebP image")]
     UnknownFormat,
-    /// What telephones write by default; nothing here decodes it.
+    /// HEIF brands, the default format of phone cameras; not supported.
     #[error(
         "is a HEIC image; convert it to JPEG (an iPhone writes JPEG with Settings > Camera > Formats > Most Compatible)"
     )]
@@ -131,13 +131,13 @@ pub enum ImageError {
     /// The file ends before its image does.
     #[error("is truncated: the {format} file ends before its image does")]
     Truncated { format: ImageFormat },
-    /// The file contradicts its format, or an image of ours cannot be written.
+    /// The file contradicts its format, or an own image cannot be encoded.
     #[error("is damaged: {0}")]
     Damaged(String),
 }
 
 impl ImageError {
-    /// A stable word for programs.
+    /// A stable error code.
     pub fn code(&self) -> &'static str {
         match self {
             Self::UnknownFormat | Self::Heic => "not_an_image",
@@ -150,18 +150,19 @@ impl ImageError {
 }
 
 impl RgbImage {
-    /// Whether `rgb` has the length that the sides ask for.
+    /// Whether `rgb` has the length that width and height require.
     pub fn is_consistent(&self) -> bool {
         self.rgb.len() as u64 == 3 * u64::from(self.width) * u64::from(self.height)
     }
 }
 
-/// Decodes a JPEG, PNG or WebP file, told by its content, under `limits`. Of an animation the first frame counts; EXIF
-/// orientation is applied; the result is RGB as the reference's pipeline makes it: grey is spread over the channels, 16
-/// bits lose the lower byte, transparency is blended onto white (`ItemProcessor._whiten_transparency`).
+/// Decodes a JPEG, PNG or WebP file, detected by its content, under `limits`. Of an animation the first frame is
+/// used; EXIF orientation is applied. The result is RGB as produced by the reference's pipeline: grey is copied to
+/// all channels, 16-bit samples lose the lower byte, transparency is blended onto white
+/// (`ItemProcessor._whiten_transparency`).
 ///
 /// # Errors
-/// When the bytes are no such image, are incomplete or damaged, or exceed a limit.
+/// When the bytes are not a supported image, are incomplete or damaged, or exceed a limit.
 pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError> {
     if bytes.len() > limits.bytes {
         return Err(ImageError::TooManyBytes {
@@ -182,12 +183,12 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError
     if !header.complete {
         return Err(ImageError::Truncated { format: header.format });
     }
-    // The decoders are memory-safe, but a file that makes one panic must cost its sender alone.
+    // The decoders are memory-safe, but they may panic on a malformed file, which must only fail this request.
     catch_unwind(AssertUnwindSafe(|| decode_pixels(bytes, &header)))
-        .unwrap_or_else(|_| Err(ImageError::Damaged("its decoder gave up".to_owned())))
+        .unwrap_or_else(|_| Err(ImageError::Damaged("its decoder failed".to_owned())))
 }
 
-/// What PNG's internal buffers (text, colour profiles) may take; rows of the widest allowed image fit many times over.
+/// Limit for PNG's internal buffers (text, colour profiles); rows of the widest allowed image fit many times.
 const PNG_BUFFERS: u64 = 64 << 20;
 
 fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageError> {
@@ -224,7 +225,7 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
     if width > header.width || height > header.height || width == 0 || height == 0 {
         return Err(damaged("its headers contradict each other"));
     }
-    // Unreadable metadata is no reason to refuse the image.
+    // Unreadable metadata is ignored.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let colour = decoder.color_type();
     let mut samples = vec![0; usize::try_from(decoder.total_bytes()).map_err(|_| damaged("it is too large"))?];

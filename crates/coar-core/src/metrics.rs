@@ -1,7 +1,7 @@
-//! Every metric that `/metrics` tells. Names carry their unit; no label names a tenant, a key or a concept, so their number
-//! does not grow with the customers.
+//! All metrics of `/metrics`. Names include their unit; no label identifies a tenant, a key or a concept, so the
+//! number of series does not grow with the customers.
 //!
-//! Values are atomics: whoever measures adds to them without waiting, and a scrape reads them without asking anybody.
+//! Values are atomics: writers add to them without waiting, and a scrape reads them without locks.
 
 use std::sync::LazyLock;
 use std::time::Instant;
@@ -49,7 +49,7 @@ impl Metric {
     }
 }
 
-/// From a quick answer to the longest drawing.
+/// From a fast response to the longest generation.
 const REQUEST_SECONDS: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
 ];
@@ -59,7 +59,7 @@ const STEP_SECONDS: &[f64] = &[
 ];
 const TENTHS: &[f64] = &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
 
-/// A kind of metric: how it is made from its line in the table.
+/// A kind of metric and how to construct it from its entry in the table.
 trait Meter: prometheus::core::Collector + Clone + Sized + 'static {
     fn make(metric: &Metric) -> prometheus::Result<Self>;
 }
@@ -88,7 +88,7 @@ fn register<M: Meter>(registry: &Registry, metric: &Metric) -> M {
     let meter = M::make(metric).expect("the table's names, labels and buckets are well-formed");
     registry
         .register(Box::new(meter.clone()))
-        .expect("the table has no name twice");
+        .expect("the names in the table are unique");
     meter
 }
 
@@ -97,7 +97,7 @@ macro_rules! table {
         /// Every metric, in the order of `/metrics`' documentation.
         pub const TABLE: &[Metric] = &[$($metric),+];
 
-        /// The values behind the table.
+        /// The values of the table.
         #[derive(Debug)]
         pub struct Meters {
             registry: Registry,
@@ -196,7 +196,7 @@ table! {
 }
 
 impl Meters {
-    /// All values in Prometheus' text format. Reads memory and `/proc` alone; waits for nobody.
+    /// Renders all values in Prometheus' text format. Reads only memory and `/proc`; never blocks.
     pub fn render(&self) -> String {
         self.uptime.set(self.started.elapsed().as_secs_f64());
         if let Some(bytes) = resident_bytes() {
@@ -205,12 +205,13 @@ impl Meters {
         prometheus::TextEncoder::new()
             .encode_to_string(&self.registry.gather())
             .unwrap_or_else(|error| {
-                tracing::error!(%error, "metrics cannot be written");
+                tracing::error!(%error, "cannot encode metrics");
                 String::new()
             })
     }
 
-    /// A decode step has drawn one code of each of `images` images; `free_rows` of the cache's rows were not in use.
+    /// Records a decode step that generated one code for each of `images` images; `free_rows` of the cache's rows
+    /// were unused.
     ///
     /// Called by the device thread after every step: a few atomic additions.
     pub fn decode_step(&self, seconds: f64, images: usize, free_rows: usize) {
@@ -220,7 +221,7 @@ impl Meters {
             .observe(1.0 - free_rows as f64 / self.kv_rows.get().max(1) as f64);
     }
 
-    /// An optimizer step has been made.
+    /// Records an optimizer step.
     pub fn training_step(&self, seconds: f64, loss: f32) {
         self.training_step.observe(seconds);
         self.training_steps.inc();
@@ -231,7 +232,7 @@ impl Meters {
 /// The content type of [`Meters::render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// The process's metrics; as with log lines there is one set for each process.
+/// The process's metrics; as with logging there is one set per process.
 pub fn meters() -> &'static Meters {
     static METERS: LazyLock<Meters> = LazyLock::new(|| {
         let meters = Meters::new();
@@ -241,7 +242,7 @@ pub fn meters() -> &'static Meters {
     &METERS
 }
 
-/// The resident set in bytes; `None` where the system does not tell.
+/// The resident set in bytes; `None` if the system does not report it.
 fn resident_bytes() -> Option<i64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
@@ -254,9 +255,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_ours_and_carry_their_unit() {
+    fn names_have_the_prefix_and_a_unit() {
         const UNITS: &[&str] = &["seconds", "bytes", "tokens", "ratio", "per_second", "total"];
-        /// Counts of things that are there at the moment, a state, and a number without a unit.
+        /// Gauges of counts, a state, and a number without a unit.
         const COUNTS: &[&str] = &[
             "coar_http_requests_in_flight",
             "coar_generations_waiting",
@@ -287,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_moves_its_values() {
+    fn decode_step_updates_its_metrics() {
         let meters = Meters::new();
         meters.kv_rows.set(8);
         meters.decode_step(0.003, 2, 4);
@@ -309,7 +310,7 @@ mod tests {
 
     /// The device thread calls it after every step, which takes a millisecond at best.
     #[test]
-    fn a_step_costs_nothing_that_could_be_seen() {
+    fn recording_a_step_is_cheap() {
         let meters = Meters::new();
         meters.kv_rows.set(8);
         let round = || {
@@ -317,7 +318,7 @@ mod tests {
             (0..1_000).for_each(|_| meters.decode_step(0.003, 2, 4));
             begun.elapsed() / 1_000
         };
-        // The best of many: whoever else uses the machine is not to blame.
+        // The best of many rounds, to exclude noise from other processes.
         let each = (0..100).map(|_| round()).min().expect("there are rounds");
         println!("{each:?} per step");
         assert!(each < std::time::Duration::from_micros(2), "{each:?}");

@@ -1,20 +1,20 @@
-//! Which of several workers draws next.
+//! Routing: which of several workers runs a request.
 
-/// A worker, as far as the choice looks at it.
+/// A worker's state as far as routing uses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Candidate {
-    /// Tokens of the requests that it has and that have not ended.
+    /// Tokens of its unfinished requests.
     pub pending_tokens: u64,
-    /// Whether the request would find rows free and nothing waiting before it.
+    /// Whether the request would find free rows and an empty queue.
     pub begins_at_once: bool,
-    /// How many of the request's concepts are on its device.
+    /// How many of the request's concepts are resident on its device.
     pub warm_concepts: usize,
 }
 
-/// The index of the worker for a request of `tokens` tokens: the one with the least to do; but one that has more of the
-/// request's concepts on its device wins where the request begins at once and where it has at most one such request more
-/// to do than the least busy one. Nobody waits longer for the sake of a warm cache: a fuller batch costs everybody in it
-/// more than a swap does (docs/scaling.md).
+/// Returns the index of the worker for a request of `tokens` tokens: the one with the least pending work. A worker
+/// with more of the request's concepts resident wins if the request starts at once there and its pending work
+/// exceeds the minimum by at most one such request. A warm cache is never worth a longer wait: a fuller batch costs
+/// every request in it more than a swap does (docs/scaling.md).
 pub fn choose_worker(candidates: &[Candidate], tokens: u64) -> Option<usize> {
     let least = candidates.iter().map(|candidate| candidate.pending_tokens).min()?;
     candidates
@@ -41,11 +41,11 @@ mod tests {
     }
 
     #[test]
-    fn the_least_busy_worker_draws_unless_a_warm_one_is_as_good() {
+    fn prefers_the_least_busy_unless_a_warm_one_is_close() {
         assert_eq!(choose_worker(&[], 100), None);
         let busy = candidate(200, true, 0);
         assert_eq!(choose_worker(&[busy, candidate(100, false, 0)], 100), Some(1));
-        // Warm, begins at once, and one request more to do: it wins.
+        // Warm, starts at once, and one request more pending: it wins.
         assert_eq!(
             choose_worker(&[candidate(100, true, 0), candidate(200, true, 1)], 100),
             Some(1)
@@ -59,7 +59,7 @@ mod tests {
             choose_worker(&[candidate(100, true, 0), candidate(200, false, 1)], 100),
             Some(0)
         );
-        // More of its concepts beat fewer.
+        // More resident concepts beat fewer.
         assert_eq!(
             choose_worker(&[candidate(100, true, 1), candidate(150, true, 2)], 100),
             Some(1)

@@ -1,22 +1,22 @@
-//! Who is drawn next: a plan without tensors or clocks.
+//! The scheduling policy: a plan without tensors or clocks.
 //!
-//! Images are admitted one by one between decode steps, whenever rows are free: a request of several images neither
-//! waits for all its rows nor holds any back. Tenants share by cost in tokens (start-time fair queueing); within a
-//! tenant the order is that of arrival.
+//! Images are admitted one by one between decode steps, whenever rows are free: a request with several images
+//! neither waits for all its rows nor blocks others. Tenants share by cost in tokens (start-time fair queueing);
+//! within a tenant the order is first come, first served.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-/// Names a request inside the engine.
+/// Identifies a request inside the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobId(pub u64);
 
-/// What a request costs.
+/// The cost of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cost {
     pub images: u32,
     pub rows_per_image: usize,
-    /// Tokens of one image over all its rows, to its end.
+    /// Total tokens of one image over all its rows.
     pub tokens_per_image: u64,
 }
 
@@ -24,32 +24,32 @@ pub struct Cost {
 struct Waiting {
     job: JobId,
     cost: Cost,
-    /// Images that were admitted already.
+    /// Images that were already admitted.
     admitted: u32,
 }
 
 #[derive(Debug, Default)]
 struct Tenant {
     queue: VecDeque<Waiting>,
-    /// Tokens admitted so far, on a clock that all tenants share.
+    /// Tokens admitted so far, on a virtual clock that all tenants share.
     served: u64,
 }
 
-/// Images `first..first + count` of a job get rows now.
+/// Admits images `first..first + count` of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Admission {
     pub job: JobId,
     pub first: u32,
     pub count: u32,
-    /// Whether no image of the job waits any longer.
+    /// Whether this admits the last images of the job.
     pub last: bool,
 }
 
-/// Requests that wait, by tenant.
+/// Queued requests, by tenant.
 #[derive(Debug, Default)]
 pub struct Scheduler {
     tenants: BTreeMap<String, Tenant>,
-    /// `served` of the tenant that was admitted last: where newcomers start, so that nobody saves up turns by idling.
+    /// `served` of the tenant admitted last: where newcomers start, so idling accumulates no credit.
     clock: u64,
 }
 
@@ -63,8 +63,8 @@ impl Scheduler {
         tenant.queue.push_back(Waiting { job, cost, admitted: 0 });
     }
 
-    /// The next images to draw, as many of one job as fit into `free_rows`. The tenant whose turn it is is waited for:
-    /// a large image is not overtaken for ever by small ones.
+    /// Admits the next images, as many of one job as fit into `free_rows`. If the first in turn does not fit,
+    /// nothing is admitted: small images must not starve a large one.
     pub fn admit(&mut self, free_rows: usize) -> Option<Admission> {
         let (_, tenant) = self
             .tenants
@@ -89,21 +89,21 @@ impl Scheduler {
         if admission.last {
             tenant.queue.pop_front();
         }
-        // A tenant without requests is forgotten as soon as the others have caught up with it.
+        // Drop a tenant without requests once the others have caught up with it.
         let clock = self.clock;
         self.tenants
             .retain(|_, tenant| !tenant.queue.is_empty() || tenant.served > clock);
         Some(admission)
     }
 
-    /// Forgets what of a job still waits.
+    /// Removes the queued part of a job.
     pub fn remove(&mut self, job: JobId) {
         for tenant in self.tenants.values_mut() {
             tenant.queue.retain(|waiting| waiting.job != job);
         }
     }
 
-    /// Tokens of everything that waits.
+    /// Tokens of all queued images.
     pub fn waiting_tokens(&self) -> u64 {
         self.tenants
             .values()
@@ -113,7 +113,7 @@ impl Scheduler {
     }
 }
 
-/// Whose turn the device's next slice is.
+/// The kind of the device's next slice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Turn {
     Generation,
@@ -121,20 +121,20 @@ pub enum Turn {
     Idle,
 }
 
-/// Shares the device's time between drawing and training.
+/// Divides device time between decoding and training.
 #[derive(Debug, Clone)]
 pub struct DeviceShare {
     training_share: f64,
-    /// Time that each had since both wanted the device.
+    /// Time used by each since both have wanted the device.
     generation: Duration,
     training: Duration,
 }
 
-/// Older use of the device counts half as much after this long.
+/// Half-life of earlier device use.
 const MEMORY: Duration = Duration::from_secs(2);
 
 impl DeviceShare {
-    /// `training_share` of the time goes to training while images wait, 0..=1.
+    /// `training_share` is the fraction of time for training while images wait, 0..=1.
     pub fn new(training_share: f64) -> Self {
         Self {
             training_share: training_share.clamp(0.0, 1.0),
@@ -151,7 +151,7 @@ impl DeviceShare {
             (true, true) => {
                 let share = self.training_share;
                 let behind = self.training.as_secs_f64() * (1.0 - share) < self.generation.as_secs_f64() * share;
-                // At the very start nobody is behind: drawing goes first, somebody waits for it.
+                // In the initial tie decoding goes first, since callers wait for it.
                 if behind || share >= 1.0 {
                     Turn::Training
                 } else {
@@ -161,14 +161,14 @@ impl DeviceShare {
         }
     }
 
-    /// How long generation may go on before training is behind, where both want the device; `None`: for ever.
+    /// How long decoding may continue before training falls behind, if both want the device; `None`: without limit.
     pub fn generation_left(&self) -> Option<Duration> {
         let share = self.training_share;
         let due = self.training.as_secs_f64() * (1.0 - share) / share;
         (share > 0.0).then(|| Duration::from_secs_f64((due - self.generation.as_secs_f64()).max(0.0)))
     }
 
-    /// Tells what the slice took; `contended` when both wanted it.
+    /// Records the duration of a slice; `contended` if both wanted the device.
     pub fn spent(&mut self, turn: Turn, time: Duration, contended: bool) {
         if !contended {
             (self.generation, self.training) = (Duration::ZERO, Duration::ZERO);
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn images_enter_as_rows_become_free() {
+    fn images_are_admitted_as_rows_become_free() {
         let mut scheduler = Scheduler::default();
         scheduler.push("", JobId(1), cost(3, 100));
         assert_eq!(scheduler.waiting_tokens(), 300);
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn tenants_share_by_tokens_not_by_requests() {
+    fn fairness_is_by_tokens_not_requests() {
         let mut scheduler = Scheduler::default();
         for job in 0..6 {
             scheduler.push("many", JobId(job), cost(1, 100));
@@ -227,13 +227,13 @@ mod tests {
         scheduler.push("large", JobId(11), cost(1, 300));
         let order: Vec<u64> = admitted(&mut scheduler, 2).into_iter().map(|(job, _)| job).collect();
         assert_eq!(order.len(), 8);
-        // Of the first 600 tokens each tenant has had 300.
+        // Of the first 600 tokens each tenant has got 300.
         let early = &order[..4];
         assert_eq!(early.iter().filter(|&&job| job < 10).count(), 3, "{order:?}");
     }
 
     #[test]
-    fn idling_saves_up_no_turns() {
+    fn idling_accumulates_no_credit() {
         let mut scheduler = Scheduler::default();
         for job in 0..10 {
             scheduler.push("busy", JobId(job), cost(1, 100));
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_image_is_waited_for() {
+    fn large_image_is_not_starved() {
         let mut scheduler = Scheduler::default();
         let wide = Cost {
             rows_per_image: 8,
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn the_device_is_shared_as_asked_and_given_wholly_to_who_is_alone() {
+    fn device_time_follows_the_share_under_contention() {
         let run = |share: f64| {
             let mut device = DeviceShare::new(share);
             let mut had = [Duration::ZERO; 2];

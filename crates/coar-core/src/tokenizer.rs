@@ -1,4 +1,4 @@
-//! Text tokens, image codes and special ids of a checkpoint's vocabulary, always found by name.
+//! Text tokens, image codes and special ids of a checkpoint's vocabulary, always looked up by name.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,7 +12,7 @@ const PLACEHOLDER: &str = "<reserved08708>";
 const SEPARATOR: &str = "<reserved08706>";
 const ROW_END: &str = "<reserved08799>";
 
-/// Why a vocabulary or tokenizer cannot be used, or a text not be tokenized.
+/// Why a vocabulary or tokenizer is unusable, or a text cannot be tokenized.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TokenizerError {
     /// The file is missing, unreadable or not a tokenizer.
@@ -40,10 +40,10 @@ impl TokenizerError {
     }
 }
 
-/// The largest grid that has a name of its own: 64 grids are the longest side of the 1024 px checkpoint.
+/// The largest grid with a name of its own: 64 grids are the longest side of the 1024 px checkpoint.
 const MOST_GRIDS: usize = 64;
 
-/// Names that every vocabulary has, beside sizes ([`grid_name`]) and image codes ([`code_name`]).
+/// Names that every vocabulary has, besides sizes ([`grid_name`]) and image codes ([`code_name`]).
 pub const CONTROL_NAMES: [&str; 6] = ["<s>", "<pad>", "<eoss>", "<racm3:break>", SEPARATOR, ROW_END];
 
 /// The name of "n grids of two codes" along a side.
@@ -73,7 +73,7 @@ pub struct Vocabulary {
     /// Id of every image code.
     codes: Vec<i64>,
     code_of_id: BTreeMap<i64, i64>,
-    /// Every id that text must not contain.
+    /// Ids that user text must not contain.
     special: std::collections::BTreeSet<i64>,
 }
 
@@ -91,7 +91,7 @@ fn code_of_name(name: &str) -> Option<i64> {
 }
 
 impl Vocabulary {
-    /// Finds every role in a name-to-id map, which may come from `text_tokenizer.json` or a `vocabulary_map`.
+    /// Resolves every role in a name-to-id map, from `text_tokenizer.json` or a `vocabulary_map`.
     ///
     /// # Errors
     /// When a special name is missing, or the image codes are not 0..n, each once.
@@ -159,7 +159,7 @@ impl Vocabulary {
     pub fn row_end(&self) -> i64 {
         self.row_end
     }
-    /// What stands at context positions; its embedding never matters.
+    /// The id at context positions; its embedding is always replaced.
     pub fn placeholder(&self) -> i64 {
         self.placeholder
     }
@@ -167,12 +167,12 @@ impl Vocabulary {
     pub fn code_count(&self) -> usize {
         self.codes.len()
     }
-    /// The most grids along one side that have a name.
+    /// The largest number of grids per side that has a name.
     pub fn most_grids(&self) -> usize {
         self.grids.len()
     }
 
-    /// The id for `n` grids (2 codes each) along a side.
+    /// The id for `n` grids (2 codes each) per side.
     ///
     /// # Errors
     /// When the vocabulary has no name for it.
@@ -226,7 +226,7 @@ impl Vocabulary {
         &self.codes
     }
 
-    /// Whether an id is a control or image token, which a user's text must not contain.
+    /// Whether an id is a control or image token, which user text must not contain.
     pub fn is_special(&self, id: i64) -> bool {
         self.special.contains(&id)
     }
@@ -265,12 +265,12 @@ pub fn image_codes(names: &BTreeMap<String, i64>) -> Result<(Vec<i64>, BTreeMap<
     Ok((by_code.into_values().collect(), back))
 }
 
-/// The crate panics on some files that it cannot use, and on some texts with files that make no sense; that is an error
-/// like its others.
+/// The crate panics on some unusable files, and on some texts with malformed files; the panic is converted to an
+/// error.
 fn tokenized<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(done) => done.map_err(|error| error.to_string()),
-        Err(_) => Err("the tokenizer's reader gave up".to_owned()),
+        Err(_) => Err("the tokenizer library panicked".to_owned()),
     }
 }
 
@@ -312,10 +312,10 @@ impl TextTokenizer {
         })
     }
 
-    /// Without the file's own truncation and padding, for callers that have their own.
+    /// A copy without the file's own truncation and padding, for callers that handle both themselves.
     ///
     /// # Errors
-    /// When the crate refuses.
+    /// When the crate rejects it.
     pub fn without_limits(mut self) -> Result<Self, TokenizerError> {
         self.tokenizer
             .with_truncation(None)
@@ -358,7 +358,7 @@ pub fn generation_prompt(width: u32, height: u32, prompt: &str) -> String {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PromptPart<'a> {
     Text(&'a str),
-    /// That many context positions.
+    /// A run of context positions of this length.
     Slot(usize),
 }
 
@@ -367,17 +367,17 @@ pub enum PromptPart<'a> {
 pub struct EncodedPrompt {
     pub ids: Vec<i64>,
     pub slots: Vec<i64>,
-    /// Tokens that came from the user's text.
+    /// Tokens of the user's text.
     pub text_tokens: usize,
 }
 
-/// `<s>`, the generation prompt with every slot as placeholder ids, and the separator.
+/// `<s>`, the generation prompt with placeholder ids for every slot, and the separator.
 ///
-/// A slot stands for a word: the space before it belongs to it (as it would to a word's own token), and text after it
-/// keeps its leading space.
+/// A slot replaces a word: it absorbs the space before it (as a word's own token would), and text after it keeps its
+/// leading space.
 ///
 /// # Errors
-/// When the text cannot be tokenised, or holds the name of a control token.
+/// When the text cannot be tokenised, or contains the name of a control token.
 pub fn encode_prompt(
     tokenizer: &TextTokenizer,
     vocabulary: &Vocabulary,
@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn codes_go_by_name_in_any_order() {
+    fn codes_are_found_by_name_in_any_order() {
         let vocabulary =
             Vocabulary::from_names(&names(&[("IMGIMGBZ", 4), ("IMGIMGAZ", 9), ("IMGIMGCZ", 2)], "")).unwrap();
         assert_eq!(vocabulary.code_ids(), [9, 4, 2]);
@@ -508,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn ambiguous_and_incomplete_codes_are_refused() {
+    fn ambiguous_and_incomplete_codes_are_rejected() {
         for codes in [
             &[("IMGIMGAZ", 4), ("IMGIMGAAZ", 5)][..],
             &[("IMGIMGAZ", 4), ("IMGIMGCZ", 5)],

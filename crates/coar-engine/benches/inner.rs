@@ -1,4 +1,7 @@
-//! The inner parts, one at a time, on the shipped pocket model: `cargo bench`.
+//! Benchmarks of the engine's parts on the shipped pocket model: `cargo bench`.
+
+// Helpers fail as tests do.
+#![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -96,7 +99,7 @@ fn decoding(c: &mut Criterion) {
     });
 }
 
-/// What a request pays for a concept that is not on the device: the paper's size for the 7B, 9 layers of 4096.
+/// The cost of a concept that is not resident: the paper's size for the 7B, 9 layers of 4096.
 fn swapping(c: &mut Criterion) {
     let (layers, hidden) = (9, 4096);
     let tensors = ConceptTensors {

@@ -1,17 +1,17 @@
-//! Variables that libtorch and its libraries read once, before or at their start.
+//! Environment variables that libtorch and its libraries read once, at or before their start.
 
 use std::os::unix::process::CommandExt;
 
-/// How long a thread of libtorch's pool spins for its next piece of work before it sleeps. The default spins for ever,
-/// which ruins every neighbour on the same cores; sleeping at once costs a third of the speed.
+/// How long a thread of libtorch's pool spins before it sleeps. The default spins for ever, which slows down
+/// everything else on the same cores; sleeping at once costs a third of the speed.
 const SPIN: (&str, &str) = ("GOMP_SPINCOUNT", "10000");
 
-/// Lets libtorch's CUDA allocator grow its blocks in place: a training's varying sizes beside a server's fixed ones leave
-/// fragments that nothing fits into otherwise.
+/// Lets libtorch's CUDA allocator grow its blocks in place: otherwise a training's varying sizes beside a server's
+/// fixed ones leave unusable fragments.
 const SEGMENTS: (&str, &str) = ("PYTORCH_ALLOC_CONF", "expandable_segments:True");
 
-/// Libraries read these before `main` or where nobody can tell when, so the process starts itself anew with them, once.
-/// What the user has set stays.
+/// Libraries read these before `main` or at an unspecified time, so the process executes itself again with them,
+/// once. Values that the user has set are kept.
 pub fn with_library_settings() {
     let is_set = |name: &str| std::env::var_os(name).is_some();
     let mut missing = vec![];
@@ -26,7 +26,7 @@ pub fn with_library_settings() {
         return;
     }
     if let Ok(program) = std::env::current_exe() {
-        // Returns only where it failed; the process then goes on with the defaults.
+        // Returns only on failure; the process then continues with the defaults.
         let _ = std::process::Command::new(program)
             .args(std::env::args_os().skip(1))
             .envs(missing)

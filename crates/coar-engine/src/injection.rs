@@ -7,7 +7,7 @@ use crate::model::accelerator::upload;
 use crate::model::context::{ContextBatch, LayerContext};
 use coar_core::concept::ConceptTensors;
 
-/// A concept's numbers as tensors; while it is trained, gradients flow into them.
+/// A concept's values as tensors; during training, gradients flow into them.
 #[derive(Debug)]
 pub struct DeviceConcept {
     /// `[N, T, D]`
@@ -17,10 +17,10 @@ pub struct DeviceConcept {
 }
 
 impl DeviceConcept {
-    /// Copies the host's numbers to `device`, in f32.
+    /// Copies the host values to `device`, in f32.
     ///
     /// # Errors
-    /// When the numbers do not have the promised shape, or the device has too little memory.
+    /// When the values do not have the declared shape, or the device has too little memory.
     pub fn upload(host: &ConceptTensors, device: Device) -> Result<Self, ModelError> {
         let block = |numbers: &[f32], tokens: usize| -> Result<Tensor, ModelError> {
             let shape = [host.layers as i64, tokens as i64, host.hidden as i64];
@@ -32,7 +32,7 @@ impl DeviceConcept {
         })
     }
 
-    /// Copies the numbers to the host.
+    /// Copies the values to the host.
     ///
     /// # Errors
     /// When the device fails.
@@ -78,9 +78,9 @@ impl DeviceConcept {
 pub struct Placement<'a> {
     pub row: i64,
     pub concept: &'a DeviceConcept,
-    /// First position of each occurrence in the text; T positions follow each other from there.
+    /// First position of each occurrence in the text; its T positions are contiguous.
     pub text_at: Vec<i64>,
-    /// First of its K positions before the first image code; `None` leaves the image context tokens out.
+    /// First of its K positions before the first image code; `None` omits the image context tokens.
     pub image_at: Option<i64>,
 }
 
@@ -92,10 +92,11 @@ impl Placement<'_> {
     }
 }
 
-/// Where things stand in one sequence: prompt, image start and both sizes, one run of extra positions, codes.
+/// The layout of one sequence: prompt, image start and both sizes, one run of extra positions, codes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SequenceLayout {
-    /// Ids up to and including the last extra position; extra positions hold the placeholder id, which never matters.
+    /// Ids up to and including the last extra position; extra positions hold the placeholder id, whose embedding is
+    /// replaced.
     pub ids: Vec<i64>,
     /// For each concept, in the caller's order: first positions of its occurrences in the text.
     pub text_at: Vec<Vec<i64>>,
@@ -125,7 +126,8 @@ impl SequenceLayout {
 }
 
 /// The rows to inject for `placements`, and with `identity_mask` the pairs of positions of different concepts in the
-/// same row that must not see each other. Concepts may differ in N: each is replaced for its own first N layers.
+/// same row that are hidden from each other. Concepts may differ in N: each replaces the inputs of its own first N
+/// layers.
 ///
 /// # Errors
 /// When the device fails.

@@ -1,4 +1,4 @@
-//! What a checkpoint is, found without loading it.
+//! Describes a checkpoint without loading it.
 
 use std::path::Path;
 
@@ -16,13 +16,13 @@ use crate::model::{ModelConfig, ModelError};
 /// A checkpoint's description.
 #[derive(Debug, Default)]
 pub struct Inspection {
-    /// One line for each fact: a label of 15 characters and its value.
+    /// One line per fact: a label of 15 characters and its value.
     pub lines: Vec<String>,
-    /// What is missing or misshapen; empty where the checkpoint can be served.
+    /// Missing or misshapen tensors; empty if the checkpoint can be served.
     pub missing: Vec<String>,
 }
 
-/// Checks names and shapes of everything that a network asks for, and loads none of it.
+/// Checks names and shapes of everything that a network requires, without loading it.
 struct ShapesOnly<'a>(&'a dyn TensorSource);
 
 impl TensorSource for ShapesOnly<'_> {

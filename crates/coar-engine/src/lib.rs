@@ -1,19 +1,19 @@
-//! The base model on libtorch, everything that concepts do to it, and the thread that owns the device. The only crate of
-//! the server that names `tch`.
+//! The base model on libtorch, concept injection and training, and the thread that owns the device. The only crate
+//! of the server that uses `tch`.
 
 /// The thread that owns the device, and its handle.
 pub mod device;
-/// Variables that libtorch and its libraries read at their start.
+/// Environment variables that libtorch and its libraries read at startup.
 pub mod environment;
-/// From concepts to the values that the transformer injects.
+/// Converts concepts to the values that the transformer injects.
 pub mod injection;
-/// What a checkpoint is, found without loading it.
+/// Describes a checkpoint without loading it.
 pub mod inspect;
 /// Choosing and loading a base model.
 pub mod loading;
 /// The Chameleon / Lumina-mGPT transformer, its VQGAN and image preparation.
 pub mod model;
-/// From a prompt with concepts to one sequence.
+/// Lays out a prompt with concepts as one sequence.
 pub mod plan;
 /// The checkpoint that is shipped inside the binary.
 pub mod pocket;

@@ -17,29 +17,29 @@ use crate::pocket::unpack_shipped;
 /// Why a base model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// A flag names a device or kind that does not exist here.
+    /// A flag names a device or kind that is not available.
     #[error("{0}")]
     Flag(String),
     #[error(transparent)]
     Model(#[from] ModelError),
 }
 
-/// Which base model, and where it runs: the flags of the commands that need one.
+/// Which base model to use and where to run it: the flags shared by several commands.
 #[derive(Debug, Clone)]
 pub struct ModelSource {
     /// Checkpoint folder; `None`: the shipped pocket model.
     pub model: Option<PathBuf>,
-    /// Folder of the tokenizer files where they lie apart from the checkpoint.
+    /// Folder of the tokenizer files if they are not with the checkpoint.
     pub tokenizer: Option<PathBuf>,
-    /// Image size in pixels that the checkpoint was trained for, where its config.json does not say.
+    /// Image size in pixels that the checkpoint was trained for, if its config.json does not say.
     pub target_size: Option<u32>,
     /// `auto`, `cpu` or `cuda:N`.
     pub device: String,
     /// `auto`, `f32`, `bf16` or `f16`.
     pub dtype: String,
-    /// Let a GPU round f32 to TF32 in image encoding and decoding.
+    /// Allows a GPU to round f32 to TF32 in image encoding and decoding.
     pub tf32: bool,
-    /// Threads for libtorch on the CPU; 0: as many as cores.
+    /// Threads for libtorch on the CPU; 0: one per core.
     pub threads: i32,
     /// Where the pocket model is unpacked; `None`: the user's cache folder.
     pub cache: Option<PathBuf>,
@@ -55,7 +55,7 @@ pub fn default_cache() -> PathBuf {
         .join("coar")
 }
 
-/// The device that a `--device` names; `auto` takes the first CUDA device where libtorch has one.
+/// Parses `--device`; `auto` selects the first CUDA device if libtorch has one.
 ///
 /// # Errors
 /// When the text is not a device, or the device is absent.
@@ -88,7 +88,7 @@ pub fn device_named(text: &str) -> Result<Device, LoadError> {
 }
 
 impl ModelSource {
-    /// The device that the flag names; `auto` takes the first CUDA device where libtorch has one.
+    /// The device of the flag; `auto` selects the first CUDA device if libtorch has one.
     ///
     /// # Errors
     /// When the flag is not a device, or the device is absent.
@@ -100,9 +100,9 @@ impl ModelSource {
         Ok(device)
     }
 
-    /// The kind that the flag names, for `device`. `auto` is bf16 on an accelerator, and on a CPU that multiplies bf16
-    /// itself where the checkpoint says that its weights are bf16: nothing of them is lost then, and it is the faster
-    /// one there (docs/performance.md). Elsewhere it is f32.
+    /// The kind of the flag, for `device`. `auto` is bf16 on an accelerator, and on a CPU with bf16 instructions if
+    /// the checkpoint's weights are bf16: it is lossless and faster there (docs/performance.md). Otherwise it is
+    /// f32.
     ///
     /// # Errors
     /// When the flag is not a kind, or `auto` needs the checkpoint's configuration and cannot read it.
@@ -125,7 +125,7 @@ impl ModelSource {
         })
     }
 
-    /// The checkpoint's files; unpacks the pocket model where no other is named.
+    /// The checkpoint's files; unpacks the pocket model if no other is named.
     ///
     /// # Errors
     /// When a file is missing.
@@ -139,7 +139,7 @@ impl ModelSource {
         }
     }
 
-    /// A name for `/v1/models`: the folder's.
+    /// The name for `/v1/models`: the folder's name.
     pub fn id(&self) -> String {
         let name = self.model.as_ref().and_then(|dir| dir.canonicalize().ok());
         let name = name
@@ -167,7 +167,7 @@ impl ModelSource {
         Ok((model, info))
     }
 
-    /// Loads the model on a device thread of its own.
+    /// Loads the model on a new device thread.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -183,7 +183,7 @@ impl ModelSource {
     }
 }
 
-/// What requests are checked against.
+/// The model properties that requests are validated against.
 pub fn describe(model: &LuminaMgpt, id: String) -> ModelInfo {
     let config: &ModelConfig = model.transformer.config();
     let preset = match config.concept_preset.as_deref() {
@@ -191,7 +191,8 @@ pub fn describe(model: &LuminaMgpt, id: String) -> ModelInfo {
         Some("designers") => Preset::Designers,
         _ => Preset::Paper,
     };
-    // Without guidance and a little colder than it was trained: what looks best in the designers' world, at half the cost.
+    // Without guidance and slightly below the training temperature: the best quality in the designers' world, at
+    // half the cost.
     let (guidance, temperature) = match preset {
         Preset::Pocket => (2.0, 1.0),
         Preset::Designers => (1.0, 0.7),

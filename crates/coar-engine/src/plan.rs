@@ -1,4 +1,4 @@
-//! From a request to one sequence: prompt ids, slots, extra positions.
+//! Converts a request to one sequence: prompt ids, slots, extra positions.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use coar_core::concept::{ConceptFile, ConceptKind, PromptPiece, concept_names, p
 use coar_core::engine::{SamplingParams, prompt_parts};
 use coar_core::image::RgbImage;
 
-/// What the layout needs to know of a concept.
+/// The sizes of a concept that the layout needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlannedConcept {
     pub name: String,
@@ -24,22 +24,22 @@ pub struct PlannedConcept {
 #[derive(Debug, Clone)]
 pub struct PlannedSequence {
     pub layout: SequenceLayout,
-    /// Concepts as the layout has them, indices into the caller's list: subjects before styles, each in the order of
+    /// Concepts in layout order, as indices into the caller's list: subjects before styles, each in the order of
     /// their first appearance.
     pub order: Vec<usize>,
     pub text_tokens: usize,
 }
 
-/// How a planned sequence is drawn.
+/// How a planned sequence is decoded.
 #[derive(Debug, Clone)]
 pub struct DrawSettings {
     pub sampling: SamplingParams,
-    /// Which images of the seed.
+    /// Image indices within the seed.
     pub images: Range<u64>,
 }
 
 impl PlannedSequence {
-    /// What to decode; `concepts` are those of the caller's list, on the device.
+    /// The decode request; `concepts` are those of the caller's list, on the device.
     ///
     /// # Errors
     /// When the size has no name or the device fails.
@@ -81,10 +81,10 @@ impl PlannedSequence {
     }
 }
 
-/// Draws images of one prompt to their end on this thread, without the engine; `concepts` are those that it names.
+/// Generates images of one prompt on this thread, without the engine; `concepts` are those that it names.
 ///
 /// # Errors
-/// When the prompt names another concept or cannot be used, or the device fails.
+/// When the prompt names another concept or is not valid, or the device fails.
 pub fn draw_alone(
     model: &LuminaMgpt,
     prompt: &str,
@@ -94,8 +94,8 @@ pub fn draw_alone(
     draw_together(model, &[prompt], concepts, std::slice::from_ref(settings))
 }
 
-/// As [`draw_alone`] for several prompts in one batch, each with its settings; the images are the same as alone where
-/// the device's arithmetic does not depend on the batch. They come one prompt's after the other's.
+/// As [`draw_alone`] for several prompts in one batch, each with its settings; the images are the same as alone if
+/// the device's arithmetic does not depend on the batch. They are returned in the order of the prompts.
 ///
 /// # Errors
 /// As [`draw_alone`].
@@ -145,7 +145,7 @@ pub fn draw_together(
 /// Lays out a prompt with concepts.
 ///
 /// # Errors
-/// When the prompt is empty, names an unknown concept, or holds control tokens.
+/// When the prompt is empty, names an unknown concept, or contains control tokens.
 pub fn plan_sequence(
     model: &LuminaMgpt,
     prompt: &str,

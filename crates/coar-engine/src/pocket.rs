@@ -21,7 +21,7 @@ shipped!(
     "judge.safetensors",
 );
 
-/// Puts the shipped checkpoint below `cache` (once: its folder is named by its content) and returns the folder.
+/// Unpacks the shipped checkpoint below `cache` (once: its folder is named by its content) and returns the folder.
 ///
 /// # Errors
 /// When the files cannot be written.

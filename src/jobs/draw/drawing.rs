@@ -1,4 +1,4 @@
-//! One generation from the engine's first event to its row's end.
+//! One generation, from the engine's first event to the end of its row.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -10,7 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-use super::{DrawEvent, Drawings, LONG_PATIENCE, Live, PATIENCE};
+use super::{DrawEvent, Drawings, Live, RETRY_FOR, RETRY_LONG_FOR};
 use crate::cluster::EventStream;
 use crate::jobs::LEASE_LOST;
 use crate::registry::{
@@ -22,14 +22,14 @@ use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::{GenerationId, ImageId};
 use coar_core::image::{RgbImage, encode};
 
-/// Of a listener's places those that progress and unfinished images leave free.
+/// Buffer capacity that progress and partial images leave free.
 const RESERVED: usize = 12;
 
-/// What is drawn.
+/// The target of a generation.
 pub(super) enum Drawn {
     /// A row of the database; its images become files.
     Stored(Generation),
-    /// Only its reader gets the images.
+    /// Images go to the reader only.
     Transient(GenerationId, NewGeneration),
 }
 
@@ -56,30 +56,30 @@ impl Drawn {
     }
 }
 
-/// A generation with an open line to the engine.
-struct Drawing {
+/// A generation with an open stream from the engine.
+struct RunningGeneration {
     drawn: Drawn,
     stream: EventStream,
     live: Arc<Live>,
-    listener: Option<mpsc::Sender<DrawEvent>>,
-    /// The key of whoever waits.
+    reader: Option<mpsc::Sender<DrawEvent>>,
+    /// The idempotency key of the caller.
     claim: Option<KeyClaim>,
     images: Vec<StoredImage>,
     _slot: Option<OwnedSemaphorePermit>,
 }
 
-/// How a drawing came to its end.
+/// How a generation ended.
 pub(super) enum Ending {
     Succeeded(TokenUsage),
     Failed(Error),
     Cancelled,
-    /// The server stops, or the device failed and another attempt is left.
+    /// The server is stopping, or the device failed and another attempt is left.
     Again,
-    /// The row is gone.
+    /// The row was deleted.
     Deleted,
 }
 
-/// What made an image, for its own metadata. The prompt stays out: it may be private, the image is passed around.
+/// Provenance for an image's metadata. The prompt is left out: it may be private, and images are shared.
 pub fn provenance(model: &str, settings: &GenerationSettings, concepts: &[GenerationConcept], index: u32) -> String {
     let concepts: Vec<Value> = concepts
         .iter()
@@ -107,7 +107,7 @@ impl Drawings {
         &self,
         drawn: Drawn,
         stream: EventStream,
-        (listener, slot): (Option<mpsc::Sender<DrawEvent>>, Option<OwnedSemaphorePermit>),
+        (reader, slot): (Option<mpsc::Sender<DrawEvent>>, Option<OwnedSemaphorePermit>),
     ) -> Arc<Live> {
         let live = Arc::new(Live {
             cancel: CancellationToken::new(),
@@ -115,31 +115,31 @@ impl Drawings {
             done: AtomicU32::new(0),
         });
         self.live().insert(drawn.id(), live.clone());
-        let drawing = Drawing {
+        let running = RunningGeneration {
             drawn,
             stream,
             live: live.clone(),
-            listener,
+            reader,
             claim: KeyClaim::current(),
             images: vec![],
             _slot: slot,
         };
-        // Its span ends when it has ended.
-        self.tasks.spawn(self.clone().run(drawing).in_current_span());
+        // The span ends with the generation.
+        self.tasks.spawn(self.clone().run(running).in_current_span());
         live
     }
 
-    async fn run(self, mut drawing: Drawing) {
-        let id = drawing.drawn.id();
-        let ending = match self.follow(&mut drawing).await {
+    async fn run(self, mut running: RunningGeneration) {
+        let id = running.drawn.id();
+        let ending = match self.follow(&mut running).await {
             Ok(ending) => ending,
-            Err(error) if error.may_pass() && drawing.live.background.load(Ordering::Relaxed) => {
-                tracing::error!(generation = %id, %error, "it is drawn again later");
+            Err(error) if error.may_pass() && running.live.background.load(Ordering::Relaxed) => {
+                tracing::error!(generation = %id, %error, "generation requeued");
                 Ending::Again
             }
             Err(error) => Ending::Failed(Error::internal(error)),
         };
-        let told = match &ending {
+        let result = match &ending {
             Ending::Succeeded(_) => Ok(()),
             Ending::Failed(error) => Err(error.clone()),
             Ending::Cancelled | Ending::Deleted => Err(Error::new(
@@ -149,67 +149,67 @@ impl Drawings {
             )),
             Ending::Again => Err(EngineError::Stopped.into()),
         };
-        if let Drawn::Stored(generation) = &mut drawing.drawn {
-            let end = self.end(generation, &drawing.images, ending);
-            let mut ended = match drawing.claim.take() {
+        if let Drawn::Stored(generation) = &mut running.drawn {
+            let end = self.end(generation, &running.images, ending);
+            let mut ended = match running.claim.take() {
                 Some(claim) => claim.under(end).await,
                 None => end.await,
             };
             if matches!(ended, Err(RegistryError::LeaseLost)) {
-                // Whoever has waited has asked again meanwhile, and another process draws it.
+                // The caller has retried meanwhile, and another process owns the key.
                 let again = Ending::Failed(RegistryError::LeaseLost.into());
-                ended = self.end(generation, &drawing.images, again).await;
+                ended = self.end(generation, &running.images, again).await;
             }
             if let Err(error) = ended {
-                tracing::error!(generation = %id, %error, "a generation's end cannot be written down");
+                tracing::error!(generation = %id, %error, "cannot store the end of a generation");
             }
         }
         self.live().remove(&id);
         self.held().remove(&id);
-        drawing.tell(DrawEvent::Ended(told));
-        self.ends.tell(id);
-        // One at work less: the next may begin.
+        running.send(DrawEvent::Ended(result));
+        self.ends.notify(id);
+        // A slot is free: the next one may start.
         self.queued.now();
     }
 
     /// From the first event to the last.
-    async fn follow(&self, drawing: &mut Drawing) -> Result<Ending, RegistryError> {
-        let live = drawing.live.clone();
+    async fn follow(&self, running: &mut RunningGeneration) -> Result<Ending, RegistryError> {
+        let live = running.live.clone();
         loop {
             let event = tokio::select! {
-                event = drawing.stream.next() => event,
+                event = running.stream.next() => event,
                 () = live.cancel.cancelled() => return Ok(Ending::Cancelled),
             };
             match event {
                 Some(GenerationEvent::Started) => {
-                    if let Some(generation) = drawing.drawn.stored() {
-                        let at = patiently!(patience(&live), self.registry.lease_time().await)?;
+                    if let Some(generation) = running.drawn.stored() {
+                        let at = retry_transient!(retry_for(&live), self.registry.lease_time().await)?;
                         let (id, attempt) = (generation.id, generation.attempt);
-                        if !patiently!(patience(&live), self.registry.begin_generation(id, attempt, at).await)? {
+                        if !retry_transient!(retry_for(&live), self.registry.begin_generation(id, attempt, at).await)? {
                             return Ok(Ending::Deleted);
                         }
                         generation.attempt += 1;
                         generation.started_at = Some(at);
                         generation.status = GenerationStatus::Running;
                     }
-                    drawing.tell(DrawEvent::Started);
+                    running.send(DrawEvent::Started);
                 }
                 Some(GenerationEvent::Progress { done, total }) => {
-                    if let Some(generation) = drawing.drawn.stored() {
+                    if let Some(generation) = running.drawn.stored() {
                         generation.done = done;
                     }
                     live.done.store(done, Ordering::Relaxed);
-                    drawing.tell(DrawEvent::Progress { done, total });
+                    running.send(DrawEvent::Progress { done, total });
                 }
                 Some(GenerationEvent::Partial { index, number, image }) => {
-                    let index = drawing.drawn.request().settings.first_index + index;
-                    drawing.tell(DrawEvent::Partial { index, number, image });
+                    let index = running.drawn.request().settings.first_index + index;
+                    running.send(DrawEvent::Partial { index, number, image });
                 }
                 Some(GenerationEvent::Image { index, image }) => {
-                    let index = drawing.drawn.request().settings.first_index + index;
-                    match self.finish_image(drawing, index, image).await {
+                    let index = running.drawn.request().settings.first_index + index;
+                    match self.finish_image(running, index, image).await {
                         Ok(()) => {}
-                        // The row was deleted meanwhile, or it is another process's by now.
+                        // The row was deleted meanwhile, or another process owns it.
                         Err(_) if live.cancel.is_cancelled() => return Ok(Ending::Deleted),
                         Err(error) if error.code == LEASE_LOST => return Ok(Ending::Deleted),
                         Err(error) => return Ok(Ending::Failed(error)),
@@ -219,22 +219,22 @@ impl Drawings {
                     text_tokens,
                     image_tokens,
                 }) => {
-                    if let Some(generation) = drawing.drawn.stored() {
+                    if let Some(generation) = running.drawn.stored() {
                         generation.done = generation.new.total;
                     }
-                    drawing.images.sort_by_key(|image| image.index);
+                    running.images.sort_by_key(|image| image.index);
                     return Ok(Ending::Succeeded(TokenUsage {
                         text_tokens,
                         image_tokens,
                     }));
                 }
-                Some(GenerationEvent::Failed(error)) => return Ok(failed(drawing, error)),
-                None => return Ok(failed(drawing, EngineError::Stopped)),
+                Some(GenerationEvent::Failed(error)) => return Ok(failed(running, error)),
+                None => return Ok(failed(running, EngineError::Stopped)),
             }
         }
     }
 
-    /// An image as its caller wants it, with what made it.
+    /// Encodes an image as requested, with its provenance.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -251,17 +251,17 @@ impl Drawings {
         Ok(encoded.map_err(Error::internal)?.map_err(Error::internal)?.into())
     }
 
-    /// Encodes an image, stores it where its generation is stored, and hands it to the listener.
-    async fn finish_image(&self, drawing: &mut Drawing, index: u32, image: RgbImage) -> Result<(), Error> {
+    /// Encodes an image, stores it if its generation is stored, and sends it to the reader.
+    async fn finish_image(&self, running: &mut RunningGeneration, index: u32, image: RgbImage) -> Result<(), Error> {
         let size = (image.width, image.height);
-        let file = self.encode(drawing.drawn.request(), index, image).await?;
-        let patience = patience(&drawing.live);
-        let stored = match drawing.drawn.stored() {
-            Some(generation) => Some(self.store(generation, (index, size), file.clone(), patience).await?),
+        let file = self.encode(running.drawn.request(), index, image).await?;
+        let retry_for = retry_for(&running.live);
+        let stored = match running.drawn.stored() {
+            Some(generation) => Some(self.store(generation, (index, size), file.clone(), retry_for).await?),
             None => None,
         };
-        drawing.images.extend(stored.clone());
-        drawing.tell(DrawEvent::Image { index, file, stored });
+        running.images.extend(stored.clone());
+        running.send(DrawEvent::Image { index, file, stored });
         Ok(())
     }
 
@@ -271,11 +271,11 @@ impl Drawings {
         generation: &Generation,
         (index, size): (u32, (u32, u32)),
         file: Bytes,
-        patience: Duration,
+        retry_for: Duration,
     ) -> Result<StoredImage, Error> {
         let new = &generation.new;
-        let created_at = patiently!(patience, self.registry.lease_time().await)?;
-        let stored = patiently!(patience, self.registry.store(vec![file.clone()]).await)?;
+        let created_at = retry_transient!(retry_for, self.registry.lease_time().await)?;
+        let stored = retry_transient!(retry_for, self.registry.store(vec![file.clone()]).await)?;
         let image = StoredImage {
             id: ImageId::new(),
             tenant: new.tenant,
@@ -289,13 +289,13 @@ impl Drawings {
             expires_at: None,
         };
         let attempt = generation.attempt;
-        let added = patiently!(patience, self.registry.add_image(&image, attempt).await);
+        let added = retry_transient!(retry_for, self.registry.add_image(&image, attempt).await);
         self.registry.settle(stored, added.is_ok()).await;
         added?;
         Ok(image)
     }
 
-    /// Writes an end down and tells whoever wants to know. False when it had ended before.
+    /// Stores the end of a generation and notifies subscribers. False if it had already ended.
     pub(super) async fn end(
         &self,
         generation: &mut Generation,
@@ -306,7 +306,7 @@ impl Drawings {
         match ending {
             Ending::Deleted => return Ok(false),
             Ending::Again => {
-                patiently!(LONG_PATIENCE, self.registry.requeue_generation(generation).await)?;
+                retry_transient!(RETRY_LONG_FOR, self.registry.requeue_generation(generation).await)?;
                 return Ok(false);
             }
             Ending::Succeeded(usage) => {
@@ -319,47 +319,47 @@ impl Drawings {
             }
             Ending::Cancelled => generation.status = GenerationStatus::Cancelled,
         }
-        generation.finished_at = Some(patiently!(LONG_PATIENCE, self.registry.lease_time().await)?);
+        generation.finished_at = Some(retry_transient!(RETRY_LONG_FOR, self.registry.lease_time().await)?);
         let delivery = self.webhooks.of_generation(generation, images);
-        // A row that says for ever that it is being drawn would be worse than any wait.
-        let ended = patiently!(
-            LONG_PATIENCE,
+        // Retries for a long time: a row must not stay `running` for ever.
+        let ended = retry_transient!(
+            RETRY_LONG_FOR,
             self.registry.end_generation(generation, delivery.as_ref()).await
         )?;
         if ended && delivery.is_some() {
             self.webhooks.stored();
         }
         self.held().remove(&id);
-        self.ends.tell(id);
+        self.ends.notify(id);
         Ok(ended)
     }
 }
 
-impl Drawing {
-    /// Tells the listener, if there is one; see [`EVENTS`].
-    fn tell(&self, event: DrawEvent) {
-        let Some(listener) = &self.listener else { return };
+impl RunningGeneration {
+    /// Sends an event to the reader, if there is one; see [`EVENTS`].
+    fn send(&self, event: DrawEvent) {
+        let Some(reader) = &self.reader else { return };
         let expendable = matches!(event, DrawEvent::Progress { .. } | DrawEvent::Partial { .. });
-        if !expendable || listener.capacity() > RESERVED {
-            // Who does not listen any more has other ways to ask.
-            let _ = listener.try_send(event);
+        if !expendable || reader.capacity() > RESERVED {
+            // A reader that falls behind can read the row instead.
+            let _ = reader.try_send(event);
         }
     }
 }
 
-fn patience(live: &Live) -> Duration {
+fn retry_for(live: &Live) -> Duration {
     match live.background.load(Ordering::Relaxed) {
-        true => LONG_PATIENCE,
-        false => PATIENCE,
+        true => RETRY_LONG_FOR,
+        false => RETRY_FOR,
     }
 }
 
 /// What the engine's refusal means for a generation.
-fn failed(drawing: &Drawing, error: EngineError) -> Ending {
-    let background = drawing.live.background.load(Ordering::Relaxed);
+fn failed(running: &RunningGeneration, error: EngineError) -> Ending {
+    let background = running.live.background.load(Ordering::Relaxed);
     let again = match error {
         EngineError::Stopped => true,
-        EngineError::Device(_) | EngineError::Lost => match &drawing.drawn {
+        EngineError::Device(_) | EngineError::Lost => match &running.drawn {
             Drawn::Stored(generation) => generation.attempt < GENERATION_ATTEMPTS,
             Drawn::Transient(..) => false,
         },

@@ -1,4 +1,4 @@
-//! Generations that lost whoever drew them, and those that several processes share.
+//! Recovery of generations whose process was lost, and supervision of those that several processes share.
 
 use std::collections::HashMap;
 use std::sync::PoisonError;
@@ -13,13 +13,13 @@ use crate::registry::{Backend, GENERATION_ATTEMPTS, Generation, RegistryError};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::GenerationId;
 
-/// How often generations that processes share are looked after.
+/// How often shared generations are checked.
 const WATCH: Duration = Duration::from_secs(1);
-/// A generation of its own that a process does not know is given back after this: longer than any statement takes.
-const FORGOTTEN: Duration = Duration::from_secs(12);
+/// How long a process's own but unknown generation may exist before it is requeued: longer than any statement takes.
+const UNKNOWN_FOR: Duration = Duration::from_secs(12);
 
 impl Drawings {
-    /// Ends what a process has left that is gone, and queues the rest again. Before anything else is asked of this.
+    /// Ends or requeues what dead processes have left. Call it before anything else.
     ///
     /// # Errors
     /// When the database fails.
@@ -33,7 +33,7 @@ impl Drawings {
             tracing::info!(generation = %lost.id, "its process is gone");
             let message = match lost.new.background {
                 true => format!("The server ended {GENERATION_ATTEMPTS} times while this was drawn."),
-                false => "The server was restarted while somebody waited for this.".to_owned(),
+                false => "The server was restarted while a caller waited for this.".to_owned(),
             };
             let images = self.registry.images(lost.new.tenant, &[lost.id]).await?;
             let error = Error::new(ErrorKind::Unavailable, "interrupted", message);
@@ -42,9 +42,9 @@ impl Drawings {
         Ok(())
     }
 
-    /// Looks after generations that several processes share, until `stop`: lets go of those that are another's or have
-    /// been ended elsewhere, tells how far its own are, and takes care of those whose process is gone; and of those that bear
-    /// this process's name while it knows nothing of them, because an answer of the database was lost.
+    /// Supervises shared generations until `stop`: cancels those that another process owns or has ended, reports the
+    /// progress of its own, and recovers those of dead processes and those that carry this process's name although
+    /// it does not know them, because an answer of the database was lost.
     pub async fn watch_over(self, stop: CancellationToken) {
         let shared = self.registry.backend() == Backend::Postgres;
         let mut tick = tokio::time::interval(WATCH);
@@ -54,51 +54,54 @@ impl Drawings {
             let woken = self.queued.woken();
             tokio::select! {
                 _ = tick.tick() => {
-                    if let Err(error) = self.forgotten(&mut unknown).await {
-                        tracing::warn!(%error, "generations that this process should know cannot be looked for");
+                    if let Err(error) = self.requeue_unknown(&mut unknown).await {
+                        tracing::warn!(%error, "cannot look up generations with lost claim responses");
                     }
-                    // Workers do so too, when they have room: here so that none waits as if it were at work.
+                    // Workers do so too, once they have capacity; here so that nothing stays `running` until then.
                     if shared && let Err(error) = self.registry.release_lost().await {
-                        tracing::warn!(%error, "trainings of lost processes cannot be looked for");
+                        tracing::warn!(%error, "cannot look up trainings of lost processes");
                     }
                     if shared && let Err(error) = self.recover().await {
-                        tracing::warn!(%error, "generations of lost processes cannot be looked for");
+                        tracing::warn!(%error, "cannot look up generations of lost processes");
                     }
                 }
                 () = woken => {}
                 () = stop.cancelled() => return,
             }
-            if shared && let Err(error) = self.let_go().await {
-                tracing::warn!(%error, "generations that others have ended cannot be looked for");
+            if shared && let Err(error) = self.sync_running().await {
+                tracing::warn!(%error, "cannot look up generations that other processes have ended");
             }
         }
     }
 
-    /// Takes care of generations that bear this process's name and that it has not known for [`FORGOTTEN`]; `unknown` says
-    /// since when.
-    async fn forgotten(&self, unknown: &mut HashMap<GenerationId, Instant>) -> Result<(), RegistryError> {
+    /// Requeues generations that carry this process's name and have been unknown to it for [`UNKNOWN_FOR`];
+    /// `unknown` says since when.
+    async fn requeue_unknown(&self, unknown: &mut HashMap<GenerationId, Instant>) -> Result<(), RegistryError> {
         let own = self.registry.own_generations().await?;
         let taken = *self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let known = |id: &GenerationId| taken == Some(*id) || self.live().contains_key(id);
-        let strange: Vec<Generation> = own.into_iter().filter(|own| !known(&own.id)).collect();
-        unknown.retain(|id, _| strange.iter().any(|generation| generation.id == *id));
-        let mut forgotten = Vec::new();
-        for generation in strange {
-            if unknown.entry(generation.id).or_insert_with(Instant::now).elapsed() > FORGOTTEN {
-                forgotten.push(generation);
+        let unclaimed: Vec<Generation> = own.into_iter().filter(|own| !known(&own.id)).collect();
+        unknown.retain(|id, _| unclaimed.iter().any(|generation| generation.id == *id));
+        let mut overdue = Vec::new();
+        for generation in unclaimed {
+            if unknown.entry(generation.id).or_insert_with(Instant::now).elapsed() > UNKNOWN_FOR {
+                overdue.push(generation);
             }
         }
-        if forgotten.is_empty() {
+        if overdue.is_empty() {
             return Ok(());
         }
-        tracing::warn!(count = forgotten.len(), "generations were taken whose answer was lost");
-        let left = self.registry.queue_again(forgotten).await?;
+        tracing::warn!(
+            count = overdue.len(),
+            "reclaiming generations with lost claim responses"
+        );
+        let left = self.registry.queue_again(overdue).await?;
         self.queued.now();
         self.end_left(left).await
     }
 
-    /// Takes off the engine what is this process's no longer, and writes down how far the rest is.
-    async fn let_go(&self) -> Result<(), RegistryError> {
+    /// Cancels generations that this process no longer owns, and stores the progress of the others.
+    async fn sync_running(&self) -> Result<(), RegistryError> {
         let drawn: Vec<(GenerationId, u32)> = self
             .live()
             .iter()

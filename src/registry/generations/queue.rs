@@ -1,4 +1,4 @@
-//! Taking, beginning and ending generations; what lost processes have left.
+//! Claiming, starting and ending generations, and recovery after lost processes.
 
 use super::super::db::locking;
 use super::super::webhooks::{NewDelivery, insert_delivery};
@@ -7,14 +7,14 @@ use super::{GENERATION_ATTEMPTS, Generation, generation, text};
 use coar_core::ids::GenerationId;
 
 impl Registry {
-    /// Takes a queued generation that nobody waits for: of the tenant of which the least is being drawn, and among equals of
-    /// the one that has waited the longest, the one with the highest priority, then the oldest.
+    /// Claims a queued background generation. Order: the tenant with the least running work, then the tenant that
+    /// has waited longest; within the tenant the highest priority, then the oldest.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn claim_generation(&self) -> Result<Option<Generation>, RegistryError> {
         let at = self.lease_time().await?;
-        // Whoever only looks takes nobody's turn to write.
+        // Read first, so that an idle poll does not take the write lock.
         let any = sqlx::query(
             "SELECT id FROM generations WHERE status = 'queued' AND background = 1 AND owner IS NULL AND not_before <= $1
              LIMIT 1",
@@ -54,7 +54,7 @@ impl Registry {
         Ok(Some(taken))
     }
 
-    /// Generations that bear this process's name and have not ended.
+    /// Generations owned by this process that have not ended.
     ///
     /// # Errors
     /// When the database fails.
@@ -66,7 +66,7 @@ impl Registry {
         rows.iter().map(generation).collect()
     }
 
-    /// Gives a generation back that was taken and not begun; to be taken again after `wait_ms`.
+    /// Requeues a generation that was claimed but not started; it can be claimed again after `wait_ms`.
     ///
     /// # Errors
     /// When the database fails.
@@ -82,8 +82,8 @@ impl Registry {
         Ok(())
     }
 
-    /// Writes down how many codes are drawn of the generations that this process draws. Those that are its no longer are
-    /// returned: ended by others, deleted, or taken for lost.
+    /// Stores the progress of the generations that this process runs. Returns those that it no longer owns: ended by
+    /// others, deleted, or reclaimed.
     ///
     /// # Errors
     /// When the database fails.
@@ -105,7 +105,7 @@ impl Registry {
         Ok(gone)
     }
 
-    /// From now on nobody waits for it; false when it has ended.
+    /// Turns a foreground generation into a background one; false if it has ended.
     ///
     /// # Errors
     /// When the database fails.
@@ -118,14 +118,14 @@ impl Registry {
                 .await?;
         let kept = kept.rows_affected() > 0;
         if kept {
-            self.note_made(&mut transaction, Made::Generation(id)).await?;
+            self.bind_key(&mut transaction, Made::Generation(id)).await?;
         }
         transaction.commit().await?;
         Ok(kept)
     }
 
-    /// Its drawing has begun, for the first time after `attempt` others; false when it has ended already, or is another
-    /// process's. Said again, because the answer was lost, it changes nothing.
+    /// Marks a generation as running, after `attempt` earlier attempts; false if it has ended or another process
+    /// owns it. Idempotent: repeating it after a lost answer has no effect.
     ///
     /// # Errors
     /// When the database fails.
@@ -144,11 +144,13 @@ impl Registry {
         Ok(begun.rows_affected() > 0)
     }
 
-    /// Writes down how a generation ended, with the web-hook that tells of it; all or nothing. Where `ended` has an owner,
-    /// only that one's attempt may end it. False when it had ended before, is gone or another's: then nothing is written.
+    /// Stores the end of a generation and its web-hook delivery atomically. If `ended` has an owner, only that
+    /// owner's attempt may end it. False if it had already ended, was deleted, or has another owner: then nothing is
+    /// written.
     ///
     /// # Errors
-    /// `LeaseLost` where it succeeds under an idempotency key that somebody else has begun anew; when the database fails.
+    /// `LeaseLost` if it succeeds under an idempotency key that another request has claimed since; when the database
+    /// fails.
     pub async fn end_generation(
         &self,
         ended: &Generation,
@@ -174,7 +176,8 @@ impl Registry {
             return Ok(false);
         }
         if ended.status == GenerationStatus::Succeeded {
-            self.note_finished(&mut transaction, Made::Generation(ended.id)).await?;
+            self.bind_key_if_open(&mut transaction, Made::Generation(ended.id))
+                .await?;
         }
         if let Some(delivery) = delivery {
             insert_delivery(&mut transaction, delivery, at).await?;
@@ -183,8 +186,8 @@ impl Registry {
         Ok(true)
     }
 
-    /// Queues a running generation again, as if it had not been begun; its images so far go. Without effect where it is
-    /// no longer its owner's attempt.
+    /// Requeues a running generation as if it had not been started; its images are removed. No effect if the owner's
+    /// attempt is no longer current.
     ///
     /// # Errors
     /// When the database or the store fails.
@@ -211,16 +214,17 @@ impl Registry {
         self.remove_unreferenced(&blobs).await
     }
 
-    /// Generations of processes that are gone: those that nobody waits for are queued again, unless they were begun too
-    /// often; the others are returned, to be ended. Nothing while this process [cannot tell](Registry::may_judge).
+    /// Recovers generations of dead processes: background ones are requeued unless they have used up their attempts;
+    /// the others are returned, to be ended. Does nothing while this process [cannot declare others
+    /// dead](Registry::can_declare_dead).
     ///
     /// # Errors
     /// When the database or the store fails.
     pub async fn left_generations(&self) -> Result<Vec<Generation>, RegistryError> {
-        if !self.may_judge() {
+        if !self.can_declare_dead() {
             return Ok(vec![]);
         }
-        // Rows without an owner that run are of a version that knew none.
+        // Running rows without an owner were written by a version that did not record it.
         let rows = sqlx::query(
             "SELECT * FROM generations WHERE status IN ('queued', 'running')
              AND (owner IS NOT NULL OR status = 'running' OR background = 0)
@@ -233,7 +237,7 @@ impl Registry {
         self.queue_again(left).await
     }
 
-    /// Queues generations again that nobody waits for, unless they were begun too often; returns the others.
+    /// Requeues background generations unless they have used up their attempts; returns the others.
     ///
     /// # Errors
     /// When the database or the store fails.

@@ -1,4 +1,4 @@
-//! Reading back, ends, takers that are lost, and whose turn it is.
+//! Round trip, ends, lost owners, and the order of the queue.
 
 use serde_json::json;
 
@@ -61,7 +61,7 @@ async fn image(registry: &Registry, generation: &Generation) -> Result<StoredIma
     };
     let added = registry.add_image(&image, generation.attempt).await;
     if added.is_ok() {
-        // As when the first answer was lost.
+        // As if the first answer was lost.
         registry.add_image(&image, generation.attempt).await?;
     }
     registry.settle(stored, added.is_ok()).await;
@@ -69,7 +69,7 @@ async fn image(registry: &Registry, generation: &Generation) -> Result<StoredIma
 }
 
 #[tokio::test]
-async fn a_generation_reads_back_and_ends_once() {
+async fn generation_round_trips_and_ends_once() {
     let (_dir, registry) = registry().await;
     let mut added = registry.add_generation(new(false)).await.unwrap();
     assert_eq!(added.owner, Some(registry.process()));
@@ -113,7 +113,7 @@ async fn a_generation_reads_back_and_ends_once() {
 }
 
 #[tokio::test]
-async fn a_list_takes_the_same_number_of_statements_however_long_it_is() {
+async fn list_takes_a_constant_number_of_statements() {
     let (_dir, registry) = registry().await;
     let tenant = TenantId::DEFAULT;
     let mut drawn = Vec::new();
@@ -144,7 +144,7 @@ async fn a_list_takes_the_same_number_of_statements_however_long_it_is() {
         (details, after - before)
     };
     let (details, statements) = list(5).await;
-    // Newest first: the queued ones have those before them, the others their image.
+    // Newest first: queued ones have their position, the others their image.
     let expected = [
         (vec![], Some(2)),
         (vec![drawn[1].clone()], None),
@@ -157,7 +157,7 @@ async fn a_list_takes_the_same_number_of_statements_however_long_it_is() {
 }
 
 #[tokio::test]
-async fn what_a_lost_process_has_left_is_queued_again_or_ended() {
+async fn generations_of_a_dead_process_are_requeued_or_ended() {
     let (_dir, storage) = crate::registry::tests::test_storage().await;
     let mut registry = Registry::connect(&storage).await.unwrap();
     let waited = registry.add_generation(new(false)).await.unwrap();
@@ -174,7 +174,7 @@ async fn what_a_lost_process_has_left_is_queued_again_or_ended() {
         }
         taken.attempt = attempt;
         image(&registry, &taken).await.unwrap();
-        // The process is gone without a word; another one looks.
+        // The process crashes; another one recovers.
         registry = Registry::connect(&storage).await.unwrap();
         let lost = registry.left_generations().await.unwrap();
         let ids: Vec<_> = lost.iter().map(|g| g.id).collect();
@@ -193,7 +193,7 @@ async fn what_a_lost_process_has_left_is_queued_again_or_ended() {
 }
 
 #[tokio::test]
-async fn a_process_that_was_taken_for_lost_writes_nothing() {
+async fn a_fenced_process_cannot_write() {
     let (_dir, storage) = crate::registry::tests::test_storage().await;
     let slow = Registry::connect(&storage).await.unwrap();
     let swift = Registry::connect(&storage).await.unwrap();
@@ -203,9 +203,9 @@ async fn a_process_that_was_taken_for_lost_writes_nothing() {
     assert!(swift.claim_generation().await.unwrap().is_none());
     slow.begin_generation(first.id, 0, now()).await.unwrap();
     first.attempt = 1;
-    // It has not said for long that it lives.
+    // It has sent no heartbeat for a long time.
     if swift.backend() == Backend::Postgres {
-        // It has just come itself, and cannot tell yet.
+        // This process has just started and cannot declare others dead yet.
         swift.left_generations().await.unwrap();
         assert!(swift.claim_generation().await.unwrap().is_none());
     }
@@ -215,7 +215,7 @@ async fn a_process_that_was_taken_for_lost_writes_nothing() {
     assert_eq!((second.id, second.attempt), (added.id, 1));
     swift.begin_generation(second.id, 1, now()).await.unwrap();
     second.attempt = 2;
-    // Now it wakes up.
+    // The fenced process resumes.
     assert!(matches!(image(&slow, &first).await, Err(RegistryError::LeaseLost)));
     let ended = |taken: &Generation| Generation {
         status: GenerationStatus::Succeeded,
@@ -232,7 +232,7 @@ async fn a_process_that_was_taken_for_lost_writes_nothing() {
 }
 
 #[tokio::test]
-async fn one_of_many_takes_each_and_nothing_is_taken_twice() {
+async fn concurrent_claims_take_each_generation_once() {
     let (_dir, storage) = crate::registry::tests::test_storage().await;
     let first = Registry::connect(&storage).await.unwrap();
     let mut ids = std::collections::HashSet::new();
@@ -257,7 +257,7 @@ async fn one_of_many_takes_each_and_nothing_is_taken_twice() {
 }
 
 #[tokio::test]
-async fn the_tenant_with_less_in_work_comes_first_and_within_it_the_more_urgent() {
+async fn claim_prefers_the_least_busy_tenant_then_priority() {
     let (_dir, registry) = registry().await;
     let other = registry
         .add_tenant("acme", super::super::Quotas::default())

@@ -1,4 +1,4 @@
-//! Who stores, who removes, and a blob store that is slow.
+//! Concurrent storing and removing, and a slow blob store.
 
 use object_store::throttle::{ThrottleConfig, ThrottledStore};
 
@@ -9,7 +9,7 @@ use coar_core::concept::ConceptKind;
 use coar_core::ids::TenantId;
 use coar_core::training::{Preset, TrainingSpec};
 
-/// How long the slow store takes for each call.
+/// Latency of each call to the slow store.
 const SLOW: Duration = Duration::from_secs(2);
 
 fn slowed(registry: &Registry) -> Registry {
@@ -44,9 +44,9 @@ async fn holds(registry: &Registry) -> i64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_slow_store_holds_up_neither_other_tenants_nor_the_database() {
+async fn slow_store_blocks_neither_tenants_nor_database() {
     let (_dir, storage) = test_storage().await;
-    // Fewer connections than tenants: one that is kept while the store works would show.
+    // Fewer connections than tenants: a connection kept during a store call would cause a visible wait.
     let registry = Registry::connect_with(&storage, 4).await.unwrap();
     let slow = slowed(&registry);
     let mut tenants = Vec::new();
@@ -63,7 +63,7 @@ async fn a_slow_store_holds_up_neither_other_tenants_nor_the_database() {
     for tenant in tenants {
         let slow = slow.clone();
         callers.spawn(async move {
-            // All register the same image and one of their own.
+            // Each tenant registers the shared image and one of its own.
             let own = Bytes::from(tenant.name.clone());
             let stored = slow.store(vec!["shared".into(), own]).await.unwrap();
             let (new, spec) = named("ink", stored.hashes().to_vec());
@@ -72,7 +72,7 @@ async fn a_slow_store_holds_up_neither_other_tenants_nor_the_database() {
             added.unwrap();
         });
     }
-    // Meanwhile everybody else goes on.
+    // Other work proceeds meanwhile.
     let all = tokio::spawn(callers.join_all());
     let mut longest = Duration::ZERO;
     while !all.is_finished() {
@@ -99,7 +99,7 @@ async fn a_slow_store_holds_up_neither_other_tenants_nor_the_database() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn bytes_that_are_stored_while_they_are_removed_are_there_afterwards() {
+async fn storing_during_a_removal_keeps_the_bytes() {
     let (_dir, registry) = test_registry().await;
     let (tenant, slow) = (TenantId::DEFAULT, slowed(&registry));
     let first = registry.store(vec!["image".into()]).await.unwrap();
@@ -109,15 +109,15 @@ async fn bytes_that_are_stored_while_they_are_removed_are_there_afterwards() {
     let removing = tokio::spawn(async move { slow.delete_concept(tenant, "first").await });
     let until = Instant::now() + SLOW;
     while holds(&registry).await == 0 {
-        assert!(Instant::now() < until, "the removal takes no hold");
+        assert!(Instant::now() < until, "the removal did not take a hold");
         tokio::task::yield_now().await;
     }
-    // The removal is on its way to the store: this waits for its end, and stores after it.
+    // The removal has been sent to the store: storing waits for its end.
     let second = registry.store(vec!["image".into()]).await.unwrap();
     assert!(removing.await.unwrap().unwrap());
     let (new, spec) = named("second", second.hashes().to_vec());
     registry.add_concept(tenant, &new, &spec).await.unwrap();
-    // Nobody removes what is held, referred to or not.
+    // Held blobs are not removed, referred to or not.
     registry.remove_unreferenced(second.hashes()).await.unwrap();
     let hash = second.first().to_owned();
     registry.settle(second, true).await;
@@ -126,7 +126,7 @@ async fn bytes_that_are_stored_while_they_are_removed_are_there_afterwards() {
 }
 
 #[tokio::test]
-async fn what_is_held_stays_and_what_a_dead_process_held_goes() {
+async fn holds_protect_blobs_until_they_expire() {
     let (_dir, registry) = test_registry().await;
     let stored = registry.store(vec!["a".into(), "b".into(), "a".into()]).await.unwrap();
     assert_eq!(stored.hashes().len(), 3);
@@ -139,7 +139,7 @@ async fn what_is_held_stays_and_what_a_dead_process_held_goes() {
         (0, 0)
     );
     assert_eq!(registry.blobs.all().await.unwrap().len(), 2);
-    // Its process has died long ago.
+    // Its process died long ago.
     drop(stored);
     sqlx::query("UPDATE blob_holds SET expires_at = 1")
         .execute(&registry.pools.writes)
@@ -159,11 +159,11 @@ async fn what_is_held_stays_and_what_a_dead_process_held_goes() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_stored_holds_nobody_up() {
+async fn failed_store_blocks_no_later_attempt() {
     let dir = tempfile::tempdir().unwrap();
     let registry = Registry::open(dir.path()).await.unwrap();
     let hash = content_hash(b"b");
-    // A folder in the file's place cannot be written like a file.
+    // A folder in the file's place makes writing fail.
     let file = dir.path().join("blobs").join(&hash[..2]).join(&hash);
     std::fs::create_dir_all(file.join("full")).unwrap();
     assert!(
@@ -173,7 +173,7 @@ async fn what_cannot_be_stored_holds_nobody_up() {
             .unwrap_err()
             .may_pass()
     );
-    // Both can be stored again at once; what was stored of the first attempt goes with the expired holds.
+    // Both can be stored again at once; leftovers of the first attempt go with the expired holds.
     std::fs::remove_dir_all(&file).unwrap();
     let again = registry.store(vec!["b".into()]).await.unwrap();
     assert_eq!(registry.expire_holds().await.unwrap(), 1);
@@ -182,20 +182,20 @@ async fn what_cannot_be_stored_holds_nobody_up() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_removed_is_removed_later() {
+async fn failed_removal_is_retried_later() {
     let dir = tempfile::tempdir().unwrap();
     let registry = Registry::open(dir.path()).await.unwrap();
     let stored = registry.store(vec!["a".into()]).await.unwrap();
     let hash = stored.first().to_owned();
     registry.settle(stored, true).await;
-    // A folder in the file's place cannot be removed like a file.
+    // A folder in the file's place makes removal fail.
     let file = dir.path().join("blobs").join(&hash[..2]).join(&hash);
     std::fs::remove_file(&file).unwrap();
     std::fs::create_dir(&file).unwrap();
     let failed = registry.remove_unreferenced(std::slice::from_ref(&hash)).await;
     assert!(failed.unwrap_err().may_pass());
     std::fs::remove_dir(&file).unwrap();
-    // Nobody waits for a removal that has failed.
+    // A failed removal blocks no later store.
     let again = registry.store(vec!["a".into()]).await.unwrap();
     sqlx::query("DELETE FROM blob_holds WHERE removing = 0")
         .execute(&registry.pools.writes)

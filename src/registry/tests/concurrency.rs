@@ -1,4 +1,4 @@
-//! Every path that writes, by many callers at once: nobody fails, and nobody waits for long.
+//! Every path that writes, under concurrent load: no call fails or stalls.
 
 use std::time::{Duration, Instant};
 
@@ -11,14 +11,14 @@ use coar_core::training::StepLosses;
 
 const TOKENS: coar_core::engine::ConceptTokens = coar_core::engine::ConceptTokens { text: 1, image: 1 };
 
-/// No call may take longer, however many there are.
+/// The limit for any call, however many run.
 const LONGEST: Duration = Duration::from_secs(1);
-/// A call that takes so long hangs.
+/// A call that takes this long hangs.
 const HANGS: Duration = Duration::from_secs(30);
 const CALLERS: usize = 32;
 const TENANT: TenantId = TenantId::DEFAULT;
 
-/// The blobs are files: what is measured here is the database.
+/// The blobs are files: the database is measured here.
 async fn registry(connections: u32) -> (tempfile::TempDir, Registry) {
     let (dir, storage) = test_storage().await;
     let storage = Storage { blobs: None, ..storage };
@@ -26,7 +26,7 @@ async fn registry(connections: u32) -> (tempfile::TempDir, Registry) {
     (dir, registry)
 }
 
-/// One of many that call at once, and what came of its calls.
+/// One of many concurrent callers, and the results of its calls.
 struct Caller {
     registry: Registry,
     number: usize,
@@ -35,7 +35,7 @@ struct Caller {
     longest: (Duration, &'static str),
 }
 
-/// A name, and the call that is awaited.
+/// Runs one call and records its time and outcome.
 macro_rules! call {
     ($caller:ident, $method:ident($($argument:expr),*)) => {{
         let registry = $caller.registry.clone();
@@ -51,7 +51,7 @@ impl Caller {
         self.longest = self.longest.max((began.elapsed(), what));
         match outcome {
             Ok(Ok(value)) => Some(value),
-            // What somebody else did meanwhile: a conflict, and no fault.
+            // Conflicts with other callers are not faults.
             Ok(Err(
                 RegistryError::NameTaken(_)
                 | RegistryError::ConceptBusy(_)
@@ -106,7 +106,7 @@ impl Caller {
         Some(())
     }
 
-    /// What everybody changes, cancels and deletes.
+    /// Objects that every caller changes, cancels and deletes.
     async fn shared(&mut self) -> Option<()> {
         let shared = self.registry.concept(TENANT, "shared").await.ok().flatten()?;
         let change = ConceptChange {
@@ -257,7 +257,7 @@ impl Caller {
     async fn deliveries(&mut self) -> Option<()> {
         let id = GenerationId::new();
         call!(self, add_delivery(&delivery_of(id)));
-        call!(self, tell_of_training(&delivery_of(id)));
+        call!(self, add_training_delivery(&delivery_of(id)));
         for due in call!(self, claim_deliveries(4, Duration::from_secs(60)))? {
             let again = Attempt {
                 status: Some(500),
@@ -286,7 +286,7 @@ impl Caller {
         Some(())
     }
 
-    /// Everything twice; each caller begins elsewhere, so that different calls meet.
+    /// Everything twice; each caller starts at a different call, so that different calls overlap.
     async fn work(mut self) -> Self {
         for round in 0..16 {
             let _ = match (round + self.number) % 8 {
@@ -354,7 +354,7 @@ fn delivery_of(id: GenerationId) -> NewDelivery {
     }
 }
 
-/// Runs so many callers; their calls, the longest of them, and every fault.
+/// Runs concurrent callers; returns the number of calls, the longest of them, and every fault.
 async fn run(registry: &Registry, callers: usize) -> (usize, (Duration, &'static str), Vec<String>) {
     let (new, spec) = concept_of("shared", vec![]);
     registry.add_concept(TENANT, &new, &spec).await.unwrap();
@@ -380,7 +380,7 @@ async fn run(registry: &Registry, callers: usize) -> (usize, (Duration, &'static
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn mixed_writes_of_many_callers_neither_fail_nor_stall() {
+async fn concurrent_mixed_writes_neither_fail_nor_stall() {
     let (_dir, registry) = registry(db::CONNECTIONS).await;
     let began = Instant::now();
     let (calls, (longest, what), faults) = run(&registry, CALLERS).await;
@@ -396,7 +396,7 @@ async fn mixed_writes_of_many_callers_neither_fail_nor_stall() {
     assert!(longest < LONGEST, "{what} took {longest:?}");
 }
 
-/// With one connection a read that leaves its transaction waits for ever, alone and every time.
+/// With one connection, a read that bypasses its transaction deadlocks every time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn no_transaction_needs_a_second_connection() {
     let (_dir, registry) = registry(1).await;
@@ -405,7 +405,7 @@ async fn no_transaction_needs_a_second_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn deletes_in_parallel_do_not_wait_for_each_other() {
+async fn parallel_deletes_do_not_block_each_other() {
     let (_dir, registry) = registry(db::CONNECTIONS).await;
     let names: Vec<String> = (0..9).map(|number| format!("c{number}")).collect();
     for name in &names {
@@ -430,9 +430,9 @@ async fn deletes_in_parallel_do_not_wait_for_each_other() {
     );
 }
 
-/// A concept is deleted by the name that it has when it is found, whatever it is renamed to.
+/// A concept is deleted by the name under which it is found, even if it is renamed meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_rename_and_a_delete_of_the_same_concept_take_place_one_after_the_other() {
+async fn rename_and_delete_are_serialised() {
     let (_dir, registry) = registry(db::CONNECTIONS).await;
     for number in 0..20 {
         let (old, new) = (format!("old{number}"), format!("new{number}"));

@@ -1,4 +1,4 @@
-//! The queue of trainings: whoever holds a training's lease may write to it, nobody else.
+//! The queue of trainings. Only the holder of a training's lease may write to it.
 
 use sqlx::Row;
 use uuid::Uuid;
@@ -11,10 +11,10 @@ use coar_core::engine::ConceptTokens;
 use coar_core::ids::{ConceptId, TrainingId};
 use coar_core::training::StepLosses;
 
-/// How long a training waits after its first failed attempt; each further one makes it four times as long.
+/// Back-off after the first failed attempt; each further one waits four times as long.
 const BACK_OFF_MS: i64 = 2_000;
 
-/// Queues trainings again whose worker is gone. $1 is the time, $2 is [`TAKEOVER_MS`].
+/// Requeues trainings whose worker is dead. $1 is the time, $2 is [`TAKEOVER_MS`].
 macro_rules! take_over {
     ($where:literal) => {
         concat!(
@@ -26,7 +26,7 @@ macro_rules! take_over {
     };
 }
 
-/// A fenced write changed no row: the lease is somebody else's.
+/// A fenced write changed no row: the lease was lost.
 fn fenced(changed: u64) -> Result<(), RegistryError> {
     if changed == 1 {
         Ok(())
@@ -36,8 +36,7 @@ fn fenced(changed: u64) -> Result<(), RegistryError> {
 }
 
 impl Registry {
-    /// Keeps other processes from changing a concept, its versions and trainings until the transaction ends. False where
-    /// it is gone.
+    /// Locks a concept, its versions and trainings until the transaction ends. False if it was deleted.
     pub(in super::super) async fn hold_concept(
         &self,
         transaction: &mut Transaction,
@@ -51,7 +50,7 @@ impl Registry {
         Ok(found.is_some())
     }
 
-    /// The blob of a training's checkpoint, if it has one; the row is held until the transaction ends.
+    /// The blob of a training's checkpoint, if it has one; the row is locked until the transaction ends.
     pub(super) async fn checkpoint_of(
         &self,
         transaction: &mut Transaction,
@@ -69,7 +68,7 @@ impl Registry {
         Ok(row.and_then(|(blob,)| blob).into_iter().collect())
     }
 
-    /// Trainings that wait for a worker, of all tenants.
+    /// Queued trainings of all tenants.
     ///
     /// # Errors
     /// When the database fails.
@@ -80,7 +79,7 @@ impl Registry {
         Ok(count)
     }
 
-    /// How many trainings there are in each status.
+    /// Number of trainings per status.
     ///
     /// # Errors
     /// When the database fails.
@@ -95,7 +94,7 @@ impl Registry {
         Ok(TrainingStatus::ALL.map(counts).to_vec())
     }
 
-    /// Gives back every running training of a process that is gone. Only the holder of the data folder's lock may ask.
+    /// Requeues every running training of an earlier process. Only the owner of the data folder's lock may call it.
     ///
     /// # Errors
     /// When the database fails.
@@ -108,13 +107,13 @@ impl Registry {
         Ok(released.rows_affected())
     }
 
-    /// Queues trainings again whose leases have run out: whoever has room takes them. Nothing while this process
-    /// [cannot tell](Registry::may_judge).
+    /// Requeues trainings whose leases have expired. Does nothing while this process [cannot declare others
+    /// dead](Registry::can_declare_dead).
     ///
     /// # Errors
     /// When the database fails.
     pub async fn release_lost(&self) -> Result<u64, RegistryError> {
-        if !self.may_judge() {
+        if !self.can_declare_dead() {
             return Ok(0);
         }
         let released = sqlx::query(take_over!("WHERE status = 'running' AND lease_until < $1"))
@@ -125,18 +124,18 @@ impl Registry {
         Ok(released.rows_affected())
     }
 
-    /// Takes a training that nobody works on; a lease that ran out counts as nobody. Of the tenant with the fewest running,
-    /// and among equals the one whose turn was the longest ago, the one with the highest priority, then the oldest; what
-    /// was interrupted goes on first. One that has lost too many leases fails instead: see [`TAKEOVERS`]. What others hold
-    /// stays theirs while this process [cannot tell](Registry::may_judge) whether they are there.
+    /// Claims a queued training, or one whose lease has expired. Order: the tenant with the fewest running, then the
+    /// tenant served longest ago; within the tenant the highest priority, then the oldest; interrupted trainings
+    /// come first. A training that has lost too many leases fails instead: see [`TAKEOVERS`]. Expired leases are
+    /// left alone while this process [cannot declare others dead](Registry::can_declare_dead).
     ///
     /// # Errors
     /// When the database fails.
     pub async fn claim_training(&self, lease_ms: i64) -> Result<Option<Claimed>, RegistryError> {
         loop {
             let (lease, at) = (Uuid::new_v4().to_string(), self.lease_time().await?);
-            let lost_before = if self.may_judge() { at } else { i64::MIN };
-            // Whoever only looks takes nobody's turn to write.
+            let lost_before = if self.can_declare_dead() { at } else { i64::MIN };
+            // Read first, so that an idle poll does not take the write lock.
             let any = sqlx::query(
                 "SELECT id FROM trainings WHERE (status = 'queued' AND not_before <= $1)
                  OR (status = 'running' AND lease_until < $2) LIMIT 1",
@@ -215,7 +214,7 @@ impl Registry {
         }
     }
 
-    /// Keeps the lease and tells how far the training is.
+    /// Renews the lease and stores the progress.
     ///
     /// # Errors
     /// `LeaseLost` when the training was cancelled, deleted or taken over.
@@ -232,8 +231,8 @@ impl Registry {
              WHERE id = $5 AND lease_token = $6 AND status = 'running'",
         )
         .bind(self.lease_time().await? + lease_ms)
-        // No NULL among them: the driver declares that of a double as one of half its size, and the server keeps to the
-        // declaration that a connection's first call makes.
+        // No NULL among the parameters: the driver declares a NULL double with half its size, and the server keeps
+        // the declaration of a connection's first call.
         .bind(progress.map_or(-1, |p| i64::from(p.step)))
         .bind(progress.map_or(0.0, |p| p.loss))
         .bind(progress.and_then(|p| p.steps_per_second).unwrap_or(-1.0))
@@ -244,10 +243,10 @@ impl Registry {
         fenced(changed.rows_affected())
     }
 
-    /// Writes the loss curve down.
+    /// Stores the loss curve.
     ///
     /// # Errors
-    /// `LeaseLost` when the training is no longer this worker's.
+    /// `LeaseLost` when the lease is no longer held.
     pub async fn record_losses(&self, claimed: &Claimed, losses: &[StepLosses]) -> Result<(), RegistryError> {
         let text = serde_json::to_string(losses).map_err(|error| RegistryError::Row(error.to_string()))?;
         let changed =
@@ -260,10 +259,10 @@ impl Registry {
         fenced(changed.rows_affected())
     }
 
-    /// Stores a checkpoint; the one before it is removed.
+    /// Stores a checkpoint and removes the previous one.
     ///
     /// # Errors
-    /// `LeaseLost` when the training is no longer this worker's; the new blob is gone then.
+    /// `LeaseLost` when the lease is no longer held; the new blob is removed then.
     pub async fn record_checkpoint(
         &self,
         claimed: &Claimed,
@@ -276,7 +275,7 @@ impl Registry {
         self.remove_unreferenced(&recorded?).await
     }
 
-    /// The blobs that are not needed any more.
+    /// The blobs that are no longer needed.
     async fn replace_checkpoint(&self, claimed: &Claimed, step: u32, blob: &str) -> Result<Vec<String>, RegistryError> {
         let mut transaction = self.write().await?;
         let before = self.checkpoint_of(&mut transaction, claimed.training.id).await?;
@@ -295,10 +294,10 @@ impl Registry {
         Ok(before.into_iter().filter(|hash| hash != blob).collect())
     }
 
-    /// Makes a concept file the concept's next version, puts it to use, and ends the training, all or nothing.
+    /// Publishes a concept file as the concept's next version, activates it, and ends the training, atomically.
     ///
     /// # Errors
-    /// `LeaseLost` when the training is no longer this worker's; the file is gone then.
+    /// `LeaseLost` when the lease is no longer held; the file is removed then.
     pub async fn succeed(
         &self,
         claimed: &Claimed,
@@ -311,7 +310,7 @@ impl Registry {
         self.remove_unreferenced(&published?).await
     }
 
-    /// The blobs that are not needed any more.
+    /// The blobs that are no longer needed.
     async fn publish(
         &self,
         claimed: &Claimed,
@@ -367,14 +366,14 @@ impl Registry {
         Ok(before)
     }
 
-    /// Ends the training with an error, or gives it back for a later attempt where another may help.
+    /// Ends the training with an error, or requeues it with a delay if a retry may help.
     ///
     /// # Errors
-    /// `LeaseLost` when the training is no longer this worker's.
+    /// `LeaseLost` when the lease is no longer held.
     pub async fn fail(&self, claimed: &Claimed, error: &serde_json::Value, retry: bool) -> Result<(), RegistryError> {
         let wait = BACK_OFF_MS << (2 * claimed.training.attempt.saturating_sub(1)).min(10);
-        // One attempt less than it may be begun: then the next is the last.
-        let mendable = if retry { i64::from(ATTEMPTS) - 1 } else { 0 };
+        // One less than the maximum: the next attempt is the last.
+        let retryable = if retry { i64::from(ATTEMPTS) - 1 } else { 0 };
         let changed = sqlx::query(
             "UPDATE trainings SET failures = failures + 1, error = $1, not_before = $2, lease_token = NULL,
              lease_until = NULL, status = CASE WHEN failures < $3 THEN 'queued' ELSE 'failed' END,
@@ -383,7 +382,7 @@ impl Registry {
         )
         .bind(error.to_string())
         .bind(self.lease_time().await? + wait)
-        .bind(mendable)
+        .bind(retryable)
         .bind(self.lease_time().await?)
         .bind(claimed.training.id.to_string())
         .bind(&claimed.lease)
@@ -392,10 +391,10 @@ impl Registry {
         fenced(changed.rows_affected())
     }
 
-    /// Gives a training back, unfinished and without blame: its worker stops.
+    /// Requeues an unfinished training without counting a failure: its worker is stopping.
     ///
     /// # Errors
-    /// `LeaseLost` when the training is no longer this worker's.
+    /// `LeaseLost` when the lease is no longer held.
     pub async fn release(&self, claimed: &Claimed) -> Result<(), RegistryError> {
         let changed = sqlx::query(
             "UPDATE trainings SET status = 'queued', attempt = attempt - 1, lease_token = NULL, lease_until = NULL

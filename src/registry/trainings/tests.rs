@@ -1,4 +1,4 @@
-//! The queue: leases, attempts, checkpoints, and what deleting leaves.
+//! The queue: leases, attempts, checkpoints, and cleanup after deletion.
 
 use super::*;
 use crate::registry::NewConcept;
@@ -24,7 +24,7 @@ async fn add(registry: &Registry, name: &str) -> Training {
 }
 
 #[tokio::test]
-async fn a_name_is_taken_once_and_nothing_is_left_of_the_second() {
+async fn duplicate_name_is_rejected_without_leftovers() {
     let (_dir, registry) = registry().await;
     let first = add(&registry, "rex").await;
     let second = NewConcept::new("rex", ConceptKind::Style);
@@ -39,19 +39,19 @@ async fn a_name_is_taken_once_and_nothing_is_left_of_the_second() {
 }
 
 #[tokio::test]
-async fn progress_is_told_in_any_order_on_every_connection() {
+async fn progress_is_stored_with_and_without_nulls() {
     let (_dir, registry) = registry().await;
     add(&registry, "rex").await;
     let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
-    let told = |step, steps_per_second| {
+    let progress = |step, steps_per_second| {
         Some(Progress {
             step,
             loss: 0.5,
             steps_per_second,
         })
     };
-    for progress in [None, told(1, None), told(2, Some(1.5)), None, told(3, None)] {
-        registry.report_progress(&claimed, 60_000, progress).await.unwrap();
+    for update in [None, progress(1, None), progress(2, Some(1.5)), None, progress(3, None)] {
+        registry.report_progress(&claimed, 60_000, update).await.unwrap();
     }
     let seen = registry
         .training(TenantId::DEFAULT, claimed.training.id)
@@ -62,7 +62,7 @@ async fn progress_is_told_in_any_order_on_every_connection() {
 }
 
 #[tokio::test]
-async fn what_nobody_holds_any_more_waits_for_whoever_has_room() {
+async fn expired_leases_are_requeued() {
     let (_dir, registry) = registry().await;
     add(&registry, "rex").await;
     let slow = registry.claim_training(-1).await.unwrap().unwrap();
@@ -105,12 +105,12 @@ async fn only_the_lease_holder_writes() {
         .unwrap();
     let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
     assert_eq!(concept.version, Some(content_hash(b"y")));
-    // Nothing is left of what the slow one wanted to publish.
+    // Nothing is left of what the fenced worker tried to publish.
     assert!(registry.blobs.get(&content_hash(b"x")).await.is_err());
 }
 
 #[tokio::test]
-async fn checkpoints_replace_each_other_and_go_at_the_end() {
+async fn checkpoints_are_replaced_and_removed_at_the_end() {
     let (_dir, registry) = registry().await;
     add(&registry, "rex").await;
     let claimed = registry.claim_training(60_000).await.unwrap().unwrap();
@@ -139,12 +139,12 @@ async fn checkpoints_replace_each_other_and_go_at_the_end() {
 }
 
 #[tokio::test]
-async fn failures_are_retried_a_few_times_and_permanent_ones_never() {
+async fn transient_failures_are_retried_and_permanent_ones_not() {
     let (_dir, registry) = registry().await;
     add(&registry, "rex").await;
     let error = serde_json::json!({"code": "internal_error"});
     for attempt in 1..=ATTEMPTS {
-        // Not at once: whatever failed gets time to recover.
+        // Not at once: retries back off.
         assert!(attempt == 1 || registry.claim_training(60_000).await.unwrap().is_none());
         sqlx::query("UPDATE trainings SET not_before = 0")
             .execute(&registry.pools.writes)
@@ -175,7 +175,7 @@ async fn failures_are_retried_a_few_times_and_permanent_ones_never() {
 }
 
 #[tokio::test]
-async fn a_crash_before_the_row_leaves_nothing_for_long() {
+async fn blobs_of_a_crash_before_the_row_are_removed() {
     let (_dir, registry) = registry().await;
     add(&registry, "rex").await;
     let orphan = registry.blobs.put(b"never registered".to_vec().into()).await.unwrap();
@@ -191,7 +191,7 @@ async fn a_crash_before_the_row_leaves_nothing_for_long() {
 }
 
 #[tokio::test]
-async fn deleting_a_concept_removes_its_blobs_unless_another_uses_them() {
+async fn deleting_a_concept_removes_unshared_blobs() {
     let (dir, registry) = registry().await;
     let training = add(&registry, "rex").await;
     let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
@@ -220,7 +220,7 @@ async fn deleting_a_concept_removes_its_blobs_unless_another_uses_them() {
 }
 
 #[tokio::test]
-async fn tenants_take_turns_and_what_was_interrupted_goes_on_first() {
+async fn claim_is_fair_and_prefers_interrupted_trainings() {
     let (_dir, registry) = registry().await;
     let acme = registry
         .add_tenant("acme", crate::registry::Quotas::default())
@@ -243,7 +243,7 @@ async fn tenants_take_turns_and_what_was_interrupted_goes_on_first() {
     let first = claim().await;
     let other = claim().await;
     assert_eq!((number(&first), number(&other)), (0, 3));
-    // One of each runs: the older wait is served, the interrupted one before it.
+    // One of each runs: the longest wait is served, the interrupted one before it.
     registry.release(&first).await.unwrap();
     let again = claim().await;
     assert_eq!((number(&again), again.training.attempt), (0, 1));
@@ -255,7 +255,7 @@ async fn tenants_take_turns_and_what_was_interrupted_goes_on_first() {
 }
 
 #[tokio::test]
-async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
+async fn retry_resumes_from_the_checkpoint() {
     let (_dir, registry) = registry().await;
     let tenant = TenantId::DEFAULT;
     let id = add(&registry, "rex").await.id;
@@ -277,7 +277,7 @@ async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
     registry.fail(&claimed, &error, false).await.unwrap();
     let seen = registry.training(tenant, id).await.unwrap().unwrap();
     assert_eq!((seen.status, seen.previews), (TrainingStatus::Failed, vec![15, 30]));
-    // While another of the concept waits there is no second one.
+    // While another training of the concept is queued, no second one is allowed.
     let concept = registry.concept(tenant, "rex").await.unwrap().unwrap();
     let new = NewTraining {
         spec: &seen.spec,
@@ -306,7 +306,7 @@ async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
     assert_eq!((again.previews, again.error), (vec![15], None));
     assert!(registry.preview(tenant, id, 15).await.unwrap().is_some());
     assert!(registry.preview(tenant, id, 30).await.unwrap().is_none());
-    // Of a training that is not running nothing is kept.
+    // Nothing is stored for a training that is not running.
     registry.add_preview(id, 45, vec![45].into()).await.unwrap();
     // Image, checkpoint, one preview.
     assert_eq!(registry.blobs.all().await.unwrap().len(), 3);
@@ -315,10 +315,10 @@ async fn a_retry_goes_on_from_the_checkpoint_and_forgets_what_came_after() {
 }
 
 #[tokio::test]
-async fn a_training_that_takes_its_workers_with_it_fails_in_the_end() {
+async fn training_that_crashes_its_workers_fails() {
     let (_dir, registry) = registry().await;
     let id = add(&registry, "rex").await.id;
-    // Each end is a minute after the one before.
+    // The takeovers are a minute apart.
     let lost = async || {
         sqlx::query("UPDATE trainings SET takeover_at = takeover_at - $1")
             .bind(TAKEOVER_MS)
@@ -330,7 +330,7 @@ async fn a_training_that_takes_its_workers_with_it_fails_in_the_end() {
     for _ in 0..TAKEOVERS {
         lost().await.unwrap();
     }
-    // With a checkpoint in between it has moved on.
+    // With a checkpoint in between it has made progress.
     let moved = lost().await.unwrap();
     registry.record_checkpoint(&moved, 20, vec![1].into()).await.unwrap();
     for _ in 0..TAKEOVERS {
@@ -342,7 +342,7 @@ async fn a_training_that_takes_its_workers_with_it_fails_in_the_end() {
         (ended.status, &ended.error.unwrap()["code"]),
         (TrainingStatus::Failed, &"interrupted".into())
     );
-    // Whoever knows better may try again.
+    // A manual retry is allowed.
     registry
         .retry_training(TenantId::DEFAULT, id, Quotas::default())
         .await
@@ -354,8 +354,8 @@ async fn a_training_that_takes_its_workers_with_it_fails_in_the_end() {
 async fn kills_in_quick_succession_count_once() {
     let (_dir, registry) = registry().await;
     let id = add(&registry, "rex").await.id;
-    // Killed three times as often as a training may take its worker with it, seen by the next worker, by the others, and
-    // by the server that starts anew.
+    // Killed three times as often as a training may crash its worker, noticed by the next worker, by its peers, and
+    // by the restarted server.
     for _ in 0..TAKEOVERS {
         registry.claim_training(-1).await.unwrap().unwrap();
         registry.claim_training(-1).await.unwrap().unwrap();
@@ -373,7 +373,7 @@ async fn kills_in_quick_succession_count_once() {
 }
 
 #[tokio::test]
-async fn one_of_many_takes_each_training() {
+async fn concurrent_claims_take_each_training_once() {
     let (_dir, storage) = crate::registry::tests::test_storage().await;
     let first = Registry::connect(&storage).await.unwrap();
     for number in 0..12 {
@@ -397,7 +397,7 @@ async fn one_of_many_takes_each_training() {
 }
 
 #[tokio::test]
-async fn the_more_urgent_of_a_tenant_comes_first() {
+async fn claim_prefers_higher_priority_within_a_tenant() {
     let (_dir, registry) = registry().await;
     add(&registry, "rex").await;
     let spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Style, "ink", None, 6);

@@ -128,3 +128,43 @@ async fn every_described_field_is_read_and_an_unknown_one_refused() {
     let (_, concepts) = app.get("/v1/concepts").await;
     assert_eq!(concepts["data"], json!([]));
 }
+
+/// What callers see changes only on purpose: `INSTA_UPDATE=always cargo test -p coar --test it snapshots` writes the files anew,
+/// and their difference is read in the review.
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_of_the_document_and_of_every_object() {
+    let app = TestApp::start().await;
+    let mut settings = insta::Settings::clone_current();
+    settings.set_snapshot_path("snapshots");
+    settings.set_prepend_module_to_snapshot(false);
+    settings.set_omit_expression(true);
+    settings.set_sort_maps(true);
+    let _bound = settings.bind_to_scope();
+    let (_, document) = app.get("/openapi.json").await;
+    insta::assert_json_snapshot!("openapi", document, { ".info.version" => "[version]" });
+
+    let training = app.register_subject(&REX, 2).await;
+    let ended = app.until_ended(&training).await;
+    let hidden = "[changes from run to run]";
+    insta::assert_json_snapshot!("training", ended, {
+        ".**.id" => hidden, ".**.concept_id" => hidden, ".**.created_at" => hidden, ".**.started_at" => hidden,
+        ".**.finished_at" => hidden, ".**.loss" => hidden, ".**.losses" => hidden, ".**.report" => hidden,
+        ".**.version_hash" => hidden, ".**.hash" => hidden, ".**.seconds" => hidden, ".**.estimated_finish_at" => hidden,
+        ".**.input_fingerprint" => hidden, ".**.preview" => hidden, ".**.previews" => hidden,
+        ".**.checkpoint_bytes" => hidden, ".**.steps_per_second" => hidden,
+    });
+    let (_, concept) = app.get("/v1/concepts/rex").await;
+    insta::assert_json_snapshot!("concept", concept, {
+        ".**.id" => hidden, ".**.concept_id" => hidden, ".**.created_at" => hidden, ".**.updated_at" => hidden,
+        ".**.started_at" => hidden, ".**.finished_at" => hidden, ".**.loss" => hidden, ".**.losses" => hidden,
+        ".**.hash" => hidden, ".**.version_hash" => hidden, ".**.report" => hidden, ".**.training_id" => hidden,
+        ".**.input_fingerprint" => hidden, ".**.estimated_finish_at" => hidden, ".**.previews" => hidden,
+    });
+    let (_, generation) = app.post("/v1/generations", json!({"prompt": "a red car", "seed": 7})).await;
+    insta::assert_json_snapshot!("generation", generation, {
+        ".**.id" => hidden, ".**.created_at" => hidden, ".**.started_at" => hidden, ".**.finished_at" => hidden,
+        ".**.expires_at" => hidden, ".**.url" => hidden,
+    });
+    let (_, refused) = app.post("/v1/generations", json!({"prompt": "a red car", "n": 11})).await;
+    insta::assert_json_snapshot!("refusal", refused, { ".**.request_id" => hidden });
+}

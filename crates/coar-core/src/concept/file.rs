@@ -1,6 +1,6 @@
-//! The concept file: one safetensors file with the tensors `text` and `image` and a described header.
+//! The concept file: one safetensors file with the tensors `text` and `image` and a metadata header.
 //!
-//! Every value of the header is a string, as the format asks for; structured ones are JSON in a string.
+//! All header values are strings, as the format requires; structured values are JSON in a string.
 
 use std::collections::HashMap;
 
@@ -10,20 +10,20 @@ use serde::{Deserialize, Serialize};
 use super::{ConceptKind, ConceptTensors, is_slug};
 use crate::training::{TokenMethod, TrainingSpec};
 
-/// The version that this code writes, and the only one that it reads.
+/// The format version that this code writes, and the only one that it reads.
 pub const FORMAT_VERSION: u32 = 1;
-/// The longest header that is read, in bytes.
+/// Maximum header length in bytes.
 pub const HEADER_LIMIT: usize = 64 * 1024;
-/// The longest file that is read, in bytes: 64 layers x 64 tokens x 16384 numbers would still fit.
+/// Maximum file length in bytes: 64 layers x 64 tokens x 16384 numbers still fit.
 pub const FILE_LIMIT: usize = 64 * 1024 * 1024;
-/// Larger numbers than this cannot be hidden states of a working model.
+/// Larger values cannot be hidden states of a working model.
 pub const VALUE_LIMIT: f32 = 1e6;
 
-/// What the header says beside the tensors' shapes.
+/// The metadata in the header, beside the tensors' shapes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ConceptHeader {
     pub kind: ConceptKind,
-    /// The name that it was trained under; an import may choose another.
+    /// The name under which it was trained; an import may choose another.
     pub name: String,
     pub class_noun: Option<String>,
     /// The training's method and hyper-parameters.
@@ -42,7 +42,7 @@ pub struct ConceptFile {
     pub tensors: ConceptTensors,
 }
 
-/// Why a concept file is refused.
+/// Why a concept file is rejected.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ConceptFileError {
     #[error("the file has {actual} bytes, the limit is {limit}")]
@@ -67,10 +67,10 @@ pub enum ConceptFileError {
 }
 
 impl ConceptFile {
-    /// The file's bytes.
+    /// Serialises the concept.
     ///
     /// # Errors
-    /// When the tensors do not have the promised number of values.
+    /// When the tensors do not have the declared number of values.
     pub fn to_bytes(&self) -> Result<Vec<u8>, ConceptFileError> {
         let t = &self.tensors;
         let text: Vec<u8> = t.text.iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -113,10 +113,10 @@ impl ConceptFile {
         safetensors::serialize(views, Some(meta)).map_err(|error| ConceptFileError::NotSafetensors(error.to_string()))
     }
 
-    /// Reads and checks a file: format, version, header, exact tensors, shapes, finite values.
+    /// Reads and validates a file: format, version, header, exact tensors, shapes, finite values.
     ///
     /// # Errors
-    /// The first thing that is wrong, by name.
+    /// The first problem found, with the name of the field or tensor.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, ConceptFileError> {
         if bytes.len() > FILE_LIMIT {
             return Err(ConceptFileError::TooLarge {
@@ -137,9 +137,9 @@ impl ConceptFile {
         let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(bad)?;
         let file = SafeTensors::deserialize(bytes).map_err(bad)?;
         let header = read_header(metadata.metadata().as_ref())?;
-        if let Some(stranger) = file.names().into_iter().find(|name| !["text", "image"].contains(name)) {
+        if let Some(unknown) = file.names().into_iter().find(|name| !["text", "image"].contains(name)) {
             return Err(ConceptFileError::Tensor {
-                tensor: stranger.to_owned(),
+                tensor: unknown.to_owned(),
                 problem: "is unknown".to_owned(),
             });
         }
@@ -153,7 +153,7 @@ impl ConceptFile {
                 problem: format!("is {image_shape:?}; expected [{layers}, K, {hidden}] as `text` has"),
             });
         }
-        for (field, said, is) in [
+        for (field, declared, is) in [
             ("hyper_parameters.layers", header.spec.layers as usize, layers),
             (
                 "hyper_parameters.text_tokens",
@@ -166,10 +166,10 @@ impl ConceptFile {
                 image_tokens,
             ),
         ] {
-            if said != is {
+            if declared != is {
                 return Err(ConceptFileError::Header {
                     field,
-                    problem: format!("is {said}; the tensors have {is}"),
+                    problem: format!("is {declared}; the tensors have {is}"),
                 });
             }
         }
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_reads_back_and_stays_small() {
+    fn file_round_trips_and_stays_small() {
         let file = sample();
         let bytes = file.to_bytes().unwrap();
         assert_eq!(ConceptFile::from_bytes(&bytes).unwrap(), file);
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn nan_is_refused_with_its_place() {
+    fn nan_is_rejected_with_its_position() {
         let mut file = sample();
         file.tensors.image[3] = f32::NAN;
         let error = ConceptFile::from_bytes(&file.to_bytes().unwrap()).unwrap_err();
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn misshapen_and_unknown_tensors_are_refused() {
+    fn misshapen_and_unknown_tensors_are_rejected() {
         let mut file = sample();
         file.tensors.image_tokens = 2;
         file.tensors.image = vec![0.0; 16];
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn another_base_model_is_refused() {
+    fn another_base_model_is_rejected() {
         let file = sample();
         assert!(file.check_model("abc", 4, 4).is_ok());
         assert!(matches!(

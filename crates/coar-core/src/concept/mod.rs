@@ -1,6 +1,6 @@
-//! What a concept is (arXiv 2508.07341, section 3): two small blocks of numbers for each of the first N layers.
+//! Concepts (arXiv 2508.07341, section 3): two small blocks of numbers for each of the first N layers.
 
-/// The concept file: safetensors with a described header.
+/// The concept file: safetensors with a metadata header.
 pub mod file;
 mod prompt;
 
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 pub use file::{ConceptFile, ConceptFileError, ConceptHeader};
 pub use prompt::{PromptError, PromptPiece, concept_names, is_slug, parse_prompt};
 
-/// What a concept stands for; decides its defaults and its place in a composition (subjects before styles).
+/// The kind of a concept; decides its defaults and its place in a composition (subjects before styles).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ConceptKind {
@@ -46,16 +46,16 @@ pub struct ConceptTensors {
     pub layers: usize,
     /// D: the base model's hidden size.
     pub hidden: usize,
-    /// T: text context tokens, `text` is `[N, T, D]`.
+    /// T: text context tokens; `text` is `[N, T, D]`.
     pub text_tokens: usize,
-    /// K: image context tokens (0 where the concept has none), `image` is `[N, K, D]`.
+    /// K: image context tokens (0 if the concept has none); `image` is `[N, K, D]`.
     pub image_tokens: usize,
     pub text: Vec<f32>,
     pub image: Vec<f32>,
 }
 
 impl ConceptTensors {
-    /// Numbers in all.
+    /// Total number of values.
     pub fn parameters(&self) -> usize {
         self.text.len() + self.image.len()
     }

@@ -1,6 +1,6 @@
 //! `<name>` in a prompt.
 
-/// A prompt, cut at its concept placeholders.
+/// Splits a prompt at its concept placeholders.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PromptPiece<'a> {
     Text(&'a str),
@@ -8,7 +8,7 @@ pub enum PromptPiece<'a> {
     Concept(&'a str),
 }
 
-/// A prompt that cannot be used.
+/// A prompt that is not valid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PromptError {
     #[error("is empty")]
@@ -28,7 +28,7 @@ pub fn is_slug(name: &str) -> bool {
             .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
-/// Cuts `prompt` at every `<name>` whose name is a slug; other angle brackets are text.
+/// Splits `prompt` at every `<name>` whose name is a slug; other angle brackets are text.
 ///
 /// # Errors
 /// When nothing but white space is left.
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn placeholders_are_cut_out_and_other_brackets_stay() {
+    fn parse_splits_at_placeholders_and_keeps_other_brackets() {
         let pieces = parse_prompt("a <b photo of <rex> cat, 1 < 2, in <ink-2> style <Not>").unwrap();
         assert_eq!(
             pieces,

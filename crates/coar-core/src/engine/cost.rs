@@ -1,4 +1,4 @@
-//! What a request costs, counted without the device.
+//! The cost of a request, counted without the device.
 
 use std::sync::Arc;
 
@@ -7,16 +7,16 @@ use crate::tokenizer::{PromptPart, TextTokenizer, TokenizerError, Vocabulary, en
 
 use super::SamplingParams;
 
-/// Tokens of a request.
+/// Token counts of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cost {
-    /// Of the prompt, placeholders not counted.
+    /// Of the prompt, without placeholders.
     pub text: u64,
     /// Of all its images.
     pub image: u64,
 }
 
-/// How many context tokens a concept has.
+/// The number of context tokens of a concept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConceptTokens {
     /// T: positions at each of its placeholders in the prompt.
@@ -34,25 +34,25 @@ impl From<&ConceptTensors> for ConceptTokens {
     }
 }
 
-/// What decides a request's cost. The concepts' tensors do not.
+/// The parts of a request that determine its cost. The concepts' tensors do not.
 #[derive(Debug, Clone, Copy)]
 pub struct Costed<'a> {
-    /// With `<name>` placeholders as written.
+    /// With its `<name>` placeholders.
     pub prompt: &'a str,
     pub concepts: &'a [(&'a str, ConceptTokens)],
     pub sampling: &'a SamplingParams,
-    /// How many images.
+    /// Number of images.
     pub count: u32,
 }
 
-/// Counts the tokens of requests to one base model, as its device thread will.
+/// Counts the tokens of requests to one base model, the same way as its device thread.
 #[derive(Debug, Clone)]
 pub struct TokenCounter {
     pub tokenizer: Arc<TextTokenizer>,
     pub vocabulary: Vocabulary,
-    /// Pixels along a side that one image code stands for.
+    /// Pixels per side that one image code covers.
     pub pixels_per_code: u32,
-    /// Tokens of the longest sequence that a row of the batch holds.
+    /// Length in tokens of the longest sequence that fits a row of the batch.
     pub longest_row: i64,
 }
 
@@ -88,10 +88,10 @@ impl TokenCounter {
     }
 }
 
-/// A prompt's pieces as the tokenizer takes them; `slot` knows how many text tokens a concept has.
+/// Converts a prompt to pieces for the tokenizer; `slot` returns the number of a concept's text tokens.
 ///
 /// # Errors
-/// What `slot` says.
+/// Those of `slot`.
 pub fn prompt_parts<'a, E>(
     pieces: &[PromptPiece<'a>],
     slot: impl Fn(&str) -> Result<usize, E>,

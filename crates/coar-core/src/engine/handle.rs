@@ -14,7 +14,7 @@ use super::{
 };
 use crate::metrics::meters;
 
-/// Events of one generation; dropping it cancels the generation.
+/// Events of one generation. Dropping it cancels the generation.
 #[derive(Debug)]
 pub struct GenerationStream {
     events: mpsc::Receiver<GenerationEvent>,
@@ -28,7 +28,7 @@ impl GenerationStream {
         self.clock.saw(event.as_ref());
         event
     }
-    /// As [`Self::next`], for a thread without a runtime.
+    /// Blocking version of [`Self::next`], for a thread without a runtime.
     pub fn blocking_next(&mut self) -> Option<GenerationEvent> {
         let event = self.events.blocking_recv();
         self.clock.saw(event.as_ref());
@@ -36,7 +36,7 @@ impl GenerationStream {
     }
 }
 
-/// Events of one training; dropping it cancels the training.
+/// Events of one training. Dropping it cancels the training.
 #[derive(Debug)]
 pub struct TrainingStream(mpsc::Receiver<TrainingEvent>);
 
@@ -45,7 +45,7 @@ impl TrainingStream {
     pub async fn next(&mut self) -> Option<TrainingEvent> {
         self.0.recv().await
     }
-    /// As [`Self::next`], for a thread without a runtime.
+    /// Blocking version of [`Self::next`], for a thread without a runtime.
     pub fn blocking_next(&mut self) -> Option<TrainingEvent> {
         self.0.blocking_recv()
     }
@@ -63,17 +63,17 @@ pub enum Command {
         events: mpsc::Sender<TrainingEvent>,
         span: tracing::Span,
     },
-    /// Send a checkpoint of every running training, then end it; generations go on.
+    /// Send a checkpoint of every running training, then end it; generations continue.
     EndTrainings { done: tokio::sync::oneshot::Sender<()> },
-    /// The same, and end generations too; used before the process stops.
+    /// As `DrainTrainings`, and end generations too; used before the process stops.
     Drain { done: tokio::sync::oneshot::Sender<()> },
 }
 
-/// What the device thread tells of itself, without being asked.
+/// State that the device thread publishes.
 #[derive(Debug)]
 pub struct Gauge {
     origin: Instant,
-    /// Milliseconds after `origin` at which the thread last came by.
+    /// When the thread last reported, in milliseconds after `origin`.
     beat: AtomicU64,
     busy: AtomicBool,
     load: Mutex<Load>,
@@ -81,9 +81,9 @@ pub struct Gauge {
     limit: usize,
 }
 
-/// A slice of work that takes longer than this is stuck.
+/// A unit of work that takes longer than this is stuck.
 const STUCK: Duration = Duration::from_secs(60);
-/// What is told to callers while the speed is not known yet.
+/// Estimate for callers while the speed is not known yet.
 const UNKNOWN_WAIT: Duration = Duration::from_secs(5);
 const LONGEST_WAIT: Duration = Duration::from_secs(120);
 
@@ -105,7 +105,7 @@ impl Gauge {
         self.busy.store(busy, Ordering::Relaxed);
     }
 
-    pub fn tell(&self, load: Load) {
+    pub fn publish(&self, load: Load) {
         *self.load.lock().unwrap_or_else(PoisonError::into_inner) = load;
     }
 
@@ -119,7 +119,7 @@ impl Gauge {
         (self.busy.load(Ordering::Relaxed) && since > STUCK).then_some(since)
     }
 
-    /// How long what waits will take at the present speed.
+    /// Estimated time to process everything in the queue at the current speed.
     fn wait(&self) -> Duration {
         let load = self.load();
         if load.tokens_per_second <= 0.0 {
@@ -130,17 +130,17 @@ impl Gauge {
     }
 }
 
-/// A place in the queue; dropping it gives the place back.
+/// A slot in the queue, released on drop.
 #[derive(Debug)]
 pub struct Ticket {
     gauge: Arc<Gauge>,
     trace: Trace,
-    /// Ends with the wait.
+    /// Ends with the wait in the queue.
     _queue: tracing::Span,
 }
 
 impl Ticket {
-    /// The request that waits, for its later spans.
+    /// The request's span, the parent of its later spans.
     pub fn trace(&self) -> Trace {
         self.trace.clone()
     }
@@ -175,16 +175,16 @@ impl Drop for Ticket {
     }
 }
 
-/// What a device thread is started with, and what its handle needs of it.
+/// Shared state between a device thread and its handle.
 #[derive(Debug)]
 pub struct DeviceThread {
-    /// The other end of what the thread takes its commands from.
+    /// The receiving end of the command channel.
     pub commands: mpsc::Sender<Command>,
     pub health: watch::Receiver<Health>,
     pub info: ModelInfo,
     pub counter: TokenCounter,
     pub gauge: Arc<Gauge>,
-    /// Dropped when the last handle goes, after `commands`: the place to wait for the thread.
+    /// Dropped with the last handle, after `commands`: joins the thread.
     pub guard: Arc<dyn Any + Send + Sync>,
 }
 
@@ -196,7 +196,7 @@ pub struct EngineHandle {
     info: Arc<ModelInfo>,
     counter: Arc<TokenCounter>,
     gauge: Arc<Gauge>,
-    /// After `commands`, so that the thread sees its channel closed before it is waited for.
+    /// Dropped after `commands`, so the thread sees its channel closed before it is joined.
     _guard: Arc<dyn Any + Send + Sync>,
 }
 
@@ -214,12 +214,12 @@ impl From<DeviceThread> for EngineHandle {
 }
 
 impl EngineHandle {
-    /// What the loaded model is.
+    /// The loaded model.
     pub fn info(&self) -> &ModelInfo {
         &self.info
     }
 
-    /// The device thread's state; never asks the device.
+    /// The device thread's state; does not involve the device.
     pub fn health(&self) -> Health {
         match (self.health.borrow().clone(), self.gauge.stuck_for()) {
             (Health::Ready, Some(since)) => Health::Stuck(since),
@@ -227,17 +227,17 @@ impl EngineHandle {
         }
     }
 
-    /// What the device thread had to do when it last came by; never asks the device.
+    /// The device thread's load as last reported; does not involve the device.
     pub fn load(&self) -> Load {
         self.gauge.load()
     }
 
-    /// Counts what requests will cost; the device is not asked.
+    /// Counts the cost of requests; does not involve the device.
     pub fn counter(&self) -> &TokenCounter {
         &self.counter
     }
 
-    /// Hands a generation to the device thread. Bounded and without waiting.
+    /// Submits a generation to the device thread. Bounded and non-blocking.
     ///
     /// # Errors
     /// `Overloaded` when the queue is full, `Stopped` while draining.
@@ -256,7 +256,7 @@ impl EngineHandle {
         })
     }
 
-    /// Hands a training to the device thread. It runs in slices between the steps of generations.
+    /// Submits a training to the device thread. It runs in slices between decode steps.
     ///
     /// # Errors
     /// `Overloaded` when the queue is full, `Stopped` while draining.
@@ -270,8 +270,8 @@ impl EngineHandle {
         Ok(TrainingStream(stream))
     }
 
-    /// Asks every running training for a last checkpoint and stops taking work; returns when that has happened. A device
-    /// that hangs never answers: give it a time limit.
+    /// Requests a last checkpoint of every running training and rejects new work; returns when done. Use a timeout:
+    /// a device that hangs never answers.
     pub async fn drain(&self) {
         let (done, finished) = tokio::sync::oneshot::channel();
         if self.commands.send(Command::Drain { done }).await.is_ok() {
@@ -279,8 +279,8 @@ impl EngineHandle {
         }
     }
 
-    /// Asks every running training for a last checkpoint and takes no more trainings; generations go on. Returns when that
-    /// has happened. A device that hangs never answers: give it a time limit.
+    /// Requests a last checkpoint of every running training and rejects new trainings; generations continue. Returns
+    /// when done. Use a timeout: a device that hangs never answers.
     pub async fn end_trainings(&self) {
         let (done, finished) = tokio::sync::oneshot::channel();
         if self.commands.send(Command::EndTrainings { done }).await.is_ok() {
@@ -299,5 +299,6 @@ impl EngineHandle {
     }
 }
 
-/// A reader that falls this far behind loses intermediate progress events, never an image, a checkpoint or the end.
+/// A reader that falls this far behind loses intermediate progress events, never an image, a checkpoint or the final
+/// event.
 const EVENTS_PER_REQUEST: usize = 64;

@@ -1,4 +1,4 @@
-//! The engine's protocol: owned data only, never a tensor of libtorch.
+//! The engine's protocol: owned data only, no libtorch tensors.
 
 mod cost;
 mod handle;
@@ -20,7 +20,7 @@ pub use handle::{Command, DeviceThread, EngineHandle, Gauge, GenerationStream, T
 pub use sampling::SamplingParams;
 pub use trace::{GenerationClock, Prefill, Trace};
 
-/// A concept as one request uses it: wherever `<name>` stands in the prompt.
+/// A concept as used by one request: wherever `<name>` occurs in the prompt.
 #[derive(Debug, Clone)]
 pub struct ConceptUse {
     pub name: String,
@@ -33,20 +33,20 @@ pub struct ConceptUse {
 /// One request for `count` images.
 #[derive(Debug, Clone)]
 pub struct GenerateRequest {
-    /// Who asks: tenants share the device by cost in tokens. Empty for the only one.
+    /// The tenant, for fair scheduling by cost in tokens. Empty if there is only one.
     pub tenant: String,
-    /// The user's prompt with `<name>` placeholders as written.
+    /// The user's prompt with `<name>` placeholders.
     pub prompt: String,
     pub concepts: Vec<ConceptUse>,
     pub sampling: SamplingParams,
     pub count: u32,
-    /// Which image of the seed the first one is: image i of a larger request, alone.
+    /// Index of the first image within the seed, so that image i of a larger request can be generated alone.
     pub first_index: u32,
-    /// Unfinished images to show of each image, evenly spread over its rows.
+    /// Partial images per image, evenly spread over its rows.
     pub partial_images: u32,
 }
 
-/// What a generation tells while it runs.
+/// Events of a running generation.
 #[derive(Debug)]
 pub enum GenerationEvent {
     Started,
@@ -54,10 +54,10 @@ pub enum GenerationEvent {
         done: u32,
         total: u32,
     },
-    /// Image `index` as far as it is drawn; what is missing is grey.
+    /// Image `index` so far; missing parts are grey.
     Partial {
         index: u32,
-        /// 0 for the first unfinished image of this index.
+        /// 0 for the first partial image of this index.
         number: u32,
         image: RgbImage,
     },
@@ -66,7 +66,7 @@ pub enum GenerationEvent {
         index: u32,
         image: RgbImage,
     },
-    /// The last event of a request that succeeded, with its cost in tokens.
+    /// The last event of a successful request, with its cost in tokens.
     Done {
         text_tokens: u64,
         image_tokens: u64,
@@ -75,15 +75,15 @@ pub enum GenerationEvent {
     Failed(EngineError),
 }
 
-/// A training to run or to continue.
+/// A training to start or to resume.
 #[derive(Debug, Clone)]
 pub struct TrainingRequest {
     pub spec: TrainingSpec,
-    /// The reference images, as decoded.
+    /// The decoded reference images.
     pub images: Vec<RgbImage>,
-    /// The newest checkpoint, to continue from.
+    /// The newest checkpoint, to resume from.
     pub checkpoint: Option<Bytes>,
-    /// Steps after which the concept as it stands is handed out.
+    /// Steps after which a preview concept file is sent.
     pub previews: Vec<u32>,
 }
 
@@ -95,16 +95,16 @@ pub struct TrainingProgress {
     pub steps_per_second: f32,
 }
 
-/// What a training tells while it runs. Dropping the stream cancels the training.
+/// Events of a running training. Dropping the stream cancels the training.
 #[derive(Debug)]
 pub enum TrainingEvent {
     Progress(TrainingProgress),
-    /// The concept as it stands after that step: a concept file (safetensors).
+    /// The concept after that step: a concept file (safetensors).
     Preview {
         step: u32,
         file: Bytes,
     },
-    /// Everything that is needed to continue from here.
+    /// The complete training state, to resume from.
     Checkpoint {
         step: u32,
         bytes: Bytes,
@@ -117,24 +117,24 @@ pub enum TrainingEvent {
     Failed(EngineError),
 }
 
-/// Why the engine refused or failed a request.
+/// Why the engine rejected or failed a request.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum EngineError {
     /// A value of the request is outside the model's limits.
     #[error("`{field}` {problem}")]
     Invalid { field: &'static str, problem: String },
     /// The queue is full.
-    #[error("the engine has {limit} requests waiting, its limit")]
+    #[error("engine queue is full ({limit} requests)")]
     Overloaded {
         limit: usize,
-        /// How long what waits will take, at the present speed.
+        /// Estimated time to process the queue at the current speed.
         retry_after: std::time::Duration,
     },
     /// The engine is stopping or has stopped.
     #[error("the engine is stopping")]
     Stopped,
-    /// The workers that drew it were lost, one after the other, and no other is there.
-    #[error("the workers that drew it were lost")]
+    /// Every worker that ran it was lost, and no other one is available.
+    #[error("all workers that ran it were lost")]
     Lost,
     /// libtorch or the device failed.
     #[error("the device failed: {0}")]
@@ -146,26 +146,26 @@ pub enum EngineError {
 pub enum Health {
     Loading,
     Ready,
-    /// Nothing has moved for this long, though there is work.
+    /// There is work, but no progress for this long.
     Stuck(Duration),
     Stopped(String),
 }
 
-/// What the loaded base model is; fixed once the engine is ready.
+/// The loaded base model; fixed once the engine is ready.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct ModelInfo {
     /// The model's name in `/v1/models`.
     pub id: String,
-    /// Fingerprint of the base model: concepts carry it and are refused on another.
+    /// Fingerprint of the base model: concepts record it and are rejected by other models.
     pub fingerprint: String,
     pub layers: usize,
     pub hidden: usize,
-    /// Images of exactly these `(width, height)` can be drawn; the first is the default.
+    /// The supported image sizes `(width, height)`; the first is the default.
     pub sizes: Vec<(u32, u32)>,
     pub default_guidance_scale: f64,
     pub default_temperature: f64,
     pub default_top_k: u32,
-    /// The preset whose training defaults fit this model.
+    /// The preset with the training defaults for this model.
     pub preset: crate::training::Preset,
 }
 
@@ -184,10 +184,10 @@ impl ModelInfo {
         }
     }
 
-    /// Reads a concept file that is to be used with this model.
+    /// Reads a concept file for use with this model.
     ///
     /// # Errors
-    /// When the bytes are no concept file, or one of another base model.
+    /// When the bytes are not a valid concept file, or it was trained on another base model.
     pub fn read_concept(&self, bytes: &[u8]) -> Result<ConceptFile, ConceptFileError> {
         let file = ConceptFile::from_bytes(bytes)?;
         file.check_model(&self.fingerprint, self.layers, self.hidden)?;
@@ -195,22 +195,22 @@ impl ModelInfo {
     }
 }
 
-/// What the device thread had to do after its last turn.
+/// The device thread's load after its last iteration.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Load {
     /// Tokens of all images that wait for rows.
     pub waiting_tokens: u64,
     /// Tokens per second over the last steps; 0 before the first.
     pub tokens_per_second: f64,
-    /// Images being drawn.
+    /// Images being generated.
     pub images: usize,
-    /// Rows of the batch that are free.
+    /// Free rows of the batch.
     pub free_rows: usize,
-    /// Concepts that were found on the device, that were not, and the bytes that they take there.
+    /// Hits and misses of the concept cache on the device, and its size in bytes.
     pub concept_hits: u64,
     pub concept_misses: u64,
     pub concept_bytes: usize,
-    /// Seconds of the device's time for images and for trainings, where they are measured.
+    /// Seconds of device time for images and for trainings, if measured.
     pub generation_seconds: f64,
     pub training_seconds: f64,
 }

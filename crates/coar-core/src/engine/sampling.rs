@@ -2,21 +2,21 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Everything beside the prompt and its concepts that decides an image: with the same values, image `i` is the same image.
-/// One value from the request to the decode step; nothing copies it field by field.
+/// Everything besides the prompt and its concepts that determines an image: with the same values, image `i` is the
+/// same image. One value from the request to the decode step, never copied field by field.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
     /// In pixels.
     pub width: u32,
     /// In pixels.
     pub height: u32,
-    /// Image `i` is drawn from the random stream of `(seed, i)`.
+    /// Image `i` is sampled from the random stream of `(seed, i)`.
     pub seed: u64,
-    /// `u + s * (c - u)` of conditional and unconditional logits; at 1 the unconditional branch is left out.
+    /// `u + s * (c - u)` of conditional and unconditional logits; at 1 the unconditional branch is skipped.
     pub guidance_scale: f64,
-    /// Divides the logits; at 0 the most likely code is taken every time.
+    /// Divides the logits; at 0 the most likely code is always taken.
     pub temperature: f64,
-    /// How many of the most likely codes are drawn from; 0: all of them.
+    /// How many of the most likely codes are sampled from; 0: all of them.
     pub top_k: u32,
     /// Blocks attention between the context positions of different concepts.
     pub identity_mask: bool,
@@ -28,7 +28,7 @@ impl SamplingParams {
         (self.width, self.height)
     }
 
-    /// Rows of the key/value cache that each image takes.
+    /// Rows of the KV cache per image.
     pub fn rows_per_image(&self) -> usize {
         if self.guidance_scale == 1.0 { 1 } else { 2 }
     }

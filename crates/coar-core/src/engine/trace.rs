@@ -7,16 +7,16 @@ use tracing::Span;
 use super::GenerationEvent;
 use crate::metrics::meters;
 
-/// The spans of one generation on the device thread, under the span of whoever asked for it.
+/// The spans of one generation on the device thread, children of the requester's span.
 #[derive(Debug, Clone)]
 pub struct Trace {
     request: Span,
-    /// From the first image's start to the last one's end.
+    /// From the start of the first image to the end of the last one.
     decode: Option<Span>,
 }
 
 impl Trace {
-    /// Under the span that the caller is in.
+    /// Under the current span.
     pub fn current() -> Self {
         Self {
             request: Span::current(),
@@ -24,12 +24,12 @@ impl Trace {
         }
     }
 
-    /// The span of whoever asked.
+    /// The requester's span.
     pub fn request(&self) -> &Span {
         &self.request
     }
 
-    /// The prompt is read from here to the answer's `end`.
+    /// Prefill, until the returned span is dropped.
     pub fn prefill(&self) -> Prefill {
         Prefill {
             begun: Instant::now(),
@@ -37,7 +37,7 @@ impl Trace {
         }
     }
 
-    /// Images advance from here until the trace is dropped.
+    /// Decoding, until the trace is dropped.
     pub fn decode(&mut self) {
         let request = &self.request;
         self.decode
@@ -45,7 +45,7 @@ impl Trace {
     }
 }
 
-/// A prompt being read.
+/// The prefill of a prompt.
 #[derive(Debug)]
 pub struct Prefill {
     begun: Instant,
@@ -58,13 +58,13 @@ impl Prefill {
     }
 }
 
-/// Times of one generation as its reader sees them, outside the device thread.
+/// Timing of one generation as its reader sees it, outside the device thread.
 #[derive(Debug)]
 pub struct GenerationClock {
     begun: Instant,
     started: bool,
     drawing: bool,
-    /// How it ended; one that is dropped before was cancelled.
+    /// Records the outcome; a value dropped without one was cancelled.
     outcome: Option<&'static str>,
 }
 
@@ -91,7 +91,7 @@ impl GenerationClock {
             }
             Some(GenerationEvent::Done { .. }) => self.outcome = Some("succeeded"),
             Some(GenerationEvent::Failed(_)) => self.outcome = Some("failed"),
-            // The engine has stopped under it.
+            // The engine stopped during the generation.
             None if self.outcome.is_none() => self.outcome = Some("failed"),
             _ => {}
         }

@@ -1,4 +1,4 @@
-//! Foreign bytes as images.
+//! Fuzz targets for image decoding.
 
 use super::{ImageLimits, OutputFormat, decode, encode, header, xmp};
 
@@ -9,14 +9,14 @@ const LIMITS: ImageLimits = ImageLimits {
     pixels: 1 << 19,
 };
 
-/// An image that is accepted is within its limits and what its header says, and reads back from a file of ours.
+/// An accepted image is within the limits, agrees with its header, and round-trips through PNG.
 pub fn image(bytes: &[u8]) {
     let Ok(image) = decode(bytes, &LIMITS) else { return };
     assert!(image.is_consistent());
     assert!(image.width > 0 && image.height > 0 && image.width.max(image.height) <= LIMITS.side);
     assert!(u64::from(image.width) * u64::from(image.height) <= LIMITS.pixels);
-    let said = header::read(bytes).expect("what is decoded has a header");
-    let most = said.width.max(said.height);
+    let header = header::read(bytes).expect("what is decoded has a header");
+    let most = header.width.max(header.height);
     assert!(image.width.max(image.height) <= most);
     if image.rgb.len() <= 3 << 10 {
         let file = encode(&image, OutputFormat::Png, &[]).expect("an image in memory can be written");
@@ -24,7 +24,7 @@ pub fn image(bytes: &[u8]) {
     }
 }
 
-/// A header's sides are never 0, and whatever is said about a file it is not a longer one.
+/// A header's sides are never 0, and the reported length does not exceed the file.
 pub fn header(bytes: &[u8]) {
     if let Ok(header) = header::read(bytes) {
         assert!(header.width > 0 && header.height > 0);

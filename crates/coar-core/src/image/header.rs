@@ -1,20 +1,20 @@
-//! What a file says about its image, read without decoding: format, largest sides, and whether the end is there.
+//! Parses a file's image header without decoding: format, maximum sides, and whether the file is complete.
 
 use super::{ImageError, ImageFormat};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
     pub format: ImageFormat,
-    /// The largest sides that any header inside the file claims: a decoder allocates no more than these.
+    /// The largest sides that any header in the file declares: decoders allocate no more than these.
     pub width: u32,
     pub height: u32,
-    /// Whether the file reaches the image's end. Decoders fill what is missing with grey instead of failing.
+    /// Whether the file is complete. Decoders fill missing data with grey instead of failing.
     pub complete: bool,
-    /// Whether an alpha channel comes from a colour key only, which the reference ignores in RGB files.
+    /// Whether the alpha channel comes from a colour key only, which the reference ignores in RGB files.
     pub opaque: bool,
 }
 
-/// Whether the first box of a file names a HEIF brand with HEVC, or the general one.
+/// Whether the first box of a file names a HEIF brand with HEVC, or the generic one.
 fn is_heic(bytes: &[u8]) -> bool {
     const BRANDS: [&[u8]; 6] = [b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1"];
     bytes.get(4..8) == Some(b"ftyp") && bytes.get(8..12).is_some_and(|brand| BRANDS.contains(&brand))
@@ -30,7 +30,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Header, ImageError> {
         ImageFormat::Jpeg => jpeg(bytes),
         ImageFormat::WebP => webp(bytes),
     };
-    // A header that stops short of the sides is a file that was cut.
+    // A header that ends before the sides means a truncated file.
     let header = found.ok_or(ImageError::Truncated { format })?;
     if header.width == 0 || header.height == 0 {
         return Err(ImageError::NoPixels {
@@ -54,7 +54,7 @@ fn le(bytes: &[u8], at: usize, count: usize) -> Option<u32> {
     Some(slice.iter().rev().fold(0, |value, &byte| value << 8 | u32::from(byte)))
 }
 
-/// Signature, then `IHDR`: width, height, bit depth, colour type. Missing data is found by the decoder.
+/// Signature, then `IHDR`: width, height, bit depth, colour type. Missing data is detected by the decoder.
 fn png(bytes: &[u8]) -> Option<Header> {
     const RGB: u8 = 2;
     Some(Header {
@@ -77,7 +77,7 @@ fn jpeg(bytes: &[u8]) -> Option<Header> {
     };
     let mut at = 2;
     loop {
-        // Any number of 0xff may stand before a marker.
+        // Any number of 0xff bytes may precede a marker.
         while bytes.get(at) == Some(&0xff) && bytes.get(at + 1) == Some(&0xff) {
             at += 1;
         }
@@ -111,7 +111,7 @@ fn jpeg(bytes: &[u8]) -> Option<Header> {
     (header.width > 0 || header.complete).then_some(header)
 }
 
-/// The next marker behind entropy-coded data, in which `ff 00` is a stuffed byte and `ff d0..d7` a restart.
+/// The next marker after entropy-coded data, in which `ff 00` is a stuffed byte and `ff d0..d7` a restart.
 fn end_of_scan(bytes: &[u8], mut at: usize) -> usize {
     while let Some(pair) = bytes.get(at..at + 2) {
         if pair[0] == 0xff && !matches!(pair[1], 0x00 | 0xd0..=0xd7 | 0xff) {
@@ -137,8 +137,8 @@ fn webp(bytes: &[u8]) -> Option<Header> {
     (header.width > 0).then_some(header)
 }
 
-/// Frames of an animation hold chunks of their own, which hold none: only the `outermost` are looked into, however a file
-/// nests them, so that it cannot use up the stack.
+/// Animation frames contain chunks of their own, which contain none: only the `outermost` are parsed, however deeply
+/// a file nests them, to bound the recursion.
 fn webp_chunks(bytes: &[u8], mut at: usize, outermost: bool, header: &mut Header) {
     while let (Some(name), Some(size)) = (bytes.get(at..at + 4), le(bytes, at + 4, 4)) {
         let data = at + 8;

@@ -1,6 +1,6 @@
 use super::*;
 
-/// Left half red, right half blue: survives JPEG and shows every rotation.
+/// Left half red, right half blue: survives JPEG and reveals every rotation.
 fn halves(width: u32, height: u32) -> RgbImage {
     let rgb = (0..width * height)
         .flat_map(|i| {
@@ -49,7 +49,7 @@ fn png_of(colour: png::ColorType, depth: png::BitDepth, (width, height): (u32, u
     file
 }
 
-/// An image in which no two pixels are alike: what is lost of it shows.
+/// An image in which all pixels differ, so any loss is visible.
 fn gradient(side: u32) -> RgbImage {
     let rgb = (0..side * side)
         .flat_map(|at| [(at % side * 4) as u8, (at / side * 4) as u8, (at * 7 % 256) as u8])
@@ -62,7 +62,7 @@ fn gradient(side: u32) -> RgbImage {
 }
 
 #[test]
-fn less_quality_is_a_smaller_webp_file_with_more_lost() {
+fn lower_webp_quality_is_smaller_and_lossier() {
     let image = gradient(64);
     let files = [0, 50, 99].map(|quality| encode(&image, OutputFormat::LossyWebP(quality), &[]).unwrap());
     assert!(files[0].len() < files[1].len() && files[1].len() < files[2].len());
@@ -100,11 +100,11 @@ fn lossless_formats_keep_every_pixel() {
 }
 
 #[test]
-fn every_cut_of_a_file_is_refused() {
+fn every_truncation_is_rejected() {
     let image = halves(40, 24);
     for format in FORMATS {
         let bytes = file_of(&image, format);
-        // PNG's last 12 bytes are the empty end chunk: without it the image is still whole.
+        // PNG's last 12 bytes are the empty end chunk: without it the image is still complete.
         let whole = if format == OutputFormat::Png {
             bytes.len() - 12
         } else {
@@ -145,7 +145,7 @@ fn flipped_bytes_never_panic() {
 }
 
 #[test]
-fn a_bomb_is_refused_by_its_header() {
+fn decompression_bomb_is_rejected_by_its_header() {
     // Signature and IHDR of a 16384x16384 image, and 32 bytes of nothing: 65 bytes.
     let mut bomb = vec![0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', 0, 0, 0, 13];
     bomb.extend(b"IHDR");
@@ -197,7 +197,7 @@ fn jpeg_and_webp_sides_are_checked_on_the_header() {
 }
 
 #[test]
-fn a_webp_canvas_does_not_hide_a_larger_frame() {
+fn webp_frame_larger_than_its_canvas_is_rejected() {
     // An extended header of 10x10 in front of a 24x16 frame.
     let simple = file_of(&halves(24, 16), OutputFormat::WebP);
     let mut file = b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0".to_vec();
@@ -218,7 +218,7 @@ fn frames_within_frames_do_not_use_up_the_stack() {
     for level in 0..depth {
         file.extend(frame(24 * (depth - level) - 8));
     }
-    // On a thread like those that decode uploads.
+    // On a thread with the stack size of the upload decoders.
     let refused = std::thread::Builder::new()
         .stack_size(2 << 20)
         .spawn(move || decode(&file).unwrap_err())
@@ -279,10 +279,10 @@ fn exif_orientation_is_applied() {
     };
     let plain = rotated(1);
     assert_eq!((plain.width, plain.height, colour_at(&plain, 2, 2)), (32, 16, "red"));
-    // 6: the camera was turned, the image must be turned clockwise: red comes to the top.
-    let turned = rotated(6);
-    assert_eq!((turned.width, turned.height), (16, 32));
-    assert_eq!((colour_at(&turned, 8, 2), colour_at(&turned, 8, 29)), ("red", "blue"));
+    // 6: the camera was rotated, so the image must be rotated clockwise: red moves to the top.
+    let rotated_image = rotated(6);
+    assert_eq!((rotated_image.width, rotated_image.height), (16, 32));
+    assert_eq!((colour_at(&rotated_image, 8, 2), colour_at(&rotated_image, 8, 29)), ("red", "blue"));
     let upside_down = rotated(3);
     assert_eq!(
         (colour_at(&upside_down, 2, 2), colour_at(&upside_down, 29, 2)),
@@ -342,9 +342,9 @@ fn inconsistent_pixels_are_not_encoded() {
     }
 }
 
-/// Metadata as decoders that know nothing of ours find it.
+/// Metadata as read by independent decoders.
 #[test]
-fn text_is_found_in_every_format_and_the_pixels_stay() {
+fn metadata_is_readable_and_pixels_are_unchanged() {
     use image::ImageDecoder as _;
 
     let image = RgbImage {

@@ -1,19 +1,19 @@
-//! XMP packets (ISO 16684-1) in JPEG and WebP files of ours.
+//! XMP packets (ISO 16684-1) in JPEG and WebP files.
 
 use super::ImageError;
 
-/// The namespace of our properties; a name, not an address.
+/// The namespace of our properties; an identifier, not an address.
 const NAMESPACE: &str = "urn:coar:1";
-/// What begins a JPEG's APP1 segment that holds XMP.
+/// The prefix of a JPEG APP1 segment that contains XMP.
 const JPEG_HEADER: &[u8] = b"http://ns.adobe.com/xap/1.0/\0";
-/// A segment's length is two bytes and counts itself.
+/// A segment's length field has two bytes and counts itself.
 const SEGMENT_LIMIT: usize = 0xffff - 2;
 
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
-/// A packet with one property for each pair of name and value.
+/// A packet with one property per name and value.
 pub(super) fn packet(text: &[(&str, String)]) -> Vec<u8> {
     let properties: String = text
         .iter()
@@ -28,10 +28,10 @@ pub(super) fn packet(text: &[(&str, String)]) -> Vec<u8> {
     .into_bytes()
 }
 
-/// A JPEG file with the packet: as APP1, after the APP0 that a JFIF file begins with.
+/// Adds the packet to a JPEG file: as APP1, after the APP0 of JFIF.
 ///
 /// # Errors
-/// When the file does not begin as a JPEG does, or the packet is too long for a segment.
+/// When the file is not a JPEG, or the packet is too long for a segment.
 pub(super) fn into_jpeg(file: &[u8], packet: &[u8]) -> Result<Vec<u8>, ImageError> {
     let length = JPEG_HEADER.len() + packet.len();
     if length > SEGMENT_LIMIT {
@@ -40,7 +40,7 @@ pub(super) fn into_jpeg(file: &[u8], packet: &[u8]) -> Result<Vec<u8>, ImageErro
     let at = match file {
         [0xff, 0xd8, 0xff, 0xe0, high, low, ..] => 4 + usize::from(u16::from_be_bytes([*high, *low])),
         [0xff, 0xd8, ..] => 2,
-        _ => return Err(ImageError::Damaged("it is no JPEG file".to_owned())),
+        _ => return Err(ImageError::Damaged("it is not a JPEG file".to_owned())),
     };
     let (before, after) = file
         .split_at_checked(at)
@@ -58,10 +58,10 @@ fn chunk(name: &[u8; 4], data: &[u8]) -> Vec<u8> {
     chunk
 }
 
-/// A simple WebP file as an extended one with the packet.
+/// Converts a simple WebP file to an extended one with the packet.
 ///
 /// # Errors
-/// When the file is none, or not a simple one.
+/// When the file is not a simple WebP file.
 pub(super) fn into_webp(file: &[u8], packet: &[u8], (width, height): (u32, u32)) -> Result<Vec<u8>, ImageError> {
     let pixels = match file {
         [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', pixels @ ..]
@@ -69,7 +69,7 @@ pub(super) fn into_webp(file: &[u8], packet: &[u8], (width, height): (u32, u32))
         {
             pixels
         }
-        _ => return Err(ImageError::Damaged("it is no simple WebP file".to_owned())),
+        _ => return Err(ImageError::Damaged("it is not a simple WebP file".to_owned())),
     };
     /// Flag of a file with XMP.
     const HAS_XMP: u32 = 4;

@@ -1,11 +1,11 @@
-//! What a training is asked for, and what each of its steps reports.
+//! Training settings, and the report of each step.
 
-/// What decides a training's outcome: hyper-parameters and their presets; a concept records them.
+/// The settings that determine a training's outcome: hyper-parameters and their presets; a concept records them.
 pub mod spec;
 
 pub use spec::{Preset, SpecFault, TokenMethod, TrainingSpec};
 
-/// Losses of one optimizer step; terms that are switched off are absent.
+/// Losses of one optimizer step; disabled terms are absent.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct StepLosses {
     pub step: u32,

@@ -2,19 +2,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::concept::{ConceptKind, is_slug};
 
-/// Which set of defaults a training starts from.
+/// The set of defaults that a training starts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Preset {
     /// The paper's values, for Lumina-mGPT 7B and larger.
     Paper,
-    /// What the measurements favour on the pocket model.
+    /// Tuned on the pocket model.
     Pocket,
-    /// The same for the model of the designers' world.
+    /// Tuned on the model of the designers' world.
     Designers,
 }
 
-/// How a context token's values depend on the trained parameters.
+/// How a context token's values are derived from the trained parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Parametrisation {
@@ -24,7 +24,7 @@ pub enum Parametrisation {
     LayerRelative,
 }
 
-/// How a concept is learned by a frozen model: what is injected, and where. The engine serves all of them in one batch.
+/// How a frozen model learns a concept: what is injected, and where. The engine serves all methods in one batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TokenMethod {
@@ -39,7 +39,7 @@ pub enum TokenMethod {
 }
 
 impl TokenMethod {
-    /// Every method, in the order of their names' first use.
+    /// Every method, in the order in which the names were introduced.
     pub const ALL: [Self; 3] = [Self::Coar, Self::CoarText, Self::TextualInversion];
 
     /// The name in files and on the command line.
@@ -71,7 +71,8 @@ fn is_zero(number: &f64) -> bool {
     *number == 0.0
 }
 
-/// Everything that decides a training's outcome, besides the images and the base model. Recorded in the concept file.
+/// Everything that determines a training's outcome, besides the images and the base model. Recorded in the concept
+/// file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingSpec {
@@ -90,34 +91,34 @@ pub struct TrainingSpec {
     pub batch_size: u32,
     /// T
     pub text_tokens: u32,
-    /// K; 0 switches the image context token off.
+    /// K; 0 disables the image context tokens.
     pub image_tokens: u32,
     pub parametrisation: Parametrisation,
-    /// alpha of the dual prior preservation; 0 switches it off.
+    /// alpha of the dual prior preservation; 0 disables it.
     pub prior_weight: f64,
-    /// beta of the context-aware self-regularisation; 0 switches it off.
+    /// beta of the context-aware self-regularisation; 0 disables it.
     pub regularisation_weight: f64,
-    /// Class images that the frozen model draws for the prior term.
+    /// Number of class images that the frozen model generates for the prior term.
     pub prior_pictures: u32,
-    /// Random crop offsets and mirrored references, instead of the centre crop alone.
+    /// Random crop offsets and mirrored references, instead of the centre crop only.
     pub augment: bool,
-    /// Lets the learning rate fall linearly to a twentieth over the second half, instead of staying constant.
+    /// Decays the learning rate linearly to a twentieth over the second half; otherwise it is constant.
     pub decay: bool,
-    /// How much the image tokens that the start words decide count more than the others in the loss of a subject: 0 not at
-    /// all, 1 in proportion alone. Absent in files: 0.
+    /// How much more the loss of a subject weighs the image tokens that depend on the start words: 0 equal weights,
+    /// 1 fully proportional. Absent in files: 0.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub focus: f64,
-    /// For each text context token the words that it may start as, at the frozen model's hidden states there; of
-    /// several, the one under which the references are least surprising. Tokens without any: the class noun, or "art".
-    /// Lists beyond the last token are ignored. In a finished concept: the chosen ones.
+    /// Candidate start words for each text context token, at the frozen model's hidden states; of several, the one
+    /// with the lowest loss on the references is chosen. Tokens without candidates start as the class noun, or
+    /// "art". Lists beyond the last token are ignored. In a finished concept: the chosen words.
     #[serde(default)]
     pub start_words: Vec<Vec<String>>,
-    /// Every token may start as any word that the model's captions have, instead of `start_words`. In a finished concept:
-    /// off, with the chosen words there. Absent in files: off.
+    /// Every caption word of the model is a candidate start word for every token, instead of `start_words`. In a
+    /// finished concept: off, with the chosen words in `start_words`. Absent in files: off.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub search_words: bool,
-    /// What else is to be seen in each reference, in words: after a subject's noun ("on the beach"), before a style's
-    /// "in ... style" ("a cat in the snow"). May be shorter than the references.
+    /// Captions: what else each reference shows, after a subject's noun ("on the beach"), before a style's "in ...
+    /// style" ("a cat in the snow"). May be shorter than the references.
     #[serde(default)]
     pub captions: Vec<String>,
     pub seed: u64,
@@ -131,13 +132,13 @@ pub struct SpecFault {
     pub problem: String,
 }
 
-/// The most optimizer steps of one training.
+/// Maximum number of optimizer steps.
 pub const STEPS_LIMIT: u32 = 20_000;
-/// The most context tokens of one kind per layer.
+/// Maximum number of context tokens of one kind per layer.
 pub const TOKENS_LIMIT: u32 = 16;
-/// The longest caption or class noun, in characters.
+/// Maximum length of a caption or class noun, in characters.
 pub const CAPTION_LIMIT: usize = 200;
-/// The most reference images.
+/// Maximum number of reference images.
 pub const IMAGES_LIMIT: usize = 10;
 
 impl TrainingSpec {
@@ -186,13 +187,13 @@ impl TrainingSpec {
             },
             (Preset::Pocket, ConceptKind::Subject) => Self {
                 layers: all,
-                // Chosen on the development subjects: a lower rate learns less of shades that no word means, a higher one and
-                // more steps cost the scene.
+                // Chosen on the development subjects: a lower rate learns shades that no word describes less well; a
+                // higher rate or more steps degrade the scene.
                 steps: 60,
                 learning_rate: 4.5e-3,
                 batch_size: 5,
                 text_tokens: POCKET_SUBJECT_WORDS.len() as u32,
-                // On a development subject the image context token cost half of the prompt following and gained nothing.
+                // On a development subject the image context token halved prompt following and gained nothing.
                 image_tokens: 0,
                 parametrisation: Parametrisation::LayerRelative,
                 decay: true,
@@ -244,8 +245,8 @@ impl TrainingSpec {
 }
 
 impl TrainingSpec {
-    /// The defaults of a method: what it leaves out of the preset. Textual inversion learns one embedding, which starts
-    /// as the class noun's, with next-token cross-entropy alone.
+    /// The defaults of a method: what it omits from the preset. Textual inversion learns one embedding, initialised
+    /// as the class noun's, with next-token cross-entropy only.
     pub fn with_method(self, method: TokenMethod) -> Self {
         let relative = self.parametrisation == Parametrisation::LayerRelative;
         match method {
@@ -298,7 +299,7 @@ const POCKET_STYLE_WORDS: [&[&str]; 5] = [
     &["line", "duotone", "pixel", "neon"],
     &["art", "duotone", "neon"],
 ];
-/// The most start words to choose among, for one token.
+/// Maximum number of candidate start words per token.
 const START_WORDS_LIMIT: usize = 64;
 
 impl TrainingSpec {
@@ -410,7 +411,7 @@ impl TrainingSpec {
         }
     }
 
-    /// What is drawn to see how far the concept is: its kind's plainest prompt, with the placeholder.
+    /// The prompt of preview images: its kind's plainest prompt, with the placeholder.
     pub fn preview_prompt(&self) -> String {
         match &self.class_noun {
             Some(noun) => format!("a photo of <{}> {noun}", self.name),
@@ -423,7 +424,7 @@ impl TrainingSpec {
         self.class_noun.as_ref().map(|noun| format!("a photo of a {noun}"))
     }
 
-    /// For each text context token the words that it may start as, at least one.
+    /// Candidate start words for each text context token, at least one.
     pub fn start_candidates(&self) -> Vec<Vec<String>> {
         let default = self.class_noun.as_deref().unwrap_or("art");
         (0..self.text_tokens as usize)
@@ -444,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn the_paper_preset_has_the_papers_values() {
+    fn paper_preset_matches_the_paper() {
         let spec = subject();
         assert_eq!(
             (
@@ -481,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_in_a_message_is_the_one_that_is_checked() {
+    fn error_messages_state_the_limit_checked() {
         let problem = |spec: TrainingSpec| spec.check(32).unwrap_err().problem;
         let style = TrainingSpec::preset(Preset::Paper, ConceptKind::Style, "ink", None, 32);
         assert_eq!(
@@ -517,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn methods_leave_out_what_they_lack_and_refuse_it() {
+    fn methods_omit_and_reject_unsupported_parts() {
         let inversion = subject().with_method(TokenMethod::TextualInversion);
         assert_eq!(
             (inversion.layers, inversion.text_tokens, inversion.image_tokens),
@@ -539,12 +540,12 @@ mod tests {
             assert_eq!(method.as_str().parse(), Ok(method));
             assert_eq!(serde_json::to_value(method).unwrap(), method.as_str());
         }
-        // Files of before have no such field, and files of the method of before do not gain one.
+        // Older files lack the field, and files of the original method do not gain it.
         assert!(serde_json::to_value(subject()).unwrap().get("method").is_none());
     }
 
     #[test]
-    fn every_text_token_has_a_start_word_whatever_their_number() {
+    fn every_text_token_has_a_start_word() {
         let mut spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
         for tokens in [1, 6, 9] {
             spec.text_tokens = tokens;

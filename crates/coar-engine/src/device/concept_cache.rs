@@ -1,4 +1,5 @@
-//! Concepts on the device, by content hash: a retrained concept has another hash and never meets an old entry.
+//! Concepts resident on the device, by content hash: a retrained concept has another hash and never matches an old
+//! entry.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -16,7 +17,7 @@ struct Entry {
     used: u64,
 }
 
-/// Least recently used first out; what somebody holds stays.
+/// Least recently used first; entries in use are not evicted.
 #[derive(Debug)]
 pub struct ConceptCache {
     entries: HashMap<String, Entry>,
@@ -28,7 +29,7 @@ pub struct ConceptCache {
 }
 
 impl ConceptCache {
-    /// Holds at most `limit` bytes of concepts that nobody uses at the moment.
+    /// Keeps at most `limit` bytes of concepts that are not in use.
     pub fn new(limit: usize) -> Self {
         Self {
             entries: HashMap::new(),
@@ -40,7 +41,7 @@ impl ConceptCache {
         }
     }
 
-    /// The concept's tensors on `device`; pinned while the answer is held.
+    /// The concept's tensors on `device`; pinned while the returned handle is held.
     ///
     /// # Errors
     /// When the device has too little memory.
@@ -80,7 +81,7 @@ impl ConceptCache {
         }
     }
 
-    /// Lookups that found the concept, and that did not; bytes held.
+    /// Hits, misses, and resident bytes.
     pub fn counts(&self) -> (u64, u64, usize) {
         (self.hits, self.misses, self.bytes)
     }
@@ -110,14 +111,14 @@ mod tests {
     }
 
     #[test]
-    fn the_least_recently_used_leaves_and_what_is_held_stays() {
+    fn evicts_the_least_recently_used_and_keeps_pinned_entries() {
         let mut cache = ConceptCache::new(3 * 32);
         let mut get = |hash: &str| cache.get(&concept(hash), Device::Cpu).unwrap();
         let held = get("a");
         for hash in ["b", "c", "b", "d", "e"] {
             get(hash);
         }
-        // "c" and then "b" have left; "a" is older than both, but in use.
+        // "c" and then "b" are evicted; "a" is older than both, but pinned.
         drop((get("a"), held));
         assert_eq!(cache.counts(), (2, 5, 96));
         cache.get(&concept("b"), Device::Cpu).unwrap();
@@ -125,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_version_is_another_entry() {
+    fn new_version_is_a_separate_entry() {
         let mut cache = ConceptCache::new(1000);
         let old = cache.get(&concept("one"), Device::Cpu).unwrap();
         let new = cache.get(&concept("two"), Device::Cpu).unwrap();

@@ -1,4 +1,4 @@
-//! What the device spent on images and on trainings, by its own clock.
+//! Device time spent on images and on trainings, by the device's own clock.
 
 use tch::Device;
 
@@ -6,7 +6,7 @@ use crate::model::ModelError;
 use crate::model::accelerator::Event;
 use coar_core::scheduler::Turn;
 
-/// Adds up the device's time between the beginning and the end of turns; a turn of the host may be over long before.
+/// Adds up the device time between the start and the end of each slice; on the host a slice may be over long before.
 #[derive(Debug)]
 pub(super) struct DeviceTime {
     device: Device,
@@ -16,7 +16,7 @@ pub(super) struct DeviceTime {
     pub training: f64,
 }
 
-/// Turns whose times are read together: reading waits for the last one.
+/// Slices whose times are read together: reading waits for the last one.
 const TOGETHER: usize = 64;
 
 impl DeviceTime {
@@ -29,12 +29,12 @@ impl DeviceTime {
         }
     }
 
-    /// Marks the beginning of a turn.
+    /// Marks the start of a slice.
     pub fn begin(&self) -> Result<Event, ModelError> {
         Event::record(self.device)
     }
 
-    /// Marks the end of the turn that began at `begun`.
+    /// Marks the end of the slice that started at `begun`.
     pub fn end(&mut self, turn: Turn, begun: Event) -> Result<(), ModelError> {
         self.open.push((turn, begun, Event::record(self.device)?));
         if self.open.len() < TOGETHER && turn != Turn::Training {
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn turns_are_added_up_by_kind() {
+    fn slices_are_added_up_by_kind() {
         let mut time = DeviceTime::new(Device::Cpu);
         for turn in [Turn::Generation, Turn::Idle, Turn::Training] {
             let begun = time.begin().unwrap();

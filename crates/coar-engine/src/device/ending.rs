@@ -1,30 +1,31 @@
-//! The end of a device thread, waited for when its last handle goes.
+//! Joins the device thread when its last handle is dropped.
 
 use std::time::{Duration, Instant};
 
 use super::guard::end_process;
 
-/// Waits for the device thread when the last handle goes: libtorch's own statics must outlive every thread that computes.
+/// Joins the device thread when the last handle is dropped: libtorch's own statics must outlive every thread that
+/// computes.
 #[derive(Debug)]
 pub(super) struct Joined(pub Option<std::thread::JoinHandle<()>>);
 
-/// A device thread that has not ended this long after its door was closed is hung.
+/// A device thread that has not ended this long after its command channel was closed is hung.
 const LAST_WAIT: Duration = Duration::from_secs(10);
 
 impl Drop for Joined {
-    /// On a thread of a runtime the wait goes to the runtime's blocking threads: other tasks go on, and the runtime's end
+    /// On a runtime's thread, the join runs on a blocking thread: other tasks continue, and the runtime's shutdown
     /// waits for it.
     fn drop(&mut self) {
         let Some(thread) = self.0.take() else { return };
         let ending = Ending(Some(thread));
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            // Where the runtime takes no more tasks, `ending` is dropped here, and waits here.
+            // If the runtime accepts no more tasks, `ending` is dropped, and joined, here.
             runtime.spawn_blocking(move || drop(ending));
         }
     }
 }
 
-/// Waits for the thread when it is dropped.
+/// Joins the thread on drop.
 struct Ending(Option<std::thread::JoinHandle<()>>);
 
 impl Drop for Ending {
@@ -33,13 +34,13 @@ impl Drop for Ending {
         let since = Instant::now();
         while !thread.is_finished() {
             if since.elapsed() > LAST_WAIT {
-                tracing::error!("the device thread does not end; the process ends without it");
+                tracing::error!("the device thread does not end; exiting without it");
                 end_process();
             }
             std::thread::sleep(Duration::from_millis(2));
         }
         if thread.join().is_err() {
-            tracing::error!("the device thread has panicked");
+            tracing::error!("the device thread panicked");
         }
     }
 }
@@ -49,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_handle_blocks_no_thread_of_a_runtime() {
+    fn dropping_the_last_handle_does_not_block_a_runtime() {
         let (end, ended) = std::sync::mpsc::channel::<()>();
         let (done, is_done) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
@@ -57,12 +58,12 @@ mod tests {
             let _ = done.send(());
         });
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        // With the wait on the runtime's only thread this would never come to the next line.
+        // If the runtime's only thread blocked, the next line would never be reached.
         runtime.block_on(async move { drop(Joined(Some(thread))) });
         drop(end);
         drop(runtime);
-        assert!(is_done.try_recv().is_ok(), "the runtime's end waits for the thread");
-        // Without a runtime it waits where it is.
+        assert!(is_done.try_recv().is_ok(), "the runtime's shutdown joins the thread");
+        // Without a runtime the thread is joined right here.
         let (done, is_done) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
             let _ = done.send(());

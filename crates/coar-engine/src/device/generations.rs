@@ -1,4 +1,4 @@
-//! The drawing half of the device thread: requests in, rows of one batch, codes out.
+//! The generation half of the device thread: requests in, rows of one batch, codes out.
 
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
@@ -21,7 +21,7 @@ use coar_core::engine::{EngineError, GenerateRequest, GenerationEvent, Load, Tic
 use coar_core::metrics::meters;
 use coar_core::scheduler::{Admission, Cost, JobId, Scheduler};
 
-/// Places in an event channel that progress leaves free for images, checkpoints and ends.
+/// Capacity of an event channel that progress leaves free for images, checkpoints and final events.
 pub(super) const RESERVED_EVENTS: usize = 24;
 
 struct Job {
@@ -34,12 +34,12 @@ struct Job {
     finished: u32,
     codes_per_image: u64,
     columns: i64,
-    /// Held until every image has rows.
+    /// Held until every image has been admitted.
     ticket: Option<Ticket>,
     trace: Trace,
 }
 
-/// Requests waiting and being drawn.
+/// Queued and running requests.
 pub(super) struct Generations {
     batch: DecodeBatch,
     scheduler: Scheduler,
@@ -49,15 +49,15 @@ pub(super) struct Generations {
     orders: Orders,
     speed: Speed,
     device: Device,
-    /// Ends of the steps that the device may not have reached.
+    /// End events of the steps that the device may still be working on.
     steps: VecDeque<Event>,
 }
 
-/// Steps that the host may be ahead of the device. With one, the next step is prepared while the device computes; with
-/// more, progress would be told and cancellations be seen long before or after the device gets there.
+/// How many steps the host may be ahead of the device. With one, the next step is prepared while the device
+/// computes; with more, progress events and cancellations would get out of step with the device.
 const STEPS_AHEAD: usize = 1;
 
-/// Tokens per second over the last while, for honest waiting times.
+/// Tokens per second, smoothed, for wait estimates.
 #[derive(Debug, Default)]
 struct Speed {
     tokens_per_second: f64,
@@ -89,12 +89,12 @@ impl Generations {
         }
     }
 
-    /// Whether anything waits or is drawn.
+    /// Whether anything is queued or running.
     pub(super) fn is_empty(&self) -> bool {
         self.jobs.is_empty()
     }
 
-    /// Whether nothing is drawn or waits, but images are still being decoded.
+    /// Whether nothing is queued or running, but images are still being decoded to pixels.
     pub(super) fn only_decodes(&self) -> bool {
         self.is_empty() && self.orders.open() > 0
     }
@@ -113,8 +113,8 @@ impl Generations {
         }
     }
 
-    /// Lays a request out and lets it wait for rows.
-    pub(super) fn take_in(
+    /// Lays out a request and queues it for rows.
+    pub(super) fn enqueue(
         &mut self,
         model: &LuminaMgpt,
         request: GenerateRequest,
@@ -158,8 +158,8 @@ impl Generations {
         self.jobs.insert(job, job_state);
     }
 
-    /// One turn: whoever hung up leaves, whoever waits and fits enters, every image gets one code.
-    pub(super) fn turn(&mut self, model: &LuminaMgpt) {
+    /// One iteration: removes cancelled requests, admits queued images that fit, and runs one decode step.
+    pub(super) fn run_slice(&mut self, model: &LuminaMgpt) {
         self.drop_cancelled();
         while let Some(admission) = self.scheduler.admit(self.batch.free_rows()) {
             self.admit(model, admission);
@@ -170,18 +170,18 @@ impl Generations {
         let (begun, images, free) = (Instant::now(), self.batch.len(), self.batch.free_rows());
         match self.step(model) {
             Ok(drawn) => {
-                // Two rows each, mostly; the unit only has to agree with the cost's.
+                // Usually two rows per image; the unit only has to agree with the cost's.
                 let seconds = begun.elapsed().as_secs_f64();
                 self.speed.saw(2.0 * images as f64, seconds);
                 meters().decode_step(seconds, images, free);
                 drawn.into_iter().for_each(|drawn| self.leave(drawn));
-                self.tell_progress();
+                self.emit_progress();
             }
             Err(error) => self.fail_active(&error),
         }
     }
 
-    /// One decode step, at most [`STEPS_AHEAD`] of the device.
+    /// One decode step, at most [`STEPS_AHEAD`] ahead of the device.
     fn step(&mut self, model: &LuminaMgpt) -> Result<Vec<Drawn>, EngineError> {
         let (batch, steps, device) = (&mut self.batch, &mut self.steps, self.device);
         guarded(device, || {
@@ -196,7 +196,7 @@ impl Generations {
         })
     }
 
-    /// Waits until the device has done the steps that it was given.
+    /// Waits until the device has completed its steps.
     pub(super) fn settle(&mut self) {
         self.steps.clear();
         if let Err(error) = guarded(self.device, || accelerator::synchronize(self.device)) {
@@ -216,13 +216,13 @@ impl Generations {
         }
     }
 
-    /// Takes a job out, with everything of it that waits or is being drawn.
+    /// Removes a job with all its queued and running images.
     fn end(&mut self, id: JobId) -> Option<Job> {
         self.scheduler.remove(id);
         let job = self.jobs.remove(&id)?;
         for &(image, _) in &job.active {
             if let Err(error) = guarded(self.device, || self.batch.remove(image)) {
-                tracing::error!(%error, "an image could not be taken out of the batch");
+                tracing::error!(%error, "cannot remove an image from the batch");
                 self.fail_active(&error);
                 break;
             }
@@ -236,11 +236,12 @@ impl Generations {
         }
     }
 
-    /// A step has failed: nobody knows what state it has left, so everybody in it fails; who waits goes on.
+    /// After a failed step the state of the batch is undefined, so every running request fails; queued ones
+    /// continue.
     fn fail_active(&mut self, error: &EngineError) {
         if let Err(beyond) = guarded(self.device, || self.batch.clear()) {
             // A poisoned CUDA context fails every later call; only a new process gets a new one.
-            tracing::error!(%error, %beyond, "the device does not recover; the process ends so that it can be restarted");
+            tracing::error!(%error, %beyond, "the device does not recover; exiting to be restarted");
             end_process();
         }
         let active: Vec<JobId> = self
@@ -312,10 +313,10 @@ impl Generations {
         }
     }
 
-    fn tell_progress(&mut self) {
+    fn emit_progress(&mut self) {
         for (&id, job) in self.jobs.iter().filter(|(_, job)| !job.active.is_empty()) {
             let room = job.events.capacity();
-            // An unfinished image takes a place that nothing else needs: not that of an image, of the end or of a failure.
+            // A partial image only takes capacity that nothing else needs: an image, a final event or a failure.
             let unfinished = (job.request.count - job.finished) as usize;
             let has_room = room > unfinished + 2 + job.active.len();
             let mut done = u64::from(job.finished) * job.codes_per_image;
@@ -328,7 +329,7 @@ impl Generations {
                     && let Some(number) = partial_due(job.request.partial_images, drawn, total, job.columns)
                     && let Ok(codes) = self.batch.codes_so_far(image)
                 {
-                    // Where the image threads are behind, an unfinished image is the first thing to leave out.
+                    // If the image threads fall behind, partial images are dropped first.
                     let order = Order {
                         recipient: job.recipient.clone(),
                         index,
@@ -347,7 +348,7 @@ impl Generations {
         }
     }
 
-    /// Tells everybody that the engine stops.
+    /// Notifies all readers that the engine has stopped.
     pub(super) fn stop(&mut self) {
         for (_, job) in self.jobs.drain() {
             let _ = job.events.try_send(GenerationEvent::Failed(EngineError::Stopped));
@@ -355,7 +356,7 @@ impl Generations {
     }
 }
 
-/// Which of `wanted` unfinished images is due when `drawn` of `total` codes are there: evenly spread, at row ends.
+/// Which of `wanted` partial images is due when `drawn` of `total` codes are done: evenly spread, at row ends.
 fn partial_due(wanted: u32, drawn: i64, total: i64, columns: i64) -> Option<u32> {
     if wanted == 0 || drawn % columns != 0 {
         return None;
@@ -385,7 +386,7 @@ fn plan(model: &LuminaMgpt, request: &GenerateRequest) -> Result<PlannedSequence
     plan_sequence(model, &request.prompt, &planned, size)
 }
 
-/// Puts some of a job's images into the batch.
+/// Adds some of a job's images to the batch.
 fn start(
     model: &LuminaMgpt,
     batch: &mut DecodeBatch,
@@ -413,7 +414,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unfinished_images_are_spread_over_the_rows() {
+    fn partial_images_are_spread_over_the_rows() {
         let due = |wanted: u32| -> Vec<(i64, u32)> {
             (1..144)
                 .filter_map(|drawn| Some((drawn, partial_due(wanted, drawn, 144, 12)?)))

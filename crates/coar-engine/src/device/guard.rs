@@ -1,4 +1,4 @@
-//! Units of work on the device: their failure is their own, unless the device does not answer any more.
+//! Isolation of units of work on the device: a failure affects only its own unit, unless the device is lost.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -7,11 +7,11 @@ use tch::Device;
 use crate::model::{ModelError, accelerator};
 use coar_core::engine::EngineError;
 
-/// Exit status of a process whose device does not answer any more (EX_UNAVAILABLE of sysexits.h).
+/// Exit status of a process whose device is lost (EX_UNAVAILABLE of sysexits.h).
 pub const DEVICE_LOST: i32 = 69;
 
-/// Ends the process at once, without destructors: those of libtorch would run beside a thread that still computes, or wait
-/// for a device that is gone. What was acknowledged is in the database; a new process goes on from there.
+/// Exits at once, without destructors: libtorch's would race with a thread that still computes, or wait for a lost
+/// device. All acknowledged data is in the database; a new process resumes from there.
 pub(super) fn end_process() -> ! {
     // SAFETY: takes a number and does not return.
     unsafe { libc::_exit(DEVICE_LOST) }
@@ -27,21 +27,21 @@ pub(super) fn device_error(error: &ModelError) -> EngineError {
     }
 }
 
-/// Runs one unit of work on `device`; a panic inside it is that unit's failure, not the thread's end. After a failure of the
-/// device it is asked whether it still answers: a failed allocation leaves it usable, but after a device assert every later
-/// call fails, and only a new process gets a new context. The process ends then, with [`DEVICE_LOST`].
+/// Runs one unit of work on `device` and converts a panic into an error of that unit. After a device error the
+/// device is probed: a failed allocation leaves it usable, but after a device assert every later call fails, and
+/// only a new process gets a new context. In that case the process exits with [`DEVICE_LOST`].
 pub(super) fn guarded<T>(device: Device, work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, EngineError> {
     checked(
         work,
         || accelerator::probe(device),
         |error, lost| {
-            tracing::error!(%error, %lost, "the device does not answer any more; the process ends so that it can be restarted");
+            tracing::error!(%error, %lost, "device lost; exiting to be restarted");
             end_process()
         },
     )
 }
 
-/// As [`guarded`]: `probe` asks the device, `lost` is called when it does not answer.
+/// As [`guarded`]; `probe` checks the device, `lost` is called if it does not answer.
 fn checked<T>(
     work: impl FnOnce() -> Result<T, ModelError>,
     probe: impl FnOnce() -> Result<(), ModelError>,
@@ -82,7 +82,7 @@ mod tests {
         ModelError::Torch(tch::TchError::Torch(text.to_owned()))
     }
 
-    /// Whether the device was asked, and whether it was given up.
+    /// Whether the device was probed, and whether it was declared lost.
     fn after(work: impl FnOnce() -> Result<(), ModelError>, answers: bool) -> (bool, bool) {
         let (asked, lost) = (Cell::new(false), Cell::new(false));
         let probe = || {
@@ -98,9 +98,9 @@ mod tests {
     }
 
     #[test]
-    fn only_a_device_that_does_not_answer_is_given_up() {
+    fn device_is_lost_only_if_the_probe_fails() {
         assert_eq!(after(|| Ok(()), false), (false, false));
-        // A caller's fault says nothing of the device.
+        // An invalid request does not trigger a probe.
         assert_eq!(
             after(|| Err(ModelError::invalid("size", "is odd")), false),
             (false, false)
@@ -109,7 +109,7 @@ mod tests {
         assert_eq!(after(|| Err(torch("out of memory")), true), (true, false));
         assert_eq!(after(|| Err(torch("device-side assert")), false), (true, true));
         assert_eq!(after(|| panic!("inside libtorch"), false), (true, true));
-        // A probe that panics is no answer.
+        // A probe that panics has failed.
         let lost = Cell::new(false);
         let _ = checked(
             || Err::<(), _>(torch("gone")),

@@ -1,5 +1,5 @@
-//! Codes to images, on threads of their own, so that drawing goes on meanwhile. They share the image tokenizer's weights
-//! with the device thread.
+//! Decoding of codes to images, on separate threads in parallel with the decode steps. They share the image
+//! tokenizer's weights with the device thread.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -17,15 +17,15 @@ use coar_core::engine::GenerationEvent;
 use coar_core::image::RgbImage;
 use coar_core::metrics::meters;
 
-/// Where a request's images go.
+/// The destination of a request's images.
 #[derive(Debug)]
 pub(super) struct Recipient {
     pub events: mpsc::Sender<GenerationEvent>,
     /// Width and height in pixels.
     pub size: (u32, u32),
-    /// Images that are not delivered; with the last one the request is done.
+    /// Images that are not delivered yet; after the last one the request is done.
     pub left: AtomicU32,
-    /// The request's cost, which its end tells.
+    /// The request's cost, reported with its final event.
     pub text_tokens: u64,
     pub image_tokens: u64,
     /// The request's span.
@@ -38,17 +38,17 @@ pub(super) struct Order {
     pub recipient: Arc<Recipient>,
     /// The image's index in its request.
     pub index: u32,
-    /// Codes in raster order: all of them, or for an unfinished image whole rows.
+    /// Codes in raster order: all of them, or complete rows for a partial image.
     pub codes: Vec<i64>,
-    /// For an unfinished image its number, from 0.
+    /// The number of a partial image, from 0.
     pub partial: Option<u32>,
 }
 
-/// Orders that may wait for each thread; a device thread that is faster than these threads waits for them.
+/// Queue length per thread; the device thread waits if a queue is full.
 const QUEUE: usize = 64;
 
-/// How many threads decode images: on the CPU a few, since each computes alone; another device does one thing after the
-/// other anyway.
+/// Number of threads that decode images: a few on the CPU, since each computes by itself; another device runs one
+/// operation after the other anyway.
 pub(super) fn threads(device: Device) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     match device {
@@ -57,11 +57,11 @@ pub(super) fn threads(device: Device) -> usize {
     }
 }
 
-/// The door to the threads. One image's orders all go to the same thread, so that they stay in order.
+/// A handle of the threads. All work of one request goes to the same thread, which keeps it in order.
 #[derive(Debug)]
 pub(super) struct Orders {
     senders: Vec<sync::SyncSender<Order>>,
-    /// Orders that are not delivered.
+    /// Images that are not delivered yet.
     open: Arc<AtomicUsize>,
 }
 
@@ -71,13 +71,13 @@ impl Orders {
         &self.senders[at as usize]
     }
 
-    /// Images that are being decoded or wait for it.
+    /// Images that are queued or being decoded.
     pub fn open(&self) -> usize {
         self.open.load(Ordering::Acquire)
     }
 
-    /// Hands an image over and waits where that thread is far behind; false when it has ended. `shard` is the same for
-    /// all orders of a request.
+    /// Sends an image; blocks if its thread is far behind. False if the thread has ended. `shard` is the same for
+    /// all images of a request.
     pub fn send(&self, shard: u64, order: Order) -> bool {
         self.open.fetch_add(1, Ordering::AcqRel);
         let sent = self.of(shard, &order).send(order).is_ok();
@@ -87,7 +87,7 @@ impl Orders {
         sent
     }
 
-    /// As [`Self::send`], but leaves the image out where the thread is behind.
+    /// As [`Self::send`], but drops the image if the thread is behind.
     pub fn offer(&self, shard: u64, order: Order) {
         self.open.fetch_add(1, Ordering::AcqRel);
         if self.of(shard, &order).try_send(order).is_err() {
@@ -96,10 +96,11 @@ impl Orders {
     }
 }
 
-/// Starts a thread for each tokenizer; they end when the door is dropped, and must be joined before the process ends.
+/// Starts a thread for each tokenizer. The threads end when the handle is dropped, and must be joined before the
+/// process ends.
 ///
 /// # Errors
-/// When the system has no thread left.
+/// When the system cannot create another thread.
 pub(super) fn start(tokenizers: Vec<Vqgan>) -> std::io::Result<(Orders, Vec<JoinHandle<()>>)> {
     let (mut senders, mut threads) = (vec![], vec![]);
     let open = Arc::new(AtomicUsize::new(0));
@@ -111,9 +112,9 @@ pub(super) fn start(tokenizers: Vec<Vqgan>) -> std::io::Result<(Orders, Vec<Join
             .name("coar-images".to_owned())
             .spawn(move || {
                 without_pool();
-                // Decode steps do not wait for an image that is decoded beside them.
+                // A separate stream, so decode steps do not wait for image decoding.
                 if let Err(error) = accelerator::use_own_stream(vqgan.device()) {
-                    tracing::warn!(%error, "images are decoded on the decode steps' stream");
+                    tracing::warn!(%error, "no separate stream: images are decoded on the decode steps' stream");
                 }
                 let _no_grad = tch::no_grad_guard();
                 for order in inbox {
@@ -133,7 +134,7 @@ fn deliver(vqgan: &Vqgan, order: Order) {
         codes,
         partial,
     } = order;
-    // A reader that is gone wants nothing.
+    // The reader has been dropped.
     if recipient.events.is_closed() {
         return;
     }
@@ -154,14 +155,14 @@ fn deliver(vqgan: &Vqgan, order: Order) {
                 });
             }
         }
-        // The request has failed; as this image stays undelivered, its end is not told twice.
+        // The request has failed; this image stays undelivered, so no second final event is sent.
         (Err(error), None) => send(GenerationEvent::Failed(error)),
     }
 }
 
 const GREY: u8 = 128;
 
-/// The image of as many whole rows of codes as there are.
+/// The image of the complete rows of codes.
 fn decode(vqgan: &Vqgan, codes: &[i64], (width, height): (u32, u32)) -> Result<RgbImage, ModelError> {
     let _span = tracing::info_span!("vqgan.decode").entered();
     let _timer = meters().image_decode.start_timer();

@@ -1,4 +1,4 @@
-//! Memory that is free, as the system and the driver say, and what of it keys and values get.
+//! Free memory, as reported by the system and the driver, and the share of the KV cache.
 
 use std::ffi::c_int;
 
@@ -6,8 +6,8 @@ use tch::Device;
 
 use crate::model::{ModelError, accelerator};
 
-/// Bytes that are free on `device`; `None` where the system does not say. On a CUDA device what libtorch's allocator holds
-/// back and no tensor uses is free, too.
+/// Free bytes on `device`; `None` if the system does not report it. On a CUDA device, memory that libtorch's
+/// allocator caches and no tensor uses counts as free.
 pub fn free_bytes(device: Device) -> Option<u64> {
     match device {
         Device::Cpu => available(&std::fs::read_to_string("/proc/meminfo").ok()?),
@@ -20,24 +20,24 @@ pub fn free_bytes(device: Device) -> Option<u64> {
     }
 }
 
-/// Memory for keys and values.
+/// Memory for the KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KvMemory {
-    /// On an accelerator what is free when the model is loaded, less what image decoding and a training step need; 2 GiB
-    /// elsewhere.
+    /// On an accelerator: free memory after loading the model, minus what image decoding and a training step need.
+    /// Elsewhere: 2 GiB.
     Auto,
     /// That many bytes.
     Bytes(u64),
 }
 
-/// What keys and values take without an accelerator, where [`KvMemory::Auto`] is asked for.
+/// Size of the KV cache without an accelerator, for [`KvMemory::Auto`].
 const WITHOUT_ACCELERATOR: u64 = 2 << 30;
 
-/// What of an accelerator's free memory is left alone for fragments and the libraries' own workspaces.
+/// Share of an accelerator's free memory kept for fragmentation and the libraries' own workspaces.
 const SLACK: u64 = 5;
 
 impl KvMemory {
-    /// Bytes, where `free` of them are free on the device and `reserve` are needed beside the cache.
+    /// Size in bytes, if `free` bytes are free on the device and `reserve` are needed beside the cache.
     pub fn bytes(self, device: Device, free: Option<u64>, reserve: u64) -> u64 {
         match (self, device, free) {
             (Self::Bytes(bytes), ..) => bytes,
@@ -47,8 +47,8 @@ impl KvMemory {
     }
 }
 
-/// How many rows of `row` bytes there are: as many as `bytes` admit, at most `most`, and two at least, which one guided image
-/// needs.
+/// The number of rows of `row` bytes: as many as fit into `bytes`, at most `most`, and at least two, which one
+/// guided image needs.
 ///
 /// # Errors
 /// When fewer bytes than that are `free`.
@@ -76,7 +76,7 @@ pub(super) fn kv_rows(bytes: u64, row: u64, most: usize, free: Option<u64>) -> R
     }
 }
 
-/// Bytes in use on a CUDA device by everybody; `None` elsewhere.
+/// Bytes in use on a CUDA device by all processes; `None` elsewhere.
 pub fn used_bytes(device: Device) -> Option<u64> {
     match device {
         Device::Cuda(index) => cuda(index).map(|(free, total)| total - free),
@@ -84,17 +84,18 @@ pub fn used_bytes(device: Device) -> Option<u64> {
     }
 }
 
-/// The `MemAvailable` line of `/proc/meminfo`, which counts in KiB.
+/// Parses the `MemAvailable` line of `/proc/meminfo`, which is in KiB.
 fn available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024)
 }
 
-/// Free and total bytes, from the runtime library that libtorch has loaded: `tch` does not pass them on.
+/// Free and total bytes, from the CUDA runtime that libtorch has loaded: `tch` does not expose them.
 fn cuda(index: usize) -> Option<(u64, u64)> {
     let process = libloading::os::unix::Library::this();
     let (mut free, mut total) = (0usize, 0usize);
-    // SAFETY: two functions of the CUDA runtime, of these signatures since its first version; they write the two numbers.
+    // SAFETY: two functions of the CUDA runtime, with these signatures since its first version; they write the two
+    // numbers.
     let status = unsafe {
         let select = process.get::<unsafe extern "C" fn(c_int) -> c_int>(b"cudaSetDevice\0");
         let info = process.get::<unsafe extern "C" fn(*mut usize, *mut usize) -> c_int>(b"cudaMemGetInfo\0");
@@ -103,7 +104,7 @@ fn cuda(index: usize) -> Option<(u64, u64)> {
             _ => 1,
         }
     };
-    // It is part of the process for good.
+    // Never unloaded.
     std::mem::forget(process);
     (status == 0).then_some((free as u64, total as u64))
 }
@@ -113,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_and_values_get_what_is_left_and_never_more_than_there_is() {
+    fn kv_cache_gets_the_rest_and_never_more_than_is_free() {
         let (gib, cuda) = (1u64 << 30, Device::Cuda(0));
         assert_eq!(KvMemory::Bytes(7).bytes(cuda, Some(gib), gib), 7);
         assert_eq!(KvMemory::Auto.bytes(Device::Cpu, Some(100 * gib), 0), 2 * gib);
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_systems_line_is_read_in_bytes() {
+    fn meminfo_is_read_in_bytes() {
         let text = "MemTotal:       100 kB\nMemFree:  7 kB\nMemAvailable:     24 kB\n";
         assert_eq!(available(text), Some(24 * 1024));
         assert_eq!(available("MemTotal: 1 kB\n"), None);

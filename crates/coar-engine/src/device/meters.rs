@@ -1,5 +1,5 @@
-//! What the engine measures of itself. The device thread adds to counters after its turns and is never asked; a turn costs
-//! it well below a microsecond. Spans are opened for requests and slices, never for a decode step.
+//! The engine's metrics. The device thread updates counters after each slice, which costs well below a microsecond;
+//! it is never queried. Spans are opened for requests and slices, never for a decode step.
 
 use std::time::{Duration, Instant};
 
@@ -9,17 +9,17 @@ use coar_core::metrics::meters;
 use coar_core::scheduler::Turn;
 use tch::Device;
 
-/// What the device thread has told so far.
+/// What the device thread has published so far.
 #[derive(Debug)]
 pub(super) struct Published {
     device: Device,
-    /// When the device's memory was last looked up.
+    /// When the device's memory was last read.
     looked: Option<Instant>,
     concept_hits: u64,
     concept_misses: u64,
 }
 
-/// How often the driver is asked for the device's memory, at most: it takes longer than a counter.
+/// Minimum interval between reads of the device's memory: they take longer than a counter.
 const LOOK: Duration = Duration::from_secs(2);
 
 impl Published {
@@ -44,8 +44,8 @@ impl Published {
         }
     }
 
-    /// A turn is over: `load` is what is left to do, `open` the trainings on the device.
-    pub(super) fn turn(&mut self, turn: Turn, spent: Duration, load: &Load, open: usize) {
+    /// Publishes the end of a slice: `load` is the remaining work, `open` the number of trainings on the device.
+    pub(super) fn slice(&mut self, turn: Turn, spent: Duration, load: &Load, open: usize) {
         let meters = meters();
         match turn {
             Turn::Generation => meters.generation_busy.inc_by(spent.as_secs_f64()),

@@ -1,4 +1,4 @@
-//! The device thread and its door. One process has one device; the thread is the model's only owner.
+//! The device thread and its handle. One process has one device; the thread is the model's only owner.
 
 mod concept_cache;
 mod device_time;

@@ -1,4 +1,5 @@
-//! The device thread: the only owner of model and cache. Images advance by one code each turn, trainings by one slice.
+//! The device thread, the only owner of model and cache. In each iteration, images advance by one code or a training
+//! by one slice.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -22,32 +23,32 @@ use coar_core::metrics::meters;
 use coar_core::scheduler::{DeviceShare, Turn};
 use coar_core::training::Preset;
 
-/// How the device thread works.
+/// Settings of the device thread.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
-    /// Requests that may wait for rows; more are refused.
+    /// Limit of queued requests; more are rejected.
     pub queue: usize,
-    /// Memory for keys and values, taken once at the start.
+    /// Memory for the KV cache, allocated once at startup.
     pub kv_bytes: KvMemory,
-    /// The most rows of the batch, whatever the memory admits; a guided image takes two.
+    /// Maximum number of rows of the batch, regardless of memory; a guided image takes two.
     pub rows: usize,
-    /// Tokens of text that a row has room for.
+    /// Text tokens that fit into a row.
     pub prompt_tokens: usize,
-    /// Memory for concepts that are not in use at the moment, in bytes.
+    /// Memory for resident concepts that are not in use, in bytes.
     pub concept_bytes: usize,
-    /// Share of the device's time for trainings while images wait, 0..=1. Without images they have all of it.
+    /// Share of device time for trainings while images wait, 0..=1. Without images they get all of it.
     pub training_share: f64,
-    /// Memory in bytes that the graph of one optimizer step may take; a training that needs more recomputes layers in its
-    /// backward pass. `None`: half of what is free when the training begins.
+    /// Memory limit in bytes for the graph of one optimizer step; a training that needs more recomputes layers in
+    /// its backward pass. `None`: half of what is free when the training starts.
     pub training_bytes: Option<u64>,
-    /// A training's checkpoint is handed out at least this often.
+    /// Maximum interval between a training's checkpoints.
     pub checkpoint_every: Duration,
-    /// Threads for libtorch; 0 leaves its default.
+    /// Threads for libtorch; 0 keeps its default.
     pub threads: i32,
-    /// An image's codes do not depend on who shares the batch even where libtorch's kernels depend on its size: every
-    /// step has the shapes of the full batch. Needless where the CPU's own decode step is used.
+    /// Makes an image's codes independent of the rest of the batch even if libtorch's kernels depend on the batch
+    /// size: every step has the shapes of the full batch. Not needed with the CPU's own decode step.
     pub deterministic: bool,
-    /// Measure what the device spends on images and on trainings by its own clock: see [`super::Load`].
+    /// Measure device time spent on images and on trainings by the device's own clock: see [`super::Load`].
     pub measure_device_time: bool,
 }
 
@@ -72,7 +73,7 @@ impl Default for EngineOptions {
 /// Starts the device thread; `load` runs on it. Returns when the model is loaded.
 ///
 /// # Errors
-/// What `load` says.
+/// Those of `load`.
 pub fn start(
     options: EngineOptions,
     load: impl FnOnce() -> Result<(LuminaMgpt, ModelInfo), ModelError> + Send + 'static,
@@ -97,7 +98,7 @@ pub fn start(
             match thread {
                 Ok((thread, loaded)) => {
                     health_sender.send_replace(Health::Ready);
-                    // The starter may have given up; the closed channel ends the loop below.
+                    // If the receiver is gone, the closed channel ends the loop below.
                     let _ = loaded_sender.send(Ok(loaded));
                     thread.run();
                     health_sender.send_replace(Health::Stopped("the engine has stopped".to_owned()));
@@ -123,7 +124,7 @@ pub fn start(
     Ok(thread.into())
 }
 
-/// How often a waiting training looks whether it may go on.
+/// Poll interval of a waiting training.
 const GLANCE: Duration = Duration::from_millis(1);
 
 struct Thread {
@@ -138,7 +139,7 @@ struct Thread {
     published: Published,
 }
 
-/// Tokens of the longest row: text, image start and sizes, context positions, and the largest image.
+/// Length of the longest row: text, image start and sizes, context positions, and the largest image.
 fn longest_row(model: &LuminaMgpt, prompt_tokens: usize) -> i64 {
     let image = |&(width, height): &(u32, u32)| {
         let (rows, columns) = model.codes_of(width, height);
@@ -158,7 +159,7 @@ impl Thread {
         let max_seq = longest_row(&model, options.prompt_tokens);
         let row = KvCache::row_bytes(model.transformer.config(), max_seq, model.transformer.kind());
         let device = model.transformer.device();
-        // Whatever the loading has put aside and not used.
+        // Releases memory that loading has cached.
         accelerator::synchronize(device)?;
         // CUDA graphs cannot be captured on the default stream.
         accelerator::use_own_stream(device)?;
@@ -182,7 +183,7 @@ impl Thread {
         meters().kv_rows.set(rows as i64);
         meters().kv_bytes.set((row * rows as u64) as i64);
         let batch = DecodeBatch::new(&model.transformer, &model.vocabulary, batch)?;
-        // Other threads read the weights on streams of their own: what has put them there must be over.
+        // Other threads read the weights on streams of their own: the copies must have completed.
         accelerator::synchronize(device)?;
         let tokenizers = (0..images::threads(model.transformer.device()))
             .map(|_| model.share_vqgan())
@@ -208,11 +209,11 @@ impl Thread {
         let Self {
             generations, images, ..
         } = self;
-        // Their orders end with the sender; what they have begun is delivered.
+        // Their queues end with the sender; images in progress are delivered.
         drop(generations);
         for thread in images {
             if thread.join().is_err() {
-                tracing::error!("a thread that decodes images has panicked");
+                tracing::error!("an image decoding thread panicked");
             }
         }
     }
@@ -235,9 +236,9 @@ impl Thread {
                         request,
                         events,
                         ticket,
-                    } => self.generations.take_in(&self.model, *request, events, ticket),
+                    } => self.generations.enqueue(&self.model, *request, events, ticket),
                     Command::Train { request, events, span } => {
-                        self.trainings.take_in(&self.model, *request, events, span);
+                        self.trainings.enqueue(&self.model, *request, events, span);
                     }
                     Command::EndTrainings { done } => {
                         self.trainings.close();
@@ -248,14 +249,14 @@ impl Thread {
                 command = self.inbox.try_recv().ok();
             }
             let training = !self.trainings.is_empty();
-            // On the CPU images are decoded on the same cores: that is part of drawing, and where drawing is behind a
-            // training waits for it instead of fighting it.
+            // On the CPU images are decoded on the same cores. That counts as generation time: if generation is
+            // behind, a training waits for it instead of competing with it.
             let on_cpu = self.model.transformer.device() == tch::Device::Cpu;
             let decoding = on_cpu && training && self.generations.only_decodes();
             let drawing = decoding || !self.generations.is_empty();
             let turn = self.share.turn(drawing, training);
             if turn == Turn::Training {
-                // What the device still has to do for images is their time.
+                // Work that the device still has to do for images counts as image time.
                 let begun = Instant::now();
                 self.generations.settle();
                 self.share.spent(Turn::Generation, begun.elapsed(), drawing && training);
@@ -264,8 +265,8 @@ impl Thread {
             let begun = Instant::now();
             match turn {
                 Turn::Generation if decoding => std::thread::sleep(GLANCE),
-                Turn::Generation => self.generations.turn(&self.model),
-                Turn::Training => self.trainings.turn(&self.model),
+                Turn::Generation => self.generations.run_slice(&self.model),
+                Turn::Training => self.trainings.run_slice(&self.model),
                 Turn::Idle => {}
             }
             let spent = begun.elapsed();
@@ -273,20 +274,20 @@ impl Thread {
             let mut load = self.generations.load();
             if let (Some(time), Some(begun)) = (&mut self.time, measured) {
                 if let Err(error) = begun.and_then(|begun| time.end(turn, begun)) {
-                    tracing::warn!(%error, "the device's time could not be measured");
+                    tracing::warn!(%error, "cannot measure device time");
                 }
                 (load.generation_seconds, load.training_seconds) = (time.generation, time.training);
             }
-            self.published.turn(turn, spent, &load, self.trainings.len());
-            self.gauge.tell(load);
+            self.published.slice(turn, spent, &load, self.trainings.len());
+            self.gauge.publish(load);
         }
     }
 
-    /// Hands out a last checkpoint of every training and ends.
+    /// Sends a last checkpoint of every training and ends it.
     fn drain(&mut self, done: oneshot::Sender<()>) {
         self.trainings.close();
         self.generations.stop();
-        // Whoever asked may be gone.
+        // The requester may have been dropped.
         let _ = done.send(());
     }
 }

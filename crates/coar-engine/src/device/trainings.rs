@@ -1,4 +1,4 @@
-//! The training half of the device thread: slices of the trainings that are open, in turn.
+//! The training half of the device thread: slices of the open trainings, round-robin.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -20,15 +20,15 @@ struct Training {
     checkpointed: Instant,
     started: Instant,
     first_step: u32,
-    /// What the present step has taken so far.
+    /// Time spent on the current step.
     in_step: Duration,
-    /// Steps after which the concept is handed out.
+    /// Steps after which a preview is sent.
     previews: Vec<u32>,
     span: tracing::Span,
 }
 
-/// How long a slice of a training is, about: images pause for as long. A piece of a step is not interrupted. On the CPU images
-/// and trainings take the caches from each other at every change, and slices are longer (docs/performance.md).
+/// Approximate length of a training slice, for which images pause. A piece of a step is not interrupted. On the CPU
+/// images and trainings evict each other's caches at every switch, so slices are longer (docs/performance.md).
 fn slice_time(device: Device) -> Duration {
     match device {
         Device::Cpu => Duration::from_millis(250),
@@ -36,8 +36,9 @@ fn slice_time(device: Device) -> Duration {
     }
 }
 
-/// Pieces of a training until the slice is over, or something else than a piece is done. On an accelerator each is waited
-/// for: otherwise a slice ends while the device still computes, and its time is charged to the next unit of work.
+/// Runs pieces of a training until the slice is over, or something other than a piece is done. On an accelerator
+/// each piece is waited for: otherwise a slice would end while the device still computes, and its time would be
+/// charged to the next unit of work.
 fn slice(trainer: &mut Trainer, model: &LuminaMgpt) -> Result<Advance, ModelError> {
     let (device, begun) = (model.transformer.device(), Instant::now());
     loop {
@@ -53,16 +54,16 @@ fn slice(trainer: &mut Trainer, model: &LuminaMgpt) -> Result<Advance, ModelErro
 pub(super) struct Trainings {
     open: VecDeque<Training>,
     checkpoint_every: Duration,
-    /// For the graph of one step; trainings take turns, so one graph is alive at a time.
+    /// Memory for the graph of one step; trainings alternate, so only one graph exists at a time.
     bytes: Option<u64>,
-    /// No more are taken in.
+    /// New trainings are rejected.
     closed: bool,
     device: Device,
 }
 
 impl Trainings {
-    /// A training's checkpoint is handed out at least every `checkpoint_every`; the graph of its step may take `bytes`,
-    /// or half of what is free when it begins.
+    /// Sends a checkpoint of each training at least every `checkpoint_every`. The graph of a step may take `bytes`,
+    /// or half of what is free when the training starts.
     pub(super) fn new(device: Device, checkpoint_every: Duration, bytes: Option<u64>) -> Self {
         Self {
             device,
@@ -73,7 +74,7 @@ impl Trainings {
         }
     }
 
-    /// How many are open.
+    /// Number of open trainings.
     pub(super) fn len(&self) -> usize {
         self.open.len()
     }
@@ -83,7 +84,7 @@ impl Trainings {
         self.open.is_empty()
     }
 
-    pub(super) fn take_in(
+    pub(super) fn enqueue(
         &mut self,
         model: &LuminaMgpt,
         request: TrainingRequest,
@@ -110,7 +111,7 @@ impl Trainings {
                 let estimate = trainer.estimate(model);
                 if let Some(budget) = self.bytes.or_else(free) {
                     let graph = estimate.within(budget);
-                    tracing::info!(budget, kept = estimate.bytes(Graph::Kept), ?graph, "a training begins");
+                    tracing::info!(budget, kept = estimate.bytes(Graph::Kept), ?graph, "training started");
                     trainer.set_graph(graph);
                     trainer.set_class_batch(estimate.class_images_at_once(budget));
                 }
@@ -131,8 +132,8 @@ impl Trainings {
         }
     }
 
-    /// One slice of the training whose turn it is.
-    pub(super) fn turn(&mut self, model: &LuminaMgpt) {
+    /// One slice of the next training.
+    pub(super) fn run_slice(&mut self, model: &LuminaMgpt) {
         let Some(mut training) = self.open.pop_front() else {
             return;
         };
@@ -162,7 +163,7 @@ impl Trainings {
             Ok(advance) => {
                 if let Advance::Step(losses) = advance {
                     meters().training_step(training.in_step.as_secs_f64(), losses.total);
-                    training.tell(losses);
+                    training.emit(losses);
                     training.hand_out_preview(model);
                 }
                 if advance != Advance::Piece {
@@ -177,7 +178,7 @@ impl Trainings {
         }
     }
 
-    /// Hands out a last checkpoint of each; from now on every training that comes ends at once, unbegun.
+    /// Sends a last checkpoint of each; every later training ends at once, before it starts.
     pub(super) fn close(&mut self) {
         self.closed = true;
         for mut training in self.open.drain(..) {
@@ -187,7 +188,7 @@ impl Trainings {
 }
 
 impl Training {
-    fn tell(&self, losses: StepLosses) {
+    fn emit(&self, losses: StepLosses) {
         if self.events.capacity() <= RESERVED_EVENTS {
             return;
         }
@@ -204,7 +205,7 @@ impl Training {
         let _ = self.events.try_send(TrainingEvent::Progress(progress));
     }
 
-    /// A preview is worth no failure: without room in the channel, or with a device that fails, there is none.
+    /// Previews are best effort: skipped if the channel is full or the device fails.
     fn hand_out_preview(&self, model: &LuminaMgpt) {
         let step = self.trainer.step();
         if !self.previews.contains(&step) || self.events.capacity() <= RESERVED_EVENTS {
@@ -218,8 +219,8 @@ impl Training {
                 step,
                 file: bytes.into(),
             })),
-            Ok(Err(error)) => tracing::warn!(%error, "a training's preview could not be written"),
-            Err(error) => tracing::warn!(%error, "a training's preview could not be made"),
+            Ok(Err(error)) => tracing::warn!(%error, "cannot encode a training preview"),
+            Err(error) => tracing::warn!(%error, "cannot generate a training preview"),
         }
     }
 
@@ -232,7 +233,7 @@ impl Training {
                     bytes: bytes.into(),
                 });
             }
-            Err(error) => tracing::warn!(%error, "a training's checkpoint could not be made"),
+            Err(error) => tracing::warn!(%error, "cannot create a training checkpoint"),
         }
         self.checkpointed = Instant::now();
     }

@@ -1,5 +1,5 @@
-//! What the engine needs of an accelerator and tch does not bind: streams, events, graphs, the allocator, uploads that do
-//! not wait, attention by row lengths. On the CPU each of them is nothing, or the clock.
+//! Accelerator functions that tch does not bind: streams, events, graphs, the allocator, asynchronous uploads,
+//! attention by row lengths. On the CPU they are no-ops, or use the clock.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
@@ -75,7 +75,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Room for the reason of a failure.
+/// Buffer size for an error message.
 const REASON: usize = 1024;
 
 fn checked(call: impl FnOnce(*mut c_char, usize) -> c_int) -> Result<(), ModelError> {
@@ -95,15 +95,15 @@ fn index_of(device: Device) -> Option<c_int> {
     }
 }
 
-/// Makes libtorch's CUDA part available where it is installed beside the CPU part: the linker leaves it out of the
-/// binary, so that one binary serves machines with and without it. Must come before anything asks for CUDA.
+/// Loads libtorch's CUDA part if it is installed beside the CPU part: the linker leaves it out of the binary, so one
+/// binary serves machines with and without it. Must be called before any other use of CUDA.
 ///
 /// # Errors
-/// The loader's own words, the same at every call.
+/// The loader's own message, the same at every call.
 pub fn load_cuda() -> Result<(), String> {
     static OPENED: OnceLock<Result<(), String>> = OnceLock::new();
     let open = || {
-        // SAFETY: the library's initialisers only register kernels with libtorch, which is loaded already.
+        // SAFETY: the library's initialisers only register kernels with libtorch, which is already loaded.
         let opened = unsafe {
             libloading::os::unix::Library::open(
                 Some("libtorch_cuda.so"),
@@ -114,13 +114,13 @@ pub fn load_cuda() -> Result<(), String> {
             // Never unloaded: its kernels stay registered.
             Ok(library) => {
                 std::mem::forget(library);
-                // Reproducible image codes are worth more than a faster image decoder; `--tf32` allows it.
+                // Reproducible image codes matter more than a faster image decoder; `--tf32` allows it.
                 set_tf32(false).map_err(|error| error.to_string())
             }
             Err(error) => {
-                // What the loader says is the error's source.
+                // The loader's message is the error's source.
                 let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-                tracing::debug!(%reason, "libtorch has no CUDA part here");
+                tracing::debug!(%reason, "libtorch's CUDA part is not available");
                 Err(reason)
             }
         }
@@ -128,8 +128,8 @@ pub fn load_cuda() -> Result<(), String> {
     OPENED.get_or_init(open).clone()
 }
 
-/// Whether products and convolutions in f32 may round their inputs to TF32 (10 bits of mantissa) on CUDA, in the whole
-/// process. libtorch's default allows it for convolutions; [`load_cuda`] forbids it.
+/// Allows or forbids products and convolutions in f32 to round their inputs to TF32 (10 bits of mantissa) on CUDA,
+/// for the whole process. libtorch's default allows it for convolutions; [`load_cuda`] forbids it.
 ///
 /// # Errors
 /// When libtorch refuses.
@@ -138,8 +138,7 @@ pub fn set_tf32(allowed: bool) -> Result<(), ModelError> {
     checked(|text, room| unsafe { coar_set_tf32(c_int::from(allowed), text, room) })
 }
 
-/// Gives the calling thread a stream of its own on `device`: from now on its work and other threads' do not wait for each
-/// other. Nothing on the CPU.
+/// Gives the calling thread a stream of its own on `device`, independent of other threads. No-op on the CPU.
 ///
 /// # Errors
 /// When the device fails.
@@ -155,18 +154,19 @@ pub fn use_own_stream(device: Device) -> Result<(), ModelError> {
 pub(super) fn has_own_stream(device: Device) -> bool {
     let mut own = 0;
     match index_of(device) {
-        // SAFETY: writes a number.
         Some(index) => {
-            checked(|text, room| unsafe { coar_stream_is_own(index, &raw mut own, text, room) }).is_ok() && own == 1
+            // SAFETY: writes a number.
+            let asked = checked(|text, room| unsafe { coar_stream_is_own(index, &raw mut own, text, room) });
+            asked.is_ok() && own == 1
         }
         None => false,
     }
 }
 
-/// Waits until `device` has done everything that the calling thread has given it. Nothing on the CPU.
+/// Waits until `device` has completed all work of the calling thread. No-op on the CPU.
 ///
 /// # Errors
-/// What went wrong in any of that work: kernels fail later than the calls that start them.
+/// Any failure of that work: kernels fail later than the calls that launch them.
 pub fn synchronize(device: Device) -> Result<(), ModelError> {
     match index_of(device) {
         // SAFETY: waits for the calling thread's current stream.
@@ -175,8 +175,8 @@ pub fn synchronize(device: Device) -> Result<(), ModelError> {
     }
 }
 
-/// Whether `device` still answers: a small allocation, a kernel, and the wait for it. After a device assert every call on
-/// CUDA fails, this one too; after a failed allocation it succeeds.
+/// Checks that `device` still works: a small allocation, a kernel, and a wait. After a device assert every call on
+/// CUDA fails, including this one; after a failed allocation it succeeds.
 ///
 /// # Errors
 /// When the device is lost.
@@ -200,7 +200,7 @@ enum Moment {
 }
 
 impl Event {
-    /// Marks what has been given to `device` so far; on the CPU, the present.
+    /// Records the work submitted to `device` so far; on the CPU, the current time.
     ///
     /// # Errors
     /// When the device fails.
@@ -209,7 +209,7 @@ impl Event {
             return Ok(Self(Moment::Clock(Instant::now())));
         };
         let mut event = std::ptr::null_mut();
-        // SAFETY: writes a pointer that only `coar_event_free` ends.
+        // SAFETY: writes a pointer that only `coar_event_free` frees.
         checked(|text, room| unsafe { coar_event_record(index, &raw mut event, text, room) })?;
         Ok(Self(Moment::Device(event)))
     }
@@ -217,7 +217,7 @@ impl Event {
     /// Waits until the device has reached this event.
     ///
     /// # Errors
-    /// What went wrong before it.
+    /// Any failure before it.
     pub fn wait(&self) -> Result<(), ModelError> {
         match self.0 {
             // SAFETY: a live event.
@@ -226,7 +226,7 @@ impl Event {
         }
     }
 
-    /// Seconds of the device's time from this event to a later one of the same device. Waits for the later one.
+    /// Seconds of device time from this event to a later one of the same device. Waits for the later one.
     ///
     /// # Errors
     /// When the device fails, or the events are of different devices.
@@ -265,12 +265,12 @@ pub(super) struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Captures what `work` launches on `device`; none of it runs. The thread must have a stream of its own
-    /// ([`use_own_stream`]), and `work` must neither wait for the device nor send anything to it. Tensors that `work` reads or
-    /// changes must live as long as the graph.
+    /// Captures the kernels that `work` launches on `device`, without running them. The thread must have a stream of
+    /// its own ([`use_own_stream`]), and `work` must neither synchronise with the device nor copy to it. Tensors
+    /// that `work` reads or changes must live as long as the graph.
     ///
     /// # Errors
-    /// When the device has no graphs, `work` fails, or does what cannot be captured.
+    /// When the device has no graphs, `work` fails, or uses an operation that cannot be captured.
     pub fn capture(device: Device, work: impl FnOnce() -> Result<(), ModelError>) -> Result<Self, ModelError> {
         let Some(index) = index_of(device) else {
             return Err(ModelError::invalid("device", "has no graphs"));
@@ -280,7 +280,7 @@ impl Graph {
         checked(|text, room| unsafe { coar_graph_begin(index, &raw mut pointer, text, room) })?;
         let graph = Self { pointer, device };
         let worked = work();
-        // SAFETY: a live graph whose capture has begun. It must end in any case: until then nothing runs.
+        // SAFETY: a live graph whose capture has begun. The capture must end in any case: until then nothing runs.
         let ended = checked(|text, room| unsafe { coar_graph_end(graph.pointer, text, room) });
         worked.and(ended).map(|()| graph)
     }
@@ -298,25 +298,25 @@ impl Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         if let Err(error) = synchronize(self.device) {
-            tracing::debug!(%error, "a graph is freed on a device that fails");
+            tracing::debug!(%error, "cannot wait for the device before freeing a graph");
         }
         // SAFETY: the pointer was made by `coar_graph_begin` and is freed once, when no stream runs it any more.
         unsafe { coar_graph_free(self.pointer) };
     }
 }
 
-/// What libtorch's allocator holds on a device, in bytes.
+/// Memory of libtorch's allocator on a device, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AllocatorMemory {
-    /// In tensors, and the most since the last [`reset_peak`].
+    /// Allocated in tensors, and the peak since the last [`reset_peak`].
     pub allocated: u64,
     pub allocated_peak: u64,
-    /// Taken from the driver, in use or held back, and the most.
+    /// Reserved from the driver, and the peak.
     pub reserved: u64,
     pub reserved_peak: u64,
 }
 
-/// What libtorch's allocator holds; `None` on the CPU.
+/// Statistics of libtorch's allocator; `None` on the CPU.
 pub fn memory(device: Device) -> Option<AllocatorMemory> {
     let index = index_of(device)?;
     let mut bytes = [0i64; 4];
@@ -331,7 +331,7 @@ pub fn memory(device: Device) -> Option<AllocatorMemory> {
     })
 }
 
-/// Lets the peaks of [`memory`] count from here on. Nothing on the CPU.
+/// Resets the peaks of [`memory`]. No-op on the CPU.
 pub fn reset_peak(device: Device) {
     if let Some(index) = index_of(device) {
         // SAFETY: changes counters of the allocator. Without CUDA there is none, and nothing to reset.
@@ -339,7 +339,7 @@ pub fn reset_peak(device: Device) {
     }
 }
 
-/// Gives memory that libtorch holds back and does not use to the driver. Nothing on the CPU.
+/// Returns memory that libtorch caches and does not use to the driver. No-op on the CPU.
 pub fn empty_cache(device: Device) {
     if index_of(device).is_some() {
         // SAFETY: frees blocks that no tensor uses. Without CUDA there is no cache.
@@ -347,7 +347,7 @@ pub fn empty_cache(device: Device) {
     }
 }
 
-/// `[count]` i64 on `device`, by one copy from pinned memory that nothing waits for.
+/// `[count]` i64 on `device`, by one asynchronous copy from pinned memory.
 ///
 /// # Errors
 /// When the device or the host has too little memory.
@@ -358,15 +358,15 @@ pub fn upload(numbers: &[i64], device: Device) -> Result<Tensor, ModelError> {
     let mut out = std::ptr::null_mut();
     // SAFETY: reads `numbers`, writes a pointer to a new tensor.
     checked(|text, room| unsafe { coar_upload(numbers.as_ptr(), numbers.len(), index, &raw mut out, text, room) })?;
-    // SAFETY: the tensor is new and nobody else's.
+    // SAFETY: the tensor is new and has no other owner.
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 
-/// Numbers that go to a device in one copy.
+/// Numbers to be uploaded to a device in one copy.
 #[derive(Debug, Default)]
 pub(super) struct Pack(Vec<i64>);
 
-/// Where numbers of one kind lie in a [`Pack`].
+/// The position of numbers of one kind in a [`Pack`].
 #[derive(Debug, Clone)]
 pub(super) struct Span {
     from: i64,
@@ -408,7 +408,7 @@ impl Pack {
 }
 
 impl Sent {
-    /// The numbers of a span of the pack that was sent: `[count]` i64 or f64.
+    /// The numbers of a span of the uploaded pack: `[count]` i64 or f64.
     ///
     /// # Errors
     /// When the span is of another pack.
@@ -421,7 +421,7 @@ impl Sent {
     }
 }
 
-/// Where the queries and keys of sequences lie in flat tensors, all `i32` on a CUDA device.
+/// Offsets of the queries and keys of sequences in flat tensors, all `i32` on a CUDA device.
 #[derive(Debug)]
 pub(super) struct Ranges {
     /// `[sequences + 1]`
@@ -434,9 +434,9 @@ pub(super) struct Ranges {
     pub most_keys: i64,
 }
 
-/// Attention of sequences that each have their own number of keys: `query` `[1, tokens, 1, head_dim]`, `key` and `value`
-/// `[1, all, heads, head_dim]`. A sequence's last query sees all of its keys, the one before one less. On the CPU, one sequence
-/// after the other: for checks of what is read, not for speed.
+/// Attention of sequences with different numbers of keys: `query` `[1, tokens, 1, head_dim]`, `key` and `value` `[1,
+/// all, heads, head_dim]`. A sequence's last query sees all of its keys, the one before one less. On the CPU it runs
+/// one sequence after the other: for correctness checks, not for speed.
 ///
 /// # Errors
 /// When the device fails.
@@ -467,7 +467,7 @@ pub(super) fn attend_lengths(
             room,
         )
     })?;
-    // SAFETY: the tensor is new and nobody else's.
+    // SAFETY: the tensor is new and has no other owner.
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 
@@ -513,8 +513,8 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// Moves `parameters` along `gradients` in a few kernels for all of them; `first` and `second` are their moments, `step`
-    /// the number of this step as a scalar in f32 on their device.
+    /// Updates `parameters` from `gradients` in a few kernels for all of them; `first` and `second` are their
+    /// moments, `step` the number of this step as a scalar in f32 on their device.
     ///
     /// # Errors
     /// When shapes or devices differ, or the device fails.
@@ -555,10 +555,10 @@ impl AdamW {
 }
 
 fn pointers(tensors: &[Tensor]) -> Vec<*const C_tensor> {
-    tensors.iter().map(|tensor| tensor.as_ptr()).collect()
+    tensors.iter().map(tch::Tensor::as_ptr).collect()
 }
 
-/// Scales `gradients` down where their joint norm exceeds `limit`. Nothing waits for the device.
+/// Scales `gradients` down if their joint norm exceeds `limit`, without synchronising with the device.
 ///
 /// # Errors
 /// When the device fails.
@@ -571,7 +571,7 @@ pub fn clip(gradients: &[Tensor], limit: f64) -> Result<(), ModelError> {
     }
 }
 
-/// Sets `tensors` to zero, all at once.
+/// Zeroes `tensors`, all at once.
 ///
 /// # Errors
 /// When the device fails.
@@ -589,7 +589,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cpu_needs_no_waiting_and_times_by_the_clock() {
+    fn cpu_needs_no_waiting_and_uses_the_clock() {
         let from = Event::record(Device::Cpu).unwrap();
         probe(Device::Cpu).unwrap();
         use_own_stream(Device::Cpu).unwrap();
@@ -610,7 +610,7 @@ mod tests {
         );
     }
 
-    /// Without libtorch's CUDA part every call says so; none of them ends the process.
+    /// Without libtorch's CUDA part every call returns an error; none of them aborts the process.
     #[test]
     fn calls_on_an_absent_device_fail_with_a_reason() {
         if load_cuda().is_ok() && tch::Cuda::device_count() > 0 {

@@ -1,4 +1,4 @@
-//! Attention with per-head norms of queries and keys, rotary positions and grouped key/value heads.
+//! Attention with per-head norms of queries and keys, rotary embedding and grouped key/value heads.
 
 use tch::{Device, Kind, Tensor};
 
@@ -11,7 +11,7 @@ use super::{ModelConfig, ModelError};
 
 #[derive(Debug)]
 pub(super) struct Attention {
-    /// Query, key and value projections, one below the other: `[(heads + 2 * kv_heads) * head_dim, hidden]`.
+    /// Query, key and value projections, stacked: `[(heads + 2 * kv_heads) * head_dim, hidden]`.
     project: Tensor,
     output: Tensor,
     /// Over query and key heads.
@@ -24,23 +24,24 @@ pub(super) struct Attention {
 /// How attention is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum AttentionKernel {
-    /// Products and softmax one by one: on the CPU faster than libtorch's fused kernel, in its backward pass most of all.
+    /// Explicit products and softmax: on the CPU faster than libtorch's fused kernel, especially in the backward
+    /// pass.
     Explicit,
-    /// libtorch's fused kernel; a decode step reads all rows to the longest row's length and masks the rest.
+    /// libtorch's fused kernel; a decode step reads all rows up to the longest row's length and masks the rest.
     Fused,
-    /// The same, but a decode step reads each row to its own length. Only without grouped heads.
+    /// The same, but a decode step reads each row up to its own length. Only without grouped heads.
     FusedByLength,
 }
 
 /// What queries see.
 #[derive(Debug)]
 pub(super) enum Visible {
-    /// Keys up to the query's own position: whole sequences in which nothing else is blocked. Fused kernels only.
+    /// Keys up to the query's own position: whole sequences with no other mask. Fused kernels only.
     Causal,
     /// Additive mask, broadcastable to `[batch, heads, seq, keys]`: in f32 for the explicit kernel, in the computing kind
     /// for a fused one.
     Masked(Tensor),
-    /// Each cached row to its own length.
+    /// Each cached row up to its own length.
     Lengths(Ranges),
 }
 
@@ -54,34 +55,34 @@ pub(super) struct Shared<'a> {
     pub step: Step<'a>,
 }
 
-/// Where keys and values go.
+/// Where keys and values are stored.
 pub(super) enum Step<'a> {
-    /// Nothing is kept: training and teacher-forced scoring.
+    /// Nowhere: training and teacher-forced scoring.
     Plain,
-    /// The whole prefix is written to the cache, to these rows.
+    /// The whole prefix is written to these rows of the cache.
     Prefill { cache: &'a mut KvCache, rows: &'a [i64] },
-    /// One token per sequence `[tokens, 1]`, or two for rows that get a forced one as well.
+    /// One token per sequence `[tokens, 1]`, or two for rows with a forced token.
     Decode {
         cache: &'a mut KvCache,
         tokens: &'a StepTokens,
     },
 }
 
-/// The tokens of one decode step, flat: one for every sequence, and further ones for some. All tensors are i64 on the
-/// model's device.
+/// The tokens of one decode step, flattened: one for every sequence, and a second one for some. All tensors are i64
+/// on the model's device.
 #[derive(Debug)]
 pub(super) struct StepTokens {
-    /// Sequences.
+    /// Number of sequences.
     pub sequences: i64,
-    /// Cached tokens that dense attention reads of each row.
+    /// Cached tokens per row that dense attention reads.
     pub length: i64,
     /// `[tokens]`: cache row and position of each.
     pub slot: Tensor,
     pub position: Tensor,
-    /// `[sequences, queries]`: position of each query. Where a sequence of a step with two queries has one token, both are
-    /// that token's.
+    /// `[sequences, queries]`: position of each query. A sequence with one token in a step with two queries has that
+    /// token's position twice.
     pub seen: Tensor,
-    /// Where some sequences have two tokens: how queries are laid out as `[sequences, 2]` and back.
+    /// Present if some sequences have two tokens: the mapping of queries to `[sequences, 2]` and back.
     pub pairs: Option<Pairs>,
     /// `i32`, for attention by row lengths: `[sequences + 1]` each, see [`Ranges`].
     pub starts: Option<Starts>,
@@ -95,7 +96,7 @@ pub(super) struct Starts {
 }
 
 impl Starts {
-    /// The same tensors once more.
+    /// Shallow copies of the same tensors.
     pub(super) fn share(&self) -> Self {
         Self {
             queries: self.queries.shallow_clone(),
@@ -107,22 +108,23 @@ impl Starts {
 /// See [`StepTokens::pairs`].
 #[derive(Debug)]
 pub(super) struct Pairs {
-    /// `[sequences * 2]`: which token is the sequence's first and second query; the first again where there is no second.
+    /// `[sequences * 2]`: index of the token that is the sequence's first and second query; the first again if there
+    /// is no second.
     pub query: Tensor,
-    /// `[tokens]`: where each token's answer stands among `sequences * 2`.
+    /// `[tokens]`: index of each token's output in `sequences * 2`.
     pub answer: Tensor,
 }
 
-/// Head sizes that the memory-efficient kernel takes in every kind are multiples of this: 16 bytes in the narrow ones. All
-/// published models have one.
+/// The memory-efficient kernel supports head sizes that are a multiple of this in every kind: 16 bytes in the narrow
+/// ones. All published models have one.
 const HEAD_STEP: i64 = 8;
 
-/// An error of more than this, relative to the largest value, is no rounding.
+/// A larger relative error (to the largest value) is not a rounding error.
 const LARGEST_DIFFERENCE: f64 = 0.02;
 
-/// The kernel for a model of that shape on `device`. On CUDA, attention by row lengths is compared with the dense form on
-/// random numbers first, and left out with a warning where it fails or differs. `COAR_DECODE_ATTENTION=dense` leaves it
-/// out as well.
+/// Selects the kernel for a model of that shape on `device`. On CUDA, attention by row lengths is first compared
+/// with the dense form on random numbers, and disabled with a warning if it fails or differs.
+/// `COAR_DECODE_ATTENTION=dense` disables it as well.
 pub(super) fn choose_kernel(config: &ModelConfig, kind: Kind, device: Device) -> AttentionKernel {
     if !matches!(device, Device::Cuda(_)) {
         return match device {
@@ -143,12 +145,12 @@ pub(super) fn choose_kernel(config: &ModelConfig, kind: Kind, device: Device) ->
         Ok(difference) => {
             tracing::warn!(
                 difference,
-                "attention by row lengths differs from the dense form and is left out"
+                "attention by row lengths differs from the dense form: disabled"
             );
             AttentionKernel::Fused
         }
         Err(error) => {
-            tracing::warn!(%error, "attention by row lengths is not available here; the dense form is used");
+            tracing::warn!(%error, "attention by row lengths is not available: using the dense form");
             AttentionKernel::Fused
         }
     }
@@ -206,10 +208,11 @@ fn difference_by_length(config: &ModelConfig, kind: Kind, device: Device) -> Res
     Ok(largest)
 }
 
-/// libtorch's fused attention: `query` `[batch, heads, seq, head_dim]`, `key` and `value` `[batch, heads, keys, head_dim]`,
-/// `mask` `[batch or 1, 1, seq, keys]` in the query's kind. On CUDA this names the memory-efficient kernel: the general
-/// entry prefers cuDNN's on recent cards, which builds a plan for every new shape, and the number of keys changes all the
-/// time. It is left to choose for head sizes that the memory-efficient kernel does not take.
+/// libtorch's fused attention: `query` `[batch, heads, seq, head_dim]`, `key` and `value` `[batch, heads, keys,
+/// head_dim]`, `mask` `[batch or 1, 1, seq, keys]` in the query's kind. On CUDA this calls the memory-efficient
+/// kernel directly: the generic entry prefers cuDNN's on recent cards, which builds a plan for every new shape, and
+/// the number of keys changes all the time. The generic entry is used for head sizes that the memory-efficient
+/// kernel does not support.
 fn fused(
     query: &Tensor,
     (key, value): (&Tensor, &Tensor),
@@ -302,7 +305,7 @@ impl Attention {
         linear(&mixed.f_reshape([batch, seq, heads * self.head_dim])?, &self.output)
     }
 
-    /// One decode step: `query` `[tokens, heads, 1, head_dim]`, the answer `[tokens, 1, heads, head_dim]`.
+    /// One decode step: `query` `[tokens, heads, 1, head_dim]`, returns `[tokens, 1, heads, head_dim]`.
     fn attend_cached(
         &self,
         query: &Tensor,
@@ -312,7 +315,7 @@ impl Attention {
         (kernel, visible): (AttentionKernel, &Visible),
     ) -> Result<Tensor, ModelError> {
         let (heads, head_dim, sequences) = (self.heads, self.head_dim, tokens.sequences);
-        // [queries, 1, heads, head_dim], the queries of a sequence side by side.
+        // [queries, 1, heads, head_dim], the queries of a sequence adjacent.
         let flat = match &tokens.pairs {
             None => query.f_transpose(1, 2)?,
             Some(pairs) => query.f_index_select(0, &pairs.query)?.f_transpose(1, 2)?,
@@ -359,7 +362,7 @@ impl Attention {
             Visible::Lengths(_) => return Err(ModelError::invalid("attention", "has lengths but no cache")),
         };
         if kernel != AttentionKernel::Explicit {
-            // The memory-efficient kernel knows no groups.
+            // The memory-efficient kernel does not support grouped heads.
             let repeat = |of: &Tensor| match group {
                 1 => Ok(of.shallow_clone()),
                 _ => of.f_repeat_interleave_self_int(group, 1, None),
@@ -369,7 +372,7 @@ impl Attention {
         let Some(mask) = mask else {
             return Err(ModelError::invalid("attention", "has no mask for the explicit kernel"));
         };
-        // The heads of a group stand side by side, so a group is one matrix and keys are never repeated.
+        // The heads of a group are adjacent, so a group is one matrix and keys are never repeated.
         let grouped = query
             .f_mul_scalar(scale)?
             .f_reshape([batch, self.kv_heads, group * seq, self.head_dim])?;
@@ -390,7 +393,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attention_by_row_lengths_is_the_dense_form() {
+    fn attention_by_row_lengths_equals_the_dense_form() {
         let config: ModelConfig = serde_json::from_value(serde_json::json!({
             "model_type": "chameleon", "vocab_size": 64, "hidden_size": 24, "intermediate_size": 32,
             "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 3,

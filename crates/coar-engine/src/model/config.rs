@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::ModelError;
 
-/// The fields of `config.json` that decide the computation. Fields that only matter to training or to Python are ignored.
+/// The fields of `config.json` that affect the computation. Fields that only matter to training or to Python are
+/// ignored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
     pub model_type: String,
@@ -49,14 +50,15 @@ pub struct ModelConfig {
     #[serde(default)]
     pub vocabulary_map: BTreeMap<String, i64>,
     /// The image size in pixels that the checkpoint was trained for (512, 768, 1024). Not a field of the reference's
-    /// file, where only the repository's name tells it; written by `coar-lab pocket train`.
+    /// file, where only the repository's name states it; written by `coar-lab pocket train`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_size: Option<u32>,
-    /// Which defaults of concept training fit the checkpoint ("pocket", "designers"); not a field of the reference's file either.
+    /// The preset of concept training for the checkpoint ("pocket", "designers"); not a field of the reference's
+    /// file either.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub concept_preset: Option<String>,
-    /// Every word of the captions that the checkpoint was trained on, where they are few; not a field of the reference's file
-    /// either.
+    /// Every word of the captions that the checkpoint was trained on, if they are few; not a field of the
+    /// reference's file either.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub caption_words: Vec<String>,
 }
@@ -81,10 +83,10 @@ fn default_act() -> String {
 }
 
 impl ModelConfig {
-    /// Reads and checks `config.json`.
+    /// Reads and validates `config.json`.
     ///
     /// # Errors
-    /// When the file is unreadable, is not a Chameleon configuration, or asks for something that is not implemented.
+    /// When the file is unreadable, is not a Chameleon configuration, or requires something that is not implemented.
     pub fn read(file: &Path) -> Result<Self, ModelError> {
         let text = std::fs::read_to_string(file).map_err(|error| ModelError::file(file, error))?;
         let config: Self = serde_json::from_str(&text)

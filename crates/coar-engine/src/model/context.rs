@@ -1,6 +1,6 @@
 //! Rows to inject at given positions of a sequence, layer by layer, and the identity mask.
 //!
-//! This is the transformer's only hook for concepts; it does not know what a concept is.
+//! This is the transformer's only hook for concepts; it knows nothing else about them.
 
 use tch::{Device, Kind, Tensor};
 
@@ -18,17 +18,17 @@ pub struct LayerContext {
     pub values: Tensor,
 }
 
-/// Everything that concepts change in one forward pass.
+/// All changes that concepts make to one forward pass.
 #[derive(Debug, Default)]
 pub struct ContextBatch {
-    /// Entry i holds the replacements at the input of decoder layer i; layers past its end are left alone.
+    /// Entry i holds the replacements at the input of decoder layer i; later layers are unchanged.
     pub layers: Vec<LayerContext>,
-    /// Identity mask: `(row, one, other)`; queries at position `one` do not see keys at `other`, nor the reverse.
+    /// Identity mask: `(row, one, other)`; queries at position `one` do not see keys at `other`, nor vice versa.
     pub blocked: Vec<(i64, i64, i64)>,
 }
 
 impl ContextBatch {
-    /// The hidden states `[batch, seq, hidden]` as layer `layer` shall see them.
+    /// Returns the hidden states `[batch, seq, hidden]` for layer `layer`, with replacements applied.
     pub(super) fn inject(&self, layer: usize, hidden: Tensor) -> Result<Tensor, ModelError> {
         match self.layers.get(layer) {
             Some(context) if context.values.size()[0] > 0 => {
@@ -40,7 +40,7 @@ impl ContextBatch {
     }
 }
 
-/// Rows of a mask begin at multiples of this many numbers: the memory-efficient kernel reads it in aligned pieces.
+/// Rows of a mask are aligned to multiples of this many numbers, as the memory-efficient kernel requires.
 const MASK_STRIDE: i64 = 16;
 
 /// Additive mask of a whole sequence in `kind`: `[1, 1, seq, seq]` causal, or `[batch, 1, seq, seq]` where pairs are
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocked_pairs_are_hidden_both_ways_in_their_row_alone() {
+    fn blocked_pairs_are_hidden_both_ways_in_their_row_only() {
         let mask = causal_mask(2, 5, &[(1, 3, 1)], (Kind::Float, Device::Cpu)).unwrap();
         assert_eq!((mask.size(), mask.stride()[2]), (vec![2, 1, 5, 5], 16));
         for row in 0..2 {

@@ -1,4 +1,4 @@
-//! Which token may follow, given what stands there: a pure state machine over ids (`inference_solver.py`).
+//! Which token may come next: a pure state machine over ids (`inference_solver.py`).
 
 use coar_core::tokenizer::Vocabulary;
 
@@ -9,7 +9,7 @@ pub enum Next {
     Any,
     /// One of the image codes.
     Code,
-    /// This id alone.
+    /// This id only.
     Forced(i64),
 }
 
@@ -24,12 +24,12 @@ fn open_image(vocabulary: &Vocabulary, ids: &[i64]) -> Option<usize> {
     }
 }
 
-/// Whether an image is open: the image's top-k counts then, for the size tokens too.
+/// Whether an image is open: the image's top-k applies then, to the size tokens too.
 pub fn image_is_open(vocabulary: &Vocabulary, ids: &[i64]) -> bool {
     open_image(vocabulary, ids).is_some()
 }
 
-/// What may follow `ids`.
+/// The constraint on the token after `ids`.
 pub fn next(vocabulary: &Vocabulary, ids: &[i64]) -> Next {
     let Some(start) = open_image(vocabulary, ids) else {
         return Next::Any;
@@ -57,7 +57,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     #[test]
-    fn a_whole_image_follows_its_sizes_and_a_second_one_starts_anew() {
+    fn grammar_covers_a_whole_image_and_restarts() {
         let names: BTreeMap<String, i64> = CONTROL_NAMES
             .map(str::to_owned)
             .into_iter()

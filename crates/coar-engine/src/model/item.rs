@@ -10,14 +10,14 @@ pub enum Role {
     Model,
 }
 
-/// What stands for a picture in a text; it never reaches the model.
+/// The symbol of an image in a text; it never reaches the model.
 pub const IMAGE_SYMBOL: &str = "<|image|>";
 /// Marks ids that a loss ignores.
 pub const IGNORED: i64 = -100;
 
-/// Ids and labels of a conversation; every turn ends with the separator, images (whole blocks of ids) stand where the
-/// text has `<|image|>`. Where no text has it, the images come before the first turn's text. A turn without text adds
-/// nothing. Labels are [`IGNORED`] for the beginning and human turns.
+/// Ids and labels of a conversation. Every turn ends with the separator; images (whole blocks of ids) replace
+/// `<|image|>` in the text. If no text contains it, the images precede the first turn's text. A turn without text
+/// adds nothing. Labels are [`IGNORED`] for the beginning and human turns.
 ///
 /// # Errors
 /// When the symbols and images do not match, or a text cannot be tokenised.

@@ -1,4 +1,4 @@
-//! Key/value cache of static shape: allocated once, written in place.
+//! KV cache of static shape: allocated once, written in place.
 
 use tch::{Device, Kind, Tensor};
 
@@ -7,8 +7,8 @@ use super::{ModelConfig, ModelError};
 
 /// Keys and values of every layer, each `[rows, kv_heads, max_seq, head_dim]`.
 ///
-/// A row's tokens begin at index 0. Prefill writes `0..seq` of every row (rows that are shorter hold values there that
-/// decoding overwrites before any query may see them); decoding writes one index per row.
+/// A row's tokens start at index 0. Prefill writes `0..seq` of every row (shorter rows contain values there that
+/// decoding overwrites before any query can see them); decoding writes one index per row.
 #[derive(Debug)]
 pub struct KvCache {
     keys: Vec<Tensor>,
@@ -19,11 +19,11 @@ pub struct KvCache {
     rows: i64,
 }
 
-/// Attention reads whole blocks of the cache: the sums over keys are then taken in the same order whatever the longest
+/// Attention reads whole blocks of the cache, so the sums over keys are taken in the same order whatever the longest
 /// row in the batch is.
 const KEY_BLOCK: i64 = 16;
 
-/// The next multiple of a block.
+/// Rounds up to a multiple of a block.
 pub(super) fn whole_blocks(length: i64) -> i64 {
     (length + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK
 }
@@ -54,7 +54,7 @@ impl KvCache {
         })
     }
 
-    /// Rows.
+    /// Number of rows.
     pub fn rows(&self) -> i64 {
         self.rows
     }
@@ -88,7 +88,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// Where each layer's keys and values lie, each `[rows, kv_heads, max_seq, head_dim]` without gaps.
+    /// Address of each layer's keys and values, each `[rows, kv_heads, max_seq, head_dim]` contiguous.
     pub(super) fn pointers(&mut self) -> Vec<(*mut u8, *mut u8)> {
         let at = |block: &Tensor| block.data_ptr().cast::<u8>();
         self.keys
@@ -98,8 +98,8 @@ impl KvCache {
             .collect()
     }
 
-    /// Zeroes the first `tokens` of a row. Masked positions still take part in the sums, with weight 0: what is left in
-    /// them must be finite.
+    /// Zeroes the first `tokens` of a row. Masked positions still take part in the sums, with weight 0, so they must
+    /// be finite.
     ///
     /// # Errors
     /// When the device fails.
@@ -157,14 +157,14 @@ impl KvCache {
         (keys, values)
     }
 
-    /// Where row `slot` begins in [`Self::by_token`].
+    /// Where row `slot` starts in [`Self::by_token`].
     pub(super) fn start_of(&self, slot: i64) -> i64 {
         slot * self.keys.first().map_or(0, |block| block.stride()[0] / block.size()[3])
     }
 }
 
-/// A block `[rows, kv_heads, max_seq, head_dim]` seen as `[1, tokens, kv_heads, head_dim]`: token t of row r is at
-/// `r * kv_heads * max_seq + t`, for all heads. The view overlaps itself and is only to be read.
+/// A block `[rows, kv_heads, max_seq, head_dim]` viewed as `[1, tokens, kv_heads, head_dim]`: token t of row r is at
+/// `r * kv_heads * max_seq + t`, for all heads. The view overlaps itself and is read-only.
 pub(super) fn by_token(block: &Tensor) -> Result<Tensor, ModelError> {
     let (rows, heads, max_seq, head_dim) = block.size4()?;
     let tokens = if rows == 0 {
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn by_token_is_the_same_memory_read_along_rows() {
+    fn by_token_views_the_same_memory() {
         let block = Tensor::arange(2 * 3 * 4 * 5, (Kind::Float, Device::Cpu)).view([2, 3, 4, 5]);
         let flat = by_token(&block).unwrap();
         assert_eq!(flat.size(), [1, 3 * 4 + 4, 3, 5]);

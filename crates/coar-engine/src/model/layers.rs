@@ -1,4 +1,4 @@
-//! RMSNorm, per-head LayerNorm, SwiGLU and the linear map, each as the reference computes it.
+//! RMSNorm, per-head LayerNorm, SwiGLU and the linear map, as in the reference.
 
 use tch::{Kind, Tensor};
 
@@ -40,7 +40,8 @@ impl RmsNorm {
     }
 }
 
-/// LayerNorm over the head dimension with its own weight and bias per head; eps is 1e-5 whatever `rms_norm_eps` says.
+/// LayerNorm over the head dimension with its own weight and bias per head; eps is 1e-5 regardless of
+/// `rms_norm_eps`.
 #[derive(Debug)]
 pub(super) struct HeadNorm {
     /// `[1, 1, heads, head_dim]`: query heads, then key heads.
@@ -48,7 +49,7 @@ pub(super) struct HeadNorm {
     bias: Tensor,
 }
 
-/// Which heads a norm serves.
+/// Which heads a norm applies to.
 pub(super) struct Heads {
     /// "q_norm" or "k_norm"
     pub name: &'static str,
@@ -58,8 +59,7 @@ pub(super) struct Heads {
 const HEAD_NORM_EPS: f64 = 1e-5;
 
 impl HeadNorm {
-    /// One norm over the heads of several, side by side. The parameters on disk have r rows, each serving `heads / r`
-    /// consecutive heads.
+    /// Concatenates several head norms. The parameters on disk have r rows, each for `heads / r` consecutive heads.
     pub(super) fn load(
         source: &dyn TensorSource,
         name: &str,
@@ -91,7 +91,7 @@ impl HeadNorm {
         (&self.weight, &self.bias)
     }
 
-    /// `[batch, seq, heads, head_dim]`, computed and returned in f32 where the input is narrower (as under autocast).
+    /// `[batch, seq, heads, head_dim]`, computed and returned in f32 if the input is narrower (as under autocast).
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         let head_dim = x.size()[3];
         let normed = x.f_to_kind(Kind::Float)?.f_layer_norm(
@@ -105,7 +105,7 @@ impl HeadNorm {
     }
 }
 
-/// `down(silu(gate(x)) * up(x))`; gate and up are one matrix, so that a decode step reads them in one call.
+/// `down(silu(gate(x)) * up(x))`; gate and up are one matrix, so a decode step reads them in one call.
 #[derive(Debug)]
 pub(super) struct Mlp {
     /// `[2 * inner, hidden]`

@@ -15,8 +15,8 @@ use coar_core::engine::TokenCounter;
 use coar_core::image::RgbImage;
 use coar_core::tokenizer::{EncodedPrompt, PromptPart, TextTokenizer, Vocabulary, encode_prompt, image_block};
 
-/// Where the parts of a checkpoint lie. The reference keeps the tokenizer files apart from the language model; here they
-/// may lie in the checkpoint's folder, in its `tokenizer/`, or where `tokenizer_dir` says.
+/// The files of a checkpoint. The reference keeps the tokenizer files apart from the language model; here they may
+/// be in the checkpoint's folder, in its `tokenizer/`, or in `tokenizer_dir`.
 #[derive(Debug, Clone)]
 pub struct CheckpointFiles {
     pub dir: PathBuf,
@@ -28,10 +28,10 @@ pub struct CheckpointFiles {
 }
 
 impl CheckpointFiles {
-    /// Finds the files of a checkpoint.
+    /// Locates the files of a checkpoint.
     ///
     /// # Errors
-    /// The first that is missing, with the places that were looked at.
+    /// The first missing file, with the places that were searched.
     pub fn find(dir: &Path, tokenizer_dir: Option<&Path>) -> Result<Self, ModelError> {
         let config = dir.join("config.json");
         if !config.exists() {
@@ -67,7 +67,7 @@ impl CheckpointFiles {
     }
 }
 
-/// What [`LuminaMgpt::assemble`] puts together.
+/// The parts of [`LuminaMgpt::assemble`].
 pub struct Parts<'a> {
     pub config: ModelConfig,
     pub tokenizer: TextTokenizer,
@@ -76,34 +76,41 @@ pub struct Parts<'a> {
     pub weights: &'a dyn TensorSource,
     /// The image tokenizer's weights, in f32.
     pub vqgan_weights: &'a dyn TensorSource,
-    /// Names the weights; concepts carry it.
+    /// Identifies the weights; concepts record it.
     pub fingerprint: String,
-    /// Image size in pixels; 512 where it is not given.
+    /// Image size in pixels; 512 if absent.
     pub target_size: Option<u32>,
 }
 
-/// One frozen base model with everything around it.
+impl std::fmt::Debug for Parts<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parts").finish_non_exhaustive()
+    }
+}
+
+/// A frozen base model with everything around it.
 #[derive(Debug)]
 pub struct LuminaMgpt {
     pub transformer: Transformer,
     pub vqgan: Vqgan,
     pub vocabulary: Vocabulary,
-    /// Shared with whoever counts tokens outside the device thread.
+    /// Shared with token counters outside the device thread.
     pub tokenizer: Arc<TextTokenizer>,
     pub crop: CropPlan,
-    /// The image tokenizer's parameters, to load it once more without a copy.
+    /// The image tokenizer's parameters, to load it again without a copy.
     vqgan_tensors: Shared,
     fingerprint: String,
     target_size: u32,
 }
 
-/// The image size where neither the configuration nor the caller says it: the smallest published checkpoint's.
+/// The default image size if neither the configuration nor the caller gives one: the smallest published
+/// checkpoint's.
 const DEFAULT_TARGET: u32 = 512;
-/// What class images are drawn with.
+/// Sampling settings of class images.
 const PLAIN_GUIDANCE: f64 = 3.0;
 
 impl LuminaMgpt {
-    /// Counts the tokens of requests to this model, where a row of the batch holds `longest_row` tokens.
+    /// Counts the tokens of requests to this model, if a row of the batch holds `longest_row` tokens.
     pub fn token_counter(&self, longest_row: i64) -> TokenCounter {
         TokenCounter {
             tokenizer: self.tokenizer.clone(),
@@ -113,7 +120,7 @@ impl LuminaMgpt {
         }
     }
 
-    /// Loads a checkpoint onto `device` in `kind`; the image tokenizer stays in f32, as its file is.
+    /// Loads a checkpoint onto `device` in `kind`; the image tokenizer stays in f32, as on disk.
     ///
     /// # Errors
     /// When a file or tensor is missing or misshapen, by name.
@@ -140,7 +147,7 @@ impl LuminaMgpt {
                 ),
             });
         }
-        // Every id that a prompt can hold is looked up in the embedding, on a device that does not check it.
+        // Every id that a prompt can contain is looked up in the embedding, and the device does not check bounds.
         let highest = tokenizer.names().values().copied().max().unwrap_or(0);
         if highest >= config.vocab_size {
             return Err(ModelError::Config {
@@ -171,7 +178,7 @@ impl LuminaMgpt {
         })
     }
 
-    /// Puts a model together from parts that need not be files.
+    /// Assembles a model from parts that need not be files.
     ///
     /// # Errors
     /// When a part does not fit the others, or a tensor is missing or misshapen.
@@ -204,7 +211,7 @@ impl LuminaMgpt {
         })
     }
 
-    /// The image tokenizer once more, for another thread; both share the weights.
+    /// Another image tokenizer for another thread, with shared weights.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -212,8 +219,8 @@ impl LuminaMgpt {
         tch::no_grad(|| Vqgan::load(self.vqgan.config(), &self.vqgan_tensors))
     }
 
-    /// The same model around another transformer; everything else is shared, and so is the fingerprint: it names what the
-    /// other weights were made from.
+    /// The same model with another transformer; everything else is shared, including the fingerprint: it identifies
+    /// what the other weights were derived from.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -230,12 +237,12 @@ impl LuminaMgpt {
         })
     }
 
-    /// Names these weights; concepts carry it.
+    /// Identifies these weights; concepts record it.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// `(width, height)` of every image that can be drawn, the square one first.
+    /// `(width, height)` of every supported image size, the square one first.
     pub fn sizes(&self) -> Vec<(u32, u32)> {
         let named = |&(w, h): &(u32, u32)| {
             let unit = 2 * self.vqgan.config().pixels_per_code();
@@ -262,7 +269,7 @@ impl LuminaMgpt {
     /// Prompt ids with slots.
     ///
     /// # Errors
-    /// When the text cannot be used.
+    /// When the text is not valid.
     pub fn encode_prompt(&self, width: u32, height: u32, parts: &[PromptPart]) -> Result<EncodedPrompt, ModelError> {
         Ok(encode_prompt(&self.tokenizer, &self.vocabulary, width, height, parts)?)
     }
@@ -270,7 +277,7 @@ impl LuminaMgpt {
     /// Prompt ids with at most one slot of `tokens` (0: none), and the slot's first position.
     ///
     /// # Errors
-    /// When the text cannot be used.
+    /// When the text is not valid.
     pub fn prompt_with_slot(
         &self,
         before: &str,
@@ -291,7 +298,7 @@ impl LuminaMgpt {
         Ok((encoded.ids, encoded.slots))
     }
 
-    /// The first id that a word has inside a sentence.
+    /// The first id of a word inside a sentence.
     ///
     /// # Errors
     /// When the word cannot be tokenised.
@@ -355,10 +362,10 @@ impl LuminaMgpt {
         })
     }
 
-    /// Begins images of a prompt without any concept, with this model's usual settings.
+    /// Starts decoding images of a prompt without concepts, with this model's default settings.
     ///
     /// # Errors
-    /// When the prompt or size cannot be used, or the device fails.
+    /// When the prompt or size is not valid, or the device fails.
     pub fn start_plain(
         &self,
         prompt: &str,
@@ -387,7 +394,7 @@ impl LuminaMgpt {
         )
     }
 
-    /// The reference's 2000 of 8192 codes, in proportion: a small codebook takes fewer.
+    /// The reference's 2000 of 8192 codes, in proportion for smaller codebooks.
     pub fn default_top_k(&self) -> i64 {
         match self.vocabulary.code_count() {
             8192.. => 2000,
@@ -412,14 +419,14 @@ pub fn pixels(images: &[RgbImage]) -> Result<Tensor, ModelError> {
     Ok(Tensor::f_stack(&stack, 0)?.f_permute([0, 3, 1, 2])?.f_contiguous()?)
 }
 
-/// What each 8-bit level is in -1..1.
+/// The value of each 8-bit level in -1..1.
 fn levels() -> Vec<f32> {
     (0..=255)
         .map(|level| (f64::from(level) / 255.0 * 2.0 - 1.0) as f32)
         .collect()
 }
 
-/// The bytes of images of one size, one after the other, as pixels `[batch, 3, height, width]` in -1..1 on `device`: the
+/// The bytes of images of one size, concatenated, as pixels `[batch, 3, height, width]` in -1..1 on `device`: the
 /// same numbers as [`pixels`], computed there.
 ///
 /// # Errors

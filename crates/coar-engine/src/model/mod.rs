@@ -1,4 +1,4 @@
-//! Pure tensors in, tensors out. No HTTP, SQL, tokio, clock or environment in this room.
+//! Pure tensor code: no HTTP, SQL, tokio, clock or environment in this module.
 
 /// Streams, events, memory and uploads of an accelerator.
 pub mod accelerator;
@@ -9,14 +9,14 @@ pub mod config;
 pub mod context;
 /// Decode steps on the CPU.
 pub mod cpu;
-/// Drawing images step by step.
+/// Autoregressive image decoding.
 pub mod decoding;
 mod error;
-/// Which token may follow inside an image.
+/// Which token may come next inside an image.
 pub mod image_grammar;
 /// Conversations as token sequences.
 pub mod item;
-/// Key/value cache for decoding.
+/// KV cache for decoding.
 pub mod kv_cache;
 mod layers;
 /// A whole checkpoint.
@@ -24,7 +24,7 @@ pub mod lumina;
 /// Crop sizes, Pillow-exact resampling, colour conversion.
 pub mod preprocessing;
 mod rope;
-/// From logits to drawn codes.
+/// From logits to sampled codes.
 pub mod sampling;
 /// Forward and backward passes in segments of layers.
 pub mod segments;

@@ -24,17 +24,23 @@ pub fn crop_sizes(patches: u32, patch: u32, max_ratio: f64) -> Vec<(u32, u32)> {
     sizes
 }
 
-/// Where a resized image is cut.
+/// Where a resized image is cropped.
 pub enum CropOffset<'a> {
-    /// In the middle: what users expect of their references.
+    /// The centre, as users expect for their references.
     Centre,
-    /// As the reference's training does; left is drawn before upper.
+    /// As in the reference's training; left is sampled before upper.
     Random(&'a mut dyn RngCore),
     /// At given pixels.
     At(u32, u32),
 }
 
-/// The sizes that a checkpoint draws, and how images are brought to one of them.
+impl std::fmt::Debug for CropOffset<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CropOffset").finish_non_exhaustive()
+    }
+}
+
+/// The image sizes of a checkpoint, and how images are converted to one of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CropPlan {
     sizes: Vec<(u32, u32)>,
@@ -71,7 +77,7 @@ impl CropPlan {
         &self.sizes
     }
 
-    /// What happens to an image of `width` x `height`, both at least 1.
+    /// The conversion of an image of `width` x `height`, both at least 1.
     pub fn steps(&self, width: u32, height: u32) -> CropSteps {
         let score = |&(cw, ch): &(u32, u32)| {
             let (a, b) = (f64::from(cw) / f64::from(width), f64::from(ch) / f64::from(height));
@@ -98,7 +104,7 @@ impl CropPlan {
         }
     }
 
-    /// Halves, resizes and cuts an image.
+    /// Halves, resizes and crops an image.
     pub fn prepare(&self, image: &RgbImage, offset: CropOffset) -> RgbImage {
         let steps = self.steps(image.width, image.height);
         let mut halved = None;
@@ -113,7 +119,8 @@ impl CropPlan {
             }
             CropOffset::At(left, upper) => (left.min(steps.room.0), upper.min(steps.room.1)),
         };
-        // Only the part that is kept is computed: an image one pixel wide would else grow to gigabytes on its way.
+        // Only the part that is kept is computed: otherwise an image one pixel wide would grow to gigabytes on the
+        // way.
         let (w, h) = steps.size;
         let columns = Span {
             full: steps.resized.0,
@@ -212,8 +219,8 @@ fn clip(sum: i64) -> u8 {
     (sum >> PRECISION).clamp(0, 255) as u8
 }
 
-/// Resizes as Pillow does: horizontally, then vertically, with 8 bits in between. Compared bit by bit with Pillow 10.4, of
-/// the reference's time; Pillow 13 gives other values for some tall images.
+/// Resizes as Pillow does: horizontally, then vertically, with 8 bits in between. Compared bit by bit with Pillow
+/// 10.4, contemporary with the reference; Pillow 13 gives other values for some tall images.
 pub fn resize(image: &RgbImage, width: u32, height: u32, filter: Filter) -> RgbImage {
     let whole = |full| Span {
         full,
@@ -223,8 +230,8 @@ pub fn resize(image: &RgbImage, width: u32, height: u32, filter: Filter) -> RgbI
     resize_part(image, whole(width), whole(height), filter)
 }
 
-/// What [`resize`] to `full` would make, cut to `size` at `(left, upper)`, all as `(width, height)`; only the part that is
-/// kept is computed. The part lies within `full`.
+/// The part of [`resize`] to `full` at `(left, upper)` with `size`, all as `(width, height)`; only the part that is
+/// kept is computed. It lies within `full`.
 pub fn resize_and_cut(
     image: &RgbImage,
     full: (u32, u32),
@@ -236,11 +243,11 @@ pub fn resize_and_cut(
     resize_part(image, span(full.0, left, size.0), span(full.1, upper, size.1), filter)
 }
 
-/// The given columns and rows of what [`resize`] would make. The passes are separable, so leaving the rest out changes
-/// nothing in what is kept.
+/// The given columns and rows of the result of [`resize`]. The passes are separable, so skipping the rest does not
+/// change what is kept.
 fn resize_part(image: &RgbImage, columns: Span, rows: Span, filter: Filter) -> RgbImage {
     let vertical = coefficients(image.height, rows, filter);
-    // Source rows that the kept output rows look at.
+    // Source rows that contribute to the output rows.
     let (first, last) = if rows.full == image.height {
         (rows.from as usize, (rows.from + rows.count) as usize)
     } else {
@@ -290,7 +297,7 @@ fn horizontal_pass(source: &[u8], width: u32, columns: Span, filter: Filter) -> 
     rgb
 }
 
-/// `source` begins at source row `offset`.
+/// `source` starts at source row `offset`.
 fn vertical_pass(source: &[u8], stride: usize, offset: usize, taps: &[Taps]) -> Vec<u8> {
     let mut rgb = Vec::with_capacity(stride * taps.len());
     let mut sums = vec![0i64; stride];
@@ -311,7 +318,7 @@ fn vertical_pass(source: &[u8], stride: usize, offset: usize, taps: &[Taps]) -> 
 mod tests {
     use super::*;
 
-    /// The image that the fixtures' scripts make with the same numbers.
+    /// The image that the fixtures' scripts generate with the same numbers.
     fn noise(width: u32, height: u32) -> RgbImage {
         let mut state = 7u32;
         let mut next = || {
@@ -336,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_is_what_cutting_the_whole_would_give() {
+    fn partial_resize_equals_cropping_the_whole() {
         for (width, height) in [(61, 47), (96, 130), (300, 96), (20, 33)] {
             let source = noise(width, height);
             for (full, part) in [
@@ -368,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn the_thinnest_images_cost_no_more_than_their_crop() {
+    fn thin_images_cost_no_more_than_their_crop() {
         let plan = CropPlan::new(512, 32);
         for (width, height) in [(1, 16_384), (16_384, 1), (1, 1)] {
             let prepared = plan.prepare(&noise(width, height), CropOffset::Centre);

@@ -4,8 +4,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::ModelError;
 
-/// Tables of `cos` and signed `sin`, each `[positions, head_dim]` in f32: the sine of the first half is negated, so that
-/// the turned halves need no negation of their own.
+/// Tables of `cos` and signed `sin`, each `[positions, head_dim]` in f32: the sine of the first half is negated, so
+/// the rotated halves need no negation.
 #[derive(Debug)]
 pub(super) struct Rope {
     cos: Tensor,
@@ -25,7 +25,7 @@ impl Rope {
         })
     }
 
-    /// The same tables once more.
+    /// Shallow copies of the same tables.
     pub(super) fn share(&self) -> Self {
         Self {
             cos: self.cos.shallow_clone(),
@@ -38,7 +38,8 @@ impl Rope {
         (&self.cos, &self.sin)
     }
 
-    /// `(cos, sin)` for `positions` `[batch, seq]` or `[seq]`, shaped `[.., seq, 1, head_dim]` to meet `[batch, seq, heads, head_dim]`.
+    /// `(cos, sin)` for `positions` `[batch, seq]` or `[seq]`, shaped `[.., seq, 1, head_dim]` to broadcast with
+    /// `[batch, seq, heads, head_dim]`.
     pub(super) fn at(&self, positions: &Tensor) -> Result<(Tensor, Tensor), ModelError> {
         let mut shape = positions.size();
         shape.extend([1, self.cos.size()[1]]);

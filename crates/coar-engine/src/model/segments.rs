@@ -1,7 +1,7 @@
-//! A forward and backward pass in segments of layers, each a unit of work of its own: what else uses the device waits for
-//! one of them and not for all. The graph of a segment is kept for the backward pass or, to save memory, computed once
-//! more there (gradient checkpointing, arXiv 1604.06174): only the segments' inputs are kept then, and one more forward
-//! pass buys a graph of one segment instead of all layers. The gradients are the same.
+//! A forward and backward pass in segments of layers, each a separate unit of work, so other users of the device
+//! wait for one segment and not for all. The graph of a segment is kept for the backward pass or, to save memory,
+//! recomputed there (gradient checkpointing, arXiv 1604.06174): only the segments' inputs are kept then, and one
+//! more forward pass is the price of a graph of one segment instead of all layers. The gradients are the same.
 
 use std::ops::Range;
 
@@ -11,19 +11,19 @@ use super::attention::{Shared, Step};
 use super::context::{ContextBatch, LayerContext};
 use super::{ModelError, Transformer};
 
-/// A pass whose backward part is still to come. Gradients must be enabled on the thread.
+/// A pass whose backward part is pending. Gradients must be enabled on the thread.
 pub struct SegmentedPass {
     shared: Shared<'static>,
-    /// The injections as leaves, so that every segment has a graph of its own.
+    /// The injections as leaves, so every segment has a graph of its own.
     leaves: ContextBatch,
     /// The same injections as the caller made them.
     values: Vec<Tensor>,
-    /// Layers of a segment.
+    /// Layers per segment.
     segment: usize,
     keeps_graph: bool,
-    /// Segments that are computed and not carried back, the lowest first.
+    /// Segments that are computed but not yet backpropagated, the lowest first.
     done: Vec<Segment>,
-    /// `[batch, seq, hidden]` without a graph: what the next segment receives; a leaf once all layers are done.
+    /// `[batch, seq, hidden]` without a graph: the input of the next segment; a leaf once all layers are done.
     x: Tensor,
     /// At the output of the last segment of `done`.
     gradient: Option<Tensor>,
@@ -31,13 +31,13 @@ pub struct SegmentedPass {
 
 struct Segment {
     layers: Range<usize>,
-    /// What it received; a leaf where its graph is kept and gradients go further down.
+    /// Its input; a leaf if its graph is kept and gradients are needed further down.
     input: Tensor,
-    /// With its graph, where that is kept.
+    /// With its graph, if that is kept.
     output: Option<Tensor>,
 }
 
-/// A leaf of the same numbers that gathers gradients.
+/// A leaf with the same values that accumulates gradients.
 pub(crate) fn leaf(x: &Tensor) -> Result<Tensor, ModelError> {
     Ok(x.f_detach()?.f_set_requires_grad(true)?)
 }
@@ -60,7 +60,7 @@ impl ContextBatch {
 }
 
 impl Transformer {
-    /// Begins a pass over `ids` `[batch, seq]` as [`Transformer::forward`] has them, in segments of `segment` layers.
+    /// Starts a pass over `ids` `[batch, seq]` as in [`Transformer::forward`], in segments of `segment` layers.
     ///
     /// # Errors
     /// As [`Transformer::forward`].
@@ -87,8 +87,14 @@ impl Transformer {
     }
 }
 
+impl std::fmt::Debug for SegmentedPass {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SegmentedPass").finish_non_exhaustive()
+    }
+}
+
 impl SegmentedPass {
-    /// Computes one more segment; true when it was the last.
+    /// Computes one more segment; true if it was the last.
     ///
     /// # Errors
     /// When the device fails.
@@ -97,7 +103,7 @@ impl SegmentedPass {
         let first = self.done.last().map_or(0, |segment| segment.layers.end);
         let layers = first..(first + self.segment).min(total);
         let last = layers.end == total;
-        // A graph that is not kept is built all the same, so that the same kernels compute as the second time.
+        // The graph is built even if it is not kept, so the same kernels are used as in the recomputation.
         let input = if first == 0 {
             self.x.shallow_clone()
         } else {
@@ -121,8 +127,8 @@ impl SegmentedPass {
         model.run_layers(input.shallow_clone(), layers, context, &mut |_, _| Ok(()))
     }
 
-    /// Final normed hidden states `[batch, seq, hidden]`, once all layers are done; a loss is computed from them and its
-    /// `backward` called before this pass's.
+    /// Final normed hidden states `[batch, seq, hidden]`, once all layers are done; the caller computes a loss from
+    /// them and calls its `backward` before this pass's.
     ///
     /// # Errors
     /// When the device fails.
@@ -130,7 +136,7 @@ impl SegmentedPass {
         model.finish(&self.x)
     }
 
-    /// Carries the gradient at [`Self::hidden`] down through one more segment; true when none is left.
+    /// Backpropagates the gradient at [`Self::hidden`] through one more segment; true if none is left.
     ///
     /// # Errors
     /// When no gradient has reached the hidden states, or the device fails.
@@ -158,7 +164,7 @@ impl SegmentedPass {
             self.done.clear();
             return Ok(true);
         }
-        // The gradient of this sum at the output is `gradient` itself, number for number.
+        // The gradient of this sum at the output is `gradient` itself, exactly.
         output.f_mul(&gradient)?.f_sum(output.kind())?.f_backward()?;
         if !lowest {
             self.gradient = Some(input.f_grad()?);
@@ -166,8 +172,8 @@ impl SegmentedPass {
         Ok(self.done.is_empty())
     }
 
-    /// A scalar whose gradient with respect to whatever the injected values were made of is that of the loss (its own
-    /// value means nothing): the caller's graph is walked once, whatever the number of segments.
+    /// A scalar whose gradient with respect to the source of the injected values is that of the loss (its own value
+    /// is meaningless): the caller's graph is traversed once, whatever the number of segments.
     ///
     /// # Errors
     /// When nothing was injected that a gradient has reached, or the device fails.

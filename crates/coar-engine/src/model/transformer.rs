@@ -36,21 +36,21 @@ impl Layer {
     }
 }
 
-/// Where an observer of a forward pass stands.
+/// A point at which an observer of a forward pass is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerPoint {
-    /// The hidden states that decoder layer i receives, injected rows included.
+    /// The input of decoder layer i, with injected rows.
     Input(usize),
-    /// What decoder layer i returns.
+    /// The output of decoder layer i.
     Output(usize),
 }
 
-/// The rows of the head that belong to image codes: nothing else of it is needed to draw.
+/// The rows of the head for image codes: nothing else of it is needed for image generation.
 #[derive(Debug)]
 pub struct CodeHead {
     /// `[codes, hidden]`, in the order of the ids.
     rows: Tensor,
-    /// `[codes]`: where each code stands among them; `None` where code order is id order.
+    /// `[codes]`: where each code is among them; `None` if code order is id order.
     order: Option<Tensor>,
     /// `[codes]`: the id of each code.
     ids: Tensor,
@@ -63,7 +63,7 @@ impl CodeHead {
             ids.iter().copied().max().unwrap_or(0),
         );
         let id_tensor = Tensor::f_from_slice(ids)?.f_to_device(head.device())?;
-        // Codes fill a range of ids in every published vocabulary: a view then, no copy.
+        // Codes are a contiguous range of ids in every published vocabulary, which allows a view instead of a copy.
         if highest - lowest + 1 != ids.len() as i64 {
             return Ok(Self {
                 rows: head.f_index_select(0, &id_tensor)?,
@@ -110,7 +110,7 @@ impl CodeHead {
         Ok(Vec::try_from(&self.ids)?)
     }
 
-    /// Numbers of a hidden state.
+    /// Size of a hidden state.
     pub fn width(&self) -> i64 {
         self.rows.size()[1]
     }
@@ -157,14 +157,14 @@ pub struct Transformer {
     norm: RmsNorm,
     head: Tensor,
     rope: Rope,
-    /// Computes decode steps where this machine's CPU can.
+    /// Computes decode steps natively, if this machine's CPU supports it.
     cpu: Option<CpuDecoder>,
     kernel: AttentionKernel,
-    /// Ids whose logits are masked out where the configuration says so.
+    /// Ids whose logits are masked out if the configuration says so.
     masked_ids: Option<Tensor>,
 }
 
-/// Everything that is read from a checkpoint.
+/// The parameters that are read from a checkpoint.
 struct Parts {
     embedding: Tensor,
     layers: Vec<Layer>,
@@ -175,7 +175,7 @@ struct Parts {
 impl Parts {
     fn load(config: &ModelConfig, source: &dyn TensorSource) -> Result<Self, ModelError> {
         let hidden = config.hidden_size;
-        // First: freshly initialised parameters draw their random numbers in this order.
+        // First: freshly initialised parameters take their random numbers in this order.
         let embedding = source.tensor("model.embed_tokens.weight", &[config.vocab_size, hidden])?;
         let layers = (0..config.num_hidden_layers)
             .map(|index| {
@@ -241,8 +241,8 @@ impl Transformer {
         })
     }
 
-    /// The same network with the parameters of `source`, on the same device: what does not depend on them is shared. For the
-    /// steps of a training; its own decode steps go through libtorch.
+    /// The same network with the parameters of `source`, on the same device: everything that does not depend on them
+    /// is shared. For the steps of a training; its own decode steps use libtorch.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -266,8 +266,8 @@ impl Transformer {
         })
     }
 
-    /// From now on this model computes on the CPU as it does on an accelerator: decode steps, sampling and attention through
-    /// libtorch's general operations. Slower; for checks of that path on a machine without an accelerator.
+    /// Makes this model compute on the CPU as on an accelerator from now on: decode steps, sampling and attention
+    /// through libtorch's general operations. Slower; to test that path on a machine without an accelerator.
     pub fn through_libtorch(&mut self) {
         self.cpu = None;
         if self.kernel == AttentionKernel::Explicit {
@@ -278,8 +278,8 @@ impl Transformer {
         }
     }
 
-    /// From now on decode steps read all rows of the cache to the longest row's length, as they do where attention by row
-    /// lengths is not available. For comparisons.
+    /// Makes decode steps read all rows of the cache up to the longest row's length from now on, as if attention by
+    /// row lengths were not available. For comparisons.
     pub fn read_cache_densely(&mut self) {
         if self.kernel == AttentionKernel::FusedByLength {
             self.kernel = AttentionKernel::Fused;
@@ -291,12 +291,12 @@ impl Transformer {
         &self.config
     }
 
-    /// Where the parameters are.
+    /// The device of the parameters.
     pub fn device(&self) -> Device {
         self.embedding.device()
     }
 
-    /// The kind that keys and values are computed in.
+    /// The kind of keys and values.
     pub fn kind(&self) -> Kind {
         self.head.kind()
     }
@@ -324,10 +324,10 @@ impl Transformer {
         self.forward_observed(ids, context, &mut |_, _| Ok(()))
     }
 
-    /// As [`Self::forward`], showing `observe` every layer's input and output `[batch, seq, hidden]`.
+    /// As [`Self::forward`]; calls `observe` with every layer's input and output `[batch, seq, hidden]`.
     ///
     /// # Errors
-    /// As [`Self::forward`], and what `observe` returns.
+    /// As [`Self::forward`], and those of `observe`.
     pub fn forward_observed(
         &self,
         ids: &Tensor,
@@ -338,7 +338,8 @@ impl Transformer {
         self.run(ids, context, shared, observe)
     }
 
-    /// Runs prompts `[batch, seq]` and fills the given rows of `cache`, one for each. Returns final normed hidden states `[batch, seq, hidden]`.
+    /// Prefills prompts `[batch, seq]` into the given rows of `cache`, one for each. Returns final normed hidden
+    /// states `[batch, seq, hidden]`.
     ///
     /// # Errors
     /// When the prompts do not fit the cache, or the device fails.
@@ -365,12 +366,12 @@ impl Transformer {
         self.run(ids, context, shared, &mut |_, _| Ok(()))
     }
 
-    /// Decode steps without libtorch, where this machine and these widths allow it.
+    /// Native decode steps, if this machine and these widths support them.
     pub(super) fn cpu(&self) -> Option<&CpuDecoder> {
         self.cpu.as_ref()
     }
 
-    /// The final normed hidden state `[1, hidden]` after one more token of row 0, by the way that images are drawn.
+    /// The final normed hidden state `[1, hidden]` after one more token of row 0, computed as in image decoding.
     ///
     /// # Errors
     /// When the cache is full, or the device fails.
@@ -404,12 +405,12 @@ impl Transformer {
         self.decode(&numbers.f_narrow(0, 0, 1)?, &tokens, cache, position)
     }
 
-    /// Whether a decode step reads each row of the cache to its own length, wherever the row is.
+    /// Whether a decode step reads each row of the cache up to its own length, wherever the row is.
     pub(super) fn reads_by_length(&self) -> bool {
         self.kernel == AttentionKernel::FusedByLength
     }
 
-    /// One decode step through libtorch: `ids` `[tokens]` on the device, written to the cache where `tokens` says.
+    /// One decode step through libtorch: `ids` `[tokens]` on the device, written to the cache as given by `tokens`.
     /// `highest` is the largest position. Returns the final normed hidden states `[tokens, hidden]`.
     ///
     /// # Errors
@@ -463,7 +464,7 @@ impl Transformer {
             .f_squeeze_dim(1)?)
     }
 
-    /// The kind of additive masks: a fused kernel wants that of queries.
+    /// The kind of additive masks: a fused kernel requires that of queries.
     fn mask_kind(&self) -> Kind {
         match self.kernel {
             AttentionKernel::Explicit => Kind::Float,
@@ -474,7 +475,7 @@ impl Transformer {
     /// The head's part that predicts image codes.
     ///
     /// # Errors
-    /// When the configuration masks image codes, so that none can be predicted, or the device fails.
+    /// When the configuration masks image codes, so none can be predicted, or the device fails.
     pub fn code_head(&self, vocabulary: &Vocabulary) -> Result<CodeHead, ModelError> {
         if self.masked_ids.is_some() {
             return Err(ModelError::invalid(
@@ -497,7 +498,7 @@ impl Transformer {
         }
     }
 
-    /// What every layer shares when whole sequences are read.
+    /// Shared inputs of every layer in a pass over whole sequences.
     pub(super) fn whole_sequence<'a>(
         &self,
         ids: &Tensor,
@@ -516,7 +517,7 @@ impl Transformer {
         }
         let (cos, sin) = self.rope.at(&Tensor::f_arange(seq, (Kind::Int64, self.device()))?)?;
         let blocked = context.map_or(&[][..], |context| &context.blocked);
-        // Right padding needs no mask of its own: no real position sees what comes after it.
+        // Right padding needs no mask of its own: no real position sees later ones.
         let visible = match (self.kernel, blocked.is_empty()) {
             (AttentionKernel::Fused | AttentionKernel::FusedByLength, true) => Visible::Causal,
             _ => Visible::Masked(causal_mask(batch, seq, blocked, (self.mask_kind(), self.device()))?),
@@ -542,17 +543,17 @@ impl Transformer {
         self.finish(&x)
     }
 
-    /// What the first layer receives, `[batch, seq, hidden]`, before anything is injected.
+    /// The input of the first layer, `[batch, seq, hidden]`, before injection.
     pub(super) fn embed(&self, ids: &Tensor) -> Result<Tensor, ModelError> {
         Ok(Tensor::f_embedding(&self.embedding, ids, -1, false, false)?)
     }
 
-    /// The final norm of what the last layer returns.
+    /// The final norm of the last layer's output.
     pub(super) fn finish(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         self.norm.forward(x)
     }
 
-    /// Takes `x` `[batch, seq, hidden]` through some of the layers, injecting at the input of each.
+    /// Passes `x` `[batch, seq, hidden]` through some of the layers, injecting at the input of each.
     pub(super) fn run_layers(
         &self,
         mut x: Tensor,

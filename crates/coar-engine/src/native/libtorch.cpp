@@ -1,7 +1,7 @@
-// What coar needs of libtorch and tch does not bind, as C functions.
+// Functions of libtorch that coar needs and tch does not bind, as C functions.
 //
-// Nothing here links to libtorch's CUDA part: streams, events and allocators are reached through c10's registries, which
-// that part fills when it is opened. So one program serves machines with and without it.
+// Nothing here links to libtorch's CUDA part: streams, events and allocators are accessed through c10's registries,
+// which that part fills when it is loaded. So one program serves machines with and without it.
 //
 // Every function returns 0, or 1 with the reason in `text` (at most `room` bytes, terminated).
 
@@ -59,8 +59,8 @@ c10::Stream current_stream(int index) {
   return c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(cuda(index));
 }
 
-// at::cuda::CUDAGraph is in libtorch's CUDA part and in no registry. Its members are looked up there by name, as of the
-// version that this program is built with; where one is missing there are no graphs.
+// at::cuda::CUDAGraph is in libtorch's CUDA part and in no registry. Its members are looked up by name, as of the
+// version that this program is built with; if one is missing, graphs are not available.
 struct GraphCalls {
   using Pool = std::pair<unsigned long long, unsigned long long>;
   void (*construct)(void*, bool) = nullptr;
@@ -129,10 +129,10 @@ struct Graph {
 
 extern "C" {
 
-// Begins to capture what the calling thread launches on its current stream, which must not be the default one.
+// Starts to capture what the calling thread launches on its current stream, which must not be the default one.
 int coar_graph_begin(int index, void** graph, char* text, size_t room) {
   return guarded(text, room, [&] {
-    // cudaStreamCaptureModeThreadLocal: other threads go on with what they do.
+    // cudaStreamCaptureModeThreadLocal: other threads are not affected.
     constexpr int thread_local_mode = 1;
     auto made = std::make_unique<Graph>(cuda(index));
     c10::DeviceGuard guard(made->device);
@@ -172,7 +172,7 @@ int coar_stream_use_new(int index, char* text, size_t room) {
   });
 }
 
-// Whether the calling thread's current stream is another than the device's default one.
+// Whether the calling thread's current stream differs from the device's default one.
 int coar_stream_is_own(int index, int* own, char* text, size_t room) {
   return guarded(text, room, [&] {
     c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
@@ -180,7 +180,7 @@ int coar_stream_is_own(int index, int* own, char* text, size_t room) {
   });
 }
 
-// Waits until the calling thread's current stream has done all that it was given.
+// Waits until the calling thread's current stream has completed its work.
 int coar_stream_synchronize(int index, char* text, size_t room) {
   return guarded(text, room, [&] {
     c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
@@ -233,12 +233,12 @@ int coar_allocator_reset_peak(int index, char* text, size_t room) {
   });
 }
 
-// Gives memory that libtorch holds back and does not use to the driver.
+// Returns memory that libtorch caches and does not use to the driver.
 int coar_allocator_empty(char* text, size_t room) {
   return guarded(text, room, [&] { c10::getDeviceAllocator(c10::DeviceType::CUDA)->emptyCache(); });
 }
 
-// Whether products and convolutions in f32 may round their inputs to TF32 on CUDA.
+// Allows or forbids products and convolutions in f32 to round their inputs to TF32 on CUDA.
 int coar_set_tf32(int allowed, char* text, size_t room) {
   return guarded(text, room, [&] {
     const auto precision = allowed != 0 ? at::Float32Precision::TF32 : at::Float32Precision::IEEE;
@@ -248,8 +248,8 @@ int coar_set_tf32(int allowed, char* text, size_t room) {
   });
 }
 
-// A one-dimensional tensor of 64-bit integers on a CUDA device, sent from pinned memory without waiting. The pinned block
-// goes back to libtorch's host allocator, which does not hand it out again before the copy is done.
+// A one-dimensional tensor of 64-bit integers on a CUDA device, copied asynchronously from pinned memory. The pinned
+// block returns to libtorch's host allocator, which does not reuse it before the copy is done.
 int coar_upload(const int64_t* numbers, size_t count, int index, at::Tensor** out, char* text, size_t room) {
   return guarded(text, room, [&] {
     const auto options = at::TensorOptions().dtype(at::kLong).pinned_memory(true);
@@ -261,9 +261,10 @@ int coar_upload(const int64_t* numbers, size_t count, int index, at::Tensor** ou
   });
 }
 
-// Attention of rows that each have their own number of keys. `query` is [1, tokens, 1, head_dim], `key` and `value` are
-// [1, all, 1, head_dim]; sequence i has the queries from query_starts[i] to query_starts[i + 1] and the key_lengths[i] keys
-// from key_starts[i] on; its last query sees all of them, the one before one less. The three are 32-bit integers.
+// Attention of rows with different numbers of keys. `query` is [1, tokens, 1, head_dim], `key` and `value` are [1,
+// all, 1, head_dim]; sequence i has the queries from query_starts[i] to query_starts[i + 1] and the key_lengths[i]
+// keys from key_starts[i] on; its last query sees all of them, the one before one less. The three are 32-bit
+// integers.
 int coar_attend_lengths(const at::Tensor* query, const at::Tensor* key, const at::Tensor* value,
                         const at::Tensor* query_starts, const at::Tensor* key_starts, const at::Tensor* key_lengths,
                         int64_t most_queries, int64_t most_keys, double scale, at::Tensor** out, char* text,
@@ -293,7 +294,7 @@ int coar_adamw(const at::Tensor* const* parameters, const at::Tensor* const* gra
   });
 }
 
-// Scales gradients down where their joint norm exceeds `limit`, without waiting for it.
+// Scales gradients down if their joint norm exceeds `limit`, without synchronising with the device.
 int coar_clip(const at::Tensor* const* gradients, size_t count, double limit, char* text, size_t room) {
   return guarded(text, room, [&] {
     at::NoGradGuard no_grad;

@@ -1,4 +1,4 @@
-//! A training's whole state as bytes (safetensors), to continue after an interruption.
+//! The complete training state as bytes (safetensors), to resume after an interruption.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -33,7 +33,7 @@ fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>, ModelError> {
 }
 
 impl Trainer {
-    /// Everything that is needed to continue from here, beside the images.
+    /// Serialises the state to resume from, without the images.
     ///
     /// # Errors
     /// When the device fails.
@@ -73,7 +73,7 @@ impl Trainer {
         safetensors::serialize(views, Some(meta)).map_err(fault)
     }
 
-    /// Continues a training of the same spec and images.
+    /// Resumes a training with the same spec and images.
     ///
     /// # Errors
     /// When the bytes are not a checkpoint of this spec.
@@ -86,7 +86,7 @@ impl Trainer {
         Self::resume_as(model, spec, bytes, |spec| Self::new(model, spec, images))
     }
 
-    /// As [`Self::resume`], with references that are encoded already.
+    /// As [`Self::resume`], with references that are already encoded.
     ///
     /// # Errors
     /// As [`Self::resume`].

@@ -1,4 +1,4 @@
-//! Which image tokens a subject's training learns from most: those that the words for the subject decide.
+//! Weights of image tokens in a subject's training: tokens that depend on the words for the subject count more.
 
 use tch::{Kind, Tensor};
 
@@ -8,18 +8,18 @@ use super::references::{Reference, References};
 use crate::model::{LuminaMgpt, ModelError};
 use coar_core::training::spec::TrainingSpec;
 
-/// For each view of each image the weights of its image tokens, computed before they are first needed.
+/// For each view of each image the weights of its image tokens, computed on demand.
 ///
-/// A token's weight is `1 - focus + focus * d / mean(d)`, where `d` is how far the frozen model's prediction moves there
-/// when the start words stand in the prompt beside the class noun (`KL(with || without)`). The background, which the
-/// words say nothing of, then teaches the concept little.
+/// A token's weight is `1 - focus + focus * d / mean(d)`, where `d` is how much the frozen model's prediction
+/// changes there when the start words are in the prompt beside the class noun (`KL(with || without)`). The
+/// background, which does not depend on the words, then teaches the concept little.
 pub(super) struct Emphasis {
     focus: f64,
     weights: Vec<Option<Tensor>>,
 }
 
 impl Emphasis {
-    /// `None` where every token weighs the same.
+    /// `None` if every token has the same weight.
     pub fn new(spec: &TrainingSpec, references: &References) -> Option<Self> {
         (spec.focus > 0.0).then(|| Self {
             focus: spec.focus,
@@ -27,7 +27,7 @@ impl Emphasis {
         })
     }
 
-    /// How many views have weights, and how many views there are.
+    /// Number of views with weights, and of all views.
     pub fn progress(&self) -> (u32, u32) {
         let known = self.weights.iter().flatten().count();
         (known as u32, self.weights.len() as u32)
@@ -76,7 +76,7 @@ fn weights(model: &LuminaMgpt, view: &Reference, words: &[i64], focus: f64) -> R
     };
     let moved = divergence_each(&predicted(words)?, &predicted(&[article])?)?;
     let mean = moved.f_mean(Kind::Float)?.f_double_value(&[])?;
-    // A start that says no more than the article, as that of a single token: no token is more the subject's than another.
+    // Start words that add nothing to the article, such as those of a single token: all tokens get equal weights.
     if mean < 1e-6 {
         return Ok(moved.f_ones_like()?);
     }
@@ -96,7 +96,7 @@ mod tests {
     use coar_core::training::Preset;
 
     #[test]
-    fn what_the_words_decide_weighs_most_and_the_mean_stays_one() {
+    fn tokens_that_depend_on_the_words_weigh_most() {
         let _no_grad = tch::no_grad_guard();
         let cache = tempfile::tempdir().unwrap();
         let files = CheckpointFiles::find(&unpack_shipped(cache.path()).unwrap(), None).unwrap();
@@ -120,7 +120,7 @@ mod tests {
         assert_eq!(
             nothing,
             nothing.ones_like(),
-            "words that say nothing leave the loss as it is"
+            "uninformative words leave the loss unchanged"
         );
         let mut weights = |focus: f64| -> Vec<f32> {
             spec.focus = focus;
@@ -132,11 +132,11 @@ mod tests {
         for (half, full) in half.iter().zip(&full) {
             assert!((half - (0.5 + 0.5 * full)).abs() < 1e-5);
         }
-        // Row ends and the image end are forced: no word moves them.
+        // Row ends and the image end are forced: no word changes them.
         let codes = references.view(0).codes.len();
         let columns = (codes as f64).sqrt() as usize;
         assert!(full[columns] < 0.01 && full[full.len() - 1] < 0.01, "{full:?}");
-        // The subject fills less than half of the image and has most of the weight.
+        // The subject covers less than half of the image and has most of the weight.
         full.sort_by(|a, b| b.total_cmp(a));
         half.sort_by(|a, b| b.total_cmp(a));
         let top = |weights: &[f32]| weights[..codes / 2].iter().sum::<f32>() / weights.iter().sum::<f32>();

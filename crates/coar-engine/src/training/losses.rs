@@ -24,8 +24,8 @@ pub(super) fn weighted_next_token(logits: &Tensor, targets: &Tensor, weights: &T
         .f_div(&weights.f_sum(Kind::Float)?)?)
 }
 
-/// `KL(zs || prior)`, mean over tokens; `frozen` are log-probabilities `[tokens, vocab]` of the frozen model without any
-/// concept, `prior` the logits with the image context token inserted.
+/// `KL(zs || prior)`, mean over tokens; `frozen` are log-probabilities `[tokens, vocab]` of the frozen model without
+/// any concept, `prior` the logits with the image context token inserted.
 ///
 /// # Errors
 /// When the device fails.

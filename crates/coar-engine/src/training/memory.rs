@@ -1,4 +1,4 @@
-//! How much memory an optimizer step takes, and what to do where that is too much.
+//! Estimates the memory of an optimizer step, and decides what to recompute.
 
 use tch::{Device, Kind};
 
@@ -9,10 +9,10 @@ use crate::model::{LuminaMgpt, ModelConfig};
 use coar_core::concept::ConceptKind;
 use coar_core::training::spec::{Preset, TrainingSpec};
 
-/// Tokens of a training's prompt that a reserve allows for.
+/// Prompt tokens that a reserve allows for.
 const PROMPT_TOKENS: usize = 48;
 
-/// The passes of one optimizer step, which follow each other.
+/// The passes of one optimizer step, which run one after the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepSize {
     /// Sequences of the larger pass: the references; the class images of the prior term are half as many.
@@ -26,7 +26,7 @@ pub struct StepSize {
 }
 
 impl StepSize {
-    /// Of a training whose images have `predicted` tokens each, behind prompts that make them `seq` long.
+    /// For a training whose images have `predicted` tokens each, with prompts that make them `seq` long.
     pub fn of(spec: &TrainingSpec, with_prior: bool, seq: usize, predicted: usize) -> Self {
         Self {
             rows: u64::from(spec.batch_size),
@@ -37,30 +37,34 @@ impl StepSize {
     }
 }
 
-/// What an optimizer step takes, in bytes.
+/// Memory of an optimizer step, in bytes.
 ///
-/// Of each token a layer keeps for its backward pass, on an accelerator in the weights' kind (b bytes): its input, query, key
-/// and value as projected (one tensor, of which the value is a part), query and key once more as they are turned, and what
-/// attention returns: 7 x hidden; and the MLP's gate and up and what comes out of the gate: 3 x inner. In f32: the inputs of
-/// both norms and of the head norm, which is two wide: 4 x hidden; and a few numbers a head. Weights are frozen, so that no
-/// product keeps its input, and fused attention keeps no weights. That is an upper bound where keys have fewer heads.
+/// For each token a layer keeps for its backward pass, on an accelerator in the weights' kind (b bytes): its input,
+/// query, key and value as projected (one tensor, which includes the value), query and key again after the rotary
+/// embedding, and the output of attention: 7 x hidden; and the MLP's gate and up and the gate's output: 3 x inner.
+/// In f32: the inputs of both norms and of the head norm, which is two wide: 4 x hidden; and a few numbers per head.
+/// Weights are frozen, so no product keeps its input, and fused attention keeps no weights. That is an upper bound
+/// if keys have fewer heads.
 ///
-/// Beside what is kept two things come one after the other, and the larger counts. The **head** holds of one chunk of tokens
-/// at most four tensors of the vocabulary in f32 (logits, their log-softmax, and the gradients of both); with the prior term
-/// seven (logits, two log-softmaxes, the frozen model's, its exponential, difference and product). Around it are the last
-/// layer's output, its norm's input in f32, and rows and their gradient. No layer's graph is alive then but those that are
-/// kept. The **backward pass** of a layer is largest in its MLP: three gradients of inner more than it has freed, and outside
-/// five of hidden: the last layer's output and gradient, this layer's output, its gradient and their product.
+/// Beside what is kept two things follow each other, and the larger one counts. The **head** uses for one chunk of
+/// tokens at most four tensors of the vocabulary in f32 (logits, their log-softmax, and the gradients of both); with
+/// the prior term seven (logits, two log-softmaxes, the frozen model's, its exponential, difference and product).
+/// Around it are the last layer's output, its norm's input in f32, and rows and their gradient. No layer's graph is
+/// alive then except the kept ones. The **backward pass** of a layer is largest in its MLP: three gradients of inner
+/// more than it has freed, and outside five of hidden: the last layer's output and gradient, this layer's output,
+/// its gradient and their product.
 ///
 /// A pass that recomputes keeps one input per segment, and one segment's graph in the backward pass.
 ///
-/// Of class images the frozen model's final hidden states are kept, and those of a pass once more as one tensor.
+/// For class images the frozen model's final hidden states are kept, and those of a pass once more as one tensor.
 ///
-/// The sum is within 0.3 % of what libtorch allocated on an H200 for the 7B (the test has the numbers). What it reserved was up to
-/// 11 % more: an allowance of a sixteenth and one tensor of the head, for fragments, lies above that and below 15 %.
+/// The sum is within 0.3 % of what libtorch allocated on an H200 for the 7B (the test has the numbers). It reserved
+/// up to 11 % more: an allowance for fragments of a sixteenth and one tensor of the head is above that and below 15
+/// %.
 ///
-/// On the CPU nothing tells what is allocated. There attention keeps its weights (heads x seq in f32, and in the weights' kind
-/// where that is another), everything is added up, and half as much again is for temporaries and what the allocator holds back.
+/// On the CPU there are no allocator statistics. There attention keeps its weights (heads x seq in f32, and in the
+/// weights' kind if that is another), everything is added up, and half as much again is for temporaries and the
+/// allocator's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Estimate {
     layers: u64,
@@ -72,11 +76,11 @@ pub struct Estimate {
     chunk: u64,
     /// While the head works on a chunk.
     head: u64,
-    /// While a layer is carried back, beside its graph; 0 on the CPU, where the allowance has it.
+    /// During the backward pass of a layer, beside its graph; 0 on the CPU, where the allowance covers it.
     backward: u64,
     /// Hidden states of class images.
     class_images: u64,
-    /// Keys and values of one class image while it is drawn, with guidance; 0 where there are none.
+    /// Keys and values of one class image while it is generated, with guidance; 0 if there are none.
     drawing: u64,
     on_cpu: bool,
 }
@@ -104,7 +108,7 @@ impl Estimate {
                 tokens * (3 * inner + 5 * hidden) * bytes,
             ),
         };
-        // Half as many rows as references are those of a pass with class images.
+        // A pass with class images has half as many rows as references.
         let in_a_pass = if on_cpu { 0 } else { size.rows.div_ceil(2) };
         Self {
             layers: config.num_hidden_layers as u64,
@@ -125,8 +129,8 @@ impl Estimate {
         }
     }
 
-    /// For a subject's training with the preset's settings on the model's largest images, recomputed where that helps: what
-    /// is to be left free for trainings.
+    /// For a subject's training with the preset's settings on the model's largest images, with recomputation if that
+    /// helps: the memory to reserve for trainings.
     pub fn of_preset(model: &LuminaMgpt, preset: Preset) -> Self {
         let transformer = &model.transformer;
         let layers = transformer.config().num_hidden_layers;
@@ -143,7 +147,7 @@ impl Estimate {
 
     /// Bytes of a step.
     pub fn bytes(&self, graph: Graph) -> u64 {
-        // What lives through all of it, and what there is of a segment besides while that is carried back.
+        // Memory for the whole step, and in addition for one segment during its backward pass.
         let (kept, segment) = match graph {
             Graph::Kept => (self.layers * self.layer, 0),
             Graph::Recomputed { segment } => {
@@ -160,12 +164,12 @@ impl Estimate {
         sum + sum / 16 + self.chunk + self.class_images
     }
 
-    /// What a training cannot do without: a recomputed step, or, before the first, the cache of one class image.
+    /// The minimum for a training: a recomputed step or, before the first, the cache of one class image.
     pub fn least(&self) -> u64 {
         self.bytes(self.recomputed()).max(self.drawing)
     }
 
-    /// Class images that `budget` bytes admit at once; one where they admit none.
+    /// Number of class images at once within `budget` bytes; at least one.
     pub fn class_images_at_once(&self, budget: u64) -> usize {
         match budget.checked_div(self.drawing) {
             Some(count) => usize::try_from(count).unwrap_or(usize::MAX).max(1),
@@ -173,7 +177,8 @@ impl Estimate {
         }
     }
 
-    /// About the segment length that takes least while layers are carried back: the square root of layers x input / graph.
+    /// The segment length with about the least memory in the backward pass: the square root of layers x input /
+    /// graph.
     pub fn recomputed(&self) -> Graph {
         let best = (self.layers as f64 * self.input as f64 / self.layer.max(1) as f64).sqrt();
         Graph::Recomputed {
@@ -181,8 +186,8 @@ impl Estimate {
         }
     }
 
-    /// Everything kept where that fits `budget` bytes; recomputed otherwise, whether or not that fits: what fails then
-    /// fails with the device's own words.
+    /// Keeps everything if that fits `budget` bytes; otherwise recomputes, whether or not that fits: a failure then
+    /// reports the device's own error.
     pub fn within(&self, budget: u64) -> Graph {
         match self.bytes(Graph::Kept) <= budget {
             true => Graph::Kept,
@@ -204,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_7b_step_is_kept_where_there_is_room_and_recomputed_where_not() {
+    fn step_of_the_7b_is_kept_if_it_fits_and_recomputed_otherwise() {
         let config = shape_7b();
         let spec = TrainingSpec::preset(Preset::Paper, ConceptKind::Subject, "rex", Some("dog"), 32);
         let size = StepSize::of(&spec, true, 1100, 1057);
@@ -239,7 +244,7 @@ mod tests {
     ];
 
     #[test]
-    fn an_estimate_is_above_what_was_measured_and_not_far() {
+    fn estimate_is_slightly_above_the_measurement() {
         let config = shape_7b();
         for (side, graph, allocated, reserved) in MEASURED {
             let predicted = side * (side + 1) + 1;
@@ -252,7 +257,7 @@ mod tests {
             let estimate = Estimate::new(&config, size, Kind::BFloat16, Device::Cuda(0));
             let over = estimate.bytes(graph) as f64 / 1e6 / f64::max(allocated, reserved);
             assert!((1.0..1.15).contains(&over), "{side} {graph:?}: {over}");
-            // Without the allowance for fragments it is what tensors take.
+            // Without the allowance for fragments it is the size of the tensors.
             let bare = (estimate.bytes(graph) - estimate.chunk - estimate.class_images) as f64 * 16.0 / 17.0;
             let bare = (bare + estimate.class_images as f64) / 1e6;
             assert!((bare / allocated - 1.0).abs() < 0.01, "{side} {graph:?}: {bare}");

@@ -5,7 +5,7 @@ mod emphasis;
 /// The terms of the loss.
 pub mod losses;
 mod memory;
-/// The rules that move trainable tensors.
+/// The update rules of trainable tensors.
 pub mod optimizer;
 mod passes;
 mod references;

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 use crate::model::accelerator::AdamW;
 use crate::model::{ModelError, accelerator};
 
-/// Which rule moves a parameter.
+/// The update rule of a parameter.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Rule {
     /// Adam with decoupled weight decay.
@@ -32,7 +32,7 @@ pub struct Optimizer {
     second: Vec<Option<Tensor>>,
     step: i64,
     betas: (f64, f64),
-    /// On an accelerator, where a call costs more than its work: parameters that are moved together.
+    /// On an accelerator, where launching a kernel costs more than its work: parameters that are updated together.
     groups: Option<Groups>,
 }
 
@@ -51,7 +51,7 @@ struct Groups {
 struct Stack {
     members: Vec<usize>,
     weight_decay: f64,
-    /// `[members, rows, columns]`: momentum, of which each member's is a view.
+    /// `[members, rows, columns]`: momentum; each member's is a view of it.
     first: Tensor,
 }
 
@@ -91,7 +91,7 @@ impl Optimizer {
         Ok(own)
     }
 
-    /// Moves parameters together from now on.
+    /// Updates parameters together from now on.
     fn group(&mut self) -> Result<(), ModelError> {
         let (mut adam, mut stacks): (Vec<(f64, Vec<usize>)>, Vec<Stack>) = (vec![], vec![]);
         for (index, parameter) in self.parameters.iter().enumerate() {
@@ -198,7 +198,7 @@ impl Optimizer {
         &self.parameters
     }
 
-    /// Scales all gradients down where their joint norm exceeds `limit`; returns the norm.
+    /// Scales all gradients down if their joint norm exceeds `limit`; returns the norm.
     ///
     /// # Errors
     /// When the device fails.
@@ -211,7 +211,7 @@ impl Optimizer {
         if sums.is_empty() {
             return Ok(0.0);
         }
-        // One read for all: each waits for the device.
+        // One read for all: each read synchronises with the device.
         let sums = Vec::<f32>::try_from(&Tensor::f_stack(&sums, 0)?)?;
         let norm = sums.into_iter().map(f64::from).sum::<f64>().sqrt();
         if norm > limit {
@@ -222,7 +222,7 @@ impl Optimizer {
         Ok(norm)
     }
 
-    /// As [`Self::clip`], but computes the factor on the device, in f32, and does not wait for it.
+    /// As [`Self::clip`], but computes the factor on the device, in f32, without synchronising.
     ///
     /// # Errors
     /// When the device fails.
@@ -230,7 +230,7 @@ impl Optimizer {
         accelerator::clip(&self.gradients()?, limit)
     }
 
-    /// The gradients that there are.
+    /// The existing gradients.
     fn gradients(&self) -> Result<Vec<Tensor>, ModelError> {
         let gradients = self.parameters.iter().map(|parameter| Ok(parameter.tensor.f_grad()?));
         gradients
@@ -301,12 +301,12 @@ impl Optimizer {
         state
     }
 
-    /// Counts steps on from `steps`, with fresh moments.
+    /// Continues to count steps from `steps`, with fresh moments.
     pub fn go_on_from(&mut self, steps: i64) {
         self.step = steps;
     }
 
-    /// Takes over what [`Self::state`] gave.
+    /// Restores the result of [`Self::state`].
     ///
     /// # Errors
     /// When a tensor is absent or misshapen.
@@ -323,7 +323,8 @@ impl Optimizer {
     }
 }
 
-/// The nearest semi-orthogonal matrices, about, of `[.., rows, columns]`, by five quintic Newton-Schulz iterations.
+/// Approximates the nearest semi-orthogonal matrices of `[.., rows, columns]` by five quintic Newton-Schulz
+/// iterations.
 fn orthogonalise(matrices: &Tensor) -> Result<Tensor, ModelError> {
     let (a, b, c) = (3.4445, -4.7750, 2.0315);
     let size = matrices.size();
@@ -350,13 +351,13 @@ fn orthogonalise(matrices: &Tensor) -> Result<Tensor, ModelError> {
     Ok(if tall { x.f_transpose(-2, -1)? } else { x })
 }
 
-/// Steps over which a learning rate rises from nothing.
+/// Warm-up steps of the learning rate.
 const WARM_UP: f64 = 10.0;
-/// Share of the rate that the last steps have.
+/// Share of the rate in the last steps.
 const LAST_RATE: f64 = 0.05;
 
-/// The learning rate of a step, counted from 0: it rises over the first steps and, with `decay`, falls linearly over the
-/// second half.
+/// The learning rate of a step, counted from 0: it rises over the first steps and, with `decay`, falls linearly over
+/// the second half.
 pub fn scheduled_rate(rate: f64, step: f64, steps: f64, decay: bool) -> f64 {
     let warm_up = ((step + 1.0) / WARM_UP).min(1.0);
     let falling = match decay && step > 0.5 * steps {
@@ -412,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn parameters_moved_together_move_as_those_moved_one_by_one() {
+    fn grouped_updates_equal_single_updates() {
         let mut single = Optimizer::new(some(), (0.9, 0.95)).unwrap();
         let mut grouped = Optimizer::new(some(), (0.9, 0.95)).unwrap();
         grouped.group().unwrap();
@@ -430,7 +431,7 @@ mod tests {
             let moved = f64::try_from((&a.tensor - &before.tensor).abs().max()).unwrap();
             assert_eq!(moved > 0.05, a.name != "unused", "{}: {moved}", a.name);
         }
-        // What is saved of one goes on in the other.
+        // The saved state of one is restored in the other.
         let state: std::collections::BTreeMap<_, _> = single
             .state()
             .into_iter()
@@ -444,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn both_ways_of_clipping_agree_and_leave_small_gradients_alone() {
+    fn clipping_agrees_on_host_and_device() {
         for (limit, clipped) in [(1.0, true), (1e4, false)] {
             let (host, device) = (
                 Optimizer::new(some(), (0.9, 0.95)).unwrap(),

@@ -1,4 +1,4 @@
-//! Passes over references: how they are laid out as one batch, and what is predicted there.
+//! Passes over references: their layout as one batch, and what is predicted.
 
 use tch::{Kind, Tensor};
 
@@ -9,12 +9,12 @@ use crate::model::context::ContextBatch;
 use crate::model::transformer::LayerPoint;
 use crate::model::{LuminaMgpt, ModelError};
 
-/// What the backward pass finds of the layers' intermediate values.
+/// The intermediate values of layers that are available in the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Graph {
     /// All of them.
     Kept,
-    /// The inputs of segments of that many layers; everything else is computed once more. The gradients are the same.
+    /// The inputs of segments of that many layers; everything else is recomputed. The gradients are the same.
     Recomputed { segment: usize },
 }
 
@@ -22,9 +22,9 @@ pub enum Graph {
 #[derive(Debug, Clone, Copy)]
 pub struct Row<'a> {
     pub reference: &'a Reference,
-    /// Its image context tokens stand before the first code.
+    /// Its image context tokens are placed before the first code.
     pub concept: Option<&'a DeviceConcept>,
-    /// Its text context tokens stand at the placeholder.
+    /// Its text context tokens are placed at the placeholder.
     pub with_text: bool,
 }
 
@@ -97,9 +97,9 @@ impl Batch {
     }
 }
 
-/// Logits `[tokens, vocab]` that predict every image token (codes, row ends, image end) of a batch, in order, and those
-/// tokens. With a concept, its image context tokens stand before the first code, and its text context tokens at the
-/// placeholder where `with_text` is set.
+/// Logits `[tokens, vocab]` that predict every image token (codes, row ends, image end) of a batch, in order, and
+/// those tokens. With a concept, its image context tokens are placed before the first code, and its text context
+/// tokens at the placeholder if `with_text` is set.
 ///
 /// # Errors
 /// When the device fails.
@@ -111,7 +111,7 @@ pub fn token_logits(
     row_logits(model, &rows(batch, concept))
 }
 
-/// As [`token_logits`]; every row says which concept it holds.
+/// As [`token_logits`]; every row has its own concept.
 ///
 /// # Errors
 /// When the device fails.
@@ -149,7 +149,7 @@ pub fn observed_logits(model: &LuminaMgpt, rows: &[Row]) -> Result<(Tensor, Tens
     Ok((logits, batch.targets, Tensor::f_stack(&means, 0)?))
 }
 
-/// Rows of references that all hold the same concept, or none.
+/// Rows of references that all have the same concept, or none.
 pub fn rows<'a>(batch: &[&'a Reference], concept: Option<(&'a DeviceConcept, bool)>) -> Vec<Row<'a>> {
     let row = |reference: &&'a Reference| Row {
         reference,

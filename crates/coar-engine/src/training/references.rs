@@ -1,4 +1,4 @@
-//! Reference images as the model sees them: codes and prompts.
+//! Reference images as model input: codes and prompts.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ use coar_core::training::spec::TrainingSpec;
 pub struct Reference {
     /// Prompt ids, placeholder tokens included.
     prompt: Vec<i64>,
-    /// First position of the placeholder's tokens, where there is one.
+    /// First position of the placeholder's tokens, if there is one.
     placeholder_at: Vec<i64>,
     /// T
     slot_tokens: usize,
@@ -24,12 +24,12 @@ pub struct Reference {
     image_start: [i64; 3],
     /// Codes in raster order.
     pub codes: Vec<i64>,
-    /// What is predicted: codes as ids, row ends, image end.
+    /// The targets: codes as ids, row ends, image end.
     pub image: Vec<i64>,
 }
 
 impl Reference {
-    /// An image of `columns` x `rows` codes behind a prompt; the slot stands between `before` and `after`.
+    /// An image of `columns` x `rows` codes after a prompt; the slot is between `before` and `after`.
     ///
     /// # Errors
     /// When the prompt cannot be tokenised or the codes do not form the image.
@@ -51,10 +51,10 @@ impl Reference {
         })
     }
 
-    /// The same with words in the place of the placeholder's tokens.
+    /// The same with words in place of the placeholder's tokens.
     pub(super) fn with_words(&self, ids: &[i64]) -> Self {
         let mut named = self.clone();
-        // From the end, so that what is not replaced yet stays where it is.
+        // From the end, so positions that are not replaced yet stay valid.
         for at in std::mem::take(&mut named.placeholder_at).into_iter().rev() {
             let at = at as usize;
             named.prompt.splice(at..at + self.slot_tokens, ids.iter().copied());
@@ -74,7 +74,7 @@ impl Reference {
     }
 }
 
-/// All references of one concept; where augmentation is on, several views of each.
+/// All references of one concept; with augmentation, several views of each.
 #[derive(Debug, Clone)]
 pub struct References {
     views: Vec<Reference>,
@@ -86,7 +86,7 @@ pub struct References {
 const RANDOM_CROPS: usize = 2;
 
 impl References {
-    /// Prepares the images as the base model's pipeline does and encodes them.
+    /// Prepares the images as in the base model's pipeline and encodes them.
     ///
     /// # Errors
     /// When there are no images, or the device fails.
@@ -138,12 +138,12 @@ impl References {
         Ok(other)
     }
 
-    /// How many images.
+    /// Number of images.
     pub fn len(&self) -> usize {
         self.of_image.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no images.
     pub fn is_empty(&self) -> bool {
         self.of_image.is_empty()
     }
@@ -163,7 +163,7 @@ impl References {
         self.of_image[index].clone()
     }
 
-    /// How many views of all images there are.
+    /// Number of views of all images.
     pub(super) fn view_count(&self) -> usize {
         self.views.len()
     }
@@ -173,7 +173,7 @@ impl References {
         &self.views[view]
     }
 
-    /// A class image that the frozen model drew from `prompt`, of the references' size.
+    /// A class image that the frozen model generated from `prompt`, of the references' size.
     ///
     /// # Errors
     /// When the codes do not form an image.

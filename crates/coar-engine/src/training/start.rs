@@ -1,5 +1,5 @@
-//! Where a training starts: which words the text context tokens begin as, and the frozen model's own hidden states
-//! there and at the references' image tokens.
+//! The start of a training: the start words of the text context tokens, and the frozen model's own hidden states for
+//! them and at the references' image tokens.
 
 use std::collections::HashMap;
 
@@ -14,7 +14,7 @@ use crate::model::{LuminaMgpt, ModelError};
 use coar_core::concept::ConceptKind;
 use coar_core::training::spec::{Parametrisation, TrainingSpec};
 
-/// Per layer: what is anchored, what is added to.
+/// Per layer: the anchor and the initial values.
 pub(super) struct Anchors {
     /// `[N, T, D]`: where the text context tokens start.
     pub text: Tensor,
@@ -26,7 +26,7 @@ pub(super) struct Anchors {
 }
 
 impl Anchors {
-    /// Looks at the references through the frozen model, with `words` at the placeholder.
+    /// Runs the references through the frozen model, with `words` at the placeholder.
     pub fn observe(
         model: &LuminaMgpt,
         spec: &TrainingSpec,
@@ -102,7 +102,7 @@ fn image_statistics(
     Ok((mean, scale))
 }
 
-/// `[N, T, D]`: the frozen model's hidden states at the placeholder while `words` (T ids) stand there.
+/// `[N, T, D]`: the frozen model's hidden states at the placeholder with `words` (T ids) in its place.
 fn initial_text(
     model: &LuminaMgpt,
     spec: &TrainingSpec,
@@ -157,8 +157,8 @@ fn observe_inputs(
 /// Tokens over which the emphasis of [`early_loss`] falls to a third.
 const EARLY: f64 = 5.0;
 
-/// Cross-entropy in which the first few tokens of each image weigh as much as all the others together. A style's
-/// colours are decided there: later tokens see them in the image itself and hardly need the words any more.
+/// Cross-entropy in which the first few tokens of each image weigh as much as all the others together. They
+/// determine a style's colours: later tokens see them in the image itself and hardly depend on the words any more.
 fn early_loss(logits: &Tensor, targets: &Tensor, images: &[Reference]) -> Result<Tensor, ModelError> {
     let weight = |token: usize, tokens: usize| 1.0 + tokens as f64 / EARLY * (-(token as f64) / EARLY).exp();
     let weights: Vec<f32> = images
@@ -169,16 +169,16 @@ fn early_loss(logits: &Tensor, targets: &Tensor, images: &[Reference]) -> Result
     weighted_next_token(logits, targets, &weights)
 }
 
-/// Sweeps over all slots before the search settles for what it has.
+/// Maximum number of sweeps over all slots.
 const SWEEPS: usize = 3;
 
-/// Words that are tried for a token where every word of the model's captions is a candidate: those that the loss's gradient
-/// at the token's embedding favours most.
+/// Number of words to try for a token when every word of the model's captions is a candidate: those favoured most by
+/// the loss's gradient at the token's embedding.
 const SHORTLIST: usize = 6;
 
-/// Chooses a start word for every text context token among its candidates: one token at a time, the word under which
-/// the frozen model finds the references least surprising, until a sweep changes nothing. One candidate is one unit of
-/// work, and so is one gradient.
+/// Chooses a start word for every text context token among its candidates by coordinate descent: one token at a
+/// time, the word with the lowest loss of the frozen model on the references, until a sweep changes nothing. One
+/// candidate is one unit of work, and so is one gradient.
 pub(super) struct StartSearch {
     /// For each text token: words and their ids.
     candidates: Vec<Vec<(String, i64)>>,
@@ -187,12 +187,12 @@ pub(super) struct StartSearch {
     /// Whether the images' first tokens count most, see [`early_loss`].
     early: bool,
     chosen: Vec<usize>,
-    /// Losses of what was tried: later sweeps meet much of it again.
+    /// Losses of earlier attempts, which later sweeps often repeat.
     tried: HashMap<Vec<usize>, f64>,
     best: f64,
     sweep: usize,
     slot: usize,
-    /// What is still to be tried for the present token, the next one last; `None` when that is not known yet.
+    /// Candidates that remain for the current token, the next one last; `None` if not computed yet.
     queue: Option<Vec<usize>>,
     changed: bool,
     done: u32,
@@ -238,7 +238,7 @@ impl StartSearch {
         self.sweep >= SWEEPS
     }
 
-    /// Takes over the choice of an earlier search over the same candidates.
+    /// Restores the choice of an earlier search over the same candidates.
     ///
     /// # Errors
     /// When a word is no candidate.
@@ -257,7 +257,7 @@ impl StartSearch {
         Ok(())
     }
 
-    /// Candidates tried, and how many there are at most.
+    /// Number of candidates tried, and the maximum.
     pub fn progress(&self) -> (u32, u32) {
         let each = |words: &Vec<_>| match self.shortlisted {
             true => 1 + SHORTLIST.min(words.len()),
@@ -281,7 +281,7 @@ impl StartSearch {
         self.candidates.iter().zip(&self.chosen).map(|(words, &at)| &words[at])
     }
 
-    /// Takes one unit of work; what was tried before costs nothing.
+    /// Performs one unit of work; repeated attempts are free.
     ///
     /// # Errors
     /// When the device fails.
@@ -290,7 +290,7 @@ impl StartSearch {
             return Ok(());
         }
         let Some(next) = self.queue.as_mut().and_then(Vec::pop) else {
-            // The first token may be one that has no choice.
+            // The first token may have only one candidate.
             self.queue = Some(match self.shortlisted {
                 true => self.shortlist(model, references)?,
                 false => (0..self.candidates[self.slot].len()).rev().collect(),
@@ -318,8 +318,8 @@ impl StartSearch {
         Ok(())
     }
 
-    /// The candidates of the present token under which the loss falls most by its gradient at the token's embedding (as
-    /// HotFlip, arXiv 1712.06751), the best one last.
+    /// The candidates of the current token with the largest expected decrease of the loss, by its gradient at the
+    /// token's embedding (as HotFlip, arXiv 1712.06751), the best one last.
     fn shortlist(&self, model: &LuminaMgpt, references: &References) -> Result<Vec<usize>, ModelError> {
         let embeddings = |ids: &mut dyn Iterator<Item = i64>| -> Result<Tensor, ModelError> {
             let rows = ids
@@ -353,7 +353,7 @@ impl StartSearch {
         Ok(best.into_iter().rev().map(|index| index as usize).collect())
     }
 
-    /// How surprising the frozen model finds the references with these words.
+    /// The frozen model's loss on the references with these words.
     fn loss(&self, model: &LuminaMgpt, references: &References, choice: &[usize]) -> Result<f64, ModelError> {
         let ids: Vec<i64> = self
             .candidates
@@ -373,7 +373,7 @@ impl StartSearch {
         Ok(loss.f_double_value(&[])?)
     }
 
-    /// Moves on to the next slot that has a choice, and to the next sweep after the last.
+    /// Moves on to the next slot with a choice, and to the next sweep after the last.
     fn skip_settled_slots(&mut self) {
         if self.queue.as_ref().is_some_and(|queue| !queue.is_empty()) {
             return;

@@ -1,6 +1,6 @@
-//! One pass of an optimizer step, in pieces: the layers in segments, the head and the loss in chunks of tokens. Between two
-//! pieces the device is free for others, and of the head's logits, which are larger than everything else, one chunk is
-//! alive at a time.
+//! One pass of an optimizer step, in pieces: the layers in segments, the head and the loss in chunks of tokens.
+//! Between two pieces the device is free for others, and only one chunk of the head's logits, which are larger than
+//! everything else, is alive at a time.
 
 use tch::{Kind, Reduction, Tensor};
 
@@ -9,7 +9,7 @@ use super::passes::{Batch, Graph, Row};
 use crate::model::segments::{SegmentedPass, leaf};
 use crate::model::{LuminaMgpt, ModelError};
 
-/// What a pass minimises.
+/// The loss of a pass.
 #[derive(Debug)]
 pub(super) enum Objective {
     /// Next-token cross-entropy: the mean over all tokens, or with `weights` `[tokens]` the weighted mean.
@@ -24,7 +24,7 @@ pub(super) struct TrainingPass {
     segments: SegmentedPass,
     batch: Batch,
     objective: Objective,
-    /// The loss is multiplied by this before it is carried back.
+    /// The loss is multiplied by this before the backward pass.
     weight: f64,
     /// Tokens of a chunk of the head.
     chunk: i64,
@@ -41,7 +41,7 @@ struct Head {
     /// `[tokens, hidden]` with their graph, and the same as a leaf.
     rows: Tensor,
     leaf: Tensor,
-    /// Tokens that are done.
+    /// Number of tokens done.
     done: i64,
     /// `[]` f32: the loss of those.
     loss: Tensor,
@@ -49,10 +49,10 @@ struct Head {
     divisor: f64,
 }
 
-/// What a piece of a pass has brought.
+/// The result of a piece of a pass.
 pub(super) enum Progress {
     More,
-    /// The loss's value, before its weight; the backward part is still to come.
+    /// The unweighted loss; the backward part is pending.
     Loss(f32),
     /// The pass is over: see [`SegmentedPass::into_term`].
     Done(Tensor),
@@ -67,7 +67,7 @@ pub(super) fn chunk_tokens(vocab: i64) -> i64 {
 }
 
 impl TrainingPass {
-    /// Lays `rows` out; nothing is computed yet.
+    /// Lays out `rows`; nothing is computed yet.
     ///
     /// # Errors
     /// When the sequences are too long, or the device fails.
@@ -92,7 +92,7 @@ impl TrainingPass {
         })
     }
 
-    /// One more piece. Gradients must be enabled.
+    /// Computes one more piece. Gradients must be enabled.
     ///
     /// # Errors
     /// When the device fails.

@@ -1,5 +1,5 @@
-//! Which inputs reach an index on the device. On the CPU an index outside is an error; on CUDA it ends the process. So each of
-//! them is checked on the host before, and a new one must be added here with its check.
+//! Which inputs become an index on the device. On the CPU an index out of bounds is an error; on CUDA it aborts the
+//! process. So each of them is checked on the host, and new ones must be listed here with their check.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use coar_engine::training::Trainer;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::{Device, Kind, Tensor};
 
-/// Operations of libtorch whose index can be outside.
+/// Operations of libtorch whose index can be out of bounds.
 const OPERATIONS: [&str; 11] = [
     "f_index_select(",
     "f_index_put(",
@@ -32,7 +32,7 @@ const OPERATIONS: [&str; 11] = [
     "f_cross_entropy_loss(",
 ];
 
-/// Files with such operations, how many, and why their indices are inside.
+/// Files with such operations, how many, and why their indices are in bounds.
 const INDEXED: &[(&str, usize, &str)] = &[
     (
         "model/attention.rs",
@@ -126,7 +126,8 @@ fn every_index_on_the_device_is_listed_with_its_check() {
             })
             .sum();
         let name = file.strip_prefix(&src).unwrap().to_string_lossy().into_owned();
-        // The CPU's own sampler and the experiments on copies of the weights never compute on another device's indices.
+        // The CPU's own sampler and the experiments on copies of the weights never compute with another device's
+        // indices.
         if count > 0 && !name.starts_with("model/cpu/") && !name.starts_with("training/tuning/") {
             counts.insert(name, count);
         }
@@ -171,7 +172,7 @@ fn request(model: &LuminaMgpt) -> DecodingRequest {
 }
 
 #[test]
-fn ids_and_codes_outside_are_refused_on_the_host() {
+fn out_of_range_ids_and_codes_are_rejected_on_the_host() {
     let (_cache, dir) = pocket();
     let model = load(&dir).unwrap();
     let id = model.transformer.config().vocab_size;
@@ -191,7 +192,7 @@ fn ids_and_codes_outside_are_refused_on_the_host() {
 }
 
 #[test]
-fn rows_and_positions_outside_are_refused_on_the_host() {
+fn out_of_range_rows_and_positions_are_rejected_on_the_host() {
     let _no_grad = tch::no_grad_guard();
     let (_cache, dir) = pocket();
     let mut model = load(&dir).unwrap();
@@ -222,7 +223,7 @@ fn rows_and_positions_outside_are_refused_on_the_host() {
 }
 
 #[test]
-fn concepts_and_snapshots_of_other_models_are_refused_on_the_host() {
+fn concepts_and_snapshots_of_other_models_are_rejected_on_the_host() {
     let (_cache, dir) = pocket();
     let model = load(&dir).unwrap();
     let config = model.transformer.config();
@@ -261,7 +262,7 @@ fn concepts_and_snapshots_of_other_models_are_refused_on_the_host() {
             .check_model(model.fingerprint(), layers, hidden)
             .is_err()
     );
-    // A snapshot whose class image has a code that is none.
+    // A snapshot whose class image has an invalid code.
     let saved = trainer.checkpoint().unwrap();
     let (_, metadata) = SafeTensors::read_metadata(&saved).unwrap();
     let codes: Vec<u8> = (0..144).flat_map(|_| 1024i64.to_le_bytes()).collect();
@@ -274,7 +275,7 @@ fn concepts_and_snapshots_of_other_models_are_refused_on_the_host() {
     refused(Trainer::resume(&model, spec, &images, &damaged), "code");
 }
 
-/// A checkpoint whose head is no number anywhere.
+/// A checkpoint whose head is entirely NaN.
 struct WithoutScores(Checkpoint);
 
 impl TensorSource for WithoutScores {
@@ -293,7 +294,7 @@ impl TensorSource for WithoutScores {
 }
 
 #[test]
-fn scores_that_are_no_numbers_draw_no_code_and_no_index() {
+fn nan_scores_produce_no_code_and_no_index() {
     let _no_grad = tch::no_grad_guard();
     let (_cache, dir) = pocket();
     let model = load(&dir).unwrap();
@@ -306,7 +307,7 @@ fn scores_that_are_no_numbers_draw_no_code_and_no_index() {
     broken.through_libtorch();
     let mut decoding = Decoding::start(&broken, &model.vocabulary, &[request(&model)]).unwrap();
     let error = loop {
-        // On a device nobody waits to see it: the image goes on to its end.
+        // On a device the host does not synchronise to see it: the image continues to its end.
         if let Err(error) = decoding.step(&broken) {
             break error.to_string();
         }

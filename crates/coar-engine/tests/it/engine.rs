@@ -1,4 +1,4 @@
-//! The engine in this process: mixed requests in one batch, each as if it were alone.
+//! The engine in this process: mixed requests in one batch, with the same results as alone.
 
 use std::sync::Arc;
 
@@ -60,7 +60,7 @@ fn engine_with(kind: Kind, options: EngineOptions, change: fn(&mut LuminaMgpt)) 
     .unwrap()
 }
 
-/// A concept of arbitrary small numbers: what it does to the image does not matter here, only that it does something.
+/// A concept of arbitrary small numbers: it only has to change the image.
 fn concept(info: &ModelInfo, index: usize) -> ConceptUse {
     let (layers, hidden) = (info.layers / (1 + index % 2), info.hidden);
     let numbers = |count: usize| {
@@ -128,7 +128,7 @@ fn images(mut stream: coar_core::engine::GenerationStream) -> Result<Vec<RgbImag
 }
 
 #[test]
-fn a_image_does_not_depend_on_who_shares_the_batch() {
+fn image_is_independent_of_the_batch() {
     let engine = engine(EngineOptions::default());
     let requests: Vec<GenerateRequest> = (0..8).map(|index| request(engine.info(), index)).collect();
     let alone: Vec<_> = requests
@@ -140,7 +140,7 @@ fn a_image_does_not_depend_on_who_shares_the_batch() {
         .iter()
         .map(|request| engine.generate(request.clone()).unwrap())
         .collect();
-    // One more that hangs up in the middle, and one that cannot be drawn.
+    // One more that is cancelled half-way, and one with an invalid prompt.
     drop(engine.generate(request(engine.info(), 9)).unwrap());
     let bad = GenerateRequest {
         prompt: "a photo of <nobody>".to_owned(),
@@ -151,12 +151,12 @@ fn a_image_does_not_depend_on_who_shares_the_batch() {
         assert_eq!(images(stream).unwrap(), alone[index], "request {index}");
     }
     assert!(matches!(images(bad), Err(EngineError::Invalid { field: "prompt", .. })));
-    // Image 1 of a request is the same when it is drawn with others of its request or in few rows.
+    // Image 1 of a request is the same with others of its request and with few rows.
     assert_ne!(alone[1][0], alone[1][1]);
 }
 
-/// Whole images by the accelerator's path are those of the CPU's own step but for rare near ties: in a batch that changes at
-/// every size, with concepts, guidance and row ends, where images come, go and are cancelled.
+/// Whole images by the accelerator's path equal those of the CPU's own step except for rare near ties: in a batch
+/// that changes at every size, with concepts, guidance and row ends, where images are added, removed and cancelled.
 #[test]
 fn accelerator_path_draws_the_same_codes() {
     let own = engine(EngineOptions::default());
@@ -182,13 +182,13 @@ fn accelerator_path_draws_the_same_codes() {
                 .count();
             all += expected.len();
         }
-        // Both round differently, and one code that falls the other way changes the rest of its image.
+        // Both round differently, and one code that differs changes the rest of its image.
         assert!(same + 1 >= all, "{same} of {all}, dense: {dense}");
     }
 }
 
 #[test]
-fn deterministic_images_do_not_depend_on_the_batch_where_libtorch_computes() {
+fn deterministic_libtorch_images_are_independent_of_the_batch() {
     let options = EngineOptions {
         rows: 6,
         deterministic: true,
@@ -199,7 +199,7 @@ fn deterministic_images_do_not_depend_on_the_batch_where_libtorch_computes() {
     fixed_shapes_keep_images_apart(accelerator_engine(options, true));
 }
 
-/// In f16 nothing of the CPU's own decode step is used: libtorch computes, as on any other device.
+/// In f16 the CPU's own decode step is not used: libtorch computes, as on any other device.
 fn fixed_shapes_keep_images_apart(engine: EngineHandle) {
     let single = |index| GenerateRequest {
         count: 1,
@@ -210,7 +210,7 @@ fn fixed_shapes_keep_images_apart(engine: EngineHandle) {
         .iter()
         .map(|request| images(engine.generate(request.clone()).unwrap()).unwrap())
         .collect();
-    // Backwards, so that everybody has another place.
+    // In reverse order, so every request has another row.
     let streams: Vec<_> = requests
         .iter()
         .rev()
@@ -222,7 +222,7 @@ fn fixed_shapes_keep_images_apart(engine: EngineHandle) {
 }
 
 #[test]
-fn a_request_larger_than_the_batch_is_drawn_in_pieces_and_a_full_queue_says_when_to_come_back() {
+fn large_request_is_split_and_a_full_queue_has_retry_after() {
     let options = EngineOptions {
         rows: 4,
         queue: 2,
@@ -250,7 +250,7 @@ fn a_request_larger_than_the_batch_is_drawn_in_pieces_and_a_full_queue_says_when
 }
 
 #[test]
-fn unfinished_images_show_the_rows_that_are_drawn() {
+fn partial_images_show_the_rows_so_far() {
     let engine = engine(EngineOptions::default());
     let asked = GenerateRequest {
         partial_images: 2,
@@ -279,7 +279,7 @@ fn unfinished_images_show_the_rows_that_are_drawn() {
 }
 
 #[test]
-fn a_broken_concept_fails_alone_and_leaves_nothing_behind() {
+fn non_finite_concept_fails_alone() {
     let options = EngineOptions {
         rows: 6,
         ..EngineOptions::default()
@@ -297,7 +297,7 @@ fn a_broken_concept_fails_alone_and_leaves_nothing_behind() {
     tensors.text.fill(f32::NAN);
     broken.concepts[0].tensors = Arc::new(tensors);
     broken.concepts[0].content_hash = "broken".to_owned();
-    // Whatever place of the batch it had, whoever comes next finds it clean.
+    // Its rows are clean for the requests that reuse them.
     for _ in 0..2 {
         let streams = [broken.clone(), sound(3), broken.clone()].map(|one| engine.generate(one).unwrap());
         let [first, second, third] = streams.map(images);
@@ -309,7 +309,7 @@ fn a_broken_concept_fails_alone_and_leaves_nothing_behind() {
 }
 
 #[test]
-fn who_hangs_up_gives_the_rows_back_while_others_are_drawn() {
+fn cancelled_request_frees_its_rows() {
     let options = EngineOptions {
         rows: 4,
         ..EngineOptions::default()
@@ -321,7 +321,7 @@ fn who_hangs_up_gives_the_rows_back_while_others_are_drawn() {
     };
     let mut streams: Vec<_> = (0..3).map(|_| engine.generate(guided.clone()).unwrap()).collect();
     let mut waiting = streams.pop().unwrap();
-    // Two images fill the batch; the third starts as soon as one of them is given up, long before one is done.
+    // Two images fill the batch; the third starts as soon as one of them is cancelled, long before one is done.
     let mut other = streams.pop().unwrap();
     while !matches!(other.blocking_next(), Some(GenerationEvent::Progress { .. })) {}
     drop(streams);
@@ -341,13 +341,13 @@ fn who_hangs_up_gives_the_rows_back_while_others_are_drawn() {
 }
 
 #[test]
-fn a_thousand_concepts_pass_through_a_small_cache() {
+fn small_cache_serves_a_thousand_concepts() {
     let options = EngineOptions {
         concept_bytes: 64 << 10,
         ..EngineOptions::default()
     };
     let engine = engine(options);
-    // What comes before the first code is what a concept costs; nobody waits for these images.
+    // The time before the first code is the cost of a concept; the images are discarded.
     let visit = |index: usize| {
         let mut asked = request(engine.info(), 1);
         asked.concepts = vec![concept(engine.info(), 1)];
@@ -357,7 +357,7 @@ fn a_thousand_concepts_pass_through_a_small_cache() {
         while !matches!(stream.blocking_next(), Some(GenerationEvent::Progress { .. })) {}
     };
     (0..1000).for_each(visit);
-    // The device thread tells at the end of a turn, the first code comes in the middle of one.
+    // The device thread reports at the end of an iteration, the first code comes in the middle of one.
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
     let load = loop {
         let load = engine.load();

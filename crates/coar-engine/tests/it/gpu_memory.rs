@@ -21,7 +21,7 @@ const DOCUMENT: &str = "docs/howto/gpu-7b.md";
 const SIDES: [u32; 3] = [512, 768, 1024];
 const CARDS: [u64; 5] = [12, 16, 24, 48, 80];
 const KIND: Kind = Kind::BFloat16;
-/// What cards with error correction report of their nominal memory.
+/// Usable fraction of the nominal memory on cards with error correction.
 const USABLE: (u64, u64) = (15, 16);
 /// CUDA's context, cuBLAS and cuDNN: an estimate.
 const CONTEXT: u64 = 1 << 30;
@@ -78,14 +78,14 @@ fn weights() -> (u64, u64) {
     (2 * transformer, 4 * image_tokenizer().1)
 }
 
-/// What a model of that target size takes beside its weights, for the largest of its sizes.
+/// The memory of a model of that target size beside its weights, for the largest of its sizes.
 struct Needs {
     row: u64,
     decoding: u64,
     class_image: u64,
     kept: u64,
     recomputed: u64,
-    /// What a training cannot do without.
+    /// The minimum for a training.
     training: u64,
 }
 
@@ -185,7 +185,7 @@ fn with_table(document: &str, name: &str, table: &str) -> String {
 }
 
 #[test]
-fn the_tables_of_the_document_are_those_of_the_formulas() {
+fn tables_of_the_document_match_the_formulas() {
     let file = repository().join(DOCUMENT);
     let document = std::fs::read_to_string(&file).unwrap();
     let computed = with_table(&document, "memory", &parts());
@@ -201,7 +201,7 @@ fn the_tables_of_the_document_are_those_of_the_formulas() {
 }
 
 #[test]
-fn the_weights_take_what_the_document_says() {
+fn weight_sizes_match_the_document() {
     let (transformer, tokenizer) = weights();
     assert_eq!(gigabytes(transformer), "14.0 GB");
     assert_eq!(gigabytes(tokenizer), "0.3 GB");

@@ -1,4 +1,4 @@
-//! What the reference's files do not show: the identity mask's reach.
+//! Not covered by the reference's files: the reach of the identity mask.
 
 use coar_engine::injection::{DeviceConcept, Placement, context_batch};
 use coar_engine::model::weights::{Checkpoint, Target};
@@ -32,7 +32,7 @@ fn logits(model: &Transformer, layers: i64, mask: bool) -> Tensor {
 }
 
 #[test]
-fn the_identity_mask_acts_below_all_layers_and_cannot_act_at_all_layers() {
+fn identity_mask_acts_only_below_the_last_injected_layer() {
     let _no_grad = tch::no_grad_guard();
     let dir = repository().join("tests/golden/model/mha");
     let config = ModelConfig::read(&dir.join("config.json")).unwrap();
@@ -49,6 +49,6 @@ fn the_identity_mask_acts_below_all_layers_and_cannot_act_at_all_layers() {
     let rest = |layers, mask| logits(&model, layers, mask).narrow(1, after, 10);
     let all = config.num_hidden_layers as i64;
     assert!((rest(2, true) - rest(2, false)).abs().max().double_value(&[]) > 1e-3);
-    // What context positions attend to never reaches the next layer where they are overwritten at each.
+    // If context positions are overwritten at each layer, what they attend to never reaches the next layer.
     assert!((rest(all, true) - rest(all, false)).abs().max().double_value(&[]) < 1e-5);
 }

@@ -1,4 +1,4 @@
-//! What several tests use.
+//! Helpers shared by several tests.
 
 use std::path::{Path, PathBuf};
 

@@ -29,14 +29,14 @@ fn finish(trainer: &mut Trainer, model: &LuminaMgpt) {
 }
 
 #[test]
-fn an_interrupted_training_ends_with_the_same_tensors() {
+fn interrupted_training_ends_with_the_same_tensors() {
     let model = model();
     let mut spec = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6);
     (spec.steps, spec.prior_pictures, spec.image_tokens, spec.seed) = (9, 2, 1, 5);
     let mut whole = Trainer::new(&model, spec.clone(), &references()).unwrap();
     finish(&mut whole, &model);
     let mut first = Trainer::new(&model, spec.clone(), &references()).unwrap();
-    // Interrupted once while the start words are being chosen, and once in the middle of the steps.
+    // Interrupted once during the choice of the start words, and once in the middle of the steps.
     for _ in 0..3 {
         first.advance(&model).unwrap();
     }
@@ -70,7 +70,7 @@ fn an_interrupted_training_ends_with_the_same_tensors() {
         "{} bytes",
         bytes.len()
     );
-    // Another training's checkpoint is refused, as is a damaged one.
+    // Another training's checkpoint is rejected, as is a damaged one.
     spec.steps = 10;
     assert!(Trainer::resume(&model, spec.clone(), &references(), &checkpoint).is_err());
     assert!(Trainer::resume(&model, spec, &references(), &checkpoint[..checkpoint.len() / 2]).is_err());
@@ -113,9 +113,9 @@ fn recomputing_layers_changes_memory_and_nothing_else() {
     (spec.prior_weight, spec.regularisation_weight) = (0.5, 0.1);
     spec.start_words.clear();
     let mut kept = Trainer::new(&model, spec.clone(), &references()).unwrap();
-    // Progress of the class images goes up to their end and not beyond it.
+    // Progress of the class images ends exactly at their total.
     let mut drawing = vec![];
-    // A step is many pieces of work, so that images need not wait for all of it: six layers forward, the head, and six
+    // A step is many pieces of work, so images need not wait for all of it: six layers forward, the head, and six
     // backward, in the pass of the references and in that of the class images.
     let (mut pieces, mut gradients) = (0, vec![]);
     loop {

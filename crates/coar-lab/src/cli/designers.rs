@@ -1,5 +1,5 @@
-//! `coar-lab pocket designers draw|train|measure|export|bundle|unbundle|judge|report`: the world of designers' drawings, behind its
-//! own command until it is the default.
+//! `coar-lab pocket designers draw|train|measure|export|bundle|unbundle|judge|report`: the world of designers'
+//! drawings, as a separate command until it is the default.
 
 use std::path::PathBuf;
 
@@ -19,7 +19,7 @@ use crate::pocket::designers::training::{Budget, Scale};
 use crate::pocket::designers::{Designer, EFFICIENTNET, Pack, World, contact, default_dir};
 use coar::config::ModelArgs;
 
-/// The world of designers' drawings: render it, train the model of it, measure it.
+/// The world of designers' drawings: render it, train the model, measure it.
 #[derive(Debug, Subcommand)]
 pub(super) enum DesignersCommand {
     Draw(DrawArgs),
@@ -28,57 +28,58 @@ pub(super) enum DesignersCommand {
     Export(ExportArgs),
     Bundle(BundleArgs),
     Unbundle(UnbundleArgs),
-    /// The judge of this project's own.
+    /// This project's own judge.
     #[command(subcommand)]
     Judge(JudgeCommand),
     Report(Box<ReportArgs>),
 }
 
-/// Render the designers' icon sets into a pack, and draw contact sheets.
+/// Render the designers' icon sets into a pack, and write contact sheets.
 #[derive(Debug, Args)]
 pub(super) struct DrawArgs {
     #[command(flatten)]
     files: FileArgs,
-    /// Folder of the icon sets that `scripts/fetch-drawings.sh` fetched. Default: `icons` in the world's folder.
+    /// Folder of the icon sets fetched by `scripts/fetch-drawings.sh`. Default: `icons` in the world's folder.
     #[arg(long, value_name = "DIR")]
     icons: Option<PathBuf>,
     /// Write contact sheets (PNG) to this folder.
     #[arg(long, value_name = "DIR")]
     sheets: Option<PathBuf>,
-    /// Write references of the held-out subjects and unseen designers to this folder: a folder of images each, and a file
-    /// `captions.txt` with a line for each.
+    /// Write references of the held-out subjects and unseen designers to this folder: a folder of images each, and a
+    /// file `captions.txt` with one line per image.
     #[arg(long, value_name = "DIR")]
     samples: Option<PathBuf>,
     #[arg(long, default_value_t = 4)]
     seed: u64,
 }
 
-/// Train a stage. It continues from its saved state, which is written every few minutes.
+/// Train a stage. It resumes from its saved state, which is written every few minutes.
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
     #[command(flatten)]
     files: FileArgs,
     #[arg(value_enum)]
     stage: Stage,
-    /// `cpu`, `cuda:N`, or `auto`: the first CUDA device where there is one.
+    /// `cpu`, `cuda:N`, or `auto`: the first CUDA device if there is one.
     #[arg(long, default_value = "auto")]
     device: String,
     /// Threads for libtorch on the CPU.
     #[arg(long, default_value_t = 2)]
     threads: i32,
-    /// Stop after this many seconds, with the state saved. Default: at the recipe's last step.
+    /// Stop after this many seconds and save the state. Default: at the recipe's last step.
     #[arg(long)]
     seconds: Option<u64>,
-    /// Let the last step fall at the end of `--seconds`, at the speed that is measured: the learning rate falls until then.
+    /// Choose the number of steps so that the last one falls at the end of `--seconds`, at the measured speed; the
+    /// learning rate decays until then.
     #[arg(long, requires = "seconds", conflicts_with = "steps")]
     fit: bool,
-    /// Drawings a step. Default: by the device.
+    /// Drawings per step. Default: by the device.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: Option<u16>,
     /// Default: by the device.
     #[arg(long)]
     learning_rate: Option<f64>,
-    /// Optimizer steps of the whole stage. Default: the recipe's. May be changed when a stage continues.
+    /// Optimizer steps of the whole stage. Default: the recipe's. May be changed when a stage is resumed.
     #[arg(long)]
     steps: Option<i64>,
     /// Weight of the distance between one drawing's latents in two scenes. Default: the recipe's.
@@ -87,24 +88,24 @@ pub(super) struct TrainArgs {
     /// Name of the stage's folder in the world's folder. Default: the stage's name.
     #[arg(long, value_name = "NAME")]
     run: Option<String>,
-    /// The folder, in the world's folder, of the tokenizer that this stage needs. Default: `tokenizer` for the decoder,
-    /// `decoder` for the transformer.
+    /// The folder, in the world's folder, of the tokenizer that this stage needs. Default: `tokenizer` for the
+    /// decoder, `decoder` for the transformer.
     #[arg(long, value_name = "NAME")]
     from: Option<String>,
 }
 
-/// The stages, in order; each needs the one before it.
+/// The stages, in order; each needs the previous one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Stage {
     /// Encoder, codebook and decoder.
     Tokenizer,
-    /// The decoder alone, with frozen codes.
+    /// The decoder only, with frozen codes.
     Decoder,
     /// The transformer, on captions and codes.
     Transformer,
 }
 
-/// Measure the tokenizer on images that training never shows.
+/// Measure the tokenizer on images that are not used in training.
 #[derive(Debug, Args)]
 pub(super) struct MeasureArgs {
     #[command(flatten)]
@@ -117,10 +118,10 @@ pub(super) struct MeasureArgs {
     /// Threads for libtorch on the CPU.
     #[arg(long, default_value_t = 2)]
     threads: i32,
-    /// Write originals, and below them what the tokenizer keeps of them (PNG).
+    /// Write originals, and below them their reconstructions (PNG).
     #[arg(long, value_name = "FILE")]
     sheet: Option<PathBuf>,
-    /// Size of the sheet's images: every pixel is repeated this many times.
+    /// Scale of the sheet's images: every pixel is repeated this many times.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4))]
     zoom: u32,
 }
@@ -141,8 +142,8 @@ pub(super) struct ExportArgs {
     out: PathBuf,
 }
 
-/// Write the trained stages, without the optimizers' moments, to a few files of at most 16 MB: to be carried from the machine
-/// that trained them.
+/// Write the trained stages, without the optimizers' moments, to a few files of at most 16 MB, to be copied from the
+/// machine that trained them.
 #[derive(Debug, Args)]
 pub(super) struct BundleArgs {
     #[command(flatten)]
@@ -152,7 +153,7 @@ pub(super) struct BundleArgs {
     out: PathBuf,
 }
 
-/// Put the stages of `bundle` into the world's folder.
+/// Unpack the stages of `bundle` into the world's folder.
 #[derive(Debug, Args)]
 pub(super) struct UnbundleArgs {
     #[command(flatten)]
@@ -167,7 +168,7 @@ pub(super) enum JudgeCommand {
     Train(JudgeArgs),
 }
 
-/// Train the judge on true images, on the CPU, and print how often it is right. It continues from its saved state.
+/// Train the judge on true images, on the CPU, and print its accuracy. It resumes from its saved state.
 #[derive(Debug, Args)]
 pub(super) struct JudgeArgs {
     #[command(flatten)]
@@ -175,43 +176,45 @@ pub(super) struct JudgeArgs {
     /// Threads for libtorch.
     #[arg(long, default_value_t = 2)]
     threads: i32,
-    /// Stop after this many seconds, with the state saved. Default: at the last step.
+    /// Stop after this many seconds and save the state. Default: at the last step.
     #[arg(long)]
     seconds: Option<u64>,
-    /// Optimizer steps. Default: the recipe's. May be changed when training continues.
+    /// Optimizer steps. Default: the recipe's. May be changed when training is resumed.
     #[arg(long)]
     steps: Option<i64>,
 }
 
-/// Draw images from full captions and say what judges see in them, and in the true images.
+/// Generate images from full captions and report what judges recognise in them, and in the true images.
 ///
 /// Needs the published judge (`scripts/fetch-judge.sh`) and the own one (`coar-lab pocket designers judge train`).
 #[derive(Debug, Args)]
 pub(super) struct ReportArgs {
     #[command(flatten)]
     files: FileArgs,
-    /// Images to draw.
+    /// Images to generate.
     #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     images: u32,
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// How strongly captions count; 1: no guidance. Of this and the next two several, separated by commas, are measured one
-    /// after the other: the first of each, the second of each; one alone holds for all. Default: the model's.
+    /// Guidance scale; 1: no guidance. This and the next two options accept several values, separated by commas,
+    /// which are measured one after the other: the first of each, the second of each; a single value applies to all.
+    /// Default: the model's.
     #[arg(long, value_delimiter = ',')]
     guidance: Vec<f64>,
-    /// 0 takes the most likely code every time. Default: the model's.
+    /// 0 always takes the most likely code. Default: the model's.
     #[arg(long, value_delimiter = ',')]
     temperature: Vec<f64>,
-    /// Codes to choose from. Default: the model's.
+    /// Codes to sample from. Default: the model's.
     #[arg(long, value_delimiter = ',')]
     top_k: Vec<u32>,
-    /// Write true images, and below them what was drawn (PNG).
+    /// Write true images, and below them the generated ones (PNG).
     #[arg(long, value_name = "FILE")]
     sheet: Option<PathBuf>,
     /// Images on the sheet.
     #[arg(long, default_value_t = 64)]
     shown: usize,
-    /// Compare with references that have not been through the tokenizer, too: what the tokenizer costs. Takes longer.
+    /// Also compare with references that have not been through the tokenizer, which shows the tokenizer's loss.
+    /// Takes longer.
     #[arg(long)]
     true_references: bool,
     /// Also write every number as JSON to this file; `-` prints it instead of the table.
@@ -224,7 +227,7 @@ pub(super) struct ReportArgs {
     model: ModelArgs,
 }
 
-/// Where the world's files are.
+/// Location of the world's files.
 #[derive(Debug, Args)]
 struct FileArgs {
     /// Folder of icon sets, pack and training state. Default: `coar/world` in the user's cache folder.
@@ -347,7 +350,7 @@ impl TrainArgs {
         Ok(TrainedTokenizer::open(&self.files.dir()?.join(name))?)
     }
 
-    /// The recipe's batch and rate, or those that were asked for.
+    /// The recipe's batch and rate, or the requested ones.
     fn scale(&self, batch: usize, learning_rate: f64) -> Scale {
         Scale {
             batch: self.batch.map_or(batch, usize::from),
@@ -365,7 +368,7 @@ impl TrainArgs {
             fitted: self.fit,
         };
         if device.is_cuda() {
-            // Batches have one shape: the fastest convolutions are searched for once.
+            // Batches have one shape: let cuDNN search for the fastest convolutions once.
             tch::Cuda::cudnn_set_benchmark(true);
         }
         let steps = match self.stage {
@@ -441,7 +444,7 @@ impl JudgeArgs {
     }
 }
 
-/// The settings to measure: the first of each list, the second of each; a list of one holds for all.
+/// The settings to measure: the first of each list, the second of each; a list of one applies to all.
 fn samplings(guidance: &[f64], temperature: &[f64], top_k: &[u32]) -> anyhow::Result<Vec<Sampling>> {
     let lengths = [guidance.len(), temperature.len(), top_k.len()];
     let count = lengths.into_iter().max().unwrap_or(0);
@@ -521,7 +524,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_are_taken_in_turn_and_one_holds_for_all() {
+    fn settings_are_zipped_and_one_value_applies_to_all() {
         let found = samplings(&[1.0, 1.0, 1.5], &[0.7, 1.0, 1.0], &[20]).unwrap();
         let of = |guidance, temperature| Sampling {
             guidance,

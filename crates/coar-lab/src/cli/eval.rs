@@ -13,7 +13,8 @@ use coar::config::ModelArgs;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum EvalCommand {
-    /// Train concepts on the held-out subjects and styles of the pocket world, draw with them, and print what comes of it.
+    /// Train concepts on the held-out subjects and styles of the pocket world, generate images with them, and print
+    /// the results.
     Pocket(Box<PocketArgs>),
     Dreambench(Box<dreambench::DreambenchArgs>),
     /// Compare every method on the pocket model: same images, seeds, sampler and judge.
@@ -35,25 +36,25 @@ pub(super) struct PocketArgs {
     /// Two subjects, one image per scene, no ablation, no composition.
     #[arg(long)]
     quick: bool,
-    /// Measure on the development subjects, on which settings are chosen, instead of the reported ones.
+    /// Measure on the development subjects, which are used to choose settings, instead of the reported ones.
     #[arg(long)]
     development: bool,
-    /// Train without words for what else the reference images show.
+    /// Train without captions for the rest of the reference images.
     #[arg(long)]
     no_captions: bool,
-    /// Held-out subjects, from the first.
+    /// Number of held-out subjects.
     #[arg(long)]
     subjects: Option<usize>,
     /// Images for each of the nine scenes.
     #[arg(long)]
     per_scene: Option<usize>,
-    /// Leave parts out: base, ablation, styles, compositions.
+    /// Parts to skip: base, ablation, styles, compositions.
     #[arg(long, value_delimiter = ',')]
     without: Vec<String>,
     /// Default: the model's.
     #[arg(long)]
     guidance_scale: Option<f64>,
-    /// Training settings that replace the preset's, as JSON: {"steps": 200}
+    /// Training settings that override the preset's, as JSON: {"steps": 200}
     #[arg(long, value_name = "JSON")]
     subject_settings: Option<String>,
     /// As --subject-settings, for styles.

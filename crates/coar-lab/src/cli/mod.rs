@@ -14,7 +14,7 @@ use coar::telemetry::LogFormat;
 #[derive(Debug, Parser)]
 #[command(name = "coar-lab", version, about, long_about = None)]
 pub struct Cli {
-    /// How log lines are written; COAR_LOG says which, such as `warn` or `info,coar_lab=debug`.
+    /// Format of log lines; COAR_LOG selects which, such as `warn` or `info,coar_lab=debug`.
     #[arg(long, global = true, env = "COAR_LOG_FORMAT", value_enum, default_value_t)]
     pub log_format: LogFormat,
     #[command(subcommand)]
@@ -23,16 +23,16 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Measure speed and memory; make checkpoints of random weights for it.
+    /// Measure speed and memory; write checkpoints of random weights for it.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
-    /// How many workers for which load, on paper: simulate a fleet from measured or estimated step times.
+    /// Capacity planning: simulate a fleet of workers from measured or estimated step times.
     #[command(subcommand)]
     Simulate(simulate::SimulateCommand),
     /// Measure fidelity and prompt following.
     #[command(subcommand)]
     Eval(eval::EvalCommand),
-    /// Draw the pocket model's world, train the pocket model, measure it.
+    /// Render the pocket model's world, train the pocket model, measure it.
     #[command(subcommand)]
     Pocket(pocket::PocketCommand),
     /// Methods that change the model's weights, on a copy: DreamBooth, LoRA, PersonalAR, Proxy-Tuning.
@@ -41,7 +41,7 @@ enum Command {
 }
 
 impl Cli {
-    /// Reads the arguments. Ends the process where they are wrong, as `--help` does.
+    /// Parses the arguments. Exits with usage if they are wrong, as `--help` does.
     pub fn read() -> Self {
         Self::parse()
     }
@@ -49,7 +49,7 @@ impl Cli {
     /// Runs the command.
     ///
     /// # Errors
-    /// What the command could not do, and what to do about it.
+    /// What failed, and what to do about it.
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
             Command::Bench(command) => command.run(),

@@ -25,7 +25,7 @@ pub(super) enum PocketCommand {
     Designers(DesignersCommand),
 }
 
-/// Draw the world: a contact sheet, or the sample images of held-out subjects and styles.
+/// Render the world: a contact sheet, or the sample images of held-out subjects and styles.
 #[derive(Debug, Args)]
 pub(super) struct DrawArgs {
     /// Write a contact sheet of the pre-training world (PNG).
@@ -38,10 +38,10 @@ pub(super) struct DrawArgs {
     seed: u64,
 }
 
-/// Train the pocket model from nothing, stage by stage; every stage continues where an interrupted run stopped.
+/// Train the pocket model from scratch, stage by stage; every stage resumes where an interrupted run stopped.
 ///
-/// tokenizer: the VQGAN on images of the world. transformer: on captions and codes. judge: the network that measures.
-/// checkpoint: writes the results in the layout of the real checkpoints.
+/// tokenizer: the VQGAN on images of the world. transformer: on captions and codes. judge: the network that
+/// measures. checkpoint: writes the results in the layout of the real checkpoints.
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
     /// Folder of checkpoints and results of the stages.
@@ -62,7 +62,7 @@ pub(super) struct TrainArgs {
     /// Optimizer steps of the judge.
     #[arg(long, default_value_t = 2000)]
     judge_steps: i64,
-    /// Square images to draw and encode for the transformer.
+    /// Square images to render and encode for the transformer.
     #[arg(long, default_value_t = 48_000)]
     pictures: usize,
     /// Threads for libtorch.
@@ -89,7 +89,7 @@ pub(super) struct MeasureArgs {
     file: String,
     #[arg(long, default_value_t = 5)]
     seed: u64,
-    /// Write originals, and below them what the tokenizer keeps of them (PNG).
+    /// Write originals, and below them their reconstructions (PNG).
     #[arg(long, value_name = "FILE")]
     sheet: Option<PathBuf>,
 }

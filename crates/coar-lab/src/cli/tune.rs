@@ -19,7 +19,7 @@ pub(super) enum TuneCommand {
     Generate(GenerateArgs),
 }
 
-/// Learn a subject by changing weights, on a copy of the model, and write what has changed to a file.
+/// Learn a subject by changing weights, on a copy of the model, and write the changes to a file.
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
     /// The subject's name: 1 to 63 of a-z, 0-9 and -.
@@ -30,10 +30,10 @@ pub(super) struct TrainArgs {
     /// dreambooth, dreambooth-lora, personalar, personalar-lora or proxy-tuning.
     #[arg(long, value_parser = method)]
     method: WeightMethod,
-    /// What the subject is, in one noun: cat, mug, car.
+    /// The subject's class noun: cat, mug, car.
     #[arg(long, value_name = "NOUN")]
     class: String,
-    /// What else each image shows ("on the beach"), in the order of the images; may be given fewer times.
+    /// Captions: what else each image shows ("on the beach"), in the order of the images; may be given fewer times.
     #[arg(long = "caption", value_name = "TEXT")]
     captions: Vec<String>,
     /// Optimizer steps. Default: the method's preset.
@@ -48,7 +48,7 @@ pub(super) struct TrainArgs {
     /// Seed of initialisation and order. Default: the method's preset.
     #[arg(long)]
     seed: Option<u64>,
-    /// The file that is written. Default: NAME.METHOD.safetensors.
+    /// Output file. Default: NAME.METHOD.safetensors.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     #[command(flatten)]
@@ -107,14 +107,14 @@ impl TrainArgs {
     }
 }
 
-/// Draw images with changed weights.
+/// Generate images with changed weights.
 #[derive(Debug, Args)]
 pub(super) struct GenerateArgs {
-    /// What `coar-lab tune train` has written.
+    /// The output of `coar-lab tune train`.
     file: PathBuf,
-    /// What to draw; the file's own <name> can be written in it, and no other.
+    /// The prompt; only the file's own <name> may be used in it.
     prompt: String,
-    /// How many images.
+    /// Number of images.
     #[arg(short = 'n', long, default_value_t = 1)]
     count: u32,
     /// WIDTHxHEIGHT in pixels, from the model's list (`coar inspect` prints it). Default: its square size.
@@ -123,13 +123,13 @@ pub(super) struct GenerateArgs {
     /// Default: random; it is printed.
     #[arg(long)]
     seed: Option<u64>,
-    /// How strongly the prompt counts; 1 switches guidance off. Default: the model's.
+    /// Guidance scale; 1 disables guidance. Default: the model's.
     #[arg(long)]
     guidance_scale: Option<f64>,
-    /// 0 takes the most likely code every time. Default: the model's.
+    /// 0 always takes the most likely code. Default: the model's.
     #[arg(long)]
     temperature: Option<f64>,
-    /// Codes to choose from at each step. Default: the model's.
+    /// Codes to sample from at each step. Default: the model's.
     #[arg(long)]
     top_k: Option<u32>,
     /// Folder for the images.

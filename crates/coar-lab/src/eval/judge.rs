@@ -60,7 +60,14 @@ const _: () = assert!(
 /// The network.
 pub struct Judge(Classifier);
 
+impl std::fmt::Debug for Judge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Judge").finish_non_exhaustive()
+    }
+}
+
 /// What the judge says of a batch.
+#[derive(Debug)]
 pub struct Judgement {
     /// For each head: the most likely answer of each image.
     pub answers: Vec<Vec<i64>>,

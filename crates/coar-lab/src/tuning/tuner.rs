@@ -36,6 +36,12 @@ pub struct Tuner<'b> {
     losses: Vec<StepLosses>,
 }
 
+impl std::fmt::Debug for Tuner<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tuner").finish_non_exhaustive()
+    }
+}
+
 const CLIP: f64 = 1.0;
 
 impl<'b> Tuner<'b> {

@@ -4,10 +4,10 @@ use std::arch::x86_64::*;
 
 use super::numbers::{Stored, WIDE, exp, sums};
 
-/// The cache of one layer and one key head's place in it.
+/// The cache of one layer, and one key head's place in it.
 #[derive(Clone, Copy)]
 pub(super) struct Keys<W> {
-    /// `[keys, head_dim]` each, with room for a multiple of sixteen keys.
+    /// `[keys, head_dim]` each, with capacity for a multiple of sixteen keys.
     pub keys: *const W,
     pub values: *const W,
     /// Keys that the token sees.
@@ -19,13 +19,13 @@ pub(super) struct Keys<W> {
 const MOST: usize = 16;
 
 impl<W: Stored> Keys<W> {
-    /// Scores of all keys with `query` `[head_dim]`, scaled already; returns the largest.
+    /// Computes the scores of all keys with `query` `[head_dim]`, already scaled; returns the largest.
     ///
     /// # Safety
-    /// `scores` has room for a multiple of sixteen numbers that holds all keys; the machine has what `W` asks for.
+    /// `scores` has capacity for a multiple of sixteen numbers that covers all keys; the machine supports `W`.
     #[inline(always)]
     unsafe fn scores(&self, query: *const f32, scores: *mut f32) -> f32 {
-        // SAFETY: the caller's.
+        // SAFETY: as documented.
         unsafe {
             let mut largest = _mm512_set1_ps(f32::NEG_INFINITY);
             let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -45,7 +45,8 @@ impl<W: Stored> Keys<W> {
                 }
                 let limit = _mm512_set1_epi32((self.count - key).min(WIDE) as i32);
                 let seen = _mm512_cmplt_epi32_mask(lanes, limit);
-                // What is beyond the token's own keys may be anything; it becomes minus infinity and weighs nothing.
+                // Scores beyond the token's own keys are undefined; they are set to minus infinity and get no
+                // weight.
                 let block = _mm512_mask_blend_ps(seen, _mm512_set1_ps(f32::NEG_INFINITY), sums(&partial));
                 _mm512_storeu_ps(scores.add(key), block);
                 largest = _mm512_max_ps(largest, block);
@@ -55,20 +56,21 @@ impl<W: Stored> Keys<W> {
         }
     }
 
-    /// The answer `[head_dim]` in f32 to `query` `[head_dim]`, which is scaled already.
+    /// Computes the output `[head_dim]` in f32 for `query` `[head_dim]`, already scaled.
     ///
     /// # Safety
-    /// As [`Self::scores`]; `head_dim` is a multiple of sixteen up to 256, `out` has room for it.
+    /// As [`Self::scores`]; `head_dim` is a multiple of sixteen up to 256, `out` has capacity for it.
     #[inline(always)]
     pub unsafe fn attend(&self, query: *const f32, scores: *mut f32, out: *mut f32) {
-        // SAFETY: the caller's.
+        // SAFETY: as documented.
         unsafe {
             let largest = _mm512_set1_ps(self.scores(query, scores));
             let mut total = _mm512_setzero_ps();
             let mut key = 0;
             while key < self.count {
                 let weight = exp(_mm512_sub_ps(_mm512_loadu_ps(scores.add(key)), largest));
-                // e to the power of minus infinity is a tiny number here, not zero: lanes beyond the keys are cleared.
+                // e to the power of minus infinity is a tiny number here, not zero, so lanes beyond the keys are
+                // cleared.
                 let left = self.count - key;
                 let weight = if left >= WIDE {
                     weight
@@ -82,7 +84,7 @@ impl<W: Stored> Keys<W> {
             let share = _mm512_set1_ps(1.0 / _mm512_reduce_add_ps(total));
             let registers = self.head_dim / WIDE;
             let mut first = 0;
-            // Four registers at a time, each in two chains: the sums are bound by the latency of an addition.
+            // Four registers at a time, in two chains each: the sums are bound by the latency of an addition.
             while first < registers {
                 let here = (registers - first).min(4);
                 match here {
@@ -100,7 +102,7 @@ impl<W: Stored> Keys<W> {
     /// The weighted sum of values, registers `first..first + R` of the head.
     #[inline(always)]
     unsafe fn mix<const R: usize>(&self, weights: *const f32, first: usize, share: __m512, out: *mut f32) {
-        // SAFETY: the caller's.
+        // SAFETY: as documented.
         unsafe {
             let mut even = [_mm512_setzero_ps(); R];
             let mut odd = [_mm512_setzero_ps(); R];

@@ -1,9 +1,9 @@
-//! Decode steps on the CPU, without libtorch: a step of few tokens is bound by reading the weights once, and libtorch's
-//! small operations and its matrix product for few rows take several times as long as that.
+//! Decode steps on the CPU, without libtorch: a step of few tokens is bound by reading the weights once, and
+//! libtorch's small operations and its matrix product for few rows take several times as long.
 //!
-//! Every sum of a token is taken in the same order whoever else is in the batch: in the products over the whole inner
-//! dimension in one fixed tree, in attention over the token's own keys. So an image does not depend on its neighbours,
-//! bit for bit.
+//! All sums of a token are taken in a fixed order, independent of the rest of the batch: products over the whole
+//! inner dimension in one fixed tree, attention over the token's own keys. So the codes of an image do not depend on
+//! its neighbours, bit for bit.
 
 #[cfg(target_arch = "x86_64")]
 mod attention;
@@ -23,11 +23,11 @@ pub(super) use product::linear;
 #[cfg(target_arch = "x86_64")]
 pub(super) use step::{CpuDecoder, Workspace};
 
-/// Stand-ins for machines whose instructions nothing here is written for: libtorch does everything there.
+/// Stubs for machines without a native implementation: libtorch computes everything.
 #[cfg(not(target_arch = "x86_64"))]
-mod elsewhere;
+mod fallback;
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) use elsewhere::{CpuDecoder, Workspace, linear};
+pub(super) use fallback::{CpuDecoder, Workspace, linear};
 
 use tch::Tensor;
 
@@ -44,7 +44,7 @@ pub(super) struct LayerTensors<'a> {
     /// `[hidden]`
     pub input_norm: &'a Tensor,
     pub post_attention_norm: &'a Tensor,
-    /// Weight and bias of the norms of query and key heads, `heads + kv_heads` times `head_dim` numbers each.
+    /// Weight and bias of the norms of query and key heads, `(heads + kv_heads) * head_dim` numbers each.
     pub head_norm: (&'a Tensor, &'a Tensor),
 }
 
@@ -55,12 +55,12 @@ pub(super) struct StepTokens<'a> {
     /// Row of the cache and position of each.
     pub rows: &'a [i64],
     pub positions: &'a [i64],
-    /// Tokens whose final hidden states are wanted.
+    /// Tokens whose final hidden states are needed.
     pub wanted: &'a [i64],
 }
 
-/// Whether this CPU multiplies bf16 numbers itself. Where it does, steps on bf16 weights are faster than on f32 ones;
-/// elsewhere they are slower.
+/// Whether this CPU has bf16 instructions. If so, steps on bf16 weights are faster than on f32 ones; otherwise they
+/// are slower.
 pub fn multiplies_bf16() -> bool {
     #[cfg(target_arch = "x86_64")]
     {

@@ -1,4 +1,4 @@
-//! How numbers are stored, and what registers of them can do (AVX-512).
+//! Storage formats of numbers, and operations on registers of them (AVX-512).
 
 use std::arch::x86_64::*;
 
@@ -8,18 +8,18 @@ use super::pool::Member;
 use super::product::Product;
 use super::step::Step;
 
-/// Numbers in one register of f32.
+/// f32 numbers per register.
 pub(super) const WIDE: usize = 16;
 
-/// A kind of numbers that weights, keys and values are stored in.
+/// A number format of weights, keys and values.
 pub(super) trait Stored: Copy + Send + Sync + 'static {
     const KIND: Kind;
-    /// Numbers that one register holds.
+    /// Numbers per register.
     const LANES: usize;
     type Register: Copy;
 
     /// # Safety
-    /// `at` points to a register's worth of readable numbers, and the machine has what [`Self::supported`] asks for.
+    /// `at` points to a register's worth of readable numbers, and the machine satisfies [`Self::supported`].
     unsafe fn load(at: *const Self) -> Self::Register;
 
     /// `sum + a * b`, lane by lane; neighbouring products are summed where a lane holds two.
@@ -37,7 +37,7 @@ pub(super) trait Stored: Copy + Send + Sync + 'static {
     /// Rounds 16 numbers and stores them.
     ///
     /// # Safety
-    /// `at` points to room for 16 numbers; otherwise as [`Self::load`].
+    /// `at` points to 16 writable numbers; otherwise as [`Self::load`].
     unsafe fn narrow(at: *mut Self, numbers: __m512);
 
     /// Whether this machine has the instructions.
@@ -46,13 +46,13 @@ pub(super) trait Stored: Copy + Send + Sync + 'static {
     /// One thread's share of a product, compiled for those instructions.
     ///
     /// # Safety
-    /// The machine has them, and the product's pointers are good.
+    /// The machine supports them, and the product's pointers are valid.
     unsafe fn product(product: &Product<Self>, member: Member);
 
     /// One thread's share of a decode step, compiled for those instructions.
     ///
     /// # Safety
-    /// The machine has them, and the step's pointers are good.
+    /// The machine supports them, and the step's pointers are valid.
     unsafe fn step(step: &Step<Self>, member: Member);
 }
 
@@ -70,21 +70,25 @@ impl Stored for f32 {
 
     #[inline(always)]
     unsafe fn load(at: *const Self) -> __m512 {
+        // SAFETY: the caller promises that many numbers at `at`, and the features.
         unsafe { _mm512_loadu_ps(at) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(sum: __m512, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the caller promises the features.
         unsafe { _mm512_fmadd_ps(a, b, sum) }
     }
 
     #[inline(always)]
     unsafe fn widen(at: *const Self) -> __m512 {
+        // SAFETY: the caller promises that many numbers at `at`, and the features.
         unsafe { _mm512_loadu_ps(at) }
     }
 
     #[inline(always)]
     unsafe fn narrow(at: *mut Self, numbers: __m512) {
+        // SAFETY: the caller promises room for that many numbers at `at`, and the features.
         unsafe { _mm512_storeu_ps(at, numbers) }
     }
 
@@ -94,11 +98,13 @@ impl Stored for f32 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn product(product: &Product<Self>, member: Member) {
+        // SAFETY: as this function's contract, and its target features are those of the intrinsics.
         unsafe { product.share(member) }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn step(step: &Step<Self>, member: Member) {
+        // SAFETY: as this function's contract, and its target features are those of the intrinsics.
         unsafe { step.share(member) }
     }
 }
@@ -110,17 +116,19 @@ impl Stored for half::bf16 {
 
     #[inline(always)]
     unsafe fn load(at: *const Self) -> __m512bh {
-        // SAFETY: both are 512 bits without a meaning of their own.
+        // SAFETY: both are 512 bits without an interpretation.
         unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(at.cast())) }
     }
 
     #[inline(always)]
     unsafe fn multiply_add(sum: __m512, a: __m512bh, b: __m512bh) -> __m512 {
+        // SAFETY: the caller promises the features.
         unsafe { _mm512_dpbf16_ps(sum, a, b) }
     }
 
     #[inline(always)]
     unsafe fn widen(at: *const Self) -> __m512 {
+        // SAFETY: the caller promises that many numbers at `at`, and the features.
         unsafe {
             let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
@@ -129,8 +137,9 @@ impl Stored for half::bf16 {
 
     #[inline(always)]
     unsafe fn narrow(at: *mut Self, numbers: __m512) {
+        // SAFETY: the caller promises room for that many numbers at `at`, and the features.
         unsafe {
-            // SAFETY: both are 256 bits without a meaning of their own.
+            // SAFETY: both are 256 bits without an interpretation.
             let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(numbers));
             _mm256_storeu_si256(at.cast(), halves);
         }
@@ -142,17 +151,19 @@ impl Stored for half::bf16 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn product(product: &Product<Self>, member: Member) {
+        // SAFETY: as this function's contract, and its target features are those of the intrinsics.
         unsafe { product.share(member) }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn step(step: &Step<Self>, member: Member) {
+        // SAFETY: as this function's contract, and its target features are those of the intrinsics.
         unsafe { step.share(member) }
     }
 }
 
-/// Lane i of the answer is the sum of register i's lanes, for all sixteen at once. Each register is summed in the same
-/// tree, halves first, whichever place it has.
+/// Lane i of the result is the sum of register i's lanes, for all sixteen at once. Each register is summed in the
+/// same tree, halves first, independent of its index.
 ///
 /// # Safety
 /// The machine has AVX-512F and DQ.
@@ -160,7 +171,7 @@ impl Stored for half::bf16 {
 pub(super) unsafe fn sums(v: &[__m512; WIDE]) -> __m512 {
     // SAFETY: register arithmetic only.
     unsafe {
-        // Two registers become one that holds the folded halves of both; four times over.
+        // Combines two registers into one with the folded halves of both; four rounds.
         let mut eight = [_mm512_setzero_ps(); 8];
         let mut i = 0;
         while i < 8 {
@@ -197,7 +208,7 @@ pub(super) unsafe fn sums(v: &[__m512; WIDE]) -> __m512 {
     }
 }
 
-/// e to the power of each lane, to about two units in the last place; below -87 it is 0 or the smallest numbers.
+/// e to the power of each lane, to about two units in the last place; below -87 it is 0 or a subnormal number.
 ///
 /// # Safety
 /// The machine has AVX-512F.
@@ -205,10 +216,10 @@ pub(super) unsafe fn sums(v: &[__m512; WIDE]) -> __m512 {
 pub(super) unsafe fn exp(x: __m512) -> __m512 {
     // SAFETY: register arithmetic only.
     unsafe {
-        // Where one operand is NaN the second is returned: a NaN in x stays one.
+        // If one operand is NaN the second is returned: a NaN in x is kept.
         let x = _mm512_max_ps(_mm512_set1_ps(-104.0), _mm512_min_ps(_mm512_set1_ps(88.0), x));
         let n = _mm512_roundscale_ps::<0>(_mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)));
-        // ln 2 in two parts, so that the product with n loses nothing.
+        // ln 2 in two parts, so the product with n is exact.
         let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693_359_4), x);
         let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.121_944_4e-4), r);
         // The series of (e^r - 1 - r) / r^2, least squares over |r| <= ln 2 / 2.
@@ -228,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sums_and_powers_are_right() {
+    fn sums_and_exponentials_are_correct() {
         if !<f32 as Stored>::supported() {
             println!("skipped: this machine has no AVX-512");
             return;
@@ -236,6 +247,7 @@ mod tests {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
         unsafe fn run() -> ([f32; 16], Vec<(f32, f32)>) {
             let (mut out, mut powers) = ([0.0f32; 16], vec![]);
+            // SAFETY: the features are enabled, and every array has sixteen numbers.
             unsafe {
                 let mut v = [_mm512_setzero_ps(); 16];
                 for (i, register) in v.iter_mut().enumerate() {

@@ -1,4 +1,4 @@
-//! The thread pool that libtorch itself uses (OpenMP), so that two pools do not fight for the same cores.
+//! Uses libtorch's own thread pool (OpenMP), so two pools do not compete for the same cores.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::OnceLock;
@@ -17,8 +17,8 @@ fn pool() -> Option<&'static Pool> {
     static POOL: OnceLock<Option<Pool>> = OnceLock::new();
     POOL.get_or_init(|| {
         let process = libloading::os::unix::Library::this();
-        // SAFETY: these functions have had these signatures since OpenMP 4 and are there where libtorch's own parallel
-        // loops are.
+        // SAFETY: these functions have had these signatures since OpenMP 4 and exist wherever libtorch's own
+        // parallel loops do.
         let pool = unsafe {
             Pool {
                 parallel: *process.get(b"GOMP_parallel\0").ok()?,
@@ -28,7 +28,7 @@ fn pool() -> Option<&'static Pool> {
                 set_threads: *process.get(b"omp_set_num_threads\0").ok()?,
             }
         };
-        // It is part of the process for good.
+        // Never unloaded.
         std::mem::forget(process);
         Some(pool)
     })
@@ -38,20 +38,20 @@ fn pool() -> Option<&'static Pool> {
 /// One thread of a team that runs the same work.
 #[derive(Clone, Copy)]
 pub(super) struct Member {
-    /// 0 is the caller's own thread.
+    /// 0 is the calling thread.
     pub thread: usize,
     pub threads: usize,
 }
 
 impl Member {
-    /// This thread's part of `0..count`, parts being multiples of `unit` as far as they go.
+    /// This thread's part of `0..count`, in multiples of `unit` as far as possible.
     #[inline(always)]
     pub fn part(self, count: usize, unit: usize) -> (usize, usize) {
         let each = count.div_ceil(unit).div_ceil(self.threads) * unit;
         ((each * self.thread).min(count), (each * (self.thread + 1)).min(count))
     }
 
-    /// Waits until every thread of the team has come here; what they wrote before is seen by all afterwards.
+    /// A barrier: waits for every thread of the team, and makes earlier writes visible to all.
     #[inline(always)]
     pub fn wait(self) {
         if self.threads > 1
@@ -67,7 +67,7 @@ extern "C" fn region<F: Fn(Member) + Sync>(work: *mut c_void) {
     // SAFETY: `work` is the closure that `team` holds until the region has ended.
     let work = unsafe { &*work.cast::<F>() };
     let member = match pool() {
-        // SAFETY: asked inside the region.
+        // SAFETY: called inside the region.
         Some(pool) => unsafe {
             Member {
                 thread: (pool.thread)() as usize,
@@ -79,8 +79,8 @@ extern "C" fn region<F: Fn(Member) + Sync>(work: *mut c_void) {
     work(member);
 }
 
-/// Runs `work` once on each of `threads` threads, the caller's among them, and waits for all. `work` must not panic: a
-/// panic cannot cross the pool.
+/// Runs `work` once on each of `threads` threads, including the calling one, and waits for all. `work` must not
+/// panic: a panic cannot unwind through the pool.
 pub(super) fn team<F: Fn(Member) + Sync>(threads: usize, work: F) {
     match pool() {
         Some(pool) if threads > 1 => {
@@ -92,12 +92,12 @@ pub(super) fn team<F: Fn(Member) + Sync>(threads: usize, work: F) {
     }
 }
 
-/// Threads that libtorch is set to.
+/// libtorch's number of threads.
 pub(super) fn threads() -> usize {
     tch::get_num_threads().max(1) as usize
 }
 
-/// Calls `work` with every index below `count`, on all threads that libtorch is set to. `work` must not panic.
+/// Calls `work` with every index below `count`, on libtorch's number of threads. `work` must not panic.
 pub(in crate::model) fn for_each(count: usize, work: impl Fn(usize) + Sync) {
     let threads = threads().min(count);
     team(threads, |member| {
@@ -109,9 +109,9 @@ pub(in crate::model) fn for_each(count: usize, work: impl Fn(usize) + Sync) {
     });
 }
 
-/// Makes libtorch compute on the calling thread alone, without a pool. Where the pools of a process have more threads
-/// than there are cores, libgomp puts all of them to sleep between any two operations: a second pool made every decode
-/// step four times as long.
+/// Makes libtorch compute on the calling thread only, without a pool. If the pools of a process have more threads
+/// than there are cores, libgomp puts all of them to sleep between any two operations: a second pool made every
+/// decode step four times as long.
 pub fn without_pool() {
     if let Some(pool) = pool() {
         // SAFETY: sets a value of this thread.

@@ -1,5 +1,5 @@
-//! The linear map of few tokens. It is bound by reading the weights once, and libtorch's matrix product reads them at a
-//! quarter of the memory's speed; this one streams them.
+//! The linear map of few tokens. It is bound by reading the weights once; libtorch's matrix product reads them at a
+//! quarter of the memory bandwidth, this one streams them.
 
 use std::arch::x86_64::*;
 
@@ -9,7 +9,7 @@ use super::numbers::{Stored, WIDE, sums};
 use super::pool::{Member, team, threads};
 use crate::model::ModelError;
 
-/// Above this many tokens libtorch's product is used: trainings.
+/// Above this number of tokens libtorch's product is used, as in trainings.
 const MOST_TOKENS: i64 = 160;
 /// Rows of the weight that one thread takes at a time.
 pub(super) const BLOCK: usize = 8;
@@ -25,18 +25,19 @@ pub(super) struct Operands<W> {
     pub k: usize,
 }
 
-/// Takes what a product gives: `N` neighbouring rows' sums of one token.
+/// Receives the results of a product: `N` adjacent rows' sums of one token.
 pub(super) trait Sink {
     /// # Safety
-    /// The sink has room for that token and these rows.
+    /// The sink has capacity for that token and these rows.
     unsafe fn put<const N: usize>(&self, token: usize, row: usize, sums: &[f32; N]);
 }
 
 impl<W: Stored> Operands<W> {
-    /// `N` rows of the weight from `row` with `M` tokens from `token`; at most sixteen sums.
+    /// Multiplies `N` rows of the weight from `row` with `M` tokens from `token`; at most sixteen sums.
     #[inline(always)]
     unsafe fn tile<const N: usize, const M: usize, S: Sink>(&self, row: usize, token: usize, sink: &S) {
-        // SAFETY: the caller has AVX-512F; `row + N` and `token + M` are inside, and k is a multiple of the lanes.
+        // SAFETY: the caller has AVX-512F; `row + N` and `token + M` are in bounds, and k is a multiple of the
+        // lanes.
         unsafe {
             let mut partial = [_mm512_setzero_ps(); WIDE];
             let (weight, x) = (self.weight.add(row * self.k), self.x.add(token * self.k));
@@ -88,17 +89,17 @@ impl<W: Stored> Operands<W> {
         }
     }
 
-    /// Rows `from..to` of the weight with every token.
+    /// Multiplies rows `from..to` of the weight with every token.
     ///
     /// # Safety
-    /// The machine has what `W` asks for, the pointers are good, and `sink` has room.
+    /// The machine supports `W`, the pointers are valid, and `sink` has capacity.
     #[inline(always)]
     pub unsafe fn run<S: Sink>(&self, from: usize, to: usize, sink: &S) {
         let mut row = from;
         // SAFETY: `row` and what is added to it stay below `to`.
         unsafe {
             if self.tokens <= 2 {
-                // Few tokens leave registers for more rows of the weight at once.
+                // With few tokens there are registers for more rows of the weight at once.
                 while to - row >= 8 {
                     match self.tokens {
                         1 => self.tile::<8, 1, S>(row, 0, sink),
@@ -126,7 +127,7 @@ pub(super) struct Product<W> {
     pub out: *mut f32,
 }
 
-// SAFETY: threads read the same operands and write other columns of `out`.
+// SAFETY: threads read the same operands and write disjoint columns of `out`.
 unsafe impl<W> Sync for Product<W> {}
 
 /// Stores sums as they are.
@@ -139,6 +140,7 @@ pub(super) struct Store {
 impl Sink for Store {
     #[inline(always)]
     unsafe fn put<const N: usize>(&self, token: usize, row: usize, sums: &[f32; N]) {
+        // SAFETY: the caller promises that token and row, and N numbers from there on, are inside of `out`.
         unsafe { *self.out.add(token * self.n + row).cast::<[f32; N]>() = *sums }
     }
 }
@@ -153,13 +155,13 @@ impl<W: Stored> Product<W> {
             out: self.out,
             n: self.n,
         };
-        // SAFETY: the caller's.
+        // SAFETY: as documented.
         unsafe { self.operands.run(from, to, &sink) }
     }
 }
 
-/// `x @ weight^T` where this machine and these tensors allow it: `x` `[.., k]`, `weight` `[n, k]` in f32 or bf16, no
-/// gradient wanted. Sums are taken in f32; the answer has the weight's kind.
+/// `x @ weight^T` if this machine and these tensors support it: `x` `[.., k]`, `weight` `[n, k]` in f32 or bf16,
+/// without gradients. Sums are taken in f32; the result has the weight's kind.
 ///
 /// # Errors
 /// When memory is short.
@@ -214,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_the_product_and_a_token_does_not_know_its_neighbours() {
+    fn product_is_correct_and_independent_of_the_batch() {
         for (kind, supported) in [
             (Kind::Float, f32::supported()),
             (Kind::BFloat16, half::bf16::supported()),
@@ -246,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_cannot_do_is_left_to_libtorch() {
+    fn unsupported_products_are_left_to_libtorch() {
         let weight = Tensor::randn([8, 32], (Kind::Float, Device::Cpu));
         let many = Tensor::randn([MOST_TOKENS + 1, 32], (Kind::Float, Device::Cpu));
         assert!(linear(&many, &weight).unwrap().is_none());

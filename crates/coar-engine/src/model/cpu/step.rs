@@ -1,6 +1,6 @@
-//! One decode step of the whole decoder stack in one parallel region: norms, products, rotary positions, cache and
-//! attention without a tensor operation between them. The computation is that of `transformer.rs`; between products it
-//! is in f32 whatever the weights are kept in.
+//! One decode step of the whole decoder stack in one parallel region: norms, products, rotary embedding, cache and
+//! attention without tensor operations in between. The computation is that of `transformer.rs`; between products it
+//! is in f32 regardless of the weights' kind.
 
 use std::arch::x86_64::*;
 
@@ -16,7 +16,7 @@ use crate::model::{ModelConfig, ModelError};
 
 #[derive(Debug)]
 struct Layer {
-    /// Keep what the pointers below point into.
+    /// Keep alive what the pointers below point into.
     matrices: [Tensor; 4],
     input_norm: Vec<f32>,
     post_attention_norm: Vec<f32>,
@@ -35,7 +35,7 @@ struct Shape {
     swin_norm: bool,
 }
 
-/// The decoder stack, ready for steps on the CPU.
+/// The decoder stack, prepared for steps on the CPU.
 #[derive(Debug)]
 pub(in crate::model) struct CpuDecoder {
     kind: Kind,
@@ -48,7 +48,7 @@ pub(in crate::model) struct CpuDecoder {
     sin: Tensor,
 }
 
-/// What a step needs beside weights and cache; it grows to the largest step and stays.
+/// Buffers of a step beside weights and cache; they grow to the largest step and are reused.
 #[derive(Debug, Default)]
 pub(in crate::model) struct Workspace {
     /// `[tokens, hidden]`: the residual stream, and what a swin norm is applied to.
@@ -71,7 +71,8 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f32>, ModelError> {
 }
 
 impl CpuDecoder {
-    /// Whether steps of such a model can be computed here: the instructions are there, and widths are whole registers.
+    /// Whether steps of this model can be computed here: the instructions are available, and widths are whole
+    /// registers.
     pub fn fits(config: &ModelConfig, kind: Kind, device: Device) -> bool {
         let lanes = match kind {
             Kind::Float if f32::supported() => f32::LANES,
@@ -90,7 +91,7 @@ impl CpuDecoder {
             && head_dim <= 256
     }
 
-    /// Takes shares of the parameters; only norms are copied.
+    /// Takes shallow copies of the parameters; only norms are copied.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -138,10 +139,10 @@ impl CpuDecoder {
         })
     }
 
-    /// Runs the tokens through every layer, writes their keys and values to `cache`, and returns the final normed hidden
-    /// states of the wanted ones, `[wanted, hidden]` in the weights' kind.
+    /// Runs the tokens through every layer, writes their keys and values to `cache`, and returns the final normed
+    /// hidden states of the requested ones, `[wanted, hidden]` in the weights' kind.
     ///
-    /// The caller has checked that ids are in the vocabulary, rows and positions in the cache.
+    /// The caller has checked that ids are in the vocabulary, and rows and positions in the cache.
     ///
     /// # Errors
     /// When memory is short.
@@ -182,14 +183,14 @@ impl CpuDecoder {
             scores: space.scores.as_mut_ptr(),
             out: out.data_ptr() as *mut W,
         };
-        // SAFETY: `fits` has said that the instructions are there; everything pointed to lives to the end of the call.
+        // SAFETY: `fits` has checked the instructions; everything pointed to lives to the end of the call.
         team(threads, |member| unsafe { W::step(&step, member) });
         Ok(out)
     }
 }
 
 impl Shape {
-    /// Numbers that the widest thread's heads take of one token: queries, keys and values.
+    /// Numbers per token for the widest thread's heads: queries, keys and values.
     fn projected_width(&self, threads: usize) -> usize {
         let kv = self.kv_heads.div_ceil(threads);
         (kv * (self.heads / self.kv_heads) + 2 * kv) * self.head_dim
@@ -214,7 +215,7 @@ impl Workspace {
     }
 }
 
-/// Everything that the threads of one step share.
+/// Shared state of the threads of one step.
 pub(super) struct Step<'a, W> {
     decoder: &'a CpuDecoder,
     tokens: &'a StepTokens<'a>,
@@ -233,7 +234,8 @@ pub(super) struct Step<'a, W> {
     out: *mut W,
 }
 
-// SAFETY: between two meetings every thread writes its own part alone, and reads what was written before the last one.
+// SAFETY: between two barriers every thread writes only its own part, and reads what was written before the last
+// one.
 unsafe impl<W> Sync for Step<'_, W> {}
 
 /// Adds sums to the residual stream.
@@ -245,6 +247,7 @@ struct Add {
 impl Sink for Add {
     #[inline(always)]
     unsafe fn put<const N: usize>(&self, token: usize, row: usize, sums: &[f32; N]) {
+        // SAFETY: the caller promises that token and row, and N numbers from there on, are inside of `x`.
         unsafe {
             let at = self.x.add(token * self.n + row);
             let mut i = 0;
@@ -267,7 +270,7 @@ impl<W: Stored> Step<'_, W> {
     /// As [`Stored::step`].
     #[inline(always)]
     pub unsafe fn share(&self, member: Member) {
-        // SAFETY: pointers are as `run_in` made them; parts of different threads do not overlap.
+        // SAFETY: pointers are as `run_in` made them; parts of different threads are disjoint.
         unsafe {
             let shape = self.decoder.shape;
             self.embed(member);
@@ -337,8 +340,8 @@ impl<W: Stored> Step<'_, W> {
         }
     }
 
-    /// The residual stream of every token, RMS-normed where `weight` is given, rounded into this thread's own `normed`:
-    /// every thread does all of it, which costs less than meeting.
+    /// Computes the residual stream of every token, RMS-normed if `weight` is given, rounded into this thread's own
+    /// `normed`: every thread does all of it, which costs less than a barrier.
     #[inline(always)]
     unsafe fn norm(&self, member: Member, weight: *const f32) {
         // SAFETY: sizes are those of `grow`.
@@ -363,7 +366,7 @@ impl<W: Stored> Step<'_, W> {
         }
     }
 
-    /// Queries, keys and values of this thread's heads, and their attention: no other thread is waited for.
+    /// Queries, keys and values of this thread's heads, and their attention, without a barrier.
     #[inline(always)]
     unsafe fn project(&self, member: Member, layer: &Layer, block: (*mut u8, *mut u8)) {
         // SAFETY: as `share`.
@@ -381,7 +384,7 @@ impl<W: Stored> Step<'_, W> {
             let normed = self.normed.add(member.thread * self.count() * shape.hidden);
             let mut operands = self.operands(&layer.matrices[0], normed, shape.hidden);
             let whole = operands.weight;
-            // Where the three parts begin among the weight's rows, and how many rows there are here.
+            // Where the three parts start among the weight's rows, and the number of rows here.
             let parts = [
                 (from * group * dim, queries * dim, 0),
                 ((shape.heads + from) * dim, kv * dim, queries * dim),
@@ -416,14 +419,14 @@ impl<W: Stored> Step<'_, W> {
                 let mut head = 0;
                 while head < queries {
                     let norm = (from * group + head) * dim;
-                    self.turn(layer, norm, position, mine.add(head * dim));
+                    self.norm_and_rotate(layer, norm, position, mine.add(head * dim));
                     head += 1;
                 }
                 let mut head = 0;
                 while head < kv {
                     let norm = (shape.heads + from + head) * dim;
                     let key = mine.add((queries + head) * dim);
-                    self.turn(layer, norm, position, key);
+                    self.norm_and_rotate(layer, norm, position, key);
                     let at = (place(token, head) + position) * dim;
                     narrow_all::<W>(key, keys.add(at), dim);
                     narrow_all::<W>(mine.add((queries + kv + head) * dim), values.add(at), dim);
@@ -461,9 +464,10 @@ impl<W: Stored> Step<'_, W> {
         }
     }
 
-    /// LayerNorm of one head with its own weight and bias at `norm`, then the rotation of its position, in place.
+    /// LayerNorm of one head with its own weight and bias at `norm`, then the rotary embedding of its position, in
+    /// place.
     #[inline(always)]
-    unsafe fn turn(&self, layer: &Layer, norm: usize, position: usize, head: *mut f32) {
+    unsafe fn norm_and_rotate(&self, layer: &Layer, norm: usize, position: usize, head: *mut f32) {
         // SAFETY: `head` points to `head_dim` numbers, a multiple of sixteen up to 256.
         unsafe {
             let dim = self.decoder.shape.head_dim;
@@ -484,32 +488,33 @@ impl<W: Stored> Step<'_, W> {
             }
             let variance = _mm512_reduce_add_ps(squares) / dim as f32;
             let scale = _mm512_set1_ps(1.0 / (variance + HEAD_NORM_EPS).sqrt());
-            // Twice over, so that the halves can be read in turned order.
-            let mut twice = [0.0f32; 512];
+            // Stored doubled, so the rotated halves can be read as one contiguous vector.
+            let mut doubled = [0.0f32; 512];
             let mut at = 0;
             while at < dim {
                 let normed = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(head.add(at)), mean), scale);
                 let normed = _mm512_fmadd_ps(normed, _mm512_loadu_ps(weight.add(at)), _mm512_loadu_ps(bias.add(at)));
-                _mm512_storeu_ps(twice.as_mut_ptr().add(at), normed);
-                _mm512_storeu_ps(twice.as_mut_ptr().add(dim + at), normed);
+                _mm512_storeu_ps(doubled.as_mut_ptr().add(at), normed);
+                _mm512_storeu_ps(doubled.as_mut_ptr().add(dim + at), normed);
                 at += WIDE;
             }
             let cos = (self.decoder.cos.data_ptr() as *const f32).add(position * dim);
             let sin = (self.decoder.sin.data_ptr() as *const f32).add(position * dim);
             let mut at = 0;
             while at < dim {
-                let straight = _mm512_mul_ps(_mm512_loadu_ps(twice.as_ptr().add(at)), _mm512_loadu_ps(cos.add(at)));
-                let turned = _mm512_loadu_ps(twice.as_ptr().add(at + dim / 2));
+                let direct = _mm512_mul_ps(_mm512_loadu_ps(doubled.as_ptr().add(at)), _mm512_loadu_ps(cos.add(at)));
+                let rotated = _mm512_loadu_ps(doubled.as_ptr().add(at + dim / 2));
                 _mm512_storeu_ps(
                     head.add(at),
-                    _mm512_fmadd_ps(turned, _mm512_loadu_ps(sin.add(at)), straight),
+                    _mm512_fmadd_ps(rotated, _mm512_loadu_ps(sin.add(at)), direct),
                 );
                 at += WIDE;
             }
         }
     }
 
-    /// Adds a product to the residual stream, RMS-normed by `weight` first where the model wants that, and meets.
+    /// Adds a product to the residual stream, RMS-normed by `weight` first if the model requires it, then waits at
+    /// the barrier.
     #[inline(always)]
     unsafe fn add(&self, member: Member, operands: &Operands<W>, weight: *const f32) {
         // SAFETY: every thread writes its own columns.
@@ -559,7 +564,7 @@ impl<W: Stored> Step<'_, W> {
             };
             let (mut from, end) = member.part(inner, WIDE);
             let own = self.projected.add(member.thread * self.own);
-            // As many columns at a time as this thread's other space holds.
+            // As many columns at a time as fit into this thread's other buffer.
             let most = (self.own / (2 * self.count()) / BLOCK * BLOCK).max(WIDE) / WIDE * WIDE;
             while from < end {
                 let to = (from + most).min(end);
@@ -590,10 +595,10 @@ impl<W: Stored> Step<'_, W> {
         }
     }
 
-    /// The final norm of the wanted tokens.
+    /// The final norm of the requested tokens.
     #[inline(always)]
     unsafe fn finish(&self, member: Member) {
-        // SAFETY: wanted tokens are tokens of this step.
+        // SAFETY: requested tokens are tokens of this step.
         unsafe {
             let hidden = self.decoder.shape.hidden;
             let weight = self.decoder.final_norm.as_ptr();
@@ -616,7 +621,7 @@ impl<W: Stored> Step<'_, W> {
 /// Rounds `count` numbers, a multiple of sixteen.
 #[inline(always)]
 unsafe fn narrow_all<W: Stored>(from: *const f32, to: *mut W, count: usize) {
-    // SAFETY: the caller's.
+    // SAFETY: as documented.
     unsafe {
         let mut at = 0;
         while at < count {

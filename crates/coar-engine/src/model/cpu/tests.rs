@@ -1,4 +1,7 @@
-//! The CPU's step beside libtorch's whole forward pass, which the golden cases prove.
+//! Compares the CPU's step with libtorch's whole forward pass, which the golden cases verify.
+
+// Helpers fail as tests do.
+#![allow(clippy::unwrap_used)]
 
 use std::cell::RefCell;
 
@@ -9,7 +12,7 @@ use crate::model::kv_cache::KvCache;
 use crate::model::weights::TensorSource;
 use crate::model::{ModelConfig, ModelError, Transformer};
 
-/// Random parameters; each is made when it is asked for, and two sources of one seed make the same ones.
+/// Random parameters, generated on demand; two sources with the same seed generate the same ones.
 struct Random {
     kind: Kind,
     numbers: RefCell<i64>,
@@ -18,7 +21,7 @@ struct Random {
 impl TensorSource for Random {
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError> {
         *self.numbers.borrow_mut() += 1;
-        // A fixed function of the place, so that both kinds get the same numbers.
+        // A fixed function of the index, so both kinds get the same numbers.
         let count: i64 = shape.iter().product();
         let place = Tensor::f_arange(count, (Kind::Double, Device::Cpu))? + *self.numbers.borrow() as f64 * 0.37;
         let noise = (place.f_mul_scalar(12.9898)?.f_sin()? * 43_758.545_3).f_frac()?;
@@ -57,13 +60,13 @@ fn ids(row: i64, length: i64) -> Vec<i64> {
     (0..length).map(|at| (at * 7 + row * 13 + 3) % 50).collect()
 }
 
-/// Final hidden states `[length - prompt, hidden]` of a sequence whose prompt is read at once, and whose further tokens
-/// are fed `at_once` in each step, beside `others` rows at other places.
+/// Final hidden states `[length - prompt, hidden]` of a sequence whose prompt is prefilled at once, and whose
+/// further tokens are fed `at_once` per step, beside `others` other rows.
 fn decoded(model: &Transformer, length: i64, at_once: usize, others: i64) -> Tensor {
     let prompt = 5;
     let rows = others + 1;
     let mut cache = KvCache::new(model.config(), rows, 40, model.kind(), Device::Cpu).unwrap();
-    // The sequence looked at has the last row; the others are longer by a few tokens each.
+    // The tested sequence has the last row; the others are longer by a few tokens each.
     let row = others;
     for other in 0..rows {
         let own = prompt + (row - other) % 4;
@@ -100,7 +103,7 @@ fn decoded(model: &Transformer, length: i64, at_once: usize, others: i64) -> Ten
 }
 
 #[test]
-fn a_step_is_the_forward_pass_and_does_not_know_its_neighbours() {
+fn step_equals_the_forward_pass_and_is_independent_of_the_batch() {
     let _no_grad = tch::no_grad_guard();
     let length = 21;
     for (swin_norm, kv_heads, kind) in [
@@ -126,9 +129,9 @@ fn a_step_is_the_forward_pass_and_does_not_know_its_neighbours() {
             off < tolerance * size,
             "{kind:?} swin {swin_norm} kv {kv_heads}: {off} of {size}"
         );
-        // Two tokens of a row in one step, as where one of them is forced.
+        // Two tokens of a row in one step, as with a forced token.
         assert!(decoded(&model, length, 2, 0).equal(&alone), "{kind:?}");
-        // Row 0's numbers are the same whoever else is there; ids depend on the row, so the row looked at stays the same.
+        // Row 0's numbers are the same in every batch; ids depend on the row, so the tested row stays the same.
         for others in [1, 4, 9] {
             let (among, by_itself) = (decoded(&model, length, 1, others), shifted(&model, length, others));
             assert!(among.equal(&by_itself), "{kind:?} among {others}");
@@ -136,7 +139,7 @@ fn a_step_is_the_forward_pass_and_does_not_know_its_neighbours() {
     }
 }
 
-/// The sequence of row `row` on its own.
+/// The sequence of row `row` alone.
 fn shifted(model: &Transformer, length: i64, row: i64) -> Tensor {
     let mut cache = KvCache::new(model.config(), 1, 40, model.kind(), Device::Cpu).unwrap();
     let tokens = Tensor::from_slice(&ids(row, 5)).view([1, -1]);
@@ -157,7 +160,7 @@ fn shifted(model: &Transformer, length: i64, row: i64) -> Tensor {
 }
 
 #[test]
-fn a_broken_row_breaks_no_other() {
+fn non_finite_row_does_not_affect_others() {
     let _no_grad = tch::no_grad_guard();
     let config = config(false, 4);
     if !CpuDecoder::fits(&config, Kind::Float, Device::Cpu) {

@@ -1,4 +1,4 @@
-//! The batch: which images have which rows of the cache, and what each row is fed next.
+//! The batch: the assignment of images to cache rows, and the next token of each row.
 
 use tch::Tensor;
 
@@ -13,7 +13,7 @@ use crate::model::transformer::CodeHead;
 use crate::model::{ModelError, Transformer};
 use coar_core::tokenizer::Vocabulary;
 
-/// Names one image in a [`DecodeBatch`].
+/// Identifies one image in a [`DecodeBatch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BatchImageId(u64);
 
@@ -21,19 +21,19 @@ pub struct BatchImageId(u64);
 #[derive(Debug)]
 pub struct Drawn {
     pub id: BatchImageId,
-    /// Codes in raster order; an error where the model's scores were not finite.
+    /// Codes in raster order; an error if the model's scores were not finite.
     pub codes: Result<Vec<i64>, ModelError>,
 }
 
-/// How a batch is made.
+/// Settings of a batch.
 #[derive(Debug, Clone, Copy)]
 pub struct BatchOptions {
-    /// Rows of the cache: an image takes two with guidance, else one.
+    /// Rows of the cache: an image takes two with guidance, otherwise one.
     pub rows: usize,
     /// Tokens of the longest row.
     pub max_seq: i64,
-    /// Every step through libtorch has the shapes of the full batch, whoever is in it, so that its kernels are always the
-    /// same ones. Steps that the CPU computes here need no such thing.
+    /// Every step through libtorch has the shapes of the full batch, so its kernels are always the same ones. Steps
+    /// that are computed natively on the CPU do not need this.
     pub fixed_shapes: bool,
 }
 
@@ -48,9 +48,9 @@ struct BatchImage {
     temperature: f64,
     top_k: i64,
     stream: (u64, u64),
-    /// Codes drawn.
+    /// Codes sampled so far.
     done: i64,
-    /// Where its codes are kept.
+    /// Its code buffer.
     buffer: usize,
     /// Its scores were not finite.
     broken: bool,
@@ -61,7 +61,7 @@ impl BatchImage {
         self.rows * self.columns
     }
 
-    /// The uniform number that code `index` is drawn by; the stream counts codes and row ends.
+    /// The uniform number for sampling code `index`; the stream counts codes and row ends.
     fn uniform(&self, index: i64) -> f64 {
         uniform(self.stream.0, self.stream.1, (index + index / self.columns) as u64)
     }
@@ -88,14 +88,14 @@ enum Backend {
     Device(Box<DeviceStep>),
 }
 
-/// Codes of one draw.
+/// Codes of one sampling step.
 enum Codes {
     Host(Vec<i64>),
-    /// `[images]` i64 on the device: nothing waits for them.
+    /// `[images]` i64 on the device, not synchronised.
     Device(Tensor),
 }
 
-/// Images being drawn, and the cache that they share.
+/// Running images, and the cache that they share.
 #[derive(Debug)]
 pub struct DecodeBatch {
     head: CodeHead,
@@ -103,26 +103,26 @@ pub struct DecodeBatch {
     cache: KvCache,
     rows: Vec<Row>,
     images: Vec<BatchImage>,
-    /// `[rows, hidden]`: what each row's next code is predicted from.
+    /// `[rows, hidden]`: the hidden states that predict each row's next code.
     hidden: Option<Tensor>,
     backend: Backend,
-    /// A step reads the first rows of the cache, and so those in use must be the first ones.
+    /// A step reads the first rows of the cache, so rows in use must be the first ones.
     reads_first_rows: bool,
-    /// Rows of the cache and code buffers that nobody has.
+    /// Free cache rows and code buffers.
     free_slots: Vec<i64>,
     free_buffers: Vec<usize>,
     next_id: u64,
 }
 
 impl DecodeBatch {
-    /// Allocates the cache; nothing of it is allocated per step.
+    /// Allocates the cache; steps allocate nothing in it.
     ///
     /// # Errors
-    /// When the device has too little memory, or the model does not draw.
+    /// When the device has too little memory, or the model cannot generate images.
     pub fn new(model: &Transformer, vocabulary: &Vocabulary, options: BatchOptions) -> Result<Self, ModelError> {
         let head = model.code_head(vocabulary)?;
         let rows = options.rows;
-        // One more than the longest row: with fixed shapes a row is fed a token beyond its next.
+        // One more than the longest row: with fixed shapes a row is fed one token beyond its next.
         let cache = KvCache::new(
             model.config(),
             rows as i64,
@@ -149,28 +149,28 @@ impl DecodeBatch {
         })
     }
 
-    /// Rows that are not in use.
+    /// Number of free rows.
     pub fn free_rows(&self) -> usize {
         self.free_slots.len()
     }
 
-    /// Images being drawn.
+    /// Number of running images.
     pub fn len(&self) -> usize {
         self.images.len()
     }
 
-    /// Whether nothing is being drawn.
+    /// Whether the batch is empty.
     pub fn is_empty(&self) -> bool {
         self.images.is_empty()
     }
 
-    /// Codes drawn of an image, and in all; `None` when it has left.
+    /// Codes of an image so far, and in total; `None` if it has left.
     pub fn progress(&self, id: BatchImageId) -> Option<(i64, i64)> {
         let image = self.images.iter().find(|image| image.id == id)?;
         Some((image.done, image.total()))
     }
 
-    /// The codes drawn so far, in raster order.
+    /// The codes so far, in raster order.
     ///
     /// # Errors
     /// When the image has left, or the device fails.
@@ -191,7 +191,7 @@ impl DecodeBatch {
         }
     }
 
-    /// What an image's next code is predicted from, `[1 or 2, hidden]`: the final normed hidden states of its conditional row
+    /// The hidden states that predict an image's next code, `[1 or 2, hidden]`: final normed, of its conditional row
     /// and, with guidance, of its unconditional one.
     ///
     /// # Errors
@@ -207,11 +207,11 @@ impl DecodeBatch {
         }
     }
 
-    /// Runs the prompt, once for all its images; they advance from the next step on.
+    /// Prefills the prompt, once for all its images; they advance from the next step on.
     ///
     /// # Errors
-    /// When the sequence is longer than the model's positions or the cache's rows, when there are too few free rows, or
-    /// the device fails. The batch is as before then.
+    /// When the sequence is longer than the model's positions or the cache's rows, when there are too few free rows,
+    /// or the device fails. The batch is unchanged then.
     pub fn add(&mut self, model: &Transformer, request: &DecodingRequest) -> Result<Vec<BatchImageId>, ModelError> {
         let (images, each) = (request.streams.len(), request.rows_per_image());
         let limit = (self.cache.max_seq() - 1).min(model.config().max_position_embeddings);
@@ -228,7 +228,7 @@ impl DecodeBatch {
             ));
         }
         if images > self.free_buffers.len() {
-            // There are as many buffers as rows, and an image has one row at least.
+            // There are as many buffers as rows, and an image has at least one row.
             return Err(ModelError::invalid(
                 "batch",
                 "has free rows but no free buffer for codes",
@@ -276,7 +276,7 @@ impl DecodeBatch {
             self.wipe_whole(&slots)?;
             return Err(error);
         }
-        // Nothing fails from here on.
+        // Infallible from here on.
         self.free_slots.truncate(self.free_slots.len() - slots.len());
         self.free_buffers.truncate(self.free_buffers.len() - images);
         self.next_id += images as u64;
@@ -293,7 +293,7 @@ impl DecodeBatch {
         Ok(ids)
     }
 
-    /// Makes the buffers of images that are about to enter ready.
+    /// Prepares the buffers of new images.
     fn begin(&mut self, added: &[BatchImage]) -> Result<(), ModelError> {
         match &mut self.backend {
             Backend::Host(host) => added.iter().for_each(|image| host.begin(image.buffer)),
@@ -343,7 +343,7 @@ impl DecodeBatch {
         Ok(hidden.f_repeat([(slots.len() / each) as i64, 1])?)
     }
 
-    /// Takes an image out before it is done; its rows are free at once.
+    /// Removes an unfinished image; its rows are free at once.
     ///
     /// # Errors
     /// When the device fails.
@@ -359,8 +359,8 @@ impl DecodeBatch {
         Ok(())
     }
 
-    /// Frees an image's rows; the last rows move into the holes, in `order` too. Through libtorch a step reads the first
-    /// rows of the cache, so what is cached moves along there.
+    /// Frees an image's rows and moves the last rows into the gaps, in `order` too. Steps through libtorch read the
+    /// first rows of the cache, so the cached data is moved as well.
     fn release(&mut self, index: usize, order: &mut Vec<i64>) -> Result<BatchImage, ModelError> {
         let image = self.images.swap_remove(index);
         self.free_buffers.push(image.buffer);
@@ -398,10 +398,10 @@ impl DecodeBatch {
         Ok(image)
     }
 
-    /// Takes everything out, whatever state a failed step has left.
+    /// Removes all images, after a failed step.
     ///
     /// # Errors
-    /// When the cache cannot be zeroed: the device is beyond use then.
+    /// When the cache cannot be zeroed: the device is unusable then.
     pub fn clear(&mut self) -> Result<(), ModelError> {
         self.rows.clear();
         self.hidden = None;
@@ -414,11 +414,11 @@ impl DecodeBatch {
         self.cache.wipe_all()
     }
 
-    /// For benchmarks: every image stands as if `codes` of its codes were drawn, all of them 0. What attention then reads
-    /// of the cache is whatever is there.
+    /// For benchmarks: pretends that `codes` codes of every image were sampled, all of them 0. Attention then reads
+    /// whatever the cache contains.
     ///
     /// # Errors
-    /// When an image has no more than that many codes, or has drawn more.
+    /// When an image does not have more than that many codes, or has sampled more.
     pub fn skip_to(&mut self, codes: i64) -> Result<(), ModelError> {
         let fits = |image: &BatchImage| image.done <= codes && codes < image.total();
         if !self.images.iter().all(fits) {
@@ -439,7 +439,7 @@ impl DecodeBatch {
         Ok(())
     }
 
-    /// One more code for every image; those that are complete leave and are returned.
+    /// Samples one more code for every image; removes and returns those that are complete.
     ///
     /// # Errors
     /// When the device fails; the batch must be cleared then.
@@ -450,19 +450,19 @@ impl DecodeBatch {
         }
     }
 
-    /// For benchmarks: from now on steps run eagerly, never as a CUDA graph.
+    /// For benchmarks: run steps eagerly from now on, never as a CUDA graph.
     pub fn disable_graphs(&mut self) {
         if let Backend::Device(device) = &mut self.backend {
             device.disable_graphs();
         }
     }
 
-    /// Runs a step as a CUDA graph where that is possible; returns whether it did.
+    /// Runs a step as a CUDA graph if possible; returns whether it did.
     fn step_by_graph(&mut self, model: &Transformer) -> Result<bool, ModelError> {
         let (Backend::Device(device), Some(hidden)) = (&mut self.backend, &self.hidden) else {
             return Ok(false);
         };
-        // An image's end is the end of a row, too.
+        // An image's end is also the end of a row.
         if self.images.iter().any(|image| (image.done + 1) % image.columns == 0) {
             return Ok(false);
         }
@@ -487,10 +487,10 @@ impl DecodeBatch {
         let drawn = self.draw(model, &hidden, observe)?;
         for (index, image) in self.images.iter_mut().enumerate() {
             image.done += 1;
-            // On a device this would need a wait: such an image goes on to its end.
+            // On a device this would need a synchronisation: such an image continues to its end.
             image.broken = matches!(&drawn, Codes::Host(codes) if codes[index] == NO_CODE);
         }
-        // Which draw each image goes on with; images move when others leave.
+        // The index of each remaining image in the sampled codes; images move when others leave.
         let mut stayed: Vec<i64> = (0..self.images.len() as i64).collect();
         let mut left = Vec::new();
         while let Some(index) = self.images.iter().position(|p| p.broken || p.done == p.total()) {
@@ -506,7 +506,7 @@ impl DecodeBatch {
         Ok(left)
     }
 
-    /// Draws one code of every image from `hidden` `[rows, hidden]`.
+    /// Samples one code of every image from `hidden` `[rows, hidden]`.
     fn draw(&mut self, model: &Transformer, hidden: &Tensor, observe: &mut Observe) -> Result<Codes, ModelError> {
         let images: Vec<ImageDraw> = self.images.iter().map(ImageDraw::from).collect();
         let rows = self.feeds();
@@ -522,7 +522,7 @@ impl DecodeBatch {
         }
     }
 
-    /// Feeds every row the code that was drawn for its image, of which those at `stayed` are left.
+    /// Feeds every row the code sampled for its image; `stayed` are the indices of the remaining images.
     fn advance(
         &mut self,
         model: &Transformer,
@@ -560,7 +560,7 @@ impl DecodeBatch {
         }
     }
 
-    /// What every row is fed next.
+    /// The next token of every row.
     fn feeds(&self) -> Vec<RowFeed> {
         let mut image_of = vec![0; self.rows.len()];
         for (index, image) in self.images.iter().enumerate() {

@@ -1,5 +1,5 @@
-//! A decode step through libtorch, on whatever device the weights are. What it needs of rows and images lies on the device
-//! and changes there; one copy goes up when images have come or gone, or a row of codes ends, and nothing waits for it.
+//! A decode step through libtorch, on the weights' device. The state of rows and images is kept and updated on the
+//! device; a single asynchronous upload is needed when images have been added or removed, or a row of codes ends.
 
 use tch::{Kind, Tensor};
 
@@ -14,25 +14,25 @@ use crate::model::{ModelError, Transformer};
 
 #[derive(Debug)]
 pub(super) struct DeviceStep {
-    /// `[buffers, codes]` i64: what is drawn.
+    /// `[buffers, codes]` i64: sampled codes.
     codes: Tensor,
-    /// `[buffers, codes]` f64: the uniform number that each code is drawn by.
+    /// `[buffers, codes]` f64: the uniform number for sampling each code.
     uniforms: Tensor,
-    /// With fixed shapes, rows that every step computes: all of the cache.
+    /// With fixed shapes, the number of rows of every step: all of the cache.
     fixed_rows: Option<i64>,
-    /// Images and rows of the next step; `None` when they have changed.
+    /// Images and rows of the next step; `None` after a change.
     members: Option<Members>,
     graph: StepGraph,
     /// Whether a captured step was compared with the same step run eagerly.
     verified: bool,
 }
 
-/// The decode step of the present images and rows as a CUDA graph.
+/// The decode step of the current images and rows as a CUDA graph.
 #[derive(Debug)]
 enum StepGraph {
     /// Steps run eagerly.
     Off,
-    /// Eager steps of the present images so far.
+    /// Number of eager steps of the current images.
     WarmUp(u32),
     Captured(CapturedStep),
 }
@@ -40,18 +40,18 @@ enum StepGraph {
 #[derive(Debug)]
 struct CapturedStep {
     graph: Graph,
-    /// `[rows, hidden]`: what the step draws from, and then what it leaves.
+    /// `[rows, hidden]`: input and output of the step.
     hidden: Tensor,
 }
 
 /// Eager steps of the same images before one is captured: a capture takes as long as a few of them.
 const WARM_UP_STEPS: u32 = 2;
-/// A captured step that differs from the same step run eagerly by more, relative to the largest value, is wrong: the
-/// kernels are the same.
+/// Maximum difference of a captured step from the same step run eagerly, relative to the largest value: the kernels
+/// are the same.
 const LARGEST_DIFFERENCE: f64 = 0.02;
 
-/// The images and rows of a batch, on the device. With fixed shapes both are filled up to the cache's rows: images with
-/// copies of the first, rows with ones that nobody reads.
+/// The images and rows of a batch, on the device. With fixed shapes both are padded to the cache's rows: images with
+/// copies of the first, rows with unused ones.
 #[derive(Debug)]
 struct Members {
     images: i64,
@@ -60,11 +60,11 @@ struct Members {
     computed: i64,
     /// `[images]`: which row predicts an image's next code.
     conditional: Tensor,
-    /// Where some image is guided: the row of the unconditional branch, the image's own where it has none, and the
+    /// If some image is guided: the row of the unconditional branch, or the image's own row if it has none, and the
     /// scale `[images, 1]` f32.
     guidance: Option<(Tensor, Tensor)>,
     sampler: DeviceSampler,
-    /// `[images]`: where its codes are kept, and how many are drawn.
+    /// `[images]`: its code buffer, and the number of codes in it.
     buffer: Tensor,
     done: Tensor,
     /// `[rows]`: the image whose code it is fed.
@@ -72,12 +72,12 @@ struct Members {
     /// `[rows]`: row of the cache, and position of the next token.
     slot: Tensor,
     position: Tensor,
-    /// Of a step with one query for each row, and of one with two.
+    /// Of a step with one query per row, and of one with two.
     single: Option<Starts>,
     double: Option<Starts>,
 }
 
-/// What of [`Members`] is on its way to the device.
+/// The upload of [`Members`].
 struct Planned {
     conditional: Span,
     guidance: Option<(Span, Span)>,
@@ -106,12 +106,12 @@ impl DeviceStep {
         })
     }
 
-    /// From now on steps run eagerly.
+    /// Run steps eagerly from now on.
     pub fn disable_graphs(&mut self) {
         self.graph = StepGraph::Off;
     }
 
-    /// An image whose codes are drawn by `uniforms` begins in a buffer.
+    /// Starts an image in a buffer; its codes are sampled by `uniforms`.
     pub fn begin(&mut self, buffer: usize, uniforms: impl Iterator<Item = f64>) -> Result<(), ModelError> {
         let mut pack = Pack::default();
         let span = pack.floats(uniforms);
@@ -120,7 +120,7 @@ impl DeviceStep {
         Ok(place.f_copy_(&numbers)?)
     }
 
-    /// Images have come or gone, or stand elsewhere.
+    /// Images were added, removed or moved.
     pub fn members_changed(&mut self) {
         if !matches!(self.graph, StepGraph::Off) {
             self.graph = StepGraph::WarmUp(0);
@@ -128,9 +128,9 @@ impl DeviceStep {
         self.members = None;
     }
 
-    /// Draws a code for each image from `hidden` `[rows, hidden]` and feeds it, in one piece: [`Self::draw`] and
-    /// [`Self::advance`] of a step in which no image leaves and no row of codes ends, as a CUDA graph. Returns `[rows, hidden]`, which the next
-    /// step overwrites, or `None` where the step must run eagerly. `highest` is the largest position.
+    /// Samples a code for each image from `hidden` `[rows, hidden]` and feeds it, as one CUDA graph: [`Self::draw`]
+    /// and [`Self::advance`] of a step in which no image leaves and no row of codes ends. Returns `[rows, hidden]`,
+    /// which the next step overwrites, or `None` if the step must run eagerly. `highest` is the largest position.
     ///
     /// # Errors
     /// When the device fails.
@@ -184,7 +184,7 @@ impl DeviceStep {
         let place = [&members.buffer, &members.done].map(|at| at.f_narrow(0, 0, members.images));
         let [buffer, done] = place;
         let codes_by_graph = self.codes.f_index(&[Some(buffer?), Some(done?)])?;
-        // What this writes replaces what the graph wrote, all of it.
+        // This overwrites everything that the graph wrote.
         let drawn = self.draw(head, hidden, &mut |_| Ok(()))?;
         let next = self.feed(model, (head, &drawn), highest, cache)?;
         let largest = |of: &Tensor| -> Result<f64, ModelError> {
@@ -235,14 +235,14 @@ impl DeviceStep {
         Ok(CapturedStep { graph, hidden: kept })
     }
 
-    /// The first `count` codes of a buffer. Waits for the device.
+    /// The first `count` codes of a buffer. Synchronises with the device.
     pub fn codes(&self, buffer: usize, count: i64) -> Result<Vec<i64>, ModelError> {
         let codes = self.codes.f_get(buffer as i64)?.f_narrow(0, 0, count)?;
         Ok(Vec::try_from(&codes)?)
     }
 
-    /// Sends images and rows up where they have changed. Where images have left since `drawn` was drawn, `stayed` says
-    /// which of its codes are left; the answer is those.
+    /// Uploads images and rows if they have changed. If images have left since `drawn` was sampled, `stayed` has the
+    /// indices of the remaining codes, which are returned.
     pub fn refresh(
         &mut self,
         head: &CodeHead,
@@ -276,7 +276,7 @@ impl DeviceStep {
     ) -> Planned {
         let computed = self.fixed_rows.map_or(rows.len(), |fixed| fixed as usize);
         let drawn = self.fixed_rows.map_or(images.len(), |fixed| fixed as usize);
-        // With fixed shapes: the first image again and again, and rows of the cache that no image has.
+        // With fixed shapes: copies of the first image, and unused rows of the cache.
         let images: Vec<&ImageDraw> = images.iter().chain(images.iter().take(1).cycle()).take(drawn).collect();
         let slots: Vec<i64> = rows
             .iter()
@@ -289,7 +289,7 @@ impl DeviceStep {
         Planned {
             conditional: pack.ints(images.iter().map(|image| image.conditional as i64)),
             guidance: images.iter().any(|image| image.unconditional.is_some()).then(|| {
-                // An image without guidance is its own other branch: c + 1 * (c - c).
+                // An image without guidance is its own unconditional branch: c + 1 * (c - c).
                 let other = |image: &&ImageDraw| image.unconditional.unwrap_or(image.conditional) as i64;
                 (
                     pack.ints(images.iter().map(other)),
@@ -310,7 +310,7 @@ impl DeviceStep {
         }
     }
 
-    /// Draws a code for each image from `hidden` `[rows, hidden]` and keeps it: `[images]`, which nothing waits for.
+    /// Samples a code for each image from `hidden` `[rows, hidden]` and stores it: `[images]`, not synchronised.
     pub fn draw(&mut self, head: &CodeHead, hidden: &Tensor, observe: &mut Observe) -> Result<Tensor, ModelError> {
         let members = self.members.as_mut().ok_or_else(unprepared)?;
         let logits = head.logits(&filled_up(hidden, members.computed)?)?;
@@ -334,8 +334,8 @@ impl DeviceStep {
         Ok(drawn)
     }
 
-    /// Feeds what was drawn, `[images]`; returns `[rows, hidden]`. `rows` are as they were before this step, `forced` those
-    /// that get `row_end` after their code.
+    /// Feeds the sampled codes, `[images]`; returns `[rows, hidden]`. `rows` are as they were before this step,
+    /// `forced` those that get `row_end` after their code.
     pub fn advance(
         &mut self,
         model: &Transformer,
@@ -378,8 +378,8 @@ impl DeviceStep {
         Ok(hidden)
     }
 
-    /// Feeds one token to every row: [`Self::advance`] without row ends. `highest` is the largest position; where rows are
-    /// read to their own length no shape depends on it.
+    /// Feeds one token to every row: [`Self::advance`] without row ends. `highest` is the largest position; if rows
+    /// are read up to their own length, no shape depends on it.
     fn feed(
         &mut self,
         model: &Transformer,
@@ -409,8 +409,8 @@ fn graphs_wanted() -> bool {
     std::env::var("COAR_CUDA_GRAPHS").map_or(true, |choice| choice != "off")
 }
 
-/// `hidden` `[used, hidden]` with rows of zeros up to `rows`. With fixed shapes the head's product has the rows of the whole
-/// cache, too: another number of rows may be another kernel, which rounds differently.
+/// `hidden` `[used, hidden]` padded with rows of zeros to `rows`. With fixed shapes the head's product has the rows
+/// of the whole cache, too: another number of rows may select another kernel with different rounding.
 fn filled_up(hidden: &Tensor, rows: i64) -> Result<Tensor, ModelError> {
     match rows - hidden.size()[0] {
         0 => Ok(hidden.shallow_clone()),
@@ -485,8 +485,8 @@ impl RowEnd {
         for &row in forced {
             following[row] += 1;
         }
-        // Both queries of a row with one token are that token's, and the last one is its answer: where rows are read to
-        // their own length, the one before the last sees one key less.
+        // Both queries of a row with one token are that token's, and the last one is its output: if rows are read up
+        // to their own length, the one before the last sees one key less.
         let mut query: Vec<i64> = (0..computed as i64).flat_map(|token| [token, token]).collect();
         let mut seen: Vec<i64> = (0..computed).flat_map(|row| [position(row); 2]).collect();
         let mut answer: Vec<i64> = (0..computed as i64).map(|row| 2 * row + 1).collect();
@@ -578,10 +578,10 @@ mod tests {
         RowFeed { image, slot, position }
     }
 
-    /// Defect of earlier versions: the head's product had as many rows as images were there, so that its rounding could
-    /// depend on the neighbours.
+    /// Regression: the head's product had as many rows as there were images, so its rounding could depend on the
+    /// batch.
     #[test]
-    fn with_fixed_shapes_every_product_and_draw_has_the_rows_of_the_whole_cache() {
+    fn fixed_shapes_cover_the_whole_cache() {
         let _no_grad = tch::no_grad_guard();
         let (_, head, cache, mut step) = parts(true);
         let batch = (&[image(0, 3)][..], &[row(0, 4, 7)][..]);
@@ -613,7 +613,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_goes_up_while_the_same_images_go_on_within_a_row() {
+    fn no_upload_while_the_images_are_unchanged() {
         let _no_grad = tch::no_grad_guard();
         let (model, head, mut cache, mut step) = parts(false);
         let (images, rows) = ([image(0, 0)], [row(0, 2, 5)]);

@@ -1,4 +1,4 @@
-//! A decode step on the host, where the CPU's own step fits the model.
+//! A decode step on the host, if the native CPU step supports the model.
 
 use tch::Tensor;
 
@@ -11,7 +11,7 @@ use crate::model::{ModelConfig, ModelError};
 
 #[derive(Debug)]
 pub(super) struct HostStep {
-    /// The codes drawn of each buffer's image.
+    /// The sampled codes of each buffer's image.
     codes: Vec<Vec<i64>>,
     /// The vocabulary's id of each code.
     ids: Vec<i64>,
@@ -29,7 +29,7 @@ impl HostStep {
         })
     }
 
-    /// An image begins in a buffer.
+    /// Starts an image in a buffer.
     pub fn begin(&mut self, buffer: usize) {
         self.codes[buffer].clear();
     }
@@ -39,12 +39,12 @@ impl HostStep {
         self.codes[buffer].clone()
     }
 
-    /// Takes it that `count` codes of a buffer are drawn.
+    /// Marks `count` codes of a buffer as sampled.
     pub fn skip_to(&mut self, buffer: usize, count: i64) {
         self.codes[buffer].resize(count as usize, 0);
     }
 
-    /// Draws a code for each image from `hidden` `[rows, hidden]` and keeps it.
+    /// Samples a code for each image from `hidden` `[rows, hidden]` and stores it.
     pub fn draw(
         &mut self,
         head: &CodeHead,
@@ -64,7 +64,7 @@ impl HostStep {
             })
             .collect();
         let logits = logits.f_contiguous()?;
-        // SAFETY: a contiguous f32 tensor in the CPU's memory that nobody else holds.
+        // SAFETY: a contiguous f32 tensor in the CPU's memory with no other owner.
         let numbers = unsafe { std::slice::from_raw_parts_mut(logits.data_ptr() as *mut f32, logits.numel()) };
         let drawn = draw_on_host(numbers, head.codes() as usize, &draws, &mut self.scratch);
         for (one, &code) in images.iter().zip(&drawn) {
@@ -74,8 +74,8 @@ impl HostStep {
         Ok(drawn)
     }
 
-    /// Feeds what was drawn, `codes` in the order of images; returns `[rows, hidden]`. Rows of `forced` get `row_end` after
-    /// their code.
+    /// Feeds the sampled codes, `codes` in the order of images; returns `[rows, hidden]`. Rows of `forced` get
+    /// `row_end` after their code.
     pub fn advance(
         &mut self,
         (decoder, config): (&CpuDecoder, &ModelConfig),
@@ -108,7 +108,7 @@ impl HostStep {
     }
 }
 
-/// What the CPU's step takes for granted.
+/// Preconditions of the CPU's step.
 fn check(tokens: &[(i64, i64, i64)], config: &ModelConfig, cache: &KvCache) -> Result<(), ModelError> {
     let (vocabulary, rows) = (config.vocab_size, cache.rows());
     let positions = cache.max_seq().min(config.max_position_embeddings);

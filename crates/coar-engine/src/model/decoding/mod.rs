@@ -1,9 +1,10 @@
-//! Drawing images code by code on the frozen model: any number of images of any prompts, sizes and settings advance
-//! together, one forward pass per code.
+//! Autoregressive image decoding on the frozen model: any number of images of any prompts, sizes and settings
+//! advance together, one forward pass per code.
 //!
-//! Order per code as the reference's (`inference_solver.py`): raw logits, guidance, grammar, top-k, temperature, softmax,
-//! one draw. What the grammar forces costs nothing: image start and sizes are part of the prompt, since the caller asks
-//! for a size; a row end rides along with the code before it; the image end is never fed.
+//! The order of operations per code is the reference's (`inference_solver.py`): raw logits, guidance, grammar,
+//! top-k, temperature, softmax, one sample. Forced tokens need no extra step: image start and sizes are part of the
+//! prompt, since the caller specifies a size; a row end is fed together with the code before it; the image end is
+//! never fed.
 
 mod batch;
 mod device;
@@ -16,33 +17,33 @@ pub use batch::{BatchImageId, BatchOptions, DecodeBatch, Drawn};
 use coar_core::tokenizer::Vocabulary;
 pub use step::{Observe, StepPart};
 
-/// What to draw.
+/// The images to decode.
 #[derive(Debug)]
 pub struct DecodingRequest {
     /// Prompt, image start, both size ids and the extra positions.
     pub prompt: Vec<i64>,
-    /// The unconditional branch: image start and both size ids; it holds no concept and no extra position.
+    /// The unconditional branch: image start and both size ids, without concepts or extra positions.
     pub unconditional: Vec<i64>,
     /// Injections into the prompt, which is row 0.
     pub context: Option<ContextBatch>,
     /// Codes per column and per row of the image.
     pub rows: i64,
     pub columns: i64,
-    /// `u + s * (c - u)`; 1 leaves the unconditional branch out.
+    /// `u + s * (c - u)`; 1 disables the unconditional branch.
     pub guidance_scale: f64,
     pub temperature: f64,
     pub top_k: i64,
-    /// One image for each: the random stream `(seed, index)`.
+    /// One image per entry: the random stream `(seed, index)`.
     pub streams: Vec<(u64, u64)>,
 }
 
 impl DecodingRequest {
-    /// Cache rows that each image takes.
+    /// Cache rows per image.
     pub fn rows_per_image(&self) -> usize {
         if self.guidance_scale == 1.0 { 1 } else { 2 }
     }
 
-    /// Tokens of the longest row, to its end.
+    /// Length of the longest row at its end.
     pub fn tokens(&self) -> i64 {
         self.prompt.len().max(self.unconditional.len()) as i64 + (self.columns + 1) * self.rows
     }
@@ -59,7 +60,7 @@ pub struct Decoding {
 }
 
 impl Decoding {
-    /// Runs the prompts. The images are those of the requests, one after the other.
+    /// Prefills the prompts. The images are those of the requests, in order.
     ///
     /// # Errors
     /// When a sequence is longer than the model's positions or the device fails.
@@ -89,12 +90,12 @@ impl Decoding {
         })
     }
 
-    /// Codes drawn of each image so far, and of the largest in all.
+    /// Codes of each image so far, and the total of the largest.
     pub fn progress(&self) -> (i64, i64) {
         (self.done, self.total)
     }
 
-    /// Whether every code is drawn.
+    /// Whether all codes are sampled.
     pub fn is_done(&self) -> bool {
         self.batch.is_empty()
     }
@@ -104,7 +105,7 @@ impl Decoding {
         &self.codes
     }
 
-    /// One more code for every image.
+    /// Samples one more code for every image.
     ///
     /// # Errors
     /// When the device fails, or the model's scores are not finite.

@@ -1,4 +1,4 @@
-//! What both ways of computing a decode step share.
+//! Shared parts of both implementations of a decode step.
 
 use crate::model::ModelError;
 use crate::model::sampling::Draw;
@@ -6,37 +6,37 @@ use crate::model::sampling::Draw;
 /// A part of a decode step, for an observer of its time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum StepPart {
-    /// What the device has to be told: images that have come or gone, row ends.
+    /// The upload: added and removed images, row ends.
     Upload,
     /// The head's product.
     Head,
-    /// Guidance, top-k and the draw.
+    /// Guidance, top-k and sampling.
     Sampling,
     /// Embedding, all layers, final norm.
     Layers,
 }
 
-/// Is shown every part of a step when it has been given to the device.
+/// Called for every part of a step after it has been launched on the device.
 pub type Observe<'a> = dyn FnMut(StepPart) -> Result<(), ModelError> + 'a;
 
-/// How one image's next code is drawn and where it goes.
+/// How one image's next code is sampled, and where it is stored.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ImageDraw {
     /// Rows that predict it.
     pub conditional: usize,
     pub unconditional: Option<usize>,
     pub guidance_scale: f64,
-    /// Its `uniform` is looked at on the host alone.
+    /// Its `uniform` is used on the host only.
     pub draw: Draw,
     pub buffer: usize,
-    /// Codes drawn.
+    /// Codes sampled so far.
     pub done: i64,
 }
 
-/// What a row is fed.
+/// The input of a row.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RowFeed {
-    /// The image whose code it goes on with.
+    /// The image whose code it is fed.
     pub image: usize,
     /// Row of the cache.
     pub slot: i64,

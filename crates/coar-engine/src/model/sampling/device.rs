@@ -1,4 +1,5 @@
-//! Drawing codes by tensor operations. The settings of a batch lie on the device for as long as its images stay the same.
+//! Sampling of codes by tensor operations. The settings of a batch are kept on the device while its images stay the
+//! same.
 
 use tch::{Kind, Tensor};
 
@@ -6,19 +7,19 @@ use super::{Draw, NO_CODE, keep_top_k};
 use crate::model::ModelError;
 use crate::model::accelerator::{Pack, Sent, Span};
 
-/// How each row draws, on a device.
+/// How each row is sampled, on a device.
 #[derive(Debug)]
 pub(in crate::model) struct DeviceSampler {
     rows: i64,
     /// Scores of a row.
     n: i64,
     top_k: TopK<Tensor>,
-    /// `[rows, 1]` f32, 1 for rows that take the largest score; `None` where all rows do.
+    /// `[rows, 1]` f32, 1 for greedy rows; `None` if all rows are greedy.
     temperature: Option<Tensor>,
     greedy: Greedy<Tensor>,
 }
 
-/// What of [`DeviceSampler`] is on its way to the device.
+/// The upload of a [`DeviceSampler`].
 #[derive(Debug)]
 pub(in crate::model) struct PlannedSampler {
     rows: i64,
@@ -32,8 +33,8 @@ pub(in crate::model) struct PlannedSampler {
 enum TopK<T> {
     KeepsAll,
     Same(i64),
-    /// `last`: the index of each row's k-th largest score among the `most` largest, 0 in rows that keep all, of which
-    /// `keeps_all` has a 1.
+    /// `last`: the index of each row's k-th largest score among the `most` largest; 0 in rows that keep all, which
+    /// have a 1 in `keeps_all`.
     Each {
         most: i64,
         last: T,
@@ -41,7 +42,7 @@ enum TopK<T> {
     },
 }
 
-/// Which rows take the largest score.
+/// Which rows are greedy.
 #[derive(Debug)]
 enum Greedy<T> {
     None,
@@ -51,7 +52,7 @@ enum Greedy<T> {
 }
 
 impl DeviceSampler {
-    /// Puts the settings of `draws`, one for each row of `n` scores, into `pack`; their `uniform` is not looked at.
+    /// Adds the settings of `draws`, one for each row of `n` scores, to `pack`; their `uniform` is not used.
     pub fn plan(draws: &[Draw], n: i64, pack: &mut Pack) -> PlannedSampler {
         let drops = |k: i64| k > 0 && k < n;
         let first = draws.first().map_or(0, |draw| draw.top_k);
@@ -84,8 +85,8 @@ impl DeviceSampler {
         }
     }
 
-    /// Draws one index per row of `scores` `[rows, n]` by `uniforms` `[rows]` f64, each in [0, 1): `[rows]` i64, for which
-    /// nothing waits.
+    /// Samples one index per row of `scores` `[rows, n]` by `uniforms` `[rows]` f64, each in [0, 1): `[rows]` i64,
+    /// not synchronised.
     ///
     /// # Errors
     /// When the shapes differ or the device fails.
@@ -110,7 +111,7 @@ impl DeviceSampler {
                     .f_cumsum(1, Kind::Double)?;
                 let sums = total.f_narrow(1, n - 1, 1)?;
                 let at = uniforms.f_view([self.rows, 1])?.f_mul(&sums)?;
-                // The number of cumulative sums at or below the draw is the drawn index.
+                // The sampled index is the number of cumulative sums at or below the uniform number.
                 let below = total
                     .f_le_tensor(&at)?
                     .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Int64)?;
@@ -141,7 +142,7 @@ impl DeviceSampler {
 }
 
 impl PlannedSampler {
-    /// The sampler, once its pack was sent.
+    /// The sampler, after its pack was uploaded.
     ///
     /// # Errors
     /// When the device fails.

@@ -1,12 +1,12 @@
-//! Guidance and drawing on numbers in the CPU's memory, one image a thread: the same order of operations as on tensors.
+//! Guidance and sampling in the CPU's memory, one image per thread: the same order of operations as on tensors.
 
 use super::{Draw, NO_CODE};
 use crate::model::cpu;
 
-/// One image's draw from rows of logits.
+/// How one image is sampled from rows of logits.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::model) struct HostDraw {
-    /// Row of the conditional branch, and of the other one where there is guidance.
+    /// Row of the conditional branch, and of the unconditional one with guidance.
     pub conditional: usize,
     pub unconditional: Option<usize>,
     pub guidance_scale: f32,
@@ -26,7 +26,7 @@ impl Rows {
     /// # Safety
     /// No other thread holds a row of the same image.
     unsafe fn draw(&self, index: usize, n: usize, one: &HostDraw) {
-        // SAFETY: the caller's; rows and the image's own scratch are inside.
+        // SAFETY: as documented; rows and the image's own scratch are in bounds.
         unsafe {
             let row = |row: usize| std::slice::from_raw_parts_mut(self.logits.add(row * n), n);
             let scores = row(one.conditional);
@@ -41,8 +41,8 @@ impl Rows {
     }
 }
 
-/// Draws one code for each image from `logits` `[rows, n]`, which it overwrites. No two images may share a row.
-/// `scratch` grows to what is needed and stays.
+/// Samples one code for each image from `logits` `[rows, n]`, which it overwrites. No two images may share a row.
+/// `scratch` grows as needed and is reused.
 pub(in crate::model) fn draw_on_host(
     logits: &mut [f32],
     n: usize,
@@ -61,16 +61,16 @@ pub(in crate::model) fn draw_on_host(
         scratch: scratch.as_mut_ptr(),
         drawn: drawn.as_mut_ptr(),
     };
-    // SAFETY: rows are inside, and every image has its own.
+    // SAFETY: rows are in bounds, and every image has its own.
     cpu::for_each(draws.len(), |index| unsafe { pointers.draw(index, n, &draws[index]) });
     drawn
 }
 
-/// The largest score; NaN where one is NaN.
+/// The largest score; NaN if one is NaN.
 fn largest(scores: &[f32]) -> f32 {
-    // In lanes, so that it becomes vector instructions; a NaN makes its lane's sum NaN.
+    // In lanes, to be vectorised; a NaN makes its lane's sum NaN.
     const LANES: usize = 16;
-    let (mut most, mut spoilt) = ([f32::NEG_INFINITY; LANES], [0.0f32; LANES]);
+    let (mut most, mut nan_sums) = ([f32::NEG_INFINITY; LANES], [0.0f32; LANES]);
     let chunks = scores.chunks_exact(LANES);
     let rest = chunks.remainder();
     for chunk in chunks {
@@ -80,21 +80,21 @@ fn largest(scores: &[f32]) -> f32 {
             } else {
                 most[lane]
             };
-            spoilt[lane] += chunk[lane] * 0.0;
+            nan_sums[lane] += chunk[lane] * 0.0;
         }
     }
     let mut all = rest.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     all = most.iter().copied().fold(all, f32::max);
-    let nan = rest.iter().any(|score| score.is_nan()) || scores_have_nan(scores, &spoilt);
+    let nan = rest.iter().any(|score| score.is_nan()) || scores_have_nan(scores, &nan_sums);
     if nan { f32::NAN } else { all }
 }
 
-/// Infinite scores spoil a lane's sum as NaN ones do: which it was is looked up then.
-fn scores_have_nan(scores: &[f32], spoilt: &[f32]) -> bool {
-    spoilt.iter().any(|sum| sum.is_nan()) && scores.iter().any(|score| score.is_nan())
+/// Infinite scores make a lane's sum NaN as well; this tells which it was.
+fn scores_have_nan(scores: &[f32], nan_sums: &[f32]) -> bool {
+    nan_sums.iter().any(|sum| sum.is_nan()) && scores.iter().any(|score| score.is_nan())
 }
 
-/// One code from `scores`; see [`super::draw_codes`].
+/// Samples one code from `scores`; see [`super::draw_codes`].
 fn draw(scores: &[f32], scratch: &mut [f32], draw: &Draw) -> i64 {
     let most = largest(scores);
     if !most.is_finite() {
@@ -116,7 +116,7 @@ fn draw(scores: &[f32], scratch: &mut [f32], draw: &Draw) -> i64 {
     let warmth = draw.temperature as f32;
     let most = f64::from(most / warmth);
     let weight = |score: f32| (f64::from(score / warmth) - most).exp();
-    // The weights of what is kept, in order; kept twice, once for their sum and once for the draw.
+    // The weights of the kept scores, in order; computed twice, once for the sum and once for sampling.
     let mut kept = 0;
     let mut total = 0.0f64;
     for (index, &score) in scores.iter().enumerate() {
@@ -148,9 +148,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_draws_what_tensors_draw() {
+    fn host_sampler_agrees_with_tensors() {
         let (rows, n) = (40, 300);
-        // Quarters, so that there are ties; some rows are broken.
+        // Quarters, to produce ties; some rows are not finite.
         let logits = (Tensor::randn([rows, n], (Kind::Float, Device::Cpu)) * 8.0).round() / 4.0;
         let _ = logits.get(6).fill_(f64::NAN);
         let _ = logits.get(10).fill_(f64::NEG_INFINITY);
@@ -185,7 +185,7 @@ mod tests {
         let mut numbers: Vec<f32> = Vec::try_from(&logits.view(-1)).unwrap();
         let mut scratch = vec![];
         let found = draw_on_host(&mut numbers, n as usize, &draws, &mut scratch);
-        // Where the largest score is shared, tensors may take another one of them.
+        // If the largest score is shared, tensors may select another one of them.
         for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
             let row = scores.get(index as i64);
             let same = found == expected

@@ -1,4 +1,5 @@
-//! From logits to drawn codes: top-k with ties, temperature, softmax, and one draw from a stream of the image's own.
+//! From logits to sampled codes: top-k with ties, temperature, softmax, and one sample from the image's own random
+//! stream.
 
 mod device;
 mod host;
@@ -10,19 +11,19 @@ use super::accelerator::Pack;
 pub(in crate::model) use device::{DeviceSampler, PlannedSampler};
 pub(in crate::model) use host::{HostDraw, draw_on_host};
 
-/// How one code is drawn.
+/// How one code is sampled.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Draw {
-    /// Scores below the k-th largest are dropped; equal ones stay. 0 keeps all.
+    /// Scores below the k-th largest are dropped; equal ones are kept. 0 keeps all.
     pub top_k: i64,
-    /// 0 takes the largest score.
+    /// 0 is greedy.
     pub temperature: f64,
-    /// The draw itself, in [0, 1): see [`uniform`].
+    /// The random number, in [0, 1): see [`uniform`].
     pub uniform: f64,
 }
 
-/// Drops (sets to -inf) the scores `[rows, n]` below each row's k-th largest; ties with it survive, and where fewer than
-/// k scores are finite nothing is dropped.
+/// Sets the scores `[rows, n]` below each row's k-th largest to -inf; ties with it are kept, and if fewer than k
+/// scores are finite nothing is dropped.
 ///
 /// # Errors
 /// When the device fails.
@@ -36,8 +37,8 @@ pub fn keep_top_k(scores: &Tensor, k: i64) -> Result<Tensor, ModelError> {
     Ok(scores.f_masked_fill(&scores.f_lt_tensor(&threshold)?, f64::NEG_INFINITY)?)
 }
 
-/// A uniform number in [0, 1) that depends on nothing but its three indices: the image's stream does not know who else
-/// is being drawn (SplitMix64 over the seed, the image's index and the position).
+/// A uniform number in [0, 1) that depends only on its three indices, so an image's stream is independent of the
+/// batch (SplitMix64 over the seed, the image's index and the position).
 pub fn uniform(seed: u64, image: u64, position: u64) -> f64 {
     let mix = |mut x: u64| {
         x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -49,11 +50,11 @@ pub fn uniform(seed: u64, image: u64, position: u64) -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// What a draw answers for a row that has no finite largest score.
+/// The result for a row without a finite largest score.
 pub const NO_CODE: i64 = -1;
 
-/// Draws one index per row of `scores` `[rows, n]`, each in its own way: `[rows]` i64. A row whose largest score is not
-/// finite draws [`NO_CODE`]; its neighbours are not touched by it.
+/// Samples one index per row of `scores` `[rows, n]`, each with its own settings: `[rows]` i64. A row whose largest
+/// score is not finite returns [`NO_CODE`] and does not affect the others.
 ///
 /// # Errors
 /// When the device fails.
@@ -82,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn draws_follow_the_probabilities_and_do_not_know_their_neighbours() {
+    fn sampling_follows_the_probabilities_independent_of_the_batch() {
         let scores = Tensor::from_slice(&[0.1f32, 0.2, 0.7]).log().view([1, 3]);
         let draw = |image| Draw {
             top_k: 0,
@@ -96,7 +97,7 @@ mod tests {
             (counts[0] - 300i32).abs() < 60 && (counts[2] - 2100i32).abs() < 120,
             "{counts:?}"
         );
-        // Among rows with other settings, greedy ones and broken ones.
+        // Among rows with other settings, greedy ones and non-finite ones.
         let rows = Tensor::cat(&[&scores.repeat([8, 1]), &scores.full_like(f64::NAN)], 0);
         let mut draws: Vec<Draw> = (0..9).map(draw).collect();
         draws[1].temperature = 0.0;
@@ -109,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_without_finite_scores_draws_nothing() {
+    fn row_without_finite_scores_has_no_code() {
         let draw = Draw {
             top_k: 2,
             temperature: 1.0,

@@ -33,7 +33,7 @@ impl Conv {
         })
     }
 
-    /// Stride 2 without padding of its own: the caller pads right and bottom.
+    /// Stride 2 without padding: the caller pads right and bottom.
     fn halving(self) -> Self {
         Self {
             stride: 2,
@@ -49,7 +49,7 @@ impl Conv {
     }
 }
 
-/// Group norm followed, where wanted, by `x * sigmoid(x)`.
+/// Group norm followed, if enabled, by `x * sigmoid(x)`.
 #[derive(Debug)]
 pub(super) struct Norm {
     weight: Tensor,
@@ -74,7 +74,7 @@ impl Norm {
     }
 }
 
-/// norm, swish, 3x3, norm, swish, 3x3, beside an identity or (where the channel counts differ) a 1x1 shortcut.
+/// norm, swish, 3x3, norm, swish, 3x3, beside an identity or (if the channel counts differ) a 1x1 shortcut.
 #[derive(Debug)]
 pub(super) struct ResnetBlock {
     norm1: Norm,
@@ -151,7 +151,7 @@ impl AttentionBlock {
     }
 }
 
-/// The blocks of one resolution: residual blocks, each followed by attention where the resolution is configured so.
+/// The blocks of one resolution: residual blocks, each followed by attention if the resolution is configured so.
 #[derive(Debug)]
 pub(super) struct Level {
     blocks: Vec<(ResnetBlock, Option<AttentionBlock>)>,

@@ -28,7 +28,7 @@ pub struct VqganConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EncoderDecoderConfig {
     pub z_channels: i64,
-    /// The size that `attn_resolutions` counts from, whatever the actual image's size.
+    /// The base size of `attn_resolutions`, independent of the actual image's size.
     pub resolution: i64,
     pub in_channels: i64,
     pub out_ch: i64,
@@ -53,7 +53,7 @@ fn is_one(value: &i64) -> bool {
 }
 
 impl VqganConfig {
-    /// Reads and checks `vqgan.yaml`.
+    /// Reads and validates `vqgan.yaml`.
     ///
     /// # Errors
     /// When the file is unreadable or describes a network that cannot be built.
@@ -66,7 +66,7 @@ impl VqganConfig {
         Ok(config)
     }
 
-    /// The file's text for this configuration.
+    /// Serialises this configuration.
     ///
     /// # Errors
     /// When it cannot be written as YAML.
@@ -77,7 +77,7 @@ impl VqganConfig {
         .map_err(|error| ModelError::invalid("vqgan.yaml", error.to_string()))
     }
 
-    /// Pixels per code along each side.
+    /// Pixels per code and side.
     pub fn pixels_per_code(&self) -> u32 {
         (self.ddconfig.patch_size << (self.ddconfig.ch_mult.len() - 1)) as u32
     }

@@ -43,7 +43,7 @@ pub struct Vqgan {
 }
 
 impl Vqgan {
-    /// Where the parameters are.
+    /// The device of the parameters.
     pub fn device(&self) -> tch::Device {
         self.codebook.device()
     }
@@ -210,13 +210,13 @@ impl Vqgan {
         }
     }
 
-    /// Bytes that [`Self::decode`] takes for an image of that size beside the weights: the last level's widest layer in
-    /// f32, eight times: a block's input and output, its norms and convolutions, and what libraries work in.
+    /// Bytes that [`Self::decode`] takes for an image of that size beside the weights: the last level's widest layer
+    /// in f32, eight times: a block's input and output, its norms and convolutions, and the libraries' workspaces.
     pub fn decode_bytes(&self, width: u32, height: u32) -> u64 {
         let d = &self.config.ddconfig;
         let patch = d.patch_size.max(1) as u64;
         let positions = (u64::from(width) / patch) * (u64::from(height) / patch);
-        // The block that goes up to the last level still has the width of the one below.
+        // The upsampling block before the last level still has the width of the lower one.
         let widest = d.ch_mult.iter().take(2).max().copied().unwrap_or(1);
         8 * 4 * positions * (d.ch * widest).max(0) as u64
     }

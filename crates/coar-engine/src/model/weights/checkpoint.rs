@@ -16,7 +16,7 @@ use crate::model::ModelError;
 struct Shard {
     file: PathBuf,
     map: Mmap,
-    /// Offset of the data behind the header.
+    /// Offset of the data after the header.
     data: usize,
 }
 
@@ -55,16 +55,16 @@ pub(super) fn kind_of(dtype: Dtype) -> Option<Kind> {
     })
 }
 
-/// The image tokenizer inside the language model's checkpoint: base models carry its encoder half, fine-tuned ones
+/// The image tokenizer inside the language model's checkpoint: base models contain its encoder half, fine-tuned ones
 /// nothing of it, and it is always read from its own file.
 const IGNORED: &str = "model.vqmodel.";
 
 fn open_shard(file: &Path, index: usize) -> Result<(Shard, BTreeMap<String, Entry>), ModelError> {
     let handle = File::open(file).map_err(|error| ModelError::file(file, error))?;
-    // SAFETY: the map is only read. Whoever truncates a checkpoint under a running server breaks that server; checkpoints
-    // are written once and then left alone.
+    // SAFETY: the map is only read. Truncating a checkpoint under a running server makes reads of the map fault;
+    // checkpoints must not be modified after they are written.
     let map = unsafe { Mmap::map(&handle) }.map_err(|error| ModelError::file(file, error))?;
-    // This also compares the file's length with what the header describes.
+    // This also compares the file's length with the header.
     let (header, metadata) = SafeTensors::read_metadata(&map)
         .map_err(|error| ModelError::file(file, format!("not a complete safetensors file: {error}")))?;
     let data = header + 8;
@@ -73,7 +73,7 @@ fn open_shard(file: &Path, index: usize) -> Result<(Shard, BTreeMap<String, Entr
         if name.starts_with(IGNORED) {
             continue;
         }
-        // An empty tensor may claim any other dimensions: the header's own check multiplies them to 0.
+        // An empty tensor may declare any other dimensions: the header's own check multiplies them to 0.
         let shape: Option<Vec<i64>> = info.shape.iter().map(|&n| i64::try_from(n).ok()).collect();
         let shape = shape.filter(|shape| {
             let product = shape.iter().try_fold(1i64, |product, &n| product.checked_mul(n.max(1)));
@@ -109,7 +109,7 @@ fn open_shard(file: &Path, index: usize) -> Result<(Shard, BTreeMap<String, Entr
     ))
 }
 
-/// The text of `model.safetensors.index.json`: names of tensors by the file of the same folder that holds them.
+/// Parses `model.safetensors.index.json`: names of tensors by the file in the same folder that contains them.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -137,7 +137,7 @@ impl Checkpoint {
     /// Opens `model.safetensors.index.json` with its shards, or a single `model.safetensors`.
     ///
     /// # Errors
-    /// When neither is there, a shard is missing or truncated, or the index names a tensor that its shard lacks.
+    /// When neither exists, a shard is missing or truncated, or the index names a tensor that its shard lacks.
     pub fn open_dir(dir: &Path, target: Target) -> Result<Self, ModelError> {
         let index = dir.join("model.safetensors.index.json");
         if !index.exists() {
@@ -166,7 +166,7 @@ impl Checkpoint {
             }
             let (opened, mut entries) = open_shard(&file, checkpoint.shards.len())?;
             checkpoint.shards.push(opened);
-            // Only what the index names: it decides where two shards hold the same tensor.
+            // Only what the index names: it decides if two shards contain the same tensor.
             for tensor in tensors.into_iter().filter(|tensor| !tensor.starts_with(IGNORED)) {
                 let Some((name, entry)) = entries.remove_entry(&tensor) else {
                     return Err(ModelError::Tensor {
@@ -205,12 +205,12 @@ impl Checkpoint {
         self.entries.get(name).map(|entry| entry.dtype)
     }
 
-    /// Bytes of all tensors on disk.
+    /// Size in bytes of all tensors on disk.
     pub fn bytes(&self) -> u64 {
         self.entries.values().map(|entry| (entry.to - entry.from) as u64).sum()
     }
 
-    /// Numbers in all tensors.
+    /// Number of values in all tensors.
     pub fn parameters(&self) -> u64 {
         self.entries
             .values()
@@ -218,8 +218,8 @@ impl Checkpoint {
             .sum()
     }
 
-    /// A name for these weights: SHA-256 over names, shapes, dtypes and the first 4 KiB of every tensor, in hex. Concepts
-    /// carry it, since they only fit the model that they were trained on.
+    /// A fingerprint of these weights: SHA-256 over names, shapes, dtypes and the first 4 KiB of every tensor, in
+    /// hex. Concepts record it, since they only fit the model that they were trained on.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         for (name, entry) in &self.entries {
@@ -265,15 +265,15 @@ impl Checkpoint {
         let strides: Vec<i64> = (0..entry.shape.len())
             .map(|dim| entry.shape[dim + 1..].iter().map(|n| n.max(&1)).product())
             .collect();
-        // Where the kind or device changes the view is read straight from the map and no second copy of it exists; the
-        // copy is forced where both stay, so that no tensor refers to the map.
+        // If the kind or device changes the view is read straight from the map without a second copy; otherwise a
+        // copy is forced, so no tensor refers to the map.
         let aligned = (bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes());
         let view = if aligned && !bytes.is_empty() {
-            // SAFETY: the header's check guarantees that the slice holds exactly the shape's numbers; the view is
+            // SAFETY: the header's check guarantees that the slice contains exactly the shape's numbers; the view is
             // dropped before the map.
             unsafe { Tensor::f_from_blob(bytes.as_ptr(), &entry.shape, &strides, kind, Device::Cpu)? }
         } else {
-            // A writer that did not pad its header.
+            // The header may be unpadded.
             Tensor::f_from_data_size(bytes, &entry.shape, kind)?
         };
         let copied = match target {
@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn tensors_are_copied_in_the_target_kind_whatever_their_alignment() {
+    fn tensors_are_copied_in_the_target_kind_at_any_alignment() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("model.safetensors");
         let body = r#"{"a":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]},"e":{"dtype":"F32","shape":[0,4],"data_offsets":[8,8]}}"#;
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn every_truncation_and_any_surplus_is_refused() {
+    fn truncated_and_oversized_files_are_rejected() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("model.safetensors");
         write(
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_that_lie_are_errors_and_never_panics() {
+    fn invalid_headers_are_errors_and_never_panics() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("model.safetensors");
         for header in [
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_shapes_kinds_and_names_are_told_with_file_tensor_and_expectation() {
+    fn mismatches_name_file_tensor_and_expectation() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("model.safetensors");
         let header = r#"{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},"n":{"dtype":"I16","shape":[2],"data_offsets":[4,8]},"model.vqmodel.x":{"dtype":"BF16","shape":[2],"data_offsets":[8,12]}}"#;
@@ -449,7 +449,7 @@ mod tests {
             std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
             Checkpoint::open_dir(dir.path(), TARGET)
         };
-        // Both shards hold both tensors: the index says which is meant.
+        // Both shards contain both tensors: the index decides.
         let checkpoint = open(r#"{"weight_map":{"a":"two","b":"one"}}"#).unwrap();
         let value = |name| checkpoint.tensor(name, &[1]).unwrap().double_value(&[0]);
         assert_eq!((value("a"), value("b")), (3.0, 2.0));

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::ModelError;
 
-/// Where a network's parameters come from: a checkpoint on disk, or fresh trainable parameters.
+/// A source of a network's parameters: a checkpoint on disk, or fresh trainable parameters.
 pub trait TensorSource {
     /// The parameter `name` with exactly `shape`, in the source's target kind and on its target device.
     ///
@@ -17,16 +17,17 @@ pub trait TensorSource {
     /// When the tensor is absent or has another shape; the error names file, tensor and expectation.
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, ModelError>;
 
-    /// The shape of `name`, or `None` where the source has no such tensor. A source that creates parameters answers `None`.
+    /// The shape of `name`, or `None` if the source has no such tensor. A source that creates parameters returns
+    /// `None`.
     fn shape_of(&self, name: &str) -> Option<Vec<i64>>;
 }
 
-/// Parameters that are in memory already; what is loaded from it shares their storage.
+/// Parameters that are already in memory; networks loaded from it share their storage.
 #[derive(Debug, Default)]
 pub struct Shared(std::cell::RefCell<std::collections::BTreeMap<String, Tensor>>);
 
 impl Shared {
-    /// Passes on what `source` has and remembers it.
+    /// Wraps a source and records what is loaded from it.
     pub fn remembering<'a>(&'a self, source: &'a dyn TensorSource) -> impl TensorSource + 'a {
         Remembering { shared: self, source }
     }
@@ -42,7 +43,7 @@ impl Shared {
             .collect()
     }
 
-    /// Other handles of the same tensors.
+    /// Shallow copies of the same tensors.
     pub fn another(&self) -> Self {
         Self(std::cell::RefCell::new(self.all().into_iter().collect()))
     }
@@ -82,7 +83,7 @@ impl TensorSource for Shared {
     }
 }
 
-/// Kind and device that parameters are brought to while they are read.
+/// Target kind and device of parameters.
 #[derive(Debug, Clone, Copy)]
 pub struct Target {
     pub kind: Kind,
@@ -92,7 +93,7 @@ pub struct Target {
 /// The image tokenizer's weights: `vqgan.safetensors`, or Meta's `vqgan.ckpt` through the pickle reader.
 ///
 /// # Errors
-/// When the file is unreadable or of another form.
+/// When the file is unreadable or in another format.
 pub fn vqgan_source(file: &std::path::Path, target: Target) -> Result<Box<dyn TensorSource>, ModelError> {
     match file.extension().and_then(|extension| extension.to_str()) {
         Some("ckpt") => Ok(Box::new(pickle::PickleSource::open(file, target)?)),

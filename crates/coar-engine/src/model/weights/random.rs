@@ -1,4 +1,4 @@
-//! Weights that are made instead of read: for measurements, where only shapes matter.
+//! Random weights: for measurements, where only shapes matter.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -10,12 +10,12 @@ use crate::model::ModelError;
 /// Standard deviation of a matrix's numbers times the square root of its inputs.
 const GAIN: f64 = 1.7;
 
-/// Seeded random weights, made on the target device in the target's kind, without a file and without the host.
+/// Seeded random weights, generated on the target device in the target's kind, without a file and without the host.
 ///
-/// Matrices and filters are normal numbers times `1.7 / sqrt(n)`, n the inputs of one output; weights of norms are 1 and
-/// biases 0. A tensor depends on the seed, its name, its shape and the device's generator.
+/// Matrices and filters are normal numbers times `1.7 / sqrt(n)`, n the inputs of one output; weights of norms are 1
+/// and biases 0. A tensor depends on the seed, its name, its shape and the device's generator.
 ///
-/// It seeds libtorch's generators anew for every tensor, so nothing else in the process may rely on their course.
+/// It reseeds libtorch's generators for every tensor, so nothing else in the process may rely on their state.
 #[derive(Debug, Clone, Copy)]
 pub struct RandomWeights {
     pub seed: u64,
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_depend_on_seed_and_name_and_have_the_promised_spread() {
+    fn weights_depend_on_seed_and_name_and_have_the_right_spread() {
         let source = |seed| RandomWeights {
             seed,
             target: Target {

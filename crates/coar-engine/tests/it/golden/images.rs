@@ -55,7 +55,7 @@ pub fn vq_encode(run: &Run, report: &mut Report) -> Outcome {
     Ok(())
 }
 
-/// Numbers in a tolerance that is written as a sentence.
+/// Parses a tolerance that is written as a sentence.
 fn numbers(text: &str) -> Vec<f64> {
     text.split(|c: char| !(c.is_ascii_digit() || c == '.'))
         .filter_map(|word| word.trim_end_matches('.').parse().ok())

@@ -1,7 +1,7 @@
 //! Golden parity: every case of a manifest against this implementation, at the manifest's tolerances.
 //!
-//! `COAR_GOLDEN` names the directory (default: the repository's copy). Nothing of a directory's sizes or seeds is known
-//! here; an unknown kind of case, a missing file and a directory without cases are failures.
+//! `COAR_GOLDEN` names the directory (default: the repository's copy). The runner has no built-in sizes or seeds; an
+//! unknown kind of case, a missing file and a directory without cases are failures.
 
 mod data;
 mod images;

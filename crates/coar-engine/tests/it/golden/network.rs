@@ -330,7 +330,7 @@ pub fn decode(run: &Run, report: &mut Report) -> Outcome {
         largest(&guided.index_select(0, at), arrays.get("step_cfg")?),
         tolerance,
     );
-    // The step is one of a code: the grammar leaves the image codes.
+    // This step predicts a code: the grammar allows the image codes.
     let codes = Tensor::from_slice(vocabulary.code_ids());
     let masked = Tensor::full_like(&guided, f64::NEG_INFINITY).index_copy(0, &codes, &guided.index_select(0, &codes));
     let kept = text(keep_top_k(&masked.view([1, -1]), image_top_k))?.view(-1);

@@ -24,7 +24,7 @@ use coar_engine::model::{LuminaMgpt, ModelConfig, ModelError, Vqgan};
 const CODES: i64 = 8192;
 const GRIDS: usize = 64;
 
-/// How large.
+/// Shape of the model.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(in crate::cli) enum Shape {
     #[value(name = "30m")]
@@ -36,7 +36,7 @@ pub(in crate::cli) enum Shape {
 }
 
 impl Shape {
-    /// As `--shape` takes it.
+    /// The name for `--shape`.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::M30 => "30m",
@@ -45,7 +45,7 @@ impl Shape {
         }
     }
 
-    /// A whole model of random weights, made on `device` in `kind` without a file; the image tokenizer in f32.
+    /// A whole model of random weights, generated on `device` in `kind` without a file; the image tokenizer in f32.
     ///
     /// # Errors
     /// When `target_size` has no name, or the device has too little memory.
@@ -96,7 +96,7 @@ impl Shape {
         }
     }
 
-    /// The image tokenizer: the published one's, or one of the same pixels per code that a CPU is not busy with.
+    /// The image tokenizer: the published one's, or a small one with the same pixels per code for the CPU.
     pub(super) fn vqgan(self) -> VqganConfig {
         let (ch, z, num_res_blocks) = match self {
             Self::M30 | Self::M500 => (32, 32, 1),
@@ -153,7 +153,7 @@ pub(super) fn parameters(config: &ModelConfig) -> Vec<Named> {
 
 const SHARD_BYTES: i64 = 2 << 30;
 
-/// The beginning of a safetensors file of bf16 tensors: the header and its length.
+/// The header of a safetensors file of bf16 tensors, with its length.
 pub(super) fn header(tensors: &[Named]) -> Vec<u8> {
     let mut entries = Map::new();
     let mut offset = 0;
@@ -170,7 +170,7 @@ pub(super) fn header(tensors: &[Named]) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes()[..], &text].concat()
 }
 
-/// Tensors in files of about two GiB, each with its name, and the index of all.
+/// Tensors grouped into files of about two GiB, each with its name, and the index of all.
 pub(super) fn shards(tensors: &[Named]) -> (Vec<(String, &[Named])>, Value) {
     let (mut ends, mut bytes) = (vec![], 0);
     for (at, (_, shape)) in tensors.iter().enumerate() {
@@ -227,7 +227,7 @@ fn write(config: &ModelConfig, vqgan: &VqganConfig, out: &Path) -> anyhow::Resul
     let tokenizer = tokenizer_with(vqgan.n_embed, GRIDS);
     std::fs::write(out.join("text_tokenizer.json"), format!("{tokenizer}\n"))?;
     std::fs::write(out.join("vqgan.yaml"), vqgan.to_yaml()?)?;
-    // Its network is small enough to be made whole in memory.
+    // The network is small enough to be generated in memory.
     tch::manual_seed(0);
     let parameters = Parameters::default();
     Vqgan::load(vqgan, &parameters)?;
@@ -257,7 +257,7 @@ mod tests {
     use coar_engine::model::lumina::CheckpointFiles;
 
     #[test]
-    fn weights_that_are_made_draw_and_encode_without_a_file() {
+    fn random_model_generates_and_encodes() {
         let model = Shape::M30.build(Device::Cpu, Kind::BFloat16, 32, 1).unwrap();
         let mut drawing = model.start_plain("a photo of a red cat", 32, 32, vec![(0, 0)]).unwrap();
         while !drawing.is_done() {
@@ -268,9 +268,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_loads_draws_and_encodes() {
+    fn written_checkpoint_loads_generates_and_encodes() {
         let dir = tempfile::tempdir().unwrap();
-        // The shape of the 30 M one in everything but its width and depth.
+        // The shape of the 30 M model except for width and depth.
         let config = ModelConfig {
             hidden_size: 32,
             intermediate_size: 48,

@@ -1,5 +1,5 @@
-//! `coar-lab bench decode`: one decode step of a checkpoint by batch size, against the memory's bandwidth, and with concepts
-//! against without.
+//! `coar-lab bench decode`: one decode step of a checkpoint by batch size, compared with the memory bandwidth, and
+//! with concepts compared to without.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -17,7 +17,7 @@ use coar_engine::model::weights::{Checkpoint, Target};
 use coar_engine::model::{ModelConfig, Transformer, accelerator};
 
 /// Time decode steps of a checkpoint's transformer and compare them with reading the weights once. A batch without
-/// concepts and one with take steps in turn, so that whatever disturbs the machine meets both.
+/// concepts and one with concepts alternate step by step, so both see the same disturbances of the machine.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct DecodeArgs {
     /// Checkpoint folder, as `coar-lab bench make-checkpoint` writes it: config.json, shards, text_tokenizer.json.
@@ -34,25 +34,25 @@ pub(in crate::cli) struct DecodeArgs {
     /// Without guidance.
     #[arg(long)]
     unguided: bool,
-    /// Only the batch without concepts.
+    /// Measure only the batch without concepts.
     #[arg(long)]
     plain: bool,
-    /// Codes along each side: 32 are 512 pixels of the 7B.
+    /// Codes per side: 32 are 512 pixels of the 7B.
     #[arg(long, default_value_t = 32)]
     side: i64,
-    /// Codes that count as drawn at the beginning, so that steps far into an image are measured.
+    /// Codes that count as already sampled, to measure steps far into an image.
     #[arg(long, default_value_t = 0)]
     at: usize,
-    /// Every step has the shapes of the full batch, as `coar serve --deterministic` has it.
+    /// Run every step with the shapes of the full batch, as `coar serve --deterministic` does.
     #[arg(long)]
     deterministic: bool,
-    /// Codes drawn before the clock starts.
+    /// Codes sampled before timing starts.
     #[arg(long, default_value_t = 8)]
     warm_up: usize,
-    /// Steps that are timed.
+    /// Number of timed steps.
     #[arg(long, default_value_t = 64)]
     steps: usize,
-    /// Threads for libtorch; 0: as many as cores.
+    /// Threads for libtorch; 0: one per core.
     #[arg(long, default_value_t = 0)]
     threads: i32,
     /// Print JSON instead of the table.
@@ -60,7 +60,8 @@ pub(in crate::cli) struct DecodeArgs {
     json: bool,
 }
 
-/// Bytes per second at which the device's memory is read: the best of several sums over a block that no cache holds.
+/// Read bandwidth of the device's memory in bytes per second: the best of several sums over a block larger than any
+/// cache.
 pub(super) fn bandwidth(device: Device) -> anyhow::Result<f64> {
     let numbers = if device == Device::Cpu { 1 << 27 } else { 1 << 30 };
     let block = Tensor::f_ones([numbers], (Kind::Float, device))?;
@@ -74,8 +75,8 @@ pub(super) fn bandwidth(device: Device) -> anyhow::Result<f64> {
     Ok(best)
 }
 
-/// Bytes of weights that a step must read: the layers and the part of the head that predicts codes; the embedding is looked
-/// up.
+/// Bytes of weights that a step must read: the layers and the part of the head that predicts codes; the embedding is
+/// only looked up.
 pub(super) fn step_bytes(config: &ModelConfig, vocabulary: &Vocabulary, kind: Kind) -> f64 {
     let projections = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim();
     let layer = config.hidden_size * (projections + 3 * config.intermediate_size);
@@ -83,14 +84,14 @@ pub(super) fn step_bytes(config: &ModelConfig, vocabulary: &Vocabulary, kind: Ki
     (config.num_hidden_layers as i64 * layer + head) as f64 * kind.elt_size_in_bytes() as f64
 }
 
-/// The model and what a prompt is made with.
+/// The model and the inputs of a prompt.
 struct Loaded {
     model: Transformer,
     vocabulary: Vocabulary,
     tokenizer: TextTokenizer,
 }
 
-/// One batch and what its steps took.
+/// One batch and its step times.
 struct Timed {
     batch: DecodeBatch,
     prefill_ms: f64,
@@ -180,8 +181,8 @@ impl DecodeArgs {
         self.show(&report)
     }
 
-    /// What one batch's steps took. Codes are what an image is made of; tokens count the row ends as well, which ride
-    /// along.
+    /// Step times of one batch. Codes make up an image; tokens include the row ends, which are fed together with
+    /// codes.
     fn row(&self, timed: &Timed, (pictures, concept): (usize, bool), floor_ms: f64) -> Value {
         let step_ms = mean(&timed.step_ms);
         let row_ends = |codes: usize| codes / self.side as usize;
@@ -246,7 +247,7 @@ impl DecodeArgs {
         Ok(())
     }
 
-    /// The batch without concepts and, unless `--plain`, the one with, step by step in turn.
+    /// The batch without concepts and, unless `--plain`, the one with concepts, alternating step by step.
     fn time(&self, loaded: &Loaded, pictures: usize) -> anyhow::Result<Vec<Timed>> {
         let model = &loaded.model;
         let mut timed = vec![self.fill(loaded, pictures, false)?];
@@ -260,7 +261,7 @@ impl DecodeArgs {
             for one in &mut timed {
                 one.step(model)?;
             }
-            // Nobody is always the first.
+            // The order alternates.
             timed.reverse();
         }
         if (self.warm_up + self.steps) % 2 == 1 {
@@ -319,7 +320,7 @@ impl DecodeArgs {
         let pixels = 16 * self.side as u32;
         let encoded = encode_prompt(tokenizer, vocabulary, pixels, pixels, &parts)?;
         let mut prompt = [&encoded.ids[..], &start].concat();
-        // The concept's text context token is the slot's; its image context token stands before the first code.
+        // The concept's text context token is the slot's; its image context token is placed before the first code.
         let image_at = prompt.len() as i64;
         prompt.push(vocabulary.placeholder());
         let context = match used {

@@ -1,4 +1,5 @@
-//! `coar-lab bench device-report`: the document that a report of `coar-lab bench device` yields, from its JSON lines alone.
+//! `coar-lab bench device-report`: generates the document from the JSON lines of a report of `coar-lab bench
+//! device`.
 
 mod layout;
 
@@ -11,20 +12,20 @@ use serde_json::{Map, Value};
 
 use layout::{Column, FIGURES, LIMITS, PARTS, TABLES, Table};
 
-/// Write docs/performance-gpu.md from a report of `coar-lab bench device`. What the report does not hold is `not measured`. Where
-/// reports of several runs are joined in one file, each part is that of the last run that began it.
+/// Write docs/performance-gpu.md from a report of `coar-lab bench device`. Missing values become `not measured`. If
+/// reports of several runs are concatenated, each part is taken from the last run that started it.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct DeviceReportArgs {
     /// Folder of report.jsonl.
     dir: PathBuf,
-    /// The document.
+    /// The document to write.
     #[arg(long, value_name = "FILE", default_value = "docs/performance-gpu.md")]
     out: PathBuf,
 }
 
 const ABSENT: &str = "not measured";
 
-/// A report as its lines have it.
+/// A parsed report.
 #[derive(Debug, Default)]
 struct Report {
     /// The first line of each run.
@@ -36,7 +37,7 @@ struct Report {
 }
 
 impl Report {
-    /// Lines that are no JSON objects, as a killed run may leave one, are passed over.
+    /// Lines that are not JSON objects, such as the last one of a killed run, are skipped.
     fn read(text: &str) -> Self {
         let mut report = Self::default();
         for line in text.lines() {
@@ -86,7 +87,7 @@ impl Report {
         self.figures.get(part)?.get(name).filter(|value| !value.is_null())
     }
 
-    /// Checks of a part whose names begin so.
+    /// Checks of a part whose names begin with the prefix.
     fn checks<'a>(&'a self, part: &str, prefix: &'a str) -> impl Iterator<Item = &'a Value> {
         let checks = self.ends.get(part).and_then(|end| end["checks"].as_array());
         checks
@@ -109,7 +110,7 @@ fn cell(value: Option<&Value>, decimals: usize) -> String {
     }
 }
 
-/// A long text up to the last sentence that ends within so many characters.
+/// Truncates a long text after the last sentence within the limit.
 fn sentences(text: &str) -> String {
     const LONGEST: usize = 240;
     let Some((end, _)) = text.char_indices().nth(LONGEST) else {
@@ -122,7 +123,7 @@ fn sentences(text: &str) -> String {
     }
 }
 
-/// A limit, without digits that say nothing.
+/// A limit, without meaningless digits.
 fn limit(number: f64) -> String {
     format!("{number:.4}")
         .trim_end_matches('0')
@@ -223,7 +224,7 @@ impl Report {
     fn limits(&self) -> String {
         let rows = LIMITS.map(|(what, part, prefix)| {
             let number = |check: &Value, key: &str| check[key].as_f64().unwrap_or(f64::NAN);
-            // Of several checks the one that is nearest to its limit or beyond it; no number is beyond every limit.
+            // Of several checks the one nearest to its limit or furthest beyond it; NaN is beyond every limit.
             let worst = self.checks(part, prefix).max_by(|one, other| {
                 let over = |check: &Value| {
                     let over = number(check, "measured") - number(check, "limit");
@@ -281,7 +282,7 @@ impl Report {
         table(&["part", "outcome", "seconds", "checks kept", ""], &rows)
     }
 
-    /// Every check that was not kept, where there are any.
+    /// Every failed check, if any.
     fn failed(&self) -> String {
         let of_part = |part: &'static str| {
             let failed = self.checks(part, "").filter(|check| check["ok"] != true);
@@ -310,7 +311,7 @@ impl Report {
         let Some(rows) = rows.filter(|rows| !rows.is_empty()) else {
             return format!("{ABSENT}\n");
         };
-        // A column of errors only where there are some.
+        // The error column is only shown if there are errors.
         let columns: Vec<&Column> = one
             .columns
             .iter()
@@ -352,7 +353,7 @@ mod tests {
 {"event":"en"#;
 
     #[test]
-    fn a_report_yields_its_figures_even_where_a_part_was_killed() {
+    fn figures_survive_a_killed_part() {
         let text = Report::read(LINES).document();
         for expected in [
             "| card | NVIDIA H100 80GB HBM3 |",
@@ -375,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn of_joined_reports_the_last_run_of_a_part_counts() {
+    fn last_run_of_a_part_wins() {
         let second = r#"
 {"event":"run","coar":"0.1.0","commit":"abc","card":"NVIDIA H200","driver":"","model":"7b random weights"}
 {"event":"begin","part":"decode","at_s":1,"deadline_s":45}
@@ -409,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn other_numbers_yield_another_document() {
+    fn document_depends_on_the_numbers() {
         let (before, after) = (
             Report::read(LINES),
             Report::read(&LINES.replace("7.1234", "6.5").replace("0.49", "0.61")),
@@ -421,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_measured_in_an_empty_report() {
+    fn empty_report_has_no_measurements() {
         let text = Report::read("").document();
         let parts = PARTS.map(|part| format!("| {part} | not measured |"));
         assert!(parts.iter().all(|part| text.contains(part)), "{text}");
@@ -430,14 +431,14 @@ mod tests {
 
     /// Until a GPU's report is committed there, the document says that nothing was measured.
     #[test]
-    fn the_committed_document_is_that_of_the_committed_report() {
+    fn committed_document_matches_the_committed_report() {
         let docs = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
         let report = std::fs::read_to_string(docs.join("gpu/report.jsonl")).unwrap_or_default();
         let document = std::fs::read_to_string(docs.join("performance-gpu.md")).unwrap();
         assert_eq!(
             document,
             Report::read(&report).document(),
-            "write it anew: coar-lab bench device-report docs/gpu"
+            "regenerate it: coar-lab bench device-report docs/gpu"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! `coar-lab bench logits`: what a checkpoint's transformer predicts, to be compared with another implementation.
+//! `coar-lab bench logits`: a checkpoint's predictions, for comparison with another implementation.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ use coar_engine::model::kv_cache::KvCache;
 use coar_engine::model::weights::{Checkpoint, Target};
 use coar_engine::model::{ModelConfig, Transformer};
 
-/// Print the logits that follow some ids, as JSON: read at once, and with the last id as a decode step.
+/// Print the logits after some ids, as JSON: in one pass, and with the last id as a decode step.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct LogitsArgs {
     /// Checkpoint folder.

@@ -39,7 +39,7 @@ pub(super) enum BenchCommand {
     Soak(soak::SoakArgs),
     Logits(logits::LogitsArgs),
     StandIn(Box<stand_in::StandInArgs>),
-    /// Load a checkpoint's transformer and print time and peak memory against the weights' size.
+    /// Load a checkpoint's transformer and print time and peak memory relative to the weights' size.
     Load {
         dir: PathBuf,
         /// `f32`, `bf16` or `f16`.
@@ -51,7 +51,7 @@ pub(super) enum BenchCommand {
     },
 }
 
-/// A line of `/proc/self/status` in bytes, where the system has it.
+/// A line of `/proc/self/status` in bytes, if the system has it.
 fn process_memory(name: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix(name))?;
@@ -69,12 +69,12 @@ fn resident_memory() -> Option<u64> {
     process_memory("VmRSS")
 }
 
-/// Lets the peak count from here on; where the system does not, it stays that of the whole process.
+/// Resets the peak; if the system does not support that, it remains that of the whole process.
 fn forget_peak_memory() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
-/// Waits until the device has done what it was given: a clock is read after this.
+/// Waits until the device has completed its work, before a clock is read.
 fn settle(device: Device) -> Result<(), ModelError> {
     accelerator::synchronize(device)
 }
@@ -102,7 +102,7 @@ fn weight_kind(dtype: &str) -> anyhow::Result<Kind> {
     })
 }
 
-/// One line for each of a report's numbers.
+/// One line per number of a report.
 fn print(report: &Value, names: &[&str]) {
     for name in names {
         let value = report[*name].as_f64().unwrap_or(f64::NAN);

@@ -1,4 +1,4 @@
-//! `coar-lab bench serve`: the engine under load, with and without concepts, with and without a training beside.
+//! `coar-lab bench serve`: the engine under load, with and without concepts, with and without a training beside it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,14 +17,14 @@ use coar_core::engine::{
 use coar_core::training::TrainingSpec;
 use coar_engine::device::EngineOptions;
 
-/// Draw many images at once through the engine, as the server does: throughput and latency with no concepts, the same
-/// one and all different ones; one after the other; and beside a training.
+/// Generate many images at once through the engine, as the server does: throughput and latency without concepts,
+/// with the same one and with all different ones; one after the other; and beside a training.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct ServeBenchArgs {
     /// Requests of one image each.
     #[arg(long, default_value_t = 16)]
     requests: usize,
-    /// Times that every condition is measured; the median counts.
+    /// Repetitions of every condition; the median is reported.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Print JSON instead of the table.
@@ -36,7 +36,7 @@ pub(in crate::cli) struct ServeBenchArgs {
     model: ModelArgs,
 }
 
-/// Concepts of random numbers: what they draw does not matter to the clock.
+/// Concepts of random numbers: their effect does not matter to the timing.
 pub(super) fn concept(info: &ModelInfo, index: usize) -> ConceptUse {
     let numbers = |count: usize| (0..count).map(|i| ((i * 31 + index * 7) % 17) as f32 * 0.01).collect();
     let layers = info.layers.min(9);
@@ -71,7 +71,7 @@ pub(super) fn request(info: &ModelInfo, index: usize, used: Option<ConceptUse>) 
     }
 }
 
-/// What one condition took.
+/// Measurements of one condition.
 pub(super) struct Run {
     pub seconds: f64,
     pub first_code: Vec<f64>,
@@ -128,7 +128,7 @@ async fn collect(tasks: &mut tokio::task::JoinSet<anyhow::Result<(f64, f64)>>, r
     Ok(())
 }
 
-/// A training that does not end by itself while the bench runs; returns the steps it took when dropped.
+/// A training that runs until dropped; returns the number of steps.
 pub(super) fn start_training(engine: &EngineHandle, info: &ModelInfo) -> anyhow::Result<TrainingStream> {
     let (width, height) = info.sizes[0];
     let request = TrainingRequest {

@@ -1,4 +1,4 @@
-//! `coar-lab bench soak`: a long mixed load, what is drawn under it, and the memory afterwards.
+//! `coar-lab bench soak`: a long mixed load, its images, and the memory afterwards.
 
 use std::time::{Duration, Instant};
 
@@ -16,29 +16,29 @@ use coar_core::concept::ConceptKind;
 use coar_core::engine::{EngineHandle, GenerateRequest, GenerationEvent, ModelInfo, SamplingParams};
 use coar_engine::device::EngineOptions;
 
-/// Send requests of mixed sizes, concepts, guidance and counts through the engine, some of which are given up while they
-/// wait or are drawn; compare finished images with the same request alone; compare memory before and after. The status
-/// is not 0 where an image differs, a request fails, rows stay taken, or memory has grown.
+/// Send requests of mixed sizes, concepts, guidance and counts through the engine, and cancel some of them while
+/// they wait or run; compare finished images with the same request alone; compare memory before and after. The exit
+/// status is not 0 if an image differs, a request fails, rows stay in use, or memory has grown.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct SoakArgs {
     #[arg(long, default_value_t = 1000)]
     requests: usize,
-    /// Distinct concepts among them.
+    /// Distinct concepts in the requests.
     #[arg(long, default_value_t = 200)]
     concepts: usize,
-    /// Send no more requests after this time; 0: no bound.
+    /// Send no more requests after this time; 0: no limit.
     #[arg(long, default_value_t = 0)]
     seconds: u64,
-    /// Requests in flight.
+    /// Concurrent requests.
     #[arg(long, default_value_t = 24)]
     at_once: usize,
-    /// Finished requests that are drawn once more, alone. Default: all.
+    /// Finished requests that are generated again, alone. Default: all.
     #[arg(long)]
     check: Option<usize>,
-    /// Decides every request.
+    /// Seed of all requests.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// MiB by which resident memory may grow between the first tenth of the requests and the last.
+    /// Maximum growth in MiB of resident memory between the first tenth of the requests and the last.
     #[arg(long, default_value_t = 64)]
     growth: u64,
     /// Print JSON instead of the table.
@@ -54,16 +54,16 @@ pub(in crate::cli) struct SoakArgs {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Mix {
     pub requests: usize,
-    /// Distinct concepts among them.
+    /// Distinct concepts in the requests.
     pub concepts: usize,
     pub at_once: usize,
-    /// Decides every request.
+    /// Seed of all requests.
     pub seed: u64,
     /// Send no more after this time.
     pub time: Option<Duration>,
 }
 
-/// What became of a mixed load.
+/// Results of a mixed load.
 #[derive(Debug)]
 pub(super) struct Sent {
     /// By request.
@@ -77,7 +77,7 @@ impl Sent {
         self.ends.iter().filter(|(_, end)| pick(end)).count()
     }
 
-    /// Requests that were drawn to their end.
+    /// Requests that completed.
     pub fn finished(&self) -> usize {
         self.count(|end| matches!(end, End::Drawn(_)))
     }
@@ -93,7 +93,7 @@ impl Sent {
 }
 
 impl Mix {
-    /// Sends the requests and waits for the ends of all.
+    /// Sends the requests and waits for all of them to end.
     pub async fn send(self, engine: &EngineHandle) -> anyhow::Result<Sent> {
         let begun = Instant::now();
         let (mut warm, mut ends) = (None, vec![]);
@@ -119,8 +119,8 @@ impl Mix {
         Ok(Sent { ends, warm })
     }
 
-    /// Draws `wanted` of the finished requests once more, one after the other, as long as `go_on` says: how many, and which
-    /// came out differently.
+    /// Generates `wanted` of the finished requests again, one after the other, while `go_on` returns true: how many,
+    /// and which ones differ.
     pub async fn compare(
         self,
         engine: &EngineHandle,
@@ -148,17 +148,17 @@ impl Mix {
     }
 }
 
-/// What its sender does.
+/// What the sender does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Waits,
-    /// Hangs up at once, while the request waits.
+    /// Cancels at once, while the request waits.
     GivesUp,
-    /// Hangs up after that many events of progress.
+    /// Cancels after that many progress events.
     Leaves(u32),
 }
 
-/// Request `index` of a soak, whatever the others are.
+/// Request `index` of a soak, independent of the others.
 fn request(info: &ModelInfo, seed: u64, index: usize, concepts: usize) -> (GenerateRequest, Fate) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(index as u64);
@@ -242,7 +242,7 @@ async fn send(engine: &EngineHandle, request: GenerateRequest, fate: Fate) -> En
     End::Failed("the engine stopped".to_owned())
 }
 
-/// Waits until the device thread says that nobody has rows any more.
+/// Waits until the device thread reports that no rows are in use.
 pub(super) async fn idle(engine: &EngineHandle) -> bool {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -315,7 +315,7 @@ impl SoakArgs {
             "{} requests differ from the same alone",
             different.len()
         );
-        anyhow::ensure!(freed, "rows stay taken after the last request");
+        anyhow::ensure!(freed, "rows are still in use after the last request");
         let flat = grown.is_none_or(|grown| grown <= self.growth << 20);
         anyhow::ensure!(flat, "resident memory has grown by more than {} MiB", self.growth);
         Ok(())
@@ -328,7 +328,7 @@ mod tests {
     use coar_core::training::Preset;
 
     #[test]
-    fn a_request_depends_on_seed_and_index_alone_and_all_kinds_occur() {
+    fn request_depends_on_seed_and_index_only() {
         let info = ModelInfo {
             id: "m".to_owned(),
             fingerprint: "f".to_owned(),

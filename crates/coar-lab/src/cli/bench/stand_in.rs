@@ -11,15 +11,15 @@ mod device;
 
 use device::{Pace, stand_in};
 
-/// Serve like `coar serve`, but on a device that computes nothing and only takes time: for benchmarks of what is around it.
+/// Serve like `coar serve`, but with a simulated device that only takes time: to benchmark everything around it.
 ///
-/// Its images are grey. Every answer is checked, counted, stored and sent as it would be; nothing trains.
+/// Its images are grey. Every request is checked, counted, stored and sent as usual; training is not supported.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct StandInArgs {
-    /// Milliseconds of one step of the batch: a code of every image in it.
+    /// Milliseconds per step of the batch: one code of every image in it.
     #[arg(long, default_value_t = 5.0, value_name = "MS")]
     step_ms: f64,
-    /// Images that advance in one step.
+    /// Maximum number of images per step.
     #[arg(long, default_value_t = 8, value_name = "N")]
     pictures: usize,
     #[command(flatten)]

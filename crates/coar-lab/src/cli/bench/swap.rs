@@ -1,4 +1,4 @@
-//! What a request pays for its concept before it is drawn, and how long the others wait for that.
+//! The latency that a concept adds to a request, and to the requests running beside it.
 
 use std::time::{Duration, Instant};
 
@@ -12,14 +12,15 @@ use coar_core::concept::{ConceptFile, ConceptHeader};
 use coar_core::engine::{ConceptUse, EngineHandle, GenerateRequest, GenerationEvent, ModelInfo};
 use coar_engine::device::ConceptCache;
 
-/// Times that each is measured.
+/// Repetitions of each measurement.
 const ROUNDS: usize = 16;
 
 fn milliseconds(values: &mut [f64]) -> Value {
     json!({"median": quantile(values, 0.5), "largest": quantile(values, 1.0)})
 }
 
-/// Milliseconds to find a concept on the device, and to fetch it from the local store: read, verify, parse, upload.
+/// Measure the milliseconds to find a concept on the device, and to fetch it from the local store: read, verify,
+/// parse, upload.
 pub(super) async fn swaps(info: &ModelInfo, device: Device, used: &ConceptUse) -> anyhow::Result<Value> {
     let folder = tempfile_dir()?;
     let blobs = Blobs::open(&folder)?;
@@ -68,7 +69,7 @@ fn tempfile_dir() -> std::io::Result<std::path::PathBuf> {
     Ok(folder)
 }
 
-/// An image that is drawn for as long as the measurement lasts, and when its codes came.
+/// An image that is generated for the duration of the measurement, and the times of its codes.
 struct Drawing {
     stamps: tokio::sync::mpsc::UnboundedReceiver<Instant>,
     task: tokio::task::JoinHandle<()>,
@@ -79,7 +80,7 @@ impl Drawing {
     fn start(engine: EngineHandle, request: GenerateRequest) -> Self {
         let (stamp, stamps) = tokio::sync::mpsc::unbounded_channel();
         let task = tokio::spawn(async move {
-            // One image after the other: a gap between two is as long as a gap within one.
+            // One image after the other: the gap between two is as long as a gap within one.
             while let Ok(mut stream) = engine.generate(request.clone()) {
                 while let Some(event) = stream.next().await {
                     if matches!(event, GenerationEvent::Progress { .. }) && stamp.send(Instant::now()).is_err() {
@@ -95,7 +96,7 @@ impl Drawing {
         }
     }
 
-    /// Milliseconds between codes, one for each code, until `enough` says so.
+    /// Milliseconds between codes, one value per code, until `enough` returns true.
     async fn gaps(&mut self, mut enough: impl FnMut(usize) -> bool) -> anyhow::Result<Vec<f64>> {
         let mut gaps = vec![];
         while !enough(gaps.len()) {
@@ -108,8 +109,8 @@ impl Drawing {
     }
 }
 
-/// How long the codes of an image are apart: undisturbed, and where another request is admitted meanwhile, without a
-/// concept, with one that is on the device, and with one that is new. The difference between these is the concept's.
+/// Gaps between the codes of an image: undisturbed, and while another request is admitted, without a concept, with a
+/// resident one, and with a new one. The difference between these is the concept's cost.
 pub(super) async fn stalls(
     engine: &EngineHandle,
     steady: GenerateRequest,
@@ -123,12 +124,12 @@ pub(super) async fn stalls(
         ("with_cached_concept_ms", vec![]),
         ("with_new_concept_ms", vec![]),
     ];
-    // The first of all is not counted: it brings the cached concept in.
+    // The first one is a warm-up: it makes the cached concept resident.
     for round in 0..=ROUNDS {
         for (index, (_, largest)) in conditions.iter_mut().enumerate() {
             let which = [Admitted::Plain, Admitted::Cached, Admitted::New(round)][index];
             let mut stream = engine.generate(admitted(which))?;
-            // It is given up at its first code; the largest gap until then holds its prompt.
+            // Cancelled at its first code; the largest gap until then contains its prefill.
             let mut entered = false;
             let mut gaps = vec![];
             while !entered {
@@ -159,7 +160,7 @@ pub(super) async fn stalls(
     Ok(Value::Object(report))
 }
 
-/// A request that is admitted while another is drawn.
+/// A request that is admitted while another is running.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Admitted {
     Plain,

@@ -1,4 +1,4 @@
-//! `coar-lab bench train`: optimizer steps per second and the memory that they take, with every layer's graph kept and with
+//! `coar-lab bench train`: optimizer steps per second and their memory, with every layer's graph kept and with
 //! layers recomputed; and, as an experiment, several trainings in one forward pass.
 
 use std::process::Command;
@@ -22,32 +22,33 @@ use coar_engine::model::vqgan::VqganConfig;
 use coar_engine::model::{LuminaMgpt, accelerator};
 use coar_engine::training::{Advance, Graph, Reference, References, Row, Trainer, next_token, row_logits};
 
-/// Time a training's steps and measure their memory. Without `--graph`, each way runs in a process of its own, so that
-/// one's peak is not the other's.
+/// Time a training's steps and measure their memory. Without `--graph`, each mode runs in a separate process, so
+/// their peaks are independent.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct TrainBenchArgs {
-    /// Codes along each side of the images: 32 are 512 pixels of the 7B. Default: the model's usual size.
+    /// Codes per side of the images: 32 are 512 pixels of the 7B. Default: the model's usual size.
     #[arg(long)]
     side: Option<u32>,
-    /// Steps that are timed, after one to warm up.
+    /// Timed steps, after one to warm up.
     #[arg(long, default_value_t = 20)]
     steps: u32,
     /// Layers of the concept. Default: the preset's.
     #[arg(long)]
     layers: Option<u32>,
-    /// References of one step. Default: the preset's.
+    /// References per step. Default: the preset's.
     #[arg(long)]
     batch_size: Option<u32>,
-    /// Image context tokens; 0 leaves the prior term out. Default: the preset's.
+    /// Image context tokens; 0 disables the prior term. Default: the preset's.
     #[arg(long)]
     image_tokens: Option<u32>,
-    /// Measure one way only, in this process.
+    /// Measure one mode only, in this process.
     #[arg(long, value_enum)]
     graph: Option<GraphChoice>,
-    /// Layers of a segment that is recomputed; 0: what the estimate finds best.
+    /// Layers per recomputed segment; 0: the estimate's optimum.
     #[arg(long, default_value_t = 0)]
     segment: usize,
-    /// Instead of a training: the next-token passes of that many trainings in one batch against the same in turn.
+    /// Instead of a training: the next-token passes of this many trainings in one batch, compared with one after the
+    /// other.
     #[arg(long, value_delimiter = ',')]
     together: Vec<usize>,
     /// Print JSON instead of the table.
@@ -59,13 +60,13 @@ pub(in crate::cli) struct TrainBenchArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum GraphChoice {
-    /// Every layer's graph.
+    /// Keep every layer's graph.
     Kept,
-    /// Layers are computed once more in the backward pass.
+    /// Recompute layers in the backward pass.
     Recomputed,
 }
 
-/// Images to train with: what they show does not matter to the clock.
+/// Training images: their content does not matter to the timing.
 pub(super) fn pictures(width: u32, height: u32) -> Vec<RgbImage> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let subject = &held_out_subjects()[0];
@@ -74,7 +75,7 @@ pub(super) fn pictures(width: u32, height: u32) -> Vec<RgbImage> {
         .to_vec()
 }
 
-/// The usual settings of a subject, without the search for start words.
+/// The default settings of a subject, without the search for start words.
 pub(super) fn spec(info: &ModelInfo) -> TrainingSpec {
     let mut spec = TrainingSpec::preset(info.preset, ConceptKind::Subject, "bench", Some("cat"), info.layers);
     spec.start_words.clear();
@@ -109,7 +110,7 @@ impl TrainBenchArgs {
         Ok(())
     }
 
-    /// This very command in another process, one way only.
+    /// Runs this same command in another process, in one mode only.
     fn elsewhere(&self, graph: &str) -> anyhow::Result<Value> {
         let same = std::env::args_os().skip(1).filter(|argument| argument != "--json");
         let output = Command::new(std::env::current_exe()?)
@@ -141,7 +142,7 @@ impl TrainBenchArgs {
         spec.layers = self.layers.unwrap_or(spec.layers);
         spec.batch_size = self.batch_size.unwrap_or(spec.batch_size);
         spec.image_tokens = self.image_tokens.unwrap_or(spec.image_tokens);
-        // As many class images as one step looks at: more would cost no step more.
+        // As many class images as one step uses: more would not change the cost of a step.
         spec.prior_pictures = spec.batch_size.div_ceil(2);
         let pictures = pictures(info.sizes[0].0, info.sizes[0].1);
         if self.together.is_empty() {
@@ -164,7 +165,7 @@ impl TrainBenchArgs {
         trainer.set_graph(graph);
         let begun = Instant::now();
         let (before, drawing) = loop {
-            // The peak and the memory before are those of the steps, the first one included.
+            // The peak and the baseline are those of the steps, including the first one.
             let now = (resident_memory(), begun.elapsed().as_secs_f64());
             forget_peak_memory();
             accelerator::reset_peak(device);
@@ -204,7 +205,8 @@ impl TrainBenchArgs {
         }))
     }
 
-    /// The next-token passes of `count` trainings, forward and backward: in turn, and as rows of one batch.
+    /// The next-token passes of `count` trainings, forward and backward: one after the other, and as rows of one
+    /// batch.
     fn side_by_side(
         &self,
         model: &LuminaMgpt,

@@ -52,16 +52,16 @@ pub(in crate::cli) struct DreambenchArgs {
     /// Default: the model's.
     #[arg(long)]
     guidance_scale: Option<f64>,
-    /// Codes to choose from at each step. Default: the model's.
+    /// Codes to sample from at each step. Default: the model's.
     #[arg(long)]
     top_k: Option<u32>,
-    /// Training defaults: `paper` or `pocket`. Default: what the model asks for.
+    /// Training defaults: `paper` or `pocket`. Default: the model's.
     #[arg(long, value_parser = preset, value_name = "PRESET")]
     preset: Option<Preset>,
-    /// Training settings that replace the preset's, as JSON: {"steps": 200}
+    /// Training settings that override the preset's, as JSON: {"steps": 200}
     #[arg(long, value_name = "JSON")]
     settings: Option<String>,
-    /// Draw nothing: score what is there and write the report.
+    /// Generate nothing: score existing images and write the report.
     #[arg(long)]
     report_only: bool,
     #[command(flatten)]
@@ -77,7 +77,7 @@ fn preset(text: &str) -> Result<Preset, String> {
     }
 }
 
-/// What a kill may cost of a training.
+/// How much of a training may be lost if the process is killed.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(30);
 
 impl DreambenchArgs {
@@ -90,9 +90,9 @@ impl DreambenchArgs {
                 None => None,
             },
         };
-        // Before the model is loaded: a wrong name is told at once.
+        // Before the model is loaded: a wrong name is reported at once.
         let plan = Plan::new(&data.catalogue, &choice, self.pictures)?;
-        // Opened before anything is drawn: a broken folder is told at once, not after days.
+        // Opened before anything is generated: a broken folder is reported at once, not after days.
         let judges = self.judges()?;
         let bar = ProgressBar::new(plan.total());
         bar.set_style(ProgressStyle::with_template(
@@ -114,7 +114,7 @@ impl DreambenchArgs {
         reported
     }
 
-    /// Trains and draws until everything is there.
+    /// Trains and generates until everything is complete.
     fn draw(&self, data: &DataFolder, plan: &Plan, bar: &ProgressBar) -> anyhow::Result<(OutFolder, Settings)> {
         let (model, info) = self.model.load()?;
         let guidance_scale = self.guidance_scale.unwrap_or(info.default_guidance_scale);
@@ -132,7 +132,7 @@ impl DreambenchArgs {
         };
         let settings = dreambench::settings(&model, info.preset, &data.catalogue, self.pictures, &options)?;
         let folder = OutFolder::create(&self.out, &settings)?;
-        // Told before hours go by.
+        // Reported before hours of work.
         for warning in dreambench::warnings(&settings, self.dino.is_some()) {
             bar.suspend(|| eprintln!("! {warning}"));
         }
@@ -175,7 +175,7 @@ impl DreambenchArgs {
         Ok(())
     }
 
-    /// DINO and CLIP on the model's device, where their folders are named.
+    /// DINO and CLIP on the model's device, if their folders are given.
     fn judges(&self) -> anyhow::Result<Option<Networks>> {
         let (Some(dino), Some(clip)) = (&self.dino, &self.clip) else {
             return Ok(None);
@@ -183,7 +183,7 @@ impl DreambenchArgs {
         for (flag, dir) in [("--dino", dino), ("--clip", clip)] {
             anyhow::ensure!(dir.is_dir(), "{flag} is {}, which is no folder", dir.display());
         }
-        // With --report-only no model is loaded, which would have set them.
+        // With --report-only no model is loaded, which would have set the threads.
         if self.model.threads > 0 {
             tch::set_num_threads(self.model.threads);
         }

@@ -13,10 +13,10 @@ use coar::config::ModelArgs;
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct MethodsArgs {
-    /// The first seed. A seed decides the reference images, the training and the drawing.
+    /// The first seed. A seed determines the reference images, the training and the sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// How many seeds, from the first. Default: 3, with --quick 1.
+    /// Number of seeds. Default: 3, with --quick 1.
     #[arg(long)]
     seeds: Option<u64>,
     /// Two subjects, one seed, two images per scene, no ablations.
@@ -25,26 +25,26 @@ pub(in crate::cli) struct MethodsArgs {
     /// Also write every row as JSON to this file; `-` prints it instead of the table.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Rows of an earlier --json are taken over where they would come out the same, and only the others measured.
+    /// Rows of an earlier --json are reused if their inputs are unchanged; only the others are measured.
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
-    /// Folder for finished cells: an interrupted run goes on from there.
+    /// Folder for finished cells: an interrupted run resumes from there.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// Only the I-th of N parts of the cells (from 1), for several processes on one --dir; the last command without --part
-    /// collects them all.
+    /// Only the I-th of N parts of the cells (from 1), for several processes on one --dir; a final command without
+    /// --part collects them.
     #[arg(long, value_name = "I/N", requires = "dir")]
     part: Option<String>,
-    /// Measure nothing: only what is finished, in --dir and --from.
+    /// Measure nothing: only collect what is finished, in --dir and --from.
     #[arg(long, conflicts_with = "part")]
     finished: bool,
     /// Only these methods.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     methods: Vec<String>,
-    /// Held-out subjects: how many from the first, or their names.
+    /// Held-out subjects: a number, or names.
     #[arg(long, value_delimiter = ',', value_name = "N|NAMES")]
     subjects: Vec<String>,
-    /// The development subjects, on which settings are chosen, instead of the reported ones.
+    /// The development subjects, which are used to choose settings, instead of the reported ones.
     #[arg(long)]
     development: bool,
     /// Also vary CoAR's settings one at a time.
@@ -53,10 +53,11 @@ pub(in crate::cli) struct MethodsArgs {
     /// Also styles from one image, and every subject with every style.
     #[arg(long)]
     styles: bool,
-    /// Also the same subjects in shades that no word of the captions means.
+    /// Also the same subjects in shades without a caption word.
     #[arg(long)]
     between: bool,
-    /// Folder for a contact sheet of each subject, from the finished cells: the folder beside the report, for it to show.
+    /// Write a contact sheet of each subject, from the finished cells, to this folder: the one beside the report,
+    /// which includes them.
     #[arg(long, value_name = "DIR", requires = "dir")]
     sheets: Option<PathBuf>,
     /// Images for each of the nine scenes. Default: 4, with --quick 2.
@@ -65,7 +66,7 @@ pub(in crate::cli) struct MethodsArgs {
     /// Default: the model's.
     #[arg(long)]
     guidance_scale: Option<f64>,
-    /// Settings of single methods that replace the preset's, as JSON: {"dreambooth": {"steps": 30}}
+    /// Settings of single methods that override the preset's, as JSON: {"dreambooth": {"steps": 30}}
     #[arg(long, value_name = "JSON")]
     settings: Option<String>,
     /// The judge's weights. Default: those shipped with the pocket model.
@@ -77,9 +78,9 @@ pub(in crate::cli) struct MethodsArgs {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct ReportArgs {
-    /// What `coar-lab eval methods --json` has written.
+    /// The output of `coar-lab eval methods --json`.
     json: PathBuf,
-    /// The report; plots go into a folder beside it.
+    /// The report to write; plots go into a folder beside it.
     #[arg(long, default_value = "docs/evidence.md", value_name = "FILE")]
     out: PathBuf,
 }
@@ -95,7 +96,7 @@ fn part(text: &str) -> anyhow::Result<(usize, usize)> {
     }
 }
 
-/// What `--json` has written.
+/// Reads the output of `--json`.
 fn evidence(file: &Path) -> anyhow::Result<Evidence> {
     let text = std::fs::read_to_string(file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
     serde_json::from_str(&text).map_err(|error| anyhow::anyhow!("{} is no evidence: {error}", file.display()))

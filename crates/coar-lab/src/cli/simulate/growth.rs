@@ -5,28 +5,28 @@ use clap::Args;
 use super::load::TimesArgs;
 use crate::simulator::growth;
 
-/// What grows beside the devices: rows and bytes by concepts and images, transactions and requests to the object store by
+/// Growth beside the devices: rows and bytes by concepts and images, transactions and object store requests by
 /// images and trainings. Counted from the code, not simulated.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct GrowthArgs {
     #[command(flatten)]
     times: TimesArgs,
-    /// Concepts that are registered, each trained once.
+    /// Registered concepts, each trained once.
     #[arg(long, default_value_t = 1e6)]
     concepts: f64,
-    /// Images per second, of one concept each.
+    /// Images per second, with one concept each.
     #[arg(long, default_value_t = 10.0)]
     pictures_per_second: f64,
     /// Trainings per hour.
     #[arg(long, default_value_t = 100.0)]
     trainings_per_hour: f64,
-    /// Workers: those without a training look for one.
+    /// Workers: those without a training poll for one.
     #[arg(long, default_value_t = 10.0)]
     workers: f64,
-    /// How many times longer than alone a training takes beside images; 2 at a share of one half.
+    /// Slowdown of a training beside images; 2 at a share of one half.
     #[arg(long, default_value_t = 2.0)]
     slowdown: f64,
-    /// Hours for which images are kept: `--keep-images` of `coar serve`.
+    /// Retention of images in hours: `--keep-images` of `coar serve`.
     #[arg(long, default_value_t = 24.0)]
     keep_hours: f64,
     /// Print JSON instead of the table.

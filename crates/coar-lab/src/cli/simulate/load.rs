@@ -1,10 +1,10 @@
-//! What a simulated load and a simulated fleet look like.
+//! Options of a simulated load and a simulated fleet.
 
 use clap::{Args, ValueEnum};
 
 use crate::simulator::{Arrivals, Failures, Fleet, FleetError, Policy, Times, Workload};
 
-/// Which worker it is about.
+/// The worker to simulate.
 #[derive(Debug, Args)]
 pub(super) struct TimesArgs {
     /// A worker's step times: `pocket` and `30m` (measured on 2 CPU cores), `7b-h100` (an estimate), or a TOML or JSON file.
@@ -18,22 +18,22 @@ impl TimesArgs {
     }
 }
 
-/// How images come, and with which concepts.
+/// Arrivals of images, and their concepts.
 #[derive(Debug, Args)]
 pub(super) struct LoadArgs {
-    /// A tenth of the time the rate is so many times the mean, 1 to 10; 1: Poisson.
+    /// Burst factor: a tenth of the time the rate is this many times the mean, 1 to 10; 1: Poisson.
     #[arg(long, default_value_t = 1.0)]
     burst_factor: f64,
-    /// Mean seconds of such a burst.
+    /// Mean duration of such a burst in seconds.
     #[arg(long, default_value_t = 30.0)]
     burst_seconds: f64,
-    /// Different concepts.
+    /// Number of different concepts.
     #[arg(long, default_value_t = 10_000)]
     concepts: usize,
-    /// Exponent of the Zipf law by which they are asked for; 0: all alike.
+    /// Exponent of the Zipf law of their popularity; 0: uniform.
     #[arg(long, default_value_t = 1.0)]
     zipf: f64,
-    /// Part of the images that use one.
+    /// Share of the images that use one.
     #[arg(long, default_value_t = 1.0)]
     concept_share: f64,
 }
@@ -57,32 +57,32 @@ impl LoadArgs {
     }
 }
 
-/// How requests are spread.
+/// The routing policy.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum PolicyChoice {
-    /// Any worker.
+    /// A random worker.
     Random,
     /// The one with the fewest images; beside a training they count for more.
     LeastLoaded,
-    /// As the server chooses: the one with the least to do, or one that has the concept on its device where that makes nobody wait.
+    /// The server's policy: the least pending work, or a worker with the concept resident if that adds no wait.
     Server,
 }
 
-/// How workers are reached, and how they die.
+/// The network, and failures of workers.
 #[derive(Debug, Args)]
 pub(super) struct FleetArgs {
     #[arg(long, value_enum, default_value = "server")]
     policy: PolicyChoice,
-    /// So many of the workers take trainings and no images, the others images and no trainings; 0: all take both.
+    /// Number of workers for trainings only, the others for images only; 0: all workers take both.
     #[arg(long, default_value_t = 0, value_name = "N")]
     training_workers: usize,
-    /// Milliseconds that the way from API to worker adds.
+    /// Network latency between API and worker in milliseconds.
     #[arg(long, default_value_t = 20.0)]
     hop_ms: f64,
-    /// Mean hours between two deaths of one worker; 0: none.
+    /// Mean hours between failures of one worker; 0: none.
     #[arg(long, default_value_t = 0.0)]
     mtbf_hours: f64,
-    /// Seconds until others take over what a dead worker had, from the one to the other.
+    /// Minimum and maximum seconds until a dead worker's work is taken over.
     #[arg(long, value_delimiter = ',', num_args = 1.., default_value = "10,45", value_name = "FROM,TO")]
     lease_seconds: Vec<f64>,
 }

@@ -19,48 +19,48 @@ pub(super) enum SimulateCommand {
     Plan(PlanArgs),
     Growth(growth::GrowthArgs),
     Times(FromBenchArgs),
-    /// Print an estimate of a 7B at 512 pixels on one H100, from its data sheet, as a file of times.
+    /// Print an estimate for a 7B at 512 pixels on one H100, from its data sheet, as a file of times.
     Estimate,
-    /// Draw what `run --json` or `plan --json` printed, as SVG.
+    /// Plot the output of `run --json` or `plan --json` as SVG.
     Chart {
         file: PathBuf,
-        /// Default: print it.
+        /// Output file. Default: stdout.
         #[arg(long, short, value_name = "FILE")]
         out: Option<PathBuf>,
     },
 }
 
-/// Let some workers serve some load, and print latencies, utilisation, rows of the batch and refusals. Several numbers of
-/// workers and several rates are tried each with each.
+/// Simulate workers under load, and print latencies, utilisation, rows of the batch and rejections. With several
+/// numbers of workers and several rates, all combinations are simulated.
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
     /// Workers, one device each.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     workers: Vec<usize>,
-    /// Images per second that are asked for, of all workers together.
+    /// Images per second, for all workers together.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     pictures_per_second: Vec<f64>,
-    /// The rates are those of each worker.
+    /// The rates are per worker.
     #[arg(long)]
     each: bool,
     /// Trainings per hour.
     #[arg(long, default_value_t = 0.0)]
     trainings_per_hour: f64,
-    /// This many images at the beginning and none after, in place of a rate.
+    /// This many images at the start and none after, instead of a rate.
     #[arg(long, value_name = "N")]
     at_once: Option<u64>,
-    /// A training that waits at the beginning, as many as there are.
+    /// Trainings that are queued at the start.
     #[arg(long, default_value_t = 0, value_name = "N")]
     trainings_at_start: u32,
-    /// Seconds in which images are asked for; the first fifth does not count.
+    /// Simulated seconds of arrivals; the first fifth is warm-up.
     #[arg(long, default_value_t = 3600.0)]
     seconds: f64,
     #[command(flatten)]
     shared: Shared,
 }
 
-/// Find the fewest workers for images per second and trainings per hour within a p95. Several of each are tried each with
-/// each.
+/// Find the minimum number of workers for images per second and trainings per hour within a p95. With several of
+/// each, all combinations are tried.
 #[derive(Debug, Args)]
 pub(super) struct PlanArgs {
     /// Images per second.
@@ -69,20 +69,20 @@ pub(super) struct PlanArgs {
     /// Trainings per hour.
     #[arg(long, value_delimiter = ',', default_value = "0")]
     trainings_per_hour: Vec<f64>,
-    /// Seconds from asking for an image to having it, the 95th percentile.
+    /// Maximum latency of an image in seconds, the 95th percentile.
     #[arg(long, value_delimiter = ',', default_value = "30")]
     p95: Vec<f64>,
-    /// The largest part of the images that may be refused.
+    /// Maximum share of rejected images.
     #[arg(long, default_value_t = 0.001)]
     refused: f64,
-    /// Seconds until a training is begun, the 95th percentile.
+    /// Maximum seconds until a training starts, the 95th percentile.
     #[arg(long, default_value_t = 600.0)]
     training_wait: f64,
     #[command(flatten)]
     shared: Shared,
 }
 
-/// What both take.
+/// Options of both commands.
 #[derive(Debug, Args)]
 struct Shared {
     #[command(flatten)]
@@ -99,13 +99,13 @@ struct Shared {
     json: bool,
 }
 
-/// Print a file of times with what `coar-lab bench ... --json` measured in place of another file's numbers.
+/// Print a file of times with the results of `coar-lab bench ... --json` replacing another file's numbers.
 #[derive(Debug, Args)]
 pub(super) struct FromBenchArgs {
-    /// What the reports do not say is taken from here.
+    /// Base for numbers that the reports do not contain.
     #[command(flatten)]
     base: TimesArgs,
-    /// What was measured, in words.
+    /// Description of the measurement.
     #[arg(long)]
     name: String,
     /// Report of `coar-lab bench decode --json`.

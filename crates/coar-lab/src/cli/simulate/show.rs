@@ -6,7 +6,7 @@ fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or(f64::NAN)
 }
 
-/// Prints what `run` or `plan` found.
+/// Prints the output of `run` or `plan`.
 pub(super) fn table(report: &Value) {
     let text = |key: &str| report[key].as_str().unwrap_or("?").to_owned();
     println!("{}: {}", text("times"), text("origin"));

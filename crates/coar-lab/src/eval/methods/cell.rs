@@ -38,6 +38,12 @@ pub struct Bench<'a> {
     pub(super) starts: RefCell<BTreeMap<String, FoundStart>>,
 }
 
+impl std::fmt::Debug for Bench<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bench").finish_non_exhaustive()
+    }
+}
+
 /// A cell as it is kept on disk: the row, and what it was made with.
 #[derive(Deserialize)]
 struct Kept<T> {

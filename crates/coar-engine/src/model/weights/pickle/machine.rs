@@ -1,20 +1,20 @@
-//! A pickle machine of data alone: it builds lists, dictionaries and descriptions of tensors. Everything else that a
-//! pickle wants to call becomes an opaque value that remembers its name.
+//! A pickle machine restricted to data: it builds lists, dictionaries and descriptions of tensors. All other calls
+//! in a pickle become opaque values that record the function's name.
 
 use std::io::{BufRead, Read};
 use std::rc::Rc;
 
 use safetensors::tensor::Dtype;
 
-/// The most operations, and so the most values, of one pickle; the real file's has 20 thousand.
+/// Maximum number of operations, and so of values, of one pickle; the real file has 20 thousand.
 const OPERATION_LIMIT: usize = 2_000_000;
-/// The most bytes that are copied from one value into another: a few operations can ask for the same long list or name
-/// again and again.
+/// Maximum number of bytes copied from one value into another: a few operations can request the same long list or
+/// name repeatedly.
 const COPY_LIMIT: usize = 32 << 20;
-/// The longest name of a function or class.
+/// Maximum length of the name of a function or class.
 const NAME_LIMIT: usize = 4096;
 
-/// A value: small, and copied freely; what has parts lies in the machine's objects, so that nothing recurses.
+/// A value: small, and copied freely; compound values are indices into the machine's objects, so nothing recurses.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Value {
     None,
@@ -36,8 +36,8 @@ enum Object {
     Global(Rc<str>),
     Storage(Rc<StorageRef>),
     Tensor(Rc<TensorRef>),
-    /// The result of calling something that is not understood. Names are shared: a small pickle can call one function
-    /// millions of times.
+    /// The result of calling an unknown function. Names are shared: a small pickle can call one function millions of
+    /// times.
     Opaque(Rc<str>),
 }
 
@@ -66,7 +66,7 @@ pub(super) struct Machine {
     stack: Vec<Value>,
     marks: Vec<usize>,
     memo: std::collections::HashMap<u64, Value>,
-    /// Bytes that were copied between values.
+    /// Bytes copied between values so far.
     copied: usize,
 }
 
@@ -125,7 +125,7 @@ fn line(input: &mut impl BufRead) -> Result<String, Fault> {
 }
 
 impl Machine {
-    /// Runs one pickle up to its STOP; leaves the input behind it.
+    /// Runs one pickle up to its STOP and advances the input past it.
     pub(super) fn run(input: &mut impl BufRead) -> Result<(Self, Value), Fault> {
         let mut machine = Self {
             objects: vec![],
@@ -188,7 +188,7 @@ impl Machine {
                 let length = u64::from_le_bytes(bytes(input)?);
                 self.text(run_of(input, length)?)?;
             }
-            // Texts of Python 2, which wrote the oldest checkpoints.
+            // Python 2 strings, as in the oldest checkpoints.
             b'U' => {
                 let [length] = bytes(input)?;
                 let text = run_of(input, length.into())?;
@@ -225,7 +225,7 @@ impl Machine {
                 self.push(Object::Tuple(items));
             }
             b']' | 0x8f => self.push(Object::List(vec![])),
-            // A frozen set, like a set, is only ever passed by.
+            // A frozen set, like a set, is never needed.
             b'l' | 0x91 => {
                 let items = self.take_to_mark()?;
                 self.push(Object::List(items));
@@ -316,7 +316,7 @@ impl Machine {
                 let result = self.call(parts[0], parts[1])?;
                 self.stack.push(result);
             }
-            // A state for the object below: nothing that is understood here has one.
+            // State for the object below: no known object has one.
             b'b' => drop(self.pop()?),
             other => {
                 return Err(format!(
@@ -458,8 +458,8 @@ impl Machine {
             .collect()
     }
 
-    /// `("storage", class, key, location, numel[, view])`. Storages of classes that are not understood become opaque:
-    /// they matter only where a wanted tensor lies in one.
+    /// `("storage", class, key, location, numel[, view])`. Storages of unknown classes become opaque: they matter
+    /// only if a requested tensor is in one.
     fn persistent(&self, id: Value) -> Result<Object, Fault> {
         let Some(Object::Tuple(parts)) = self.object(id) else {
             return Err("a storage is not described by a tuple".to_owned());
@@ -544,7 +544,7 @@ impl Machine {
             .collect()
     }
 
-    /// What the dictionary has under a text key.
+    /// The dictionary's value for a string key.
     pub(super) fn entry(&self, dict: Value, key: &str) -> Option<Value> {
         match self.object(dict) {
             Some(Object::Dict(items)) => items
@@ -572,7 +572,7 @@ impl Machine {
         }
     }
 
-    /// Every storage that was mentioned.
+    /// Every storage that was referenced.
     pub(super) fn storages(&self) -> impl Iterator<Item = &StorageRef> {
         self.objects.iter().filter_map(|object| match object {
             Object::Storage(storage) => Some(&**storage),
@@ -580,7 +580,7 @@ impl Machine {
         })
     }
 
-    /// Tensors of the dictionary under `key`, or of the root where there is no such key.
+    /// Tensors of the dictionary under `key`, or of the root if there is no such key.
     pub(super) fn tensors(&self, root: Value, key: &str) -> Result<Vec<NamedTensor>, Fault> {
         let dict = |value| match self.object(value) {
             Some(Object::Dict(items)) => Ok(items),

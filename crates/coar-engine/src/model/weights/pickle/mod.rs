@@ -1,7 +1,7 @@
-//! PyTorch checkpoints (`torch.save`) read without executing anything that the pickle asks for.
+//! PyTorch checkpoints (`torch.save`) read without executing any code of the pickle.
 //!
 //! Two containers: a zip file with one entry per storage, and the one from before PyTorch 1.6, where storages follow
-//! five pickles. Only tensors of the wanted dictionary are materialised.
+//! five pickles. Only tensors of the requested dictionary are materialised.
 
 mod machine;
 
@@ -27,21 +27,21 @@ pub struct HostTensor {
     pub bytes: Vec<u8>,
 }
 
-/// The largest pickle that is read; the real file's is 40 KB.
+/// Maximum pickle size; the real file's is 40 KB.
 const PICKLE_LIMIT: u64 = 64 << 20;
-/// First number of the old container.
+/// Magic number of the old container.
 const LEGACY_MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
 
 fn size_of(dtype: Dtype) -> usize {
     dtype.bitsize() / 8
 }
 
-/// Tensors of the dictionary `key` (such as `state_dict`) in a checkpoint; where there is no such key, of the
-/// checkpoint itself. Entries that are not tensors are left out.
+/// Tensors of the dictionary `key` (such as `state_dict`) in a checkpoint; if there is no such key, of the
+/// checkpoint itself. Entries that are not tensors are skipped.
 ///
 /// # Errors
-/// When the file is not a checkpoint, is truncated, holds a view outside its storage, or asks for a global that would
-/// have to be executed to build one of the wanted entries; the error names it.
+/// When the file is not a checkpoint, is truncated, contains a view outside its storage, or needs a global to be
+/// executed to build one of the requested entries; the error names it.
 pub fn read(file: &Path, key: &str) -> Result<BTreeMap<String, HostTensor>, ModelError> {
     let fault = |problem: String| ModelError::file(file, problem);
     let mut handle = File::open(file).map_err(|error| fault(error.to_string()))?;
@@ -161,11 +161,11 @@ fn read_legacy(file: File, key: &str) -> Result<BTreeMap<String, HostTensor>, St
     })
 }
 
-/// All tensors may together take this many times the file: views that share a storage are copied out one by one, and
-/// entries may be deflated, but a small file must not become a memory full of numbers.
+/// All tensors together may take at most this many times the file size: views that share a storage are copied out
+/// one by one, and entries may be deflated, but a small file must not exhaust memory.
 const MOST_EXPANSION: u64 = 64;
 
-/// What is done with a storage's bytes while they are at hand.
+/// Called with a storage's bytes while they are in memory.
 type Gather<'a> = dyn FnMut(&[u8]) -> Result<(), String> + 'a;
 
 /// Copies every tensor out of its storage; each storage is read once and dropped before the next.
@@ -266,7 +266,7 @@ fn gather(tensor: &TensorRef, storage: &[u8]) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
-/// Whether a view that lies inside its storage is one run of numbers.
+/// Whether a view inside its storage is contiguous.
 fn is_contiguous(tensor: &TensorRef) -> bool {
     let mut expected = 1;
     tensor.shape.iter().zip(&tensor.strides).rev().all(|(&n, &stride)| {
@@ -285,7 +285,7 @@ pub struct PickleSource {
 }
 
 impl PickleSource {
-    /// Reads all tensors of the file's `state_dict`; keys that nobody asks for (`loss.*`) do no harm.
+    /// Reads all tensors of the file's `state_dict`; unused keys (`loss.*`) are harmless.
     ///
     /// # Errors
     /// As [`read`].

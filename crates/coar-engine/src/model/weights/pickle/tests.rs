@@ -169,7 +169,7 @@ fn a_pickle_that_calls_a_function_executes_nothing_and_names_it() {
         assert!(problem(&reached).contains("posix.system"), "{}", problem(&reached));
         let root = [&b"\x80\x02}"[..], &text("state_dict"), &call(end), b"s."].concat();
         assert!(problem(&container(dir.path(), &root, &[], false)).contains("posix.system"));
-        // Beside the wanted dictionary it does no harm, and is not executed either.
+        // Outside the requested dictionary it is harmless, and not executed either.
         let mut beside = [&b"\x80\x02}"[..], &text("callbacks"), &call(end), b"s"].concat();
         beside.extend(text("state_dict"));
         beside.extend(b"}");
@@ -185,7 +185,7 @@ fn a_pickle_that_calls_a_function_executes_nothing_and_names_it() {
 }
 
 #[test]
-fn a_storage_of_an_unknown_class_matters_only_where_it_is_wanted() {
+fn unknown_storage_class_matters_only_if_requested() {
     let dir = tempfile::tempdir().unwrap();
     let wanted = state_dict(&[("w", tensor("QUInt8Storage", "0", 1))]);
     assert!(problem(&container(dir.path(), &wanted, &[("0", &[5])], false)).contains("QUInt8Storage"));
@@ -196,7 +196,7 @@ fn a_storage_of_an_unknown_class_matters_only_where_it_is_wanted() {
 }
 
 #[test]
-fn sizes_that_lie_are_errors_before_memory_is_taken() {
+fn false_sizes_are_errors_before_allocation() {
     let dir = tempfile::tempdir().unwrap();
     let of = |class, numel, bytes: &[u8]| {
         let pickle = state_dict(&[("w", tensor(class, "0", numel))]);
@@ -236,7 +236,7 @@ fn a_pickle_that_repeats_itself_takes_no_memory_for_each_time() {
         let file = container(dir.path(), &[&b"\x80\x02"[..], &pickle, b"."].concat(), &[], false);
         assert!(problem(&file).contains("repeats"), "{}", problem(&file));
     }
-    // Texts are shared: keys of storages and names of tensors cost nothing, however long they are.
+    // Strings are shared: keys of storages and names of tensors cost nothing, however long they are.
     let described = [
         b"(".to_vec(),
         text("storage"),
@@ -274,7 +274,7 @@ fn cut_and_scrambled_checkpoints_are_errors_and_never_panics() {
 }
 
 #[test]
-fn pickles_that_make_no_sense_are_errors() {
+fn malformed_pickles_are_errors() {
     let dir = tempfile::tempdir().unwrap();
     for pickle in [
         &b""[..],
@@ -301,7 +301,7 @@ fn pickles_that_make_no_sense_are_errors() {
 }
 
 #[test]
-fn the_old_container_is_read_and_every_lie_in_it_is_named() {
+fn legacy_container_is_read_and_inconsistencies_are_named() {
     let dir = tempfile::tempdir().unwrap();
     // The dictionary itself, without a key around it, as published weights have it.
     let pickle = [
@@ -360,7 +360,7 @@ fn the_old_container_is_read_and_every_lie_in_it_is_named() {
     let huge = state_dict(&[("a", tensor("DoubleStorage", "4", i64::MAX))]);
     let file = legacy(dir.path(), true, &huge, &[("4", i64::MAX, &[0; 8])]);
     assert!(problem(&file).contains("storage `4`"), "{}", problem(&file));
-    // What would have to be executed is named.
+    // A global that would have to be executed is named.
     let call = state_dict(&[("a", b"cposix\nsystem\n)R".to_vec())]);
     assert!(problem(&legacy(dir.path(), true, &call, &[])).contains("posix.system"));
 }

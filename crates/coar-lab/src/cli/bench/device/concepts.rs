@@ -1,4 +1,5 @@
-//! What concepts cost a step: a batch in which every image has one of its own, and one without, step by step in turn.
+//! The cost of concepts in a decode step: a batch in which every image has its own concept, alternating step by step
+//! with a batch without concepts.
 
 use super::report::Findings;
 use super::setup::Bench;
@@ -7,9 +8,9 @@ use crate::cli::bench::decode::ratio;
 use crate::cli::bench::mean;
 use coar_engine::model::decoding::DecodingRequest;
 
-/// A step with concepts may take that much longer than one without.
+/// Maximum relative slowdown of a step with concepts.
 const COST: f64 = 0.01;
-/// Steps of each batch before the clock starts.
+/// Warm-up steps of each batch.
 const WARM_UP: usize = 4;
 
 pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
@@ -19,7 +20,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let concepts = (0..images)
         .map(|index| concept(&model, index))
         .collect::<Result<Vec<_>, _>>()?;
-    // Two caches of whole images would not fit: the images are as high as the steps go.
+    // Two caches of whole images would not fit: the images are only as high as the number of steps requires.
     let requests = |with: bool| -> anyhow::Result<Vec<DecodingRequest>> {
         let one = |index: usize| {
             let concept = concepts.get(index).filter(|_| with);
@@ -37,7 +38,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
         if findings.left().is_zero() {
             break;
         }
-        // The one that goes first changes, so that neither always follows the other.
+        // The order alternates, so neither batch always follows the other.
         for which in [turn % 2, 1 - turn % 2] {
             let spent = timed(device, || {
                 both[which].step(&model.transformer)?;
@@ -63,7 +64,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     if bench.on_cuda() {
         findings.check("cost of concepts, share of a step", ratio - 1.0, COST);
     }
-    // Every concept has drawn something else than the prompt alone, and than its neighbours.
+    // Every concept has changed its image relative to the plain prompt and to its neighbours.
     let codes = |which: usize, ids: &[_]| -> anyhow::Result<Vec<Vec<i64>>> {
         let of = |&id| both[which].codes_so_far(id);
         Ok(ids.iter().map(of).collect::<Result<_, _>>()?)

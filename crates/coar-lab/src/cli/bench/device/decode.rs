@@ -1,4 +1,4 @@
-//! Decode steps: what a step takes by images in the batch and by position, by its parts, and against reading the weights and the
+//! Decode steps: time by batch size and position, by part of the step, and compared with reading the weights and the
 //! cache once.
 
 use serde_json::json;
@@ -13,17 +13,17 @@ use coar_engine::model::accelerator::{self, Event};
 use coar_engine::model::decoding::{DecodeBatch, StepPart};
 use coar_engine::model::kv_cache::KvCache;
 
-/// Steps before the clock starts.
+/// Warm-up steps.
 const WARM_UP: i64 = 3;
-/// Steps whose parts are timed one by one.
+/// Steps whose parts are timed individually.
 const OBSERVED: i64 = 6;
-/// Bytes by which the allocator's blocks may grow over a batch's steps.
+/// Maximum growth in bytes of the allocator over a batch's steps.
 const GROWTH: f64 = 1e6;
 
 /// A step without a graph.
 const CALL_BY_CALL: &str = "call by call";
 
-/// Seconds of the parts of a step, taken call by call.
+/// Seconds of the parts of an eager step.
 #[derive(Debug, Default)]
 struct Parts {
     upload: f64,
@@ -58,7 +58,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     for &images in counts {
         plan.cells(findings, (&model, &info), (images, "as chosen"), positions)?;
     }
-    // What the other ways cost, where the cache is long.
+    // The cost of the alternative modes with a long cache.
     let last = &positions[positions.len() - 1..];
     for images in [1, most] {
         plan.cells(findings, (&model, &info), (images, CALL_BY_CALL), last)?;
@@ -71,13 +71,13 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a cell of the table is measured with.
+/// Inputs of one cell of the table.
 struct Plan {
     prompt: i64,
     columns: i64,
     total: i64,
     rows_per_image: u64,
-    /// Bytes that the device reads in a second, and bytes of weights that a step reads.
+    /// Read bandwidth of the device in bytes per second, and bytes of weights that a step reads.
     read: f64,
     weights: f64,
 }
@@ -100,7 +100,7 @@ impl Plan {
         })
     }
 
-    /// Measures one batch at some positions, one after the other.
+    /// Measures one batch at several positions, one after the other.
     fn cells(
         &self,
         findings: &Findings,
@@ -117,7 +117,7 @@ impl Plan {
         let mut stands = 0;
         for &position in positions {
             findings.in_time()?;
-            // Positions that lie close together in a short image follow each other.
+            // Positions close together in a short image follow each other.
             let codes = self.codes_at(position).max(stands);
             drawn.skip_to(codes)?;
             let cell = self.measure(&mut drawn, model, codes)?;
@@ -159,12 +159,12 @@ impl Plan {
         Ok(())
     }
 
-    /// Steps of one cell: one row of the image is timed, so that one row end is among them.
+    /// Steps of one cell: one row of the image, so that one row end is included.
     fn steps(&self) -> i64 {
         WARM_UP + self.columns + OBSERVED
     }
 
-    /// Codes that are done at a position, such that all steps of a cell fit before the image's end.
+    /// The number of codes at a position, limited so that all steps of a cell fit before the image's end.
     fn codes_at(&self, position: i64) -> i64 {
         let codes = (position - self.prompt) * self.columns / (self.columns + 1);
         codes.clamp(0, (self.total - self.steps() - 1).max(0))

@@ -1,4 +1,4 @@
-//! What there is: driver, libraries, memory, processor; and whether the device answers.
+//! The environment: driver, libraries, memory, processor; and whether the device works.
 
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
@@ -10,10 +10,10 @@ use coar_engine::device::{free_bytes, used_bytes};
 use coar_engine::model::accelerator;
 use coar_engine::model::cpu::multiplies_bf16;
 
-/// The release of libtorch that this program is linked against; its build refuses any other.
+/// The libtorch release that this program is linked against; its build rejects any other.
 pub(super) const LIBTORCH: &str = "2.11.0";
 
-/// Variables that decide which device there is and how libraries compute.
+/// Environment variables that select the device or affect how libraries compute.
 const VARIABLES: [&str; 8] = [
     "CUDA_VISIBLE_DEVICES",
     "CUDA_LAUNCH_BLOCKING",
@@ -24,7 +24,7 @@ const VARIABLES: [&str; 8] = [
     "GOMP_SPINCOUNT",
     "OMP_NUM_THREADS",
 ];
-/// Libraries whose file names, and so whose versions, are worth knowing.
+/// Libraries whose versions (in the file names) are reported.
 const LIBRARIES: [&str; 8] = [
     "libtorch_cpu",
     "libtorch_cuda",
@@ -69,13 +69,13 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
         findings.figure("device_memory_used_mb", megabytes(used_bytes(device)));
     }
     accelerator::probe(device)?;
-    // The sum of 0 to 4095, made on the device.
+    // The sum of 0 to 4095, computed on the device.
     let sum = Tensor::f_arange(4096, (Kind::Float, device))?
         .f_sum(Kind::Double)?
         .f_double_value(&[])?;
     findings.check("a sum on the device, difference", (sum - 8_386_560.0).abs(), 0.0);
     if bench.on_cuda() {
-        // After the context is there: what it takes.
+        // Measured after the context is created.
         findings.figure("device_memory_used_with_context_mb", megabytes(used_bytes(device)));
     }
     findings.headline(match bench.on_cuda() {
@@ -92,7 +92,7 @@ fn variables() -> Value {
     Value::Object(set.collect::<Map<_, _>>())
 }
 
-/// File names of the libraries that the process has mapped.
+/// File names of the libraries mapped into the process.
 fn loaded_libraries() -> Value {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let mut files: Vec<&str> = maps
@@ -105,7 +105,7 @@ fn loaded_libraries() -> Value {
     json!(files)
 }
 
-/// The processor's name as the system tells it.
+/// The processor's name as reported by the system.
 pub(super) fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = text.lines().find_map(|line| line.strip_prefix("model name"));

@@ -1,4 +1,4 @@
-//! Too little memory, and a context that is lost: what fails, fails with words, and everything else goes on.
+//! Out of memory, and a lost context: failures are reported with a reason, and everything else continues.
 
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
@@ -16,7 +16,7 @@ use coar_core::training::TrainingSpec;
 use coar_engine::device::{DEVICE_LOST, EngineOptions, KvMemory};
 use coar_engine::model::accelerator;
 
-/// Time for the process whose context is poisoned: most of it loads libraries.
+/// Timeout of the process whose context is poisoned: most of it is loading libraries.
 const CHILD: Duration = Duration::from_secs(40);
 /// Bytes of a cache that no device holds.
 const ABSURD: u64 = 1 << 55;
@@ -25,7 +25,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     findings.attempt("a cache larger than the device", || cache(bench, findings))?;
     if bench.on_cuda() {
         findings.attempt("a training that runs out of memory", || training(bench, findings))?;
-        // What the allocator holds back is nothing to the process below.
+        // Releases cached memory for the process below.
         accelerator::empty_cache(bench.device());
         findings.attempt("a lost context", || lost_context(bench, findings))?;
     } else {
@@ -53,7 +53,7 @@ fn draw(engine: &EngineHandle) -> anyhow::Result<Vec<u8>> {
     anyhow::bail!("the engine stopped")
 }
 
-/// An engine whose cache cannot be: its start is an error, and the next engine is none the worse.
+/// An engine whose cache does not fit: starting it is an error, and the next engine is not affected.
 fn cache(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let options = |kv_bytes, rows| EngineOptions {
         kv_bytes: KvMemory::Bytes(kv_bytes),
@@ -84,13 +84,13 @@ fn cache(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A training whose step fits no card fails, and the next image is the one that was drawn before.
+/// A training whose step fits no card fails, and the next image is the same as before.
 fn training(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let side = bench.target_size().min(512);
     let options = EngineOptions {
         kv_bytes: KvMemory::Bytes(super::train::bytes_for(bench, side, 1)?),
         rows: 2,
-        // Every layer's graph is kept, whatever it takes.
+        // Every layer's graph is kept, regardless of memory.
         training_bytes: Some(u64::MAX),
         ..EngineOptions::default()
     };
@@ -100,7 +100,7 @@ fn training(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let spec = TrainingSpec {
         steps: 2,
         batch_size: 64,
-        // Without it a batch has no more rows than there are images.
+        // Otherwise a batch has no more rows than there are images.
         augment: true,
         prior_weight: 0.0,
         ..spec(engine.info())
@@ -145,7 +145,7 @@ fn training(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A process whose context is poisoned by another thread ends with [`DEVICE_LOST`] at the next request.
+/// A process whose context is poisoned by another thread exits with [`DEVICE_LOST`] at the next request.
 fn lost_context(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let mut child = Command::new(std::env::current_exe()?)
         .args(["bench", "device", "--poison", "--device", &bench.device_name()])
@@ -155,11 +155,11 @@ fn lost_context(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
         .spawn()?;
     let begun = Instant::now();
     let stderr = child.stderr.take();
-    // Read beside the wait, so that the process never waits for its reader.
+    // Read concurrently, so the process never blocks on its output.
     let reader = std::thread::spawn(move || {
         let mut text = String::new();
         if let Some(mut stderr) = stderr {
-            // What cannot be read is not shown.
+            // Unreadable output is omitted.
             let _ = stderr.read_to_string(&mut text);
         }
         text
@@ -167,7 +167,7 @@ fn lost_context(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let status = wait(&mut child, CHILD.min(findings.left()))?;
     let seconds = begun.elapsed().as_secs_f64();
     let text = reader.join().unwrap_or_default();
-    // libtorch's error ends with a stack of addresses, which say nothing.
+    // libtorch's error ends with a stack trace of addresses, which is not useful here.
     let said = text
         .lines()
         .filter(|line| !line.is_empty() && !line.starts_with("frame #"));
@@ -184,7 +184,7 @@ fn lost_context(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The status of a process that ends within `time`; it is ended where it does not.
+/// The status of a process that ends within `time`; otherwise it is killed.
 fn wait(child: &mut Child, time: Duration) -> anyhow::Result<Option<std::process::ExitStatus>> {
     let deadline = Instant::now() + time;
     loop {
@@ -200,7 +200,8 @@ fn wait(child: &mut Child, time: Duration) -> anyhow::Result<Option<std::process
     }
 }
 
-/// The process of [`lost_context`]: draws an image, loses the context, and asks for another. The engine should end it.
+/// The process of [`lost_context`]: generates an image, loses the context, and requests another image. The engine
+/// should exit.
 pub(super) fn poisoned(args: &ModelArgs) -> anyhow::Result<()> {
     let (args, device) = (args.clone(), args.source().device()?);
     let engine = args.source().start_engine(EngineOptions::default())?;
@@ -218,8 +219,8 @@ pub(super) fn poisoned(args: &ModelArgs) -> anyhow::Result<()> {
         Err(_) => eprintln!("poisoned: the thread panicked"),
     }
     let answer = draw(&engine);
-    // The engine has answered instead of ending the process: whatever the status, it is not the one that is waited for.
+    // The engine has answered instead of exiting: whatever the status, it is not the expected one.
     eprintln!("the request after that: {:?}", answer.map(|image| image.len()));
-    // SAFETY: takes a number and does not return; destructors would wait for a context that is lost.
+    // SAFETY: takes a number and does not return; destructors would wait for a lost context.
     unsafe { libc::_exit(3) }
 }

@@ -1,4 +1,4 @@
-//! One whole image, twice with one seed; what prefill takes by prompt length; the image tokenizer by size.
+//! One whole image, twice with the same seed; prefill by prompt length; the image tokenizer by size.
 
 use std::time::Instant;
 
@@ -13,7 +13,7 @@ use coar_core::image::{OutputFormat, RgbImage, encode};
 use coar_engine::model::decoding::{BatchOptions, DecodeBatch};
 use coar_engine::model::{LuminaMgpt, accelerator};
 
-/// Seconds of a whole image of the 7B at 768 pixels.
+/// Maximum seconds of a whole image of the 7B at 768 pixels.
 const WHOLE_7B_768: f64 = 20.0;
 
 pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
@@ -21,7 +21,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let model = bench.model(target)?;
     let info = bench.info(&model);
     let (width, height) = info.sizes[0];
-    // A first image's first steps load kernels; a server has that behind it.
+    // Warm-up: a first image's first steps load kernels.
     let (mut warm, _) = batch(&model, &info, 1, false)?;
     for _ in 0..4 {
         warm.step(&model.transformer)?;
@@ -64,7 +64,7 @@ fn write(bench: &Bench, name: &str, image: &RgbImage) -> anyhow::Result<()> {
     )?)
 }
 
-/// Codes of image 0 of seed 1, and the seconds of prefill and all steps.
+/// Codes of image 0 of seed 1, and the seconds of prefill and of all steps.
 fn draw(model: &LuminaMgpt, info: &ModelInfo, findings: &Findings) -> anyhow::Result<(Vec<i64>, f64)> {
     let device = model.transformer.device();
     let request = request(model, info, None, (1, 0))?;
@@ -85,13 +85,13 @@ fn draw(model: &LuminaMgpt, info: &ModelInfo, findings: &Findings) -> anyhow::Re
     }
 }
 
-/// Milliseconds until a prompt of so many tokens is in the cache, with its unconditional branch.
+/// Milliseconds of prefill for a prompt of this length, with its unconditional branch.
 fn prefill(model: &LuminaMgpt, info: &ModelInfo, findings: &Findings, small: bool) -> anyhow::Result<()> {
     let device = model.transformer.device();
     for tokens in [64, 256] {
         findings.in_time()?;
         let mut request = request(model, info, None, (0, 0))?;
-        // Words before the image's start, until the prompt is as long as wanted.
+        // Words are added before the image's start until the prompt has the requested length.
         let start = request.prompt.len() - 3;
         let word = model.first_token_of("cat")?;
         let missing = tokens as usize - request.prompt.len().min(tokens as usize);
@@ -113,7 +113,7 @@ fn prefill(model: &LuminaMgpt, info: &ModelInfo, findings: &Findings, small: boo
     Ok(())
 }
 
-/// Milliseconds and peak memory of an image's pixels from codes, and of codes from pixels.
+/// Milliseconds and peak memory of decoding codes to pixels, and of encoding pixels to codes.
 fn tokenizer(model: &LuminaMgpt, findings: &Findings, small: bool) -> anyhow::Result<()> {
     let device = model.transformer.device();
     let (sizes, runs) = match small {

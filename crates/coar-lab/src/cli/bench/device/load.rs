@@ -16,13 +16,13 @@ use coar_engine::model::kv_cache::KvCache;
 use coar_engine::model::weights::{Checkpoint, RandomWeights, Target, TensorSource};
 use coar_engine::model::{ModelConfig, Transformer, accelerator};
 
-/// Where files are memory.
+/// A file system in memory.
 const MEMORY: &str = "/dev/shm";
-/// Bytes that stay free there.
+/// Bytes to keep free there.
 const MARGIN: u64 = 1 << 30;
 const SEED: u64 = 23;
 
-/// A folder that is gone with it.
+/// A folder that is removed on drop.
 struct Folder(PathBuf);
 
 impl Drop for Folder {
@@ -57,7 +57,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     load(bench, findings, &config, (&folder.0, device, kind))
 }
 
-/// Writes the shards, each by a thread of its own, from numbers that are made on the device; bytes in all.
+/// Writes the shards, each on a thread of its own, from numbers generated on the device; returns the total size.
 fn write(dir: &Path, all: &[Named], device: Device, findings: &Findings) -> anyhow::Result<u64> {
     let weights = RandomWeights {
         seed: SEED,
@@ -123,7 +123,7 @@ fn load(
         read / 1e6,
         read / 1e9 / seconds
     ));
-    // The last row: an offset that is off by anything shows there.
+    // The last row: any wrong offset is visible there.
     let id = config.vocab_size - 1;
     let row = model.embedding_of(id)?;
     let written = checkpoint.raw("model.embed_tokens.weight")?.f_get(id)?;
@@ -151,18 +151,18 @@ fn load(
     let weights = checkpoint.parameters() as f64 * kind.elt_size_in_bytes() as f64;
     findings.figure("weights_mb", weights / 1e6);
     if let Some(host) = host.filter(|_| bench.on_cuda()) {
-        // Every tensor goes from the files to the device on its own: the host never holds the weights.
+        // Each tensor goes from file to device individually: the host never holds all weights.
         findings.check("host's peak while loading, share of the weights", host / weights, 0.25);
     }
     findings.row("memory", json!({"weights_mb": weights / 1e6, "cache_tokens": tokens}));
     Ok(())
 }
 
-/// Bytes that are free on a file system.
+/// Free bytes on a file system.
 fn free_space(dir: &Path) -> Option<u64> {
     let path = std::ffi::CString::new(dir.as_os_str().as_encoded_bytes()).ok()?;
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::zeroed();
-    // SAFETY: a path that ends with a zero byte and a block of the struct's size, which the call fills.
+    // SAFETY: a zero-terminated path and a block of the struct's size, which the call fills.
     let stat = unsafe {
         if libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) != 0 {
             return None;

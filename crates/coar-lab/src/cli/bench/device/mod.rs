@@ -1,5 +1,5 @@
-//! `coar-lab bench device`: everything that there is to know about a device, in one run of a few minutes. Every part has a
-//! deadline and a thread of its own; one that fails or hangs does not stop the next.
+//! `coar-lab bench device`: checks and measures a device in one run of a few minutes. Every part has a deadline and
+//! a thread of its own; one that fails or hangs does not stop the next.
 
 mod concepts;
 mod decode;
@@ -26,31 +26,32 @@ use super::checkpoint::Shape;
 use coar::config::ModelArgs;
 use setup::Bench;
 
-/// Check and measure a device: computation against the CPU, decode steps, whole images, training, concepts, a mixed load,
-/// faults, serving, loading, single kernels. Writes report.jsonl and images to a folder and prints a table. The status is not 0
-/// where a check failed.
+/// Check and measure a device: computation against the CPU, decode steps, whole images, training, concepts, a mixed
+/// load, faults, serving, loading, single kernels. Writes report.jsonl and images to a folder and prints a table.
+/// The exit status is not 0 if a check failed.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct DeviceArgs {
     /// Parts to run, in this order. Default: all, the most important first.
     #[arg(long, value_enum, value_delimiter = ',')]
     parts: Vec<Part>,
-    /// Time for all parts together; those that find none left are skipped.
+    /// Time for all parts together; parts that find none left are skipped.
     #[arg(long, default_value_t = 500)]
     seconds: u64,
-    /// Folder of report.jsonl and of the images that are drawn.
+    /// Folder of report.jsonl and of the generated images.
     #[arg(long, value_name = "DIR", default_value = "device-report")]
     out: PathBuf,
-    /// Instead of a checkpoint: random weights of this shape, made on the device. Default on an accelerator: `7b`.
+    /// Instead of a checkpoint: random weights of this shape, generated on the device. Default on an accelerator:
+    /// `7b`.
     #[arg(long, value_enum, conflicts_with = "model")]
     shape: Option<Shape>,
-    /// The pocket model, few repetitions: every part in a minute and a half on two cores. On the CPU the model then computes
-    /// by the accelerator's code path.
+    /// Use the pocket model and few repetitions: every part in a minute and a half on two cores. On the CPU the
+    /// model then computes by the accelerator's code path.
     #[arg(long)]
     small: bool,
     /// Folder of the golden checkpoints that `parity` compares besides the pocket model.
     #[arg(long, value_name = "DIR", default_value = "tests/golden")]
     golden: PathBuf,
-    /// Poison the device's context, then ask an engine for an image: `faults` runs this in a process of its own.
+    /// Poison the device's context, then request an image from an engine: `faults` runs this in a separate process.
     #[arg(long, hide = true)]
     poison: bool,
     #[command(flatten)]
@@ -60,23 +61,23 @@ pub(in crate::cli) struct DeviceArgs {
 /// The parts of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// Driver, libraries, memory: whether the device answers.
+    /// Driver, libraries, memory: whether the device works.
     Env,
     /// Computation against the CPU's in f32.
     Parity,
-    /// Decode steps by images and position, by part of the step, against the memory's bandwidth.
+    /// Decode steps by batch size and position, by part of the step, compared with the memory bandwidth.
     Decode,
-    /// A whole image, twice with one seed; prefill; the image tokenizer.
+    /// A whole image, twice with the same seed; prefill; the image tokenizer.
     Image,
     /// Training steps with layers kept and recomputed, their memory, and the shares beside serving.
     Train,
-    /// What concepts cost a step.
+    /// The cost of concepts in a step.
     Concepts,
-    /// A mixed load through the engine, against the same requests alone.
+    /// A mixed load through the engine, compared with the same requests alone.
     Soak,
-    /// Too little memory, and a context that is lost.
+    /// Out of memory, and a lost context.
     Faults,
-    /// Sixteen requests at once through the engine, also beside a training.
+    /// Sixteen concurrent requests through the engine, also beside a training.
     Serve,
     /// Loading a checkpoint from files in memory.
     Load,
@@ -116,7 +117,7 @@ impl Part {
         }
     }
 
-    /// Seconds that it may take in a run of 500 seconds, the default.
+    /// Seconds of the part in a run of 500 seconds, the default.
     fn seconds(self) -> u64 {
         match self {
             Self::Env => 15,

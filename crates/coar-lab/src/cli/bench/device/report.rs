@@ -1,5 +1,4 @@
-//! What a run finds, written as it is found: one JSON line for every event, flushed at once, so that a run that is killed
-//! keeps what it had.
+//! The report of a run: one JSON line per event, flushed at once, so a killed run keeps what it has.
 
 use std::fs::File;
 use std::io::Write;
@@ -18,7 +17,7 @@ pub(super) struct Report {
 }
 
 impl Report {
-    /// Begins `report.jsonl` in `dir`, which is made where it is missing; an earlier report is replaced.
+    /// Creates `report.jsonl` in `dir`, which is created if missing; an earlier report is replaced.
     pub fn create(dir: &Path) -> anyhow::Result<Self> {
         std::fs::create_dir_all(dir)?;
         Ok(Self {
@@ -32,7 +31,7 @@ impl Report {
         self.begun.elapsed().as_secs_f64()
     }
 
-    /// One line, with file names in the place of paths. A disk that is full costs the line, not the run.
+    /// Writes one line, with paths reduced to file names. If the disk is full the line is lost, not the run.
     pub fn line(&self, event: &Value) {
         let event = named(event);
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
@@ -42,8 +41,8 @@ impl Report {
     }
 }
 
-/// The same with every path in its texts reduced to the file's name: a report is published, and where a machine keeps its
-/// files says nothing of the device.
+/// The same with every path in its texts reduced to the file's name: reports are published, and the location of
+/// files is private and irrelevant.
 fn named(value: &Value) -> Value {
     match value {
         Value::String(text) => without_paths(text).into(),
@@ -53,7 +52,7 @@ fn named(value: &Value) -> Value {
     }
 }
 
-/// A text whose absolute paths are file names.
+/// Replaces absolute paths in a text by file names.
 fn without_paths(text: &str) -> String {
     let ends = |c: char| c.is_whitespace() || "\"'`()[]{}<>=:,;|".contains(c);
     text.split_inclusive(ends)
@@ -69,23 +68,23 @@ fn without_paths(text: &str) -> String {
         .collect()
 }
 
-/// A measured number against its upper limit.
+/// A measured number and its upper limit.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(super) struct Check {
     pub name: String,
-    /// Not a number where there was nothing to measure: such a check has failed.
+    /// NaN if there was nothing to measure: such a check fails.
     pub measured: f64,
     pub limit: f64,
     pub ok: bool,
 }
 
-/// How a part ended.
+/// The outcome of a part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Outcome {
     Ok,
     Failed,
-    /// The deadline came first; what was found until then is kept.
+    /// The deadline expired; results up to then are kept.
     Late,
     Skipped,
 }
@@ -116,9 +115,9 @@ pub(super) struct Ended {
 pub(super) struct Found {
     pub checks: Vec<Check>,
     pub figures: Map<String, Value>,
-    /// What this device cannot show, with the reason.
+    /// What could not be measured on this device, with the reason.
     pub skipped: Vec<String>,
-    /// The part has been reported; what comes later is dropped.
+    /// The part has been reported; later results are dropped.
     pub closed: bool,
 }
 
@@ -128,7 +127,7 @@ impl Found {
     }
 }
 
-/// A part stopped because its time was over.
+/// The deadline of a part has expired.
 #[derive(Debug, thiserror::Error)]
 #[error("the deadline came before the end")]
 pub(super) struct Late;
@@ -138,7 +137,7 @@ pub(super) struct Late;
 #[error("{0}")]
 pub(super) struct Skip(pub String);
 
-/// Where one part puts what it finds; clones share it.
+/// Collects the results of one part; clones share it.
 #[derive(Debug, Clone)]
 pub(super) struct Findings {
     part: &'static str,
@@ -173,10 +172,10 @@ impl Findings {
         self.with(|found| found.checks.push(check));
     }
 
-    /// Runs one comparison: an error or its absence is a check of its own, so that the comparisons after it still run.
+    /// Runs one comparison. An error becomes a failed check, so later comparisons still run.
     ///
     /// # Errors
-    /// [`Late`] alone.
+    /// Only [`Late`].
     pub fn attempt(&self, name: &str, compare: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
         self.in_time()?;
         match compare() {
@@ -210,17 +209,17 @@ impl Findings {
         });
     }
 
-    /// The part's most important figure, in words.
+    /// Sets the part's most important figure, as text.
     pub fn headline(&self, text: String) {
         self.with(|found| found.figures.insert("headline".to_owned(), text.into()));
     }
 
-    /// Records something that this device cannot show.
+    /// Records what cannot be measured on this device.
     pub fn skip(&self, what: &str, reason: &str) {
         self.with(|found| found.skipped.push(format!("{what}: {reason}")));
     }
 
-    /// The largest measured number of the checks whose names begin with `prefix`; not a number where there is none.
+    /// The largest value of the checks whose names begin with `prefix`; NaN if there are none.
     pub fn worst(&self, prefix: &str) -> f64 {
         let largest = |found: &mut Found| {
             let named = found.checks.iter().filter(|check| check.name.starts_with(prefix));
@@ -229,7 +228,7 @@ impl Findings {
         self.with(largest).unwrap_or(f64::NAN)
     }
 
-    /// A figure that was recorded as a number; not a number where it was not.
+    /// A figure that was recorded as a number; NaN otherwise.
     pub fn number(&self, name: &str) -> f64 {
         let number = |found: &mut Found| found.figures.get(name).and_then(Value::as_f64);
         self.with(number).flatten().unwrap_or(f64::NAN)
@@ -241,7 +240,7 @@ impl Findings {
     }
 
     /// # Errors
-    /// [`Late`] when the deadline is over.
+    /// [`Late`] after the deadline.
     pub fn in_time(&self) -> Result<(), Late> {
         match self.left().is_zero() {
             true => Err(Late),
@@ -249,7 +248,7 @@ impl Findings {
         }
     }
 
-    /// Takes what was found; from now on nothing is added.
+    /// Takes the results; later ones are dropped.
     pub fn close(&self) -> Found {
         self.with(|found| {
             let all = found.clone();
@@ -261,7 +260,7 @@ impl Findings {
 }
 
 impl Ended {
-    /// The line of a part's end.
+    /// The final line of a part.
     pub fn line(&self, at: f64) -> Value {
         let mut line = json!({
             "event": "end",
@@ -291,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_is_none_fails_and_an_error_is_a_failed_check() {
+    fn nan_and_errors_are_failed_checks() {
         let dir = tempfile::tempdir().unwrap();
         let findings = findings(dir.path(), Duration::from_secs(60));
         findings.check("good", 0.5, 0.5);
@@ -309,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_names_files_and_no_folders() {
+    fn report_contains_no_folder_names() {
         for (text, expected) in [
             ("0x1ec9 in /tmp/a.0y/coar) | frame", "0x1ec9 in coar) | frame"),
             ("/usr/lib/libcuda.so.580.1", "libcuda.so.580.1"),
@@ -330,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_ends_a_comparison_and_is_no_failed_check() {
+    fn deadline_ends_a_comparison_without_a_failed_check() {
         let dir = tempfile::tempdir().unwrap();
         let findings = findings(dir.path(), Duration::ZERO);
         let error = findings.attempt("any", || Ok(())).unwrap_err();

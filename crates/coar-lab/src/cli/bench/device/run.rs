@@ -14,15 +14,15 @@ use super::{DeviceArgs, Part};
 use coar::jobs::iso_8601;
 use coar_engine::model::accelerator;
 
-/// A part that has not come back this long after its deadline is left to itself.
+/// A part that does not return this long after its deadline is abandoned.
 const GRACE: Duration = Duration::from_secs(8);
-/// A part does not begin with less than this share of its seconds left.
+/// A part is skipped if less than this share of its time is left.
 const LEAST_SHARE: f64 = 0.2;
 
-/// Names the commit that the program was built from; scripts/gpu-check.sh sets it.
+/// The commit that the program was built from; set by scripts/gpu-check.sh.
 const COMMIT: &str = "GPU_CHECK_COMMIT";
 
-/// Arguments as a report has them: without the report's own folder, and of other paths the last name.
+/// The arguments for the report: without the report's own folder, and with the last component of other paths.
 fn told(mut arguments: impl Iterator<Item = String>) -> Vec<String> {
     let mut told = vec![];
     while let Some(argument) = arguments.next() {
@@ -40,7 +40,7 @@ fn told(mut arguments: impl Iterator<Item = String>) -> Vec<String> {
     told
 }
 
-/// Runs every part that `args` names, prints the table, and fails where a check has.
+/// Runs every part in `args`, prints the table, and fails if a check has failed.
 pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
     let report = Arc::new(Report::create(&args.out)?);
     let parts = match args.parts.is_empty() {
@@ -73,7 +73,7 @@ pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
             (None, _) => (skipped(part.name(), &report, "no time was left"), false),
             (_, Some(reason)) => (skipped(part.name(), &report, reason), false),
             (Some(time), None) => one(part.name(), &report, (time, GRACE), move |findings| {
-                // As the engine's thread: CUDA graphs cannot be captured on the default stream.
+                // As on the engine's thread: CUDA graphs cannot be captured on the default stream.
                 let result = own_stream(&own).and_then(|()| part.run(&own, findings));
                 accelerator::empty_cache(own.device());
                 result
@@ -112,7 +112,7 @@ pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Gives the calling thread a stream of its own, where there is a device.
+/// Gives the calling thread a stream of its own, if there is a device.
 fn own_stream(bench: &Bench) -> anyhow::Result<()> {
     match bench.absent() {
         Some(_) => Ok(()),
@@ -120,18 +120,18 @@ fn own_stream(bench: &Bench) -> anyhow::Result<()> {
     }
 }
 
-/// Ends the process without destructors: those of libtorch's CUDA part fail at a process's end, and a part that hangs may
-/// still compute.
+/// Exits without destructors: those of libtorch's CUDA part fail at process exit, and a part that hangs may still
+/// compute.
 fn leave(status: i32) -> ! {
     use std::io::Write;
-    // Both are written to a pipe or a terminal that may be gone; the report is complete anyway.
+    // Both may be a closed pipe or terminal; the report is already complete.
     let _ = (std::io::stdout().flush(), std::io::stderr().flush());
     // SAFETY: takes a number and does not return.
     unsafe { libc::_exit(status) }
 }
 
-/// The time of a part: what it asks for, more in proportion where the run has more, and never more than what is left.
-/// `None` where that is too little to begin.
+/// The time of a part: its nominal time, scaled up in a longer run, and at most what is left. `None` if that is too
+/// little to start.
 fn time_for(part: Part, parts: &[Part], total: Duration, at: f64) -> Option<Duration> {
     let asked: u64 = parts.iter().map(|part| part.seconds()).sum();
     let generous = (total.as_secs_f64() / asked.max(1) as f64).max(1.0);
@@ -140,7 +140,7 @@ fn time_for(part: Part, parts: &[Part], total: Duration, at: f64) -> Option<Dura
     (left >= LEAST_SHARE * part.seconds() as f64).then(|| Duration::from_secs_f64(own.min(left)))
 }
 
-/// A part that has not run.
+/// A part that did not run.
 fn skipped(part: &'static str, report: &Report, reason: &str) -> Ended {
     report.line(&json!({"event": "begin", "part": part, "at_s": report.at(), "deadline_s": 0}));
     Ended {
@@ -152,7 +152,8 @@ fn skipped(part: &'static str, report: &Report, reason: &str) -> Ended {
     }
 }
 
-/// Runs one part, which has `time` until its deadline and `grace` to come back after it; also whether its thread still runs.
+/// Runs one part, with `time` until its deadline and `grace` to return after it; also returns whether its thread is
+/// still running.
 fn one(
     part: &'static str,
     report: &Arc<Report>,
@@ -180,7 +181,7 @@ fn one(
                 let _no_grad = tch::no_grad_guard();
                 work(&its)
             }));
-            // The run may have gone on without this part.
+            // The run may have continued without this part.
             let _ = done.send(result);
         });
     let thread = match thread {
@@ -194,20 +195,20 @@ fn one(
         Ok(Ok(Err(error))) => (Outcome::Failed, Some(format!("{error:#}"))),
         Ok(Err(panic)) => (Outcome::Failed, Some(format!("panicked: {}", panic_text(&*panic)))),
         Err(RecvTimeoutError::Timeout) => {
-            let error = "did not come back after its deadline; its thread is left to itself";
+            let error = "did not return after its deadline; its thread was abandoned";
             return (
                 with_checks(ended(Outcome::Late, Some(error.to_owned()), &findings)),
                 true,
             );
         }
-        Err(RecvTimeoutError::Disconnected) => (Outcome::Failed, Some("its thread ended without a word".to_owned())),
+        Err(RecvTimeoutError::Disconnected) => (Outcome::Failed, Some("its thread ended without a result".to_owned())),
     };
-    // It has sent its result: nothing but its end is left to it.
+    // It has sent its result, so its thread is about to end.
     let _ = thread.join();
     (with_checks(ended(outcome, error, &findings)), false)
 }
 
-/// A failed check is what counts, whatever else happened.
+/// A failed check takes precedence over everything else.
 fn with_checks(mut end: Ended) -> Ended {
     if end.found.failed().next().is_some() {
         end.outcome = Outcome::Failed;
@@ -221,7 +222,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     text.unwrap_or("without a message").to_owned()
 }
 
-/// Now, as RFC 3339 has it.
+/// The current time in RFC 3339.
 fn now() -> String {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     iso_8601(since.map_or(0, |since| since.as_secs() as i64))
@@ -231,11 +232,11 @@ fn now() -> String {
 mod tests {
     use super::*;
 
-    /// The default of `--seconds`: every part gets what it asks for.
+    /// With the default of `--seconds` every part gets its nominal time.
     const WHOLE: u64 = 500;
 
     #[test]
-    fn parts_get_their_own_time_then_what_is_left_and_then_none() {
+    fn parts_get_their_time_until_none_is_left() {
         let time =
             |part, total, at| time_for(part, &Part::ALL, Duration::from_secs(total), at).map(|time| time.as_secs_f64());
         assert_eq!(Part::ALL.iter().map(|part| part.seconds()).sum::<u64>(), WHOLE);
@@ -247,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn arguments_are_told_without_folders() {
+    fn arguments_are_reported_without_folders() {
         let told = |line: &str| told(line.split(' ').map(str::to_owned)).join(" ");
         assert_eq!(
             told("bench device --parts env,load --out /x/y --model models/7b/ --golden=/a/golden --out=z --tf32"),
@@ -257,7 +258,7 @@ mod tests {
 
     const TENTH: Duration = Duration::from_millis(100);
 
-    /// Runs `work` as a part with a tenth of a second, and `grace` to come back after it.
+    /// Runs `work` as a part with a deadline of a tenth of a second, and `grace` to return after it.
     fn run(grace: Duration, work: impl FnOnce(&Findings) -> anyhow::Result<()> + Send + 'static) -> (Ended, bool) {
         let dir = tempfile::tempdir().unwrap();
         let report = Arc::new(Report::create(dir.path()).unwrap());
@@ -265,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_that_panics_fails_or_hangs_ends_all_the_same() {
+    fn panicking_failing_and_hanging_parts_end() {
         let (end, hung) = run(GRACE, |_| panic!("out of range"));
         assert_eq!((end.outcome, hung), (Outcome::Failed, false));
         assert_eq!(end.error.as_deref(), Some("panicked: out of range"));

@@ -1,4 +1,5 @@
-//! Sixteen requests at once through the engine: without concepts, with sixteen different ones, and beside a training.
+//! Sixteen concurrent requests through the engine: without concepts, with sixteen different ones, and beside a
+//! training.
 
 use serde_json::json;
 
@@ -11,13 +12,13 @@ use coar_engine::device::{EngineOptions, KvMemory};
 
 /// Requests at once.
 const REQUESTS: usize = 16;
-/// Pixels along a side of what is drawn here: whole images of a large model would take the run's time.
+/// Image size in pixels: whole images of a large model would take the run's time.
 const SIDE: u32 = 256;
 
 pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let side = bench.target_size().min(SIDE);
     let options = EngineOptions {
-        // What a server takes where nothing else is said: that it fits is part of the question.
+        // A server's default number of rows: whether that fits is part of the check.
         kv_bytes: KvMemory::Auto,
         rows: 2 * REQUESTS,
         queue: 4 * REQUESTS,
@@ -35,7 +36,7 @@ async fn measure(engine: &EngineHandle, findings: &Findings, small: bool) -> any
         let own = |index| with.then(|| concept(&info, index));
         (0..count).map(|index| request(&info, index, own(index))).collect()
     };
-    // What is loaded at first use is loaded here.
+    // Warm-up: loads whatever is loaded at first use.
     draw(engine, requests(false).into_iter().take(2).collect(), true).await?;
     let load = engine.load();
     findings.figure("free_rows", load.free_rows as u64);
@@ -58,7 +59,7 @@ async fn measure(engine: &EngineHandle, findings: &Findings, small: bool) -> any
     Ok(())
 }
 
-/// Waits until the training says something, or a third of what is left: it may draw class images for longer than that.
+/// Waits for an event of the training, or a third of the remaining time: generating class images may take longer.
 async fn first_event(training: &mut TrainingStream, findings: &Findings) -> anyhow::Result<()> {
     match tokio::time::timeout(findings.left() / 3, training.next()).await {
         Ok(Some(TrainingEvent::Failed(error))) => Err(error.into()),
@@ -67,7 +68,7 @@ async fn first_event(training: &mut TrainingStream, findings: &Findings) -> anyh
     }
 }
 
-/// Records one condition; images a minute.
+/// Records one condition; returns images per minute.
 fn record(findings: &Findings, condition: &str, count: usize, mut run: Run) -> f64 {
     let per_minute = 60.0 * count as f64 / run.seconds;
     findings.check(

@@ -1,4 +1,4 @@
-//! What every part needs: the device, and models on it.
+//! Shared setup of all parts: the device, and models on it.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -19,7 +19,7 @@ use coar_engine::model::{LuminaMgpt, ModelConfig};
 /// Seed of the random weights.
 const WEIGHTS: u64 = 17;
 
-/// What is measured, and where; clones are cheap.
+/// The device and the model under measurement; clones are cheap.
 #[derive(Debug, Clone)]
 pub(super) struct Bench {
     args: ModelArgs,
@@ -37,7 +37,7 @@ impl Bench {
             .source()
             .device()
             .map_err(|error| format!("{error:#}").into());
-        // Tensors of the small run are too small to share: threads would wait for each other most of the time.
+        // Tensors of the small run are too small for several threads: they would mostly wait for each other.
         let alone = args.small && device == Ok(Device::Cpu) && args.model.threads == 0;
         let threads = if alone { 1 } else { args.model.threads };
         if threads > 0 {
@@ -54,12 +54,12 @@ impl Bench {
         }
     }
 
-    /// Why the device that was asked for is not there.
+    /// Why the requested device is not available.
     pub fn absent(&self) -> Option<&str> {
         self.device.as_ref().err().map(|reason| &**reason)
     }
 
-    /// The device; the CPU where the one that was asked for is absent.
+    /// The device; the CPU if the requested one is absent.
     pub fn device(&self) -> Device {
         *self.device.as_ref().unwrap_or(&Device::Cpu)
     }
@@ -73,7 +73,7 @@ impl Bench {
         self.args.tf32.is_on()
     }
 
-    /// As `--device` names it.
+    /// The name for `--device`.
     pub fn device_name(&self) -> String {
         match &self.device {
             Ok(Device::Cuda(index)) => format!("cuda:{index}"),
@@ -82,18 +82,18 @@ impl Bench {
         }
     }
 
-    /// The card's name as the driver tells it, or the processor's.
+    /// The card's name as reported by the driver, or the processor's.
     pub fn card(&self) -> String {
         let card = self.nvidia_smi("name").filter(|_| self.device != Ok(Device::Cpu));
         card.unwrap_or_else(super::env::processor)
     }
 
-    /// The driver's version; empty where there is none.
+    /// The driver's version; empty if there is none.
     pub fn driver(&self) -> String {
         self.nvidia_smi("driver_version").unwrap_or_default()
     }
 
-    /// One value of this card as `nvidia-smi` tells it.
+    /// One value of this card as reported by `nvidia-smi`.
     pub fn nvidia_smi(&self, what: &str) -> Option<String> {
         let index = match self.device() {
             Device::Cuda(index) => index,
@@ -121,7 +121,7 @@ impl Bench {
         }
     }
 
-    /// Whether the model under measurement is of the 7B shape, for which there are limits of time.
+    /// Whether the model under measurement has the 7B shape, for which there are time limits.
     pub fn is_7b(&self) -> bool {
         matches!(self.shape, Some(Shape::B7))
     }
@@ -133,7 +133,7 @@ impl Bench {
         }
     }
 
-    /// Pixels along a side of the images that are measured.
+    /// Size in pixels of the measured images.
     pub fn target_size(&self) -> u32 {
         let own = || match self.shape {
             Some(_) => 768,
@@ -150,7 +150,7 @@ impl Bench {
         Ok(self.args.files()?)
     }
 
-    /// The configuration of the model under measurement, and the pixels along a side of one of its codes.
+    /// The configuration of the model under measurement, and pixels per side of one of its codes.
     pub fn configs(&self) -> anyhow::Result<(ModelConfig, u32)> {
         Ok(match self.shape {
             Some(shape) => (shape.config(), shape.vqgan().pixels_per_code()),
@@ -190,7 +190,7 @@ impl Bench {
         Ok(model)
     }
 
-    /// What requests to `model` are checked against.
+    /// The model properties that requests are validated against.
     pub fn info(&self, model: &LuminaMgpt) -> ModelInfo {
         describe(model, self.model_name())
     }
@@ -210,7 +210,7 @@ impl Bench {
     }
 }
 
-/// On the CPU too the accelerator's code path is the one that is tried.
+/// On the CPU, too, the accelerator's code path is tested.
 fn accelerated(model: &mut LuminaMgpt) {
     if model.transformer.device() == Device::Cpu {
         model.transformer.through_libtorch();

@@ -1,5 +1,5 @@
-//! A mixed load on the pocket model through the engine: what is drawn under it against the same request alone, with and without
-//! fixed shapes, and the memory afterwards.
+//! A mixed load on the pocket model through the engine: its images compared with the same requests alone, with and
+//! without fixed shapes, and the memory afterwards.
 
 use std::time::{Duration, Instant};
 
@@ -14,17 +14,17 @@ use coar_core::engine::{EngineHandle, GenerateRequest, GenerationEvent};
 use coar_engine::device::{EngineOptions, KvMemory};
 use coar_engine::model::accelerator;
 
-/// MiB by which the host's memory may grow over the load.
+/// Maximum growth of the host's memory in MiB.
 const HOST_GROWTH: f64 = 64.0;
-/// MiB by which what the allocator has given out may grow.
+/// Maximum growth of the device allocator in MiB.
 const DEVICE_GROWTH: f64 = 1.0;
 const MIB: f64 = (1u64 << 20) as f64;
-/// Rows of the batch: few enough that requests wait and images of mixed ages meet.
+/// Rows of the batch: few enough that requests wait and images of different ages share a batch.
 const ROWS: usize = 16;
 
 pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let mut finished = 0;
-    // Each mode has about half of the time, and the second one what the first has left.
+    // Each mode gets about half of the time; the second one what the first has left.
     for (deterministic, share) in [(false, 0.45), (true, 0.9)] {
         findings.in_time()?;
         let time = findings.left().mul_f64(share);
@@ -34,7 +34,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The load in one mode; how many requests were drawn to their end.
+/// Runs the load in one mode; returns how many requests completed.
 async fn one(bench: &Bench, findings: &Findings, deterministic: bool, time: Duration) -> anyhow::Result<usize> {
     let until = Instant::now() + time;
     let options = EngineOptions {
@@ -54,7 +54,7 @@ async fn one(bench: &Bench, findings: &Findings, deterministic: bool, time: Dura
         seed: u64::from(deterministic),
         time: Some(time / 2),
     };
-    // Once over the sizes, so that memory which is taken once is not taken for growth.
+    // One pass over the sizes first, so that one-time allocations do not count as growth.
     let warm_up = Mix {
         requests: requests / 3,
         seed: 100,
@@ -130,7 +130,7 @@ async fn one(bench: &Bench, findings: &Findings, deterministic: bool, time: Dura
     Ok(sent.finished())
 }
 
-/// The pixels of one request, always the same one.
+/// The pixels of one fixed request.
 async fn twice(engine: &EngineHandle) -> anyhow::Result<Vec<u8>> {
     let request = GenerateRequest {
         count: 2,

@@ -1,8 +1,8 @@
-//! The last thing that a run prints.
+//! The summary printed at the end of a run.
 
 use super::report::{Ended, Outcome};
 
-/// Lines of failed checks that are printed; the others are in the report.
+/// Maximum number of failed checks printed; the report has all of them.
 const MOST_FAILED: usize = 12;
 
 fn short(text: &str, most: usize) -> String {
@@ -13,7 +13,7 @@ fn short(text: &str, most: usize) -> String {
     }
 }
 
-/// At most 30 lines: every part with outcome, seconds and its most important figure, then the checks that failed.
+/// At most 30 lines: every part with outcome, seconds and its most important figure, then the failed checks.
 pub(super) fn table(title: &str, parts: &[Ended]) -> String {
     let mut lines = vec![
         title.to_owned(),
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_where_everything_fails_still_fits_thirty_lines() {
+    fn summary_is_at_most_thirty_lines() {
         let check = Check {
             name: "logits ".repeat(40),
             measured: f64::NAN,

@@ -1,5 +1,5 @@
-//! Training: seconds a step and its memory, with every layer's graph kept and with layers recomputed; and the shares of the
-//! device's time that training and serving get beside each other.
+//! Training: seconds per step and memory, with every layer's graph kept and with layers recomputed; and the shares
+//! of device time of training and serving side by side.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -23,15 +23,15 @@ use coar_engine::model::kv_cache::KvCache;
 use coar_engine::model::{LuminaMgpt, accelerator};
 use coar_engine::training::{Advance, Graph, Trainer};
 
-/// Seconds of a thousand steps of the 7B at 512 pixels.
+/// Maximum seconds of a thousand steps of the 7B at 512 pixels.
 const THOUSAND_STEPS: f64 = 300.0;
-/// How far a step's peak may be from its estimate.
+/// Maximum relative difference of a step's peak from its estimate.
 const ESTIMATE: f64 = 0.15;
-/// How far training's share of the device's time may be from what was asked for; and on the CPU, whose clock counts what other
-/// processes take, over a window of few steps.
+/// Maximum deviation of training's share of device time from its setting; and on the CPU, whose clock includes other
+/// processes, over a window of few steps.
 const SHARE: f64 = 0.05;
 const SHARE_ON_CPU: f64 = 0.15;
-/// Images that are drawn beside the training.
+/// Images generated beside the training.
 const BESIDE: usize = 16;
 
 pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
@@ -69,13 +69,13 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
 fn settings(info: &ModelInfo, steps: u32) -> TrainingSpec {
     let mut spec = spec(info);
     spec.steps = steps;
-    // As many class images as one step looks at: more would cost no step more.
+    // As many class images as one step uses: more would not change the cost of a step.
     spec.prior_pictures = spec.batch_size.div_ceil(2);
     spec
 }
 
-/// A snapshot before the first step. Class images are random codes: drawing them would take longer than all that is measured
-/// here, and what they show does not matter to the clock.
+/// A snapshot before the first step. Class images are random codes: generating them would take longer than the whole
+/// measurement, and their content does not matter.
 fn snapshot(model: &LuminaMgpt, spec: &TrainingSpec) -> anyhow::Result<Vec<u8>> {
     let (width, height) = model.sizes()[0];
     let trainer = Trainer::new(model, spec.clone(), &pictures(width, height))?;
@@ -99,7 +99,7 @@ fn snapshot(model: &LuminaMgpt, spec: &TrainingSpec) -> anyhow::Result<Vec<u8>> 
     Ok(safetensors::serialize(tensors, metadata.metadata().clone())?)
 }
 
-/// Goes on until a step is done.
+/// Runs until a step is done.
 fn step(trainer: &mut Trainer, model: &LuminaMgpt) -> anyhow::Result<()> {
     loop {
         match trainer.advance(model)? {
@@ -110,7 +110,7 @@ fn step(trainer: &mut Trainer, model: &LuminaMgpt) -> anyhow::Result<()> {
     }
 }
 
-/// Seconds of a step; records them with their memory.
+/// Seconds per step; recorded with its memory.
 fn steps(bench: &Bench, findings: &Findings, (side, recomputed): (u32, bool), name: &str) -> anyhow::Result<f64> {
     let (model, device) = (bench.model(side)?, bench.device());
     let info = bench.info(&model);
@@ -142,14 +142,14 @@ fn steps(bench: &Bench, findings: &Findings, (side, recomputed): (u32, bool), na
         (allocated, after.reserved_peak.saturating_sub(before.reserved))
     });
     if let Some((allocated, reserved)) = grown {
-        // What was reserved before and not used serves the step as well, so that either may have grown more.
+        // Memory that was reserved before and unused serves the step as well, so either number may have grown more.
         let peak = allocated.max(reserved) as f64 / estimated as f64;
         findings.check(
             format!("{name}: peak over estimate, off by"),
             (peak - 1.0).abs(),
             ESTIMATE,
         );
-        // The estimate is what keeps a training from running out of memory.
+        // The estimate must be an upper bound, to keep a training from running out of memory.
         findings.check(
             format!("{name}: peak beyond the estimate, share"),
             (peak - 1.0).max(0.0),
@@ -181,13 +181,13 @@ fn steps(bench: &Bench, findings: &Findings, (side, recomputed): (u32, bool), na
     Ok(mean(&seconds))
 }
 
-/// Sequences of both passes of a step.
+/// Number of sequences in both passes of a step.
 fn spec_rows(spec: &TrainingSpec) -> u32 {
     let prior = spec.prior_weight > 0.0 && spec.image_tokens > 0;
     spec.batch_size + if prior { spec.batch_size.div_ceil(2) } else { 0 }
 }
 
-/// Draws images one after the other until `stop`; returns how many.
+/// Generates images one after the other until `stop`; returns how many.
 fn draw_until(engine: &EngineHandle, index: usize, stop: &AtomicBool) -> anyhow::Result<u64> {
     let mut drawn = 0;
     for round in 0.. {
@@ -207,7 +207,7 @@ fn draw_until(engine: &EngineHandle, index: usize, stop: &AtomicBool) -> anyhow:
     Ok(drawn)
 }
 
-/// Training's share of the device's time beside images, as the engine's own clock on the device has it.
+/// Training's share of device time beside images, by the engine's own clock on the device.
 fn beside(bench: &Bench, findings: &Findings) -> anyhow::Result<f64> {
     let images = if bench.small { 3 } else { BESIDE };
     let side = if bench.small {
@@ -255,7 +255,7 @@ fn beside(bench: &Bench, findings: &Findings) -> anyhow::Result<f64> {
         for thread in drawing {
             let drawn = thread
                 .join()
-                .map_err(|_| anyhow::anyhow!("a thread that draws has panicked"))?;
+                .map_err(|_| anyhow::anyhow!("a generating thread panicked"))?;
             drawn?;
         }
         measured
@@ -283,7 +283,7 @@ fn beside(bench: &Bench, findings: &Findings) -> anyhow::Result<f64> {
     Ok(share)
 }
 
-/// What was seen over a while in which both had work.
+/// Measurements of a period in which both had work.
 struct Shares {
     begin: Load,
     end: Load,
@@ -291,7 +291,7 @@ struct Shares {
     steps: u64,
 }
 
-/// Waits until another step of a training is done.
+/// Waits for the next step of a training.
 fn next_step(training: &mut TrainingStream) -> anyhow::Result<()> {
     loop {
         match training.blocking_next() {
@@ -326,11 +326,11 @@ fn watch(
     })
 }
 
-/// Memory of the cache for so many images of `side` pixels.
+/// Cache memory for a number of images of `side` pixels.
 pub(super) fn bytes_for(bench: &Bench, side: u32, images: usize) -> anyhow::Result<u64> {
     let (config, per_code) = bench.configs()?;
     let codes = i64::from(side / per_code);
-    // The longest image of a size is a little longer than the square one.
+    // The longest image of a size is slightly longer than the square one.
     let tokens = EngineOptions::default().prompt_tokens as i64 + codes * (codes + 1) * 9 / 8;
     Ok(2 * images as u64 * KvCache::row_bytes(&config, tokens, bench.kind()?))
 }

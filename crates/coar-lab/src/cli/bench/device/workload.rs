@@ -1,4 +1,4 @@
-//! What the parts give a model to do, and how they take its time.
+//! Workloads of the parts, and timing.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use coar_engine::model::decoding::{BatchImageId, BatchOptions, DecodeBatch, Deco
 use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::plan::{DrawSettings, PlannedConcept, plan_sequence};
 
-/// Numbers of a concept; what it draws does not matter, so long as different ones are different.
+/// The values of a concept; its effect does not matter as long as different ones differ.
 pub(super) fn concept_tensors(layers: usize, hidden: usize, index: usize) -> Arc<ConceptTensors> {
     let numbers = |count: usize, of: usize| {
         let number = |i: usize| ((i * 31 + index * 7 + of * 3) % 17) as f32 * 0.02 - 0.16;
@@ -37,7 +37,8 @@ pub(super) fn concept(model: &LuminaMgpt, index: usize) -> Result<DeviceConcept,
     DeviceConcept::upload(&tensors, model.transformer.device())
 }
 
-/// One image of the size, with the model's usual settings; with a concept and without it has the same number of tokens.
+/// One image of the size, with the model's default settings; it has the same number of tokens with and without a
+/// concept.
 pub(super) fn request(
     model: &LuminaMgpt,
     info: &ModelInfo,
@@ -80,7 +81,7 @@ pub(super) fn batch(
     begin(model, &requests, fixed_shapes)
 }
 
-/// The images of some requests in a batch that has room for no more.
+/// The images of some requests in a batch of exactly that size.
 pub(super) fn begin(
     model: &LuminaMgpt,
     requests: &[DecodingRequest],
@@ -99,12 +100,12 @@ pub(super) fn begin(
     Ok((batch, ids))
 }
 
-/// What some work took.
+/// The duration of some work.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Spent {
     /// Between two events on the device; on the CPU the same as `wall`.
     pub device: f64,
-    /// Until everything was handed to the device.
+    /// Until all work was submitted to the device.
     pub host: f64,
     /// Until the device was done.
     pub wall: f64,
@@ -125,7 +126,7 @@ pub(super) fn timed<T>(device: Device, work: impl FnOnce() -> anyhow::Result<T>)
     })
 }
 
-/// The median of the device's seconds of several runs, after one that does not count.
+/// The median device time in seconds of several runs, after a warm-up run.
 pub(super) fn median<T>(
     device: Device,
     runs: usize,
@@ -138,7 +139,7 @@ pub(super) fn median<T>(
     Ok(super::super::quantile(&mut seconds, 0.5))
 }
 
-/// Peak of the allocator above what is in use now, in bytes, while `work` runs; `None` on the CPU.
+/// The allocator's peak above current use, in bytes, while `work` runs; `None` on the CPU.
 pub(super) fn peak_of(device: Device, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Option<u64>> {
     accelerator::synchronize(device)?;
     accelerator::empty_cache(device);

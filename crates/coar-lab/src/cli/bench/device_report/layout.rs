@@ -1,10 +1,10 @@
-//! What the document of a device report contains: parts, wanted figures, tables and single figures, in their order.
+//! The layout of the document of a device report: parts, targets, tables and single figures, in order.
 
 pub(super) const PARTS: [&str; 11] = [
     "env", "parity", "decode", "image", "train", "concepts", "soak", "faults", "serve", "load", "micro",
 ];
 
-/// The figures that were set before any GPU was at hand: what they say, the part, how the names of their checks begin.
+/// The targets set before any GPU was available: description, part, and the prefix of their checks' names.
 pub(super) const LIMITS: [(&str, &str, &str); 15] = [
     (
         "logits, f32 without TF32: largest difference from the CPU",

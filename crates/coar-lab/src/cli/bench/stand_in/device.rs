@@ -1,5 +1,5 @@
-//! A device that computes nothing: it takes time instead. Only for benchmarks of what is around the engine, where one
-//! machine has to stand for several devices. `coar serve` cannot start it.
+//! A simulated device that takes time instead of computing. Only for benchmarks of everything around the engine,
+//! with several simulated devices on one machine. `coar serve` cannot start it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,14 +14,14 @@ use coar_core::engine::{
 use coar_core::image::RgbImage;
 use coar_engine::model::{LuminaMgpt, ModelError};
 
-/// How long things take on the device that is stood for.
+/// Timing of the simulated device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pace {
-    /// One step of the whole batch: a code of every image in it.
+    /// One step of the whole batch: one code of every image in it.
     pub step: Duration,
-    /// Images that advance in one step; more wait.
+    /// Maximum number of images per step; more wait.
     pub pictures: usize,
-    /// Requests that may wait; more are refused.
+    /// Limit of queued requests; more are rejected.
     pub queue: usize,
 }
 
@@ -33,7 +33,7 @@ struct Drawing {
 }
 
 impl Drawing {
-    /// One code further; false when it has ended.
+    /// Advances by one code; false if it has ended.
     fn advance(&mut self) -> bool {
         if self.events.is_closed() {
             return false;
@@ -63,7 +63,7 @@ impl Drawing {
     }
 }
 
-/// Waits for the thread when the last handle goes.
+/// Joins the thread when the last handle is dropped.
 #[derive(Debug)]
 struct Joined(Option<std::thread::JoinHandle<()>>);
 
@@ -72,13 +72,13 @@ impl Drop for Joined {
         if let Some(thread) = self.0.take()
             && thread.join().is_err()
         {
-            tracing::error!("the stand-in has panicked");
+            tracing::error!("the simulated device panicked");
         }
     }
 }
 
-/// Starts a device that takes time and draws grey images. Requests are checked, and their tokens counted, as the model
-/// would.
+/// Starts a simulated device that generates grey images. Requests are checked, and their tokens counted, as for the
+/// model.
 ///
 /// # Errors
 /// When its thread cannot be started.
@@ -140,7 +140,7 @@ fn run(pace: Pace, pixels: u32, mut inbox: mpsc::Receiver<Command>, gauge: &Gaug
                     let error = EngineError::Device("a stand-in does not train".to_owned());
                     let _ = events.try_send(TrainingEvent::Failed(error));
                 }
-                // Whoever asked may be gone.
+                // The requester may have been dropped.
                 Command::EndTrainings { done } => {
                     let _ = done.send(());
                 }
@@ -170,7 +170,7 @@ fn run(pace: Pace, pixels: u32, mut inbox: mpsc::Receiver<Command>, gauge: &Gaug
             .iter()
             .map(|(drawing, _)| u64::from(drawing.codes * drawing.request.count))
             .sum();
-        gauge.tell(Load {
+        gauge.publish(Load {
             waiting_tokens: codes,
             tokens_per_second: pictures(&drawn) as f64 / pace.step.as_secs_f64().max(1e-6),
             images: pictures(&drawn),

@@ -301,7 +301,7 @@ pub(super) fn network_state(parameters: &Parameters, codebook: &Tensor) -> Vec<(
 pub(super) fn tokenizer_of(config: &VqganConfig, state: &State, device: Device) -> Result<Vqgan, ModelError> {
     let parameters = Parameters::on(device);
     Vqgan::load(config, &parameters)?;
-    parameters.restore(&|name| state.get(name).map(|tensor| tensor.detach()))?;
+    parameters.restore(&|name| state.get(name).map(tch::Tensor::detach))?;
     Vqgan::load(config, &parameters)
 }
 

@@ -270,7 +270,7 @@ impl<'a> Trainer<'a> {
 fn fast_encoder(tokenizer: &TrainedTokenizer, device: Device) -> Result<Vqgan, ModelError> {
     let parameters = Parameters::on(device);
     Vqgan::load(&tokenizer.network, &parameters)?;
-    parameters.restore(&|name| tokenizer.state.get(name).map(|tensor| tensor.detach()))?;
+    parameters.restore(&|name| tokenizer.state.get(name).map(tch::Tensor::detach))?;
     Vqgan::load(&tokenizer.network, &parameters.cast(Kind::BFloat16, true))
 }
 

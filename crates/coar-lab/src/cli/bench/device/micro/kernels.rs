@@ -6,9 +6,9 @@ use tch::{Device, Kind, Tensor};
 use super::super::workload::timed;
 use super::Micro;
 
-/// Caches that are read in turn, so that the device's own cache holds none.
+/// Number of caches that are read in rotation, to defeat the device's own cache.
 const SETS: usize = 4;
-/// How far a kernel may be from the explicit form, relative.
+/// Maximum relative difference of a kernel from the explicit form.
 const APART: f64 = 2e-2;
 
 /// Query `[rows, heads, 1, head_dim]`, caches `[rows, heads, length, head_dim]`, additive mask `[rows, heads, 1, length]`.
@@ -79,7 +79,8 @@ impl Micro<'_> {
         })
     }
 
-    /// Milliseconds of a layer's attention by kernel, the first call apart, and whether the answer is the explicit form's.
+    /// Milliseconds of a layer's attention by kernel, with the first call separate, and whether the result equals
+    /// the explicit form's.
     pub(super) fn attention(&self) -> anyhow::Result<()> {
         let shapes: &[(i64, i64)] = match self.small {
             true => &[(2, 48), (8, 160)],
@@ -114,7 +115,7 @@ impl Micro<'_> {
                 )?;
             }
         }
-        // What a length costs that was not met before: a kernel that is planned for each shape shows here.
+        // The cost of a new length: visible with a kernel that is planned for each shape.
         for length in [1200, 1216, 1232, 1248].map(|length| if self.small { length / 16 } else { length }) {
             let inputs = self.inputs(2, length, 1)?;
             for (name, kernel) in KERNELS {
@@ -130,7 +131,7 @@ impl Micro<'_> {
     }
 }
 
-/// The norm of the difference over the norm.
+/// Norm of the difference, relative to the norm.
 fn apart(found: &Tensor, expected: &Tensor) -> anyhow::Result<f64> {
     let wide = |tensor: &Tensor| tensor.f_to_kind(Kind::Float);
     let norm = |tensor: &Tensor| tensor.f_norm()?.f_double_value(&[]);

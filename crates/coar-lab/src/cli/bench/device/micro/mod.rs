@@ -1,5 +1,5 @@
-//! Single operations at the model's real shapes: what the device's memory, its launches and its kernels can do, which decides
-//! what a decode step can be.
+//! Single operations at the model's real shapes: the limits of the device's memory, launches and kernels, which
+//! bound a decode step.
 
 mod kernels;
 mod products;
@@ -12,17 +12,17 @@ use super::setup::Bench;
 use super::workload::{median, timed};
 use coar_engine::model::{ModelConfig, accelerator};
 
-/// Everything that the measurements share.
+/// Shared state of the measurements.
 struct Micro<'a> {
     findings: &'a Findings,
     device: Device,
     /// bf16 on an accelerator, f32 on the CPU.
     kind: Kind,
     config: ModelConfig,
-    /// Runs of which the median is taken.
+    /// Number of runs; the median is reported.
     runs: usize,
     small: bool,
-    /// What f32 is computed with apart from the convolutions.
+    /// The precision of f32 products, convolutions excluded.
     tf32: bool,
 }
 
@@ -62,7 +62,7 @@ impl Micro<'_> {
         Ok(1e3 * median(self.device, self.runs, work)?)
     }
 
-    /// A row of a table; an operation that this device or release lacks is a row with its error.
+    /// Adds a row to a table; if the device or release lacks an operation, the row has its error.
     fn row(&self, table: &str, mut row: Value, measured: anyhow::Result<Value>) -> anyhow::Result<()> {
         self.findings.in_time()?;
         let more = measured.unwrap_or_else(|error| {
@@ -76,7 +76,7 @@ impl Micro<'_> {
         Ok(())
     }
 
-    /// Bytes a second that a copy moves (read and written) and that a sum reads.
+    /// Bytes per second of a copy (read and written) and of a sum (read).
     fn memory(&self) -> anyhow::Result<()> {
         let numbers = if self.small { 1 << 22 } else { 1 << 30 };
         let from = Tensor::f_ones([numbers], (Kind::Float, self.device))?;
@@ -92,7 +92,7 @@ impl Micro<'_> {
         Ok(())
     }
 
-    /// What a kernel costs that does next to nothing: on the host, and on the device.
+    /// The cost of launching an almost empty kernel: on the host, and on the device.
     fn launches(&self) -> anyhow::Result<()> {
         let count = if self.small { 500 } else { 5000 };
         let mut number = Tensor::f_zeros([64], (Kind::Float, self.device))?;
@@ -107,13 +107,14 @@ impl Micro<'_> {
         let us = |seconds: f64| 1e6 * seconds / f64::from(count);
         self.findings.figure("launch_host_us", us(spent.host));
         self.findings.figure("launch_device_us", us(spent.device));
-        // Every one of them was computed.
+        // Verifies that every one of them ran.
         let off = (number.f_get(0)?.f_double_value(&[])? - 2.0 * f64::from(count)).abs();
         self.findings.check("launches that did nothing", off, 0.0);
         Ok(())
     }
 
-    /// A few numbers from the host: from pageable memory, which waits, and from pinned memory, which does not.
+    /// Uploading a few numbers from the host: from pageable memory, which blocks, and from pinned memory, which does
+    /// not.
     fn uploads(&self) -> anyhow::Result<()> {
         let numbers: Vec<i64> = (0..64).collect();
         let count = if self.small { 50 } else { 500 };

@@ -6,11 +6,11 @@ use tch::{Device, Kind, Tensor};
 use super::Micro;
 use coar_engine::model::accelerator;
 
-/// Layers whose weights are read in turn, so that no cache holds them.
+/// Number of layers whose weights are read in rotation, to defeat caches.
 const LAYERS: usize = 4;
 
 impl Micro<'_> {
-    /// The four products of a layer for so many rows at once, against the bytes of their weights.
+    /// The four products of a layer for a number of rows, compared with the bytes of their weights.
     pub(super) fn products(&self) -> anyhow::Result<()> {
         let (hidden, inner) = (self.config.hidden_size, self.config.intermediate_size);
         let shapes = [
@@ -51,7 +51,7 @@ impl Micro<'_> {
         Ok(())
     }
 
-    /// The widest product of a layer with weights in the kinds that libtorch has kernels for.
+    /// The widest product of a layer with weights in each kind that libtorch has kernels for.
     pub(super) fn narrow_weights(&self) -> anyhow::Result<()> {
         if self.device == Device::Cpu {
             self.findings.skip(

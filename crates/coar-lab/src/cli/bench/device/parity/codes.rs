@@ -11,12 +11,12 @@ use crate::pocket::world::{Scene, held_out_subjects, render};
 use coar_engine::model::LuminaMgpt;
 use coar_engine::model::lumina::pixels;
 
-/// The largest difference of a pixel in -1..1 where products are exact: an eighth of a level of 255.
+/// Maximum difference of a pixel in -1..1 with exact products: an eighth of a level of 255.
 const PIXEL: f64 = 1e-3;
-/// Share of codes that TF32 may choose differently: those of two rows of the codebook that are about as near.
+/// Share of codes that TF32 may choose differently: those with two nearly equidistant rows of the codebook.
 const TF32_CODES: f64 = 0.05;
 
-/// Share of codes that may be others than the CPU's.
+/// Share of codes that may differ from the CPU's.
 pub(super) fn code_share(mode: &Mode) -> f64 {
     if mode.tf32 { TF32_CODES } else { 0.0 }
 }

@@ -10,14 +10,14 @@ use coar_engine::model::LuminaMgpt;
 use coar_engine::model::decoding::{Decoding, DecodingRequest};
 use coar_engine::plan::{DrawSettings, PlannedConcept, plan_sequence};
 
-/// Which images a batch holds.
+/// The images of a batch.
 #[derive(Debug, Clone, Copy)]
 enum Batch {
     Mixed,
     Alike,
 }
 
-/// Requests with and without concepts and guidance, of several sizes, top-k and temperatures.
+/// Requests with and without concepts and guidance, of several sizes, top-k values and temperatures.
 fn requests(model: &LuminaMgpt, batch: Batch) -> anyhow::Result<Vec<DecodingRequest>> {
     let config = model.transformer.config();
     let concepts = (0..2)
@@ -52,7 +52,7 @@ fn requests(model: &LuminaMgpt, batch: Batch) -> anyhow::Result<Vec<DecodingRequ
         ("a photo of a blue dog on the beach", settings(0, 2.0, 0.0, 0)),
         ("a photo of a green fish", settings(1, 1.0, 1.3, 5)),
     ];
-    // One k for all is a way of its own; a small one leaves little where its last code does not matter.
+    // One k for all rows uses a separate code path; a small one leaves few choices.
     let alike = [
         ("a photo of <one> cat", settings(0, 2.0, 1.0, 3)),
         ("a photo of a red cat", settings(0, 2.0, 1.0, 3)),
@@ -100,7 +100,7 @@ pub(super) fn compare(
             let other = other.count();
             match mode.absolute {
                 Some(_) => findings.check(format!("{name}, number that differ"), other as f64, 0.0),
-                // Where rounding decides between two codes everything after them is another image.
+                // If rounding decides between two codes, everything after them is another image.
                 None => findings.figure(&format!("{name}, number that differ"), other as u64),
             }
             Ok(())

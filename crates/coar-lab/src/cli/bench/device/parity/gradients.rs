@@ -9,7 +9,7 @@ use super::sequences::Sequences;
 use coar_engine::model::{ModelError, Transformer};
 use coar_engine::training::next_token;
 
-/// How the layers are gone through.
+/// How the layers are traversed.
 #[derive(Debug, Clone, Copy)]
 enum Pass {
     Whole,
@@ -22,7 +22,7 @@ struct Carried {
     gradients: Vec<(String, Tensor)>,
 }
 
-/// The next-token loss of both rows with both concepts, carried back to the concepts.
+/// The next-token loss of both rows with both concepts, backpropagated to the concepts.
 fn carry(model: &Transformer, sequences: &Sequences, pass: Pass) -> Result<Carried, ModelError> {
     tch::with_grad(|| {
         let device = model.device();

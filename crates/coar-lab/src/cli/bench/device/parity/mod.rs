@@ -1,5 +1,5 @@
-//! The device's computation against the CPU's own in f32, in one process: the pocket model, and the golden checkpoints for the
-//! other forms of attention and norms.
+//! Compares the device's computation with the CPU's in f32, in one process: the pocket model, and the golden
+//! checkpoints for the other forms of attention and norms.
 
 mod codes;
 mod drawing;
@@ -21,19 +21,19 @@ use coar_engine::model::{LuminaMgpt, ModelConfig, ModelError, Transformer, accel
 use numbers::{disagreement, largest, relative};
 use sequences::Sequences;
 
-/// One way for the device to compute, and how far it may be from the CPU.
+/// A computation mode of the device, and its tolerances relative to the CPU.
 #[derive(Debug, Clone, Copy)]
 struct Mode {
     name: &'static str,
     kind: Kind,
     tf32: bool,
-    /// Largest difference of a logit; `None` where only the relative one is bounded.
+    /// Largest difference of a logit; `None` if only the relative one is bounded.
     absolute: Option<f64>,
-    /// Norm of the difference over the norm.
+    /// Norm of the difference, relative to the norm.
     relative: f64,
-    /// The same of gradients, which go through every layer twice.
+    /// The same for gradients, which pass through every layer twice.
     gradient: f64,
-    /// Share of positions whose likeliest token may be another one.
+    /// Share of positions whose most likely token may differ.
     disagreement: f64,
 }
 
@@ -65,7 +65,7 @@ const BF16: Mode = Mode {
 };
 const GOLDEN: [&str; 2] = ["mha", "gqa_swin"];
 
-/// Numbers as they are in a narrower kind, computed with in f32: the difference that is left is the computation's.
+/// Rounds numbers to a narrower kind but computes in f32: the remaining difference is the computation's.
 struct Rounded<'a> {
     source: &'a dyn TensorSource,
     kind: Kind,
@@ -87,7 +87,7 @@ const ON_CPU: Target = Target {
     device: Device::Cpu,
 };
 
-/// A whole checkpoint on the CPU in f32, its transformer's weights rounded to `kind`.
+/// A whole checkpoint on the CPU in f32, with its transformer's weights rounded to `kind`.
 fn reference(files: &CheckpointFiles, kind: Kind) -> anyhow::Result<LuminaMgpt> {
     let checkpoint = Checkpoint::open_dir(&files.dir, ON_CPU)?;
     let config = ModelConfig::read(&files.config)?;
@@ -106,7 +106,7 @@ fn reference(files: &CheckpointFiles, kind: Kind) -> anyhow::Result<LuminaMgpt> 
     })?)
 }
 
-/// Allows or forbids TF32 for as long as it lives.
+/// Allows or forbids TF32 until dropped.
 struct Tf32 {
     after: bool,
 }
@@ -121,14 +121,15 @@ impl Tf32 {
 impl Drop for Tf32 {
     fn drop(&mut self) {
         if let Err(error) = accelerator::set_tf32(self.after) {
-            eprintln!("TF32 stays as it is: {error}");
+            eprintln!("cannot change TF32: {error}");
         }
     }
 }
 
 impl Mode {
-    /// Where bf16 on the CPU itself is further from f32 than the limits, twice as far as that: what is left to notice is
-    /// what the device does, not what the kind costs. Gradients pass through the layers twice, each of their steps rounded.
+    /// If bf16 on the CPU itself differs from f32 by more than the limits, the limit is twice that: this detects
+    /// errors of the device, not the cost of the kind. Gradients pass through the layers twice, with each step
+    /// rounded.
     fn allowing(
         self,
         findings: &Findings,
@@ -149,8 +150,8 @@ impl Mode {
         })
     }
 
-    /// Records how far logits `[tokens, vocabulary]` are apart; the likeliest token is compared where a trained model has
-    /// one.
+    /// Records the differences of logits `[tokens, vocabulary]`; the most likely token is compared for trained
+    /// models.
     fn compare(
         &self,
         findings: &Findings,

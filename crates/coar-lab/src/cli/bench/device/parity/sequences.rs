@@ -13,14 +13,14 @@ use coar_engine::injection::{DeviceConcept, Placement, context_batch};
 use coar_engine::model::context::ContextBatch;
 use coar_engine::model::{LuminaMgpt, ModelConfig, ModelError, Transformer};
 
-/// Two rows of different lengths with room for two concepts.
+/// Two rows of different lengths with space for two concepts.
 #[derive(Debug)]
 pub(super) struct Sequences {
-    /// Real ids of each row.
+    /// Actual ids of each row.
     pub ids: [Vec<i64>; 2],
-    /// Tokens of each row that are prefilled; the others come by decode steps.
+    /// Tokens of each row that are prefilled; the others are fed by decode steps.
     pub prompt: [usize; 2],
-    /// The model has learned what such sequences look like.
+    /// Whether the model was trained on such sequences.
     pub trained: bool,
     concepts: [ConceptTensors; 2],
 }
@@ -30,7 +30,8 @@ const SHORTER: usize = 7;
 
 fn concepts(config: &ModelConfig) -> [ConceptTensors; 2] {
     let mut rng = ChaCha8Rng::seed_from_u64(11);
-    // Concepts at all layers would leave the identity mask nothing to do: what their positions attend to is overwritten.
+    // With concepts at all layers the identity mask would have no effect: what their positions attend to is
+    // overwritten.
     let (layers, hidden) = (config.num_hidden_layers / 2, config.hidden_size as usize);
     [0, 1].map(|_| {
         let mut numbers = || (0..layers * hidden).map(|_| rng.random_range(-1.0..1.0)).collect();
@@ -97,7 +98,7 @@ impl Sequences {
         self.tensor(self.ids.each_ref().map(Vec::len), device)
     }
 
-    /// Where each real token of both rows lies in `[2 * longest]`, from the first that is predicted after a prompt on.
+    /// The index of each real token of both rows in `[2 * longest]`, from the first predicted one after the prompt.
     pub fn predicted(&self) -> Vec<i64> {
         let longest = self.ids[0].len().max(self.ids[1].len());
         let of_row = |row: usize| self.prompt[row] - 1..self.ids[row].len() - 1;
@@ -106,14 +107,14 @@ impl Sequences {
             .collect()
     }
 
-    /// The tokens at the places of [`Self::predicted`], each one further.
+    /// The tokens at [`Self::predicted`], shifted by one.
     pub fn targets(&self) -> Vec<i64> {
         (0..2)
             .flat_map(|row| self.ids[row][self.prompt[row]..].iter().copied())
             .collect()
     }
 
-    /// The two concepts, on `device`; they gather gradients where `leaves` is set.
+    /// The two concepts, on `device`; they accumulate gradients if `leaves` is set.
     pub fn upload(&self, device: Device, leaves: bool) -> Result<[DeviceConcept; 2], ModelError> {
         let upload = |host: &ConceptTensors| -> Result<DeviceConcept, ModelError> {
             let concept = DeviceConcept::upload(host, device)?;
@@ -152,7 +153,7 @@ impl Sequences {
     }
 }
 
-/// Logits `[tokens, vocabulary]` at the places of [`Sequences::predicted`], read as whole sequences.
+/// Logits `[tokens, vocabulary]` at [`Sequences::predicted`], in one pass over whole sequences.
 pub(super) fn read(
     model: &Transformer,
     sequences: &Sequences,
@@ -187,7 +188,7 @@ pub(super) fn compare(
     let context = |mask| sequences.context(&here, mask, Device::Cpu);
     let masked = read(reference, sequences, Some(&context(true)?))?;
     let open = read(reference, sequences, Some(&context(false)?))?;
-    // A mask that does nothing would make the two comparisons below say nothing of it.
+    // With a mask that has no effect the two comparisons below would not test it.
     let effect = largest(&masked, &open)?;
     findings.check(
         format!("{label}: tolerance over what the identity mask changes"),

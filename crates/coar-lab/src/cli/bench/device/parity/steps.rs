@@ -1,5 +1,5 @@
-//! Prefill and decode steps of a batch whose images come and go, against the same tokens read as whole sequences: what every
-//! code is predicted from.
+//! Compares prefill and decode steps of a changing batch with a pass over the same tokens as whole sequences: the
+//! hidden states that predict each code.
 
 use tch::{Device, Tensor};
 
@@ -43,10 +43,10 @@ fn plan(sequences: &Sequences, device: Device) -> Result<[Planned; 3], ModelErro
     ])
 }
 
-/// What one image's codes were predicted from, and what they became.
+/// The predictors of one image's codes, and the codes.
 struct Seen {
     id: BatchImageId,
-    /// One for each code: `[1 or 2, hidden]`.
+    /// One per code: `[1 or 2, hidden]`.
     hidden: Vec<Tensor>,
     codes: Vec<i64>,
 }
@@ -90,7 +90,7 @@ fn draw(
     Ok(seen)
 }
 
-/// The final hidden states `[codes, hidden]` that the codes of an image are predicted from, read as one sequence.
+/// The final hidden states `[codes, hidden]` that predict the codes of an image, in one pass over the sequence.
 fn read(
     model: &Transformer,
     vocabulary: &Vocabulary,

@@ -1,8 +1,9 @@
-//! One optimizer step of a training with every term of the loss, as the trainer takes it.
+//! One optimizer step of a training with every term of the loss, through the trainer.
 //!
-//! Both sides train on the CPU's codes of the references. Under TF32 the device's image tokenizer may choose another row of
-//! the codebook where two are about as near; one such code among the tokens that weigh most changes the loss by a percent and
-//! the gradients by a fifth, so that two different problems would be compared. How many codes differ is a figure of its own.
+//! Both sides train on the CPU's codes of the references. Under TF32 the device's image tokenizer may choose another
+//! row of the codebook if two are nearly equidistant; one such code among the tokens that weigh most changes the
+//! loss by a percent and the gradients by a fifth, so two different problems would be compared. The number of
+//! different codes is reported separately.
 
 use tch::{Device, Kind, Tensor};
 
@@ -16,7 +17,7 @@ use coar_core::training::{Preset, StepLosses, TrainingSpec};
 use coar_engine::model::LuminaMgpt;
 use coar_engine::training::{Advance, Graph, References, Trainer};
 
-/// A subject with an image context token, so that the prior term and the regularisation have a gradient.
+/// A subject with an image context token, so the prior term and the regularisation have a gradient.
 fn spec(layers: usize) -> TrainingSpec {
     let preset = TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "bench", Some("cat"), layers);
     TrainingSpec {
@@ -32,7 +33,7 @@ fn spec(layers: usize) -> TrainingSpec {
     }
 }
 
-/// A snapshot with the class image drawn, before the first step: every model goes on from the same codes.
+/// A snapshot with the class image, before the first step: every model resumes from the same codes.
 fn before_the_step(model: &LuminaMgpt, spec: &TrainingSpec, references: &References) -> anyhow::Result<Vec<u8>> {
     let mut trainer = Trainer::of_references(model, spec.clone(), references.clone())?;
     loop {
@@ -112,7 +113,7 @@ pub(super) fn compare(
                 ("regularisation", found.regularisation, expected.regularisation),
             ];
             for (term, found, expected) in terms {
-                // A term that is absent on one side has no number and fails.
+                // A term that is absent on one side is NaN and fails.
                 let apart = found
                     .zip(expected)
                     .map_or(f64::NAN, |(found, expected)| apart(found, expected));
@@ -142,7 +143,7 @@ fn codes(references: &References) -> Vec<i64> {
     references.centred().flat_map(|one| one.codes.iter().copied()).collect()
 }
 
-/// Relative, but for losses near zero, as the regularisation is at the start.
+/// Relative, except for losses near zero, such as the regularisation at the start.
 fn apart(found: f32, expected: f32) -> f64 {
     f64::from((found - expected).abs()) / f64::from(expected.abs()).max(1e-3)
 }
@@ -155,10 +156,11 @@ mod tests {
     use coar_engine::model::preprocessing::CropOffset;
     use coar_engine::pocket::unpack_shipped;
 
-    /// What an H200 under TF32 reported of its own codes, 1.10e-2 of the loss and 9.8e-2 and 2.3e-1 of the gradients, is what
-    /// the CPU finds when this one code is the second nearest row: 1.11e-2, 9.8e-2 and 2.3e-1.
+    /// The differences that an H200 under TF32 reported with its own codes, 1.10e-2 of the loss and 9.8e-2 and
+    /// 2.3e-1 of the gradients, are those that the CPU finds if this one code is the second nearest row: 1.11e-2,
+    /// 9.8e-2 and 2.3e-1.
     #[test]
-    fn one_other_code_moves_a_step_further_than_tf32_may() {
+    fn one_different_code_exceeds_the_tf32_tolerance() {
         let _no_grad = tch::no_grad_guard();
         let cache = tempfile::tempdir().unwrap();
         let files = CheckpointFiles::find(&unpack_shipped(cache.path()).unwrap(), None).unwrap();
@@ -169,7 +171,7 @@ mod tests {
         let references = References::encode(&model, &spec, images).unwrap();
         let snapshot = before_the_step(&model, &spec, &references).unwrap();
 
-        // The code of the second image that is nearest to being another one.
+        // The code of the second image with the smallest margin.
         let prepared = model.crop.prepare(&images[1], CropOffset::Centre);
         let latents = model.vqgan.latents(&pixels(&[prepared]).unwrap()).unwrap();
         let (width, codebook) = (latents.size()[1], model.vqgan.codebook().to_kind(Kind::Float));
@@ -192,7 +194,7 @@ mod tests {
             let off = relative(found, expected).unwrap();
             assert!(off > TF32.gradient, "{which}: {off}");
         }
-        // The same codes are the same problem.
+        // With the same codes the results are equal.
         let (again, _) = one(&references);
         assert_eq!(again.total.to_bits(), expected.total.to_bits());
     }

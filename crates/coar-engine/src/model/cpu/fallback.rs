@@ -1,4 +1,4 @@
-//! What stands here where nothing is written for the machine's instructions: libtorch does everything.
+//! Fallback for machines without a native implementation: libtorch computes everything.
 
 use tch::{Device, Kind, Tensor};
 
@@ -10,11 +10,11 @@ pub(in crate::model) fn linear(_: &Tensor, _: &Tensor) -> Result<Option<Tensor>,
     Ok(None)
 }
 
-/// Never made here.
+/// Never constructed here.
 #[derive(Debug)]
 pub(in crate::model) enum CpuDecoder {}
 
-/// Nothing is needed.
+/// No buffers are needed.
 #[derive(Debug, Default)]
 pub(in crate::model) struct Workspace;
 
