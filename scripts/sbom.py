@@ -9,7 +9,7 @@ import os
 import re
 import sys
 
-# The folder that it was made in is nobody's business, and would make each bill another one.
+# Without the folder that it was made in, which would make each bill a different file.
 bom = json.loads(open(sys.argv[1]).read().replace(f"file://{os.getcwd()}", "file:///coar"))
 script = open(sys.argv[2]).read()
 version = re.search(r"^version=(\S+)", script, re.MULTILINE)[1]

@@ -67,10 +67,10 @@ async fn check_keys(keys: &Keys, role: Role, address: SocketAddr) -> anyhow::Res
     }
     anyhow::ensure!(
         address.ip().is_loopback(),
-        "there are no keys, so that everybody who reaches {address} could do everything: make one with \
+        "no API keys are configured, so anyone who can reach {address} would have full access: create one with \
          `coar keys create --tenant NAME` and this server's --data or --database, or listen on 127.0.0.1"
     );
-    tracing::warn!("there are no keys: whoever reaches {address} is tenant `default` and may do everything");
+    tracing::warn!("no API keys configured: unauthenticated access as tenant `default` on {address}");
     Ok(())
 }
 
@@ -88,7 +88,7 @@ async fn serve_api(
     }
     // Tests and scripts that ask for port 0 read the address from this line.
     println!("listening on http://{address}");
-    // Web-hooks name images by it: nobody's Host header is at hand.
+    // Web-hooks name images by it: there is no request whose Host header could be used.
     let own_address = match &config.public_url {
         Some(url) => url.trim_end_matches('/').to_owned(),
         None => format!("http://{address}"),

@@ -10,7 +10,7 @@ use std::time::Duration;
 use clap::{Args, Command, ValueEnum};
 use serde::Serialize;
 
-/// Everything that `coar serve` is told.
+/// The settings of `coar serve`.
 #[derive(Debug, Clone, Args, Serialize)]
 pub struct Config {
     /// TOML file with any of these settings.
@@ -38,7 +38,7 @@ pub struct Config {
     /// How API processes reach this worker: http://10.0.0.7:8081. Default: this machine's name and --worker-listen's port.
     #[arg(long, env = "COAR_ADVERTISE", value_name = "URL")]
     pub advertise: Option<String>,
-    /// How callers reach the server, where a proxy stands before it: https://images.example.com. Begins the addresses
+    /// How callers reach the server, where a proxy is in front of it: https://images.example.com. Begins the addresses
     /// of images. Without it, the Host header of each request does.
     #[arg(long, env = "COAR_PUBLIC_URL", value_name = "URL")]
     pub public_url: Option<String>,
@@ -54,7 +54,7 @@ pub struct Config {
     /// Origins whose pages may call the API from a browser (https://app.example.com), with commas between; `*`: all.
     #[arg(long, env = "COAR_CORS_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     pub cors_origin: Vec<String>,
-    /// Lets everybody read /metrics; otherwise loopback and keys with the scope `admin` may.
+    /// Let anyone read /metrics; otherwise loopback and keys with the scope `admin` may.
     #[arg(long, env = "COAR_METRICS_OPEN", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub metrics_open: Switch,
     #[command(flatten)]
@@ -285,7 +285,7 @@ pub struct EngineArgs {
     /// Requests that may wait for rows; more are refused with 429.
     #[arg(long, env = "COAR_QUEUE", default_value_t = 64)]
     pub queue: usize,
-    /// Memory in MiB for concepts that stay on the device while nobody uses them.
+    /// Memory in MiB for concepts that stay on the device while they are not in use; as much again for parsed files on the host.
     #[arg(long, env = "COAR_CONCEPT_MEMORY", default_value_t = 256, value_name = "MIB")]
     pub concept_memory: usize,
     /// Images do not depend on who shares their batch even where libtorch's kernels would (a GPU, or a CPU without
@@ -336,7 +336,7 @@ impl Config {
         lines.map(str::to_owned).collect()
     }
 
-    /// Checks every value, and tells of all that are wrong.
+    /// Checks every value and reports all faults at once.
     ///
     /// # Errors
     /// [`Faults`]

@@ -1,4 +1,4 @@
-//! coar: one frozen autoregressive image model, and everybody's concepts beside it.
+//! coar: one frozen autoregressive image model, and the concepts of many tenants.
 //!
 //! Modules, and the direction in which they may use each other, are described in `docs/architecture.md`
 //! and enforced by `tests/it/architecture.rs`.

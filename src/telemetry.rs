@@ -1,6 +1,6 @@
-//! What the server tells of itself: log lines, spans, metrics.
+//! Log lines and spans.
 //!
-//! Spans stand at the doors of the rooms only: `http.request`, `service.generate`, `engine.queue`, `engine.prefill`,
+//! Spans are opened at the boundaries of modules only: `http.request`, `service.generate`, `engine.queue`, `engine.prefill`,
 //! `engine.decode`, `vqgan.decode`, `job.run`, `train.slice`. A prompt or a key is never logged.
 
 #[cfg(feature = "otel")]

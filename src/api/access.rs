@@ -1,6 +1,6 @@
-//! What is told of every request: one line in the log, its time and bytes in the metrics, a span around its handler.
+//! What is recorded of every request: one line in the log, its time and bytes in the metrics, a span around its handler.
 //!
-//! The line comes when the answer's body has ended, so that streams have their length and their duration in it.
+//! The line is written when the answer's body has ended: it has the length and duration of streams, too.
 
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -25,7 +25,7 @@ struct Who {
     key: Option<String>,
 }
 
-/// A place in the request's extensions for whoever finds out who asks.
+/// A place in the request's extensions for the caller, once it is authenticated.
 #[derive(Debug, Clone, Default)]
 struct Asker(Arc<OnceLock<Who>>);
 
@@ -69,10 +69,10 @@ fn status_class(status: u16) -> &'static str {
     }
 }
 
-/// What is asked all day by machines is told at debug level only.
+/// Probes and scrapes are logged at debug level only.
 const QUIET: [&str; 3] = ["/livez", "/readyz", "/metrics"];
 
-/// Nobody waits for the answer any more (nginx's number).
+/// The client has closed the connection (nginx's number).
 const CLIENT_CLOSED: u16 = 499;
 
 /// A request from its head to the end of its answer; the end is the drop.
@@ -150,7 +150,7 @@ impl HttpBody for Counted {
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
                 self.line.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
-                // Whoever sends a body of known length does not ask for more than that.
+                // A body of known length is not polled beyond it.
                 self.line.complete = self.body.is_end_stream();
             }
             Poll::Ready(None) => self.line.complete = true,

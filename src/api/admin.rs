@@ -231,7 +231,7 @@ fn missing(name: &'static str) -> Error {
 
 /// Make a key
 ///
-/// Its text is answered once and stored nowhere. The first key closes the server to everybody without one.
+/// Its secret is returned once and not stored. From the first key on, every request needs one.
 #[utoipa::path(
     post, path = "/v1/admin/keys", tag = "Administration", operation_id = "createKey",
     request_body = CreateKey,

@@ -1,6 +1,6 @@
 //! Who asks, and whether they may: `Authorization: Bearer coar_…` becomes a [`Caller`].
 //!
-//! The middleware turns away whoever has no valid key, for every route that is not public. A handler then names the
+//! The middleware refuses requests without a valid key, on every route that is not public. A handler then names the
 //! scope that it needs by taking [`Read`], [`Generate`], [`Train`] or [`Admin`]: there is no other way to a caller.
 
 use axum::extract::{FromRequestParts, Request, State};
@@ -14,7 +14,7 @@ use super::{ApiError, AppState};
 use crate::service::{Caller, Scope};
 use coar_core::error::Error;
 
-/// Paths that anybody may ask for. Their answers tell nothing of any tenant.
+/// Public paths. Their answers contain nothing of any tenant.
 pub(super) fn is_public(path: &str) -> bool {
     matches!(
         path,
@@ -33,7 +33,7 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then(|| text.trim())
 }
 
-/// Puts the caller beside the request, or turns it away.
+/// Adds the caller to the request's extensions, or refuses the request.
 pub(super) async fn authenticate(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     if !is_public(request.uri().path()) {
         let caller = match state.service() {

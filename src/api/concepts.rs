@@ -29,7 +29,7 @@ use object::{ChangeConcept, ConceptObject, File, RegisterConcept, TrainConcept, 
 
 pub(super) mod object;
 
-/// Bytes of a form beside its images.
+/// Bytes of a form in addition to its images.
 const FORM_EXTRA: usize = 1 << 20;
 
 pub(super) fn routes(config: &Config) -> OpenApiRouter<AppState> {
@@ -266,7 +266,7 @@ async fn image(
     Ok(png(state.service()?.reference_image(&caller, &name, &index).await?))
 }
 
-/// A PNG as an answer. Only its tenant may see it, so that shared caches keep away.
+/// A PNG as an answer. Only its tenant may see it: shared caches must not store it.
 pub(super) fn png(bytes: Bytes) -> Response {
     let headers = [(header::CONTENT_TYPE, "image/png"), (header::CACHE_CONTROL, "private")];
     (headers, bytes).into_response()

@@ -10,7 +10,7 @@ use crate::jobs::Describe;
 use crate::registry::{Generation, StoredImage, Training};
 use crate::service::Links;
 
-/// Addresses begin with `base`: nobody's Host header is at hand.
+/// Addresses begin with `base`: there is no request whose Host header could be used.
 #[derive(Debug)]
 struct Described {
     links: Arc<Links>,

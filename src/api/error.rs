@@ -93,13 +93,13 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// Work that is begun for the request at hand but goes on beside it, under the same request id.
+/// Work that is begun for this request and outlives it, under the same request id.
 pub(super) fn in_request<F: Future>(work: F) -> impl Future<Output = F::Output> {
     let id = REQUEST.try_with(Clone::clone).unwrap_or_default();
     REQUEST.scope(id, work)
 }
 
-/// Bytes of another's error message that are told.
+/// Bytes of a foreign error message that are passed on.
 const FOREIGN_LIMIT: usize = 1024;
 
 /// Refusals of the framework's own (a path that is not UTF-8, an unreadable query) have their sentence as plain text;

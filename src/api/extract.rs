@@ -129,7 +129,7 @@ impl Fields {
         }
     }
 
-    /// As [`Self::text`], with null told apart from absence: `Some(None)`.
+    /// As [`Self::text`], with null distinguished from absence: `Some(None)`.
     pub(super) fn nullable_text(&mut self, name: &'static str) -> Result<Option<Option<String>>, Error> {
         if self.0.get(name).is_some_and(Value::is_null) {
             self.0.remove(name);
@@ -188,7 +188,7 @@ impl Fields {
         }
     }
 
-    /// As [`Self::integer`], with null told apart from absence: `Some(None)`.
+    /// As [`Self::integer`], with null distinguished from absence: `Some(None)`.
     pub(super) fn nullable_integer<T: TryFrom<u64>>(
         &mut self,
         name: &'static str,

@@ -64,7 +64,7 @@ struct CreateQuery {
 
 /// Draw images and keep them
 ///
-/// Waits for the end, at most 60 seconds, unless `Prefer` says otherwise; with `Accept: text/event-stream` tells events:
+/// Waits for the end, at most 60 seconds, unless `Prefer` says otherwise; with `Accept: text/event-stream` sends events:
 /// `queued`, `progress`, `partial_image`, `image`, and last `completed`, `failed` or `cancelled`. Who disconnects while
 /// waiting or listening cancels. What was answered with 202 goes on, also after a restart of the server.
 #[utoipa::path(
@@ -127,7 +127,7 @@ async fn create(
         }
     };
     if validate_only {
-        // Nothing is made, so that nothing is to be remembered.
+        // Nothing is made, so there is nothing to replay.
         return work.await;
     }
     let once = once.answering(Answers::Generation);

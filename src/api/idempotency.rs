@@ -16,7 +16,7 @@
 //! what was read of them: [`content_of`].
 //!
 //! Answers of success are kept for a day, those with images in them no longer than images are kept; a refusal frees the
-//! key, since nothing was made. What is made bears the key from its first moment, so that a process that dies before it
+//! key, since nothing was made. What is made has the key from the start: a process that dies before it
 //! answers makes nothing twice. The work of a request with a key goes on when its caller disconnects: a caller that
 //! sends a key intends to come back for the answer.
 
@@ -201,7 +201,7 @@ impl Once {
     }
 }
 
-/// What a process has made that died before it could say so, as it stands now.
+/// What a process has made that died before it answered, in its present state.
 async fn made_before(state: &AppState, caller: &Caller, headers: &HeaderMap, made: Made) -> Result<Response, ApiError> {
     let service = state.service()?;
     let mut response = match made {

@@ -17,7 +17,7 @@ pub(super) fn routes() -> Router<AppState> {
     Router::new().route("/metrics", get(scrape))
 }
 
-/// The numbers are everybody's together: others than loopback need the scope `admin`, unless the operator opens them.
+/// The numbers are those of all tenants: clients other than loopback need the scope `admin`, unless the operator opens them.
 async fn scrape(
     State(state): State<AppState>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,

@@ -91,7 +91,7 @@ impl AppState {
         &self.tasks
     }
 
-    /// The trainings that somebody follows.
+    /// The trainings that clients follow.
     fn followed(&self) -> &trainings::Followed {
         &self.followed
     }

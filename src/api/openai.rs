@@ -41,7 +41,7 @@ pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
         .route("/v1/images/variations", post(variations))
 }
 
-/// Bytes of an image that nobody will look at, which are still read: a client in the middle of sending would take an
+/// Bytes of an unused image that are still read: a client in the middle of sending would take an
 /// early end of the connection for a failure of the network, and try again.
 const UNREAD_LIMIT: usize = 64 << 20;
 

@@ -96,7 +96,7 @@ pub(super) struct ErrorFacts {
 #[openapi(
     info(
         title = "coar",
-        description = "One frozen autoregressive image model, and everybody's concepts beside it.",
+        description = "One frozen autoregressive image model, and the concepts of all its tenants.",
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
     components(schemas(ErrorBody, super::openai::EventObject)),

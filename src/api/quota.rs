@@ -45,7 +45,7 @@ fn insert(headers: &mut HeaderMap, names: Names, allowance: Option<Allowance>) {
     }
 }
 
-/// As OpenAI writes it: `12s`. Rounded up, so that nobody comes too early.
+/// As OpenAI writes it: `12s`. Rounded up: a retry must not come too early.
 fn seconds(wait: Duration) -> String {
     format!("{}s", wait.as_secs_f64().ceil())
 }

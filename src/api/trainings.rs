@@ -142,7 +142,7 @@ async fn retry(
         let training = service.retry_training(&caller, &id).await?;
         Ok(accepted(&training))
     };
-    // Nothing is sent beside the route.
+    // The request has no body.
     once.run(&state, &caller, "", work).await
 }
 
@@ -156,7 +156,7 @@ pub(super) fn accepted(training: &crate::registry::Training) -> Response {
 ///
 /// Server-sent events: the present state first, then what changes. `progress` has `status`, `step`, `total_steps`,
 /// `loss`, `steps_per_second` and `eta_seconds`; `preview` has `step` and `url`; `ended` has the training and is the last.
-/// A comment comes at least every 15 seconds. `Last-Event-ID` needs no heed: whoever connects again gets the present
+/// A comment comes at least every 15 seconds. `Last-Event-ID` is not needed: a client that reconnects gets the present
 /// state. Every preview that is stored when the training's end is seen comes before `ended`; one that is drawn more
 /// slowly is only in the training's `previews`. When the server stops or the training is deleted the stream ends without
 /// `ended`.

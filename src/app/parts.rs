@@ -19,8 +19,8 @@ use crate::service::Links;
 use coar_core::engine::EngineHandle;
 use coar_core::metrics::meters;
 
-/// Background generations take a quarter of the engine's queue, at most so many of its places: the rest is for whoever
-/// waits.
+/// Background generations take a quarter of the engine's queue, at most so many of its places: the rest is for requests
+/// that wait.
 const BACKGROUND_LIMIT: usize = 32;
 /// How often jobs are counted for the metrics: a scrape reads the last count and never the database.
 const JOB_COUNT: Duration = Duration::from_secs(2);
@@ -122,7 +122,7 @@ pub(super) fn drawings(
     .with_wakes(wakes)
 }
 
-/// What this process tells the others of itself.
+/// What this process announces in its heartbeats.
 pub(super) fn member(config: &Config, address: Option<String>, engine: Option<&EngineHandle>) -> Member {
     Member {
         role: config.role.as_str(),
@@ -218,7 +218,7 @@ pub(super) struct Device {
 }
 
 impl Device {
-    /// Ends the engine and the background work, and tells the others.
+    /// Ends the engine and the background work, and signs the process off.
     pub(super) async fn end(self, registry: &Registry, tracker: &TaskTracker) -> anyhow::Result<()> {
         let Self {
             engine,
@@ -234,11 +234,11 @@ impl Device {
         }
         ended.cancel();
         if tokio::time::timeout(GRACE, tracker.wait()).await.is_err() {
-            tracing::error!("background work does not end; its leases run out by themselves");
+            tracing::error!("background work does not end; its leases expire");
         }
         streams.close().await;
         if let Err(error) = registry.leave().await {
-            tracing::warn!(%error, "the others will notice by themselves that this process is gone");
+            tracing::warn!(%error, "this process cannot be signed off; the others declare it dead when its heartbeats are missing");
         }
         // Waits for the device thread, which must not hold up the runtime's own.
         tokio::task::spawn_blocking(move || drop(engine)).await?;

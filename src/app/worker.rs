@@ -16,7 +16,7 @@ use crate::jobs::Wakes;
 use crate::service::Links;
 use coar_core::engine::EngineHandle;
 
-/// Where the others reach this machine, where nobody has said it.
+/// Where other processes reach this machine, without `--advertise`.
 fn own_address(listens: SocketAddr) -> String {
     if !listens.ip().is_unspecified() {
         return format!("http://{listens}");
@@ -79,7 +79,7 @@ pub(super) async fn serve(
     tracing::info!("stopping");
     member.draining.store(true, Ordering::Relaxed);
     if let Err(error) = member.announce(&registry).await {
-        tracing::warn!(%error, "the others cannot be told that this worker stops");
+        tracing::warn!(%error, "the draining state cannot be announced");
     }
     if tokio::time::timeout(HAND_BACK, engine.end_trainings()).await.is_err() {
         tracing::error!("the device does not answer; trainings go on from their last checkpoint");

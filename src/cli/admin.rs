@@ -154,7 +154,7 @@ async fn replay(registry: &Registry, id: JobId) -> anyhow::Result<()> {
         registry.replay(id).await?,
         "there is no such job that has failed, or images of it were kept; `coar admin jobs` shows what there is"
     );
-    // Whoever works on it looks at once, where others can be told.
+    // Workers are notified at once where the database can.
     for what in ["trainings", "generations"] {
         registry.signal(what).await?;
     }
@@ -198,7 +198,7 @@ async fn verify(registry: &Registry, concepts_only: bool) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// In a folder of its own nobody else may store while something is removed.
+/// In a folder no other process may store while something is removed.
 fn alone(data: &DataArgs) -> anyhow::Result<Option<DataLock>> {
     match data.database {
         Some(_) => Ok(None),

@@ -14,7 +14,7 @@ use crate::client::Client;
 
 /// The variable by which the shell asks.
 const ASKED: &str = "COAR_COMPLETE";
-/// Whoever presses Tab does not wait longer.
+/// A completion must not take longer.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

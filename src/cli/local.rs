@@ -55,7 +55,7 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
     let model = model.clone();
     let engine = tokio::task::spawn_blocking(move || start_engine(&model, None)).await??;
     let links = Arc::new(Links::new(&registry.server_secret().await?, KEEP));
-    // Nothing is kept and nobody told where there is no server.
+    // Without a server nothing is stored and no web-hook sent.
     let webhooks = Webhooks::new(
         registry.clone(),
         crate::api::describe(links.clone(), ""),

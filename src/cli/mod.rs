@@ -28,7 +28,7 @@ use crate::config::{Faults, read_file};
 use crate::telemetry::LogFormat;
 pub use completions::complete;
 
-/// One frozen autoregressive image model, and everybody's concepts beside it.
+/// One frozen autoregressive image model, and the concepts of many users.
 #[derive(Debug, Parser)]
 #[command(name = "coar", version, about, long_about = None)]
 pub struct Cli {

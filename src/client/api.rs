@@ -41,7 +41,7 @@ pub struct Draw {
 /// The largest page of a list.
 const PAGE: &str = "100";
 
-/// A name or identifier as one segment of a path: whatever is no plain character is escaped, so that no name reaches
+/// A name or identifier as one segment of a path: every other character is escaped: no name reaches
 /// another route.
 fn segment(name: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte);
@@ -185,7 +185,7 @@ impl Client {
     }
 
     /// An image by its address, which may be relative to the server's. The key is not sent: addresses are signed, and may
-    /// be somebody else's.
+    /// belong to another caller.
     pub async fn image(&self, url: &str) -> Result<Bytes, ClientError> {
         let url = match url.starts_with('/') {
             true => format!("{}{url}", self.base),

@@ -119,7 +119,7 @@ impl Events {
     /// The next event, `None` after the last. An `error` event is an error.
     ///
     /// # Errors
-    /// When the connection breaks, or the server tells of a failure.
+    /// When the connection breaks, or the server reports a failure.
     pub async fn next(&mut self) -> Result<Option<Event>, ClientError> {
         loop {
             if let Some(event) = self.ready.pop_front() {

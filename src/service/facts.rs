@@ -1,4 +1,4 @@
-//! What callers write beside their objects: description, metadata, web-hook address.
+//! What callers attach to their objects: description, metadata, web-hook address.
 
 use serde_json::Value;
 
@@ -54,7 +54,7 @@ pub fn read_metadata(value: Value) -> Result<Metadata, Error> {
     Ok(metadata)
 }
 
-/// An address that can be sent to, as far as its form tells; where it may lead is decided when it is.
+/// An address that can be sent to, as far as its form shows; where it may lead is decided when it is connected to.
 ///
 /// # Errors
 /// When it is no `http(s)://host…`, or has a user in it.

@@ -14,7 +14,7 @@ use coar_core::engine::{ConceptTokens, Cost, SamplingParams};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::image::ImageFormat;
 
-/// A concept that is named beside the prompt, and the parameter that names it.
+/// A concept that is named outside of the prompt, and the parameter that names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedConcept {
     pub name: String,

@@ -1,4 +1,4 @@
-//! Generations: begun for somebody who waits, or queued; looked at, cancelled, deleted.
+//! Generations: begun for a client that waits, or queued; looked up, cancelled, deleted.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use coar_core::ids::{GenerationId, TenantId};
 /// A generation that another process may end is looked at this often.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// A generation as it stands.
+/// A generation in its present state.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationView {
     pub generation: Generation,
@@ -36,7 +36,7 @@ pub struct GenerationInput {
     pub priority: i32,
 }
 
-/// A generation that somebody waits for.
+/// A generation whose client waits for it.
 #[derive(Debug)]
 pub struct Begun {
     pub view: GenerationView,
@@ -90,7 +90,7 @@ impl Service {
         Ok(())
     }
 
-    /// Queues a generation that nobody waits for.
+    /// Queues a background generation.
     ///
     /// # Errors
     /// `quota_exceeded`; `overloaded`: too many are queued.
@@ -113,7 +113,7 @@ impl Service {
         self.view(generation).await
     }
 
-    /// Begins a generation for somebody who waits.
+    /// Begins a generation for a client that waits.
     ///
     /// # Errors
     /// `quota_exceeded`; `overloaded`: the engine's queue is full.
@@ -139,7 +139,7 @@ impl Service {
     ) -> Result<GenerationView, Error> {
         let id = begun.view.generation.id;
         let ended = async { while !matches!(begun.events.recv().await, None | Some(DrawEvent::Ended(_))) {} };
-        // Either way the row says how it stands.
+        // Either way the row has the present state.
         let _ = tokio::time::timeout(within, ended).await;
         let view = self.view(self.row(caller, id).await?).await?;
         if !view.generation.status.is_final() {
@@ -157,7 +157,7 @@ impl Service {
         let until = Instant::now() + within;
         let interest = self.drawings.interest(id);
         loop {
-            // Interest is registered before looking, so that no end in between is missed.
+            // Subscribe before looking: no end in between is missed.
             let woken = interest.woken();
             let generation = self.row(caller, id).await?;
             if generation.status.is_final() || Instant::now() >= until {
@@ -199,7 +199,7 @@ impl Service {
         Ok(generations.into_iter().zip(details).map(view).collect())
     }
 
-    /// A generation as it stands, or as it stands when it has ended or `within` is over.
+    /// A generation in its present state, or in that when it has ended or `within` has passed.
     ///
     /// # Errors
     /// When there is none.

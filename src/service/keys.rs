@@ -1,4 +1,4 @@
-//! API keys: made, shown once, checked, revoked. Needs no engine, so that the command line has it too.
+//! API keys: made, shown once, checked, revoked. Needs no engine: the command line uses it too.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -140,10 +140,10 @@ impl Keys {
         Ok(any)
     }
 
-    /// Who sends that key, or nobody's in particular where there are no keys at all.
+    /// The owner of that key, or the default tenant where there are no keys at all.
     ///
     /// # Errors
-    /// `invalid_api_key`: missing, malformed, unknown, expired, revoked; these are not told apart.
+    /// `invalid_api_key`: missing, malformed, unknown, expired, revoked; these are not distinguished.
     pub async fn authenticate(&self, text: Option<&str>) -> Result<Caller, Error> {
         if !self.required().await? {
             return Ok(Caller::LOCAL);

@@ -1,4 +1,4 @@
-//! Addresses of images that need no key: whoever has one may fetch the image until the address expires.
+//! Signed addresses of images: they need no key and work until they expire.
 
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
@@ -47,7 +47,7 @@ impl Links {
 
     fn mac(&self, id: ImageId, expires: &str) -> Hmac<Sha256> {
         let mut mac = Hmac::<Sha256>::new_from_slice(&self.secret).expect("HMAC takes keys of any length");
-        // No part holds a line feed, so that no two pairs are the same text.
+        // No part holds a line feed, so no two pairs are the same text.
         mac.update(format!("image\n{id}\n{expires}").as_bytes());
         mac
     }
@@ -60,7 +60,7 @@ impl Links {
         at / 1000
     }
 
-    /// The address below the server's own: the same every time, so that it can be cached.
+    /// The address below the server's own: the same every time, so it can be cached.
     pub fn path(&self, image: &StoredImage) -> String {
         let expires = self.expires(image).to_string();
         let signature = hex::encode(self.mac(image.id, &expires).finalize().into_bytes());

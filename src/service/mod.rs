@@ -45,7 +45,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// The tenant `default` with every scope: the command line, and everybody where there are no keys.
+    /// The tenant `default` with every scope: the command line, and every caller where there are no keys.
     pub const LOCAL: Self = Self {
         tenant: TenantId::DEFAULT,
         key: None,

@@ -1,4 +1,4 @@
-//! Where concepts go that a caller names beside the prompt instead of in it.
+//! Where in the prompt concepts go that a caller names outside of it.
 //!
 //! A subject goes before the first occurrence of its class noun as a whole word, whatever its case, that has no
 //! placeholder before it: "a cat on a beach" becomes "a <rex> cat on a beach". Where there is none, the prompt gets a
@@ -48,7 +48,7 @@ fn names(prompt: &str, name: &str) -> bool {
     prompt.contains(&format!("<{name}>"))
 }
 
-/// Where `class` stands in the prompt's text as a whole word without a placeholder before it.
+/// Where `class` occurs in the prompt's text as a whole word without a placeholder before it.
 fn noun(prompt: &str, class: &str) -> Option<usize> {
     let pieces = parse_prompt(prompt).ok()?;
     let (mut begin, mut after_placeholder) = (0, false);
@@ -71,7 +71,7 @@ fn noun(prompt: &str, class: &str) -> Option<usize> {
     None
 }
 
-/// Where `word` stands in `text` with no letter or digit on either side.
+/// Where `word` occurs in `text` with no letter or digit on either side.
 fn words<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
     let inside = |c: Option<char>| c.is_some_and(char::is_alphanumeric);
     text.char_indices().map(|(at, _)| at).filter(move |&at| {

@@ -18,7 +18,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 const NEXT_REQUEST: Duration = Duration::from_secs(1);
 /// When one that found too many trainings may.
 const NEXT_TRAINING: Duration = Duration::from_secs(30);
-/// And one that found too many concepts: somebody has to delete one.
+/// And one that found too many concepts: one has to be deleted first.
 const NEXT_CONCEPT: Duration = Duration::from_secs(120);
 
 /// What every tenant does at the moment.
@@ -49,7 +49,7 @@ struct Admission {
 pub struct Allowance {
     pub limit: u32,
     pub remaining: u32,
-    /// Until all of it is there again; of requests in flight nobody knows, so a second.
+    /// Until all of it is there again; for requests in flight that is unknown, so a second.
     pub reset: Duration,
 }
 

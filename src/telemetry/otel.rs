@@ -16,7 +16,7 @@ const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP
 pub(super) struct Export(SdkTracerProvider);
 
 impl Export {
-    /// `None` where no collector is named, or it cannot be used; the latter is told.
+    /// `None` where no collector is named, or it cannot be used; the latter is reported.
     pub fn start() -> Option<Self> {
         ENDPOINTS.iter().find_map(std::env::var_os)?;
         let exporter = match SpanExporter::builder().with_http().build() {

@@ -65,7 +65,7 @@ async fn use_every_secret(app: &mut TestApp) -> Vec<String> {
     app.key = Some(customer.clone());
     let prompt = "a red car of the confidential zebra";
     secrets.push("confidential zebra".to_owned());
-    // Nobody listens there: the delivery fails, and is told of.
+    // No listener there: the delivery fails, and its failure is logged.
     let hook = "http://127.0.0.1:9/hook?token=hookhookhook";
     secrets.push("hookhookhook".to_owned());
     let request = json!({"prompt": prompt, "webhook_url": hook});
@@ -132,7 +132,7 @@ async fn no_secret_gets_into_the_log_or_the_metrics() {
     assert!(log.contains("/v1/generations") && log.contains("TRACE") && log.lines().count() > 100);
     for secret in secrets {
         let line = log.lines().chain(metrics.lines()).find(|line| line.contains(&secret));
-        assert_eq!(line, None, "`{secret}` is told");
+        assert_eq!(line, None, "`{secret}` is shown");
     }
 }
 

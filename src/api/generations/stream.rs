@@ -87,7 +87,7 @@ impl Streaming {
 
     async fn last(&self) -> Option<Event> {
         let id = self.begun.view.generation.id.to_string();
-        // Deleted meanwhile: there is nothing left to tell.
+        // Deleted meanwhile: there is no last event.
         let view = self.service.generation(&self.caller, &id, Duration::ZERO).await.ok()?;
         let name = match view.generation.status {
             GenerationStatus::Succeeded => "completed",

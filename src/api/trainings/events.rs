@@ -20,7 +20,7 @@ struct Progress {
     progress: ProgressObject,
 }
 
-/// What one reader has been told of a training.
+/// What one reader has received of a training.
 #[derive(Default)]
 struct Reader {
     /// `None`: it has ended.
@@ -69,7 +69,7 @@ impl Reader {
             if self.ended {
                 return None;
             }
-            // A stopping server and a deleted training end the stream; whoever connects again learns which.
+            // A stopping server and a deleted training end the stream; the next connection gets the reason.
             self.seen.as_mut()?.changed().await.ok()?;
             self.look();
         }

@@ -1,4 +1,4 @@
-//! One look for everybody: however many follow a training, its row is read by one task.
+//! However many clients follow a training, one task reads its row.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,14 +22,14 @@ pub(super) struct Seen {
 }
 
 impl Seen {
-    /// A first look: a training that has ended long ago has nothing more to tell.
+    /// A first look: a training that has ended long ago has no more events.
     pub fn first(training: Training) -> Self {
         let last = training.status.is_final();
         Self { training, last }
     }
 }
 
-/// The trainings that somebody follows.
+/// The trainings that clients follow.
 #[derive(Debug, Clone, Default)]
 pub(in crate::api) struct Followed(Arc<Mutex<HashMap<TrainingId, Sender<Seen>>>>);
 
@@ -50,7 +50,7 @@ impl Drop for Entry {
 }
 
 impl Entry {
-    /// Takes the entry away, unless somebody follows.
+    /// Removes the entry, unless a client follows.
     fn leave(&self) -> bool {
         let mut all = self.followed.lock();
         let alone = self.sender.receiver_count() == 0;
@@ -60,7 +60,7 @@ impl Entry {
         alone
     }
 
-    /// Looks until the training has ended, nobody follows, or there is nothing to be seen.
+    /// Polls until the training has ended, its last follower is gone, or its row is.
     async fn watch<F: Future<Output = Option<Training>>>(self, look: impl Fn() -> F) {
         loop {
             tokio::select! {
@@ -95,7 +95,7 @@ impl Followed {
     }
 
     /// What is seen of a training from now on, beginning with what was seen last. `first` is the caller's own look; where
-    /// nobody follows the training yet, `tasks` gets the one that does the looking.
+    /// the training has no follower yet, `tasks` gets the one that polls.
     pub(super) fn join<F: Future<Output = Option<Training>> + Send + 'static>(
         &self,
         first: Seen,
@@ -164,7 +164,7 @@ mod tests {
         tasks.close();
         tokio::time::timeout(10 * LOOK, tasks.wait())
             .await
-            .expect("nobody follows");
+            .expect("there is no follower");
         assert!(followed.lock().is_empty());
     }
 

@@ -65,7 +65,7 @@ fn step(event: &Event) -> Result<Step, ClientError> {
             let data = event.json()?;
             return Err(ClientError::of_generation(unwrapped(&data)));
         }
-        // Unfinished images are not asked for; later servers may tell more.
+        // Partial images are not requested; later servers may send more events.
         _ => Step::Nothing,
     })
 }

@@ -79,7 +79,7 @@ impl TrainingCommand {
     }
 }
 
-/// A training's id as it is; a concept's name stands for its latest training.
+/// A training's id as it is; a concept's name means its latest training.
 async fn identifier(client: &Client, given: &str) -> anyhow::Result<String> {
     if given.starts_with("training_") {
         return Ok(given.to_owned());
@@ -130,7 +130,7 @@ pub(in crate::cli) async fn watch(client: &Client, id: &str) -> anyhow::Result<V
     }
 }
 
-/// Shows events until the stream ends, however it ends: how the training stands is asked afterwards.
+/// Shows events until the stream ends, however it ends; the training's state is read afterwards.
 async fn follow(client: &Client, id: &str, bar: &ProgressBar) -> Result<(), ClientError> {
     let mut events = client.training_events(id).await?;
     while let Some(event) = events.next().await? {
@@ -151,7 +151,7 @@ fn saw(event: &Event, bar: &ProgressBar) -> Result<bool, ClientError> {
             bar.suspend(|| println!("preview at step {step}: {url}"));
         }
         "ended" => return Ok(false),
-        // Later servers may tell more.
+        // Later servers may send more events.
         _ => {}
     }
     Ok(true)

@@ -1,4 +1,4 @@
-//! Many callers at once, and a blob store that is slow: nobody is refused for it, and nobody waits for somebody else.
+//! Many callers at once, and a blob store that is slow: no request is refused for it, and none waits for another.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};

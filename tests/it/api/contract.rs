@@ -160,11 +160,15 @@ async fn snapshots_of_the_document_and_of_every_object() {
         ".**.hash" => hidden, ".**.version_hash" => hidden, ".**.report" => hidden, ".**.training_id" => hidden,
         ".**.input_fingerprint" => hidden, ".**.estimated_finish_at" => hidden, ".**.previews" => hidden,
     });
-    let (_, generation) = app.post("/v1/generations", json!({"prompt": "a red car", "seed": 7})).await;
+    let (_, generation) = app
+        .post("/v1/generations", json!({"prompt": "a red car", "seed": 7}))
+        .await;
     insta::assert_json_snapshot!("generation", generation, {
         ".**.id" => hidden, ".**.created_at" => hidden, ".**.started_at" => hidden, ".**.finished_at" => hidden,
         ".**.expires_at" => hidden, ".**.url" => hidden,
     });
-    let (_, refused) = app.post("/v1/generations", json!({"prompt": "a red car", "n": 11})).await;
+    let (_, refused) = app
+        .post("/v1/generations", json!({"prompt": "a red car", "n": 11}))
+        .await;
     insta::assert_json_snapshot!("refusal", refused, { ".**.request_id" => hidden });
 }

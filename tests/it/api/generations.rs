@@ -169,7 +169,7 @@ async fn events_tell_everything_and_hanging_up_cancels() {
     while events.next().await.unwrap().0 != "progress" {}
     drop(events);
     assert_eq!(until_ended(&app, &id).await["status"], "cancelled");
-    // Somebody else may cancel, too; then the stream tells it.
+    // Another connection may cancel, too; the stream reports it.
     let mut events = open(json!({"prompt": "a red car", "n": 10})).await;
     let id = events.next().await.unwrap().1["generation"]["id"]
         .as_str()
@@ -196,7 +196,7 @@ async fn what_was_accepted_survives_kill_nine() {
         assert!(body["queue_position"].as_u64().unwrap() <= index);
         ids.push(body["id"].as_str().unwrap().to_owned());
     }
-    // Whoever waits does not wait for all of them.
+    // A waiting client does not wait for all of them.
     let begun = Instant::now();
     let (status, _) = app.post(ROUTE, json!({"prompt": "a cat"})).await;
     assert_eq!(status, 200);

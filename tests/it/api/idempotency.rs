@@ -148,7 +148,7 @@ async fn an_answer_with_images_in_it_comes_again_from_the_blob_store() {
         ..first
     };
     assert!(send(draw(&app), "images").await == replayed);
-    // Whoever starts next keeps what an answer refers to.
+    // The next start keeps what an answer refers to.
     app.kill_nine_and_restart().await;
     assert!(send(draw(&app), "images").await == replayed);
     assert_eq!(app.blobs().len(), 1);

@@ -351,7 +351,7 @@ async fn addresses_are_signed_and_need_no_key() {
         path.replace(".jpg", ".png")
     );
     assert_eq!(app.get(&png).await.0, 404);
-    // The generation is in its tenant's list, and nobody else's; deleting it removes the file.
+    // The generation is in its tenant's list, and in no other's; deleting it removes the file.
     let (_, listed) = app.get("/v1/generations").await;
     let generation = &listed["data"][0];
     assert_eq!(generation["images"][0]["url"], url.as_str());

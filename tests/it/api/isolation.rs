@@ -22,7 +22,7 @@ const BY_NAME: &[(&str, &str)] = &[
 ];
 const LISTS: &[&str] = &["/v1/concepts", "/v1/models"];
 
-/// What the first tenant has, or what nobody has.
+/// What the first tenant has, or what does not exist.
 struct Things {
     concept: String,
     concept_id: String,

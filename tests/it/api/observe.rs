@@ -95,7 +95,7 @@ async fn metrics_move_when_a_image_is_drawn_and_a_concept_is_trained() {
     ] {
         assert!(after[name] > 0.0, "{name}");
     }
-    // Every name of the table is told by now, and none beside.
+    // By now every name of the table is exported, and no other.
     let told: BTreeSet<&str> = after.keys().map(|sample| base(sample)).collect();
     let known: BTreeSet<&str> = TABLE.iter().map(|metric| metric.name).collect();
     assert_eq!(told, known);
@@ -117,7 +117,7 @@ fn base(sample: &str) -> &str {
         .unwrap_or(name)
 }
 
-/// A change of this list is a change for whoever has built dashboards and alarms on it.
+/// A change of this list breaks dashboards and alarms that are built on it.
 #[test]
 fn the_names_of_the_metrics() {
     let names: Vec<&str> = TABLE.iter().map(|metric| metric.name).collect();

@@ -1,4 +1,4 @@
-//! What a tenant may have and do at once, and how it is told.
+//! What a tenant may have and do at once, and how refusals say so.
 
 use reqwest::header::HeaderMap;
 use serde_json::{Value, json};

@@ -25,7 +25,7 @@ struct Inbox {
 async fn take(State(inbox): State<Arc<Inbox>>, headers: HeaderMap, body: String) -> Response {
     inbox.came.lock().unwrap().push((headers, body));
     let next = inbox.answers.lock().unwrap().pop().unwrap_or(StatusCode::NO_CONTENT);
-    // Whoever follows it comes again, which the test would notice.
+    // A client that follows it would come again, which the test would notice.
     (next, [(header::LOCATION, "/elsewhere")]).into_response()
 }
 
@@ -152,7 +152,7 @@ async fn the_end_of_a_training_is_told_once_even_after_a_crash() {
         (&told["data"]["id"], &told["data"]["status"]),
         (&json!(training), &json!("succeeded"))
     );
-    // A new process looks for ends that nobody was told of: there is none.
+    // A new process looks for ends without a delivery: there is none.
     app.kill_nine_and_restart().await;
     assert_eq!(app.post("/v1/generations", json!({"prompt": "a red car"})).await.0, 200);
     assert_eq!(inbox.came.lock().unwrap().len(), 1);

@@ -282,7 +282,10 @@ fn exif_orientation_is_applied() {
     // 6: the camera was rotated, so the image must be rotated clockwise: red moves to the top.
     let rotated_image = rotated(6);
     assert_eq!((rotated_image.width, rotated_image.height), (16, 32));
-    assert_eq!((colour_at(&rotated_image, 8, 2), colour_at(&rotated_image, 8, 29)), ("red", "blue"));
+    assert_eq!(
+        (colour_at(&rotated_image, 8, 2), colour_at(&rotated_image, 8, 29)),
+        ("red", "blue")
+    );
     let upside_down = rotated(3);
     assert_eq!(
         (colour_at(&upside_down, 2, 2), colour_at(&upside_down, 29, 2)),

@@ -49,7 +49,7 @@ app.kubernetes.io/component: {{ . }}
 {{- end -}}
 {{- end -}}
 
-{{/* What API processes and workers are told: where the state is. Secrets by reference alone. */}}
+{{/* Settings of API processes and workers: where the state is. Secrets by reference alone. */}}
 {{- define "coar.env" -}}
 - name: COAR_DATABASE
   valueFrom:

@@ -15,7 +15,7 @@ export class ApiError extends Error {
 let askForKey = async () => false;
 let tellLoading = () => {};
 
-/** `ask` is called on 401 and resolves to whether there is a new key; `loading` is told whether the model is loading. */
+/** `ask` is called on 401 and resolves to whether there is a new key; `loading` is called with whether the model is loading. */
 export function listen({ ask, loading }) {
   let asking = null;
   askForKey = () => (asking ??= ask().finally(() => (asking = null)));

@@ -4,7 +4,7 @@ import { call } from "./api.js";
 import { $, announce, h, toast } from "./dom.js";
 import { clearErrors, fieldError, number, showError } from "./forms.js";
 
-/** The API's own limit, so that nobody uploads for nothing. */
+/** The API's own limit: larger uploads would be refused. */
 const PICTURES = 10;
 const TYPES = ["image/png", "image/jpeg", "image/webp"];
 
@@ -35,7 +35,7 @@ function drop(picture) {
   (chosen[Math.min(at, chosen.length - 1)]?.item.querySelector("button") ?? $("pictures")).focus();
 }
 
-/** Takes images in; others, and those beyond the limit, are told. */
+/** Adds images; reports files that are none, and those beyond the limit. */
 function take(files) {
   clearErrors(form);
   const good = [...files].filter((file) => TYPES.includes(file.type));
