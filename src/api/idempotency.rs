@@ -39,7 +39,7 @@ use utoipa::IntoParams;
 use super::error::in_request;
 use super::{ApiError, AppState};
 use crate::registry::blobs::content_hash;
-use crate::registry::{FirstOrAgain, KeyClaim, Made, Registry, RegistryError, StoredAnswer};
+use crate::registry::{Claim, KeyClaim, Made, Registry, RegistryError, StoredAnswer};
 use crate::service::Caller;
 use coar_core::error::{Error, ErrorKind};
 
@@ -172,18 +172,18 @@ impl Once {
         let registry = state.service()?.registry.clone();
         let refusal = |kind, code, problem| Error::field(code, PARAM, problem).of_kind(kind);
         match registry.claim_key(caller.tenant, &key, &fingerprint, LEASE_MS).await? {
-            FirstOrAgain::Again(stored) => Ok(again(stored)?),
-            FirstOrAgain::Made(made) => made_before(state, caller, &self.headers, made).await,
-            FirstOrAgain::Reused => {
+            Claim::Replay(stored) => Ok(again(stored)?),
+            Claim::Orphaned(made) => made_before(state, caller, &self.headers, made).await,
+            Claim::Mismatch => {
                 let problem = "came before with another request; choose another key";
                 Err(refusal(ErrorKind::Unprocessable, "idempotency_key_reused", problem).into())
             }
-            FirstOrAgain::Running => {
+            Claim::InProgress => {
                 let problem = "belongs to a request that still runs; try again soon";
                 let error = refusal(ErrorKind::Conflict, "idempotency_in_progress", problem);
                 Err(error.retry_after(Duration::from_secs(1)).into())
             }
-            FirstOrAgain::First(claim) => {
+            Claim::Acquired(claim) => {
                 let (answer, answered) = oneshot::channel();
                 let first = First {
                     registry,
@@ -352,7 +352,7 @@ async fn keep(registry: &Registry, claim: &KeyClaim, keep_ms: i64, head: StoredA
     let (answer, since) = (StoredAnswer { body, ..head }, Instant::now());
     // The work is done: an answer that is not kept would have it done twice.
     while let Err(error) = registry.store_answer(claim, &answer, keep_ms).await {
-        if !error.may_pass() || since.elapsed() > PATIENCE {
+        if !error.is_transient() || since.elapsed() > PATIENCE {
             return tracing::error!(%error, "an answer could not be kept for its idempotency key");
         }
         tokio::time::sleep(AGAIN).await;
@@ -378,7 +378,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let registry = Registry::open(dir.path()).await.unwrap();
         let claim = match registry.claim_key(TENANT, "k", "a", LEASE_MS).await.unwrap() {
-            FirstOrAgain::First(claim) => claim,
+            Claim::Acquired(claim) => claim,
             other => panic!("{other:?}"),
         };
         (dir, registry, claim)
@@ -407,7 +407,7 @@ mod tests {
                 }
             };
             let ((), read) = tokio::join!(first.work(work), reading);
-            let FirstOrAgain::Again(kept) = registry.claim_key(TENANT, "k", "a", 1).await.unwrap() else {
+            let Claim::Replay(kept) = registry.claim_key(TENANT, "k", "a", 1).await.unwrap() else {
                 panic!("the answer is kept");
             };
             assert!(kept.body.starts_with(b"data: 0\n\ndata: 1\n\n"));
@@ -446,7 +446,7 @@ mod tests {
             let code = if panics { "internal_error" } else { "concept_not_found" };
             assert_eq!(told.0.code, code);
             let next = registry.claim_key(TENANT, "k", "b", LEASE_MS).await.unwrap();
-            assert!(matches!(next, FirstOrAgain::First(_)), "{next:?}");
+            assert!(matches!(next, Claim::Acquired(_)), "{next:?}");
         }
     }
 }

@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use super::GRACE;
 use crate::api;
-use crate::cluster::{Executor, Hot, Member, Streams};
+use crate::cluster::{Executor, Member, Streams, WarmConcepts};
 use crate::config::Config;
 use crate::jobs::{AddressPolicy, Drawings, Wakes, Webhooks, Worker, sweep};
 use crate::registry::{Backend, DataLock, Registry, Storage};
@@ -128,7 +128,7 @@ pub(super) fn member(config: &Config, address: Option<String>, engine: Option<&E
         role: config.role.as_str(),
         address,
         engine: engine.cloned(),
-        hot: Hot::default(),
+        warm: WarmConcepts::default(),
         draining: Arc::new(AtomicBool::new(false)),
     }
 }

@@ -262,10 +262,10 @@ impl Fleet {
         // Concurrent callers see each other's choices.
         let workers = self.0.workers.write().unwrap_or_else(PoisonError::into_inner);
         let hashes: Vec<String> = request.concepts.iter().map(|concept| concept.hash.clone()).collect();
-        let each = request.settings.sampling.rows_per_image();
+        let rows_per_image = request.settings.sampling.rows_per_image();
         let mut suspects = self.0.suspects.lock().unwrap_or_else(PoisonError::into_inner);
         suspects.retain(|_, since| since.elapsed() < SUSPECT_FOR);
-        let (rows, able) = (each * request.settings.n as usize, |worker: &&Worker| {
+        let (rows, able) = (rows_per_image * request.settings.n as usize, |worker: &&Worker| {
             !worker.draining && !tried.contains(&worker.id)
         });
         let healthy = workers
@@ -291,16 +291,16 @@ impl Fleet {
     }
 
     /// Asks workers one after another until one accepts.
-    async fn ask(
+    async fn submit(
         &self,
         path: &str,
         request: &GenerationRequest,
         tried: &mut HashSet<ProcessId>,
-    ) -> Result<Asked, Error> {
+    ) -> Result<Accepted, Error> {
         let mut last = None;
         while let Some((worker, load)) = self.pick(request, tried) {
             match self.post(&worker, path, request).await {
-                Ok(answer) if answer.status().is_success() => return Ok(Asked { worker, load, answer }),
+                Ok(answer) if answer.status().is_success() => return Ok(Accepted { worker, load, answer }),
                 Ok(answer) => {
                     let error = match answer.json::<Refusal>().await {
                         Ok(refusal) => Error::from(refusal),
@@ -325,11 +325,11 @@ impl Fleet {
     /// Sends a generation to a worker.
     pub(super) async fn start(&self, request: Arc<GenerationRequest>) -> Result<RemoteStream, Error> {
         let mut tried = HashSet::new();
-        let asked = self.ask(super::worker::GENERATE, &request, &mut tried).await?;
+        let accepted = self.submit(super::worker::GENERATE, &request, &mut tried).await?;
         let (events, stream) = mpsc::channel(EVENTS);
         let cancel = CancellationToken::new();
         let stopped = cancel.clone();
-        let following = Following {
+        let forwarding = Forwarding {
             fleet: self.clone(),
             request,
             events,
@@ -337,7 +337,7 @@ impl Fleet {
         };
         self.0.streams.spawn(async move {
             tokio::select! {
-                () = following.run(asked) => {}
+                () = forwarding.run(accepted) => {}
                 () = stopped.cancelled() => {}
             }
         });
@@ -382,43 +382,47 @@ enum Outcome {
 }
 
 /// A worker that has accepted, with its response.
-struct Asked {
+struct Accepted {
     worker: Worker,
     load: Load,
     answer: Response,
 }
 
-struct Following {
+struct Forwarding {
     fleet: Fleet,
     request: Arc<GenerationRequest>,
     events: mpsc::Sender<GenerationEvent>,
     seen: Seen,
 }
 
-impl Following {
+impl Forwarding {
     /// Forwards events. If a worker is lost, another one generates the same images.
-    async fn run(mut self, mut asked: Asked) {
+    async fn run(mut self, mut accepted: Accepted) {
         for _ in 0..LOSSES {
-            let lost = asked.worker.id;
-            let problem = match self.follow(asked).await {
+            let lost = accepted.worker.id;
+            let problem = match self.follow(accepted).await {
                 Outcome::Ended => return,
                 Outcome::Lost(problem) => problem,
             };
             tracing::warn!(worker = %lost, problem, "worker lost during a generation; retrying on another worker");
             self.fleet.suspect(lost);
             match self.another(lost).await {
-                Some(next) => asked = next,
+                Some(next) => accepted = next,
                 None => break,
             }
         }
         let _ = self.events.send(GenerationEvent::Failed(EngineError::Lost)).await;
     }
 
-    async fn another(&self, lost: ProcessId) -> Option<Asked> {
+    async fn another(&self, lost: ProcessId) -> Option<Accepted> {
         let until = tokio::time::Instant::now() + PATIENCE;
         while tokio::time::Instant::now() < until {
             let mut tried = HashSet::from([lost]);
-            if let Ok(next) = self.fleet.ask(super::worker::GENERATE, &self.request, &mut tried).await {
+            if let Ok(next) = self
+                .fleet
+                .submit(super::worker::GENERATE, &self.request, &mut tried)
+                .await
+            {
                 return Some(next);
             }
             tokio::time::sleep(REFRESH).await;
@@ -427,12 +431,12 @@ impl Following {
         None
     }
 
-    async fn follow(&mut self, asked: Asked) -> Outcome {
-        let Asked {
+    async fn follow(&mut self, accepted: Accepted) -> Outcome {
+        let Accepted {
             load: _load,
             mut answer,
             ..
-        } = asked;
+        } = accepted;
         let mut decoder = Decoder::default();
         loop {
             let piece = match tokio::time::timeout(SILENCE, answer.chunk()).await {

@@ -12,9 +12,9 @@ use crate::registry::{Announcement, Registry};
 use coar_core::engine::{EngineHandle, ModelInfo};
 
 /// Heartbeat interval: a sixth of the time after which a process is declared dead.
-const BEAT: Duration = Duration::from_secs(1);
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// A heartbeat that takes longer is retried on another connection.
-const BEAT_TIME: Duration = Duration::from_secs(2);
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How many resident concepts a worker reports.
 const WARM_CONCEPTS: usize = 256;
 /// A hash prefix of this length identifies a concept well enough to choose a worker.
@@ -37,28 +37,28 @@ pub(super) struct LoadReport {
 
 /// The concepts that a worker used last.
 #[derive(Debug, Clone, Default)]
-pub struct Hot(Arc<Mutex<VecDeque<String>>>);
+pub struct WarmConcepts(Arc<Mutex<VecDeque<String>>>);
 
 /// The hash prefix that workers report.
 pub(super) fn short(hash: &str) -> &str {
     hash.get(..HASH_PREFIX).unwrap_or(hash)
 }
 
-impl Hot {
+impl WarmConcepts {
     /// Records a use of a concept.
     pub fn used(&self, hash: &str) {
         let hash = short(hash);
-        let mut hot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        hot.retain(|known| known != hash);
-        hot.push_back(hash.to_owned());
-        if hot.len() > WARM_CONCEPTS {
-            hot.pop_front();
+        let mut warm = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        warm.retain(|known| known != hash);
+        warm.push_back(hash.to_owned());
+        if warm.len() > WARM_CONCEPTS {
+            warm.pop_front();
         }
     }
 
     fn list(&self) -> Vec<String> {
-        let hot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        hot.iter().cloned().collect()
+        let warm = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        warm.iter().cloned().collect()
     }
 }
 
@@ -70,7 +70,7 @@ pub struct Member {
     pub address: Option<String>,
     /// `None`: the process has no device.
     pub engine: Option<EngineHandle>,
-    pub hot: Hot,
+    pub warm: WarmConcepts,
     pub draining: Arc<AtomicBool>,
 }
 
@@ -84,7 +84,7 @@ impl Member {
                 tokens_per_second: load.tokens_per_second,
                 images: load.images,
                 free_rows: load.free_rows,
-                warm: self.hot.list(),
+                warm: self.warm.list(),
             }
         });
         let json = |value: serde_json::Result<String>| value.unwrap_or_else(|_| "{}".to_owned());
@@ -107,14 +107,14 @@ impl Member {
 
     /// Sends heartbeats until `stop`.
     pub async fn beat(self, registry: Registry, stop: CancellationToken) {
-        let mut tick = tokio::time::interval(BEAT);
+        let mut tick = tokio::time::interval(HEARTBEAT_INTERVAL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 _ = tick.tick() => {}
             }
-            match tokio::time::timeout(BEAT_TIME, self.announce(&registry)).await {
+            match tokio::time::timeout(HEARTBEAT_TIMEOUT, self.announce(&registry)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "heartbeat failed"),
                 Err(_) => tracing::warn!("heartbeat failed: the database does not answer"),
@@ -129,12 +129,14 @@ mod tests {
 
     #[test]
     fn warm_concepts_are_bounded_and_most_recent() {
-        let (hot, hash) = (Hot::default(), |number: usize| format!("{number:016}{number:048}"));
+        let (warm, hash) = (WarmConcepts::default(), |number: usize| {
+            format!("{number:016}{number:048}")
+        });
         for number in 0..WARM_CONCEPTS + 2 {
-            hot.used(&hash(number));
+            warm.used(&hash(number));
         }
-        hot.used(&hash(5));
-        let list = hot.list();
+        warm.used(&hash(5));
+        let list = warm.list();
         assert_eq!(list.len(), WARM_CONCEPTS);
         assert_eq!(
             (list[0].as_str(), list[WARM_CONCEPTS - 1].as_str()),

@@ -21,7 +21,7 @@ use coar_core::engine::{
 use coar_core::error::Error;
 use concept_store::ConceptStore;
 pub use fleet::{Fleet, RemoteStream};
-pub use member::{Hot, Member};
+pub use member::{Member, WarmConcepts};
 pub use streams::Streams;
 pub use wire::GenerationRequest;
 pub use worker::{WorkerState, worker_router, worker_token};

@@ -90,12 +90,12 @@ const KINDS: [(&str, ErrorKind); 5] = [
 /// Error codes are static strings; a worker of another version may use codes unknown here.
 fn known_code(code: &str) -> &'static str {
     static KNOWN: Mutex<Option<HashSet<&'static str>>> = Mutex::new(None);
-    const MOST: usize = 256;
+    const MAX: usize = 256;
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     let known = known.get_or_insert_default();
     match known.get(code) {
         Some(code) => code,
-        None if known.len() < MOST => {
+        None if known.len() < MAX => {
             let code: &'static str = Box::leak(code.to_owned().into_boxed_str());
             known.insert(code);
             code

@@ -20,7 +20,7 @@ use subtle::ConstantTimeEq;
 use tokio::sync::mpsc;
 
 use super::wire::{GenerationRequest, Refusal, TokenizerFile, alive, encode};
-use super::{Hot, Local, Member, Streams};
+use super::{Local, Member, Streams, WarmConcepts};
 use coar_core::engine::{GenerationEvent, Health};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::metrics::{CONTENT_TYPE, meters};
@@ -49,7 +49,7 @@ pub struct WorkerState {
 #[derive(Debug)]
 struct Ready {
     local: Local,
-    hot: Hot,
+    warm: WarmConcepts,
     draining: Arc<AtomicBool>,
 }
 
@@ -69,7 +69,7 @@ impl WorkerState {
         // Called once; on a second call the first device is kept.
         let _ = self.ready.set(Ready {
             local,
-            hot: member.hot.clone(),
+            warm: member.warm.clone(),
             draining: member.draining.clone(),
         });
     }
@@ -178,7 +178,7 @@ async fn generate(State(state): State<WorkerState>, Json(request): Json<Generati
     let started = async {
         let ready = state.drawing()?;
         for concept in &request.concepts {
-            ready.hot.used(&concept.hash);
+            ready.warm.used(&concept.hash);
         }
         ready.local.draw(&request).await
     };

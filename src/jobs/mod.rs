@@ -8,7 +8,7 @@ macro_rules! retry_transient {
         let since = tokio::time::Instant::now();
         loop {
             match $attempt {
-                Err(error) if error.may_pass() && since.elapsed() < $within => {
+                Err(error) if error.is_transient() && since.elapsed() < $within => {
                     tracing::warn!(%error, "transient registry error; retrying");
                     tokio::time::sleep($crate::jobs::RETRY_DELAY).await;
                 }

@@ -195,7 +195,7 @@ async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingR
     for (index, blob) in registry.reference_images(training.concept_id).await?.iter().enumerate() {
         let bytes = match retry_transient!(RETRY_FOR, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
             Ok(bytes) => bytes,
-            Err(error) if error.may_pass() => return Err(error),
+            Err(error) if error.is_transient() => return Err(error),
             Err(error) => return Ok(Err(format!("Reference image {index} cannot be read: {error}."))),
         };
         // Stored images are our own PNGs; only their pixel count is unchecked.
@@ -209,7 +209,7 @@ async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingR
     let checkpoint = match &training.checkpoint {
         Some(blob) => match retry_transient!(RETRY_FOR, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
             Ok(bytes) => Some(bytes),
-            Err(error) if error.may_pass() => return Err(error),
+            Err(error) if error.is_transient() => return Err(error),
             Err(error) => {
                 tracing::warn!(training = %training.id, %error, "checkpoint lost; restarting the training");
                 None

@@ -39,7 +39,7 @@ const AT_ONCE: usize = 8;
 /// Poll interval without a notification.
 const POLL: Duration = Duration::from_secs(30);
 /// How far back ends of trainings are still delivered after the server was down.
-const UNTOLD: Duration = Duration::from_secs(24 * 3600);
+const LOOK_BACK: Duration = Duration::from_secs(24 * 3600);
 
 /// How objects look to receivers: as the API returns them. `api` implements it.
 pub trait Describe: Send + Sync + std::fmt::Debug {
@@ -85,7 +85,7 @@ impl Webhooks {
     /// # Errors
     /// When the database fails.
     async fn queue_training_deliveries(&self) -> Result<(), RegistryError> {
-        for ended in self.registry.undelivered_trainings(UNTOLD).await? {
+        for ended in self.registry.undelivered_trainings(LOOK_BACK).await? {
             let Some(url) = &ended.webhook_url else { continue };
             let event = format!("training.{}", ended.status.as_str());
             let data = self.describe.training(&ended);

@@ -190,7 +190,7 @@ impl Registry {
             concepts: 1,
             trainings: 1,
         };
-        self.check_room(&mut transaction, tenant, new.quotas, addition).await?;
+        self.check_quota(&mut transaction, tenant, new.quotas, addition).await?;
         let concept = insert_concept(&mut transaction, tenant, new, None).await?;
         let input = input_fingerprint(&new.images, spec)?;
         let first = NewTraining {
@@ -221,7 +221,7 @@ impl Registry {
             concepts: 1,
             trainings: 0,
         };
-        self.check_room(&mut transaction, tenant, new.quotas, addition).await?;
+        self.check_quota(&mut transaction, tenant, new.quotas, addition).await?;
         let concept = insert_concept(&mut transaction, tenant, new, Some((version, tokens))).await?;
         self.bind_key(&mut transaction, Made::Concept(concept.id)).await?;
         transaction.commit().await?;

@@ -63,16 +63,16 @@ pub struct KeyClaim {
 
 /// What to do with a request that has a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum FirstOrAgain {
+pub enum Claim {
     /// The key is new or its lease has expired: execute the request and store the response.
-    First(KeyClaim),
+    Acquired(KeyClaim),
     /// A request with this key is running.
-    Running,
+    InProgress,
     /// The key was used with a different request.
-    Reused,
-    Again(StoredAnswer),
+    Mismatch,
+    Replay(StoredAnswer),
     /// The object was created, but its process died before it stored the response.
-    Made(Made),
+    Orphaned(Made),
 }
 
 tokio::task_local! {
@@ -109,7 +109,7 @@ impl Registry {
         key: &str,
         fingerprint: &str,
         lease_ms: i64,
-    ) -> Result<FirstOrAgain, RegistryError> {
+    ) -> Result<Claim, RegistryError> {
         type Row = (
             String,
             Option<i64>,
@@ -142,20 +142,20 @@ impl Registry {
             let status = status.or(blob_status);
             if let (true, None, Some(made)) = (at >= expires_at && at < created_at + MADE_MS, status, made) {
                 return Ok(match before == fingerprint {
-                    true => FirstOrAgain::Made(made.parse()?),
-                    false => FirstOrAgain::Reused,
+                    true => Claim::Orphaned(made.parse()?),
+                    false => Claim::Mismatch,
                 });
             }
             if at < expires_at {
                 if before != fingerprint {
-                    return Ok(FirstOrAgain::Reused);
+                    return Ok(Claim::Mismatch);
                 }
                 let Some(status) = status else {
-                    return Ok(FirstOrAgain::Running);
+                    return Ok(Claim::InProgress);
                 };
                 // End the transaction before the blob store is read.
                 drop(transaction);
-                return Ok(FirstOrAgain::Again(StoredAnswer {
+                return Ok(Claim::Replay(StoredAnswer {
                     status: u16::try_from(status).map_err(|error| RegistryError::Row(error.to_string()))?,
                     location,
                     content_type,
@@ -188,7 +188,7 @@ impl Registry {
         {
             tracing::warn!(%error, "could not remove an expired response");
         }
-        Ok(FirstOrAgain::First(KeyClaim {
+        Ok(Claim::Acquired(KeyClaim {
             tenant,
             key: key.to_owned(),
             began,
@@ -387,9 +387,9 @@ mod tests {
         }
     }
 
-    fn first(outcome: FirstOrAgain) -> KeyClaim {
+    fn first(outcome: Claim) -> KeyClaim {
         match outcome {
-            FirstOrAgain::First(claim) => claim,
+            Claim::Acquired(claim) => claim,
             other => panic!("{other:?}"),
         }
     }
@@ -402,8 +402,8 @@ mod tests {
         // The first attempt's lease expires as soon as it is taken.
         let slow = first(claim("a", 0).await.unwrap());
         let next = first(claim("a", 60_000).await.unwrap());
-        assert_eq!(claim("a", 60_000).await.unwrap(), FirstOrAgain::Running);
-        assert_eq!(claim("b", 60_000).await.unwrap(), FirstOrAgain::Reused);
+        assert_eq!(claim("a", 60_000).await.unwrap(), Claim::InProgress);
+        assert_eq!(claim("b", 60_000).await.unwrap(), Claim::Mismatch);
         assert!(matches!(
             registry.renew_key(&slow, 1).await,
             Err(RegistryError::LeaseLost)
@@ -412,8 +412,8 @@ mod tests {
         registry.release_key(&slow).await.unwrap();
         registry.renew_key(&next, 60_000).await.unwrap();
         registry.store_answer(&next, &answer("next"), 60_000).await.unwrap();
-        assert_eq!(claim("a", 1).await.unwrap(), FirstOrAgain::Again(answer("next")));
-        assert_eq!(claim("b", 1).await.unwrap(), FirstOrAgain::Reused);
+        assert_eq!(claim("a", 1).await.unwrap(), Claim::Replay(answer("next")));
+        assert_eq!(claim("b", 1).await.unwrap(), Claim::Mismatch);
         let other = registry
             .add_tenant("other", super::super::Quotas::default())
             .await
@@ -438,11 +438,11 @@ mod tests {
         let made = next.clone().under(add("next")).await.unwrap();
         // Its process dies before it stores the response.
         registry.release_key(&next).await.unwrap();
-        assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(Made::Concept(made.id)));
+        assert_eq!(claim(60_000).await.unwrap(), Claim::Orphaned(Made::Concept(made.id)));
         assert_eq!(registry.release_keys().await.unwrap(), 0);
-        assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(Made::Concept(made.id)));
+        assert_eq!(claim(60_000).await.unwrap(), Claim::Orphaned(Made::Concept(made.id)));
         let other = registry.claim_key(tenant, "k", "b", 60_000).await.unwrap();
-        assert_eq!(other, FirstOrAgain::Reused);
+        assert_eq!(other, Claim::Mismatch);
         // Without a key nothing is recorded.
         add("free").await.unwrap();
     }
@@ -466,7 +466,7 @@ mod tests {
         let next = first(claim(0).await.unwrap());
         assert!(matches!(finish(slow).await, Err(RegistryError::LeaseLost)));
         finish(next).await.unwrap();
-        assert_eq!(claim(60_000).await.unwrap(), FirstOrAgain::Made(made));
+        assert_eq!(claim(60_000).await.unwrap(), Claim::Orphaned(made));
     }
 
     #[tokio::test]
@@ -486,7 +486,7 @@ mod tests {
         assert_eq!(registry.expire_keys().await.unwrap(), 1);
         assert!(matches!(
             registry.claim_key(tenant, "done", "a", 1).await.unwrap(),
-            FirstOrAgain::Again(_)
+            Claim::Replay(_)
         ));
     }
 
@@ -501,7 +501,7 @@ mod tests {
             .store_answer(&first(claim().await.unwrap()), &large, 60_000)
             .await
             .unwrap();
-        assert_eq!(claim().await.unwrap(), FirstOrAgain::Again(large.clone()));
+        assert_eq!(claim().await.unwrap(), Claim::Replay(large.clone()));
         // Programs with the previous schema see a running request.
         let (inline, status): (Option<Vec<u8>>, Option<i64>) =
             sqlx::query_as("SELECT body, status FROM idempotency_keys")

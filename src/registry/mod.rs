@@ -39,7 +39,7 @@ pub use generations::{
     GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage,
 };
 pub use holds::Stored;
-pub use idempotency::{FirstOrAgain, KeyClaim, Made, StoredAnswer};
+pub use idempotency::{Claim, KeyClaim, Made, StoredAnswer};
 pub use images::StoredImage;
 pub use keys::{ApiKey, NewKey, Scope, Scopes};
 pub use overview::{BlobUse, Job, JobId, QueueCount};
@@ -96,7 +96,7 @@ pub enum RegistryError {
 
 impl RegistryError {
     /// Whether the error is transient: the database or the store cannot be reached, is full, or is busy.
-    pub fn may_pass(&self) -> bool {
+    pub fn is_transient(&self) -> bool {
         match self {
             Self::Database(sqlx::Error::Database(error)) => {
                 let code = error.code().unwrap_or_default();

@@ -18,8 +18,8 @@ pub const LOST_AFTER_MS: i64 = 6_000;
 #[derive(Debug, Clone, Default)]
 pub(super) struct Presence(Arc<Mutex<Option<(Instant, Instant)>>>);
 
-/// A longer gap means that this process, or the database, was away: one heartbeat less, and live processes would
-/// look dead.
+/// A longer gap between heartbeats means that this process or the database was away. Less than [`LOST_AFTER_MS`], since
+/// the heartbeats of the others are as old by then.
 const AWAY: Duration = Duration::from_millis(LOST_AFTER_MS as u64 * 3 / 4);
 
 impl Presence {

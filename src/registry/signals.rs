@@ -24,8 +24,8 @@ impl Signals {
     /// When the database cannot be reached.
     pub async fn next(&mut self) -> Result<String, RegistryError> {
         loop {
-            if let Ok(heard) = timeout(QUIET, self.0.recv()).await {
-                return Ok(heard?.payload().to_owned());
+            if let Ok(received) = timeout(QUIET, self.0.recv()).await {
+                return Ok(received?.payload().to_owned());
             }
             // No signal for a while: check that the connection is alive.
             let asked = timeout(ANSWER, sqlx::query("SELECT 1").execute(&mut self.0)).await;

@@ -245,7 +245,7 @@ impl Registry {
     ///
     /// # Errors
     /// `QuotaExceeded`; when the database fails.
-    pub(super) async fn check_room(
+    pub(super) async fn check_quota(
         &self,
         transaction: &mut Transaction,
         id: TenantId,

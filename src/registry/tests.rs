@@ -167,7 +167,7 @@ async fn postgresql_has_server_side_timeouts() {
     let mut second = registry.write().await.unwrap();
     let refused = registry.hold_name(&mut second, "test", "name").await.unwrap_err();
     assert!(
-        refused.may_pass() && refused.to_string().contains("lock timeout"),
+        refused.is_transient() && refused.to_string().contains("lock timeout"),
         "{refused}"
     );
 }

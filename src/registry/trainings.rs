@@ -324,7 +324,7 @@ impl Registry {
         new: NewTraining<'_>,
     ) -> Result<Option<Training>, RegistryError> {
         let mut transaction = self.write().await?;
-        self.check_room(&mut transaction, concept.tenant, new.quotas, ANOTHER)
+        self.check_quota(&mut transaction, concept.tenant, new.quotas, ANOTHER)
             .await?;
         if !self.hold_concept(&mut transaction, concept.id).await? {
             return Ok(None);
@@ -364,7 +364,7 @@ impl Registry {
         let Some(before) = before else { return Ok(None) };
         let status: String = before.try_get("status")?;
         if matches!(status.parse(), Ok(TrainingStatus::Failed | TrainingStatus::Cancelled)) {
-            self.check_room(&mut transaction, tenant, quotas, ANOTHER).await?;
+            self.check_quota(&mut transaction, tenant, quotas, ANOTHER).await?;
         }
         self.hold_concept(&mut transaction, identifier(&before, "concept_id")?)
             .await?;

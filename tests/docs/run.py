@@ -10,12 +10,14 @@ Small stand-ins come first on PATH:
 
     coar, coar-lab      COAR_BIN and COAR_LAB_BIN (target/debug); `coar serve` goes to the background and ends the server before it
     make                `serve` as above; `build`, `build-lab` and `test` do nothing; any other target is an error
+    curl                with `--fail-with-body`: an error of the server is one of the command
     python3             `-m venv DIR` makes DIR of target/docs-venv; examples/python/webhook_receiver.py goes to the background
 
 HTML comments before a block change how it is run:
 
     <!-- docs-test: skip, REASON -->             not run; listed at the end
     <!-- docs-test: fails -->                    must fail
+    <!-- docs-test: start the server -->         for a block that does not name its address
     <!-- docs-test: stop the server -->          what a reader does with Ctrl-C in the other terminal
     <!-- docs-test: data, rex, sepia -->         `data` has these concepts when the page begins
     <!-- docs-test: replace `A` with `B` -->     A is what a reader fills in
@@ -67,7 +69,7 @@ class Block:
     def __init__(self, page: str, line: int, language: str, text: str, directives: list[str]):
         self.page, self.line, self.language, self.text = page, line, language, text
         self.skip: str | None = None
-        self.fails = self.stop = False
+        self.fails = self.start = self.stop = False
         self.data: list[str] = []
         self.replacements: list[tuple[str, str]] = []
         for directive in directives:
@@ -75,6 +77,8 @@ class Block:
                 self.skip = match[1]
             elif directive == "fails":
                 self.fails = True
+            elif directive == "start the server":
+                self.start = True
             elif directive == "stop the server":
                 self.stop = True
             elif match := re.fullmatch(r"data, (.+)", directive):
@@ -241,6 +245,9 @@ def stand_in(name: str, arguments: list[str]) -> int:
                 print(f"`make {target}` is not run by the documentation's test: mark the block as skipped", file=sys.stderr)
                 return 2
         return 0
+    if name == "curl":
+        quiet = any(argument == "--fail" or re.fullmatch(r"-[a-zA-Z]*f[a-zA-Z]*", argument) for argument in arguments)
+        os.execv(os.environ["DOCS_CURL"], ["curl", *([] if quiet else ["--fail-with-body"]), *arguments])
     # python3 of the system, or python of the page's venv.
     python = sys.executable if name == "python3" else str(VENV / "bin/python")
     if arguments[:2] == ["-m", "venv"]:
@@ -357,13 +364,13 @@ class Page:
         for entry in ROOT.iterdir():
             if entry.name not in ("target", "data", "runs", "models", "venv") and not entry.name.startswith("."):
                 (self.folder / entry.name).symlink_to(entry)
-        for tool in ("coar", "coar-lab", "make", "python3"):
+        for tool in ("coar", "coar-lab", "curl", "make", "python3"):
             write_stand_in(bin_ / tool, tool)
         for tool in ("coar", "coar-lab"):
             (self.folder / "target/release" / tool).symlink_to(bin_ / tool)
         self.env = environment(home) | {
             "PATH": f"{bin_}:{os.environ['PATH']}",
-            "DOCS_STATE": str(self.state), "DOCS_PORT": str(self.ports[8080]), "DOCS_VENV": str(VENV),
+            "DOCS_STATE": str(self.state), "DOCS_PORT": str(self.ports[8080]), "DOCS_VENV": str(VENV), "DOCS_CURL": shutil.which("curl") or "curl",
             "DOCS_COAR": program("COAR_BIN", "target/debug/coar"), "DOCS_COAR_LAB": program("COAR_LAB_BIN", "target/debug/coar-lab"),
         }
         self.shell: Interpreter | None = None
@@ -393,7 +400,8 @@ class Page:
             end(self.state / "server.pid")
         pidfile = self.state / "server.pid"
         running = pidfile.exists() and alive(int(pidfile.read_text()))
-        if TALKS.search(block.text) and not running and not re.search(r"\bserve\b", block.text):
+        talks = block.start or (TALKS.search(block.text) and not re.search(r"\bserve\b", block.text))
+        if talks and not running:
             arguments = ["serve", "--listen", f"127.0.0.1:{self.ports[8080]}", "--data", str(self.folder / "data")]
             command = [self.env["DOCS_COAR"], *arguments]
             if background(self.state, "server", command, self.env, self.ports[8080]):

@@ -270,13 +270,16 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
 /// Blends RGBA pixels onto white, in f64 and truncated to 8 bits. Without real transparency the result is the colours
 /// themselves, so the reference's separate branch for opaque images needs none here.
 fn whiten(pixels: impl Iterator<Item = [u8; 4]>) -> Vec<u8> {
-    let blend = |value: u8, alpha: f64| ((1.0 - alpha) * 255.0 + alpha * f64::from(value)) as u8;
-    pixels
-        .flat_map(|[r, g, b, a]| match a {
-            255 => [r, g, b],
-            _ => [r, g, b].map(|value| blend(value, f64::from(a) / 255.0)),
-        })
-        .collect()
+    let mut rgb = Vec::with_capacity(3 * pixels.size_hint().0);
+    for [r, g, b, alpha] in pixels {
+        let weight = f64::from(alpha) / 255.0;
+        let blend = |value: u8| match alpha {
+            255 => value,
+            _ => ((1.0 - weight) * 255.0 + weight * f64::from(value)) as u8,
+        };
+        rgb.extend([blend(r), blend(g), blend(b)]);
+    }
+    rgb
 }
 
 #[cfg(test)]

@@ -149,14 +149,14 @@ table! {
         metric("coar_image_decode_seconds", "Time from codes to pixels of one image, finished or not.")
             .buckets(STEP_SECONDS);
 
-    batch_images: IntGauge = metric("coar_batch_images", "Images being drawn together.");
+    batch_images: IntGauge = metric("coar_batch_images", "Images in the batch.");
     batch_fill: Histogram =
         metric("coar_batch_fill_ratio", "Rows in use over rows of the key/value cache, at each decode step.")
             .buckets(TENTHS);
     decode_step: Histogram =
         metric("coar_decode_step_seconds", "Time of one decode step: one code for every image of the batch.")
             .buckets(STEP_SECONDS);
-    codes: IntCounter = metric("coar_decode_codes_total", "Codes drawn, over all images.");
+    codes: IntCounter = metric("coar_decode_codes_total", "Codes sampled, over all images.");
     token_rate: Gauge = metric(
         "coar_decode_tokens_per_second",
         "Tokens per second of all rows, smoothed over the last decode steps.",
@@ -167,7 +167,7 @@ table! {
     concept_hits: IntCounter =
         metric("coar_concept_cache_hits_total", "Uses of concepts that were on the device already.");
     concept_misses: IntCounter =
-        metric("coar_concept_cache_misses_total", "Uses of concepts that had to be brought to the device.");
+        metric("coar_concept_cache_misses_total", "Uses of concepts that were not on the device.");
     concept_bytes: IntGauge = metric("coar_concept_cache_bytes", "Device memory that concepts take.");
     kv_rows: IntGauge = metric("coar_kv_cache_rows", "Rows of the key/value cache.");
     kv_rows_used: IntGauge = metric("coar_kv_cache_rows_used", "Rows of the key/value cache that are in use.");
@@ -178,7 +178,7 @@ table! {
     training_step: Histogram = metric("coar_training_step_seconds", "Time of one optimizer step.").buckets(STEP_SECONDS);
     training_loss: Gauge =
         metric("coar_training_last_loss", "Loss of the last optimizer step, whichever training it was, in nats.");
-    jobs: IntGaugeVec = metric("coar_jobs", "Jobs of the database by kind and status, looked up every few seconds.")
+    jobs: IntGaugeVec = metric("coar_jobs", "Jobs of the database by kind and status, read every few seconds.")
         .labels(&["kind", "status"]);
 
     generation_busy: Counter =
@@ -187,7 +187,7 @@ table! {
         metric("coar_device_training_seconds_total", "Time that the device thread has spent on trainings.");
     device_memory: IntGauge = metric(
         "coar_device_memory_used_bytes",
-        "Memory in use on the CUDA device by everybody, looked up between units of work; 0 on a CPU.",
+        "Memory in use on the CUDA device by all processes, read between units of work; 0 on a CPU.",
     );
     resident: IntGauge = metric("coar_resident_memory_bytes", "The process's resident set.");
     ready: IntGauge = metric("coar_ready", "1 when requests are served, 0 while loading and stopping.");

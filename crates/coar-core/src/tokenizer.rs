@@ -41,7 +41,7 @@ impl TokenizerError {
 }
 
 /// The largest grid with a name of its own: 64 grids are the longest side of the 1024 px checkpoint.
-const MOST_GRIDS: usize = 64;
+const MAX_GRIDS: usize = 64;
 
 /// Names that every vocabulary has, besides sizes ([`grid_name`]) and image codes ([`code_name`]).
 pub const CONTROL_NAMES: [&str; 6] = ["<s>", "<pad>", "<eoss>", "<racm3:break>", SEPARATOR, ROW_END];
@@ -105,7 +105,7 @@ impl Vocabulary {
             })
         };
         let (codes, code_of_id) = image_codes(names)?;
-        let grids: Vec<i64> = (1..=MOST_GRIDS)
+        let grids: Vec<i64> = (1..=MAX_GRIDS)
             .map_while(|n| names.get(&grid_name(n)).copied())
             .collect();
         if grids.is_empty() {
@@ -428,7 +428,7 @@ fn push_text(
     if encoded.iter().any(|&id| vocabulary.is_special(id)) {
         return Err(TokenizerError::invalid(
             "prompt",
-            "holds the name of a control token of the model, such as `<eoss>`; write it differently",
+            "contains the name of a control token of the model, such as `<eoss>`; write it differently",
         ));
     }
     let count = encoded.len();

@@ -131,12 +131,12 @@ fn tokenizers(
     let target = target_size.or(config.target_size);
     let sizes = CropPlan::new(target.unwrap_or(512), 2 * vqgan.pixels_per_code());
     let listed: Vec<String> = sizes.sizes().iter().map(|(w, h)| format!("{w}x{h}")).collect();
-    let said = if target.is_some() {
+    let note = if target.is_some() {
         ""
     } else {
         " (assumed: config.json does not say; --target-size does)"
     };
-    lines.push(format!("target size    {}{said}", target.unwrap_or(512)));
+    lines.push(format!("target size    {}{note}", target.unwrap_or(512)));
     lines.push(format!("sizes          {}", listed.join(" ")));
     let (w, h) = (
         target.unwrap_or(512) / vqgan.pixels_per_code(),

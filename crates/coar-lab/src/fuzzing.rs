@@ -1,8 +1,8 @@
-//! Every parser of foreign bytes as a function of bytes, with what must hold of what it returns. `fuzz/` feeds them with
-//! whatever leads to new paths; the test below feeds them with what was found so, without any tool.
+//! Every parser of untrusted bytes as a function of bytes, with the properties of its result. `fuzz/` runs them
+//! under a fuzzer; the test below replays the inputs that were found, without any tool.
 //!
-//! A target panics where a parser does, and where a promise is broken: a limit passed, something that reads back
-//! differently, a name that is none. How much memory a run takes is watched by `fuzz/`.
+//! A target panics if the parser does, or if a property is violated: a limit exceeded, a failed round trip, an
+//! invalid name. Memory use is checked by `fuzz/`.
 
 mod seeds;
 
@@ -28,7 +28,7 @@ pub use seeds::seeds;
 #[derive(Debug, Clone, Copy)]
 pub struct Target {
     pub name: &'static str,
-    /// Bytes that a run may allocate at most at one time, beside its input.
+    /// Maximum number of bytes that a run may have allocated at any time, besides its input.
     pub memory: usize,
     pub run: fn(&[u8]),
 }
@@ -62,7 +62,7 @@ pub const TARGETS: [Target; 19] = [
     target("frames", 8 * MIB, frames),
 ];
 
-/// A parser of files, fed from memory.
+/// Wraps a parser of files, fed from memory.
 fn in_file<T>(bytes: &[u8], read: impl FnOnce(&Path) -> T) -> T {
     // SAFETY: a fresh descriptor, which `File` owns from here.
     let mut file = unsafe { File::from_raw_fd(libc::memfd_create(c"fuzzed".as_ptr(), 0)) };
@@ -70,7 +70,7 @@ fn in_file<T>(bytes: &[u8], read: impl FnOnce(&Path) -> T) -> T {
     read(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())))
 }
 
-/// What is accepted is written as something that is accepted and says the same.
+/// An accepted file round-trips.
 fn concept_file(bytes: &[u8]) {
     let Ok(file) = ConceptFile::from_bytes(bytes) else {
         return;
@@ -99,7 +99,8 @@ fn concept_file(bytes: &[u8]) {
     assert!(again.header.losses.keys().eq(file.header.losses.keys()));
 }
 
-/// Whether two specs are equal, but for the last bits of their numbers: `serde_json` reads long decimals to within one.
+/// Whether two specs are equal, except for the last bits of their numbers: `serde_json` parses long decimals to
+/// within one.
 fn same(one: &TrainingSpec, other: &TrainingSpec) -> bool {
     let close = |a: f64, b: f64| (a - b).abs() <= 1e-12 * a.abs();
     let rates = TrainingSpec {
@@ -116,7 +117,7 @@ fn same(one: &TrainingSpec, other: &TrainingSpec) -> bool {
         && close(one.focus, other.focus)
 }
 
-/// Every tensor that is accepted can be read, and has the numbers that its shape asks for.
+/// Every accepted tensor can be read, and has the number of values of its shape.
 fn checkpoint(bytes: &[u8]) {
     let place = Place {
         kind: tch::Kind::Float,
@@ -144,7 +145,7 @@ fn checkpoint_index(bytes: &[u8]) {
     }
 }
 
-/// Tensors are no larger than the limit for the file, and have the bytes that their shapes ask for.
+/// Tensors are no larger than the limit for the file, and have the size of their shapes.
 fn pickle(bytes: &[u8]) {
     let Ok(tensors) = in_file(bytes, |file| pickle::read(file, "state_dict")) else {
         return;
@@ -158,7 +159,7 @@ fn pickle(bytes: &[u8]) {
     assert!(total <= 64 * bytes.len());
 }
 
-/// A tokenizer that is accepted reads a prompt, or says why not.
+/// An accepted tokenizer encodes a prompt, or returns an error.
 fn tokenizer(bytes: &[u8]) {
     let Ok(tokenizer) = TextTokenizer::from_bytes(bytes) else {
         return;
@@ -173,7 +174,7 @@ fn tokenizer(bytes: &[u8]) {
     let _ = tokenizer.encode("A photo of a red <rex> cat, \u{fc}ber 3 <eoss>\n");
 }
 
-/// Heads and layers of an accepted configuration divide as the network needs it.
+/// Heads and layers of an accepted configuration are consistent.
 fn model_config(bytes: &[u8]) {
     let Ok(config) = in_file(bytes, ModelConfig::read) else {
         return;
@@ -194,7 +195,7 @@ fn vqgan_config(bytes: &[u8]) {
     );
 }
 
-/// The first byte says whose: DINO's or CLIP's `config.json`, or what `preprocessor_config.json` says for one of them.
+/// The first byte selects the kind: DINO's or CLIP's `config.json`, or `preprocessor_config.json` for one of them.
 fn judge_config(bytes: &[u8]) {
     let Some((&first, rest)) = bytes.split_first() else {
         return;
@@ -221,7 +222,7 @@ fn settings(bytes: &[u8]) {
     );
 }
 
-/// An accepted spec is within its limits, has a prompt for every image, and reads back.
+/// An accepted spec is within its limits, has a prompt for every image, and round-trips.
 fn training_spec(bytes: &[u8]) {
     let Ok(spec) = serde_json::from_slice::<TrainingSpec>(bytes) else {
         return;
@@ -238,7 +239,7 @@ fn training_spec(bytes: &[u8]) {
     assert!(spec.preview_prompt().contains(&format!("<{}>", spec.name)));
 }
 
-/// Cut at its names, a prompt is still itself; and every concept that is placed is found in it afterwards.
+/// The pieces of a prompt reconstruct it, and every named concept is found in it.
 fn prompt(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let (text, class) = text.split_once('\0').unwrap_or((text, "cat"));
@@ -256,7 +257,7 @@ fn prompt(bytes: &[u8]) {
     coar::service::fuzzing::placement(text, class);
 }
 
-/// An accepted address leads to no address inside, and is the same when it is read again.
+/// An accepted address is not internal, and parses to itself.
 fn webhook_address(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let policy = AddressPolicy { allow_private: false };
@@ -273,7 +274,7 @@ fn webhook_address(bytes: &[u8]) {
     }
 }
 
-/// Frames between processes, and events of the server to the command line: the same however the bytes are cut.
+/// Frames between processes, and server events for the command line: the same however the bytes are split.
 fn frames(bytes: &[u8]) {
     let Some((&first, rest)) = bytes.split_first() else {
         return;
@@ -289,9 +290,9 @@ fn frames(bytes: &[u8]) {
 mod tests {
     use super::*;
 
-    /// What the fuzzers have found interesting, with the seeds and everything that ever failed.
+    /// Inputs that the fuzzers have found interesting, with the seeds and all that ever failed.
     #[test]
-    fn every_kept_input_is_read_or_refused() {
+    fn corpus_is_parsed_or_rejected() {
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus");
         for target in TARGETS {
             let mut fed = 0;
@@ -306,7 +307,7 @@ mod tests {
         }
     }
 
-    /// One of the kept inputs with a few bytes changed, left out, doubled, or taken from another.
+    /// A corpus input with a few bytes changed, removed, duplicated, or taken from another.
     fn changed(kept: &[Vec<u8>], rng: &mut impl rand::Rng) -> Vec<u8> {
         let pick = |rng: &mut dyn rand::RngCore, length: usize| (rng.next_u64() % length.max(1) as u64) as usize;
         let mut bytes = kept[pick(rng, kept.len())].clone();
@@ -332,10 +333,9 @@ mod tests {
         bytes
     }
 
-    /// A short course without a tool; another one each day it is given another COAR_FUZZ_SEED. What it finds it tells as
-    /// hex.
+    /// A short run without a fuzzer; COAR_FUZZ_SEED selects another one. Failing inputs are printed as hex.
     #[test]
-    fn what_is_changed_at_random_is_read_or_refused() {
+    fn mutated_inputs_are_parsed_or_rejected() {
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus");
         let seed = std::env::var("COAR_FUZZ_SEED").map_or(0, |seed| seed.parse().unwrap());
         for target in TARGETS {
@@ -353,9 +353,9 @@ mod tests {
         }
     }
 
-    /// Seeds are there to show the way in: some must be accepted, or the targets test refusals alone.
+    /// Some seeds must be accepted, otherwise the targets only test rejections.
     #[test]
-    fn seeds_are_what_the_parsers_want() {
+    fn seeds_are_accepted() {
         let first = |name| seeds(name).into_iter().next().unwrap();
         assert!(coar_core::image::decode(&first("picture"), &Default::default()).is_ok());
         assert!(ConceptFile::from_bytes(&first("concept_file")).is_ok());

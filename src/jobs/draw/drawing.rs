@@ -133,7 +133,7 @@ impl Drawings {
         let id = running.drawn.id();
         let ending = match self.follow(&mut running).await {
             Ok(ending) => ending,
-            Err(error) if error.may_pass() && running.live.background.load(Ordering::Relaxed) => {
+            Err(error) if error.is_transient() && running.live.background.load(Ordering::Relaxed) => {
                 tracing::error!(generation = %id, %error, "generation requeued");
                 Ending::Again
             }

@@ -32,7 +32,7 @@ impl Drawings {
         for mut lost in left {
             tracing::info!(generation = %lost.id, "its process is gone");
             let message = match lost.new.background {
-                true => format!("The server ended {GENERATION_ATTEMPTS} times while this was drawn."),
+                true => format!("The server was interrupted {GENERATION_ATTEMPTS} times during this generation."),
                 false => "The server was restarted while a caller waited for this.".to_owned(),
             };
             let images = self.registry.images(lost.new.tenant, &[lost.id]).await?;

@@ -198,7 +198,7 @@ impl Caller {
     async fn keys(&mut self) -> Option<()> {
         for key in [self.name("key"), "key of all".to_owned()] {
             let claim = match call!(self, claim_key(TENANT, &key, "fingerprint", 60_000))? {
-                FirstOrAgain::First(claim) => claim,
+                Claim::Acquired(claim) => claim,
                 _ => continue,
             };
             call!(self, renew_key(&claim, 60_000));

@@ -173,7 +173,7 @@ impl Registry {
             if takeovers > i64::from(TAKEOVERS) {
                 let error = serde_json::json!({
                     "code": "interrupted",
-                    "message": format!("The worker ended {TAKEOVERS} times in a row while this was trained."),
+                    "message": format!("The worker was lost {TAKEOVERS} times in a row during this training."),
                     "field": null,
                 });
                 sqlx::query(

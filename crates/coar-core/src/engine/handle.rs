@@ -178,13 +178,13 @@ impl Drop for Ticket {
 /// Shared state between a device thread and its handle.
 #[derive(Debug)]
 pub struct DeviceThread {
-    /// The receiving end of the command channel.
+    /// Sends commands to the thread.
     pub commands: mpsc::Sender<Command>,
     pub health: watch::Receiver<Health>,
     pub info: ModelInfo,
     pub counter: TokenCounter,
     pub gauge: Arc<Gauge>,
-    /// Dropped with the last handle, after `commands`: joins the thread.
+    /// Joins the thread when dropped with the last handle, after `commands`.
     pub guard: Arc<dyn Any + Send + Sync>,
 }
 

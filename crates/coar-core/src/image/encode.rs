@@ -1,4 +1,4 @@
-//! Writing images.
+//! Image encoding.
 
 use std::ffi::c_int;
 
@@ -8,7 +8,7 @@ use image::{ExtendedColorType, ImageEncoder};
 use super::xmp::{into_jpeg, into_webp, packet};
 use super::{ImageError, ImageFormat, RgbImage};
 
-/// Formats that images are answered in.
+/// Output formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutputFormat {
     Png,
@@ -30,11 +30,11 @@ impl From<OutputFormat> for ImageFormat {
     }
 }
 
-/// Encodes an image. `text` becomes a PNG's international text chunks, keys of 1 to 79 Latin-1 characters; in the other
-/// formats an XMP packet with a property for each, whose keys must be XML names.
+/// Encodes an image. `text` becomes international text chunks in PNG, with keys of 1 to 79 Latin-1 characters; in
+/// the other formats an XMP packet with a property for each, whose keys must be XML names.
 ///
 /// # Errors
-/// When the pixels do not form the image, the format cannot hold its sides, or a key is malformed.
+/// When the pixels do not form the image, the format does not support its size, or a key is malformed.
 pub fn encode(image: &RgbImage, format: OutputFormat, text: &[(&str, String)]) -> Result<Vec<u8>, ImageError> {
     let (rgb, width, height) = (&image.rgb, image.width, image.height);
     if !image.is_consistent() || rgb.is_empty() {
@@ -65,15 +65,15 @@ pub fn encode(image: &RgbImage, format: OutputFormat, text: &[(&str, String)]) -
     }
 }
 
-/// By libwebp: the encoder that decodes foreign images here has no lossy mode.
+/// By libwebp: the crate that decodes images here has no lossy encoder.
 fn encode_lossy_webp(image: &RgbImage, quality: u8) -> Result<Vec<u8>, ImageError> {
-    let refused = || ImageError::Damaged(format!("{}x{} is no size of a WebP file", image.width, image.height));
+    let refused = || ImageError::Damaged(format!("{}x{} is not a valid WebP size", image.width, image.height));
     let side = |side: u32| c_int::try_from(side).map_err(|_| refused());
     let (width, height) = (side(image.width)?, side(image.height)?);
     let stride = width.checked_mul(3).ok_or_else(refused)?;
     let mut bytes = std::ptr::null_mut();
-    // SAFETY: the caller has checked that `rgb` is `height` rows of `stride` bytes; the call writes `bytes` where its
-    // answer is above 0, and what it points to, so many bytes of libwebp's, is copied before it is freed, once.
+    // SAFETY: the caller has checked that `rgb` is `height` rows of `stride` bytes. The call sets `bytes` if it
+    // returns a length above 0; that many bytes are copied, and the buffer is freed once.
     unsafe {
         let rgb = image.rgb.as_ptr();
         let size = libwebp_sys::WebPEncodeRGB(rgb, width, height, stride, quality.min(100).into(), &raw mut bytes);

@@ -33,7 +33,7 @@ pub enum TokenMethod {
     Coar,
     /// The same without image context tokens.
     CoarText,
-    /// One input embedding (arXiv 2208.01618): text context tokens at the first layer alone, where the hidden state is
+    /// One input embedding (arXiv 2208.01618): text context tokens at the first layer only, where the hidden state is
     /// the embedding.
     TextualInversion,
 }

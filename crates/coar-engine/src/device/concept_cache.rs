@@ -54,7 +54,7 @@ impl ConceptCache {
         }
         self.misses += 1;
         let bytes = 4 * concept.tensors.parameters();
-        self.make_room(bytes);
+        self.evict_for(bytes);
         let uploaded = Rc::new(DeviceConcept::upload(&concept.tensors, device)?);
         let entry = Entry {
             concept: uploaded.clone(),
@@ -66,7 +66,7 @@ impl ConceptCache {
         Ok(uploaded)
     }
 
-    fn make_room(&mut self, bytes: usize) {
+    fn evict_for(&mut self, bytes: usize) {
         while self.bytes + bytes > self.limit {
             let oldest = self
                 .entries

@@ -290,7 +290,7 @@ impl Generations {
         let codes = match drawn.codes {
             Ok(codes) => codes,
             Err(error) => {
-                let error = EngineError::Device(format!("{error}; the model's weights or the concept's are at fault"));
+                let error = EngineError::Device(format!("{error}; check the weights of the model and of the concepts"));
                 return self.fail(id, &error);
             }
         };
@@ -370,7 +370,7 @@ fn plan(model: &LuminaMgpt, request: &GenerateRequest) -> Result<PlannedSequence
     if !model.sizes().contains(&size) {
         return Err(ModelError::invalid(
             "size",
-            format!("is {}x{}, which this model does not draw", size.0, size.1),
+            format!("is {}x{}, which this model does not support", size.0, size.1),
         ));
     }
     let planned: Vec<PlannedConcept> = request

@@ -58,7 +58,7 @@ pub(super) fn kv_rows(bytes: u64, row: u64, most: usize, free: Option<u64>) -> R
         tracing::warn!(
             memory_mib = bytes >> 20,
             needed_mib = (2 * row) >> 20,
-            "the memory for keys and values is less than one guided image needs, and so that much is taken"
+            "KV memory is below the minimum for one guided image; using the minimum"
         );
     }
     let rows = rows.min(most).max(2);

@@ -125,7 +125,7 @@ pub fn start(
 }
 
 /// Poll interval of a waiting training.
-const GLANCE: Duration = Duration::from_millis(1);
+const POLL: Duration = Duration::from_millis(1);
 
 struct Thread {
     model: LuminaMgpt,
@@ -264,7 +264,7 @@ impl Thread {
             let measured = self.time.as_ref().map(DeviceTime::begin);
             let begun = Instant::now();
             match turn {
-                Turn::Generation if decoding => std::thread::sleep(GLANCE),
+                Turn::Generation if decoding => std::thread::sleep(POLL),
                 Turn::Generation => self.generations.run_slice(&self.model),
                 Turn::Training => self.trainings.run_slice(&self.model),
                 Turn::Idle => {}

@@ -164,13 +164,13 @@ impl Trainings {
                 if let Advance::Step(losses) = advance {
                     meters().training_step(training.in_step.as_secs_f64(), losses.total);
                     training.emit(losses);
-                    training.hand_out_preview(model);
+                    training.emit_preview(model);
                 }
                 if advance != Advance::Piece {
                     training.in_step = Duration::ZERO;
                 }
                 if training.checkpointed.elapsed() >= self.checkpoint_every {
-                    training.hand_out_checkpoint(device);
+                    training.emit_checkpoint(device);
                 }
                 self.open.push_back(training);
             }
@@ -182,7 +182,7 @@ impl Trainings {
     pub(super) fn close(&mut self) {
         self.closed = true;
         for mut training in self.open.drain(..) {
-            training.hand_out_checkpoint(self.device);
+            training.emit_checkpoint(self.device);
         }
     }
 }
@@ -206,7 +206,7 @@ impl Training {
     }
 
     /// Previews are best effort: skipped if the channel is full or the device fails.
-    fn hand_out_preview(&self, model: &LuminaMgpt) {
+    fn emit_preview(&self, model: &LuminaMgpt) {
         let step = self.trainer.step();
         if !self.previews.contains(&step) || self.events.capacity() <= RESERVED_EVENTS {
             return;
@@ -224,7 +224,7 @@ impl Training {
         }
     }
 
-    fn hand_out_checkpoint(&mut self, device: Device) {
+    fn emit_checkpoint(&mut self, device: Device) {
         match guarded(device, || self.trainer.checkpoint()) {
             Ok(bytes) => {
                 let step = self.trainer.step();

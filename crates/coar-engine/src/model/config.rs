@@ -50,7 +50,7 @@ pub struct ModelConfig {
     #[serde(default)]
     pub vocabulary_map: BTreeMap<String, i64>,
     /// The image size in pixels that the checkpoint was trained for (512, 768, 1024). Not a field of the reference's
-    /// file, where only the repository's name states it; written by `coar-lab pocket train`.
+    /// file, in which only the repository's name states it; written by `coar-lab pocket train`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_size: Option<u32>,
     /// The preset of concept training for the checkpoint ("pocket", "designers"); not a field of the reference's

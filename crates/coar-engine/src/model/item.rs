@@ -42,10 +42,7 @@ pub fn conversation(
         for (part, piece) in text.split(IMAGE_SYMBOL).enumerate() {
             if part > 0 {
                 let image = images_left.next().ok_or_else(|| {
-                    ModelError::invalid(
-                        "images",
-                        format!("are {}, the conversation asks for more", images.len()),
-                    )
+                    ModelError::invalid("images", format!("are {}, the conversation needs more", images.len()))
                 })?;
                 ids.extend(image);
             }
@@ -63,7 +60,7 @@ pub fn conversation(
         None => Ok((ids, labels)),
         Some(_) => Err(ModelError::invalid(
             "images",
-            format!("are {}, the conversation has fewer places", images.len()),
+            format!("are {}, the conversation has fewer placeholders", images.len()),
         )),
     }
 }

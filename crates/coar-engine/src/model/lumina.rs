@@ -37,7 +37,7 @@ impl CheckpointFiles {
         if !config.exists() {
             return Err(ModelError::file(
                 dir,
-                "holds no config.json; expected a Hugging Face checkpoint folder",
+                "contains no config.json; expected a Hugging Face checkpoint folder",
             ));
         }
         let places: Vec<PathBuf> = match tokenizer_dir {

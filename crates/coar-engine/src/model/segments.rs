@@ -190,6 +190,6 @@ impl SegmentedPass {
                 None => term,
             });
         }
-        sum.ok_or_else(|| ModelError::invalid("context", "holds nothing that a gradient reaches"))
+        sum.ok_or_else(|| ModelError::invalid("context", "contains nothing that a gradient reaches"))
     }
 }

@@ -480,7 +480,7 @@ impl Transformer {
         if self.masked_ids.is_some() {
             return Err(ModelError::invalid(
                 "mask_image_logits",
-                "is set: this checkpoint reads images and does not draw them",
+                "is set: this checkpoint cannot generate images",
             ));
         }
         CodeHead::new(&self.head, vocabulary.code_ids())

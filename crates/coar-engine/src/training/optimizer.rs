@@ -302,7 +302,7 @@ impl Optimizer {
     }
 
     /// Continues to count steps from `steps`, with fresh moments.
-    pub fn go_on_from(&mut self, steps: i64) {
+    pub fn continue_from(&mut self, steps: i64) {
         self.step = steps;
     }
 

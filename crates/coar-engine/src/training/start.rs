@@ -243,7 +243,7 @@ impl StartSearch {
     /// # Errors
     /// When a word is no candidate.
     pub fn settle(&mut self, words: &[String]) -> Result<(), ModelError> {
-        let unknown = || ModelError::invalid("checkpoint", "has start words that are no candidates");
+        let unknown = || ModelError::invalid("checkpoint", "has start words that are not candidates");
         if words.len() != self.candidates.len() {
             return Err(unknown());
         }

@@ -293,13 +293,13 @@ impl Trainer {
     fn choose_start(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
         self.start.advance(model, &self.references)?;
         if self.start.is_settled() {
-            self.stand_at_start(model)?;
+            self.init_at_start(model)?;
         }
         let (done, total) = self.start.progress();
         Ok(Advance::ChoosingStart { done, total })
     }
 
-    fn stand_at_start(&mut self, model: &LuminaMgpt) -> Result<(), ModelError> {
+    fn init_at_start(&mut self, model: &LuminaMgpt) -> Result<(), ModelError> {
         self.anchors = Anchors::observe(model, &self.spec, &self.references, &self.start.ids())?;
         if self.spec.parametrisation == Parametrisation::Absolute {
             self.text.f_copy_(&self.anchors.text)?;
@@ -312,9 +312,9 @@ impl Trainer {
     ///
     /// # Errors
     /// When a word is no candidate, or the device fails.
-    pub fn begin_at(&mut self, model: &LuminaMgpt, words: &[String]) -> Result<(), ModelError> {
+    pub fn start_with_words(&mut self, model: &LuminaMgpt, words: &[String]) -> Result<(), ModelError> {
         self.start.settle(words)?;
-        tch::no_grad(|| self.stand_at_start(model))
+        tch::no_grad(|| self.init_at_start(model))
     }
 
     fn draw_prior(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {

@@ -110,7 +110,7 @@ fn request(info: &ModelInfo, index: usize) -> GenerateRequest {
     }
 }
 
-/// All images, in order; `None` where the request failed.
+/// All images, in order; `None` if the request failed.
 fn images(mut stream: coar_core::engine::GenerationStream) -> Result<Vec<RgbImage>, EngineError> {
     let mut all = Vec::new();
     while let Some(event) = stream.blocking_next() {
@@ -143,7 +143,7 @@ fn image_is_independent_of_the_batch() {
     // One more that is cancelled half-way, and one with an invalid prompt.
     drop(engine.generate(request(engine.info(), 9)).unwrap());
     let bad = GenerateRequest {
-        prompt: "a photo of <nobody>".to_owned(),
+        prompt: "a photo of <unknown>".to_owned(),
         ..request(engine.info(), 0)
     };
     let bad = engine.generate(bad).unwrap();

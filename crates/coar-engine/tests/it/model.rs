@@ -32,7 +32,7 @@ fn logits(model: &Transformer, layers: i64, mask: bool) -> Tensor {
 }
 
 #[test]
-fn identity_mask_acts_only_below_the_last_injected_layer() {
+fn identity_mask_has_no_effect_if_all_layers_are_injected() {
     let _no_grad = tch::no_grad_guard();
     let dir = repository().join("tests/golden/model/mha");
     let config = ModelConfig::read(&dir.join("config.json")).unwrap();

@@ -174,7 +174,7 @@ impl DrawArgs {
     fn run(self) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.sheet.is_some() || self.samples.is_some(),
-            "say what to draw: --sheet FILE or --samples DIR"
+            "specify what to render: --sheet FILE or --samples DIR"
         );
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         if let Some(file) = &self.sheet {

@@ -157,7 +157,7 @@ impl GenerateArgs {
         let size = self.size()?.unwrap_or(info.sizes[0]);
         anyhow::ensure!(
             info.sizes.contains(&size),
-            "--size is {}x{}, which this model does not draw",
+            "--size is {}x{}, which this model does not support",
             size.0,
             size.1
         );

@@ -16,18 +16,18 @@ use crate::pocket::world::{HeldOutStyle, Scene, render, scene_phrase};
 use coar_core::concept::{ConceptFile, ConceptKind};
 use coar_engine::model::ModelError;
 
-/// One way of putting a subject and a style into a prompt.
+/// A way of combining a subject and a style in a prompt.
 struct Variant<'a> {
     subject: &'a Subject,
     style: &'a HeldOutStyle,
     files: Vec<&'a ConceptFile>,
     mask: bool,
-    /// Names the subject by its noun alone.
+    /// Names the subject only by its noun.
     plain_subject: bool,
     condition: &'a str,
 }
 
-/// A subject and a style, each learned at all layers and at few: at few the mask can matter.
+/// A subject and a style, each learned at all layers and at few: with few, the mask has an effect.
 pub(super) struct Pair<'a> {
     pub subject: &'a Subject,
     pub style: &'a HeldOutStyle,
@@ -35,7 +35,7 @@ pub(super) struct Pair<'a> {
     pub few: (&'a ConceptFile, &'a ConceptFile),
 }
 
-/// Subjects that take part.
+/// Subjects to use.
 const SUBJECTS: usize = 4;
 
 impl Run<'_> {
@@ -80,7 +80,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Settings of concepts for which the identity mask matters.
+    /// Settings of concepts for which the identity mask has an effect.
     pub(super) fn few_layers(&self) -> Map<String, Value> {
         let half = (self.model.transformer.config().num_hidden_layers / 2).max(1);
         Map::from_iter([("layers".to_owned(), json!(half))])
@@ -144,7 +144,7 @@ impl Run<'_> {
         let (mut prompts, mut wanted, mut likes) = (vec![], vec![], vec![]);
         for (index, &scene) in Scene::ALL.iter().enumerate() {
             prompts.push(format!("a {medium} of {who} {}{how}", scene_phrase(scene)));
-            // The subject in this scene as the world draws it in the held-out style.
+            // The subject in this scene as the world renders it in the held-out style.
             let mut spec = subject.unseen[2 * index].0.clone();
             style.apply(&mut spec);
             for _ in 0..per_scene {

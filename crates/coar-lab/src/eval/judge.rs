@@ -1,5 +1,6 @@
-//! The judge: a small convolutional network trained on the world's images after they went through the image
-//! tokenizer, with other seeds than the generator's. It knows the held-out subjects and styles, the generator does not.
+//! The judge: a small convolutional network trained on the world's images after a round trip through the image
+//! tokenizer, with other seeds than the generator's. It knows the held-out subjects and styles, the generator does
+//! not.
 
 use std::path::Path;
 
@@ -18,7 +19,7 @@ use coar_engine::model::weights::{Checkpoint, Target, TensorSource};
 use coar_engine::model::{ModelError, Vqgan};
 use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
 
-/// What the judge tells apart, with the number of answers.
+/// The judge's questions, with the number of answers.
 pub const HEADS: [(&str, i64); 7] = [
     ("class", 10),
     ("colour1", 10),
@@ -35,7 +36,7 @@ const SHAPE: ClassifierShape = ClassifierShape {
     heads: &HEADS,
 };
 
-/// The right answers for an image, in the order of [`HEADS`].
+/// The correct answers for an image, in the order of [`HEADS`].
 pub fn answers(spec: &Spec) -> [i64; 7] {
     [
         spec.class.index() as i64,
@@ -66,7 +67,7 @@ impl std::fmt::Debug for Judge {
     }
 }
 
-/// What the judge says of a batch.
+/// The judge's output for a batch.
 #[derive(Debug)]
 pub struct Judgement {
     /// For each head: the most likely answer of each image.
@@ -115,12 +116,12 @@ impl Judge {
     }
 }
 
-/// Keeps the judge's images apart from the generator's.
+/// Separates the judge's images from the generator's.
 const JUDGE_SEED: u64 = 77_001;
 const PICTURES: usize = 8000;
 const BATCH: usize = 32;
 
-/// An image for the judge: mostly the world's own, some held-out subjects and styles.
+/// A training image for the judge: mostly the world's own, some held-out subjects and styles.
 fn draw(rng: &mut ChaCha8Rng) -> Spec {
     let mut spec = Spec::sample(rng);
     if rng.random_bool(0.2)
@@ -138,8 +139,8 @@ fn draw(rng: &mut ChaCha8Rng) -> Spec {
     spec
 }
 
-/// Trains the judge on images that went through `vqgan` and writes it to `file`; returns its accuracy per head on
-/// images that it has not seen: the ceiling of every accuracy that it reports.
+/// Trains the judge on images reconstructed by `vqgan` and writes it to `file`; returns its accuracy per head on
+/// unseen images: the upper bound of every accuracy that it reports.
 ///
 /// # Errors
 /// When libtorch fails or the file cannot be written.
@@ -169,7 +170,7 @@ pub fn train_judge(vqgan: &Vqgan, steps: i64, file: &Path) -> Result<Vec<(String
         let step = optimizer.steps();
         let picked: Vec<usize> = (0..BATCH).map(|_| rng.random_range(held_back..PICTURES)).collect();
         let batch: Vec<RgbImage> = picked.iter().map(|&index| images[index].clone()).collect();
-        // Small noise: generated images are not quite like decoded ones.
+        // Slight noise: generated images are not quite like reconstructed ones.
         let input = pixels(&batch)?;
         let input = input.f_add(&input.f_randn_like()?.f_mul_scalar(0.03)?)?;
         let logits = judge.0.logits(&judge.0.features(&input)?)?;

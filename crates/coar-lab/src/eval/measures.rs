@@ -4,14 +4,14 @@ use coar_core::image::RgbImage;
 
 const LEVELS: usize = 6;
 
-/// Share of colour that two images have in common around their middle: intersection of histograms with 6 levels per
-/// channel over the central part, where the subject is. 1 for equal images, 0 where no colour is shared.
+/// Colour similarity of two images around their centre: intersection of histograms with 6 levels per channel over
+/// the central part, where the subject is. 1 for equal images, 0 without common colours.
 pub(super) fn colour_similarity(a: &RgbImage, b: &RgbImage) -> f64 {
     let (a, b) = (histogram(a), histogram(b));
     a.iter().zip(&b).map(|(a, b)| a.min(*b)).sum()
 }
 
-/// Normalised histogram of the central 60 % along each side, a little below the middle.
+/// Normalised histogram of the central 60 % of each side, slightly below the centre.
 fn histogram(picture: &RgbImage) -> Vec<f64> {
     let (w, h) = (picture.width as usize, picture.height as usize);
     let mut bins = vec![0f64; LEVELS.pow(3)];
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_pictures_share_all_and_others_nothing() {
+    fn equal_images_share_all_colours_and_different_ones_none() {
         let (red, blue) = (plain([255, 0, 0]), plain([0, 0, 255]));
         assert!((colour_similarity(&red, &red) - 1.0).abs() < 1e-9);
         assert_eq!(colour_similarity(&red, &blue), 0.0);

@@ -5,7 +5,7 @@ use serde::Serialize;
 /// Numbers by name, in the order of a table's columns.
 pub type Values = Vec<(String, f64)>;
 
-/// One line: what was measured under which condition, averaged over its subjects.
+/// One line: the mean over subjects of a measurement under one condition.
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
     /// `base`, `subject`, `ablation`, `style`, `composition`.
@@ -17,7 +17,7 @@ pub struct Row {
     pub values: Values,
 }
 
-/// All rows of one run, with what decides them.
+/// All rows of one run, with its settings.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
     pub model: String,

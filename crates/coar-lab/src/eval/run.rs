@@ -1,4 +1,4 @@
-//! `coar-lab eval pocket`: everything in one run, with seeds fixed before looking.
+//! `coar-lab eval pocket`: everything in one run, with seeds fixed in advance.
 
 use std::path::PathBuf;
 
@@ -23,19 +23,19 @@ use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::plan::{DrawSettings, draw_together};
 use coar_engine::training::{Advance, Reference, Trainer, next_token, token_logits};
 
-/// What to measure, and how.
+/// What to measure.
 #[derive(Debug, Clone)]
 pub struct EvalOptions {
     pub seed: u64,
     pub guidance_scale: f64,
     pub top_k: u32,
-    /// Images of each prompt; nine scenes times this per condition.
+    /// Images per prompt; nine scenes times this per condition.
     pub per_scene: usize,
-    /// Held-out subjects, from the first.
+    /// Number of held-out subjects.
     pub subjects: usize,
     /// Measure on the development subjects instead of the reported ones.
     pub development: bool,
-    /// Say in words where each reference image is ("on the grass"), as a careful user would.
+    /// Caption each reference image with its scene ("on the grass"), as a careful user would.
     pub captions: bool,
     pub base: bool,
     pub ablation: bool,
@@ -48,20 +48,20 @@ pub struct EvalOptions {
     pub sheets: Option<PathBuf>,
 }
 
-/// A trained concept with what it took.
+/// A trained concept with its cost.
 pub(super) struct Trained {
     pub file: ConceptFile,
     pub seconds: f64,
 }
 
-/// The words that a search for start words has found, and how long it took: it counts for every training that begins there.
+/// The result of a search for start words, and its duration: it counts for every training that starts from it.
 #[derive(Debug, Clone)]
 pub(super) struct FoundStart {
     pub words: Vec<String>,
     pub seconds: f64,
 }
 
-/// What every part of the run shares.
+/// Shared state of all parts of the run.
 pub(super) struct Run<'a> {
     pub model: &'a LuminaMgpt,
     pub judge: &'a Judge,
@@ -70,10 +70,10 @@ pub(super) struct Run<'a> {
 
 pub(super) const SIZE: (u32, u32) = (96, 96);
 
-/// Images of one batch at most: as many as are the same, bit for bit, as each alone on a CPU.
+/// Maximum number of images per batch: on a CPU up to this many are the same, bit for bit, as alone.
 const BATCH: usize = 40;
 
-/// Runs the parts that the options ask for. Calls `progress` with what is being done.
+/// Runs the requested parts. Calls `progress` with the current activity.
 ///
 /// # Errors
 /// When libtorch fails or a sheet cannot be written.
@@ -148,7 +148,8 @@ impl Run<'_> {
         self.train_from(spec, pictures, &mut None)
     }
 
-    /// Trains a concept to its end from the start that an earlier training on the same images has found, or finds it.
+    /// Trains a concept to its end, from the start words that an earlier training on the same images has found, if
+    /// any.
     pub(super) fn train_from(
         &self,
         spec: TrainingSpec,
@@ -162,7 +163,7 @@ impl Run<'_> {
             let search = std::time::Instant::now();
             match start {
                 Some(found) => {
-                    trainer.begin_at(self.model, &found.words)?;
+                    trainer.start_with_words(self.model, &found.words)?;
                     saved = found.seconds;
                 }
                 None => {
@@ -182,8 +183,8 @@ impl Run<'_> {
         })
     }
 
-    /// Draws `count` images of each prompt in one batch, one prompt's after the other's; concepts are those named in
-    /// them, `stream` is the first prompt's random stream.
+    /// Generates `count` images of each prompt in one batch, in the order of the prompts; concepts are those named
+    /// in them, `stream` is the first prompt's random stream.
     pub(super) fn draw(
         &self,
         prompts: &[String],
@@ -216,7 +217,7 @@ impl Run<'_> {
         Ok(drawn)
     }
 
-    /// Mean cross-entropy per image code (row ends and image end left out), in nats.
+    /// Mean cross-entropy per image code (without row ends and image end), in nats.
     pub(super) fn code_loss(&self, references: &[Reference], concept: Option<&ConceptFile>) -> Result<f64, ModelError> {
         let device = self.model.transformer.device();
         let uploaded = concept
@@ -233,7 +234,7 @@ impl Run<'_> {
         Ok(loss.f_to_kind(Kind::Float)?.f_double_value(&[])?)
     }
 
-    /// Writes a contact sheet where the options ask for them.
+    /// Writes a contact sheet if the options request it.
     pub(super) fn sheet(&self, name: &str, pictures: &[RgbImage], columns: usize) -> Result<(), ModelError> {
         let Some(dir) = &self.options.sheets else { return Ok(()) };
         std::fs::create_dir_all(dir).map_err(|error| ModelError::file(dir, error))?;
@@ -283,7 +284,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// A random word for the plain parts of a style's prompts.
+    /// A random word for the neutral parts of a style's prompts.
     pub(super) fn some_class(&self, rng: &mut ChaCha8Rng) -> world::Class {
         *world::Class::ALL.choose(rng).unwrap_or(&world::Class::Cat)
     }

@@ -16,14 +16,14 @@ use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 use coar_engine::training::Reference;
 
-/// A held-out style with images of other things drawn in it.
+/// A held-out style with images of other things in it.
 pub(super) struct StyleCase {
     pub held_out: &'static HeldOutStyle,
     pub trained: Trained,
 }
 
 impl Run<'_> {
-    /// What the style's single reference shows, and the image itself.
+    /// The content of the style's single reference, and the image itself.
     fn style_reference(&self, style: &HeldOutStyle) -> (String, RgbImage) {
         let mut rng = ChaCha8Rng::seed_from_u64(self.options.seed ^ 0x57_1e);
         let mut spec = Spec::sample(&mut rng);

@@ -21,7 +21,7 @@ use coar_engine::training::Reference;
 pub(super) struct Subject {
     pub held_out: &'static HeldOutSubject,
     pub references: Vec<RgbImage>,
-    /// Two unseen images for each scene.
+    /// Two unseen images per scene.
     pub unseen: Vec<(Spec, RgbImage)>,
 }
 
@@ -29,7 +29,7 @@ pub(super) struct Subject {
 pub(super) struct Condition<'a> {
     pub name: &'static str,
     pub concept: Option<&'a ConceptFile>,
-    /// Text before the slot, and after it up to the scene; without a concept all text is in the first.
+    /// Text before the slot, and after it up to the scene; without a concept all text is in the first part.
     pub before: String,
     pub after: String,
 }
@@ -106,7 +106,7 @@ impl Run<'_> {
         self.train(with_overrides(&spec, overrides)?, &subject.references)
     }
 
-    /// Draws and judges one condition; returns the row's values and the images.
+    /// Generates and judges one condition; returns the row's values and the images.
     pub(super) fn measure_subject(
         &self,
         subject: &Subject,
@@ -232,7 +232,7 @@ impl Run<'_> {
         Ok(all)
     }
 
-    /// Context tokens alone, with each term, with both. The terms act on image context tokens, so these are on.
+    /// Only context tokens, with each term, with both. The terms act on image context tokens, so these are enabled.
     pub(super) fn ablation(&self, report: &mut Report, progress: &mut dyn FnMut(&str)) -> Result<(), ModelError> {
         let chosen = if self.options.development {
             development_subjects()

@@ -1,4 +1,4 @@
-//! Small well-formed inputs for each target: where the fuzzers begin.
+//! Small well-formed inputs for each target: the initial corpus.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use coar_core::concept::{ConceptFile, ConceptHeader, ConceptKind, ConceptTensors
 use coar_core::image::{OutputFormat, RgbImage, encode};
 use coar_core::training::spec::{Preset, TrainingSpec};
 
-/// Well-formed inputs of a target, the plainest first.
+/// Well-formed inputs of a target, the simplest first.
 pub fn seeds(target: &str) -> Vec<Vec<u8>> {
     let texts = |texts: &[&str]| texts.iter().map(|text| text.as_bytes().to_vec()).collect();
     match target {
@@ -120,7 +120,7 @@ fn judge_configs() -> Vec<Vec<u8>> {
     ];
     let seed = |(kind, name): (u8, &str)| {
         let text = String::from_utf8(file(&format!("tests/judges/tiny/{name}"))).expect("JSON is UTF-8");
-        // DINO's other size: the target prepares for one alone.
+        // DINO's other size: the target preprocesses for only one.
         let text = match kind {
             2 => text.replace("\"size\": 28", "\"size\": 24"),
             _ => text,
@@ -169,12 +169,12 @@ fn frames() -> Vec<Vec<u8>> {
     ]
 }
 
-/// The least that `tokenizers` takes as a byte-pair tokenizer, with the names that a vocabulary needs.
+/// A minimal byte-pair tokenizer for `tokenizers`, with the names that a vocabulary needs.
 const TOKENIZER: &str = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":0,"content":"<s>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":{"type":"NFC"},"pre_tokenizer":{"type":"Sequence","pretokenizers":[{"type":"Split","pattern":{"Regex":"\\w+|[^\\w\\s]+"},"behavior":"Isolated","invert":false},{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":false}]},"post_processor":null,"decoder":{"type":"ByteLevel","add_prefix_space":true,"trim_offsets":true,"use_regex":true},"model":{"type":"BPE","dropout":null,"unk_token":null,"continuing_subword_prefix":null,"end_of_word_suffix":null,"fuse_unk":false,"byte_fallback":false,"vocab":{"<s>":0,"<pad>":1,"<eoss>":2,"<racm3:break>":3,"<reserved08706>":4,"<reserved08799>":5,"<reserved08801>":6,"IMGIMGAZ":7,"IMGIMGBZ":8,"a":9,"c":10,"t":11,"at":12},"merges":["a t"]}}"#;
 
-/// The least that is CLIP's tokenizer, in its two files.
+/// A minimal CLIP tokenizer, in its two files.
 const CLIP: &str = "{\"<|startoftext|>\": 0, \"<|endoftext|>\": 1, \"a\": 2, \"d\": 3, \"o</w>\": 4, \"g</w>\": 5, \"o\": 6, \"og</w>\": 7, \
 \"dog</w>\": 8, \"a</w>\": 9, \"\u{c3}\": 10}\0#version: 0.2\no g</w>\nd og</w>\n";
 
-/// The least that is a configuration.
+/// A minimal configuration.
 const MODEL: &str = r#"{"model_type":"chameleon","architectures":["ChameleonXLLMXForConditionalGeneration"],"vocab_size":100,"hidden_size":8,"intermediate_size":16,"num_hidden_layers":2,"num_attention_heads":2,"num_key_value_heads":1,"rope_theta":10000.0,"hidden_act":"silu","vocabulary_map":{"<s>":0},"target_size":64,"concept_preset":"pocket"}"#;

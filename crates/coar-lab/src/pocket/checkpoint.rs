@@ -9,8 +9,9 @@ use super::transformer_training::transformer_config;
 use super::vocabulary::tokenizer_json;
 use coar_engine::model::ModelError;
 
-/// Writes `config.json`, `model.safetensors`, `text_tokenizer.json`, `vqgan.yaml`, `vqgan.safetensors` and, beside the
-/// model, `judge.safetensors` to `out` from the training results in `runs`. Weights are rounded to f16, which costs nothing measurable and halves the file.
+/// Writes `config.json`, `model.safetensors`, `text_tokenizer.json`, `vqgan.yaml`, `vqgan.safetensors` and, beside
+/// the model, `judge.safetensors` to `out` from the training results in `runs`. Weights are rounded to f16, which
+/// has no measurable effect and halves the file.
 ///
 /// # Errors
 /// When a result is missing or a file cannot be written.
@@ -32,7 +33,7 @@ pub fn write_checkpoint(runs: &Path, out: &Path) -> Result<(), ModelError> {
     ] {
         save(&out.join(to), &halved(load(&runs.join(from))?)?)?;
     }
-    // The judge measures the model; it is shipped with it and is no part of it.
+    // The judge measures the model; it is shipped with it but not part of it.
     let judge = load(&runs.join("judge.safetensors"))?;
     save(&out.join("judge.safetensors"), &halved(judge)?)
 }

@@ -1,4 +1,4 @@
-//! The codebook of a tokenizer in training: moving averages of the latents that each code was assigned.
+//! The codebook of a tokenizer in training: moving averages of the latents assigned to each code.
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -11,7 +11,7 @@ use coar_engine::model::vqgan::nearest;
 const DECAY: f64 = 0.99;
 /// Moving count below which a code counts as unused.
 const UNUSED: f64 = 0.03;
-/// Moving count of a code that has just been seeded again.
+/// Moving count of a reinitialised code.
 const REVIVED: f64 = 0.3;
 const KMEANS_ROUNDS: usize = 10;
 
@@ -53,8 +53,8 @@ impl Codebook {
         Ok(())
     }
 
-    /// Takes a batch's latents `[m, dim]` and their codes `[m]` into the averages; with `revive`, unused codes take the
-    /// place of random latents of the batch.
+    /// Updates the averages with a batch's latents `[m, dim]` and their codes `[m]`; with `revive`, unused codes are
+    /// reinitialised from random latents of the batch.
     pub(super) fn update(
         &mut self,
         latents: &Tensor,
@@ -85,12 +85,12 @@ impl Codebook {
         Ok(())
     }
 
-    /// How many codes are unused.
+    /// Number of unused codes.
     pub(super) fn unused(&self) -> Result<i64, ModelError> {
         Ok(i64::try_from(&self.counts.f_lt(UNUSED)?.f_sum(Kind::Int64)?)?)
     }
 
-    /// Everything but the rows, by name, for the training state.
+    /// Everything except the rows, by name, for the training state.
     pub(super) fn statistics(&self) -> [(&'static str, Tensor); 2] {
         [
             ("codebook.counts", self.counts.shallow_clone()),
@@ -105,10 +105,10 @@ fn some_rows(latents: &Tensor, n: i64, rng: &mut ChaCha8Rng) -> Result<Tensor, M
     Ok(latents.f_index_select(0, &Tensor::f_from_slice(&at)?.f_to_device(latents.device())?)?)
 }
 
-/// Per code: how many latents, and their sum.
+/// For each code: the number of its latents, and their sum.
 fn tally(latents: &Tensor, codes: &Tensor, n: i64) -> Result<(Tensor, Tensor), ModelError> {
     let zeros = |shape: &[i64]| Tensor::f_zeros(shape, (Kind::Float, latents.device()));
-    // `bincount` would wait for the device.
+    // `bincount` would synchronise with the device.
     let one = Tensor::f_ones([codes.size()[0]], (Kind::Float, latents.device()))?;
     let counts = zeros(&[n])?.f_index_add(0, codes, &one)?;
     let sums = zeros(&[n, latents.size()[1]])?.f_index_add(0, codes, latents)?;

@@ -10,7 +10,7 @@ use coar_core::image::RgbImage;
 use coar_engine::model::lumina::{images as decoded_images, pixels};
 use coar_engine::model::{ModelError, Vqgan};
 
-/// How well images survive the tokenizer.
+/// Reconstruction quality of the tokenizer.
 #[derive(Debug, Clone, Serialize)]
 pub struct TokenizerMeasure {
     /// Mean peak signal-to-noise ratio in dB by group: pre-training mix, each style, held-out subjects and styles.
@@ -30,7 +30,7 @@ fn psnr(a: &RgbImage, b: &RgbImage) -> f64 {
     10.0 * (255.0f64.powi(2) * a.rgb.len() as f64 / square.max(1e-9)).log10()
 }
 
-/// Images as the tokenizer keeps them: the fair comparison for what the model draws.
+/// Reconstructions by the tokenizer: the fair comparison for the model's images.
 ///
 /// # Errors
 /// When libtorch fails.
@@ -38,7 +38,7 @@ pub fn as_drawn(vqgan: &Vqgan, originals: &[RgbImage]) -> Result<Vec<RgbImage>, 
     Ok(through(vqgan, originals)?.0)
 }
 
-/// Images through the tokenizer and back, with the codes.
+/// Reconstructions of images, with the codes.
 ///
 /// # Errors
 /// When libtorch fails.
@@ -55,7 +55,7 @@ fn through(vqgan: &Vqgan, originals: &[RgbImage]) -> Result<(Vec<RgbImage>, Tens
     })
 }
 
-/// Measures the tokenizer on images that no training step has seen (another seed).
+/// Measures the tokenizer on images that are not used in training (another seed).
 ///
 /// # Errors
 /// When libtorch fails.

@@ -1,9 +1,9 @@
-//! The small default model: a world that it draws itself, and the recipe that trains it.
+//! The small default model: a world that is rendered procedurally, and the recipe that trains it.
 
 /// The checkpoint folder: written, shipped, unpacked.
 pub mod checkpoint;
 mod codebook;
-/// A world of designers' drawings, and the recipe of a model of it.
+/// A world of designers' drawings, and the recipe of its model.
 pub mod designers;
 /// Measures of the tokenizer and the transformer on fresh images.
 pub mod measure;
@@ -16,7 +16,7 @@ pub mod tokenizer_training;
 pub mod transformer_training;
 /// The vocabulary and its file.
 pub mod vocabulary;
-/// Classes, attributes, scenes, styles, captions, and how they are drawn.
+/// Classes, attributes, scenes, styles, captions, and their rendering.
 pub mod world;
 
 pub use sequences::Corpus;

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 use coar_engine::model::ModelError;
 use coar_engine::model::weights::TensorSource;
 
-/// f32 leaves by name; created when a network first asks for them.
+/// f32 leaves by name; created on first use by a network.
 #[derive(Debug)]
 pub struct Parameters {
     tensors: RefCell<BTreeMap<String, Tensor>>,
@@ -23,7 +23,7 @@ impl Default for Parameters {
 }
 
 impl Parameters {
-    /// No leaves yet; they will be created on `device`. Initial values are drawn on the CPU, so that they do not depend
+    /// No leaves yet; they will be created on `device`. Initial values are sampled on the CPU, so they do not depend
     /// on the device.
     pub fn on(device: Device) -> Self {
         Self {
@@ -41,12 +41,12 @@ impl Parameters {
             .collect()
     }
 
-    /// Numbers in all leaves together.
+    /// Total number of values.
     pub fn count(&self) -> usize {
         self.tensors.borrow().values().map(Tensor::numel).sum()
     }
 
-    /// Takes over the values of `saved` for every leaf.
+    /// Loads the values of `saved` into every leaf.
     ///
     /// # Errors
     /// When a tensor is absent or misshapen.
@@ -60,8 +60,8 @@ impl Parameters {
         })
     }
 
-    /// The leaves as a source of tensors in `kind`, differentiable: matrices and filters are cast, and where `norms` is
-    /// set vectors too. What is looked up row by row (embedding, codebook) stays f32.
+    /// The leaves as a source of tensors in `kind`, differentiable: matrices and filters are cast, and with `norms`
+    /// vectors too. Lookup tables (embedding, codebook) stay f32.
     pub fn cast(&self, kind: Kind, norms: bool) -> Cast<'_> {
         Cast {
             parameters: self,
@@ -131,7 +131,7 @@ impl TensorSource for Cast<'_> {
     }
 }
 
-/// Writes tensors to a safetensors file so that a crash leaves either the old file or the new one.
+/// Writes tensors to a safetensors file atomically.
 ///
 /// # Errors
 /// When the file cannot be written.

@@ -1,4 +1,4 @@
-//! Training sequences: images of the world as codes, drawn and encoded once, with captions drawn anew at every visit.
+//! Training sequences: images of the world as codes, rendered and encoded once, with random captions at every visit.
 
 use std::ops::Range;
 use std::path::Path;
@@ -33,8 +33,7 @@ pub struct CorpusSize {
     pub weight: f64,
 }
 
-/// Sizes and their share of the batches. The square is what most users ask for; the others
-/// teach the model what the size tokens mean.
+/// Sizes and their share of the batches. Most users request the square; the others teach the model the size tokens.
 const SIZES: [(u32, u32, f64); 5] = [
     (96, 96, 0.88),
     (112, 80, 0.03),
@@ -64,7 +63,8 @@ fn spec(size: usize, index: usize) -> world::Spec {
 }
 
 impl Corpus {
-    /// Draws and encodes `pictures` square images and a sixteenth of that of each other size with `vqgan`, or reads the codes from `dir/codes.safetensors` where they are.
+    /// Renders and encodes `pictures` square images and a sixteenth of that of each other size with `vqgan`, or
+    /// reads the codes from `dir/codes.safetensors` if they exist.
     ///
     /// # Errors
     /// When files cannot be written or libtorch fails.
@@ -112,10 +112,10 @@ impl Corpus {
         &self.sizes
     }
 
-    /// Square images that training never visits.
+    /// Square images that are not used in training.
     const HELD_BACK: usize = 256;
 
-    /// `count` of the images that training never visits, with captions.
+    /// `count` of the images that are not used in training, with captions.
     pub fn held_back(&self, count: usize, seed: u64) -> Result<Vec<Sequence>, ModelError> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let from = self.counts[0] - Self::HELD_BACK;
@@ -124,7 +124,7 @@ impl Corpus {
             .collect()
     }
 
-    /// A random image of size `size`, with a caption drawn anew, or none.
+    /// A random image of size `size`, with a random caption, or none.
     ///
     /// # Errors
     /// When the caption cannot be tokenised.

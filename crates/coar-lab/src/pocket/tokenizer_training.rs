@@ -18,15 +18,15 @@ use coar_engine::model::vqgan::{EncoderDecoderConfig, VqganConfig, nearest};
 use coar_engine::model::{ModelError, Vqgan};
 use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
 
-/// Everything that decides the trained tokenizer.
+/// The settings that determine the trained tokenizer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TokenizerRecipe {
     pub seed: u64,
     pub steps: i64,
     pub batch: usize,
     pub learning_rate: f64,
-    /// Steps in which some images have permuted or inverted channels, so that tones which the world's palette lacks
-    /// can be expressed too.
+    /// Steps in which some images have permuted or inverted channels, so tones outside the world's palette can be
+    /// represented too.
     pub augmented_steps: i64,
     /// Steps of plain auto-encoding before the codebook is set by k-means.
     pub autoencoder_steps: i64,
@@ -125,8 +125,8 @@ fn learning_rate(recipe: &TokenizerRecipe, step: i64) -> f64 {
     recipe.learning_rate * (step as f64 / 100.0).min(1.0) * decay
 }
 
-/// Trains to the recipe's end, from the newest checkpoint in `dir` if there is one, and writes `dir/vqgan.safetensors`
-/// (f32) and `dir/vqgan.yaml`.
+/// Trains to the recipe's end, from the newest checkpoint in `dir` if there is one, and writes
+/// `dir/vqgan.safetensors` (f32) and `dir/vqgan.yaml`.
 ///
 /// # Errors
 /// When files cannot be written or libtorch fails.
@@ -247,7 +247,7 @@ fn export(dir: &Path, config: &VqganConfig, parameters: &Parameters, codebook: &
     std::fs::write(&yaml, config.to_yaml()?).map_err(|error| ModelError::file(&yaml, error))
 }
 
-/// Draws the batches of `from..` on a thread of its own, a few ahead.
+/// Renders the batches of `from..` on a separate thread, a few ahead.
 fn prefetch(recipe: TokenizerRecipe, from: i64) -> mpsc::Receiver<Vec<RgbImage>> {
     let (send, receive) = mpsc::sync_channel(4);
     std::thread::spawn(move || {

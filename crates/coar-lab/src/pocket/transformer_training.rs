@@ -17,13 +17,13 @@ use coar_engine::model::transformer::LayerPoint;
 use coar_engine::model::{ModelConfig, ModelError, Transformer};
 use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
 
-/// Everything that decides the trained transformer.
+/// The settings that determine the trained transformer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TransformerRecipe {
     pub seed: u64,
     pub steps: i64,
     pub batch: usize,
-    /// Of the matrices (Muon); vectors and embeddings move at the same rate under AdamW.
+    /// For the matrices (Muon); vectors and embeddings use the same rate under AdamW.
     pub learning_rate: f64,
     /// Share of sequences without any text, for guidance.
     pub caption_dropout: f64,
@@ -62,10 +62,10 @@ fn learning_rate(recipe: &TransformerRecipe, step: i64) -> f64 {
     recipe.learning_rate * (step as f64 / WARM_UP).min(1.0) * decay
 }
 
-/// A padded batch: ids and targets `[batch, seq]`, and where its extra positions are.
+/// A padded batch: ids and targets `[batch, seq]`, and its extra positions.
 pub(super) struct Batch {
     pub(super) ids: Tensor,
-    /// Flat indices of positions whose next token counts, and those tokens.
+    /// Flat indices of positions whose next token is a target, and those tokens.
     predict_at: Tensor,
     targets: Tensor,
     pub(super) slots: Vec<(i64, i64)>,
@@ -99,7 +99,7 @@ pub(super) fn collate(sequences: &[Sequence], device: Device) -> Result<Batch, M
     })
 }
 
-/// Random numbers for extra positions, before they are on a device.
+/// Random numbers for extra positions, on the host.
 pub(super) struct SlotNumbers {
     count: usize,
     /// For each position the scale of its noise, in 0..0.3.
@@ -109,7 +109,7 @@ pub(super) struct SlotNumbers {
 }
 
 impl SlotNumbers {
-    /// Draws them for `count` positions.
+    /// Samples them for `count` positions.
     pub(super) fn draw(count: usize, (layers, hidden): (i64, i64), rng: &mut ChaCha8Rng) -> Self {
         let spread = (0..count).map(|_| rng.random_range(0.0..0.3)).collect();
         Self {
@@ -120,7 +120,7 @@ impl SlotNumbers {
     }
 }
 
-/// What is drawn for a batch's extra positions.
+/// The random numbers of a batch's extra positions.
 pub(super) struct SlotNoise {
     /// `[positions]`
     rows: Tensor,
@@ -178,8 +178,8 @@ pub(super) fn slot_contexts(noise: &SlotNoise, statistics: &SlotStatistics) -> R
     })
 }
 
-/// `count` normally distributed numbers (Box-Muller). They do not depend on libtorch's generator, which all threads of the
-/// process share.
+/// `count` normally distributed numbers (Box-Muller). They do not depend on libtorch's generator, which all threads
+/// of the process share.
 fn normal(count: i64, rng: &mut ChaCha8Rng) -> Vec<f32> {
     (0..count)
         .map(|_| {
@@ -189,7 +189,7 @@ fn normal(count: i64, rng: &mut ChaCha8Rng) -> Vec<f32> {
         .collect()
 }
 
-/// What the network's own image positions look like at each layer's input.
+/// Statistics of the network's own image positions at each layer's input.
 pub(super) fn statistics(network: &Transformer, batch: &Batch) -> Result<SlotStatistics, ModelError> {
     tch::no_grad(|| {
         let (mut mean, mut deviation) = (vec![], vec![]);
@@ -329,7 +329,7 @@ pub fn train_transformer(
 }
 
 impl Corpus {
-    /// One training batch: images of one size, captions drawn anew.
+    /// One training batch: images of one size, random captions.
     fn batch(&self, recipe: &TransformerRecipe, rng: &mut ChaCha8Rng) -> Result<Vec<Sequence>, ModelError> {
         let size = *self
             .sizes()

@@ -10,7 +10,7 @@ use coar_core::tokenizer::{code_name, grid_name};
 /// Size names `<reserved08801>` ...: the longest side of the pocket's sizes has 12 grids.
 const GRIDS: usize = 16;
 
-/// The symbol of each byte in byte-level BPE: printable bytes stand for themselves, the others are moved up.
+/// The symbol of each byte in byte-level BPE: printable bytes represent themselves, the others are shifted up.
 fn byte_symbols() -> Vec<char> {
     let printable = |b: u32| (33..=126).contains(&b) || (161..=172).contains(&b) || (174..=255).contains(&b);
     let mut moved = 256;
@@ -27,7 +27,8 @@ fn byte_symbols() -> Vec<char> {
         .collect()
 }
 
-/// Names in the order of their ids, and the merges that make each word of the world, with the space before it, one token.
+/// Names in the order of their ids, and the merges that make each word of the world, with the space before it, one
+/// token.
 fn names_and_merges(codes: i64, grids: usize, words: &[&str]) -> (Vec<String>, Vec<(String, String)>, Vec<String>) {
     let mut names: Vec<String> = ["<s>", "<pad>", "</s>", "<unk>"].map(str::to_owned).to_vec();
     names.extend((0..codes).map(code_name));
@@ -49,7 +50,7 @@ fn names_and_merges(codes: i64, grids: usize, words: &[&str]) -> (Vec<String>, V
     all.dedup();
     let mut merges = Vec::new();
     let mut known: std::collections::BTreeSet<String> = names.iter().cloned().collect();
-    // The space's symbol occurs at a word's start alone, so chains from the left never meet inside another word.
+    // The space's symbol occurs only at a word's start, so chains from the left never meet inside another word.
     let chains = all
         .iter()
         .map(|word| format!("\u{120}{word}"))
@@ -73,7 +74,7 @@ pub fn vocabulary_map() -> BTreeMap<String, i64> {
     vocabulary_map_of(super::IMAGE_CODES, &words())
 }
 
-/// Every name and its id in a vocabulary of that many image codes, and of these words.
+/// Every name and its id in a vocabulary with this many image codes, and these words.
 pub fn vocabulary_map_of(codes: i64, words: &[&str]) -> BTreeMap<String, i64> {
     names_and_merges(codes, GRIDS, words).0.into_iter().zip(0..).collect()
 }
@@ -83,13 +84,14 @@ pub fn tokenizer_json() -> Value {
     tokenizer_with(super::IMAGE_CODES, GRIDS)
 }
 
-/// A tokenizer file in the format of Hugging Face `tokenizers`, with the pre-tokenizer pipeline of the real one: that many
-/// image codes (from id 4 on, as in the real one) and size names, and the words of the pocket model's world.
+/// A tokenizer file in the format of Hugging Face `tokenizers`, with the pre-tokenizer pipeline of the real one:
+/// this many image codes (from id 4 on, as in the real one) and size names, and the words of the pocket model's
+/// world.
 pub fn tokenizer_with(codes: i64, grids: usize) -> Value {
     tokenizer_of_words(codes, grids, &words())
 }
 
-/// The tokenizer file of that many image codes, and of these words.
+/// The tokenizer file with this many image codes, and these words.
 pub fn tokenizer_of(codes: i64, words: &[&str]) -> Value {
     tokenizer_of_words(codes, GRIDS, words)
 }
@@ -166,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_takes_a_words_place() {
+    fn slot_replaces_a_word() {
         let (tokenizer, vocabulary) = tokenizer();
         let parts = [
             PromptPart::Text("a photo of "),

@@ -1,11 +1,11 @@
-//! From what `coar-lab bench` printed to a file of times.
+//! Converts the output of `coar-lab bench` to a file of times.
 
 use serde_json::Value;
 
 use super::FleetError;
 use super::times::{Origin, Times};
 
-/// Numbers of `coar-lab bench decode --json`, without concepts: rows and milliseconds.
+/// Parses `coar-lab bench decode --json`, without concepts: rows and milliseconds.
 fn decode(times: &mut Times, report: &Value) -> Result<(), FleetError> {
     let missing = || FleetError::new("decode", "is not what `coar-lab bench decode --json` prints");
     let rows = report["steps"].as_array().ok_or_else(missing)?;
@@ -23,8 +23,8 @@ fn decode(times: &mut Times, report: &Value) -> Result<(), FleetError> {
     Ok(())
 }
 
-/// Of `coar-lab bench serve --json`: what pixels take, out of images one after the other; what a cold concept takes; what
-/// drawing beside a training keeps.
+/// Parses `coar-lab bench serve --json`: the time for pixels, from images one after the other; the cost of a cold
+/// concept; the relative speed beside a training.
 fn serve(times: &mut Times, report: &Value) -> Result<(), FleetError> {
     let missing = || FleetError::new("serve", "is not what `coar-lab bench serve --json` prints");
     let conditions = report["conditions"].as_array().ok_or_else(missing)?;
@@ -58,7 +58,7 @@ fn serve(times: &mut Times, report: &Value) -> Result<(), FleetError> {
     Ok(())
 }
 
-/// Of `coar-lab bench train --json`: a step and what comes before the first, of the first way that it measured.
+/// Parses `coar-lab bench train --json`: a step and the time before the first, of the first mode measured.
 fn train(times: &mut Times, report: &Value) -> Result<(), FleetError> {
     let missing = || FleetError::new("train", "is not what `coar-lab bench train --json` prints");
     let first = report.get(0).unwrap_or(report);
@@ -71,10 +71,10 @@ fn train(times: &mut Times, report: &Value) -> Result<(), FleetError> {
     Ok(())
 }
 
-/// `base` with the numbers that reports of `coar-lab bench decode`, `serve` and `train` have in place of its own.
+/// `base` with its numbers replaced by those of `coar-lab bench decode`, `serve` and `train` reports.
 ///
 /// # Errors
-/// When a report is another command's; when its values cannot be used.
+/// When a report is another command's; when its values are invalid.
 pub fn from_bench(
     base: &Times,
     name: &str,
@@ -86,7 +86,7 @@ pub fn from_bench(
         notes: vec![format!("what no line below names is from `{}`", base.name)],
         ..base.clone()
     };
-    // In this order: what pixels take is what steps leave of an image.
+    // In this order: the time for pixels is what remains of an image after its steps.
     if let Some(report) = reports.0 {
         decode(&mut times, report)?;
     }
@@ -117,7 +117,7 @@ mod tests {
         assert_eq!(times.decode.rows, [2.0, 8.0]);
         assert!((times.decode.step(5.0, 5.0 * times.decode.context_tokens) - 0.002).abs() < 1e-12);
         assert_eq!((times.sizes[0].prefill_ms, times.training.step_ms), (5.0, 100.0));
-        // An image of 144 ms in steps and 5 ms of prompt, 160 ms in all, leaves 11 ms for pixels.
+        // An image with 144 ms in steps and 5 ms of prefill, 160 ms in total, leaves 11 ms for pixels.
         let alone = json!([{"condition": "one after the other", "pictures_per_minute": 375.0}]);
         let served = json!({"conditions": alone, "concept_swap": {"from_the_store_ms": {"median": 0.1}},
             "training_share": 0.5, "generation_kept_beside_training": 0.4, "training_kept_beside_generation": 0.4});

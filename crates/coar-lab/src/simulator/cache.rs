@@ -1,4 +1,4 @@
-//! Which concepts are on a worker's device: the least recently used goes first.
+//! Resident concepts of a worker, with LRU eviction.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -21,11 +21,11 @@ impl Cache {
         }
     }
 
-    pub fn is_hot(&self, concept: u32) -> bool {
+    pub fn is_warm(&self, concept: u32) -> bool {
         self.used.contains_key(&concept)
     }
 
-    /// Uses a concept; true when it was there.
+    /// Uses a concept; true if it was resident.
     pub fn touch(&mut self, concept: u32) -> bool {
         self.clock += 1;
         let before = self.used.insert(concept, self.clock);
@@ -53,13 +53,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_least_recently_used_goes_first() {
+    fn least_recently_used_is_evicted_first() {
         let mut cache = Cache::new(2);
         assert!(!cache.touch(1) && !cache.touch(2) && cache.touch(1));
         assert!(!cache.touch(3));
-        assert!(cache.is_hot(1) && cache.is_hot(3) && !cache.is_hot(2));
+        assert!(cache.is_warm(1) && cache.is_warm(3) && !cache.is_warm(2));
         cache.clear();
-        assert!(!cache.is_hot(1));
+        assert!(!cache.is_warm(1));
         assert!(!Cache::new(0).touch(1));
     }
 }

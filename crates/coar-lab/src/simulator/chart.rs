@@ -1,4 +1,4 @@
-//! SVG images of what the command printed as JSON.
+//! Plots of the command's JSON output, as SVG.
 
 use std::collections::BTreeMap;
 
@@ -14,18 +14,18 @@ const TOP: f64 = 30.0;
 const BOTTOM: f64 = 40.0;
 const COLOURS: [&str; 6] = ["#1b6ca8", "#c1440e", "#3b7d3b", "#7a4fa3", "#8a6d00", "#444444"];
 
-/// A line's points, by its name.
+/// Points by the name of their line.
 type Lines = BTreeMap<String, Vec<(f64, f64)>>;
 
-/// What the axes say.
+/// Axis labels.
 struct Axes {
     title: String,
     x: &'static str,
     y: &'static str,
 }
 
-/// Draws what `coar-lab simulate plan --json` (workers by images per second) or `coar-lab simulate run --json` (p95 by images
-/// per second and worker) printed.
+/// Plots the output of `coar-lab simulate plan --json` (workers by images per second) or `coar-lab simulate run
+/// --json` (p95 by images per second and worker).
 ///
 /// # Errors
 /// When it is neither, or has no points.
@@ -87,7 +87,7 @@ fn ran(report: &Value) -> (Axes, Lines) {
     (axes, lines)
 }
 
-/// A step of 1, 2 or 5 times a power of ten, about five to `largest`.
+/// A step of 1, 2 or 5 times a power of ten, with about five up to `largest`.
 fn step(largest: f64) -> f64 {
     let rough = largest.max(1e-9) / 5.0;
     let power = 10f64.powf(rough.log10().floor());
@@ -99,7 +99,7 @@ fn largest(lines: &Lines, of: fn(&(f64, f64)) -> f64) -> f64 {
     lines.values().flatten().map(of).fold(0.0, f64::max)
 }
 
-/// Text that may stand in an SVG file.
+/// Escapes text for an SVG file.
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_row_is_a_point_and_foreign_json_is_refused() {
+    fn every_row_is_a_point_and_other_json_is_rejected() {
         let row = |rate: f64, workers: u32| json!({"pictures_per_second": rate, "trainings_per_hour": 0.0, "p95": 20.0, "workers": workers});
         let report =
             json!({"kind": "plan", "times": "a <b>", "origin": "estimate", "rows": [row(1.0, 1), row(2.0, 2)]});

@@ -1,9 +1,9 @@
-//! Random numbers: a stream for each purpose, so that another number of workers meets the same arrivals.
+//! Random numbers: one stream per purpose, so arrivals do not depend on the number of workers.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// What a stream is for.
+/// The purpose of a stream.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Stream {
     Arrivals = 1,
@@ -40,7 +40,7 @@ impl Draws {
     }
 }
 
-/// Numbers from 0 on, each as often as its weight says.
+/// Indices from 0 on, with a probability proportional to their weight.
 #[derive(Debug, Clone)]
 pub(super) struct Weighted {
     /// Running sums of the weights.

@@ -1,11 +1,11 @@
-//! What grows with concepts, images and trainings beside the devices: rows, bytes, requests. Closed forms over counts
-//! that were read from the code; the functions are named beside each.
+//! Growth with concepts, images and trainings beside the devices: rows, bytes, requests. Closed forms over counts
+//! taken from the code; the functions are named beside each.
 
 use serde::Serialize;
 
 use super::times::Times;
 
-/// What one synchronous image of one concept asks of database and store.
+/// Database and store operations of one foreground image with one concept.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct PerPicture {
     /// Transactions that write: `add_generation`, `begin_generation`, `add_image`, `end_generation`.
@@ -14,20 +14,21 @@ pub struct PerPicture {
     pub reads: f64,
     /// Objects written: the image.
     pub puts: f64,
-    /// Objects read: the concept's file, which `service::generate` reads for every request, hot or not; and the image,
-    /// once by whoever asked for it.
+    /// Objects read: the concept's file, which `service::generate` reads for every request, resident or not; and the
+    /// image, once by its caller.
     pub gets: f64,
-    /// Objects removed, when it has had its time.
+    /// Objects removed, when they expire.
     pub deletes: f64,
 }
 
-/// What one training asks, from registration to the end.
+/// Operations of one training, from registration to the end.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct PerTraining {
-    /// Transactions that write: `add_concept`, `claim_training`, four previews, the last curve, `succeed`; and while it
-    /// runs progress twice a second, the curve every two seconds, and each checkpoint.
+    /// Transactions that write: `add_concept`, `claim_training`, four previews, the last curve, `succeed`; and while
+    /// it runs progress twice a second, the curve every two seconds, and each checkpoint.
     pub writes: f64,
-    /// Statements that only read: name, `trained_alike`, images, losses, five rows; and one for each checkpoint that goes.
+    /// Statements that only read: name, `trained_alike`, images, losses, five rows; and one for each checkpoint
+    /// removed.
     pub reads: f64,
     /// References, previews, the concept, checkpoints.
     pub puts: f64,
@@ -38,7 +39,7 @@ pub struct PerTraining {
 }
 
 impl PerPicture {
-    /// As the code is.
+    /// The current code.
     pub const COUNTED: Self = Self {
         writes: 4.0,
         reads: 2.0,
@@ -50,32 +51,32 @@ impl PerPicture {
 
 /// Reference images of a training.
 const REFERENCES: f64 = 5.0;
-/// Its previews: the default of `--training-previews`.
+/// Number of its previews: the default of `--training-previews`.
 const PREVIEWS: f64 = 4.0;
-/// `jobs::train_concept`: progress is written down so often a second, the curve every fourth time.
+/// `jobs::train_concept`: progress updates per second; every fourth includes the curve.
 const TICKS_PER_SECOND: f64 = 2.0;
 const TICKS_PER_CURVE: f64 = 4.0;
-/// Bytes of the database for a concept and its training, indexes included: `benches/registry_size.py`.
+/// Database bytes per concept and its training, indexes included: `benches/registry_size.py`.
 const CONCEPT_ROWS: f64 = 5_000.0;
 /// The same with a loss curve of 500 points.
 const CONCEPT_ROWS_AND_CURVE: f64 = 70_200.0;
-/// Bytes of the database for a generation with one image.
+/// Database bytes per generation with one image.
 const PICTURE_ROWS: f64 = 1_400.0;
-/// Idle workers look for a training so often a second, each in a transaction that writes: `jobs::POLL`.
+/// Polls per second of an idle worker for a training, each in a transaction that writes: `jobs::POLL`.
 const CLAIMS_PER_SECOND: f64 = 0.5;
 
-/// Transactions per second that a running training writes.
+/// Write transactions per second of a running training.
 pub fn running_writes_per_second(times: &Times) -> f64 {
     TICKS_PER_SECOND * (1.0 + 1.0 / TICKS_PER_CURVE) + 1.0 / times.training.checkpoint_seconds
 }
 
-/// Seconds of a training with the device to itself.
+/// Seconds of a training with exclusive use of the device.
 fn training_seconds(times: &Times) -> f64 {
     times.training_steps() * times.training_step()
 }
 
 impl PerTraining {
-    /// As the code is, for a training that runs for `seconds`.
+    /// For a training that runs for `seconds`, with the current code.
     fn counted(times: &Times, seconds: f64) -> Self {
         let checkpoints = seconds / times.training.checkpoint_seconds;
         Self {
@@ -88,40 +89,40 @@ impl PerTraining {
     }
 }
 
-/// What a service of that size takes.
+/// Requirements of a service of that size.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Growth {
     pub per_picture: PerPicture,
     pub per_training: PerTraining,
-    /// Seconds that a training runs: alone on its device, divided by the share that it gets.
+    /// Duration of a training in seconds: alone on its device, divided by its share.
     pub training_seconds: f64,
-    /// Trainings that run at any moment.
+    /// Concurrently running trainings.
     pub trainings_running: f64,
     pub writes_per_second: f64,
     pub reads_per_second: f64,
     pub puts_per_second: f64,
     pub gets_per_second: f64,
     pub deletes_per_second: f64,
-    /// GB of the database for the concepts, their trainings' curves left out.
+    /// GB of the database for the concepts, without their trainings' curves.
     pub concept_rows_gb: f64,
     /// GB of the curves.
     pub curves_gb: f64,
-    /// GB of the database for the images that are kept.
+    /// GB of the database for retained images.
     pub picture_rows_gb: f64,
     /// GB of concept files in the store.
     pub concept_files_gb: f64,
     /// GB of reference images and previews in the store.
     pub references_and_previews_gb: f64,
-    /// GB of the images that are kept.
+    /// GB of retained images.
     pub pictures_gb: f64,
-    /// GB of device memory that would hold all concepts at once.
+    /// GB of device memory for all concepts at once.
     pub all_concepts_on_a_device_gb: f64,
-    /// Concepts that a worker keeps on its device.
+    /// Resident concepts per worker.
     pub concepts_on_a_device: usize,
 }
 
-/// What `concepts` concepts take, and drawing and training at those rates by `workers` workers. A training runs slower
-/// than alone, `slowdown` times; images are kept for `keep_hours`.
+/// Requirements for `concepts` concepts, with generation and training at those rates by `workers` workers. A
+/// training runs `slowdown` times slower than alone; images are kept for `keep_hours`.
 pub fn growth(
     times: &Times,
     concepts: f64,
@@ -162,12 +163,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_running_training_writes_as_often_as_the_worker_does() {
+    fn running_training_writes_as_often_as_the_worker() {
         let times = Times::read("pocket").unwrap();
-        // Twice a second progress, every two seconds the curve, every five a checkpoint.
+        // Progress twice a second, the curve every two seconds, a checkpoint every five.
         assert!((running_writes_per_second(&times) - 2.7).abs() < 1e-12);
         let one = growth(&times, 1e6, (0.0, 3600.0), (10.0, 2.0, 24.0));
-        // One a second, each for twice 9.45 s: so many run, and as many workers fewer look for one.
+        // One per second, each for twice 9.45 s: that many run, and that many fewer workers poll.
         assert!((one.trainings_running - one.training_seconds).abs() < 1e-9);
         let expected = 8.0 + 2.7 * one.training_seconds;
         assert!(

@@ -1,4 +1,4 @@
-//! What happens when.
+//! The event queue.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
@@ -6,21 +6,21 @@ use std::collections::BinaryHeap;
 /// Something that happens.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Event {
-    /// An image is asked for.
+    /// An image is requested.
     Picture,
-    /// A training is asked for.
+    /// A training is requested.
     Training,
-    /// A request has reached its worker, its concept with it.
+    /// A request has reached its worker, with its concept.
     Enters {
         request: usize,
         attempt: u32,
     },
-    /// A worker's turn ends, unless it was cut short or the worker has died: then the turn is another.
+    /// A worker's slice ends, unless it was cut short or the worker has died: then the number differs.
     TurnEnds {
         worker: usize,
         turn: u64,
     },
-    /// An image's pixels are there.
+    /// An image's pixels are done.
     Drawn {
         request: usize,
         attempt: u32,
@@ -31,11 +31,11 @@ pub(super) enum Event {
     Lives {
         worker: usize,
     },
-    /// The lease on a dead worker's request has run out.
+    /// The lease on a dead worker's request has expired.
     Returns {
         request: usize,
     },
-    /// The same of a training.
+    /// The same for a training.
     TrainingReturns {
         training: usize,
     },
@@ -68,7 +68,7 @@ impl Ord for Entry {
     }
 }
 
-/// Events in the order of their time; those of one moment in the order in which they were planned.
+/// Events in the order of their time; simultaneous ones in the order in which they were scheduled.
 #[derive(Debug, Default)]
 pub(super) struct TimeLine {
     heap: BinaryHeap<Reverse<Entry>>,
@@ -86,7 +86,7 @@ impl TimeLine {
         self.heap.pop().map(|Reverse(entry)| (entry.at, entry.event))
     }
 
-    /// Events that were planned so far.
+    /// Number of events scheduled so far.
     pub fn planned(&self) -> u64 {
         self.planned
     }

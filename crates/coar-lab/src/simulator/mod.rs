@@ -1,8 +1,8 @@
-//! A fleet of workers on paper: what a discrete-event simulation and a few closed forms say of machines that are not
-//! here, out of step times that were measured or estimated.
+//! Capacity planning: a discrete-event simulation and closed forms for a fleet of workers, from measured or
+//! estimated step times.
 //!
-//! Every result depends on its input file and its seed alone. What is simulated and what is left out stands in
-//! `docs/scaling.md`.
+//! Every result depends only on its input file and its seed. `docs/scaling.md` describes what is simulated and what
+//! is not.
 
 mod bench;
 mod cache;
@@ -33,13 +33,13 @@ pub use simulation::simulate;
 pub use times::{Origin, Times};
 pub use workload::{Arrivals, Failures, Fleet, Workload};
 
-/// What is wrong with an input.
+/// Why an input is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{field}` {problem}")]
 pub struct FleetError {
     /// The key or flag.
     pub field: String,
-    /// What was expected of it.
+    /// The requirement.
     pub problem: String,
 }
 

@@ -1,4 +1,4 @@
-//! How many workers it takes.
+//! The required number of workers.
 
 use serde::Serialize;
 
@@ -8,34 +8,34 @@ use super::times::Times;
 use super::workload::{Fleet, Workload};
 use super::{Arrivals, FleetError};
 
-/// What must hold.
+/// The goal.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Goal {
-    /// The 95th percentile of the time from asking for an image to having it, in seconds.
+    /// The 95th percentile of the time from request to image, in seconds.
     pub p95: f64,
-    /// The largest part of the images that may be refused.
+    /// Maximum share of rejected images.
     pub refused: f64,
-    /// The 95th percentile of the seconds until a training is begun.
+    /// The 95th percentile of the seconds until a training starts.
     pub training_wait: f64,
 }
 
-/// An answer.
+/// A result.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Planned {
-    /// The fewest workers that reach the goal; `None`: no number does, a single image takes longer than the goal.
+    /// The minimum number of workers that reaches the goal; `None`: a single image takes longer than the goal.
     pub workers: Option<usize>,
-    /// What the devices' time alone would need, with full batches and nobody waiting.
+    /// The lower bound by device time, with full batches and no waiting.
     pub at_least: usize,
-    /// With that many workers, or with the most that were tried.
+    /// With that many workers, or with the maximum that was tried.
     pub report: Report,
 }
 
-/// More workers than this are not tried.
-const MOST: usize = 20_000;
-/// Images that are simulated at least.
+/// Maximum number of workers tried.
+const MAX: usize = 20_000;
+/// Minimum number of simulated images.
 const PICTURES: f64 = 20_000.0;
 
-/// Seconds of the device for one image in a full batch, by the sizes' weights.
+/// Device seconds of one image in a full batch, weighted by size.
 fn picture_seconds(times: &Times) -> f64 {
     let places = times.places() as f64;
     times.mean_of(|size| {
@@ -46,17 +46,17 @@ fn picture_seconds(times: &Times) -> f64 {
     })
 }
 
-/// Seconds of the device for one training.
+/// Device seconds of one training.
 fn training_seconds(times: &Times) -> f64 {
     times.training_steps() * times.training_step()
 }
 
-/// The most images per second of one worker: a full batch, always, and no training.
+/// Maximum images per second of one worker: always a full batch, and no training.
 pub fn most_pictures_per_second(times: &Times) -> f64 {
     1.0 / picture_seconds(times)
 }
 
-/// As long as it takes to see enough images and, where there are any, several trainings after each other.
+/// The duration for enough images and, if there are any, several consecutive trainings.
 fn duration(times: &Times, workload: &Workload) -> f64 {
     let pictures = PICTURES / workload.pictures_per_second.max(1e-9);
     let batch = 40.0 * picture_seconds(times) * times.places() as f64;
@@ -81,11 +81,11 @@ fn reached(goal: &Goal, report: &Report) -> bool {
         && all_begun
 }
 
-/// The fewest workers with which `workload` meets `goal`; `fleet.workers` is what the answer is. The simulated time is
-/// chosen here. That fewer workers are never better is assumed.
+/// The minimum number of workers with which `workload` meets `goal`; `fleet.workers` is ignored. The simulated time
+/// is chosen here. Assumes that fewer workers are never better.
 ///
 /// # Errors
-/// The first number that cannot be used.
+/// The first invalid number.
 pub fn plan(times: &Times, workload: &Workload, fleet: &Fleet, goal: &Goal, seed: u64) -> Result<Planned, FleetError> {
     let seconds = duration(times, workload);
     let workload = Workload {
@@ -102,10 +102,10 @@ pub fn plan(times: &Times, workload: &Workload, fleet: &Fleet, goal: &Goal, seed
     };
     let needed = workload.pictures_per_second * picture_seconds(times)
         + workload.trainings_per_hour / 3600.0 * training_seconds(times);
-    let at_least = (needed.ceil() as usize).clamp(fleet.training_workers + 1, MOST);
+    let at_least = (needed.ceil() as usize).clamp(fleet.training_workers + 1, MAX);
     let (mut too_few, mut step, mut enough) = (at_least - 1, 1, None);
     let mut last = at_least;
-    while enough.is_none() && last <= MOST && last <= 3 * at_least + 20 {
+    while enough.is_none() && last <= MAX && last <= 3 * at_least + 20 {
         let report = with(last)?;
         match reached(goal, &report) {
             true => enough = Some((last, report)),

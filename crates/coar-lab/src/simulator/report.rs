@@ -1,4 +1,4 @@
-//! What a simulation has seen.
+//! Results of a simulation.
 
 use serde::Serialize;
 
@@ -7,7 +7,7 @@ use super::trainings::{Training, Trainings};
 use super::worker::Meter;
 use super::workload::{Fleet, Workload};
 
-/// Quantiles of some seconds.
+/// Quantiles of durations in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct Latency {
     pub mean: f64,
@@ -24,7 +24,7 @@ impl Latency {
             return Self::default();
         }
         seconds.sort_by(f64::total_cmp);
-        // The nearest rank, as `coar-lab bench` takes it.
+        // The nearest rank, as in `coar-lab bench`.
         let at = |part: f64| seconds[(part * (seconds.len() - 1) as f64).round() as usize];
         Self {
             mean: seconds.iter().sum::<f64>() / seconds.len() as f64,
@@ -37,47 +37,48 @@ impl Latency {
     }
 }
 
-/// Of trainings.
+/// Results for trainings.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct TrainingReport {
-    /// That were asked for after the warm-up.
+    /// Requested after the warm-up.
     pub asked: u64,
-    /// Of those, that have ended before the simulation did.
+    /// Of those, completed before the end of the simulation.
     pub done: u64,
-    /// Seconds until a worker has begun it, of those that were begun.
+    /// Seconds until the training starts, of those that started.
     pub wait: Latency,
-    /// Seconds from being asked for to being done.
+    /// Seconds from request to completion.
     pub duration: Latency,
-    /// That waited when the last request had come.
+    /// Queued when the last request arrived.
     pub waiting_at_end: usize,
 }
 
-/// What a simulation has seen. Seconds, and per second, unless the name says other units. Rates and shares are of the
+/// Results of a simulation. Seconds, and per second, unless the name says otherwise. Rates and shares are of the
 /// time after the warm-up.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
     pub workers: usize,
-    /// Asked for.
+    /// Requested.
     pub pictures_per_second: f64,
     /// Delivered.
     pub done_per_second: f64,
-    /// From asking to the last pixel.
+    /// From request to the last pixel.
     pub latency: Latency,
     pub first_code: Latency,
-    /// Part of the time that devices are at work: on images and on trainings.
+    /// Share of the time that devices are busy: with images and with trainings.
     pub utilisation: f64,
     pub drawing: f64,
     pub training: f64,
-    /// Mean rows of the batch while images are drawn.
+    /// Mean rows of the batch while it is not empty.
     pub rows: f64,
-    /// Part of the images that was refused with 429.
+    /// Share of images rejected with 429.
     pub refused: f64,
-    /// Part of the concepts that was on the device already.
+    /// Share of concepts that were resident.
     pub concept_hits: f64,
     /// Mean number of images in the system.
     pub in_system: f64,
     pub trainings: TrainingReport,
-    /// Of the whole time, the warm-up included: asked for, delivered, refused, and in the system when the last was asked for.
+    /// Over the whole time, including the warm-up: requested, delivered, rejected, and in the system at the last
+    /// request.
     pub asked: u64,
     pub done: u64,
     pub refused_pictures: u64,
@@ -85,12 +86,12 @@ pub struct Report {
     /// Delivered after that.
     pub done_later: u64,
     pub deaths: u64,
-    /// Images that a death has interrupted.
+    /// Images interrupted by the death of a worker.
     pub interrupted: u64,
     pub events: u64,
 }
 
-/// Counted on the way.
+/// Counters during the simulation.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
     pub asked: u64,
@@ -130,7 +131,7 @@ fn part(of: f64, whole: f64) -> f64 {
     if whole > 0.0 { of / whole } else { 0.0 }
 }
 
-/// Puts it together.
+/// Computes the report.
 pub(super) fn report(
     (workload, fleet): (&Workload, &Fleet),
     requests: &[Request],
@@ -142,7 +143,7 @@ pub(super) fn report(
     let since = |to: fn(&Request) -> Option<f64>| -> Latency {
         Latency::of(counted.iter().filter_map(|one| Some(to(one)? - one.asked)).collect())
     };
-    // All at once: the time is that until the last is there.
+    // All at once: the duration is that until the last is done.
     let last = requests.iter().filter_map(|one| one.done).fold(0.0, f64::max);
     let (from, to) = match workload.is_steady() {
         true => (workload.warm_up, workload.seconds),

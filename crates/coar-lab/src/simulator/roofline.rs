@@ -1,9 +1,9 @@
-//! An estimate of a worker's times from data sheets, for devices that are not here. Every assumption is a note in the
-//! file that comes of it.
+//! Estimates a worker's times from data sheets, for devices that are not available. Every assumption is a note in
+//! the resulting file.
 
 use super::times::{Concepts, Decode, Engine, Origin, Size, Times, Training};
 
-/// A device as its data sheet has it, and how much of that a program gets.
+/// A device according to its data sheet, and its achievable efficiency.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Accelerator {
     pub name: String,
@@ -15,11 +15,11 @@ pub struct Accelerator {
     pub f32: f64,
     /// GB of memory.
     pub memory: f64,
-    /// Part of the bandwidth that is reached.
+    /// Achievable share of the bandwidth.
     pub bandwidth_share: f64,
-    /// Part of the arithmetic that is reached.
+    /// Achievable share of the arithmetic.
     pub flops_share: f64,
-    /// Microseconds of the host for each operation that it launches.
+    /// Microseconds of the host per launched operation.
     pub launch_us: f64,
 }
 
@@ -30,11 +30,11 @@ pub struct Shape {
     pub hidden: f64,
     pub inner: f64,
     pub layers: f64,
-    /// Numbers in embedding and head each.
+    /// Parameters in embedding and head each.
     pub vocabulary: f64,
-    /// Ids of the head that a step multiplies: image codes.
+    /// Rows of the head that a step multiplies: image codes.
     pub codes: f64,
-    /// Codes along each side of an image.
+    /// Codes per side of an image.
     pub side: u32,
     /// Tokens of text, image start and sizes.
     pub prompt_tokens: u32,
@@ -43,19 +43,19 @@ pub struct Shape {
     /// Reference images of a training, and class images of its prior term.
     pub references: f64,
     pub steps: u32,
-    /// TFLOP of turning one image's codes into pixels, in f32.
+    /// TFLOP to decode one image's codes to pixels, in f32.
     pub pixels_tflop: f64,
-    /// The most rows, if memory admits them.
+    /// Maximum number of rows, if memory allows.
     pub rows: usize,
 }
 
-/// Operations that libtorch launches for a layer of a decode step.
+/// Operations that libtorch launches per layer of a decode step.
 const OPERATIONS: f64 = 30.0;
-/// GB that stay free: activations, training, image tokenizer.
+/// GB kept free: activations, training, image tokenizer.
 const KEPT_FREE: f64 = 12.0;
-/// Tokens of text that a row of the cache has room for: `EngineOptions::prompt_tokens`.
+/// Text tokens per cache row: `EngineOptions::prompt_tokens`.
 const TEXT_ROOM: f64 = 256.0;
-/// Bytes of an image's file for each of its pixels.
+/// File bytes per pixel of an image.
 const PNG_BYTES_PER_PIXEL: f64 = 1.7;
 
 impl Accelerator {
@@ -94,17 +94,17 @@ impl Shape {
         }
     }
 
-    /// Numbers of all layers.
+    /// Parameters of all layers.
     fn layer_weights(&self) -> f64 {
         self.layers * self.hidden * (4.0 * self.hidden + 3.0 * self.inner)
     }
 
-    /// Numbers that a step multiplies.
+    /// Parameters that a step multiplies.
     fn step_weights(&self) -> f64 {
         self.layer_weights() + self.codes * self.hidden
     }
 
-    /// Bytes of keys and values of a token, in bf16.
+    /// Bytes of keys and values per token, in bf16.
     fn token_bytes(&self) -> f64 {
         2.0 * self.layers * self.hidden * 2.0
     }
@@ -114,7 +114,7 @@ impl Shape {
     }
 }
 
-/// Seconds that numbers, bytes and launches take.
+/// Seconds for arithmetic, memory traffic and launches.
 struct Roof<'a>(&'a Accelerator);
 
 impl Roof<'_> {
@@ -136,7 +136,7 @@ impl Roof<'_> {
     }
 
     /// An optimizer step: the reference and a class image, forward and backward; gradients pass through all layers,
-    /// none of the weights has one.
+    /// but no weight has one.
     fn training_step(&self, shape: &Shape) -> f64 {
         let tokens = f64::from(shape.side * (shape.side + 1) + shape.prompt_tokens);
         let all = shape.layer_weights() + shape.vocabulary / 4.0 * shape.hidden;
@@ -144,7 +144,7 @@ impl Roof<'_> {
     }
 }
 
-/// Rows for which the memory has room.
+/// Rows that fit into the memory.
 fn rows(shape: &Shape, device: &Accelerator) -> usize {
     let weights = 2.0 * (shape.layer_weights() + 2.0 * shape.vocabulary * shape.hidden);
     let free = (device.memory - KEPT_FREE) * 1e9 - weights;
@@ -188,7 +188,7 @@ fn decode(shape: &Shape, device: &Accelerator, rows: usize) -> Decode {
 
 fn training(shape: &Shape, device: &Accelerator, first_size: &Size, decode: &Decode) -> Training {
     let step_ms = 1e3 * Roof(device).training_step(shape);
-    // Eight class images in one batch, and the references through the encoder, about as long as the decoder.
+    // Eight class images in one batch, and the references through the encoder, about as expensive as the decoder.
     let drawing = f64::from(first_size.codes) * decode.step(16.0, 16.0 * decode.context_tokens);
     let concept = 2.0 * shape.concept_layers * shape.hidden * 4.0;
     Training {
@@ -271,7 +271,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_step_of_one_picture_is_the_weights_and_the_shipped_file_is_this_estimate() {
+    fn single_image_step_reads_the_weights_and_matches_the_shipped_file() {
         let (shape, device) = (Shape::lumina_7b(), Accelerator::h100());
         // By hand: 32 (4 x 4096^2 + 3 x 4096 x 11008) + 8192 x 4096 = 6.51e9 numbers, 13.0 GB, at .65 x 3350 GB/s.
         assert!(

@@ -1,4 +1,4 @@
-//! Which worker a request goes to.
+//! Routing policies.
 
 use coar_core::routing::{Candidate, choose_worker};
 use serde::Serialize;
@@ -6,20 +6,20 @@ use serde::Serialize;
 use super::draws::Draws;
 use super::worker::Worker;
 
-/// How requests are spread.
+/// The routing policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Policy {
-    /// Any worker that lives.
+    /// Any live worker.
     Random,
-    /// The one with the fewest images at work and waiting; beside a training they count for more.
+    /// The one with the fewest running and queued images; beside a training they count for more.
     LeastLoaded,
-    /// As the server chooses.
+    /// The server's policy.
     Server,
 }
 
 impl Policy {
-    /// The worker for an image of `codes` codes with `concept`; `None` where every worker is dead or full.
+    /// Picks the worker for an image of `codes` codes with `concept`; `None` if every worker is dead or full.
     pub(super) fn choose(
         self,
         workers: &[Worker],
@@ -41,7 +41,7 @@ impl Policy {
     }
 }
 
-/// One of those that live, each as likely; full ones refuse.
+/// A uniformly random live worker; full ones reject the request.
 fn random(workers: &[Worker], draws: &mut Draws) -> Option<usize> {
     let alive = workers.iter().filter(|worker| worker.up && worker.draws).count();
     if alive == 0 {

@@ -1,4 +1,4 @@
-//! The simulation: from one event to the next.
+//! The simulation loop.
 
 use super::FleetError;
 use super::draws::{Draws, Stream, Weighted};
@@ -9,23 +9,24 @@ use super::trainings::Trainings;
 use super::worker::{Queued, Worker};
 use super::workload::{Arrivals, Clock, Failures, Fleet, Workload};
 
-/// An image that was asked for and not refused.
+/// A requested image that was not rejected.
 #[derive(Debug, Clone)]
 pub(super) struct Request {
     pub asked: f64,
     pub first_code: Option<f64>,
     pub done: Option<f64>,
-    /// How often it was begun again.
+    /// Number of restarts.
     pub attempt: u32,
     size: u8,
     codes: u32,
     concept: Option<u32>,
-    /// Whether its concept was on the device.
+    /// Whether its concept was resident.
     cold: bool,
     worker: usize,
 }
 
-/// After the last request it goes on for so many times the whole, so that all end that can.
+/// After the last request the simulation continues for this many times the whole duration, so that requests can
+/// finish.
 const DRAIN: f64 = 4.0;
 
 struct Simulation<'a> {
@@ -43,15 +44,15 @@ struct Simulation<'a> {
     asking: Draws,
     sizes: Weighted,
     concepts: Weighted,
-    /// Requests that found no living worker when their lease had run out.
+    /// Requests that found no live worker when their lease expired.
     stranded: Vec<usize>,
     seen: Seen,
 }
 
-/// Lets `fleet` work on `workload`, and tells what was seen.
+/// Simulates `fleet` under `workload` and reports the results.
 ///
 /// # Errors
-/// The first number that cannot be used.
+/// The first invalid number.
 pub fn simulate(times: &Times, workload: &Workload, fleet: &Fleet, seed: u64) -> Result<Report, FleetError> {
     workload.check()?;
     if !(1..=100_000).contains(&fleet.workers) {
@@ -186,7 +187,7 @@ impl<'a> Simulation<'a> {
         }
     }
 
-    /// An image is asked for: it is sent to a worker or refused.
+    /// An image is requested: it is sent to a worker or rejected.
     fn ask(&mut self, now: f64) {
         let size = self.sizes.draw(&mut self.pictures);
         let uses = self.pictures.unit() < self.workload.concept_share;
@@ -221,7 +222,7 @@ impl<'a> Simulation<'a> {
         self.send(now, request, worker);
     }
 
-    /// On its way to a worker: what is cold is fetched first.
+    /// On its way to a worker: a cold concept is fetched first.
     fn send(&mut self, now: f64, request: usize, worker: usize) {
         let known = &mut self.requests[request];
         let target = &mut self.workers[worker];
@@ -264,7 +265,7 @@ impl<'a> Simulation<'a> {
         self.disturb(now, worker);
     }
 
-    /// Something new waits at a worker.
+    /// New work was queued at a worker.
     fn disturb(&mut self, now: f64, worker: usize) {
         if self.workers[worker].is_idle() {
             self.begin(now, worker);
@@ -310,7 +311,7 @@ impl<'a> Simulation<'a> {
         }
     }
 
-    /// Gives waiting trainings to workers with a place.
+    /// Assigns queued trainings to workers with a free slot.
     fn hand_out(&mut self, now: f64) {
         while let Some(worker) = self
             .trainings
@@ -361,7 +362,7 @@ impl<'a> Simulation<'a> {
         self.hand_out(now);
     }
 
-    /// What was accepted is not refused later: where every queue is full it goes to the shortest.
+    /// An accepted request is not rejected later: if every queue is full it goes to the shortest.
     fn route_again(&mut self, now: f64, request: usize) {
         let (concept, codes) = (self.requests[request].concept, self.requests[request].codes);
         let chosen = self
@@ -382,7 +383,7 @@ impl<'a> Simulation<'a> {
 }
 
 impl Workload {
-    /// Whether requests come during the whole time.
+    /// Whether requests arrive during the whole time.
     pub(super) fn is_steady(&self) -> bool {
         !matches!(self.arrivals, Arrivals::AtOnce { .. })
     }

@@ -1,9 +1,9 @@
-//! The simulator against what is known: queueing theory, conservation, order, and what a clock has seen.
+//! Compares the simulator with known results: queueing theory, conservation, monotonicity, and measurements.
 
 use super::times::{Concepts, Decode, Engine, Origin, Size, Training};
 use super::*;
 
-/// One image at a time, `seconds` each, a queue without end.
+/// One image at a time, `seconds` each, with an unbounded queue.
 fn server(seconds: f64) -> Times {
     let codes = 1000;
     Times {
@@ -77,7 +77,7 @@ fn near(is: f64, expected: f64, within: f64) {
 }
 
 #[test]
-fn one_server_waits_as_long_as_pollaczek_and_khinchine_say() {
+fn single_server_matches_pollaczek_khinchine() {
     let fleet = workers(1, Policy::LeastLoaded);
     for rho in [0.5, 0.8] {
         let mut workload = load(rho, 400_000.0);
@@ -103,7 +103,7 @@ fn little_holds() {
 }
 
 #[test]
-fn random_routing_is_several_single_servers_and_a_choice_is_better() {
+fn random_routing_equals_independent_servers_and_choosing_is_better() {
     let workload = load(3.2, 150_000.0);
     let seen = |policy| simulate(&server(1.0), &workload, &workers(4, policy), 4).unwrap();
     let random = seen(Policy::Random);
@@ -112,7 +112,7 @@ fn random_routing_is_several_single_servers_and_a_choice_is_better() {
 }
 
 #[test]
-fn nothing_is_lost_whatever_dies() {
+fn no_request_is_lost_when_workers_die() {
     let mut times = Times::read("30m").unwrap();
     times.engine.queue = 8;
     times.training.steps = 50;
@@ -150,7 +150,7 @@ fn nothing_is_lost_whatever_dies() {
 }
 
 #[test]
-fn a_death_costs_a_lease_and_no_more() {
+fn worker_death_costs_one_lease() {
     let times = server(1.0);
     let mut fleet = workers(4, Policy::LeastLoaded);
     let calm = simulate(&times, &load(1.0, 40_000.0), &fleet, 7).unwrap();
@@ -179,7 +179,7 @@ fn more_workers_are_never_worse() {
 }
 
 #[test]
-fn a_plan_reaches_its_goal_and_one_worker_less_does_not() {
+fn plan_is_minimal() {
     let times = Times::read("7b-h100").unwrap();
     let workload = Workload {
         pictures_per_second: 5.0,
@@ -201,16 +201,16 @@ fn a_plan_reaches_its_goal_and_one_worker_less_does_not() {
 }
 
 #[test]
-fn trainings_get_their_share_while_pictures_wait() {
+fn trainings_get_their_share_under_load() {
     let mut times = server(0.4);
     times.training.steps = 1_000_000;
-    // Longer slices get more than their share: the engine's rule forgets half of who is behind every two seconds.
+    // Longer slices get more than their share: the engine's policy halves the accumulated lag every two seconds.
     times.training.step_ms = 31.0;
     let workload = Workload {
         trainings_at_start: 1,
         ..load(5.0, 20_000.0)
     };
-    // Twice as many images as the device can draw: it is never without.
+    // Twice as many images as the device can generate: it is always busy.
     for share in [0.25, 0.5] {
         times.engine.training_share = share;
         times.engine.queue = 10;
@@ -221,7 +221,7 @@ fn trainings_get_their_share_while_pictures_wait() {
 }
 
 #[test]
-fn workers_for_trainings_alone_leave_the_others_alone() {
+fn dedicated_training_workers_do_not_affect_images() {
     let times = Times::read("7b-h100").unwrap();
     let workload = Workload {
         trainings_per_hour: 30.0,
@@ -231,7 +231,7 @@ fn workers_for_trainings_alone_leave_the_others_alone() {
     let mixed = simulate(&times, &workload, &fleet, 12).unwrap();
     fleet.training_workers = 2;
     let apart = simulate(&times, &workload, &fleet, 12).unwrap();
-    // Two devices draw two images a second as if there were no training.
+    // Two devices generate two images a second as if there were no training.
     let alone = simulate(&times, &load(2.0, 20_000.0), &workers(2, Policy::LeastLoaded), 12).unwrap();
     assert_eq!(apart.latency, alone.latency);
     assert!(
@@ -245,7 +245,7 @@ fn workers_for_trainings_alone_leave_the_others_alone() {
 }
 
 #[test]
-fn hot_workers_are_found_if_it_costs_nobody_a_turn() {
+fn warm_workers_are_preferred_without_extra_wait() {
     let mut times = Times::read("7b-h100").unwrap();
     times.concepts.memory_mib = 8.0;
     let workload = Workload {
@@ -254,20 +254,20 @@ fn hot_workers_are_found_if_it_costs_nobody_a_turn() {
         ..load(6.0, 3000.0)
     };
     let seen = |policy| simulate(&times, &workload, &workers(6, policy), 11).unwrap();
-    let (hot, least) = (seen(Policy::Server), seen(Policy::LeastLoaded));
+    let (warm, least) = (seen(Policy::Server), seen(Policy::LeastLoaded));
     assert!(
-        hot.concept_hits > least.concept_hits + 0.1,
+        warm.concept_hits > least.concept_hits + 0.1,
         "{} {}",
-        hot.concept_hits,
+        warm.concept_hits,
         least.concept_hits
     );
-    assert!(hot.latency.p95 < 1.25 * least.latency.p95);
+    assert!(warm.latency.p95 < 1.25 * least.latency.p95);
 }
 
-/// docs/performance.md, `coar-lab bench serve` with 16 requests at once on a 30 M checkpoint: the file's step times come from
-/// `coar-lab bench decode`, so that this is a prediction.
+/// docs/performance.md, `coar-lab bench serve` with 16 concurrent requests on a 30 M checkpoint: the file's step
+/// times are from `coar-lab bench decode`, so this is a prediction.
 #[test]
-fn sixteen_at_once_take_as_long_as_was_measured() {
+fn sixteen_concurrent_requests_match_the_measurement() {
     let at_once = |name: &str, training: u32| {
         let workload = Workload {
             arrivals: Arrivals::AtOnce { pictures: 16 },
@@ -285,7 +285,8 @@ fn sixteen_at_once_take_as_long_as_was_measured() {
     near(60.0 * seen.done_per_second, 127.3, 0.05);
     near(seen.latency.p50, 6.93, 0.05);
     near(seen.latency.p95, 7.40, 0.06);
-    // The pocket model: throughput is the file's input, the latencies and drawing beside a training are not.
+    // The pocket model: throughput is the file's input; the latencies and the speed beside a training are
+    // predictions.
     let seen = at_once("pocket", 0);
     near(60.0 * seen.done_per_second, 1395.0, 0.02);
     near(seen.latency.p50, 0.64, 0.05);

@@ -1,14 +1,14 @@
-//! What one worker takes for its work: the simulator's input.
+//! The times of one worker's work: the simulator's input.
 
 use serde::{Deserialize, Serialize};
 
 use super::FleetError;
 
-/// Where the numbers come from.
+/// The origin of the numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
-    /// A clock has seen them.
+    /// Measured.
     Measured,
     /// Computed from data sheets and assumptions.
     Estimate,
@@ -20,7 +20,7 @@ pub enum Origin {
 pub struct Times {
     pub name: String,
     pub origin: Origin,
-    /// Where each number comes from, a line each.
+    /// The origin of each number, one line each.
     pub notes: Vec<String>,
     pub engine: Engine,
     pub decode: Decode,
@@ -29,21 +29,21 @@ pub struct Times {
     pub training: Training,
 }
 
-/// How the engine is set up; the names are those of `coar serve`.
+/// Engine settings, named as in `coar serve`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Engine {
-    /// The most rows of the batch, as memory and settings admit.
+    /// Maximum number of rows of the batch, by memory and settings.
     pub rows: usize,
     /// 2 with guidance, 1 without.
     pub rows_per_picture: usize,
-    /// Requests that may wait for rows; more are refused with 429.
+    /// Limit of queued requests; more are rejected with 429.
     pub queue: usize,
-    /// Share of the device's time for trainings while images wait, 0 to 1.
+    /// Share of device time for trainings while images wait, 0 to 1.
     pub training_share: f64,
-    /// Threads or streams that turn codes into pixels.
+    /// Threads or streams that decode codes to pixels.
     pub picture_threads: usize,
-    /// From a worker's death until it can work again.
+    /// Seconds from a worker's death until it can work again.
     pub restart_seconds: f64,
 }
 
@@ -51,13 +51,13 @@ pub struct Engine {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Decode {
-    /// Rows of the measured points, rising.
+    /// Rows of the measured points, in ascending order.
     pub rows: Vec<f64>,
-    /// Milliseconds of a step at each; between them it is interpolated, beyond the last the last slope goes on.
+    /// Milliseconds of a step at each; interpolated between them, extrapolated with the last slope.
     pub step_ms: Vec<f64>,
-    /// Tokens in each row's cache at which the points hold.
+    /// Tokens in each row's cache for which the points are valid.
     pub context_tokens: f64,
-    /// Microseconds that each token more in a row's cache adds to a step.
+    /// Microseconds per additional token in a row's cache.
     pub row_token_us: f64,
 }
 
@@ -66,56 +66,56 @@ pub struct Decode {
 #[serde(deny_unknown_fields)]
 pub struct Size {
     pub name: String,
-    /// Its part of all images, in any unit.
+    /// Its share of all images, in any unit.
     pub weight: f64,
-    /// Codes: that many steps. Row ends ride along.
+    /// Codes: the number of steps. Row ends add no steps.
     pub codes: u32,
-    /// Tokens that the cache has room for more than there are codes: row ends.
+    /// Cache tokens in addition to the codes: row ends.
     pub row_ends: u32,
     /// Tokens before the first code.
     pub prompt_tokens: u32,
-    /// Milliseconds of the device to read the prompt.
+    /// Device milliseconds of the prefill.
     pub prefill_ms: f64,
-    /// Milliseconds from the last code to the image, when nobody waits before it.
+    /// Milliseconds from the last code to the image, without waiting.
     pub pixels_ms: f64,
-    /// Milliseconds of the device's time that this takes from decoding.
+    /// Device milliseconds that this takes from decode steps.
     pub pixels_device_ms: f64,
     /// Bytes of the encoded file.
     pub file_bytes: u64,
 }
 
-/// What a concept takes.
+/// The cost of a concept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Concepts {
     /// Bytes of its file.
     pub file_bytes: u64,
-    /// Bytes of it on the device.
+    /// Bytes on the device.
     pub device_bytes: u64,
-    /// MiB of the device for concepts that nobody uses at the moment: `--concept-memory`.
+    /// MiB of the device for resident concepts that are not in use: `--concept-memory`.
     pub memory_mib: f64,
-    /// Milliseconds until a cold one has come from the store; the device goes on meanwhile.
+    /// Milliseconds to fetch a cold one from the store; the device continues meanwhile.
     pub fetch_ms: f64,
-    /// Milliseconds of the device that a cold one takes at admission.
+    /// Device milliseconds of a cold one at admission.
     pub upload_ms: f64,
 }
 
-/// What a training takes.
+/// The cost of a training.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Training {
     pub steps: u32,
-    /// Milliseconds of a step with the device to itself.
+    /// Milliseconds of a step with exclusive use of the device.
     pub step_ms: f64,
-    /// Seconds of the device before the first step: references, class images.
+    /// Device seconds before the first step: references, class images.
     pub start_seconds: f64,
-    /// Trainings at once on one worker.
+    /// Concurrent trainings per worker.
     pub slots: usize,
-    /// Seconds between checkpoints: what a death costs at most.
+    /// Seconds between checkpoints: the maximum loss at a worker's death.
     pub checkpoint_seconds: f64,
     /// Bytes of a checkpoint.
     pub checkpoint_bytes: u64,
-    /// Speed of either while both are at work, against their shares of one device: 1 where they do not disturb each other.
+    /// Speed of each while both are running, relative to their shares of one device: 1 without interference.
     pub beside: f64,
 }
 
@@ -127,10 +127,10 @@ const SHIPPED: &[(&str, &str)] = &[
 ];
 
 impl Times {
-    /// A shipped file by its name, such as `pocket`; else a TOML or JSON file by its path.
+    /// A shipped file by its name, such as `pocket`; otherwise a TOML or JSON file by its path.
     ///
     /// # Errors
-    /// When it cannot be read, or its values cannot be used.
+    /// When it cannot be read, or its values are invalid.
     pub fn read(name: &str) -> Result<Self, FleetError> {
         let shipped = SHIPPED.iter().find(|(known, _)| *known == name);
         let text = match shipped {
@@ -140,15 +140,15 @@ impl Times {
         Self::parse(name, &text)
     }
 
-    /// Reads JSON where the text begins with a brace, TOML else.
+    /// Parses JSON if the text starts with a brace, otherwise TOML.
     ///
     /// # Errors
     /// As [`Times::read`].
     pub fn parse(name: &str, text: &str) -> Result<Self, FleetError> {
-        let told = |error: String| FleetError::new(name, error);
+        let fault = |error: String| FleetError::new(name, error);
         let times: Self = match text.trim_start().starts_with('{') {
-            true => serde_json::from_str(text).map_err(|error| told(error.to_string()))?,
-            false => toml::from_str(text).map_err(|error| told(error.to_string()))?,
+            true => serde_json::from_str(text).map_err(|error| fault(error.to_string()))?,
+            false => toml::from_str(text).map_err(|error| fault(error.to_string()))?,
         };
         times.check()?;
         Ok(times)
@@ -162,7 +162,7 @@ impl Times {
         toml::to_string(self).map_err(|error| FleetError::new("times", error.to_string()))
     }
 
-    /// Checks what the simulation relies on.
+    /// Checks the assumptions of the simulation.
     fn check(&self) -> Result<(), FleetError> {
         let need = |good: bool, field: &str, problem: &str| match good {
             true => Ok(()),
@@ -202,7 +202,7 @@ impl Times {
         self.engine.rows / self.engine.rows_per_picture
     }
 
-    /// Concepts that stay on a device.
+    /// Resident concepts per device.
     pub(super) fn concept_places(&self) -> usize {
         (self.concepts.memory_mib * f64::from(1 << 20) / self.concepts.device_bytes.max(1) as f64) as usize
     }
@@ -217,7 +217,7 @@ impl Times {
         self.training.step_ms / 1e3
     }
 
-    /// Mean of something over the sizes, by weight.
+    /// Mean of a value over the sizes, by weight.
     pub(super) fn mean_of(&self, of: impl Fn(&Size) -> f64) -> f64 {
         let weight: f64 = self.sizes.iter().map(|size| size.weight).sum();
         self.sizes.iter().map(|size| size.weight * of(size)).sum::<f64>() / weight
@@ -233,7 +233,8 @@ impl Decode {
         (point + more * self.row_token_us / 1e3).max(0.5 * point) / 1e3
     }
 
-    /// Milliseconds by rows: between points on the line, before the first as the first, beyond the last its slope.
+    /// Milliseconds by rows: interpolated between points, constant before the first, extrapolated with the last
+    /// slope.
     fn point(&self, rows: f64) -> f64 {
         let (xs, ys) = (&self.rows, &self.step_ms);
         if xs.len() == 1 || rows <= xs[0] {

@@ -1,4 +1,4 @@
-//! Trainings: one queue for all workers, which take from it when they have a place.
+//! Trainings: one queue for all workers, which take from it when they have a free slot.
 
 use std::collections::VecDeque;
 
@@ -10,11 +10,11 @@ pub(super) struct Training {
     pub asked: f64,
     pub begun: Option<f64>,
     pub done: Option<f64>,
-    /// Steps that are left, as the last checkpoint has it.
+    /// Remaining steps, according to the last checkpoint.
     pub left: f64,
 }
 
-/// All of them.
+/// All trainings.
 #[derive(Debug, Default)]
 pub(super) struct Trainings {
     pub all: Vec<Training>,
@@ -22,7 +22,7 @@ pub(super) struct Trainings {
 }
 
 impl Trainings {
-    /// One is asked for.
+    /// A training is requested.
     pub fn add(&mut self, now: f64, steps: f64) {
         self.waiting.push_back(self.all.len());
         self.all.push(Training {
@@ -33,7 +33,7 @@ impl Trainings {
         });
     }
 
-    /// One that was interrupted goes on before the others.
+    /// Interrupted trainings go first.
     pub fn again(&mut self, training: usize) {
         self.waiting.push_front(training);
     }
@@ -42,7 +42,7 @@ impl Trainings {
         self.waiting.len()
     }
 
-    /// Gives the next one to the worker with a free place and the least to do; that worker.
+    /// Assigns the next one to the worker with a free slot and the least work; returns that worker.
     pub fn hand_out(&mut self, now: f64, workers: &mut [Worker], slots: usize) -> Option<usize> {
         if self.waiting.is_empty() {
             return None;

@@ -1,5 +1,5 @@
-//! One worker: its queue, its batch, its trainings, and one unit of work of its device after another, as in
-//! `engine::thread`. Units that nobody disturbs are taken together.
+//! One worker: its queue, its batch, its trainings, and the sequence of units of work of its device, as in
+//! `engine::thread`. Undisturbed units are merged.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -10,14 +10,14 @@ use coar_core::scheduler::{DeviceShare, Turn as DeviceTurn};
 use super::cache::Cache;
 use super::times::Times;
 
-/// A request in the queue.
+/// A queued request.
 #[derive(Debug, Clone)]
 pub(super) struct Queued {
     pub request: usize,
-    /// Which of the sizes.
+    /// Index of its size.
     pub size: usize,
     pub codes: u32,
-    /// Seconds of the device at admission: prompt, concept.
+    /// Device seconds at admission: prompt, concept.
     pub lead: f64,
 }
 
@@ -30,7 +30,7 @@ struct Drawing {
     left: u32,
     /// Tokens in the cache of each of its rows.
     context: f64,
-    /// Tokens that a step adds.
+    /// Tokens added per step.
     growth: f64,
 }
 
@@ -38,13 +38,13 @@ struct Drawing {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Running {
     pub training: usize,
-    /// Steps that are left, the start counted as steps.
+    /// Remaining steps, including the start counted as steps.
     pub left: f64,
-    /// Seconds of the device since its last checkpoint.
+    /// Device seconds since its last checkpoint.
     since_checkpoint: f64,
 }
 
-/// What the device is at.
+/// The current activity of the device.
 #[derive(Debug, Clone)]
 struct Turn {
     number: u64,
@@ -63,32 +63,32 @@ impl Turn {
     }
 }
 
-/// Device seconds inside the window that counts.
+/// Device seconds inside the measurement window.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Meter {
     pub window: (f64, f64),
     pub drawing: f64,
     pub training: f64,
-    /// Rows times seconds of drawing.
+    /// Rows times seconds of decoding.
     pub row_seconds: f64,
 }
 
-/// What a turn has brought.
+/// The result of a slice.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
-    /// Requests whose pixels will be there, and when.
+    /// Requests whose pixels are scheduled, and when.
     pub drawn: Vec<(usize, f64)>,
     pub trained: Option<usize>,
 }
 
-/// A turn that has begun.
+/// A slice in progress.
 #[derive(Debug)]
 pub(super) struct Begun {
     pub ends: f64,
     pub number: u64,
-    /// Requests that were admitted.
+    /// Admitted requests.
     pub admitted: Vec<usize>,
-    /// When their first code is there.
+    /// When their first code is done.
     pub first_code: f64,
 }
 
@@ -101,16 +101,16 @@ pub(super) struct Worker {
     pub trains: bool,
     pub cache: Cache,
     pub meter: Meter,
-    /// Requests that are on their way here.
+    /// Requests in transit to this worker.
     pub incoming: usize,
     queue: VecDeque<Queued>,
     rows: Vec<Drawing>,
     trainings: VecDeque<Running>,
-    /// When each thread for pixels is free again.
+    /// When each pixel thread is free again.
     threads: Vec<f64>,
-    /// Requests whose pixels are being made.
+    /// Requests whose pixels are being decoded.
     pixels: Vec<usize>,
-    /// Device seconds that pixels still take.
+    /// Device seconds still needed for pixels.
     debt: f64,
     share: DeviceShare,
     turn: Option<Turn>,
@@ -147,13 +147,13 @@ impl Worker {
         }
     }
 
-    /// Images at work, waiting and on their way.
+    /// Images running, queued and in transit.
     pub fn load(&self) -> usize {
         self.rows.len() + self.queue.len() + self.incoming
     }
 
-    /// What it announces: how long one more would take here, in the time that it would take alone on an idle worker, if
-    /// rows cost nothing but each other's time.
+    /// Its announced load: how long one more would take here, relative to its time alone on an idle worker, if rows
+    /// cost nothing but each other's time.
     pub fn slowness(&self) -> f64 {
         let kept = match self.trainings.is_empty() {
             true => 1.0,
@@ -162,12 +162,12 @@ impl Worker {
         (self.load() + 1) as f64 / kept
     }
 
-    /// Whether one more would find rows free and nobody before it.
+    /// Whether one more would find free rows and an empty queue.
     pub fn begins_at_once(&self) -> bool {
         self.up && self.draws && self.load() < self.places
     }
 
-    /// As the server's choice sees it, for an image of `codes` codes. Those on their way count as large as this one.
+    /// As seen by the server's routing, for an image of `codes` codes. Those in transit count as large as this one.
     pub fn candidate(&self, concept: Option<u32>, codes: u32) -> Candidate {
         let here = self
             .rows
@@ -177,11 +177,11 @@ impl Worker {
         Candidate {
             pending_tokens: here.map(u64::from).sum::<u64>() + self.incoming as u64 * u64::from(codes),
             begins_at_once: self.begins_at_once(),
-            warm_concepts: concept.is_some_and(|concept| self.cache.is_hot(concept)).into(),
+            warm_concepts: concept.is_some_and(|concept| self.cache.is_warm(concept)).into(),
         }
     }
 
-    /// Whether one more is not refused.
+    /// Whether one more would be accepted.
     pub fn has_room(&self) -> bool {
         self.up && self.draws && self.load() < self.places + self.queue_places
     }
@@ -190,12 +190,12 @@ impl Worker {
         self.trainings.len()
     }
 
-    /// Takes a request in.
+    /// Enqueues a request.
     pub fn enter(&mut self, queued: Queued) {
         self.queue.push_back(queued);
     }
 
-    /// Takes a training in.
+    /// Adds a training.
     pub fn train(&mut self, training: usize, left: f64) {
         self.trainings.push_back(Running {
             training,
@@ -208,7 +208,7 @@ impl Worker {
         self.turn.is_none()
     }
 
-    /// Ends the running turn with the step that is under way, where somebody new could have the next one. The new end.
+    /// Ends the current slice with the step in progress, so that new work can be admitted. Returns the new end.
     pub fn cut(&mut self, now: f64) -> Option<(f64, u64)> {
         let admits = self.rows.len() < self.places;
         let turn = self.turn.as_mut()?;
@@ -225,7 +225,7 @@ impl Worker {
         Some((turn.ends(), turn.number))
     }
 
-    /// Begins the next turn, if there is work.
+    /// Starts the next slice, if there is work.
     pub fn begin(&mut self, now: f64, times: &Times) -> Option<Begun> {
         let drawing = !self.rows.is_empty() || !self.queue.is_empty() || self.debt > 0.0;
         let training = !self.trainings.is_empty();
@@ -267,7 +267,7 @@ impl Worker {
         }
     }
 
-    /// Admits who fits, and draws on until somebody's last code, or until a training is behind.
+    /// Admits what fits, and decodes until an image's last code, or until a training is behind.
     fn plan_drawing(&mut self, turn: &mut Turn, times: &Times) -> Vec<usize> {
         let slower = if turn.contended { times.training.beside } else { 1.0 };
         turn.lead = std::mem::take(&mut self.debt) / slower;
@@ -310,7 +310,7 @@ impl Worker {
         times.decode.step(each * self.rows.len() as f64, each * tokens)
     }
 
-    /// Ends the turn of that number; `None` where it is another's.
+    /// Ends the slice of that number; `None` if it is another's.
     pub fn finish(&mut self, number: u64, times: &Times) -> Option<Outcome> {
         let turn = self.turn.take_if(|turn| turn.number == number)?;
         self.measure(&turn, turn.ends(), times);
@@ -356,7 +356,7 @@ impl Worker {
             .collect()
     }
 
-    /// Gives an image to the thread that is free first; when its pixels will be there.
+    /// Assigns an image to the first free pixel thread; returns when its pixels will be done.
     fn decode(&mut self, request: usize, now: f64, size: &super::times::Size) -> f64 {
         self.debt += size.pixels_device_ms / 1e3;
         self.pixels.push(request);
@@ -366,7 +366,7 @@ impl Worker {
         *thread
     }
 
-    /// Its pixels are there.
+    /// Its pixels are done.
     pub fn delivered(&mut self, request: usize) {
         self.pixels.retain(|one| *one != request);
     }
@@ -384,7 +384,7 @@ impl Worker {
         }
     }
 
-    /// Dies; what it had: requests, and trainings as their last checkpoints have them.
+    /// Kills the worker; returns its requests, and its trainings as of their last checkpoints.
     pub fn die(&mut self, now: f64, times: &Times) -> (Vec<usize>, Vec<(usize, f64)>) {
         if let Some(turn) = self.turn.take() {
             self.measure(&turn, now, times);

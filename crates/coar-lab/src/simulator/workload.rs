@@ -1,4 +1,4 @@
-//! What comes in, and what it meets.
+//! The workload and the fleet.
 
 use serde::Serialize;
 
@@ -6,64 +6,64 @@ use super::FleetError;
 use super::draws::{Draws, Stream};
 use super::routing::Policy;
 
-/// How images are asked for.
+/// The arrival process of images.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Arrivals {
-    /// Independent of each other, at the mean rate.
+    /// Independent, at the mean rate.
     Poisson,
-    /// A tenth of the time at `factor` times the mean rate, for `seconds` on average; slower in between, so that the mean
-    /// is the same.
+    /// A tenth of the time at `factor` times the mean rate, for `seconds` on average; slower in between, to keep the
+    /// mean.
     Bursty { factor: f64, seconds: f64 },
-    /// All at the beginning, and none after.
+    /// All at the start, and none after.
     AtOnce { pictures: u64 },
 }
 
-/// Part of the time that is a burst.
+/// Share of the time in a burst.
 pub(super) const BURSTS: f64 = 0.1;
 
-/// What is asked for.
+/// The requests.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Workload {
     pub arrivals: Arrivals,
-    /// Images per second, one a request.
+    /// Images per second, one per request.
     pub pictures_per_second: f64,
     /// Trainings per hour, Poisson.
     pub trainings_per_hour: f64,
-    /// Trainings that wait at the beginning.
+    /// Trainings that are queued at the start.
     pub trainings_at_start: u32,
-    /// Different concepts that are asked for, by Zipf.
+    /// Number of different concepts, by Zipf.
     pub concepts: usize,
-    /// Exponent of that Zipf law; 0: all alike.
+    /// Exponent of that Zipf law; 0: uniform.
     pub zipf: f64,
-    /// Part of the images that use a concept, 0 to 1.
+    /// Share of the images that use a concept, 0 to 1.
     pub concept_share: f64,
-    /// Images end by themselves after a geometric number of codes with the size's mean, as in no model here: for
-    /// comparison with theory.
+    /// Images end after a geometric number of codes with the size's mean, unlike any model here: for comparison with
+    /// theory.
     pub geometric: bool,
-    /// Seconds in which images are asked for.
+    /// Seconds of arrivals.
     pub seconds: f64,
-    /// Seconds at the beginning that count for nothing.
+    /// Warm-up seconds, which are not counted.
     pub warm_up: f64,
 }
 
-/// How workers die.
+/// Failures of workers.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Failures {
-    /// Mean hours between two deaths of one worker.
+    /// Mean hours between failures of one worker.
     pub mtbf_hours: f64,
-    /// Seconds until somebody else takes over what it had, even from the one to the other.
+    /// Seconds until its work is taken over, uniformly distributed between the two.
     pub lease_seconds: (f64, f64),
 }
 
-/// Who works.
+/// The workers.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Fleet {
     pub workers: usize,
-    /// So many of them take trainings and no images, the others images and no trainings; 0: all take both.
+    /// Number of workers for trainings only, the others for images only; 0: all take both.
     pub training_workers: usize,
     pub policy: Policy,
-    /// Milliseconds that the way from API to worker and back adds.
+    /// Network latency from API to worker and back in milliseconds.
     pub hop_ms: f64,
     pub failures: Option<Failures>,
 }
@@ -98,10 +98,10 @@ impl Default for Fleet {
 }
 
 impl Workload {
-    /// Checks the numbers.
+    /// Validates the numbers.
     ///
     /// # Errors
-    /// The first that cannot be used.
+    /// The first invalid one.
     pub fn check(&self) -> Result<(), FleetError> {
         let need = |good: bool, field: &str, problem: &str| match good {
             true => Ok(()),
@@ -132,7 +132,7 @@ impl Workload {
     }
 }
 
-/// When images are asked for.
+/// Arrival times of images.
 #[derive(Debug)]
 pub(super) struct Clock {
     draws: Draws,
@@ -154,7 +154,7 @@ impl Clock {
             draws: Draws::new(seed, Stream::Arrivals),
             arrivals: workload.arrivals,
             rate: workload.pictures_per_second,
-            // So that the first thing drawn is how long the pause is.
+            // So that the first random number is the length of the pause.
             in_burst: true,
             until: 0.0,
             left,
@@ -191,7 +191,7 @@ impl Clock {
                 true => now + self.draws.exponential(1.0 / rate),
                 false => f64::INFINITY,
             };
-            // Without memory: what would come after the change is drawn anew there.
+            // Memoryless: arrivals after the change are sampled again.
             if next <= self.until {
                 return next;
             }

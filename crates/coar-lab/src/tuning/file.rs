@@ -1,4 +1,4 @@
-//! The file of a tuning: safetensors with the changed weights, or their low-rank factors, and a described header.
+//! The file of a tuning: safetensors with the changed weights, or their low-rank factors, and a metadata header.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -15,12 +15,12 @@ use coar_engine::model::{LuminaMgpt, ModelError};
 
 const FORMAT: &str = "coar-tuning";
 const FORMAT_VERSION: &str = "1";
-/// The longest header that is read, in bytes.
+/// Maximum header length in bytes.
 const HEADER_LIMIT: u64 = 4 << 20;
 /// The learned embedding, `[1, 1, hidden]`.
 const IDENTIFIER: &str = "identifier";
 
-/// Changed weights with what made them.
+/// Changed weights with their origin.
 #[derive(Debug)]
 pub struct TuningFile {
     pub spec: TuningSpec,
@@ -62,7 +62,7 @@ impl TuningFile {
         })
     }
 
-    /// Writes the file; a crash leaves either what was there or all of it.
+    /// Writes the file atomically.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -98,7 +98,7 @@ impl TuningFile {
         written.map_err(|error| fault(&error))
     }
 
-    /// Reads a file of [`Self::write`].
+    /// Reads the output of [`Self::write`].
     ///
     /// # Errors
     /// What is wrong with it, by name.
@@ -135,10 +135,10 @@ impl TuningFile {
         })
     }
 
-    /// A model of its own with the changed weights, and the concept that stands at `<name>`.
+    /// A separate model with the changed weights, and the concept for `<name>`.
     ///
     /// # Errors
-    /// When the file was made from another base model, or a tensor is unknown, misshapen or no number.
+    /// When the file was made from another base model, or a tensor is unknown, misshapen or not finite.
     pub fn apply(&self, model: &LuminaMgpt, base: &BaseWeights) -> Result<(LuminaMgpt, ConceptFile), ModelError> {
         if self.base_model != model.fingerprint() {
             let problem = format!("is {}; this model is {}", self.base_model, model.fingerprint());
@@ -146,7 +146,7 @@ impl TuningFile {
         }
         let _no_grad = tch::no_grad_guard();
         let tuned = model.with_transformer(base.transformer(&self.change(base)?)?)?;
-        // Without a learned embedding the placeholder's own stands there: injecting it changes nothing.
+        // Without a learned embedding the placeholder's own is used: injecting it changes nothing.
         let own = tuned.transformer.embedding_of(tuned.vocabulary.placeholder())?;
         let text = match self.tensors.get(IDENTIFIER) {
             Some(learned) => learned.f_to_device(own.device())?,
@@ -178,7 +178,7 @@ impl TuningFile {
         let (mut full, mut a, mut b) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         for (name, tensor) in self.tensors.iter().filter(|(name, _)| *name != IDENTIFIER) {
             if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-                return bad(name, "holds what is no finite number".to_owned());
+                return bad(name, "contains a value that is not finite".to_owned());
             }
             let device = base.device();
             let wide = tensor.f_to_kind(Kind::Float)?.f_to_device(device)?;
@@ -189,7 +189,7 @@ impl TuningFile {
                 _ => (name.as_str(), &mut full, None),
             };
             let Some(weight) = base.tensors.get(of).filter(|_| low.is_none() || is_adapted(of)) else {
-                return bad(name, "is no weight of this model".to_owned());
+                return bad(name, "is not a weight of this model".to_owned());
             };
             let shape = weight.size();
             let expected = match low {

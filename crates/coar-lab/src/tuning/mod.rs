@@ -1,7 +1,7 @@
-//! Methods that the paper compares with and that change weights: DreamBooth, LoRA, PersonalAR, Proxy-Tuning.
+//! The paper's baselines that change weights: DreamBooth, LoRA, PersonalAR, Proxy-Tuning.
 //!
-//! They train and draw on a copy of the transformer, so that no batch can hold two of their results; what they cost beside
-//! context tokens is measured by `coar-lab eval methods`.
+//! They train and generate on a copy of the transformer, so no batch can contain two of their results; `coar-lab
+//! eval methods` measures their cost relative to context tokens.
 
 mod file;
 mod spec;

@@ -22,7 +22,7 @@ pub enum WeightMethod {
     /// First an input embedding, then low-rank updates.
     #[serde(rename = "personalar-lora")]
     PersonalArLora,
-    /// Low-rank updates on images of the subject that another model has drawn (arXiv 2503.10125).
+    /// Low-rank updates on images of the subject that another model has generated (arXiv 2503.10125).
     ProxyTuning,
 }
 
@@ -70,7 +70,7 @@ impl std::str::FromStr for WeightMethod {
     }
 }
 
-/// Everything that decides a tuning's outcome, besides the images and the base model.
+/// The settings that determine a tuning's outcome, besides the images and the base model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TuningSpec {
@@ -81,13 +81,13 @@ pub struct TuningSpec {
     pub steps: u32,
     pub learning_rate: f64,
     pub batch_size: u32,
-    /// Of the low-rank updates `W + alpha / rank * B A`; 0 where all weights are trained.
+    /// Rank of the updates `W + alpha / rank * B A`; 0 if all weights are trained.
     pub rank: u32,
     pub alpha: f64,
-    /// Steps and rate of the first stage, in which an input embedding is learned; 0: there is none.
+    /// Steps and learning rate of the first stage, which learns an input embedding; 0: none.
     pub embedding_steps: u32,
     pub embedding_learning_rate: f64,
-    /// Weight of the next-token cross-entropy of class images that the frozen model drew.
+    /// Weight of the next-token cross-entropy of class images that the frozen model generated.
     pub prior_weight: f64,
     /// Weight of the divergence of their predictions from the frozen model's. Together with `prior_weight`: the dual prior
     /// preservation.
@@ -95,7 +95,7 @@ pub struct TuningSpec {
     /// Weight of the distance of each layer's mean image state from the frozen model's (self-regularisation).
     pub regularisation_weight: f64,
     pub prior_pictures: u32,
-    /// What else is to be seen in each image, after the class noun.
+    /// Captions: what else each image shows, after the class noun.
     #[serde(default)]
     pub captions: Vec<String>,
     pub seed: u64,
@@ -108,8 +108,8 @@ impl TuningSpec {
     pub fn preset(preset: Preset, method: WeightMethod, name: &str, class_noun: &str) -> Self {
         let pocket = preset != Preset::Paper;
         let low_rank = method.is_low_rank();
-        // The pocket's were chosen on the development subjects (docs/methods.md); the others are what the methods' papers
-        // and their implementations for 7B models use.
+        // The pocket's were chosen on the development subjects (docs/methods.md); the others are those of the
+        // methods' papers and of their implementations for 7B models.
         let (steps, learning_rate) = match (pocket, low_rank, method.has_embedding()) {
             (true, true, _) => (60, 3e-3),
             (true, false, true) => (60, 3e-4),
@@ -153,7 +153,7 @@ impl TuningSpec {
     /// Checks every field against its limits.
     ///
     /// # Errors
-    /// The first field that is outside.
+    /// The first field out of bounds.
     pub fn check(&self) -> Result<(), SpecFault> {
         let fault = |field, problem| Err(SpecFault { field, problem });
         if !is_slug(&self.name) {
@@ -231,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_in_a_message_is_the_one_that_is_checked() {
+    fn error_messages_state_the_limit_checked() {
         let spec = TuningSpec::preset(Preset::Pocket, WeightMethod::ALL[0], "rex", "cat");
         let problem = |spec: TuningSpec| spec.check().unwrap_err().problem;
         let (alpha, learning_rate) = (-1.0, 0.0);
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn every_preset_is_within_its_own_limits_and_faults_name_the_field() {
+    fn presets_are_valid_and_errors_name_the_field() {
         for method in WeightMethod::ALL {
             for preset in [Preset::Paper, Preset::Pocket] {
                 let spec = TuningSpec::preset(preset, method, "rex", "cat");

@@ -20,7 +20,7 @@ use coar_engine::training::{Advance, PRIOR_SEED, Reference, References, Trainer,
 pub struct Tuner<'b> {
     spec: TuningSpec,
     base: &'b BaseWeights,
-    /// A model of its own whose transformer is put together anew for every step.
+    /// A separate model whose transformer is rebuilt for every step.
     model: LuminaMgpt,
     references: References,
     change: Change,
@@ -45,11 +45,11 @@ impl std::fmt::Debug for Tuner<'_> {
 const CLIP: f64 = 1.0;
 
 impl<'b> Tuner<'b> {
-    /// Encodes the images and stands before the first step. For proxy tuning these are the images that
-    /// another model has drawn.
+    /// Encodes the images, ready for the first step. For proxy tuning these are the images that another model has
+    /// generated.
     ///
     /// # Errors
-    /// When the spec is outside its limits, or the device fails.
+    /// When the spec is out of bounds, or the device fails.
     pub fn new(
         model: &LuminaMgpt,
         base: &'b BaseWeights,
@@ -91,12 +91,12 @@ impl<'b> Tuner<'b> {
         })
     }
 
-    /// Losses of every step on weights so far.
+    /// Losses of all weight steps so far.
     pub fn losses(&self) -> &[StepLosses] {
         &self.losses
     }
 
-    /// Steps taken in both stages, and how many there are.
+    /// Steps taken in both stages, and the total.
     pub fn progress(&self) -> (u32, u32) {
         let first = match &self.embedding {
             Some(trainer) => trainer.step(),
@@ -106,7 +106,7 @@ impl<'b> Tuner<'b> {
         (done, self.spec.embedding_steps + self.spec.steps)
     }
 
-    /// Trained numbers: weights or factors, and the embedding where there is one.
+    /// Number of trained parameters: weights or factors, and the embedding if there is one.
     pub fn parameters(&self) -> usize {
         let weights: usize = self.change.tensors().iter().map(|(_, tensor)| tensor.numel()).sum();
         weights
@@ -117,10 +117,10 @@ impl<'b> Tuner<'b> {
             }
     }
 
-    /// One unit of work on `frozen`, the model that the tuning began with.
+    /// One unit of work on `frozen`, the model that the tuning started with.
     ///
     /// # Errors
-    /// When the device fails, or the loss is no number any more.
+    /// When the device fails, or the loss is not finite.
     pub fn advance(&mut self, frozen: &LuminaMgpt) -> Result<Advance, ModelError> {
         if let Some(trainer) = &mut self.embedding {
             match trainer.advance(frozen)? {
@@ -221,7 +221,7 @@ impl<'b> Tuner<'b> {
         Ok(Advance::Step(losses))
     }
 
-    /// What was learned.
+    /// The learned parameters.
     ///
     /// # Errors
     /// When the device fails.

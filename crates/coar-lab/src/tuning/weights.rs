@@ -1,4 +1,4 @@
-//! A transformer's weights by name, and what is added to them.
+//! A transformer's weights by name, and changes to them.
 
 use std::collections::BTreeMap;
 
@@ -12,12 +12,12 @@ use coar_engine::model::{LuminaMgpt, ModelConfig, ModelError, Transformer};
 pub struct BaseWeights {
     pub(super) tensors: BTreeMap<String, Tensor>,
     pub(super) config: ModelConfig,
-    /// The kind that changed weights are kept in on disk: the checkpoint's own.
+    /// The kind of changed weights on disk: the checkpoint's own.
     pub(super) stored: Kind,
 }
 
 impl BaseWeights {
-    /// Reads the weights of `model` once more, from its checkpoint folder `dir`.
+    /// Reads the weights of `model` again, from its checkpoint folder `dir`.
     ///
     /// # Errors
     /// When a file is missing or misshapen.
@@ -51,7 +51,7 @@ impl BaseWeights {
     }
 }
 
-/// What is trained, in f32.
+/// Trained parameters, in f32.
 #[derive(Debug)]
 pub(super) enum Change {
     /// New values of weights.
@@ -63,13 +63,13 @@ pub(super) enum Change {
     },
 }
 
-/// The matrices that low-rank updates are for: attention's and the MLP's.
+/// The matrices with low-rank updates: attention's and the MLP's.
 pub(super) fn is_adapted(name: &str) -> bool {
     name.ends_with("_proj.weight")
 }
 
 impl Change {
-    /// All weights that `wanted` names, as they are, as leaves.
+    /// All weights that `wanted` names, unchanged, as leaves.
     pub fn full(base: &BaseWeights, wanted: impl Fn(&str) -> bool) -> Result<Self, ModelError> {
         let leaf = |tensor: &Tensor| -> Result<Tensor, ModelError> {
             let copy = tensor.f_detach_copy()?.f_to_kind(Kind::Float)?;
@@ -84,7 +84,7 @@ impl Change {
         Ok(Self::Full(leaves))
     }
 
-    /// Factors whose product is 0: A drawn by `seed`, B all zeros (arXiv 2106.09685).
+    /// Factors whose product is 0: A random by `seed`, B all zeros (arXiv 2106.09685).
     pub fn low_rank(base: &BaseWeights, rank: i64, alpha: f64, seed: u64) -> Result<Self, ModelError> {
         use rand::{Rng, SeedableRng};
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
@@ -92,7 +92,8 @@ impl Change {
         let mut factors = BTreeMap::new();
         for (name, tensor) in base.tensors.iter().filter(|(name, _)| is_adapted(name)) {
             let (out, input) = tensor.size2()?;
-            // Uniform in +-sqrt(3 / in): each product of A with a unit input has a standard deviation of one over sqrt(in).
+            // Uniform in +-sqrt(3 / in): each product of A with a unit input has a standard deviation of one over
+            // sqrt(in).
             let bound = (3.0 / input as f32).sqrt();
             let drawn: Vec<f32> = (0..rank * input).map(|_| rng.random_range(-bound..bound)).collect();
             let a = Tensor::f_from_slice(&drawn)?

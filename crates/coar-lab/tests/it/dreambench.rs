@@ -64,7 +64,7 @@ fn command(data: &Path, out: &Path, more: &[&str]) -> Command {
     command
 }
 
-/// Few steps, few words to choose from, one branch: seconds instead of a minute.
+/// Few steps, few candidate words, no guidance: seconds instead of a minute.
 const SMALL: [&str; 8] = [
     "--settings",
     "{\"steps\": 3, \"batch_size\": 1, \"start_words\": []}",
@@ -96,7 +96,7 @@ fn complaint(data: &Path, out: &Path, more: &[&str]) -> String {
     String::from_utf8(stderr).unwrap()
 }
 
-/// Every drawn image by its path in the folder.
+/// Every generated image by its path in the folder.
 fn pictures(out: &Path) -> Vec<(String, Vec<u8>)> {
     let mut found = Vec::new();
     for subject in std::fs::read_dir(out.join("pictures")).into_iter().flatten() {
@@ -115,24 +115,24 @@ fn json_of(file: &Path) -> Value {
 }
 
 #[test]
-fn killed_shared_and_undisturbed_runs_draw_the_same_and_report_all_of_it() {
+fn interrupted_and_concurrent_runs_give_the_same_images() {
     let dir = tempfile::tempdir().unwrap();
     let data = data(dir.path());
     let whole = dir.path().join("whole");
-    let (said, _) = drawn(&data, &whole, &[]);
+    let (stdout, _) = drawn(&data, &whole, &[]);
     let wanted = pictures(&whole);
     let names: Vec<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
     let expected = ["my_house/0-0", "my_house/1-0", "rex/0-0", "rex/1-0"].map(|name| format!("pictures/{name}.png"));
     assert_eq!(names, expected);
-    reports_everything(&data, &whole, &said);
+    reports_everything(&data, &whole, &stdout);
 
-    // Killed without warning as soon as something is drawn, then given again.
+    // Killed as soon as an image exists, then restarted.
     let killed = dir.path().join("killed");
     let mut child = command(&data, &killed, &SMALL).spawn().unwrap();
     let deadline = Instant::now() + PATIENCE;
     while pictures(&killed).is_empty() {
         assert!(Instant::now() < deadline, "nothing was drawn");
-        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        assert!(child.try_wait().unwrap().is_none(), "it exited early");
         std::thread::yield_now();
     }
     child.kill().unwrap();
@@ -142,7 +142,7 @@ fn killed_shared_and_undisturbed_runs_draw_the_same_and_report_all_of_it() {
     let (_, log) = drawn(&data, &killed, &[]);
     assert_eq!(pictures(&killed), wanted);
     assert_eq!(
-        log.matches("a concept is trained").count(),
+        log.matches("concept trained").count(),
         1,
         "one was trained before: {log}"
     );
@@ -153,25 +153,25 @@ fn killed_shared_and_undisturbed_runs_draw_the_same_and_report_all_of_it() {
     let workers: Vec<Child> = (0..2)
         .map(|_| command(&data, &shared, &SMALL).spawn().unwrap())
         .collect();
-    let (said, logs): (String, String) = workers.into_iter().map(output).unzip();
+    let (stdout, logs): (String, String) = workers.into_iter().map(output).unzip();
     assert_eq!(pictures(&shared), wanted);
     assert_eq!(
-        logs.matches("a concept is trained").count(),
+        logs.matches("concept trained").count(),
         2,
         "each is trained once: {logs}"
     );
-    assert!(said.contains("report.html"), "{said}");
+    assert!(stdout.contains("report.html"), "{stdout}");
 
-    // Another setting has nothing to do with these images.
+    // Another setting conflicts with these images.
     let refused = complaint(&data, &whole, &[&SMALL[..7], &["8"]].concat());
     assert!(
-        refused.contains("manifest.json: `seed` was 7 when this folder was begun and is 8 now"),
+        refused.contains("manifest.json: `seed` was 7 when this folder was created and is 8 now"),
         "{refused}"
     );
     let steps = ["--settings", "{\"steps\": 4, \"batch_size\": 1, \"start_words\": []}"];
     let refused = complaint(&data, &whole, &[&steps, &SMALL[2..]].concat());
     assert!(refused.contains("`training.steps` was 3"), "{refused}");
-    // Nor have other prompts, or other reference images.
+    // So do other prompts, or other reference images.
     let prompts = data.join("prompts_and_classes.txt");
     std::fs::write(&prompts, PROMPTS.replace("at night", "in a city")).unwrap();
     let refused = complaint(&data, &whole, &["--report-only"]);
@@ -185,15 +185,18 @@ fn killed_shared_and_undisturbed_runs_draw_the_same_and_report_all_of_it() {
     std::fs::copy(data.join("rex/2.png"), data.join("rex/1.png")).unwrap();
     let refused = complaint(&data, &whole, &SMALL);
     assert!(
-        refused.contains("rex.safetensors: was begun with other pictures of this subject"),
+        refused.contains("rex.safetensors: was started with other images of this subject"),
         "{refused}"
     );
 }
 
-/// What a run without judges leaves behind.
-fn reports_everything(data: &Path, out: &Path, said: &str) {
+/// The output of a run without judges.
+fn reports_everything(data: &Path, out: &Path, stdout: &str) {
     let nothing = "These figures mean nothing";
-    assert!(said.contains(nothing) && said.contains("Nothing is scored"), "{said}");
+    assert!(
+        stdout.contains(nothing) && stdout.contains("Nothing is scored"),
+        "{stdout}"
+    );
     let results = json_of(&out.join("results.json"));
     assert!(
         results["warnings"][0].as_str().unwrap().starts_with(nothing),
@@ -214,7 +217,7 @@ fn reports_everything(data: &Path, out: &Path, said: &str) {
     holds_every_picture(data, out, &results);
 }
 
-/// The page has the small copy of each real and each drawn image, and loads nothing.
+/// The page has a thumbnail of each real and each generated image, and loads nothing.
 fn holds_every_picture(data: &Path, out: &Path, results: &Value) {
     use base64::Engine;
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();
@@ -263,11 +266,11 @@ fn holds_every_picture(data: &Path, out: &Path, results: &Value) {
 }
 
 #[test]
-fn what_cannot_be_run_is_refused_by_name() {
+fn invalid_input_is_rejected_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let (data, out) = (data(dir.path()), dir.path().join("out"));
     let refused = complaint(&dir.path().join("nowhere"), &out, &[]);
-    assert!(refused.contains("nowhere: is no folder"), "{refused}");
+    assert!(refused.contains("nowhere: is not a folder"), "{refused}");
     let refused = complaint(&data, &out, &["--subjects", "rex,dog"]);
     assert!(
         refused.contains("`subjects` names `dog`; the subjects are rex, my_house"),
@@ -286,7 +289,10 @@ fn what_cannot_be_run_is_refused_by_name() {
     assert!(refused.contains("manifest.json: is missing"), "{refused}");
     let there = data.to_str().unwrap();
     let refused = complaint(&data, &out, &["--dino", there, "--clip", "/nowhere"]);
-    assert!(refused.contains("--clip is /nowhere, which is no folder"), "{refused}");
+    assert!(
+        refused.contains("--clip is /nowhere, which is not a folder"),
+        "{refused}"
+    );
     assert!(!out.exists(), "nothing is begun");
     for (given, problem) in [
         (
@@ -304,7 +310,7 @@ fn what_cannot_be_run_is_refused_by_name() {
     std::fs::write(&file, b"GIF89a").unwrap();
     let refused = complaint(&data, &out, &SMALL);
     assert!(
-        refused.contains("my_house/2.png: is not a JPEG, PNG or WebP picture"),
+        refused.contains("my_house/2.png: is not a JPEG, PNG or WebP image"),
         "{refused}"
     );
     assert!(
@@ -330,7 +336,7 @@ fn model() -> LuminaMgpt {
 }
 
 #[test]
-fn a_training_goes_on_from_its_checkpoint_and_ends_as_if_undisturbed() {
+fn interrupted_training_resumes_from_its_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let (model, data) = (model(), DataFolder::open(&data(dir.path())).unwrap());
     let choice = Choice {
@@ -353,7 +359,7 @@ fn a_training_goes_on_from_its_checkpoint_and_ends_as_if_undisturbed() {
         OutFolder::create(&first, &settings).unwrap(),
         OutFolder::create(&second, &settings).unwrap(),
     );
-    // What a kill after the fourth step would have left.
+    // The state after a kill after the fourth step.
     let mut steps = Vec::new();
     run(&model, &data, (&whole, &settings), (&plan, &options), &mut |now| {
         if now.doing.ends_with("step 4/6") {
@@ -370,7 +376,7 @@ fn a_training_goes_on_from_its_checkpoint_and_ends_as_if_undisturbed() {
     assert_eq!(
         steps,
         ["4/6", "5/6", "6/6"],
-        "the checkpoint is the one before the step that was told"
+        "the checkpoint is the one before the reported step"
     );
     let concept = |dir: &Path| {
         let bytes = std::fs::read(dir.join("concepts/my_house.safetensors")).unwrap();

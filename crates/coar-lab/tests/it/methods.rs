@@ -40,7 +40,7 @@ fn references() -> Vec<RgbImage> {
     rex(3).iter().map(decoded).collect()
 }
 
-/// An image of rex behind a prompt with a slot of `tokens`.
+/// An image of rex after a prompt with a slot of `tokens`.
 fn reference(model: &LuminaMgpt, prompt: (&str, usize, &str)) -> Reference {
     let picture = &references()[0];
     let codes = tch::no_grad(|| model.encode_image(picture)).unwrap();
@@ -70,7 +70,7 @@ fn written(tuner: &Tuner, dir: &Path) -> TuningFile {
 }
 
 #[test]
-fn an_untrained_tuning_is_the_frozen_model() {
+fn untrained_tuning_equals_the_frozen_model() {
     let pocket = pocket();
     let dir = tempfile::tempdir().unwrap();
     let reference = reference(&pocket.model, ("a photo of ", 1, " cat"));
@@ -88,7 +88,7 @@ fn an_untrained_tuning_is_the_frozen_model() {
 }
 
 #[test]
-fn every_method_learns_on_a_copy_and_its_file_does_what_it_did() {
+fn every_method_learns_on_a_copy_and_round_trips() {
     let pocket = pocket();
     let dir = tempfile::tempdir().unwrap();
     let reference = reference(&pocket.model, ("a photo of ", 1, " cat"));
@@ -127,7 +127,7 @@ fn every_method_learns_on_a_copy_and_its_file_does_what_it_did() {
 }
 
 #[test]
-fn textual_inversion_is_the_input_embedding_and_nothing_else() {
+fn textual_inversion_changes_only_the_input_embedding() {
     let pocket = pocket();
     let model = &pocket.model;
     let id = model.first_token_of("purple").unwrap();
@@ -144,7 +144,7 @@ fn textual_inversion_is_the_input_embedding_and_nothing_else() {
 }
 
 #[test]
-fn damaged_and_foreign_files_are_refused_by_name() {
+fn damaged_and_foreign_files_are_rejected_by_name() {
     let pocket = pocket();
     let dir = tempfile::tempdir().unwrap();
     let tuner = tuner(&pocket, WeightMethod::DreamBoothLora, 1);
@@ -174,11 +174,11 @@ fn damaged_and_foreign_files_are_refused_by_name() {
     let other = "0".repeat(fingerprint.len());
     assert!(complaint(&changed(fingerprint, &other)).contains("base_model"));
     assert!(complaint(&changed("coar-tuning", "coar-tunimg")).contains("`format` is `coar-tunimg`"));
-    assert!(complaint(&changed("layers.0.self_attn", "layers.9.self_attn")).contains("is no weight of this model"));
+    assert!(complaint(&changed("layers.0.self_attn", "layers.9.self_attn")).contains("is not a weight of this model"));
     let mut endless = bytes.clone();
     let last = endless.len() - 4;
     endless[last..].copy_from_slice(&f32::NAN.to_le_bytes());
-    assert!(complaint(&endless).contains("holds what is no finite number"));
+    assert!(complaint(&endless).contains("contains a value that is not finite"));
     let spec = TuningSpec {
         rank: 0,
         ..TuningSpec::preset(Preset::Pocket, WeightMethod::DreamBoothLora, "rex", "cat")
@@ -214,7 +214,7 @@ fn complaint(dir: &Path, args: &[&str]) -> String {
 }
 
 #[test]
-fn the_command_line_trains_and_draws_with_each_kind_of_method() {
+fn cli_trains_and_generates_with_each_kind_of_method() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let mut train = vec!["tune", "train", "rex", "--class", "cat"];
@@ -263,13 +263,13 @@ fn the_command_line_trains_and_draws_with_each_kind_of_method() {
         (&["--method", "dreambooth", "--layers", "2"][..], "--layers"),
         (&["--rank", "4"][..], "--method"),
     ] {
-        let told = complaint(dir, &with(more));
-        assert!(told.contains(part), "{more:?}: {told}");
+        let error = complaint(dir, &with(more));
+        assert!(error.contains(part), "{more:?}: {error}");
     }
 }
 
 #[test]
-fn the_comparison_is_resumed_and_reported() {
+fn comparison_is_resumed_and_reported() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let args = [
@@ -290,7 +290,7 @@ fn the_comparison_is_resumed_and_reported() {
         "cells",
         "--json",
     ];
-    // Two processes with a part each, then one that collects: it trains nothing any more.
+    // Two processes with a part each, then one that collects without training.
     printed(dir, &[&args[..], &["0.json", "--finished"]].concat());
     printed(dir, &[&args[..], &["1.json", "--part", "1/2"]].concat());
     printed(dir, &[&args[..], &["2.json", "--part", "2/2"]].concat());
@@ -333,7 +333,7 @@ fn the_comparison_is_resumed_and_reported() {
     all["rows"][0]["similarity"] = 0.123.into();
     all["rows"][4]["similarity"] = 0.123.into();
     std::fs::write(dir.join("all.json"), all.to_string()).unwrap();
-    // Rows of an earlier file are taken over as they are; with other settings they are not.
+    // Rows of an earlier file are reused; with other settings they are not.
     let from = [&args[..args.len() - 3], &["--from", "all.json", "--json"]].concat();
     printed(dir, &[&from[..], &["again.json"]].concat());
     assert_eq!(read("again.json")["rows"], all["rows"]);
@@ -364,16 +364,16 @@ fn the_comparison_is_resumed_and_reported() {
     assert!(changed.contains("| real | 2 x 1 | 0.123 [0.123, 0.123] |"), "{changed}");
     for (more, part) in [
         (&["--methods", "magic"][..], "magic"),
-        (&["--subjects", "nobody"][..], "nobody"),
+        (&["--subjects", "unknown"][..], "unknown"),
         (&["--part", "3/2", "--dir", "cells"][..], "3/2"),
     ] {
-        let told = complaint(dir, &[&["eval", "methods"][..], more].concat());
-        assert!(told.contains(part), "{told}");
+        let error = complaint(dir, &[&["eval", "methods"][..], more].concat());
+        assert!(error.contains(part), "{error}");
     }
 }
 
 #[test]
-fn styles_and_compositions_are_cells_too() {
+fn styles_and_compositions_are_cells() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let args = [
@@ -413,7 +413,7 @@ fn styles_and_compositions_are_cells_too() {
             .zip(none)
             .any(|(with, without)| with.values != without.values)
     );
-    // Nothing is trained again: the same numbers to the last, seconds of training among them.
+    // Nothing is trained again: the numbers are identical, including seconds of training.
     printed(dir, &[&args[..], &["two.json"]].concat());
     assert_eq!(read("two.json"), one);
     printed(dir, &["eval", "report", "one.json", "--out", "report.md"]);
@@ -424,9 +424,9 @@ fn styles_and_compositions_are_cells_too() {
     );
 }
 
-/// What the repository says is what its numbers say.
+/// The committed report must match the committed rows.
 #[test]
-fn the_committed_report_is_made_from_the_committed_rows() {
+fn committed_report_matches_the_committed_rows() {
     let docs = repository().join("docs");
     let dir = tempfile::tempdir().unwrap();
     let made = dir.path().join("evidence");

@@ -1,9 +1,9 @@
-//! What several tests use.
+//! Helpers shared by several tests.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Nothing in these tests takes longer, on a loaded machine.
+/// Upper bound for everything in these tests, on a loaded machine.
 pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// The repository's root.

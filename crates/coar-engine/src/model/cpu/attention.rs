@@ -16,7 +16,7 @@ pub(super) struct Keys<W> {
 }
 
 /// The most registers of one head: head_dim up to 256.
-const MOST: usize = 16;
+const MAX: usize = 16;
 
 impl<W: Stored> Keys<W> {
     /// Computes the scores of all keys with `query` `[head_dim]`, already scaled; returns the largest.
@@ -95,7 +95,7 @@ impl<W: Stored> Keys<W> {
                 }
                 first += here;
             }
-            debug_assert!(registers <= MOST);
+            debug_assert!(registers <= MAX);
         }
     }
 

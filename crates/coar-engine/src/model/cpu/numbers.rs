@@ -22,7 +22,7 @@ pub(super) trait Stored: Copy + Send + Sync + 'static {
     /// `at` points to a register's worth of readable numbers, and the machine satisfies [`Self::supported`].
     unsafe fn load(at: *const Self) -> Self::Register;
 
-    /// `sum + a * b`, lane by lane; neighbouring products are summed where a lane holds two.
+    /// `sum + a * b`, lane by lane; neighbouring products are summed if a lane holds two.
     ///
     /// # Safety
     /// As [`Self::load`].

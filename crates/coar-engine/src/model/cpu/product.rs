@@ -10,7 +10,7 @@ use super::pool::{Member, team, threads};
 use crate::model::ModelError;
 
 /// Above this number of tokens libtorch's product is used, as in trainings.
-const MOST_TOKENS: i64 = 160;
+const MAX_TOKENS: i64 = 160;
 /// Rows of the weight that one thread takes at a time.
 pub(super) const BLOCK: usize = 8;
 
@@ -177,7 +177,7 @@ fn product<W: Stored>(x: &Tensor, weight: &Tensor) -> Result<Option<Tensor>, Mod
     let (n, k) = weight.size2()?;
     let tokens = x.numel() as i64 / k.max(1);
     let on_cpu = x.device() == tch::Device::Cpu && weight.device() == tch::Device::Cpu;
-    let fits = (1..=MOST_TOKENS).contains(&tokens) && k % W::LANES as i64 == 0 && weight.is_contiguous();
+    let fits = (1..=MAX_TOKENS).contains(&tokens) && k % W::LANES as i64 == 0 && weight.is_contiguous();
     if !on_cpu || !fits || x.requires_grad() || weight.requires_grad() || !W::supported() {
         return Ok(None);
     }
@@ -250,7 +250,7 @@ mod tests {
     #[test]
     fn unsupported_products_are_left_to_libtorch() {
         let weight = Tensor::randn([8, 32], (Kind::Float, Device::Cpu));
-        let many = Tensor::randn([MOST_TOKENS + 1, 32], (Kind::Float, Device::Cpu));
+        let many = Tensor::randn([MAX_TOKENS + 1, 32], (Kind::Float, Device::Cpu));
         assert!(linear(&many, &weight).unwrap().is_none());
         let learnt = Tensor::randn([1, 32], (Kind::Float, Device::Cpu)).set_requires_grad(true);
         assert!(linear(&learnt, &weight).unwrap().is_none());

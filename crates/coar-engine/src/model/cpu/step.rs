@@ -488,7 +488,7 @@ impl<W: Stored> Step<'_, W> {
             }
             let variance = _mm512_reduce_add_ps(squares) / dim as f32;
             let scale = _mm512_set1_ps(1.0 / (variance + HEAD_NORM_EPS).sqrt());
-            // Stored doubled, so the rotated halves can be read as one contiguous vector.
+            // Stored twice, so the rotated halves can be read as one contiguous vector.
             let mut doubled = [0.0f32; 512];
             let mut at = 0;
             while at < dim {

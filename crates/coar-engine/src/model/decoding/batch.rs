@@ -422,7 +422,8 @@ impl DecodeBatch {
     pub fn skip_to(&mut self, codes: i64) -> Result<(), ModelError> {
         let fits = |image: &BatchImage| image.done <= codes && codes < image.total();
         if !self.images.iter().all(fits) {
-            let problem = format!("is {codes}, which is not between what every image has drawn and has in all");
+            let problem =
+                format!("is {codes}, expected at least the codes sampled and fewer than the total of every image");
             return Err(ModelError::invalid("codes", problem));
         }
         for image in &mut self.images {
@@ -553,7 +554,7 @@ impl DecodeBatch {
                 let drawn = Some((codes, stayed));
                 let codes = device
                     .refresh(&self.head, batch, &self.free_slots, &self.cache, drawn, by_length)?
-                    .ok_or_else(|| ModelError::invalid("batch", "has lost what was drawn"))?;
+                    .ok_or_else(|| ModelError::invalid("batch", "has no sampled codes"))?;
                 device.advance(model, (&self.head, &codes), &rows, forced, &mut self.cache, observe)
             }
             _ => Err(ModelError::invalid("batch", "belongs to another model")),

@@ -77,7 +77,7 @@ fn open_shard(file: &Path, index: usize) -> Result<(Shard, BTreeMap<String, Entr
         let shape: Option<Vec<i64>> = info.shape.iter().map(|&n| i64::try_from(n).ok()).collect();
         let shape = shape.filter(|shape| {
             let product = shape.iter().try_fold(1i64, |product, &n| product.checked_mul(n.max(1)));
-            shape.len() <= MOST_DIMENSIONS && product.is_some()
+            shape.len() <= MAX_DIMENSIONS && product.is_some()
         });
         let Some(shape) = shape else {
             let problem = format!("claims the shape {:?}, which no tensor has", info.shape);
@@ -124,14 +124,14 @@ pub fn index_of(text: &str) -> Result<BTreeMap<String, Vec<String>>, String> {
         let shard = shard
             .as_str()
             .filter(|name| !name.contains(['/', '\\', '\0']) && !matches!(*name, "" | "." | ".."))
-            .ok_or_else(|| format!("gives no plain file name for `{tensor}`"))?;
+            .ok_or_else(|| format!("has no plain file name for `{tensor}`"))?;
         by_shard.entry(shard.to_owned()).or_default().push(tensor.clone());
     }
     Ok(by_shard)
 }
 
 /// libtorch's own limit.
-const MOST_DIMENSIONS: usize = 64;
+const MAX_DIMENSIONS: usize = 64;
 
 impl Checkpoint {
     /// Opens `model.safetensors.index.json` with its shards, or a single `model.safetensors`.

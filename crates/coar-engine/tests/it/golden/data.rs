@@ -41,7 +41,7 @@ impl Arrays {
     }
 }
 
-/// Largest absolute difference; infinite where the shapes differ.
+/// Largest absolute difference; infinite if the shapes differ.
 pub fn largest(a: &Tensor, b: &Tensor) -> f64 {
     if a.size() != b.size() || a.numel() == 0 {
         return f64::INFINITY;

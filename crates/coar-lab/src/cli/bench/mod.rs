@@ -140,7 +140,7 @@ fn load(dir: &Path, dtype: &str, device: &str) -> anyhow::Result<()> {
             );
             println!("peak / weights   {:.3}", peak as f64 / weights as f64);
         }
-        _ => println!("peak memory      not told by this system"),
+        _ => println!("peak memory      not reported by this system"),
     }
     Ok(())
 }

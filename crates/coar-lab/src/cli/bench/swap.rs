@@ -101,7 +101,7 @@ impl Drawing {
         let mut gaps = vec![];
         while !enough(gaps.len()) {
             let now = tokio::time::timeout(Duration::from_secs(60), self.stamps.recv()).await?;
-            let now = now.ok_or_else(|| anyhow::anyhow!("the picture is not drawn any more"))?;
+            let now = now.ok_or_else(|| anyhow::anyhow!("the image has ended"))?;
             gaps.push(1e3 * (now - self.last).as_secs_f64());
             self.last = now;
         }

@@ -152,7 +152,7 @@ impl DreambenchArgs {
         bar: &ProgressBar,
     ) -> anyhow::Result<()> {
         let Some(claim) = folder.claim("report")? else {
-            bar.suspend(|| println!("another worker writes the report"));
+            bar.suspend(|| println!("another worker is writing the report"));
             return Ok(());
         };
         bar.reset();
@@ -181,7 +181,7 @@ impl DreambenchArgs {
             return Ok(None);
         };
         for (flag, dir) in [("--dino", dino), ("--clip", clip)] {
-            anyhow::ensure!(dir.is_dir(), "{flag} is {}, which is no folder", dir.display());
+            anyhow::ensure!(dir.is_dir(), "{flag} is {}, which is not a folder", dir.display());
         }
         // With --report-only no model is loaded, which would have set the threads.
         if self.model.threads > 0 {

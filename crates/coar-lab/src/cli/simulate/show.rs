@@ -47,7 +47,7 @@ fn plan(rows: &[Value]) {
 
 fn run(rows: &[Value]) {
     println!(
-        "workers  asked/s   done/s  p50 s  p95 s  p99 s  p99.9   max s  1st code  busy  train  rows  refused   hot  cut off  train p95 s"
+        "workers  asked/s   done/s  p50 s  p95 s  p99 s  p99.9   max s  1st code  busy  train  rows  refused  warm  cut off  train p95 s"
     );
     for row in rows {
         let report = &row["report"];

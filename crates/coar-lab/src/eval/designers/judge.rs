@@ -1,6 +1,6 @@
-//! The judge of this project's own: a small convolutional network, trained on images of the world with other seeds and other
-//! placements than the model. It knows the held-out subjects, the model does not; it sees no image of the tokenizer or the
-//! model while it is trained.
+//! This project's own judge: a small convolutional network, trained on images of the world with other seeds and
+//! other placements than the model. It knows the held-out subjects, the model does not; it is not trained on output
+//! of the tokenizer or the model.
 
 use std::path::Path;
 
@@ -22,7 +22,8 @@ use coar_engine::model::lumina::pixels;
 use coar_engine::training::next_token;
 use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
 
-/// What the judge tells apart, with the number of answers; the last colour is the designer's own, the last accessory none.
+/// The judge's questions, with the number of answers; the last colour is the designer's own, the last accessory
+/// none.
 pub const HEADS: [(&str, i64); 5] = [
     ("object", 48),
     ("designer", 5),
@@ -40,10 +41,10 @@ const SHAPE: ClassifierShape = ClassifierShape {
     heads: &HEADS,
 };
 
-/// By head: the share of right answers.
+/// Accuracy by head.
 pub type Accuracy = Vec<(&'static str, Share)>;
 
-/// The right answers for an image, in the order of [`HEADS`].
+/// The correct answers for an image, in the order of [`HEADS`].
 pub fn answers(spec: &Spec) -> [i64; HEADS.len()] {
     [
         spec.object.index() as i64,
@@ -55,12 +56,12 @@ pub fn answers(spec: &Spec) -> [i64; HEADS.len()] {
     ]
 }
 
-/// Everything that decides the trained judge.
+/// The settings that determine the trained judge.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JudgeRecipe {
     pub seed: u64,
     pub steps: i64,
-    /// Images a step.
+    /// Images per step.
     pub batch: usize,
     pub learning_rate: f64,
 }
@@ -79,10 +80,10 @@ impl Default for JudgeRecipe {
 
 /// No training uses this seed.
 const VALIDATION_SEED: u64 = 0x6a75_6467_6500;
-/// Images of the accuracy.
+/// Number of images for the accuracy.
 const HELD_BACK: usize = 512;
 const BATCH: usize = 64;
-/// Pixels that images are shifted by at most, either way: places off the grid.
+/// Maximum shift of images in pixels, either way: positions off the grid.
 const SHIFT: i64 = 7;
 const NOISE: f64 = 0.03;
 const WARM_UP: f64 = 100.0;
@@ -92,12 +93,12 @@ const LOG_EVERY: i64 = 50;
 #[derive(Debug)]
 pub struct Judge {
     network: Classifier,
-    /// Optimizer steps that it was trained for.
+    /// Optimizer steps of its training.
     pub steps: i64,
 }
 
 impl Judge {
-    /// Reads the judge that [`train_judge`] has left in `dir`.
+    /// Reads the judge that [`train_judge`] has saved in `dir`.
     ///
     /// # Errors
     /// When there is none, or it has other tensors.
@@ -130,7 +131,7 @@ impl Judge {
         })
     }
 
-    /// Of each head, how many of the images of `specs` are answered rightly.
+    /// Accuracy of each head on the images of `specs`.
     ///
     /// # Errors
     /// As [`Self::judge`].
@@ -151,7 +152,7 @@ impl Judge {
     }
 }
 
-/// A batch as training shows it: shifted, in part blurred, with a little noise, since drawn images are not quite like those
+/// A training batch: shifted, partly blurred, with a little noise, since generated images are not quite like those
 /// of the world.
 fn disturbed(images: &[RgbImage], rng: &mut dyn RngCore) -> Result<Tensor, ModelError> {
     let images = pixels(images)?;
@@ -174,9 +175,9 @@ fn disturbed(images: &[RgbImage], rng: &mut dyn RngCore) -> Result<Tensor, Model
     Ok(mixed.f_add(&mixed.f_randn_like()?.f_mul_scalar(NOISE)?)?)
 }
 
-/// Trains the judge from the state in `dir`, or from nothing, until the recipe's last step or until the budget is used up.
-/// Returns it with its accuracy on true images as the report shows them, none of which it has seen: the ceiling of what it
-/// can say.
+/// Trains the judge from the state in `dir`, or from scratch, until the recipe's last step or until the budget is
+/// used up. Returns it with its accuracy on unseen true images as used in the report: the upper bound of its
+/// results.
 ///
 /// # Errors
 /// When the world lacks drawings, files cannot be written, or libtorch fails.
@@ -255,7 +256,7 @@ mod tests {
     use crate::pocket::designers::{Accessory, Colour, Designer, Object, Scene};
 
     #[test]
-    fn every_answer_has_a_place() {
+    fn every_answer_has_an_index() {
         let sizes = [
             Object::all().len(),
             Designer::TRAINED.len(),
@@ -279,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_judge_learns_returns_from_its_folder_and_is_trained_further() {
+    fn judge_trains_saves_and_resumes() {
         let dir = tempfile::tempdir().unwrap();
         let mut recipe = JudgeRecipe {
             steps: 12,

@@ -1,5 +1,5 @@
-//! The report: what the frozen model makes of full captions, as the published network and the own judge see it, beside what
-//! they see in the true images and in what the tokenizer keeps of them.
+//! The report: how the published network and the own judge rate the frozen model's images of full captions, compared
+//! with the true images and with the tokenizer's reconstructions.
 
 use std::time::Instant;
 
@@ -19,7 +19,7 @@ use coar_core::image::RgbImage;
 use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::plan::{DrawSettings, draw_together};
 
-/// How codes are chosen.
+/// Sampling settings.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Sampling {
     pub guidance: f64,
@@ -43,11 +43,11 @@ impl std::fmt::Display for Sampling {
 pub struct ReportOptions {
     pub images: usize,
     pub seed: u64,
-    /// Each draws every image anew, with the same random numbers; all share the references.
+    /// Each setting generates all images with the same random numbers; all share the references.
     pub samplings: Vec<Sampling>,
     /// Images on the sheet.
     pub shown: usize,
-    /// Compare with references that have not been through the tokenizer, too; costs half as much again.
+    /// Also compare with references that have not been through the tokenizer; costs half as much again.
     pub true_references: bool,
 }
 
@@ -56,15 +56,15 @@ pub struct ReportOptions {
 pub struct ReportRow {
     /// `true images`, `tokenizer`, or `drawn`.
     pub images: &'static str,
-    /// Of drawn images.
+    /// For generated images.
     pub sampling: Option<Sampling>,
-    /// What drawing one image took, several at once.
+    /// Time to generate one image, several at once.
     pub seconds_per_image: Option<f64>,
     /// By name, in the table's order.
     pub figures: Vec<(String, Share)>,
 }
 
-/// All figures of one run, with what decides them.
+/// All figures of one run, with its settings.
 #[derive(Debug, Clone, Serialize)]
 pub struct DesignersReport {
     pub model: String,
@@ -76,29 +76,30 @@ pub struct DesignersReport {
     pub rows: Vec<ReportRow>,
 }
 
-/// Figures of the published network: against references as the tokenizer keeps them, and, of the object, against true ones.
+/// Figures of the published network: against references reconstructed by the tokenizer, and, for the object, against
+/// true ones.
 const OBJECT: &str = "object";
 const TOP5: &str = "top-5";
 const DESIGNER: &str = "designer";
 const TRUE_OBJECT: &str = "object, true";
 
-/// Images that differ in object and place alone, and so share their references.
+/// Number of images that differ only in object and place, and so share their references.
 const TOGETHER_JUDGED: usize = 5;
-/// Images of one batch at most: as many as are the same, bit for bit, as each alone on a CPU.
+/// Maximum number of images per batch: on a CPU up to this many are the same, bit for bit, as alone.
 const TOGETHER: usize = 40;
 const TOKENIZER: &str = "tokenizer";
 const COLUMNS: usize = 16;
-/// Apart from the seeds of trainings and of other measures.
+/// Differs from the seeds of trainings and other measurements.
 const SEED: u64 = 0x7265_706f_7274_0000;
 
-/// One kind of images, while they are judged.
+/// One kind of images, during judging.
 struct Judged {
     images: &'static str,
     sampling: Option<Sampling>,
     seconds_per_image: Option<f64>,
     pictures: Vec<RgbImage>,
     outputs: Outputs,
-    /// Against references as the tokenizer keeps them.
+    /// Against references reconstructed by the tokenizer.
     kept: Vec<Recognised>,
     /// Against true references.
     own: Vec<Recognised>,
@@ -108,7 +109,7 @@ fn kept(model: &LuminaMgpt, images: &[RgbImage]) -> Result<Vec<RgbImage>, ModelE
     as_kept(&model.vqgan, images, model.transformer.device())
 }
 
-/// Draws an image of each caption.
+/// Generates an image of each caption.
 fn drawn(
     model: &LuminaMgpt,
     captions: &[String],
@@ -139,7 +140,8 @@ fn drawn(
     Ok(all)
 }
 
-/// Images that training may show, the same for every model. Some after the other differ in object and place alone.
+/// Images from the training distribution, the same for every model. Consecutive ones differ only in object and
+/// place.
 fn specs(count: usize, seed: u64) -> Vec<Spec> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ SEED);
     let mut specs: Vec<Spec> = Vec::with_capacity(count);
@@ -161,11 +163,11 @@ fn specs(count: usize, seed: u64) -> Vec<Spec> {
     specs
 }
 
-/// Draws and judges; returns the figures and the sheet, where images are below the truth, one row for each sampling.
-/// Calls `progress` with what is being done.
+/// Generates and judges; returns the figures and the sheet, with generated images below the true ones, one row per
+/// sampling setting. Calls `progress` with the current activity.
 ///
 /// # Errors
-/// When the model does not draw the world's images, the world lacks drawings, or libtorch fails.
+/// When the model does not support the world's image size, the world lacks drawings, or libtorch fails.
 pub fn report(
     model: &LuminaMgpt,
     world: &World,
@@ -212,7 +214,7 @@ pub fn report(
         };
         for spec in alike {
             for group in &mut groups {
-                // Captions do not say where things stand: what is drawn may be anywhere.
+                // Captions do not specify positions: generated objects may be anywhere.
                 let left_out = group.sampling.is_none().then_some(spec.place);
                 group.kept.push(as_kept.recognise(&group.outputs, row, spec, left_out)?);
                 if let Some(own) = &own {
@@ -292,7 +294,7 @@ impl Judged {
     }
 }
 
-/// The first images, whole rows of them: true ones, and below them those of each sampling.
+/// The first images, in whole rows: true ones, and below them those of each sampling setting.
 fn sheet(groups: &[Judged], shown: usize) -> RgbImage {
     let count = groups.iter().map(|group| group.pictures.len()).min().unwrap_or(0);
     let columns = COLUMNS.min(count).max(1);
@@ -347,7 +349,7 @@ mod tests {
     use coar_core::tokenizer::TextTokenizer;
     use coar_engine::model::lumina::Parts;
 
-    /// A model of the world with freshly drawn weights.
+    /// A model of the world with random weights.
     fn model() -> LuminaMgpt {
         let recipe = TransformerRecipe {
             hidden: 32,
@@ -373,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_has_every_kind_of_images_and_figures() {
+    fn report_has_every_kind_of_images_and_figures() {
         let dir = tempfile::tempdir().unwrap();
         let recipe = JudgeRecipe {
             steps: 1,
@@ -414,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn images_are_those_of_training_and_alike_in_fives() {
+    fn images_follow_training_and_share_references_in_fives() {
         let specs = specs(33, 7);
         assert_eq!(specs.len(), 33);
         assert_eq!(specs[..12], super::specs(12, 7));

@@ -1,5 +1,5 @@
-//! What an image could show instead: references that differ from it in the object, the designer or the place alone. The
-//! published network has no words for this world; it says which reference an image is nearest to.
+//! Alternatives for an image: references that differ from it only in the object, the designer or the place. The
+//! published network has no words for this world; it reports which reference is nearest to an image.
 
 use tch::{Kind, Tensor};
 
@@ -7,28 +7,29 @@ use crate::eval::judges::Outputs;
 use crate::pocket::designers::{Designer, Object, Place, Spec};
 use coar_engine::model::ModelError;
 
-/// References as the published network sees them, for images that have designer, scene, colour and accessory in common.
+/// The published network's features of references for images with the same designer, scene, colour and accessory.
 #[derive(Debug)]
 pub struct Rivals {
     places: &'static [Place],
-    /// `[features]`: the mean over objects and places. It is what they have in common: scene, colour, the designer's hand.
+    /// `[features]`: the mean over objects and places, which represents what they have in common: scene, colour, the
+    /// designer's style.
     mean: Tensor,
-    /// `[places, objects, features]`, less the mean, of unit length.
+    /// `[places, objects, features]`, with the mean subtracted, normalised.
     objects: Tensor,
-    /// `[numbers]`: each statistic's deviation over objects and places, so that what varies with them weighs little.
+    /// `[numbers]`: each statistic's deviation over objects and places, to down-weight what varies with them.
     deviation: Tensor,
-    /// `[places, objects, designers, numbers]` for the objects of `of_designers`, over the deviation.
+    /// `[places, objects, designers, numbers]` for the objects of `of_designers`, divided by the deviation.
     designers: Tensor,
-    /// Objects that every designer's references are of.
+    /// Objects for which there are references by every designer.
     of_designers: Vec<Object>,
 }
 
-/// What one image was taken for.
+/// The classification of one image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Recognised {
-    /// How many objects have a reference at least as near as the right object's nearest, with itself: 1 is right.
+    /// The rank of the correct object among all objects' nearest references: 1 is correct.
     pub rank: usize,
-    /// Whether the nearest designer's reference is the right one.
+    /// Whether the nearest designer's reference is the correct one.
     pub designer: bool,
 }
 
@@ -47,9 +48,9 @@ fn places(spec: &Spec) -> &'static [Place] {
 }
 
 impl Rivals {
-    /// What the references show of images that differ in object and place: at every place, since captions do not say where
-    /// things stand, every object, and then each object of `images` by every trained designer. All else is as in the first
-    /// image, colour and accessory too.
+    /// The references' specs for images that differ in object and place: at every place, since captions do not
+    /// specify it, every object, and then each object of `images` by every trained designer. Everything else is as
+    /// in the first image, including colour and accessory.
     pub fn specs(images: &[Spec]) -> Vec<Spec> {
         let Some(first) = images.first() else { return vec![] };
         let mut specs = Vec::new();
@@ -70,10 +71,10 @@ impl Rivals {
         specs
     }
 
-    /// The references of `images`, from what the network says of the images of [`Self::specs`], in their order.
+    /// The references of `images`, from the network's output for the images of [`Self::specs`], in their order.
     ///
     /// # Errors
-    /// When there are others, or libtorch fails.
+    /// When their number differs, or libtorch fails.
     pub fn new(images: &[Spec], references: &Outputs) -> Result<Self, ModelError> {
         let Some(first) = images.first() else {
             return Err(ModelError::invalid("images", "are none"));
@@ -104,11 +105,11 @@ impl Rivals {
         })
     }
 
-    /// What the image of `spec` in row `row` of `images` is taken for. References at the place `left_out` do not count: a
+    /// Classifies the image of `spec` in row `row` of `images`. References at the place `left_out` are ignored: a
     /// true image must not be compared with itself.
     ///
     /// # Errors
-    /// When there is no such row, the image is none of those that the references are of, or libtorch fails.
+    /// When there is no such row, the image is not covered by the references, or libtorch fails.
     pub fn recognise(
         &self,
         images: &Outputs,
@@ -156,7 +157,7 @@ mod tests {
     use crate::pocket::designers::Scene;
 
     #[test]
-    fn an_image_is_what_its_nearest_reference_shows() {
+    fn image_is_classified_by_its_nearest_reference() {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let mut images = vec![Spec::sample(&mut rng); 2];
         images.iter_mut().for_each(|image| image.accessory = None);
@@ -173,12 +174,12 @@ mod tests {
         let random = |columns: i64| Tensor::randn([specs.len() as i64, columns], (Kind::Float, Device::Cpu));
         let references = Outputs {
             logits: random(1),
-            // A large part that all have in common decides nothing.
+            // A large common part has no influence.
             features: random(40) + 50.0,
             style: random(12),
         };
         let rivals = Rivals::new(&images, &references).unwrap();
-        // As the reference at the third place.
+        // Equal to the reference at the third place.
         let shown = |object: i64, designer: i64| Outputs {
             logits: random(1),
             features: references.features.narrow(0, 2 * 58 + object, 1) + 0.1,
@@ -195,7 +196,7 @@ mod tests {
         assert_eq!((right.rank, right.designer), (1, true));
         let wrong = of(&shown((object + 1) % 48, (designer + 1) % 5), &images[0], None);
         assert!(wrong.rank > 1 && !wrong.designer);
-        // Its only reference does not count.
+        // Its only reference is ignored.
         let left_out = of(&shown(object, designer), &images[0], Some(Place::Alone(3)));
         assert!(left_out.rank > 1);
         let other = Spec {

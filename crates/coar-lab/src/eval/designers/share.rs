@@ -1,8 +1,8 @@
-//! Shares of right answers with their intervals.
+//! Accuracies with their intervals.
 
 use serde::Serialize;
 
-/// How many of some trials succeeded, with Wilson's 95 % interval (1927), which keeps its width near 0 and 1.
+/// The number of successes among trials, with Wilson's 95 % interval (1927), which keeps its width near 0 and 1.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Share {
     pub share: f64,
@@ -15,7 +15,7 @@ pub struct Share {
 const Z: f64 = 1.959_964;
 
 impl Share {
-    /// The share of `true`; 0 of none, between 0 and 1.
+    /// The share of `true`; 0 without trials, with the interval 0 to 1.
     pub fn of(trials: impl IntoIterator<Item = bool>) -> Self {
         let (mut right, mut of) = (0usize, 0usize);
         for trial in trials {
@@ -60,7 +60,7 @@ mod tests {
             (half.low - 0.4038).abs() < 1e-4 && (half.high - 0.5962).abs() < 1e-4,
             "{half:?}"
         );
-        // The rule of three, nearly: without a failure among 100 at least .963.
+        // Approximately the rule of three: without a failure among 100 at least .963.
         let all = Share::of([true; 100]);
         assert!(
             all.share == 1.0 && (all.low - 0.9630).abs() < 1e-4 && all.high == 1.0,

@@ -1,8 +1,9 @@
-//! The folder of results: what is there is whole, whoever was killed when.
+//! The results folder. Existing files are always complete, even if workers are killed.
 //!
-//! Files are written under another name and renamed; what exists is finished. Workers claim work by locks of the operating
-//! system, which end with their process: nothing becomes stale, and there is no clock. Where two workers do the same unit
-//! all the same (a file system whose locks do not reach other machines), they write the same bytes twice.
+//! Files are written under a temporary name and renamed; a file that exists is finished. Workers claim work by locks
+//! of the operating system, which end with their process: nothing becomes stale, and no clock is needed. If two
+//! workers do the same unit all the same (a file system whose locks do not work across machines), they write the
+//! same bytes twice.
 
 use std::fs::{File, TryLockError};
 use std::io::Write;
@@ -17,7 +18,7 @@ use super::plan::Unit;
 use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 
-/// Everything that decides the images. Fixed by the first run in a folder.
+/// The settings that determine the images. Fixed by the first run in a folder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -25,10 +26,10 @@ pub struct Settings {
     pub model: String,
     /// `f32`, `bf16`, `f16`.
     pub dtype: String,
-    /// `paper` or `pocket`: the model's own, which tells whether figures mean anything.
+    /// `paper` or `pocket`: the model's own preset, which tells whether figures are meaningful.
     pub model_preset: String,
     pub seed: u64,
-    /// Images for each prompt.
+    /// Images per prompt.
     pub pictures: u32,
     pub width: u32,
     pub height: u32,
@@ -50,14 +51,14 @@ struct Manifest {
 
 const FORMAT: &str = "coar-dreambench-1";
 
-/// The reference images that a concept is trained on, and what it took.
+/// The reference images of a concept, and the cost of its training.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingRecord {
     /// File names with SHA-256 of the files.
     pub pictures: Vec<(String, String)>,
-    /// Of the process that finished it, since its own start or resumption; `None` until then.
+    /// Seconds of the process that finished it, since its own start or resumption; `None` until then.
     pub seconds: Option<f64>,
-    /// Trained numbers; `None` until it is finished.
+    /// Number of trained parameters; `None` until it is finished.
     pub parameters: Option<usize>,
 }
 
@@ -65,7 +66,7 @@ pub struct TrainingRecord {
 #[derive(Debug)]
 pub struct OutFolder {
     dir: PathBuf,
-    /// Every process that works in the folder shares this lock.
+    /// A shared lock held by every process that works in the folder.
     users: File,
 }
 
@@ -77,24 +78,24 @@ pub struct References {
     pub files: Vec<(String, String)>,
 }
 
-/// A unit of work that is this process's while it is held.
+/// A unit of work that this process owns while the claim is held.
 #[derive(Debug)]
 pub struct Claim {
     _file: File,
 }
 
 impl OutFolder {
-    /// Opens or makes the folder for runs of these settings.
+    /// Opens or creates the folder for runs with these settings.
     ///
     /// # Errors
-    /// When it cannot be written, or holds results of other settings; the message names the first that differs.
+    /// When it cannot be written, or contains results of other settings; the message names the first that differs.
     pub fn create(dir: &Path, settings: &Settings) -> Result<Self, ModelError> {
         for part in ["concepts", "pictures"] {
             let part = dir.join(part);
             std::fs::create_dir_all(&part).map_err(|error| ModelError::file(&part, error))?;
         }
         let folder = Self::enter(dir)?;
-        // Of several workers that begin at once one writes the manifest; the others wait for the lock and compare.
+        // If several workers start at once, one writes the manifest; the others wait for the lock and compare.
         let _lock = folder.wait("manifest")?;
         match self::settings(dir)? {
             Some(there) => same(&there, settings).map_err(|problem| ModelError::file(manifest(dir), problem))?,
@@ -114,7 +115,7 @@ impl OutFolder {
     /// # Errors
     /// When there is none, or it is of another catalogue.
     pub fn open(dir: &Path, catalogue: &Catalogue) -> Result<(Self, Settings), ModelError> {
-        let problem = "is missing: nothing was drawn into this folder yet";
+        let problem = "is missing: nothing has been generated in this folder yet";
         let settings = settings(dir)?.ok_or_else(|| ModelError::file(manifest(dir), problem))?;
         if settings.catalogue != catalogue.digest() {
             let problem = "is of a run with other classes and prompts; use the data folder of that run";
@@ -132,7 +133,7 @@ impl OutFolder {
         })
     }
 
-    /// Its own path.
+    /// The folder's path.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -142,7 +143,7 @@ impl OutFolder {
         self.dir.join("concepts").join(format!("{subject}.safetensors"))
     }
 
-    /// What it was trained on.
+    /// The record of its training.
     fn record_file(&self, subject: &str) -> PathBuf {
         self.dir.join("concepts").join(format!("{subject}.json"))
     }
@@ -152,17 +153,17 @@ impl OutFolder {
         self.dir.join("concepts").join(format!("{subject}.checkpoint"))
     }
 
-    /// A drawn image's path, inside the folder.
+    /// A generated image's path, relative to the folder.
     pub fn picture_name(subject: &str, unit: &Unit, index: u32) -> String {
         format!("pictures/{subject}/{}-{index}.png", unit.index)
     }
 
-    /// A drawn image's path.
+    /// A generated image's path.
     pub fn picture(&self, subject: &str, unit: &Unit, index: u32) -> PathBuf {
         self.dir.join(Self::picture_name(subject, unit, index))
     }
 
-    /// How many of a unit's images are there.
+    /// How many of a unit's images exist.
     pub fn drawn(&self, subject: &str, unit: &Unit, pictures: u32) -> u32 {
         (0..pictures)
             .filter(|&index| self.picture(subject, unit, index).exists())
@@ -170,7 +171,7 @@ impl OutFolder {
     }
 
     /// # Errors
-    /// When there is a record that cannot be read.
+    /// When an existing record cannot be read.
     pub fn record(&self, subject: &str) -> Result<Option<TrainingRecord>, ModelError> {
         let file = self.record_file(subject);
         match std::fs::read(&file) {
@@ -182,10 +183,11 @@ impl OutFolder {
         }
     }
 
-    /// The subject's real images, which must be those that its concept is trained on, where it is begun.
+    /// The subject's real images, which must match those that its concept was trained on, if its training has
+    /// started.
     ///
     /// # Errors
-    /// When one cannot be read or decoded, or they are others.
+    /// When one cannot be read or decoded, or they differ.
     pub fn references(&self, data: &DataFolder, subject: &Subject) -> Result<References, ModelError> {
         let (mut pictures, mut files) = (Vec::new(), Vec::new());
         for (file, bytes, picture) in data.pictures(subject)? {
@@ -195,7 +197,7 @@ impl OutFolder {
         }
         match self.record(&subject.name)? {
             Some(record) if record.pictures != files => {
-                let problem = "was begun with other pictures of this subject; use another --out, or those pictures";
+                let problem = "was started with other images of this subject; use another --out, or those images";
                 Err(ModelError::file(self.concept(&subject.name), problem))
             }
             _ => Ok(References { pictures, files }),
@@ -216,7 +218,7 @@ impl OutFolder {
         self.write(file, &text)
     }
 
-    /// Writes a file so that it is there whole or not at all.
+    /// Writes a file atomically.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -249,7 +251,7 @@ impl OutFolder {
         })
     }
 
-    /// Takes a piece of work, unless another process has it.
+    /// Claims a unit of work; `None` if another process has it.
     ///
     /// # Errors
     /// When the file system has no locks.
@@ -268,13 +270,13 @@ impl OutFolder {
         Ok(Claim { _file: file })
     }
 
-    /// Removes what only helped to get here: locks, and what killed processes have left half-written. Nothing happens
-    /// while another process works in the folder.
+    /// Removes temporary files: locks, and partial files of killed processes. No effect while another process works
+    /// in the folder.
     pub fn tidy(&self) {
         if self.users.try_lock().is_err() {
             return;
         }
-        // Whatever cannot be removed does no harm.
+        // Files that cannot be removed are harmless.
         let _ = std::fs::remove_dir_all(self.dir.join("tmp"));
         for entry in std::fs::read_dir(self.dir.join("locks"))
             .into_iter()
@@ -328,21 +330,21 @@ fn no_locks(dir: &Path, name: &str, error: std::io::Error) -> ModelError {
     )
 }
 
-/// Whether settings are the same; the first that differs, in words.
+/// Compares settings; returns the first that differs, as text.
 fn same(there: &Settings, asked: &Settings) -> Result<(), String> {
     let (there, asked) = (fields(there)?, fields(asked)?);
     for (name, value) in &asked {
         let before = there.get(name).unwrap_or(&Value::Null);
         if before != value {
             return Err(format!(
-                "`{name}` was {before} when this folder was begun and is {value} now; use another --out, or the same setting"
+                "`{name}` was {before} when this folder was created and is {value} now; use another --out, or the same setting"
             ));
         }
     }
     Ok(())
 }
 
-/// All settings by name, the training's one by one.
+/// All settings by name, with those of the training listed individually.
 fn fields(settings: &Settings) -> Result<serde_json::Map<String, Value>, String> {
     let value = serde_json::to_value(settings).map_err(|error| error.to_string())?;
     let mut all = serde_json::Map::new();
@@ -398,7 +400,7 @@ mod tests {
             OutFolder::create(dir.path(), &other).unwrap_err().to_string()
         };
         assert!(
-            refused(|s| s.seed = 4).contains("manifest.json: `seed` was 3 when this folder was begun and is 4 now")
+            refused(|s| s.seed = 4).contains("manifest.json: `seed` was 3 when this folder was created and is 4 now")
         );
         assert!(refused(|s| s.model = "def".into()).contains("`model` was \"abc\""));
         assert!(refused(|s| s.training = json!({"steps": 61, "layers": 6})).contains("`training.steps` was 60"));
@@ -414,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_without_manifest_is_no_earlier_run() {
+    fn folder_without_manifest_is_rejected() {
         let dir = tempfile::tempdir().unwrap();
         let error = OutFolder::open(dir.path(), &catalogue()).unwrap_err().to_string();
         assert!(error.contains("manifest.json: is missing"), "{error}");
@@ -423,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_is_one_processs_and_ends_with_it() {
+    fn claim_is_exclusive_and_ends_with_its_process() {
         let dir = tempfile::tempdir().unwrap();
         let folder = OutFolder::create(dir.path(), &some()).unwrap();
         let claim = folder.claim("dog-3").unwrap().unwrap();
@@ -435,7 +437,7 @@ mod tests {
         let before = locks();
         let (other, _) = OutFolder::open(dir.path(), &catalogue()).unwrap();
         folder.tidy();
-        assert_eq!(locks(), before, "another one is at work");
+        assert_eq!(locks(), before, "another process is active");
         drop(other);
         folder.tidy();
         assert_eq!(locks(), 1);
@@ -446,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fails_half_way_leaves_nothing_and_the_old_stays() {
+    fn failed_write_keeps_the_old_file() {
         let dir = tempfile::tempdir().unwrap();
         let folder = OutFolder::create(dir.path(), &some()).unwrap();
         let file = dir.path().join("pictures/dog/0-0.png");

@@ -1,5 +1,5 @@
-//! The page: one file with everything in it, without scripts. Images are small copies (WebP) as data addresses; whoever
-//! wants the originals finds their names beside them.
+//! The page: one self-contained file without scripts. Images are thumbnails (WebP) as data URLs, with the names of
+//! the originals beside them.
 
 use std::io::Write;
 use std::path::Path;
@@ -15,14 +15,14 @@ use coar_core::image::{ImageError, ImageLimits, OutputFormat, RgbImage, decode, 
 use coar_engine::model::ModelError;
 use coar_engine::model::preprocessing::{Filter, resize};
 
-/// The longest side of a small copy, in pixels.
+/// The longest side of a thumbnail, in pixels.
 const SIDE: u32 = 160;
-/// The least side of a drawn image in the page.
+/// The minimum side of a generated image in the page.
 const LEAST: u32 = 128;
-/// WebP quality of a small copy.
+/// WebP quality of a thumbnail.
 const QUALITY: u8 = 82;
 
-/// Text as HTML, in elements and in quoted attributes.
+/// Escapes text for HTML, in elements and in quoted attributes.
 fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -52,7 +52,7 @@ fn image(picture: &RgbImage, title: &str) -> Result<String, ImageError> {
     ))
 }
 
-/// Sides of a small copy: in proportion, never larger than the image.
+/// Size of a thumbnail: in proportion, never larger than the image.
 fn small(width: u32, height: u32) -> (u32, u32) {
     let longest = width.max(height);
     if longest <= SIDE {
@@ -66,7 +66,7 @@ fn number(value: Option<f64>) -> String {
     value.map_or_else(|| "–".to_owned(), |value| format!("{value:.3}"))
 }
 
-/// Five cells: three scores, two of the real images.
+/// Five cells: three scores, two for the real images.
 fn cells(scores: Option<Scores>, real: Option<Fidelity>) -> String {
     [
         scores.map(|s| s.dino),
@@ -79,7 +79,7 @@ fn cells(scores: Option<Scores>, real: Option<Fidelity>) -> String {
     .concat()
 }
 
-/// Writes the page. `progress` is told how many images went in.
+/// Writes the page. `progress` is called with the number of images so far.
 pub(super) fn write(
     page: &Path,
     results: &Results,
@@ -105,7 +105,7 @@ fn head(results: &Results) -> String {
         include_str!("report.css")
     );
     page.push_str(&format!(
-        "<p class=\"quiet\">{} subjects, {} of {} pictures, seed {}, model {}</p>\n",
+        "<p class=\"quiet\">{} subjects, {} of {} images, seed {}, model {}</p>\n",
         results.subjects.len(),
         results.drawn,
         results.planned,
@@ -124,7 +124,7 @@ fn head(results: &Results) -> String {
     page
 }
 
-/// The three figures of the paper's table; nothing where nothing is scored.
+/// The three figures of the paper's table; empty without scores.
 fn totals(results: &Results) -> String {
     let Some(total) = results.total else {
         return String::new();
@@ -132,12 +132,12 @@ fn totals(results: &Results) -> String {
     let card = |name: &str, value: f64, beside: String| {
         format!("<div>{name}<b>{value:.3}</b><span class=\"quiet\">{beside}</span></div>\n")
     };
-    let real = |value: Option<f64>| format!("real pictures {}", number(value));
+    let real = |value: Option<f64>| format!("real images {}", number(value));
     [
         "<div class=\"totals\">\n".to_owned(),
         card("DINO", total.dino, real(results.real.map(|real| real.dino))),
         card("CLIP-I", total.clip_i, real(results.real.map(|real| real.clip_i))),
-        card("CLIP-T", total.clip_t, "prompt against picture".to_owned()),
+        card("CLIP-T", total.clip_t, "prompt against image".to_owned()),
         "</div>\n".to_owned(),
     ]
     .concat()
@@ -191,7 +191,7 @@ fn section(subject: &SubjectResults, results: &Results, folder: &OutFolder) -> R
     let trained = trained.map_or_else(String::new, |parameters| format!(", {parameters} trained numbers"));
     let mut section = format!(
         "<section id=\"{name}\">\n<div class=\"head\"><h2>{name}</h2><span class=\"quiet\">{}{trained}</span>{}</div>\n\
-         <h3>Real pictures</h3>\n<div class=\"row\">\n",
+         <h3>Real images</h3>\n<div class=\"row\">\n",
         escaped(&subject.class),
         figures(subject),
     );
@@ -203,8 +203,8 @@ fn section(subject: &SubjectResults, results: &Results, folder: &OutFolder) -> R
         section.push_str(&element);
         section.push('\n');
     }
-    // At least two side by side, so that a prompt's text has room; a little smaller than they are, so that two prompts of
-    // four images fit beside each other.
+    // At least two side by side, for a prompt's text; slightly reduced, so that two prompts of four images fit
+    // beside each other.
     let across = results.settings.pictures.clamp(2, 4);
     let card = across * results.settings.width.max(results.settings.height).min(LEAST);
     section.push_str(&format!(
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn small_copies_keep_proportions_and_are_never_larger() {
+    fn thumbnails_keep_proportions_and_are_never_larger() {
         assert_eq!(small(96, 96), (96, 96));
         assert_eq!(small(1600, 800), (160, 80));
         assert_eq!(small(333, 1000), (53, 160));

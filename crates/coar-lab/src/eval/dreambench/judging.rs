@@ -1,4 +1,5 @@
-//! From files to figures: what is drawn and what is real goes through the judges, their embeddings through `metric`.
+//! Computes scores from files: generated and real images pass through the judges, and their embeddings through
+//! `metric`.
 
 use serde::Serialize;
 
@@ -10,10 +11,10 @@ use super::report::{DrawnPicture, Results, SubjectResults};
 use coar_core::image::{ImageLimits, RgbImage, decode};
 use coar_engine::model::ModelError;
 
-/// An embedding for each image or text.
+/// One embedding per image or text.
 pub type Embeddings = Vec<Vec<f32>>;
 
-/// The networks that the scores come from.
+/// The networks that the scores are computed with.
 pub trait Judges {
     /// DINO's embeddings of images.
     ///
@@ -33,11 +34,11 @@ pub trait Judges {
     /// When the device fails.
     fn clip_texts(&self, texts: &[&str]) -> Result<Embeddings, ModelError>;
 
-    /// Which networks they are.
+    /// The identity of the networks.
     fn facts(&self) -> JudgeFacts;
 }
 
-/// Names networks, for the report.
+/// Network names, for the report.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct JudgeFacts {
     /// SHA-256 of the weights.
@@ -45,13 +46,14 @@ pub struct JudgeFacts {
     pub clip: String,
 }
 
-/// Numbers in an embedding of DINO ViT-S/16 and of CLIP ViT-B/32.
+/// Embedding sizes of DINO ViT-S/16 and CLIP ViT-B/32.
 const DIMENSIONS: (usize, usize) = (384, 512);
 
-/// Images that go through a judge at once.
+/// Number of images per batch of a judge.
 const BATCH: usize = 16;
 
-/// Scores everything of the plan that is there; without judges only counts it. `progress` is told images done.
+/// Scores all existing images of the plan; without judges only counts them. `progress` is called with the number of
+/// images done.
 ///
 /// # Errors
 /// When an image cannot be read, or the device fails.
@@ -73,7 +75,7 @@ pub fn score(
         }
         .subject(subject, units, &mut results.dimensions)?;
         progress(scored.pictures.len() as u64);
-        // A subject of which nothing is drawn has no row.
+        // A subject without generated images has no row.
         if !scored.pictures.is_empty() {
             results.subjects.push(scored);
         }
@@ -125,7 +127,7 @@ impl Scoring<'_> {
         Ok(results)
     }
 
-    /// Fills in the scores; returns the lengths of DINO's and CLIP's embeddings.
+    /// Adds the scores; returns the lengths of DINO's and CLIP's embeddings.
     fn judge(
         &self,
         real: &[RgbImage],
@@ -160,7 +162,7 @@ impl Scoring<'_> {
         Ok(sizes)
     }
 
-    /// The embedding of each image's text; every text goes through the judge once.
+    /// The embedding of each image's text; every distinct text is embedded once.
     fn texts(&self, pictures: &[DrawnPicture], judges: &dyn Judges) -> Result<Embeddings, ModelError> {
         let mut texts: Vec<&str> = pictures.iter().map(|picture| picture.text.as_str()).collect();
         texts.dedup();
@@ -177,7 +179,7 @@ fn scores_of(picture: &DrawnPicture) -> Option<&Scores> {
     picture.scores.as_ref()
 }
 
-/// A drawn image.
+/// A generated image.
 pub(super) fn read(file: &std::path::Path) -> Result<RgbImage, ModelError> {
     let bytes = std::fs::read(file).map_err(|error| ModelError::file(file, error))?;
     decode(&bytes, &ImageLimits::default()).map_err(|error| ModelError::file(file, error))

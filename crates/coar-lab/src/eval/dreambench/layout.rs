@@ -1,7 +1,7 @@
-//! What the user supplies: a folder of images for each subject, and a file that says classes and prompts.
+//! The user's input: a folder of images per subject, and a file of classes and prompts.
 //!
-//! Both in the layout of the DreamBooth dataset. Its file of classes and prompts is part of this program, so that images
-//! are enough; one in the data folder counts instead.
+//! Both in the layout of the DreamBooth dataset. Its file of classes and prompts is part of this program, so images
+//! are sufficient; one in the data folder takes precedence.
 
 use std::path::{Path, PathBuf};
 
@@ -15,25 +15,25 @@ use coar_engine::model::ModelError;
 /// The file's name, in the data folder.
 pub const FILE: &str = "prompts_and_classes.txt";
 
-/// The dataset's own (CC BY 4.0, Ruiz et al.).
+/// The dataset's own file (CC BY 4.0, Ruiz et al.).
 const DATASETS_OWN: &str = include_str!("prompts_and_classes.txt");
 
-/// Classes whose subjects are alive, where the file does not say: those of the dataset's nine pets.
+/// Classes of live subjects if the file does not say: those of the dataset's nine pets.
 const LIVE_CLASSES: [&str; 2] = ["cat", "dog"];
 
-/// One thing or animal.
+/// One object or animal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subject {
-    /// As its folder is named.
+    /// The name of its folder.
     pub name: String,
     /// Its class noun.
     pub class: String,
-    /// Whether it gets the live subjects' prompts instead of the objects'.
+    /// Whether it uses the prompts for live subjects instead of those for objects.
     pub live: bool,
 }
 
 impl Subject {
-    /// The concept's name: placeholders know hyphens only.
+    /// The concept's name: placeholders only allow hyphens.
     pub fn slug(&self) -> String {
         self.name.replace('_', "-")
     }
@@ -47,7 +47,7 @@ pub struct Catalogue {
     pub live_prompts: Vec<String>,
 }
 
-/// Where the lines of a file of classes and prompts stand.
+/// Parser position in a file of classes and prompts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Section {
     Start,
@@ -59,16 +59,16 @@ impl Catalogue {
     /// The DreamBooth dataset's: 30 subjects, 25 prompts for objects and 25 for live subjects.
     ///
     /// # Errors
-    /// Never, as a test shows.
+    /// Never, as a test verifies.
     pub fn of_dataset() -> Result<Self, ModelError> {
         Self::parse(DATASETS_OWN, Path::new(FILE))
     }
 
-    /// Reads the dataset's format: under `Classes` lines of `subject,class` (and where wanted `,live` or `,object`), under
-    /// `Object Prompts` and `Live Subject Prompts` lists of quoted prompts. `#` begins a comment line.
+    /// Parses the dataset's format: under `Classes` lines of `subject,class` (optionally with `,live` or `,object`),
+    /// under `Object Prompts` and `Live Subject Prompts` lists of quoted prompts. `#` starts a comment line.
     ///
     /// # Errors
-    /// The first line that cannot be used, with its number, or what is missing in the whole.
+    /// The first invalid line, with its number, or what is missing in the file.
     pub fn parse(text: &str, file: &Path) -> Result<Self, ModelError> {
         let mut all = Self {
             subjects: vec![],
@@ -147,7 +147,7 @@ impl Catalogue {
             class: class.to_owned(),
             live,
         };
-        // The name becomes that of a folder, of files and of a placeholder.
+        // The name is used for a folder, for files and for a placeholder.
         if !is_slug(&subject.slug()) {
             return Err(format!(
                 "names the subject `{name}`; expected 1 to 63 of a-z, 0-9, - and _"
@@ -159,7 +159,7 @@ impl Catalogue {
         Ok(subject)
     }
 
-    /// The prompts for subjects of its sort.
+    /// The prompts for subjects of its kind.
     pub fn prompts(&self, subject: &Subject) -> &[String] {
         if subject.live {
             &self.live_prompts
@@ -168,7 +168,7 @@ impl Catalogue {
         }
     }
 
-    /// SHA-256 of everything in it: equal where the catalogues are.
+    /// SHA-256 of the whole catalogue.
     pub fn digest(&self) -> String {
         let mut hash = Sha256::new();
         for subject in &self.subjects {
@@ -182,7 +182,7 @@ impl Catalogue {
     }
 }
 
-/// `'a {0} {1} in the snow'.format(unique_token, class_token),` without what is around the prompt.
+/// Extracts the prompt from `'a {0} {1} in the snow'.format(unique_token, class_token),`.
 fn prompt(line: &str) -> Result<String, String> {
     let quote = line.chars().next().filter(|first| matches!(first, '\'' | '"'));
     let inside = quote.and_then(|quote| line[1..].rsplit_once(quote));
@@ -191,7 +191,7 @@ fn prompt(line: &str) -> Result<String, String> {
     };
     let rest: String = rest.chars().filter(|c| !c.is_whitespace()).collect();
     if !matches!(rest.trim_end_matches(','), "" | ".format(unique_token,class_token)") {
-        return Err(format!("goes on with `{rest}` behind the prompt"));
+        return Err(format!("continues with `{rest}` after the prompt"));
     }
     let without = prompt.replace("{0}", "").replace("{1}", "");
     let once = |what: &str| prompt.matches(what).count() == 1;
@@ -207,14 +207,14 @@ fn prompt(line: &str) -> Result<String, String> {
     Ok(prompt.to_owned())
 }
 
-/// A prompt as it is drawn: with the placeholder.
+/// A prompt for generation: with the placeholder.
 pub fn with_placeholder(prompt: &str, subject: &Subject) -> String {
     prompt
         .replace("{0}", &format!("<{}>", subject.slug()))
         .replace("{1}", &subject.class)
 }
 
-/// A prompt as CLIP-T compares with it: the class noun stands for placeholder and class.
+/// A prompt for CLIP-T: the class noun replaces placeholder and class.
 pub fn with_class(prompt: &str, subject: &Subject) -> String {
     let named = prompt.replace("{0} {1}", "{1}").replace("{0}", "");
     named.replace("{1}", &subject.class)
@@ -228,15 +228,15 @@ pub struct DataFolder {
 }
 
 impl DataFolder {
-    /// Opens a folder with a folder of images for each subject.
+    /// Opens a folder with a folder of images per subject.
     ///
     /// # Errors
-    /// When it is missing, or its file of classes and prompts cannot be used.
+    /// When it is missing, or its file of classes and prompts is invalid.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
         if !dir.is_dir() {
             return Err(ModelError::file(
                 dir,
-                "is no folder; --data names the one with a folder for each subject",
+                "is not a folder; --data names the one with a folder for each subject",
             ));
         }
         let file = dir.join(FILE);
@@ -254,11 +254,10 @@ impl DataFolder {
     /// A subject's image files, sorted by name.
     ///
     /// # Errors
-    /// When the folder is missing or holds no image, or more than a training takes.
+    /// When the folder is missing or has no image, or more than the training limit.
     pub fn files(&self, subject: &Subject) -> Result<Vec<PathBuf>, ModelError> {
         let dir = self.dir.join(&subject.name);
-        let fault =
-            |error: std::io::Error| ModelError::file(&dir, format!("the pictures of {}: {error}", subject.name));
+        let fault = |error: std::io::Error| ModelError::file(&dir, format!("the images of {}: {error}", subject.name));
         let mut files = Vec::new();
         for entry in std::fs::read_dir(&dir).map_err(fault)? {
             let path = entry.map_err(fault)?.path();
@@ -273,7 +272,7 @@ impl DataFolder {
         files.sort();
         if files.is_empty() || files.len() > IMAGES_LIMIT {
             let problem = format!(
-                "has {} JPEG, PNG or WebP pictures; expected 1 to {IMAGES_LIMIT}",
+                "has {} JPEG, PNG or WebP images; expected 1 to {IMAGES_LIMIT}",
                 files.len()
             );
             return Err(ModelError::file(dir, problem));
@@ -308,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn the_datasets_own_has_thirty_subjects_and_twice_twenty_five_prompts() {
+    fn builtin_catalogue_has_30_subjects_and_25_prompts_each() {
         let all = Catalogue::of_dataset().unwrap();
         assert_eq!(
             (all.subjects.len(), all.object_prompts.len(), all.live_prompts.len()),
@@ -339,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_is_drawn_with_the_placeholder_and_compared_with_the_class() {
+    fn prompt_has_a_placeholder_and_a_class_form() {
         let all = Catalogue::parse(SMALL, Path::new("p.txt")).unwrap();
         let (rex, prompt) = (&all.subjects[1], &all.live_prompts[1]);
         assert_eq!(with_placeholder(prompt, rex), "a red <rex-1> dog");
@@ -358,7 +357,7 @@ mod tests {
         );
         assert!(fault(&SMALL.replace(",live", ",alive")).contains("line 6: says `alive` of bird"));
         assert!(fault(&SMALL.replace("{0} {1} in", "{1} in")).contains("line 13: has the prompt `a {1} in the snow`"));
-        assert!(fault(&SMALL.replace("class_token),\n]", "class_token) + x,\n]")).contains("line 13: goes on with"));
+        assert!(fault(&SMALL.replace("class_token),\n]", "class_token) + x,\n]")).contains("line 13: continues with"));
         assert!(fault(&SMALL.replace("'a red", "a red")).contains("line 19: is `a red"));
         assert!(
             fault(&SMALL.replace("Live Subject Prompts\nprompt_list = [", "Live Subject Prompts\nlist"))
@@ -370,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn catalogues_that_differ_have_different_digests() {
+    fn different_catalogues_have_different_digests() {
         let all = Catalogue::parse(SMALL, Path::new("p.txt")).unwrap();
         let mut other = all.clone();
         other.subjects[0].class = "mug".into();

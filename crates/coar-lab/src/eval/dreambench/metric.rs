@@ -1,10 +1,10 @@
-//! Scores from embeddings, and nothing else: every figure of the table is one of these means.
+//! Scores from embeddings, as a pure function: every figure of the table is one of these means.
 //!
-//! Embeddings are rows of any length but 0; they need not be of length 1. All sums are in f64.
+//! Embeddings are rows of any non-zero length; they need not be normalised. All sums are in f64.
 
 use serde::Serialize;
 
-/// Likeness to a subject's real images.
+/// Similarity to a subject's real images.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Fidelity {
     pub dino: f64,
@@ -19,14 +19,14 @@ pub struct Scores {
     pub clip_t: f64,
 }
 
-/// Cosine of two embeddings; 0 where one of them is 0 everywhere.
+/// Cosine of two embeddings; 0 if one of them is all zeros.
 fn cosine(a: &[f32], b: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     let norms = (dot(a, a) * dot(b, b)).sqrt();
     if norms > 0.0 { dot(a, b) / norms } else { 0.0 }
 }
 
-/// The mean of numbers; `None` where there are none.
+/// The mean of numbers; `None` if there are none.
 pub fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let (sum, count) = values
         .into_iter()
@@ -34,7 +34,7 @@ pub fn mean(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     (count > 0).then(|| sum / count as f64)
 }
 
-/// For each drawn image the mean cosine with every real image of its subject. The mean of these over a subject's
+/// For each generated image the mean cosine with every real image of its subject. The mean of these over a subject's
 /// images is the paper's average over pairs of a generated and a real image.
 pub fn against_references(drawn: &[Vec<f32>], references: &[Vec<f32>]) -> Vec<f64> {
     let of = |picture: &Vec<f32>| mean(references.iter().map(|real| cosine(picture, real))).unwrap_or(0.0);
@@ -50,7 +50,7 @@ pub fn among_references(references: &[Vec<f32>]) -> Option<f64> {
     mean(pairs)
 }
 
-/// For each drawn image its cosine with the embedding of its prompt.
+/// For each generated image its cosine with the embedding of its prompt.
 pub fn to_text(drawn: &[Vec<f32>], prompts: &[Vec<f32>]) -> Vec<f64> {
     drawn
         .iter()
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn cosines_are_those_of_school() {
+    fn cosine_matches_known_values() {
         assert!(close(cosine(&[3.0, 4.0], &[3.0, 4.0]), 1.0));
         assert!(close(cosine(&[1.0, 0.0], &[0.0, 2.0]), 0.0));
         assert!(close(cosine(&[1.0, 0.0], &[-5.0, 0.0]), -1.0));
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn a_drawn_picture_is_compared_with_every_real_one() {
+    fn generated_image_is_compared_with_every_real_one() {
         // With (1, 0): 1 and 0.6; with (0, 1): 0 and 0.8.
         let real = [vec![1.0, 0.0], vec![3.0, 4.0]];
         let scores = against_references(&[vec![2.0, 0.0], vec![0.0, 1.0]], &real);
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn real_pictures_are_not_compared_with_themselves() {
+    fn real_images_are_not_compared_with_themselves() {
         // Pairs: 0.6, 0, 0.8.
         let real = [vec![1.0, 0.0], vec![3.0, 4.0], vec![0.0, 1.0]];
         assert!(close(among_references(&real).unwrap(), 1.4 / 3.0));
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn each_picture_has_the_text_of_its_own_prompt() {
+    fn each_image_uses_its_own_prompt() {
         let scores = to_text(&[vec![1.0, 0.0], vec![0.0, 1.0]], &[vec![3.0, 4.0], vec![3.0, 4.0]]);
         assert!(close(scores[0], 0.6) && close(scores[1], 0.8));
     }

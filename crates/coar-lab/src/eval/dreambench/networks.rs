@@ -1,4 +1,4 @@
-//! The networks that score: DINO with DreamBooth's preparation of images, CLIP with its own.
+//! The scoring networks: DINO with DreamBooth's image preprocessing, CLIP with its own.
 
 use std::path::Path;
 

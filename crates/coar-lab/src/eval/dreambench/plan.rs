@@ -1,4 +1,4 @@
-//! What is to be drawn, and with which seeds. Pure.
+//! The images to generate, and their seeds. Pure.
 
 use sha2::{Digest, Sha256};
 
@@ -14,31 +14,31 @@ pub struct Choice {
     pub prompts: Option<Vec<usize>>,
 }
 
-/// One prompt of one subject, all its images: what is drawn in one batch and claimed by one worker.
+/// One prompt of one subject with all its images: generated in one batch and claimed by one worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unit {
     /// Index in the subject's list.
     pub index: usize,
     /// With the placeholder.
     pub prompt: String,
-    /// With the class noun alone: what CLIP-T compares with.
+    /// With the class noun only: the text for CLIP-T.
     pub text: String,
 }
 
-/// The work, in the order of the catalogue.
+/// The units of work, in the order of the catalogue.
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub subjects: Vec<(Subject, Vec<Unit>)>,
-    /// Images for each unit.
+    /// Images per unit.
     pub pictures: u32,
 }
 
-/// The most images for each prompt: they are drawn in one batch.
+/// Maximum number of images per prompt: they are generated in one batch.
 pub const IMAGES_LIMIT: u32 = 16;
 
 impl Plan {
     /// # Errors
-    /// When the choice names a subject or prompt that the catalogue lacks, or nothing, or too many images.
+    /// When the choice names a subject or prompt that the catalogue lacks, or selects nothing or too many images.
     pub fn new(catalogue: &Catalogue, choice: &Choice, pictures: u32) -> Result<Self, ModelError> {
         if !(1..=IMAGES_LIMIT).contains(&pictures) {
             let problem = format!("is {pictures}; expected 1 to {IMAGES_LIMIT}");
@@ -58,12 +58,15 @@ impl Plan {
             .map(|subject| Ok((subject.clone(), units(catalogue, subject, choice)?)))
             .collect::<Result<Vec<_>, ModelError>>()?;
         if subjects.iter().all(|(_, units)| units.is_empty()) {
-            return Err(ModelError::invalid("subjects", "and prompts leave nothing to draw"));
+            return Err(ModelError::invalid(
+                "subjects",
+                "and prompts select nothing to generate",
+            ));
         }
         Ok(Self { subjects, pictures })
     }
 
-    /// Images in all.
+    /// Total number of images.
     pub fn total(&self) -> u64 {
         let units: usize = self.subjects.iter().map(|(_, units)| units.len()).sum();
         units as u64 * u64::from(self.pictures)
@@ -90,8 +93,8 @@ fn units(catalogue: &Catalogue, subject: &Subject, choice: &Choice) -> Result<Ve
     Ok((0..prompts.len()).filter(wanted).map(unit).collect())
 }
 
-/// A unit's random stream; its images are the stream's indices 0, 1, ... The same for any choice of the other subjects
-/// and prompts, any order, and any worker.
+/// A unit's random stream; its images are the stream's indices 0, 1, ... Independent of the other subjects and
+/// prompts, the order, and the worker.
 pub fn stream(seed: u64, subject: &Subject, unit: &Unit) -> u64 {
     let mut hash = Sha256::new();
     hash.update(b"coar dreambench");
@@ -103,7 +106,7 @@ pub fn stream(seed: u64, subject: &Subject, unit: &Unit) -> u64 {
     u64::from_le_bytes(*digest.first_chunk().expect("a digest has 32 bytes"))
 }
 
-/// `0,3,5-9` as numbers, sorted, each once.
+/// Parses `0,3,5-9` as numbers, sorted, without duplicates.
 ///
 /// # Errors
 /// When a part is neither a number nor a range.
@@ -141,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_it_is_three_thousand_pictures() {
+    fn full_plan_has_three_thousand_images() {
         let all = plan(&[], "").unwrap();
         assert_eq!((all.subjects.len(), all.total()), (30, 3000));
         let (dog, units) = &all.subjects[10];
@@ -160,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_choice_draws_what_the_whole_would() {
+    fn partial_plan_is_a_subset_of_the_full_plan() {
         let (all, some) = (plan(&[], "").unwrap(), plan(&["cat2", "backpack_dog"], "24,3").unwrap());
         let names: Vec<&str> = some.subjects.iter().map(|(subject, _)| subject.name.as_str()).collect();
         assert_eq!(
@@ -181,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_named() {
+    fn unknown_subjects_and_prompts_are_named() {
         let fault = |result: Result<Plan, ModelError>| result.unwrap_err().to_string();
         assert!(fault(plan(&["dog", "dog4"], "")).starts_with("`subjects` names `dog4`; the subjects are backpack, "));
         assert_eq!(

@@ -1,4 +1,4 @@
-//! What came of it: a table, JSON and CSV. The page with the images is in `html`.
+//! The results as a table, JSON and CSV. The page with the images is in `html`.
 
 use std::path::PathBuf;
 
@@ -11,18 +11,18 @@ use super::metric::{Fidelity, Scores};
 use super::plan::Plan;
 use coar_engine::model::ModelError;
 
-/// One drawn image.
+/// One generated image.
 #[derive(Debug, Clone, Serialize)]
 pub struct DrawnPicture {
-    /// Of the subject's list of prompts.
+    /// Index in the subject's list of prompts.
     pub prompt_index: usize,
     /// Among the images of this prompt.
     pub index: u32,
-    /// What it was drawn from.
+    /// Its prompt.
     pub prompt: String,
-    /// What CLIP-T compares it with.
+    /// Its text for CLIP-T.
     pub text: String,
-    /// Inside the folder of results.
+    /// Path inside the results folder.
     pub file: String,
     #[serde(flatten)]
     pub scores: Option<Scores>,
@@ -34,7 +34,7 @@ pub struct SubjectResults {
     pub name: String,
     pub class: String,
     pub live: bool,
-    /// Its real images; as JSON their file names.
+    /// Its real images; their file names in JSON.
     #[serde(serialize_with = "file_names")]
     pub references: Vec<PathBuf>,
     pub training: Option<TrainingRecord>,
@@ -70,15 +70,15 @@ impl SubjectResults {
     }
 }
 
-/// All of it.
+/// All results.
 #[derive(Debug, Clone, Serialize)]
 pub struct Results {
     pub format: &'static str,
-    /// What a reader must know before the figures.
+    /// Warnings that qualify the figures.
     pub warnings: Vec<String>,
     pub settings: Settings,
     pub judges: Option<JudgeFacts>,
-    /// Images of the plan, and those of them that are there.
+    /// Number of images in the plan, and of those that exist.
     pub planned: u64,
     pub drawn: u64,
     /// Means of the subjects' means.
@@ -86,19 +86,19 @@ pub struct Results {
     /// The row of real images: means of the subjects'.
     pub real: Option<Fidelity>,
     pub subjects: Vec<SubjectResults>,
-    /// Lengths of DINO's and CLIP's embeddings, where there were any.
+    /// Lengths of DINO's and CLIP's embeddings, if there are any.
     #[serde(skip)]
     pub(super) dimensions: Option<(usize, usize)>,
 }
 
-/// Of figures that come from the pocket model.
+/// A warning for figures from the pocket model.
 pub const POCKET: &str = "These figures mean nothing: the base model is the pocket model, which knows the drawings of its \
 own small world and has never seen a photograph. This run shows that the benchmark works from end to end.";
 
 const NO_JUDGES: &str = "Nothing is scored: scores need DINO ViT-S/16 and CLIP ViT-B/32 (--dino and --clip); with --report-only \
 what is drawn is scored later.";
 
-/// What is known before anything is drawn and makes scores worthless or absent.
+/// Warnings known before generation: scores will be meaningless or absent.
 pub fn warnings(settings: &Settings, judges: bool) -> Vec<String> {
     let pocket = (settings.model_preset == "pocket").then_some(POCKET);
     let none = (!judges).then_some(NO_JUDGES);
@@ -121,7 +121,8 @@ impl Results {
         }
     }
 
-    /// Means and warnings, when every subject is there. `expected` are the lengths of the real judges' embeddings.
+    /// Computes means and warnings once every subject is there. `expected` are the lengths of the real judges'
+    /// embeddings.
     pub(super) fn finish(&mut self, expected: (usize, usize)) {
         self.drawn = self.subjects.iter().map(|subject| subject.pictures.len() as u64).sum();
         let scores: Vec<&Scores> = self
@@ -144,14 +145,14 @@ impl Results {
             ));
         }
         if self.drawn < self.planned {
-            let problem = format!("Not finished: {} of {} pictures are drawn.", self.drawn, self.planned);
+            let problem = format!("Not finished: {} of {} images are generated.", self.drawn, self.planned);
             self.warnings.push(problem);
         }
     }
 }
 
-/// Writes `results.json`, `results.csv` (a line for each image), `subjects.csv` (a line for each subject, and the
-/// means) and `report.html` into the folder; returns the page's path.
+/// Writes `results.json`, `results.csv` (a line per image), `subjects.csv` (a line per subject, and the means) and
+/// `report.html` into the folder; returns the page's path.
 ///
 /// # Errors
 /// When a file cannot be written, or an image cannot be read.
@@ -244,7 +245,7 @@ impl std::fmt::Display for Results {
         let settings = &self.settings;
         writeln!(
             f,
-            "model {}  seed {}  {} of {} pictures",
+            "model {}  seed {}  {} of {} images",
             settings.model, settings.seed, self.drawn, self.planned
         )?;
         let show = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
@@ -348,7 +349,7 @@ pub(super) mod tests {
         assert_eq!(
             results.real,
             Some(Fidelity { dino: 0.8, clip_i: 0.9 }),
-            "of those that have more than one picture"
+            "of those that have more than one image"
         );
         assert_eq!((results.drawn, results.planned, results.warnings.len()), (2, 2, 0));
         let json = serde_json::to_value(&results).unwrap();
@@ -362,7 +363,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn csv_has_a_line_for_each_picture_and_each_subject() {
+    fn csv_has_a_line_for_each_image_and_subject() {
         let results = some("paper", (384, 512));
         let text = pictures_csv(&results);
         let lines: Vec<&str> = text.split("\r\n").collect();
@@ -380,7 +381,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_makes_figures_worthless_is_said() {
+    fn meaningless_figures_have_warnings() {
         let pocket = some("pocket", (8, 16));
         assert_eq!(pocket.warnings[0], POCKET);
         assert!(pocket.warnings[1].contains("8 and 16 numbers instead of 384 and 512"));
@@ -393,6 +394,6 @@ pub(super) mod tests {
         (missing.judges, missing.planned) = (None, 3);
         missing.finish((384, 512));
         assert_eq!(missing.warnings[0], NO_JUDGES);
-        assert_eq!(missing.warnings[1], "Not finished: 2 of 3 pictures are drawn.");
+        assert_eq!(missing.warnings[1], "Not finished: 2 of 3 images are generated.");
     }
 }

@@ -1,4 +1,4 @@
-//! Training and drawing, unit by unit, beside any number of other workers in the same folder.
+//! Training and generation, unit by unit, beside any number of other workers in the same folder.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -20,31 +20,31 @@ use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::plan::{DrawSettings, PlannedConcept, plan_sequence};
 use coar_engine::training::{Advance, Trainer};
 
-/// What decides the images beside model, data and plan.
+/// The settings that determine the images besides model, data and plan.
 #[derive(Debug, Clone)]
 pub struct RunOptions {
     pub seed: u64,
     pub guidance_scale: f64,
     pub top_k: u32,
-    /// Which defaults a training starts from.
+    /// The preset of a training.
     pub preset: Preset,
-    /// Fields of a training spec that replace the preset's.
+    /// Fields of a training spec that override the preset's.
     pub training: Map<String, Value>,
-    /// How much of a training a kill may cost.
+    /// How much of a training may be lost if the process is killed.
     pub checkpoint_every: Duration,
 }
 
-/// What is going on.
+/// Progress.
 #[derive(Debug)]
 pub struct Progress<'a> {
-    /// Images of the plan that are there, whoever drew them, and in all.
+    /// Existing images of the plan, from all workers, and the total.
     pub done: u64,
     pub total: u64,
-    /// In words.
+    /// Current activity, as text.
     pub doing: &'a str,
 }
 
-/// Fields of a training spec that belong to each subject.
+/// Fields of a training spec that are specific to a subject.
 const OWN: [&str; 5] = ["name", "kind", "class_noun", "seed", "captions"];
 
 /// A subject's training.
@@ -64,7 +64,7 @@ fn spec(model: &LuminaMgpt, options: &RunOptions, name: &str, class: &str) -> Re
     Ok(spec)
 }
 
-/// Everything that decides the images, to be kept with them. `model_preset` is the model's own.
+/// The settings that determine the images, for the manifest. `model_preset` is the model's own.
 ///
 /// # Errors
 /// When the options do not fit the model.
@@ -102,11 +102,11 @@ pub fn settings(
     })
 }
 
-/// Draws what the plan still lacks in the folder, and returns when all of it is there.
+/// Generates what the plan still lacks in the folder, and returns when everything is complete.
 ///
 /// # Errors
-/// When images of the data are missing, cannot be decoded or are not those of an earlier run, when a file cannot be
-/// written, or the device fails. What was finished until then stays.
+/// When images of the data are missing, cannot be decoded or differ from an earlier run, when a file cannot be
+/// written, or the device fails. Finished work is kept.
 pub fn run(
     model: &LuminaMgpt,
     data: &DataFolder,
@@ -125,9 +125,9 @@ pub fn run(
         progress,
         done: 0,
     };
-    // All of the data is looked at first: a damaged image shall not end a run of days.
+    // Check all of the data first: a damaged image must not end a run of days.
     for (subject, _) in &plan.subjects {
-        worker.tell(&format!("looking at {}", subject.name));
+        worker.report_activity(&format!("checking {}", subject.name));
         folder.references(data, subject)?;
     }
     loop {
@@ -136,17 +136,17 @@ pub fn run(
             Pass::Complete => return Ok(()),
             Pass::Worked => {}
             Pass::OthersAtWork => {
-                worker.tell("waiting for other workers");
-                std::thread::sleep(GLANCE);
+                worker.report_activity("waiting for other workers");
+                std::thread::sleep(POLL);
             }
         }
     }
 }
 
-/// How often a worker without work looks whether another has gone.
-const GLANCE: Duration = Duration::from_secs(1);
+/// How often a worker without work checks whether another has ended.
+const POLL: Duration = Duration::from_secs(1);
 
-/// What one walk over the plan found.
+/// The result of one pass over the plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Pass {
     Complete,
@@ -166,7 +166,7 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    fn tell(&mut self, doing: &str) {
+    fn report_activity(&mut self, doing: &str) {
         (self.progress)(Progress {
             done: self.done,
             total: self.plan.total(),
@@ -188,7 +188,7 @@ impl Worker<'_> {
         self.folder.drawn(&subject.name, unit, self.plan.pictures) == self.plan.pictures
     }
 
-    /// Walks over the plan once and does what nobody else has.
+    /// Makes one pass over the plan and does what no other worker has claimed.
     fn pass(&mut self) -> Result<Pass, ModelError> {
         let mut found = Pass::Complete;
         for (subject, units) in &self.plan.subjects {
@@ -207,7 +207,7 @@ impl Worker<'_> {
                     found = found.max(Pass::OthersAtWork);
                     continue;
                 };
-                // Whoever had it may have finished it since.
+                // Another worker may have finished it since.
                 if !self.is_drawn(subject, unit) {
                     self.draw(subject, unit, (&concept, &uploaded))?;
                 }
@@ -218,7 +218,7 @@ impl Worker<'_> {
         Ok(found)
     }
 
-    /// The subject's concept, trained here unless it is there; `None` while another worker trains it.
+    /// The subject's concept, trained here if it does not exist; `None` while another worker trains it.
     fn concept(&mut self, subject: &Subject) -> Result<Option<ConceptFile>, ModelError> {
         let file = self.folder.concept(&subject.name);
         if !file.exists() {
@@ -249,7 +249,7 @@ impl Worker<'_> {
             seconds: None,
             parameters: None,
         };
-        // Written first, so that a resumed training has the same images.
+        // Written first, so a resumed training uses the same images.
         self.folder.write_record(&subject.name, &record)?;
         let started = Instant::now();
         let mut trainer = self.trainer(subject, &references.pictures)?;
@@ -264,23 +264,23 @@ impl Worker<'_> {
                 Advance::Finished => break,
                 Advance::Piece => {}
                 Advance::ChoosingStart { done, total } => {
-                    self.tell(&format!(
+                    self.report_activity(&format!(
                         "training {}: choosing its start, {done}/{total}",
                         subject.name
                     ));
                 }
                 Advance::DrawingPrior { done, total } => {
-                    self.tell(&format!("training {}: class pictures, {done}/{total}", subject.name));
+                    self.report_activity(&format!("training {}: class images, {done}/{total}", subject.name));
                 }
                 Advance::Weighing { done, total } => {
-                    self.tell(&format!(
-                        "training {}: weighing its pictures, {done}/{total}",
+                    self.report_activity(&format!(
+                        "training {}: weighing its images, {done}/{total}",
                         subject.name
                     ));
                 }
                 Advance::Step(losses) => {
                     let steps = trainer.spec().steps;
-                    self.tell(&format!("training {}: step {}/{steps}", subject.name, losses.step));
+                    self.report_activity(&format!("training {}: step {}/{steps}", subject.name, losses.step));
                     if saved.elapsed() >= self.options.checkpoint_every && losses.step < steps {
                         self.folder.write(&checkpoint, &trainer.checkpoint()?)?;
                         saved = Instant::now();
@@ -294,8 +294,8 @@ impl Worker<'_> {
         self.folder.write_record(&subject.name, &record)?;
         let bytes = concept.to_bytes().map_err(|error| ModelError::file(file, error))?;
         self.folder.write(file, &bytes)?;
-        tracing::info!(subject = subject.name, seconds = record.seconds, "a concept is trained");
-        // Useless from here on; where it stays it is never read.
+        tracing::info!(subject = subject.name, seconds = record.seconds, "concept trained");
+        // Not needed from here on; if it remains it is never read.
         let _ = std::fs::remove_file(checkpoint);
         Ok(())
     }
@@ -306,13 +306,14 @@ impl Worker<'_> {
         let file = self.folder.checkpoint(&subject.name);
         match std::fs::read(&file) {
             Ok(bytes) => Trainer::resume(self.model, spec, pictures, &bytes)
-                .map_err(|error| ModelError::file(&file, format!("{error}; remove the file to train anew"))),
+                .map_err(|error| ModelError::file(&file, format!("{error}; remove the file to restart the training"))),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Trainer::new(self.model, spec, pictures),
             Err(error) => Err(ModelError::file(file, error)),
         }
     }
 
-    /// All images of a unit in one batch, always of the same size: what was there before is drawn again and is the same.
+    /// All images of a unit in one batch, always of the same size: images that already exist are generated again
+    /// with the same result.
     fn draw(
         &mut self,
         subject: &Subject,
@@ -320,7 +321,7 @@ impl Worker<'_> {
         concept: (&ConceptFile, &DeviceConcept),
     ) -> Result<(), ModelError> {
         let doing = format!("{}: {}", subject.name, unit.text);
-        self.tell(&doing);
+        self.report_activity(&doing);
         let own = stream(self.settings.seed, subject, unit);
         let (width, height) = (self.settings.width, self.settings.height);
         let request = self.request(unit, concept, own)?;
@@ -328,7 +329,7 @@ impl Worker<'_> {
         while !decoding.is_done() {
             decoding.step(&self.model.transformer)?;
             let (done, total) = decoding.progress();
-            self.tell(&format!("{doing} ({}%)", 100 * done / total.max(1)));
+            self.report_activity(&format!("{doing} ({}%)", 100 * done / total.max(1)));
         }
         let already = self.folder.drawn(&subject.name, unit, self.plan.pictures);
         for (index, codes) in decoding.codes().iter().enumerate() {
@@ -339,7 +340,7 @@ impl Worker<'_> {
             self.folder.write(&file, &png)?;
         }
         self.done += u64::from(self.plan.pictures - already);
-        self.tell(&doing);
+        self.report_activity(&doing);
         Ok(())
     }
 

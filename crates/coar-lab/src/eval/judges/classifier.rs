@@ -1,5 +1,5 @@
-//! A small convolutional network with several heads, each of which answers one question about an image. The judges that this
-//! project trains itself are such networks.
+//! A small convolutional network with several heads, one per question about an image. The judges that this project
+//! trains itself are such networks.
 
 use tch::{Kind, Tensor};
 
@@ -9,14 +9,14 @@ use coar_engine::model::weights::TensorSource;
 const GROUPS: i64 = 8;
 const NORM_EPS: f64 = 1e-5;
 
-/// Everything that decides a network apart from its numbers.
+/// The architecture of a network.
 #[derive(Debug, Clone, Copy)]
 pub struct ClassifierShape {
-    /// Squares of this many pixels a side become one place with all their channels.
+    /// Squares of this many pixels per side are folded into channels.
     pub patch: i64,
     /// Channels after each block; multiples of 8.
     pub widths: &'static [i64],
-    /// Of each block's convolution.
+    /// Kernel size of each block's convolution.
     pub strides: &'static [i64],
     /// Questions by name, with their number of answers.
     pub heads: &'static [(&'static str, i64)],
@@ -95,7 +95,7 @@ impl Classifier {
         Ok(mean.f_add(&x.f_amax([2i64, 3].as_slice(), false)?)?.f_mul_scalar(0.5)?)
     }
 
-    /// Of each head, scores `[batch, answers]` of pooled features.
+    /// For each head, scores `[batch, answers]` of pooled features.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -106,7 +106,7 @@ impl Classifier {
             .collect()
     }
 
-    /// Of each head, each image's most likely answer.
+    /// For each head, each image's most likely answer.
     ///
     /// # Errors
     /// When libtorch fails.

@@ -1,5 +1,5 @@
-//! CLIP (arXiv 2103.00020): an image tower and a text tower into one space. Follows `CLIPModel` of `transformers`:
-//! `get_image_features` and `get_text_features`.
+//! CLIP (arXiv 2103.00020): an image tower and a text tower with a shared embedding space. Follows `CLIPModel` of
+//! `transformers`: `get_image_features` and `get_text_features`.
 
 use std::path::{Path, PathBuf};
 
@@ -79,7 +79,7 @@ impl PictureTower {
                 &format!("{name}.position_embedding.weight"),
                 &[1 + config.patches.patches(), hidden],
             )?,
-            // Spelt so in every published file.
+            // This spelling is in every published file.
             before: Norm::load(source, "vision_model.pre_layrnorm", tower)?,
             encoder: Encoder::load(source, "vision_model.encoder.layers", &NAMES, tower)?,
             after: Norm::load(source, "vision_model.post_layernorm", tower)?,
@@ -114,7 +114,7 @@ impl TextTower {
         })
     }
 
-    /// Ids `[batch, tokens]` and the place of each text's end `[batch]` to `[batch, projection]`.
+    /// Ids `[batch, tokens]` and the position of each text's end `[batch]` to `[batch, projection]`.
     fn forward(&self, ids: &Tensor, ends: &Tensor) -> Result<Tensor, ModelError> {
         let (batch, tokens) = ids.size2()?;
         let words = Tensor::f_embedding(&self.words, ids, -1, false, false)?;
@@ -132,8 +132,8 @@ impl Clip {
     /// `model.safetensors` or `pytorch_model.bin`.
     ///
     /// # Errors
-    /// When a file is missing, unreadable or truncated, a field is outside its limits, the tokenizer does not fit the network,
-    /// or a tensor is missing or of another shape than the configuration asks for.
+    /// When a file is missing, unreadable or truncated, a field is outside its limits, the tokenizer does not fit
+    /// the network, or a tensor is missing or misshapen.
     pub fn open(dir: &Path, device: Device) -> Result<Self, ModelError> {
         let config = ClipConfig::read(&dir.join("config.json"))?;
         let steps = Steps::of(dir, Preprocessing::Folder, Family::Clip, config.patches.side)?;
@@ -158,8 +158,8 @@ impl Clip {
         self.steps.pixels(pictures)
     }
 
-    /// For each text its ids, from the one that begins it to the one that ends it, at most `max_position_embeddings` (77):
-    /// what is too long is cut before the end.
+    /// The ids of each text, from begin token to end token, at most `max_position_embeddings` (77): longer texts are
+    /// truncated before the end token.
     ///
     /// # Errors
     /// When the tokenizer's own patterns fail on a text.
@@ -192,7 +192,7 @@ impl Clip {
             let ids = self.ids(some)?;
             let longest = ids.iter().map(Vec::len).max().unwrap_or(0);
             let ends: Vec<i64> = ids.iter().map(|ids| self.place_of_end(ids) as i64).collect();
-            // No token looks at a later one, so what stands behind the end changes nothing.
+            // Attention is causal, so tokens after the end have no effect.
             let padded: Vec<i64> = ids
                 .iter()
                 .flat_map(|ids| (0..longest).map(|at| ids.get(at).copied().unwrap_or(self.tokenizer.end)))
@@ -206,7 +206,7 @@ impl Clip {
         Ok(rows)
     }
 
-    /// Where a text's embedding is read: at its first end token, or in the legacy form at the first of its largest ids.
+    /// The position of a text's embedding: its first end token, or in the legacy form the first of its largest ids.
     fn place_of_end(&self, ids: &[i64]) -> usize {
         let wanted = self.config.end.or_else(|| ids.iter().copied().max());
         let place = ids.iter().position(|id| Some(*id) == wanted);
@@ -216,7 +216,7 @@ impl Clip {
     /// SHA-256 of the weights' file, in hex.
     ///
     /// # Errors
-    /// When it cannot be read any more.
+    /// When it can no longer be read.
     pub fn digest(&self) -> Result<String, ModelError> {
         weights::digest(&self.weights)
     }

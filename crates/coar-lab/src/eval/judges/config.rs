@@ -8,27 +8,27 @@ use super::encoder::{Activation, EncoderConfig};
 use super::fields::{Fields, read_object, shown};
 use coar_engine::model::ModelError;
 
-/// Limits of a configuration, far above any published judge: what they admit still fits a machine.
-const MOST_HIDDEN: i64 = 4096;
-const MOST_INNER: i64 = 32_768;
-const MOST_LAYERS: i64 = 128;
-const MOST_HEADS: i64 = 256;
-const MOST_SIDE: i64 = 1024;
-const MOST_PATCHES: i64 = 4096;
-const MOST_WORDS: i64 = 1 << 20;
-const MOST_POSITIONS: i64 = 1024;
+/// Limits of a configuration, far above any published judge, but low enough to fit a machine.
+const MAX_HIDDEN: i64 = 4096;
+const MAX_INNER: i64 = 32_768;
+const MAX_LAYERS: i64 = 128;
+const MAX_HEADS: i64 = 256;
+const MAX_SIDE: i64 = 1024;
+const MAX_PATCHES: i64 = 4096;
+const MAX_WORDS: i64 = 1 << 20;
+const MAX_POSITIONS: i64 = 1024;
 
-/// How an image becomes tokens.
+/// How an image is split into tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PatchConfig {
-    /// Pixels along a side of the square image.
+    /// Side of the square image in pixels.
     pub side: i64,
-    /// Pixels along a side of a patch; divides `side`.
+    /// Side of a patch in pixels; divides `side`.
     pub patch: i64,
 }
 
 impl PatchConfig {
-    /// Patches of an image.
+    /// Number of patches of an image.
     pub fn patches(&self) -> i64 {
         (self.side / self.patch).pow(2)
     }
@@ -43,9 +43,9 @@ impl PatchConfig {
             let problem = format!("is {}; expected a divisor of image_size, {}", config.patch, config.side);
             return Err(fields.fault("patch_size", problem));
         }
-        if config.patches() > MOST_PATCHES {
+        if config.patches() > MAX_PATCHES {
             let problem = format!(
-                "is {}, which makes {} patches; expected at most {MOST_PATCHES}",
+                "is {}, which makes {} patches; expected at most {MAX_PATCHES}",
                 config.patch,
                 config.patches()
             );
@@ -61,17 +61,17 @@ fn square(fields: &Fields, field: &str, default: i64) -> Result<i64, ModelError>
         Some(list) => {
             let side = list.first().and_then(Value::as_i64);
             let equal = list.len() == 2 && list[0] == list[1];
-            side.filter(|side| equal && (1..=MOST_SIDE).contains(side))
+            side.filter(|side| equal && (1..=MAX_SIDE).contains(side))
                 .ok_or_else(|| {
                     let list = shown(&Value::Array(list.clone()));
-                    fields.fault(field, format!("is {list}; expected a square, 1 to {MOST_SIDE}"))
+                    fields.fault(field, format!("is {list}; expected a square, 1 to {MAX_SIDE}"))
                 })
         }
-        None => fields.whole(field, Some(default), 1..=MOST_SIDE),
+        None => fields.whole(field, Some(default), 1..=MAX_SIDE),
     }
 }
 
-/// What the two families' classes set where a file is silent.
+/// The defaults of the two families' classes.
 struct Defaults {
     hidden: i64,
     inner: i64,
@@ -104,10 +104,10 @@ const CLIP_VISION: Defaults = Defaults {
 
 fn encoder(fields: &Fields, defaults: &Defaults) -> Result<EncoderConfig, ModelError> {
     let config = EncoderConfig {
-        hidden: fields.whole("hidden_size", Some(defaults.hidden), 1..=MOST_HIDDEN)?,
-        inner: fields.whole("intermediate_size", Some(defaults.inner), 1..=MOST_INNER)?,
-        layers: fields.whole("num_hidden_layers", Some(12), 1..=MOST_LAYERS)?,
-        heads: fields.whole("num_attention_heads", Some(defaults.heads), 1..=MOST_HEADS)?,
+        hidden: fields.whole("hidden_size", Some(defaults.hidden), 1..=MAX_HIDDEN)?,
+        inner: fields.whole("intermediate_size", Some(defaults.inner), 1..=MAX_INNER)?,
+        layers: fields.whole("num_hidden_layers", Some(12), 1..=MAX_LAYERS)?,
+        heads: fields.whole("num_attention_heads", Some(defaults.heads), 1..=MAX_HEADS)?,
         eps: fields.positive("layer_norm_eps", defaults.eps, 1.0)?,
         activation: match fields.text("hidden_act", Some(defaults.activation))? {
             "gelu" => Activation::Gelu,
@@ -129,7 +129,7 @@ fn encoder(fields: &Fields, defaults: &Defaults) -> Result<EncoderConfig, ModelE
     Ok(config)
 }
 
-/// A file of another network would only be found out by its tensors.
+/// Otherwise a file of another network would only be detected by its tensors.
 fn check_type(fields: &Fields, wanted: &str) -> Result<(), ModelError> {
     match fields.text("model_type", None)? {
         found if found == wanted => Ok(()),
@@ -140,7 +140,7 @@ fn check_type(fields: &Fields, wanted: &str) -> Result<(), ModelError> {
     }
 }
 
-/// What decides DINO's computation.
+/// The configuration of DINO.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DinoConfig {
     pub encoder: EncoderConfig,
@@ -169,23 +169,23 @@ impl DinoConfig {
     }
 }
 
-/// What decides CLIP's computation.
+/// The configuration of CLIP.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ClipConfig {
     pub text: EncoderConfig,
     pub vision: EncoderConfig,
     pub patches: PatchConfig,
-    /// Numbers of an embedding.
+    /// Size of an embedding.
     pub projection: i64,
     pub vocabulary: i64,
-    /// The most tokens of a text, with those that begin and end it.
+    /// Maximum number of tokens of a text, with begin and end.
     pub positions: i64,
-    /// The token whose first place stands for the text. `None` is the legacy of files that say 2, as the published one
-    /// does: the largest id of the text counts.
+    /// The token whose first position is the text's embedding. `None` is the legacy of files with 2, as in the
+    /// published one: the largest id of the text is used.
     pub end: Option<i64>,
 }
 
-/// `eos_token_id` of files from before the field meant anything.
+/// `eos_token_id` of files from before the field was used.
 const LEGACY_END: i64 = 2;
 
 impl ClipConfig {
@@ -202,7 +202,7 @@ impl ClipConfig {
         };
         check_type(&fields, "clip")?;
         let empty = Map::new();
-        // A `..._dict` of old files, with the class's defaults for what it leaves out, counts instead of the other.
+        // A `..._dict` of old files, with the class's defaults for missing fields, takes precedence.
         let part = |old: &'static str, new: &'static str| -> Result<(&Map<String, Value>, String), ModelError> {
             let old_part = fields.object(old)?.map(|map| (map, format!("{old}.")));
             let new_part = fields.object(new)?.map(|map| (map, format!("{new}.")));
@@ -220,8 +220,8 @@ impl ClipConfig {
             within: &within,
             map,
         };
-        let vocabulary = text.whole("vocab_size", Some(49_408), 2..=MOST_WORDS)?;
-        let end = text.whole("eos_token_id", Some(49_407), 0..=MOST_WORDS)?;
+        let vocabulary = text.whole("vocab_size", Some(49_408), 2..=MAX_WORDS)?;
+        let end = text.whole("eos_token_id", Some(49_407), 0..=MAX_WORDS)?;
         if end != LEGACY_END && end >= vocabulary {
             let problem = format!("is {end}; expected an id of the vocabulary's {vocabulary}");
             return Err(text.fault("eos_token_id", problem));
@@ -230,9 +230,9 @@ impl ClipConfig {
             text: encoder(&text, &CLIP_TEXT)?,
             vision: encoder(&vision, &CLIP_VISION)?,
             patches: PatchConfig::of(&vision, 32)?,
-            projection: fields.whole("projection_dim", Some(512), 1..=MOST_HIDDEN)?,
+            projection: fields.whole("projection_dim", Some(512), 1..=MAX_HIDDEN)?,
             vocabulary,
-            positions: text.whole("max_position_embeddings", Some(77), 3..=MOST_POSITIONS)?,
+            positions: text.whole("max_position_embeddings", Some(77), 3..=MAX_POSITIONS)?,
             end: (end != LEGACY_END).then_some(end),
         })
     }

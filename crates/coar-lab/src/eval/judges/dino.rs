@@ -25,7 +25,7 @@ const NAMES: Names = Names {
     before_mlp: "layernorm_after",
 };
 
-/// Images that go through a tower at once.
+/// Number of images per batch of a tower.
 pub(super) const BATCH: usize = 16;
 
 /// DINO of a folder such as `facebook/dino-vits16`, in f32.
@@ -45,7 +45,7 @@ pub struct Dino {
 }
 
 impl Dino {
-    /// As [`Self::open_with`], with the folder's own preparation of images.
+    /// As [`Self::open_with`], with the folder's own preprocessing.
     ///
     /// # Errors
     /// As [`Self::open_with`].
@@ -57,14 +57,14 @@ impl Dino {
     /// `pytorch_model.bin`.
     ///
     /// # Errors
-    /// When a file is missing, unreadable or truncated, a field is outside its limits, or a tensor is missing or of another
-    /// shape than the configuration asks for.
+    /// When a file is missing, unreadable or truncated, a field is outside its limits, or a tensor is missing or
+    /// misshapen.
     pub fn open_with(dir: &Path, device: Device, preprocessing: Preprocessing) -> Result<Self, ModelError> {
         let config = DinoConfig::read(&dir.join("config.json"))?;
         let steps = Steps::of(dir, preprocessing, Family::Vit, config.patches.side)?;
         let (weights, source) = weights::open(dir, device)?;
         let source = &*source;
-        // Below a head the network has a name of its own.
+        // Under a head the network has a prefix.
         let prefix = match source.shape_of("vit.embeddings.cls_token") {
             Some(_) => "vit.",
             None => "",
@@ -100,7 +100,7 @@ impl Dino {
         self.steps.pixels(pictures)
     }
 
-    /// For each image the class token behind the last norm, `hidden_size` numbers.
+    /// For each image the class token after the last norm, `hidden_size` numbers.
     ///
     /// # Errors
     /// When an image has no pixels, the device fails, or a number is not finite.
@@ -125,7 +125,7 @@ impl Dino {
     /// SHA-256 of the weights' file, in hex.
     ///
     /// # Errors
-    /// When it cannot be read any more.
+    /// When it can no longer be read.
     pub fn digest(&self) -> Result<String, ModelError> {
         weights::digest(&self.weights)
     }

@@ -1,6 +1,6 @@
 //! EfficientNet-Lite0 (`tensorflow/tpu`, 2020; after arXiv 1905.11946) with its published ImageNet weights: inverted
-//! residuals of depthwise convolutions, ReLU6, no squeeze and excitation. It has never seen anything that this project
-//! draws, so what it recognises is there.
+//! residuals of depthwise convolutions, ReLU6, no squeeze and excitation. It was not trained on anything that this
+//! project renders, so its results are independent.
 
 use std::path::Path;
 
@@ -13,17 +13,17 @@ use coar_engine::model::preprocessing::{Filter, resize};
 use coar_engine::model::weights::pickle::PickleSource;
 use coar_engine::model::weights::{Target, TensorSource};
 
-/// Pixels along a side of the network's input.
+/// Side of the network's input in pixels.
 const SIDE: u32 = 224;
-/// What the network was trained with: `(level - MEAN) / DEVIATION`.
+/// The normalisation that the network was trained with: `(level - MEAN) / DEVIATION`.
 const MEAN: f64 = 127.0;
 const DEVIATION: f64 = 128.0;
-/// Of the batch norms.
+/// For the batch norms.
 const EPSILON: f64 = 1e-3;
-/// Images that go through the network at once: on a CPU few, whose intermediate results stay in its caches.
+/// Number of images per batch: few on a CPU, to keep intermediate results in its caches.
 const HOST_BATCH: usize = 4;
 const DEVICE_BATCH: usize = 64;
-/// The stages whose output is described by its statistics: 56, 28 and 14 pixels a side.
+/// The stages whose output statistics are used: 56, 28 and 14 pixels per side.
 const STYLE_STAGES: std::ops::Range<usize> = 1..4;
 
 /// Blocks of one width.
@@ -31,7 +31,7 @@ const STYLE_STAGES: std::ops::Range<usize> = 1..4;
 struct Stage {
     blocks: usize,
     kernel: i64,
-    /// Of the first block.
+    /// For the first block.
     stride: i64,
     expansion: i64,
     width: i64,
@@ -70,7 +70,7 @@ const LITE0: Shape = Shape {
     classes: 1000,
 };
 
-/// A convolution without bias and the batch norm behind it, as one convolution.
+/// A convolution without bias and the following batch norm, as one convolution.
 #[derive(Debug)]
 struct Conv {
     weight: Tensor,
@@ -78,18 +78,18 @@ struct Conv {
     kernel: i64,
     stride: i64,
     groups: i64,
-    /// ReLU6 behind it.
+    /// Followed by ReLU6.
     activate: bool,
 }
 
-/// What a convolution is apart from its numbers.
+/// The shape of a convolution.
 #[derive(Clone, Copy)]
 struct ConvShape {
     input: i64,
     output: i64,
     kernel: i64,
     stride: i64,
-    /// Each channel by itself.
+    /// Depthwise.
     depthwise: bool,
     activate: bool,
 }
@@ -154,7 +154,7 @@ impl Conv {
     }
 }
 
-/// TensorFlow's `SAME`: zeros before and after, as many as make `ceil(size / stride)` outputs, the odd one after.
+/// TensorFlow's `SAME`: zeros before and after for `ceil(size / stride)` outputs, the odd one after.
 fn same_padding(size: i64, kernel: i64, stride: i64) -> (i64, i64) {
     let outputs = (size + stride - 1) / stride;
     let total = ((outputs - 1) * stride + kernel - size).max(0);
@@ -178,15 +178,15 @@ impl Block {
     }
 }
 
-/// What the network says of `n` images, all in f32 on the network's device.
+/// The network's output for `n` images, all in f32 on the network's device.
 #[derive(Debug)]
 pub struct Outputs {
     /// `[n, 1000]`: scores of ImageNet's classes.
     pub logits: Tensor,
-    /// `[n, 1280]`: what an image shows, wherever it is; not of unit length.
+    /// `[n, 1280]`: content features, independent of position; not normalised.
     pub features: Tensor,
-    /// `[n, 288]`: how it is drawn. Of three early stages (24, 40 and 80 channels) each channel's mean over the image, then
-    /// each channel's deviation.
+    /// `[n, 288]`: style features: of three early stages (24, 40 and 80 channels) each channel's mean over the
+    /// image, then each channel's deviation.
     pub style: Tensor,
 }
 
@@ -198,15 +198,15 @@ pub struct EfficientNet {
     head: Conv,
     classes: (Tensor, Tensor),
     device: Device,
-    /// SHA-256 of the file in hex; empty where there is none.
+    /// SHA-256 of the file in hex; empty if there is none.
     digest: String,
 }
 
 impl EfficientNet {
-    /// Reads the published `.pth`, a `state_dict` in the form from before PyTorch 1.6; nothing in it is executed.
+    /// Reads the published `.pth`, a `state_dict` in the format from before PyTorch 1.6; nothing in it is executed.
     ///
     /// # Errors
-    /// When the file is missing or damaged, or a tensor is absent or of another shape.
+    /// When the file is missing or damaged, or a tensor is absent or misshapen.
     pub fn open(file: &Path, device: Device) -> Result<Self, ModelError> {
         let target = Target {
             kind: Kind::Float,
@@ -282,8 +282,8 @@ impl EfficientNet {
         })
     }
 
-    /// The network's input for images of any size, `[batch, 3, 224, 224]` on its device: enlarged or reduced to a square
-    /// with Pillow's bicubic filter in 8 bits, then scaled.
+    /// The network's input for images of any size, `[batch, 3, 224, 224]` on its device: resized to a square with
+    /// Pillow's bicubic filter in 8 bits, then normalised.
     ///
     /// # Errors
     /// When an image has no pixels, or libtorch fails.
@@ -298,7 +298,7 @@ impl EfficientNet {
         scaled(&rgb, SIDE.into(), self.device)
     }
 
-    /// Judges pixels as [`Self::pixels`] makes them, `[batch, 3, h, w]`.
+    /// Judges pixels from [`Self::pixels`], `[batch, 3, h, w]`.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -327,7 +327,7 @@ impl EfficientNet {
         })
     }
 
-    /// Judges images of any size, some at a time; the outputs are on the CPU.
+    /// Judges images of any size, in batches; the outputs are on the CPU.
     ///
     /// # Errors
     /// When there are none, one has no pixels, or libtorch fails.
@@ -361,8 +361,8 @@ impl EfficientNet {
     }
 }
 
-/// Bytes of square images, one after the other, as the network's numbers `[batch, 3, side, side]`. Channels stay the innermost
-/// in memory, through the whole network, which is faster on a CPU.
+/// Square images as normalised input `[batch, 3, side, side]`. The memory layout stays channels-last through the
+/// whole network, which is faster on a CPU.
 fn scaled(rgb: &[u8], side: i64, device: Device) -> Result<Tensor, ModelError> {
     Ok(Tensor::f_from_slice(rgb)?
         .f_to_device(device)?
@@ -398,7 +398,7 @@ pub(crate) mod tests {
         classes: 11,
     };
 
-    /// Numbers in -1..1 that depend on the name and the place alone.
+    /// Numbers in -1..1 as a function of name and index.
     fn formula(name: &str, count: usize) -> Vec<f64> {
         let seed = name.bytes().fold(2_166_136_261u32, |seed, byte| {
             (seed ^ u32::from(byte)).wrapping_mul(16_777_619)
@@ -491,13 +491,13 @@ pub(crate) mod tests {
         }
     }
 
-    /// A network without anybody's weights.
+    /// A network with formula weights.
     pub(crate) fn small() -> EfficientNet {
         EfficientNet::load(&SMALL, &Formula, Device::Cpu).unwrap()
     }
 
     #[test]
-    fn a_small_network_is_that_of_the_independent_script() {
+    fn small_network_matches_the_independent_script() {
         let network = small();
         for name in ["small_odd.json", "small_even.json"] {
             let expected = Expected::read(name);
@@ -518,7 +518,7 @@ pub(crate) mod tests {
         let file = default_dir().ok()?.join(EFFICIENTNET);
         if !file.exists() {
             let problem = "SKIPPED, not compared with the published weights";
-            // `eprintln!` would be swallowed where the test passes.
+            // `eprintln!` is captured in a passing test.
             let _ = writeln!(
                 std::io::stderr(),
                 "{problem}: {} is absent; run scripts/fetch-judge.sh",
@@ -530,7 +530,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_published_network_is_that_of_the_independent_script() {
+    fn published_network_matches_the_independent_script() {
         let Some(network) = published() else { return };
         let expected = Expected::read("lite0.json");
         expected.compare(&network.judge(&expected.images()).unwrap());
@@ -550,7 +550,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_cannot_be_judged_is_an_error() {
+    fn invalid_images_are_errors() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("weights.pth");
         let open = || EfficientNet::open(&file, Device::Cpu).unwrap_err().to_string();

@@ -5,12 +5,12 @@ use tch::{Kind, Tensor};
 use coar_engine::model::ModelError;
 use coar_engine::model::weights::TensorSource;
 
-/// Between the MLP's two maps.
+/// Activation between the MLP's two maps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// x * Phi(x), by the error function.
     Gelu,
-    /// x * sigmoid(1.702 x), which OpenAI's CLIP was trained with.
+    /// x * sigmoid(1.702 x), as in OpenAI's CLIP.
     QuickGelu,
 }
 
@@ -29,7 +29,7 @@ pub struct EncoderConfig {
     pub projection_bias: bool,
 }
 
-/// What the parameters of a layer are called, behind the layer's own name.
+/// Parameter names of a layer, relative to the layer's own name.
 #[derive(Debug)]
 pub(super) struct Names {
     /// Queries, keys, values.
@@ -60,7 +60,7 @@ impl Linear {
         Ok(Self { weight, bias })
     }
 
-    /// Patches of images as rows: the weight of a convolution whose stride is its kernel, `[out, 3, patch, patch]`.
+    /// Patch embedding: the weight of a convolution whose stride is its kernel, `[out, 3, patch, patch]`.
     pub fn load_patches(
         source: &dyn TensorSource,
         name: &str,
@@ -83,8 +83,8 @@ impl Linear {
     }
 }
 
-/// Cuts images `[batch, 3, side, side]` into rows `[batch, patches, 3 * patch * patch]`, as [`Linear::load_patches`]
-/// takes them. A matrix product instead of a convolution keeps cuDNN's reduced precision out of it.
+/// Splits images `[batch, 3, side, side]` into rows `[batch, patches, 3 * patch * patch]`, for
+/// [`Linear::load_patches`]. A matrix product instead of a convolution avoids cuDNN's reduced precision.
 pub(super) fn patches(pixels: &Tensor, patch: i64) -> Result<Tensor, ModelError> {
     let (batch, _, height, width) = pixels.size4()?;
     let (rows, columns) = (height / patch, width / patch);
@@ -142,7 +142,7 @@ pub(super) struct Encoder {
 }
 
 impl Encoder {
-    /// Layers called `{name}.0`, `{name}.1`, ...
+    /// Layers named `{name}.0`, `{name}.1`, ...
     pub fn load(
         source: &dyn TensorSource,
         name: &str,
@@ -170,7 +170,7 @@ impl Encoder {
         })
     }
 
-    /// `[batch, tokens, hidden]` to the same shape; `causal`: no token looks at a later one.
+    /// `[batch, tokens, hidden]` to the same shape, optionally with causal attention.
     pub fn forward(&self, x: Tensor, causal: bool) -> Result<Tensor, ModelError> {
         self.layers.iter().try_fold(x, |x, layer| {
             let x = x.f_add(&self.attend(layer, &layer.before_attention.forward(&x)?, causal)?)?;
@@ -211,7 +211,7 @@ impl Encoder {
 /// Rows `[batch, numbers]` on the host.
 ///
 /// # Errors
-/// When a number is not finite: weights that overflow make no score.
+/// When a number is not finite, such as after an overflow.
 pub(super) fn to_rows(embeddings: &Tensor) -> Result<Vec<Vec<f32>>, ModelError> {
     let (batch, numbers) = embeddings.size2()?;
     let host = embeddings

@@ -1,4 +1,4 @@
-//! JSON files of other people's making, read field by field, so that an error names file, field and limit.
+//! Reads third-party JSON files field by field, so errors name file, field and limit.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -9,8 +9,8 @@ use serde_json::{Map, Value};
 
 use coar_engine::model::ModelError;
 
-/// The largest configuration that is read; the published ones have 4 KB.
-const MOST_BYTES: u64 = 1 << 20;
+/// Maximum size of a configuration; the published ones have 4 KB.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// The text of a file of at most `limit` bytes.
 ///
@@ -30,20 +30,20 @@ pub(super) fn read_text(file: &Path, limit: u64) -> Result<String, ModelError> {
     }
 }
 
-/// The object that a JSON file holds.
+/// Reads the object in a JSON file.
 ///
 /// # Errors
-/// As [`read_text`], or when it is no JSON object.
+/// As [`read_text`], or when it is not a JSON object.
 pub(super) fn read_object(file: &Path) -> Result<Map<String, Value>, ModelError> {
-    serde_json::from_str(&read_text(file, MOST_BYTES)?)
+    serde_json::from_str(&read_text(file, MAX_BYTES)?)
         .map_err(|error| ModelError::file(file, format!("is not a JSON object: {error}")))
 }
 
-/// The fields of one object of a file. A field that is `null` is a field that is missing.
+/// The fields of one object of a file. `null` is the same as a missing field.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Fields<'a> {
     pub file: &'a Path,
-    /// What stands before a field's name in errors, such as `text_config.`.
+    /// Prefix of field names in errors, such as `text_config.`.
     pub within: &'a str,
     pub map: &'a Map<String, Value>,
 }
@@ -61,7 +61,7 @@ impl<'a> Fields<'a> {
         self.map.get(field).filter(|value| !value.is_null())
     }
 
-    /// What is missing takes its default; without one it is an error.
+    /// A missing field takes its default; without one it is an error.
     fn or<T>(&self, field: &str, default: Option<T>) -> Result<T, ModelError> {
         default.ok_or_else(|| self.fault(field, "is missing"))
     }
@@ -110,7 +110,7 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.fault(field, format!("is {}; expected a text", shown(value))))
     }
 
-    /// Three finite numbers, one for each colour, each at most 1000 and at least `least`.
+    /// Three finite numbers, one per colour, each at most 1000 and at least `least`.
     pub fn colours(&self, field: &str, default: [f64; 3], least: f64) -> Result<[f64; 3], ModelError> {
         let Some(value) = self.get(field) else {
             return Ok(default);
@@ -130,7 +130,7 @@ impl<'a> Fields<'a> {
             })
     }
 
-    /// An object inside this one; `name` with its dot is what errors say.
+    /// A nested object; `name` with its dot is the prefix in errors.
     pub fn object(&self, field: &str) -> Result<Option<&'a Map<String, Value>>, ModelError> {
         let Some(value) = self.get(field) else {
             return Ok(None);
@@ -142,7 +142,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A value for an error: never more than a line of it.
+/// Formats a value for an error, on one line.
 pub(super) fn shown(value: &Value) -> String {
     match value {
         Value::Object(_) => "an object".to_owned(),

@@ -1,4 +1,4 @@
-//! Doors for `crate::fuzzing`.
+//! Entry points for `crate::fuzzing`.
 
 use std::path::Path;
 
@@ -8,10 +8,10 @@ use super::preprocessor::{Family, Steps};
 use super::tokenizer::{ClipTokenizer, whole_file};
 use coar_core::image::RgbImage;
 
-/// Ids and positions of the network that the tokenizer is for.
+/// Ids and positions of the tokenizer's network.
 const VOCABULARY: i64 = 600;
 const POSITIONS: i64 = 77;
-/// Pixels along a side of the network that images are prepared for.
+/// Image side of the preprocessing target in pixels.
 pub(crate) const SIDE: i64 = 24;
 
 fn check(encoder: &EncoderConfig, patches: &PatchConfig) {
@@ -21,7 +21,7 @@ fn check(encoder: &EncoderConfig, patches: &PatchConfig) {
     assert!((1..=4096).contains(&patches.patches()));
 }
 
-/// Whether a configuration is accepted; sizes of one that is divide.
+/// Whether a configuration is accepted; sizes of an accepted one are consistent.
 pub(crate) fn config(kind: u8, file: &Path) -> bool {
     match kind {
         0 => DinoConfig::read(file)
@@ -39,7 +39,7 @@ pub(crate) fn config(kind: u8, file: &Path) -> bool {
     }
 }
 
-/// Accepted steps make the network's input of any image, of finite numbers.
+/// Accepted steps produce the network's input from any image, with finite numbers.
 fn prepare(family: Family, file: &Path) -> bool {
     let Ok(steps) = Steps::read(file, family, SIDE) else {
         return false;
@@ -57,7 +57,8 @@ fn prepare(family: Family, file: &Path) -> bool {
     true
 }
 
-/// Whether `vocab.json` and `merges.txt` are accepted; texts then have ids that the network knows, between begin and end.
+/// Whether `vocab.json` and `merges.txt` are accepted; texts then have ids within the vocabulary, between begin and
+/// end.
 pub(crate) fn tokenizer(vocab: &str, merges: &str) -> bool {
     let files = (Path::new("vocab.json"), Path::new("merges.txt"));
     let Ok(whole) = whole_file((files.0, vocab), (files.1, merges)) else {

@@ -1,7 +1,7 @@
-//! Networks of others that judge images. DreamBench scores with DINO ViT-S/16 and CLIP ViT-B/32, of whatever size their
-//! folders state; the designers' world with EfficientNet-Lite0. [`Classifier`] is the
-//! shape of the judges that this project trains itself. `docs/judges.md` says what is read and how each was compared
-//! with an independent implementation.
+//! Third-party networks that judge images. DreamBench scores with DINO ViT-S/16 and CLIP ViT-B/32, with the sizes
+//! given by their folders; the designers' world uses EfficientNet-Lite0. [`Classifier`] is the architecture of the
+//! judges that this project trains itself. `docs/judges.md` describes the files and the comparison with an
+//! independent implementation.
 
 mod classifier;
 mod clip;

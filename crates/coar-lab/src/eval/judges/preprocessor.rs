@@ -1,5 +1,5 @@
-//! From an image to a network's input: resize, cut, rescale, normalise, as `preprocessor_config.json` says, or as
-//! DreamBooth's evaluation did it. Resizing is Pillow's, byte for byte.
+//! Image preprocessing: resize, crop, rescale, normalise, as in `preprocessor_config.json`, or as in DreamBooth's
+//! evaluation. Resizing is Pillow's, byte for byte.
 
 use std::path::Path;
 
@@ -11,13 +11,13 @@ use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 use coar_engine::model::preprocessing::{Filter, resize_and_cut};
 
-/// How images are prepared.
+/// The source of the preprocessing steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Preprocessing {
-    /// As the folder's `preprocessor_config.json` says, read as `ViTImageProcessor` and `CLIPImageProcessor` read it.
+    /// The folder's `preprocessor_config.json`, interpreted as in `ViTImageProcessor` and `CLIPImageProcessor`.
     Folder,
-    /// As the DreamBooth evaluation prepared DINO's images: shortest side to 256 (bicubic), 224 from the middle, mean and
-    /// deviation of ImageNet; for another image size in proportion. `preprocessor_config.json` is not read.
+    /// The DreamBooth evaluation's preprocessing for DINO: shortest side to 256 (bicubic), centre crop of 224, mean
+    /// and deviation of ImageNet; in proportion for another image size. `preprocessor_config.json` is not read.
     DreamBooth,
 }
 
@@ -37,13 +37,13 @@ const OPENAI: ([f64; 3], [f64; 3]) = (
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Resize {
-    /// To a square, whatever the image's shape.
+    /// To a square, ignoring the image's aspect ratio.
     Square(u32),
     /// The shorter side to this, the other in proportion and rounded down.
     Shortest(u32),
 }
 
-/// Where an odd pixel too many goes when the middle is cut out.
+/// Rounding of an odd margin of the centre crop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Middle {
     /// Half, rounded down: `transformers`.
@@ -57,21 +57,22 @@ enum Middle {
 pub(super) struct Steps {
     resize: Resize,
     filter: Filter,
-    /// Of the square that is cut out and goes into the network.
+    /// Size of the crop, which is the network's input.
     side: u32,
     middle: Middle,
-    /// By colour, what each of the 256 levels becomes.
+    /// The value of each of the 256 levels, by colour.
     levels: Vec<[f32; 256]>,
 }
 
-/// The largest side that a file may resize to.
-const MOST_SIDE: i64 = 4096;
+/// Maximum side that a file may resize to.
+const MAX_SIDE: i64 = 4096;
 
 impl Steps {
     /// The steps of `preprocessing` for a network of `side` x `side` pixels in the folder `dir`.
     ///
     /// # Errors
-    /// When `preprocessor_config.json` cannot be read, asks for what is not implemented, or leads to another size.
+    /// When `preprocessor_config.json` cannot be read, requires something that is not implemented, or produces
+    /// another size.
     pub fn of(dir: &Path, preprocessing: Preprocessing, family: Family, side: i64) -> Result<Self, ModelError> {
         match preprocessing {
             Preprocessing::Folder => Self::read(&dir.join("preprocessor_config.json"), family, side),
@@ -103,7 +104,7 @@ impl Steps {
             map: &map,
         };
         if !fields.flag("do_resize", true)? {
-            return Err(fields.fault("do_resize", "is false; pictures of other sizes could not be judged"));
+            return Err(fields.fault("do_resize", "is false; images of other sizes could not be judged"));
         }
         let (resample, colours, crops) = match family {
             Family::Vit => (2, HALF, false),
@@ -126,7 +127,7 @@ impl Steps {
         let wrong = |field: &str, found: u32| {
             fields.fault(
                 field,
-                format!("leads to pictures of {found}; the network takes {side} x {side}"),
+                format!("results in images of {found}; the network takes {side} x {side}"),
             )
         };
         match (resize, crop) {
@@ -154,7 +155,7 @@ impl Steps {
     /// `[batch, 3, side, side]`, f32, on the CPU.
     ///
     /// # Errors
-    /// When an image has no pixels, or not those that its sides ask for.
+    /// When an image has no pixels, or their number does not match its size.
     pub fn pixels(&self, pictures: &[RgbImage]) -> Result<Tensor, ModelError> {
         let area = (self.side * self.side) as usize;
         let mut values = Vec::with_capacity(pictures.len() * 3 * area);
@@ -180,7 +181,7 @@ impl Steps {
         Ok(Tensor::f_from_slice(&values)?.f_view([pictures.len() as i64, 3, side, side])?)
     }
 
-    /// The part of an image that the network sees, in its size.
+    /// The part of an image that the network sees, resized.
     fn square(&self, picture: &RgbImage) -> RgbImage {
         let (width, height) = (picture.width, picture.height);
         let full = match self.resize {
@@ -226,12 +227,12 @@ fn resize_of(fields: &Fields, family: Family) -> Result<Resize, ModelError> {
                 return Ok(Resize::Shortest(number(size.whole(
                     "shortest_edge",
                     None,
-                    1..=MOST_SIDE,
+                    1..=MAX_SIDE,
                 )?)));
             }
             let (height, width) = (
-                size.whole("height", None, 1..=MOST_SIDE)?,
-                size.whole("width", None, 1..=MOST_SIDE)?,
+                size.whole("height", None, 1..=MAX_SIDE)?,
+                size.whole("width", None, 1..=MAX_SIDE)?,
             );
             match height == width {
                 true => Ok(Resize::Square(number(height))),
@@ -239,7 +240,7 @@ fn resize_of(fields: &Fields, family: Family) -> Result<Resize, ModelError> {
             }
         }
         _ => {
-            let side = number(fields.whole("size", Some(224), 1..=MOST_SIDE)?);
+            let side = number(fields.whole("size", Some(224), 1..=MAX_SIDE)?);
             Ok(match family {
                 Family::Vit => Resize::Square(side),
                 Family::Clip => Resize::Shortest(side),
@@ -257,8 +258,8 @@ fn crop_of(fields: &Fields) -> Result<u32, ModelError> {
                 map,
                 ..*fields
             };
-            let height = size.whole("height", None, 1..=MOST_SIDE)?;
-            let width = size.whole("width", None, 1..=MOST_SIDE)?;
+            let height = size.whole("height", None, 1..=MAX_SIDE)?;
+            let width = size.whole("width", None, 1..=MAX_SIDE)?;
             if height != width {
                 let problem = format!("is {width}; expected a square, as height is {height}");
                 return Err(size.fault("width", problem));
@@ -266,14 +267,15 @@ fn crop_of(fields: &Fields) -> Result<u32, ModelError> {
             height
         }
         Some(other) if !other.is_i64() => {
-            return Err(fields.fault("crop_size", format!("is {}; expected 1 to {MOST_SIDE}", shown(other))));
+            return Err(fields.fault("crop_size", format!("is {}; expected 1 to {MAX_SIDE}", shown(other))));
         }
-        _ => fields.whole("crop_size", Some(224), 1..=MOST_SIDE)?,
+        _ => fields.whole("crop_size", Some(224), 1..=MAX_SIDE)?,
     };
     Ok(side as u32)
 }
 
-/// What each level becomes: times the factor in f64, then in f32 less the mean and divided by the deviation.
+/// The value of each level: multiplied by the factor in f64, then in f32 minus the mean and divided by the
+/// deviation.
 fn levels_of(fields: &Fields, colours: ([f64; 3], [f64; 3])) -> Result<Vec<[f32; 256]>, ModelError> {
     let factor = fields.positive("rescale_factor", 1.0 / 255.0, 1000.0)?;
     let factor = if fields.flag("do_rescale", true)? { factor } else { 1.0 };

@@ -1,4 +1,5 @@
-//! Against `transformers` and Pillow, by the fixtures of `tests/judges/make_fixtures.py`; and what is refused.
+//! Comparison with `transformers` and Pillow, by the fixtures of `tests/judges/make_fixtures.py`; and rejected
+//! files.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +14,7 @@ use coar_engine::model::ModelError;
 use coar_engine::model::preprocessing::{Filter, resize};
 use coar_engine::model::weights::{Checkpoint, Target};
 
-/// The image that the fixtures' scripts make with the same numbers.
+/// The image that the fixtures' scripts generate with the same numbers.
 fn noise(width: u32, height: u32) -> RgbImage {
     let mut state = 7u32;
     let mut next = || {
@@ -40,7 +41,7 @@ struct Expected {
     pictures: Vec<(u32, u32)>,
 }
 
-/// What the script wrote into a folder.
+/// The script's output for a folder.
 struct Fixtures {
     expected: Expected,
     tensors: Checkpoint,
@@ -66,7 +67,7 @@ impl Fixtures {
         self.expected.texts.iter().map(String::as_str).collect()
     }
 
-    /// The largest difference from what is expected.
+    /// The largest difference from the expected values.
     fn difference(&self, name: &str, found: &Tensor) -> f64 {
         let expected = self.tensors.raw(name).unwrap();
         assert_eq!(expected.size(), found.size(), "{name}");
@@ -79,7 +80,8 @@ impl Fixtures {
         self.difference(name, &found)
     }
 
-    /// Everything of DINO and CLIP in a folder: by name the largest difference of embeddings. Pixels and ids are equal.
+    /// Compares everything of DINO and CLIP in a folder: the largest difference of embeddings by name. Pixels and
+    /// ids must be equal.
     fn differences(&self, dir: &Path) -> Vec<(&'static str, f64)> {
         let (pictures, texts) = (self.pictures(), self.texts());
         let dino = Dino::open(&dir.join("dino"), Device::Cpu).unwrap();
@@ -109,7 +111,7 @@ impl Fixtures {
 const TOLERANCE: f64 = 1e-4;
 
 #[test]
-fn tiny_networks_are_those_of_transformers() {
+fn tiny_networks_match_transformers() {
     let fixtures = Fixtures::read(&tiny());
     for (name, difference) in fixtures.differences(&tiny()) {
         println!("{name}: {difference:.2e}");
@@ -120,7 +122,7 @@ fn tiny_networks_are_those_of_transformers() {
 /// `make_fixtures.py --published DIR`, then `COAR_JUDGES=DIR cargo test -p coar-lab --lib published_size -- --ignored --nocapture`.
 #[test]
 #[ignore = "needs folders of 700 MB, which the script makes"]
-fn networks_of_published_size_are_those_of_transformers() {
+fn published_sizes_match_transformers() {
     let dir = PathBuf::from(std::env::var("COAR_JUDGES").expect("COAR_JUDGES names the folder"));
     let fixtures = Fixtures::read(&dir);
     let largest = |name: &str| fixtures.tensors.raw(name).unwrap().abs().max().double_value(&[]);
@@ -131,7 +133,7 @@ fn networks_of_published_size_are_those_of_transformers() {
 }
 
 #[test]
-fn resizing_is_pillows_byte_by_byte() {
+fn resizing_matches_pillow_byte_by_byte() {
     #[derive(Deserialize)]
     struct Row {
         from: (u32, u32),
@@ -152,7 +154,7 @@ fn resizing_is_pillows_byte_by_byte() {
     }
 }
 
-/// A copy of a tiny folder, to be changed.
+/// A copy of a tiny folder, for modifications.
 struct Copy(tempfile::TempDir);
 
 impl Copy {
@@ -173,7 +175,7 @@ impl Copy {
         serde_json::from_slice(&std::fs::read(self.path(file)).unwrap()).unwrap()
     }
 
-    /// Puts `value` at a path such as `/text_config/hidden_size`; `null` takes the field away.
+    /// Sets `value` at a path such as `/text_config/hidden_size`; `null` removes the field.
     fn set(&self, file: &str, pointer: &str, value: Value) {
         let mut json = self.read(file);
         let (parent, field) = pointer.rsplit_once('/').unwrap();
@@ -208,7 +210,7 @@ fn both_forms_of_the_tokenizer_give_the_same_ids() {
     for file in ["vocab.json", "merges.txt"] {
         std::fs::remove_file(copy.path(file)).unwrap();
     }
-    // What the file itself says of length counts as little as it does in `transformers`.
+    // The file's own truncation settings are ignored, as in `transformers`.
     whole["truncation"] = json!({"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 0});
     whole["padding"] = json!({"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": null, "pad_id": 0,
         "pad_type_id": 0, "pad_token": "!"});
@@ -232,7 +234,7 @@ fn the_old_end_token_means_the_largest_id() {
 }
 
 #[test]
-fn an_embedding_does_not_depend_on_its_neighbours() {
+fn embedding_is_independent_of_the_batch() {
     let clip = Clip::open(&tiny().join("clip"), Device::Cpu).unwrap();
     let texts: Vec<String> = (0..40)
         .map(|index| "a dog in the jungle ".repeat(1 + index % 7))
@@ -252,13 +254,13 @@ fn an_embedding_does_not_depend_on_its_neighbours() {
 }
 
 #[test]
-fn settings_of_an_older_form_count_as_in_transformers() {
+fn legacy_settings_are_read_as_in_transformers() {
     let fixtures = Fixtures::read(&tiny());
     let expected = |clip: &Clip| {
         let rows = clip.embed_texts(&fixtures.texts()).unwrap();
         fixtures.difference_of_rows("clip.texts", &rows)
     };
-    // The `_dict` counts instead of the other, with the class's defaults.
+    // The `_dict` takes precedence, with the class's defaults.
     let copy = Copy::of("clip");
     let text = copy.read("config.json")["text_config"].clone();
     copy.set("config.json", "/text_config_dict", text);
@@ -270,7 +272,7 @@ fn settings_of_an_older_form_count_as_in_transformers() {
         error.contains("vocab_size is 49408") || error.contains("eos_token_id is 49407"),
         "{error}"
     );
-    // The same preparation, written out.
+    // The same preprocessing, written out.
     let copy = Copy::of("clip");
     copy.set("preprocessor_config.json", "/size", json!({"shortest_edge": 24}));
     copy.set(
@@ -285,7 +287,7 @@ fn settings_of_an_older_form_count_as_in_transformers() {
 }
 
 #[test]
-fn the_thinnest_picture_costs_no_more_than_its_middle() {
+fn thin_image_costs_no_more_than_its_crop() {
     let dino = Dino::open_with(&tiny().join("dino"), Device::Cpu, Preprocessing::DreamBooth).unwrap();
     for (width, height) in [(1, 16_384), (16_384, 1), (1, 1)] {
         assert_eq!(dino.pixels(&[noise(width, height)]).unwrap().size(), [1, 3, 28, 28]);

@@ -1,4 +1,4 @@
-//! CLIP's byte-pair tokenizer: `tokenizer.json` where the folder has it, else `vocab.json` and `merges.txt`.
+//! CLIP's byte-pair tokenizer: `tokenizer.json` if the folder has it, otherwise `vocab.json` and `merges.txt`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,34 +13,35 @@ use coar_engine::model::ModelError;
 const BEGIN: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
 
-/// What a text falls into: a name of a control token, an English ending, letters, one digit, or anything else.
+/// The pre-tokenizer pattern: the name of a control token, an English ending, letters, one digit, or anything else.
 const PIECES: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
-/// The largest file that is read; the published ones have 2 MB.
-const MOST_BYTES: u64 = 64 << 20;
-/// The longest text that is tokenised, in bytes: tens of times what 77 tokens hold, unless it is mostly spaces.
-const MOST_TEXT: usize = 64 << 10;
+/// Maximum file size; the published ones have 2 MB.
+const MAX_BYTES: u64 = 64 << 20;
+/// Maximum text length in bytes: tens of times the length of 77 tokens, unless it is mostly spaces.
+const MAX_TEXT: usize = 64 << 10;
 
-/// Texts to ids.
+/// Converts texts to ids.
 #[derive(Debug)]
 pub(super) struct ClipTokenizer {
     tokenizer: TextTokenizer,
     pub begin: i64,
     pub end: i64,
-    /// The most ids of a text, with begin and end.
+    /// Maximum number of ids of a text, with begin and end.
     positions: usize,
 }
 
 impl ClipTokenizer {
-    /// Reads a folder's tokenizer for a network of `vocabulary` ids and `positions` positions, whose end token is `end`.
+    /// Reads a folder's tokenizer for a network of `vocabulary` ids and `positions` positions, whose end token is
+    /// `end`.
     ///
     /// # Errors
-    /// When the files are missing, cannot be read, have no begin and end tokens, or ids that the network does not know.
+    /// When the files are missing, cannot be read, lack begin and end tokens, or have ids outside the vocabulary.
     pub fn read(dir: &Path, vocabulary: i64, positions: i64, end: Option<i64>) -> Result<Self, ModelError> {
         let file = dir.join("tokenizer.json");
         let (file, text) = match file.exists() {
             true => {
-                let text = read_text(&file, MOST_BYTES)?;
+                let text = read_text(&file, MAX_BYTES)?;
                 (file, text)
             }
             false => {
@@ -52,8 +53,8 @@ impl ClipTokenizer {
                     ));
                 }
                 let text = whole_file(
-                    (&names, &read_text(&names, MOST_BYTES)?),
-                    (&merges, &read_text(&merges, MOST_BYTES)?),
+                    (&names, &read_text(&names, MAX_BYTES)?),
+                    (&merges, &read_text(&merges, MAX_BYTES)?),
                 )?;
                 (names, text)
             }
@@ -82,7 +83,7 @@ impl ClipTokenizer {
             let problem = format!("gives `{name}` the id {id}; config.json's vocab_size is {vocabulary}");
             return Err(ModelError::invalid("tokenizer", problem));
         }
-        // The place of the end token is where a text's embedding is read.
+        // A text's embedding is read at the position of the end token.
         if let Some(end) = end.filter(|end| *end != own_end) {
             let problem = format!("gives `{END}` the id {own_end}; config.json's eos_token_id is {end}");
             return Err(ModelError::invalid("tokenizer", problem));
@@ -95,12 +96,12 @@ impl ClipTokenizer {
         })
     }
 
-    /// Ids of a text between begin and end; what is too long is cut before the end.
+    /// Ids of a text between begin and end; longer texts are truncated before the end token.
     ///
     /// # Errors
     /// When the tokenizer's own patterns fail on the text.
     pub fn ids(&self, text: &str) -> Result<Vec<i64>, ModelError> {
-        let cut = (0..=text.len().min(MOST_TEXT))
+        let cut = (0..=text.len().min(MAX_TEXT))
             .rev()
             .find(|at| text.is_char_boundary(*at));
         let words = self.tokenizer.encode(&text[..cut.unwrap_or(0)])?;
@@ -110,7 +111,7 @@ impl ClipTokenizer {
     }
 }
 
-/// The `tokenizer.json` that says what `vocab.json` and `merges.txt` say, as `CLIPTokenizer` puts them together.
+/// Builds a `tokenizer.json` from `vocab.json` and `merges.txt`, as `CLIPTokenizer` does.
 pub(super) fn whole_file(
     (vocab_file, vocab): (&Path, &str),
     (merges_file, merges): (&Path, &str),
@@ -138,7 +139,7 @@ pub(super) fn whole_file(
             );
             return Err(ModelError::file(merges_file, problem));
         };
-        // Said here, because the reader only gives up.
+        // Checked here, because the library only panics.
         for piece in [first, second, &format!("{first}{second}")] {
             if !vocab.contains_key(piece) {
                 let problem = format!("line {}: `{piece}` is not in vocab.json", index + 1);

@@ -1,4 +1,4 @@
-//! A judge's weights: `model.safetensors`, or `pytorch_model.bin` where there is none.
+//! A judge's weights: `model.safetensors`, or `pytorch_model.bin` if there is none.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -17,10 +17,10 @@ const PICKLE: &str = "pytorch_model.bin";
 /// Opens the weights of a folder, for f32 on `device`; returns the file too.
 ///
 /// # Errors
-/// When neither form is there, or the one that is cannot be read.
+/// When neither format exists, or the existing one cannot be read.
 pub(super) fn open(dir: &Path, device: Device) -> Result<(PathBuf, Box<dyn TensorSource>), ModelError> {
     if !dir.is_dir() {
-        return Err(ModelError::file(dir, "is no folder"));
+        return Err(ModelError::file(dir, "is not a folder"));
     }
     let target = Target {
         kind: Kind::Float,

@@ -1,20 +1,20 @@
-//! What is compared: methods, and variations of CoAR.
+//! The arms of the comparison: methods, and variations of CoAR.
 
 use serde_json::{Map, Value, json};
 
 use crate::tuning::WeightMethod;
 use coar_core::training::TokenMethod;
 
-/// How an arm comes to its images.
+/// How an arm produces its images.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Recipe {
-    /// Unseen images of the subject itself: how alike two of them are.
+    /// Unseen images of the subject itself: the similarity of two of them.
     Real,
-    /// The class noun alone.
+    /// Only the class noun.
     Plain,
-    /// The best description in the words of the captions.
+    /// The best description in caption words.
     Described,
-    /// Context tokens on the frozen model. Fields of the training spec that replace the preset's.
+    /// Context tokens on the frozen model. Fields of the training spec that override the preset's.
     Tokens(TokenMethod, Map<String, Value>),
     /// Changed weights on a copy.
     Weights(WeightMethod),
@@ -25,7 +25,7 @@ pub enum Recipe {
 pub struct Arm {
     pub name: String,
     pub recipe: Recipe,
-    /// How many references are given, each in another scene.
+    /// Number of references, each in another scene.
     pub references: usize,
 }
 
@@ -51,9 +51,9 @@ fn tokens(method: TokenMethod, changed: Value) -> Recipe {
     Recipe::Tokens(method, fields(changed))
 }
 
-/// The paper's settings (section 4): one text and one image context token at 9 of 32 layers, AdamW 1e-2 on the tokens
-/// themselves, batch 1, both further terms. Depth and steps are scaled: the pocket model has 6 layers, and a step of the
-/// preset sees five images where the paper's sees one.
+/// The paper's settings (section 4): one text and one image context token at 9 of 32 layers, AdamW 1e-2 on the
+/// tokens themselves, batch 1, both additional terms. Depth and steps are scaled: the pocket model has 6 layers, and
+/// a step of the preset uses five images instead of the paper's one.
 fn paper() -> Value {
     json!({
         "layers": 2, "text_tokens": 1, "image_tokens": 1, "parametrisation": "absolute", "learning_rate": 1e-2,
@@ -76,8 +76,8 @@ pub fn method_arms() -> Vec<Arm> {
     arms
 }
 
-/// What is compared on subjects in shades that no word means: the methods, and untrained the words that the search for
-/// start words finds, which may fit better than those of the colours that the shades lie between.
+/// The arms for subjects in shades without a caption word: the methods, and untrained the words found by the search
+/// for start words, which may fit better than those of the neighbouring colours.
 pub fn between_arms() -> Vec<Arm> {
     let untrained = json!({"steps": 1, "learning_rate": 1e-9, "focus": 0.0});
     let mut arms = method_arms();
@@ -88,7 +88,8 @@ pub fn between_arms() -> Vec<Arm> {
     arms
 }
 
-/// One setting of CoAR at a time; everything else is the preset's, with the image context token where the axis is about it.
+/// One setting of CoAR at a time; everything else is the preset's, with the image context token if the axis is about
+/// it.
 pub fn ablation_arms() -> Vec<Arm> {
     let mut arms = Vec::new();
     let mut vary = |axis: &str, value: &str, method, changed| {

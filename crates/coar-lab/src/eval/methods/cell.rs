@@ -1,4 +1,4 @@
-//! One cell: a method trained on one subject with one seed, its images judged.
+//! One cell: a method trained on one subject with one seed, and its judged images.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -28,13 +28,13 @@ use coar_engine::injection::DeviceConcept;
 use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::training::Advance;
 
-/// What all cells share.
+/// Shared state of all cells.
 pub struct Bench<'a> {
     pub model: &'a LuminaMgpt,
     pub base: &'a BaseWeights,
     pub judge: &'a Judge,
     pub options: &'a MethodsOptions,
-    /// Start words by what decides them: variations of one training share them.
+    /// Start words by their inputs: variations of one training share them.
     pub(super) starts: RefCell<BTreeMap<String, FoundStart>>,
 }
 
@@ -44,16 +44,16 @@ impl std::fmt::Debug for Bench<'_> {
     }
 }
 
-/// A cell as it is kept on disk: the row, and what it was made with.
+/// A cell as stored on disk: the row, and its inputs.
 #[derive(Deserialize)]
 struct Kept<T> {
     made_with: Value,
     row: T,
 }
 
-/// Something learned that draws.
+/// A trained method that generates images.
 struct Learned {
-    /// Another model for methods that change weights.
+    /// Another model, for methods that change weights.
     model: Option<LuminaMgpt>,
     concept: ConceptFile,
     parameters: u64,
@@ -62,18 +62,18 @@ struct Learned {
     swap_ms: f64,
 }
 
-/// Counts up when the same spec is judged or drawn otherwise than before.
+/// Incremented when judging or generation changes for the same spec.
 pub(super) const INSTRUMENTS: u32 = 1;
-/// Names of the concepts of compositions among the changed settings.
+/// Names of the settings of compositions' concepts.
 const SUBJECT: &str = "subject";
 const STYLE: &str = "style";
-/// Images of each scene that stand for what another model would supply to proxy tuning.
+/// Images per scene in place of another model's, for proxy tuning.
 const PROXIES_PER_SCENE: usize = 4;
-/// The scene of a sixth reference; then come those that are left.
+/// The scene of a sixth reference; then the remaining ones.
 const SIXTH: Scene = Scene::Forest;
 
 impl Bench<'_> {
-    /// What decides every row, for the record.
+    /// The inputs of every row, for the record.
     pub fn settings(&self) -> Value {
         let options = self.options;
         json!({
@@ -85,10 +85,10 @@ impl Bench<'_> {
         })
     }
 
-    /// Everything that decides a cell's row besides its method's name: cells that agree in it are one computation.
+    /// All inputs of a cell's row except its method's name: cells with equal inputs are one computation.
     ///
     /// # Errors
-    /// When a changed setting is none.
+    /// When a changed setting is invalid.
     pub fn decided_by(&self, arm: &Arm, held_out: &HeldOutSubject, seed: u64) -> Result<Value, ModelError> {
         let baseline = match arm.recipe {
             Recipe::Real | Recipe::Plain | Recipe::Described => Some(&arm.name),
@@ -108,20 +108,20 @@ impl Bench<'_> {
         }))
     }
 
-    /// Where the cell is kept.
+    /// The path of the cell's file.
     pub(super) fn file(&self, of: &str, seed: u64, decided_by: &Value) -> Option<PathBuf> {
         let name = format!("{of}.{seed}.{}.json", &digest(decided_by)[..16]);
         self.options.dir.as_ref().map(|dir| dir.join(name))
     }
 
-    /// A row of the earlier run that was made with the same.
+    /// A row of the earlier run with the same inputs.
     fn earlier(&self, cell: &str) -> Option<MethodRow> {
         let from = self.options.from.as_ref()?;
         let mut rows = from.rows.iter().chain(&from.ablations).chain(&from.between);
         rows.find(|row| row.cell == cell).cloned()
     }
 
-    /// The images of a finished cell, one for each scene.
+    /// The images of a finished cell, one per scene.
     ///
     /// # Errors
     /// When the image is damaged.
@@ -162,7 +162,7 @@ impl Bench<'_> {
         }
     }
 
-    /// The row of the cell that is `decided_by` these: kept from before, or measured now if it is `mine`.
+    /// The row of the cell with the inputs `decided_by`: loaded if it exists, or measured now if it is `mine`.
     ///
     /// # Errors
     /// When the device fails or the folder cannot be written.
@@ -199,7 +199,7 @@ impl Bench<'_> {
         Ok(Some(row))
     }
 
-    /// Everything that decides how the arm learns.
+    /// All settings of the arm's training.
     fn spec_of(&self, arm: &Arm, name: &str, noun: &str, seed: u64) -> Result<Value, ModelError> {
         let fault = |error: serde_json::Error| ModelError::invalid("settings", error.to_string());
         Ok(match &arm.recipe {
@@ -293,7 +293,7 @@ impl Bench<'_> {
         Ok((row, each))
     }
 
-    /// The first `count` references; those beyond the usual are in scenes of their own.
+    /// The first `count` references; additional ones are in scenes of their own.
     fn give_references(&self, subject: &mut Subject, count: usize, seed: u64) {
         subject.references.truncate(count);
         let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x6);
@@ -303,7 +303,7 @@ impl Bench<'_> {
         }
     }
 
-    /// How alike two real images of the subject in the same scene are: what no method can be expected to exceed.
+    /// The similarity of two real images of the subject in the same scene: the upper bound for any method.
     fn real(&self, run: &Run, subject: &Subject, seed: u64) -> Result<(MethodRow, Vec<RgbImage>), ModelError> {
         let real: Vec<RgbImage> = subject.unseen.iter().map(|(_, picture)| picture.clone()).collect();
         let real = as_drawn(&run.model.vqgan, &real)?;
@@ -431,7 +431,7 @@ fn proxy_scenes() -> impl Iterator<Item = Scene> {
     Scene::ALL.iter().flat_map(|&scene| [scene; PROXIES_PER_SCENE])
 }
 
-/// Images that another model would have drawn of the subject; here the world draws them, without a fault.
+/// Images of the subject as another model would generate them; here the world renders them perfectly.
 fn proxies(subject: &Subject, seed: u64) -> Vec<RgbImage> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x70_72_6f_78_79);
     proxy_scenes()
@@ -439,7 +439,7 @@ fn proxies(subject: &Subject, seed: u64) -> Vec<RgbImage> {
         .collect()
 }
 
-/// Two processes may measure the same cell at the same time: each writes a file of its own until it is whole.
+/// Two processes may measure the same cell at the same time: each writes a temporary file first.
 pub(super) fn replace(file: &Path, bytes: &[u8]) -> Result<(), ModelError> {
     let partial = file.with_extension(format!("{}.partial", uuid::Uuid::new_v4()));
     let written = file
@@ -450,21 +450,21 @@ pub(super) fn replace(file: &Path, bytes: &[u8]) -> Result<(), ModelError> {
     written.map_err(|error| ModelError::file(file, error))
 }
 
-/// Names what decides a cell, in 32 hexadecimal digits.
+/// A digest of a cell's inputs, in 32 hexadecimal digits.
 pub(super) fn digest(decided_by: &Value) -> String {
     let mut digest = hex::encode(Sha256::digest(decided_by.to_string()));
     digest.truncate(32);
     digest
 }
 
-/// What a finished cell holds, if it was made with the same.
+/// Loads a finished cell if its inputs are the same.
 pub(super) fn kept<T: DeserializeOwned>(file: &Path, made_with: &Value) -> Option<T> {
     let text = std::fs::read_to_string(file).ok()?;
     let kept: Kept<T> = serde_json::from_str(&text).ok()?;
     (kept.made_with == *made_with).then_some(kept.row)
 }
 
-/// Keeps a finished cell.
+/// Stores a finished cell.
 pub(super) fn write(file: &Path, kept: &Value) -> Result<(), ModelError> {
     replace(file, format!("{kept:#}\n").as_bytes())
 }

@@ -29,7 +29,7 @@ fn mean(rows: &[MethodRow], method: &str, value: impl Fn(&MethodRow) -> f64) -> 
     interval(&subjects.into_values().collect::<Vec<_>>())
 }
 
-/// Means for a terminal, one line for each method.
+/// Means for a terminal, one line per method.
 pub fn table(rows: &[MethodRow]) -> String {
     let mut text = format!(
         "{:<24} {:>22} {:>22} {:>7} {:>7} {:>7} {:>7} {:>9} {:>9} {:>8} {:>8}  {}\n",
@@ -75,13 +75,13 @@ pub fn table(rows: &[MethodRow]) -> String {
     text
 }
 
-/// The row without training that a method has to beat, and the methods that stand for CoAR.
+/// The baseline without training, and the methods that represent CoAR.
 const DESCRIBED: &str = "described";
 const PLAIN: &str = "plain";
 const OURS: [&str; 2] = ["coar", "coar-text"];
 
-/// Writes the document, and its plots into a folder of the same name beside it; returns the files. What stands in the
-/// folder's `notes.md` is its last part; sheets in the folder (`sheet-*.webp`) are shown.
+/// Writes the document, and its plots into a folder of the same name beside it; returns the files. The folder's
+/// `notes.md` becomes the last part; sheets in the folder (`sheet-*.webp`) are included.
 ///
 /// # Errors
 /// When a file cannot be read or written.
@@ -109,7 +109,7 @@ pub fn write_report(evidence: &Evidence, out: &Path) -> Result<Vec<PathBuf>, Mod
 /// Plots by file name.
 type Plots = Vec<(&'static str, String)>;
 
-/// The document and its plots; nothing in it comes from elsewhere than the arguments.
+/// The document and its plots, as a pure function of the arguments.
 pub fn document(evidence: &Evidence, folder: &str, sheets: &[String], notes: &str) -> (String, Plots) {
     let rows = &evidence.rows;
     let count = |of: fn(&MethodRow) -> String| rows.iter().map(of).collect::<BTreeSet<_>>().len();
@@ -204,7 +204,7 @@ fn fidelity(rows: &[MethodRow]) -> String {
     text
 }
 
-/// The same subjects in shades that no word means.
+/// The same subjects in shades without a caption word.
 fn between(rows: &[MethodRow]) -> String {
     let mut text = "\n## Shades that no word means\n\n\
         The subjects above are what their descriptions say, and nothing else: their shades lie within 6 of 255 of the colours that the \
@@ -219,7 +219,7 @@ fn between(rows: &[MethodRow]) -> String {
     text
 }
 
-/// How many subjects and seeds a method has.
+/// The number of subjects and seeds of a method.
 fn cells(rows: &[MethodRow], method: &str) -> String {
     let mut seeds: BTreeMap<&str, usize> = BTreeMap::new();
     for row in rows.iter().filter(|row| row.method == method) {
@@ -239,12 +239,12 @@ fn with_interval(found: Option<Interval>) -> String {
     )
 }
 
-/// A mean, or NaN where there are no rows.
+/// A mean, or NaN without rows.
 fn of(rows: &[MethodRow], method: &str, value: fn(&MethodRow) -> f64) -> f64 {
     mean(rows, method, value).map_or(f64::NAN, |found| found.mean)
 }
 
-/// The mean over subjects of `a - b`, of the subjects and seeds that both have.
+/// The mean over subjects of `a - b`, for the subjects and seeds that both have.
 fn difference(rows: &[MethodRow], a: &str, b: &str, value: fn(&MethodRow) -> f64) -> Option<Interval> {
     let of_other = rows.iter().filter(|row| row.method == b);
     let other: BTreeMap<(&str, u64), f64> = of_other
@@ -258,7 +258,7 @@ fn difference(rows: &[MethodRow], a: &str, b: &str, value: fn(&MethodRow) -> f64
     interval(&by_subject(apart).into_values().collect::<Vec<_>>())
 }
 
-/// CoAR less each other method, subject by subject: an interval that leaves 0 out is a difference.
+/// Differences of CoAR and each other method, subject by subject: an interval that excludes 0 is significant.
 fn differences(rows: &[MethodRow]) -> String {
     let mut text = "\nMeans of paired differences with their 95 % bootstrap intervals: one that does not hold 0 is a difference (**bold**).\n\n\
         | | similarity | colour | scene | class |\n|---|---|---|---|---|\n"
@@ -281,7 +281,7 @@ fn differences(rows: &[MethodRow]) -> String {
     text
 }
 
-/// The figures that this comparison was to reach, each answered from the rows.
+/// The targets of this comparison, each evaluated from the rows.
 fn wanted(rows: &[MethodRow]) -> String {
     let mut text = "\n| | similarity | colour |\n|---|---|---|\n".to_owned();
     let answer = |yes: bool| if yes { "yes" } else { "**no**" };
@@ -376,7 +376,7 @@ fn method_plots(rows: &[MethodRow]) -> Plots {
     ]
 }
 
-/// A difference with its interval, bold where it does not hold 0.
+/// A difference with its interval, bold if it excludes 0.
 fn signed(found: Option<Interval>) -> String {
     match found {
         Some(found) if found.low > 0.0 || found.high < 0.0 => {
@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn another_json_gives_another_document() {
+    fn document_depends_on_the_rows() {
         let (good, plots) = document(&evidence(0.9), "evidence", &[], "## Notes\n\nnone");
         assert!(good.contains("3 held-out subjects x 1 seeds"));
         assert!(good.contains("| coar | 3 x 1 | 0.910 [0.900, 0.920] |"), "{good}");
@@ -448,7 +448,7 @@ mod tests {
         assert!(good.contains("**+0.100** [+0.100, +0.100]"));
         assert!(good.contains("no, a copy of the model each") && good.ends_with("## Notes\n\nnone\n"));
         assert_eq!(plots.len(), 4);
-        // Which value is the default is known by its cells alone.
+        // The default value is identified by its cells only.
         assert!(good.contains("| 3 | 1 x 1 | 0.700 [0.700, 0.700] | - |"), "{good}");
         let mut known = evidence(0.9);
         let own = known.rows.iter_mut().find(|row| row.method == "coar-text").unwrap();
@@ -464,7 +464,7 @@ mod tests {
             "{known}"
         );
         assert_eq!(plots[0].1.matches("<circle").count(), 6);
-        // What only one of two methods has does not enter their difference.
+        // Subjects that only one of two methods has do not enter their difference.
         let mut uneven = evidence(0.9);
         uneven.rows.push(MethodRow {
             seed: 1,

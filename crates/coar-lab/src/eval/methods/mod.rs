@@ -26,17 +26,17 @@ use crate::pocket::world::{
 use crate::tuning::BaseWeights;
 use coar_engine::model::{LuminaMgpt, ModelError};
 
-/// What is measured.
+/// Settings of a run.
 #[derive(Debug, Clone)]
 pub struct MethodsOptions {
-    /// Seeds decide references, training and drawing.
+    /// Seeds determine references, training and sampling.
     pub seeds: Vec<u64>,
-    /// Held-out subjects, from the first; or those that are named.
+    /// Held-out subjects: a number, or names.
     pub subjects: usize,
     pub named: Vec<String>,
-    /// On the development subjects, on which settings are chosen.
+    /// Use the development subjects, which are used to choose settings.
     pub development: bool,
-    /// Images of each of the nine scenes.
+    /// Images per scene, of nine scenes.
     pub per_scene: usize,
     pub guidance_scale: f64,
     pub top_k: u32,
@@ -45,17 +45,19 @@ pub struct MethodsOptions {
     pub ablations: bool,
     /// Also styles, and subjects with styles.
     pub styles: bool,
-    /// Also subjects in shades that no word means.
+    /// Also subjects in shades without a caption word.
     pub between: bool,
-    /// Where contact sheets of the first seed's finished cells go.
+    /// Folder for contact sheets of the first seed's finished cells.
     pub sheets: Option<PathBuf>,
     /// Rows of an earlier run, which are not measured again.
     pub from: Option<Evidence>,
-    /// Where finished cells are kept, so that an interrupted run goes on.
+    /// Folder of finished cells, to resume an interrupted run.
     pub dir: Option<PathBuf>,
-    /// `(index, count)`: only every count-th cell, for several processes on the same folder; `None`: nothing is measured.
+    /// `(index, count)`: only every count-th cell, for several processes on the same folder; `None`: nothing is
+    /// measured.
     pub part: Option<(usize, usize)>,
-    /// Replaced training settings by arm, and of `subject` and `style` for the compositions: `{"dreambooth": {"steps": 30}}`.
+    /// Overridden training settings by arm, and of `subject` and `style` for the compositions: `{"dreambooth":
+    /// {"steps": 30}}`.
     pub settings: serde_json::Map<String, serde_json::Value>,
 }
 
@@ -76,30 +78,30 @@ pub struct MethodRow {
     pub similarity: f64,
     /// Intersection of colour histograms with the same images.
     pub colour: f64,
-    /// Share of images in the scene that was asked for.
+    /// Share of images in the requested scene.
     pub scene: f64,
     /// Share of images that show the subject's class.
     pub class: f64,
-    /// Mean share of right answers for both colours, pattern and accessory.
+    /// Mean share of correct answers for both colours, pattern and accessory.
     pub attributes: f64,
     /// Nats per image code on unseen images.
     pub loss: Option<f64>,
-    /// Trained numbers.
+    /// Number of trained parameters.
     pub parameters: u64,
-    /// Of the file that holds what was learned.
+    /// Of the file with the trained parameters.
     pub bytes: u64,
-    /// Of training, first stages and class images included.
+    /// Seconds of training, first stages and class images included.
     pub seconds: f64,
-    /// From the file's bytes to something that can draw.
+    /// From the file's bytes to a model that can generate.
     pub swap_ms: f64,
-    /// Whether one batch of the engine can mix it with others.
+    /// Whether it can share a batch of the engine with others.
     pub mixed_batch: bool,
-    /// Digest of everything that decides the row: a later run takes over rows that it would only make again.
+    /// Digest of all inputs of the row: a later run reuses rows with equal inputs.
     #[serde(default)]
     pub cell: String,
 }
 
-/// Everything that one run measured, with what decides it.
+/// All results of one run, with its settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evidence {
     pub model: String,
@@ -109,7 +111,7 @@ pub struct Evidence {
     /// Variations of CoAR, one setting at a time; `method` is `axis: value`.
     #[serde(default)]
     pub ablations: Vec<MethodRow>,
-    /// Subjects in shades that no word means.
+    /// Subjects in shades without a caption word.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub between: Vec<MethodRow>,
     /// Styles from one image, and every subject with every style.
@@ -117,7 +119,8 @@ pub struct Evidence {
     pub parts: Vec<PartRow>,
 }
 
-/// Runs every cell that is not there yet and returns all that are: with `part`, the others' as far as they are finished.
+/// Runs every cell that does not exist yet and returns all that exist: with `part`, including the finished ones of
+/// other processes.
 ///
 /// # Errors
 /// When a name is unknown, the device fails, or a file cannot be written.
@@ -192,7 +195,7 @@ pub fn evaluate_methods(
         parts: vec![],
     };
     let total = cells.len();
-    // What an arm of the ablations shares with a method is computed once.
+    // Cells that an ablation shares with a method are computed once.
     let mut seen: BTreeMap<String, Option<MethodRow>> = BTreeMap::new();
     for (number, (seed, subject, section, arm)) in cells.into_iter().enumerate() {
         progress(number, total, &format!("{} {} {seed}", subject.name, arm.name));
@@ -231,7 +234,7 @@ pub fn evaluate_methods(
     Ok(evidence)
 }
 
-/// Where a row belongs.
+/// The table of a row.
 #[derive(Clone, Copy)]
 enum Section {
     Methods,

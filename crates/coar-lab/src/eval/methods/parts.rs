@@ -24,7 +24,7 @@ pub struct PartRow {
     pub seed: u64,
     /// Measured numbers by name.
     pub values: BTreeMap<String, f64>,
-    /// Digest of everything that decides the row.
+    /// Digest of all inputs of the row.
     #[serde(default)]
     pub cell: String,
 }
@@ -42,7 +42,7 @@ impl PartRow {
     }
 }
 
-/// Concepts of one seed, trained when they are first needed.
+/// Concepts of one seed, trained on demand.
 struct Concepts<'r, 'a> {
     run: &'r Run<'a>,
     trained: BTreeMap<(&'static str, bool), Trained>,
@@ -79,8 +79,8 @@ impl Concepts<'_, '_> {
 }
 
 impl Bench<'_> {
-    /// Every style, and every one of `subjects` with every style: of those that are finished, and of those that are this
-    /// process's part.
+    /// Every style, and every one of `subjects` with every style: the finished ones, and those in this process's
+    /// part.
     ///
     /// # Errors
     /// When the device fails or a file cannot be written.
@@ -141,7 +141,7 @@ impl Bench<'_> {
         Ok(rows)
     }
 
-    /// Rows of the earlier run that were made with the same.
+    /// Rows of the earlier run with the same inputs.
     fn earlier_parts(&self, cell: &str) -> Vec<PartRow> {
         let from = self.options.from.iter().flat_map(|from| &from.parts);
         from.filter(|row| row.cell == cell).cloned().collect()

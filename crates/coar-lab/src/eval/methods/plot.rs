@@ -12,7 +12,7 @@ const COLOURS: [&str; 8] = [
     "#1b6ca8", "#c1440e", "#3b7d3b", "#7a4fa3", "#8a6d00", "#444444", "#b0306a", "#008080",
 ];
 
-/// A named mark with the interval of its height.
+/// A named mark with the interval of its y value.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Mark {
     pub name: String,
@@ -22,7 +22,7 @@ pub(super) struct Mark {
     pub high: f64,
 }
 
-/// What the axes say, and whether x grows by factors.
+/// Axis labels, and whether x is logarithmic.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Axes<'a> {
     pub title: &'a str,
@@ -31,7 +31,7 @@ pub(super) struct Axes<'a> {
     pub logarithmic: bool,
 }
 
-/// Text that may stand in an SVG file.
+/// Escapes text for an SVG file.
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
@@ -50,7 +50,7 @@ fn ticks(low: f64, high: f64) -> Vec<f64> {
     (first..=last).map(|at| at as f64 * step).collect()
 }
 
-/// Powers of ten between `10^low` and `10^high`, with 2 and 5 times each where that gives fewer than three.
+/// Powers of ten between `10^low` and `10^high`, with 2 and 5 times each if that gives fewer than three.
 fn powers(low: f64, high: f64) -> Vec<f64> {
     let powers = low.floor() as i32..=high.ceil() as i32;
     let within = |times: &[f64]| -> Vec<f64> {
@@ -67,7 +67,7 @@ fn powers(low: f64, high: f64) -> Vec<f64> {
     }
 }
 
-/// A number without the noise of binary fractions.
+/// Formats a number without the noise of binary fractions.
 fn short(number: f64) -> String {
     if number >= 1e6 {
         return format!("{}M", short(number / 1e6));
@@ -86,7 +86,7 @@ fn range(values: impl Iterator<Item = f64> + Clone, margin: f64) -> (f64, f64) {
     (low - room, high + room)
 }
 
-/// A scatter plot; marks whose x does not suit the axis (zero on a logarithmic one) are left out. `line` joins them.
+/// A scatter plot; marks with an invalid x (zero on a logarithmic axis) are omitted. `line` connects them.
 pub(super) fn plot(axes: Axes, marks: &[Mark], line: bool) -> String {
     let place = |x: f64| if axes.logarithmic { x.log10() } else { x };
     let marks: Vec<&Mark> = marks
@@ -156,7 +156,7 @@ pub(super) fn plot(axes: Axes, marks: &[Mark], line: bool) -> String {
             y(mark.low),
             y(mark.high),
         );
-        // A label moves down until it is clear of the others.
+        // A label moves down until it does not overlap others.
         let mut at = py - 5.0;
         while taken
             .iter()
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_mark_that_suits_the_axis_is_drawn_once() {
+    fn every_valid_mark_is_plotted_once() {
         let mark = |name: &str, x: f64| Mark {
             name: name.to_owned(),
             x,

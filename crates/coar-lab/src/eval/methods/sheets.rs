@@ -8,11 +8,11 @@ use crate::pocket::world::{HeldOutSubject, contact_sheet};
 use coar_core::image::{OutputFormat, RgbImage, encode};
 use coar_engine::model::ModelError;
 
-/// Of lossy WebP: flat colours show no loss at it.
+/// Lossy WebP quality: no visible loss with flat colours.
 const QUALITY: u8 = 80;
 
 impl Bench<'_> {
-    /// Writes `sheet-SUBJECT.webp`: a line for each arm whose cell is there, in their order, a column for each scene.
+    /// Writes `sheet-SUBJECT.webp`: a line per arm with a finished cell, in their order, and a column per scene.
     ///
     /// # Errors
     /// When a cell's image is damaged or the file cannot be written.

@@ -6,7 +6,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-/// A mean with the interval that holds 95 % of its bootstrap resamples.
+/// A mean with the interval that contains 95 % of its bootstrap resamples.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Interval {
     pub mean: f64,
@@ -17,7 +17,7 @@ pub struct Interval {
 const RESAMPLES: usize = 10_000;
 const SEED: u64 = 95;
 
-/// The mean of one value for each subject; subjects are resampled. Without subjects there is none.
+/// The mean of one value per subject; subjects are resampled. `None` without subjects.
 pub fn interval(subjects: &[f64]) -> Option<Interval> {
     let n = subjects.len();
     if n == 0 {
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equal_values_have_no_spread_and_two_have_their_own() {
+    fn interval_of_equal_and_of_two_values() {
         assert_eq!(interval(&[]), None);
         let same = interval(&[0.5; 8]).unwrap();
         assert_eq!((same.mean, same.low, same.high), (0.5, 0.5, 0.5));
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn seeds_are_averaged_before_subjects_and_pairs_need_both() {
+    fn seeds_are_averaged_first_and_pairs_need_both() {
         let a = by_subject([("x", 1.0), ("x", 3.0), ("y", 5.0), ("z", 9.0)].into_iter());
         assert_eq!(a["x"], 2.0);
         let b = by_subject([("x", 1.0), ("y", 4.0)].into_iter());

@@ -1,4 +1,4 @@
-//! Words for an image: everything that it shows, or a random part.
+//! Captions of an image: a full description, or a random part.
 
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngCore};
@@ -20,10 +20,10 @@ pub fn scene_phrase(scene: Scene) -> &'static str {
     }
 }
 
-/// What captions call an object that has no word of its own.
+/// The caption word of an object without a word of its own.
 const UNNAMED: &str = "picture";
 
-/// What a caption says of an image.
+/// The content of a caption.
 struct Mention<'a> {
     opening: &'a str,
     determiner: &'a str,
@@ -31,12 +31,11 @@ struct Mention<'a> {
     accessory: Option<At>,
     scene: bool,
     designer: Option<At>,
-    /// Of the words before the noun the last come first.
+    /// Words before the noun are in reverse order.
     turned: bool,
 }
 
-/// Where a caption says it. What a concept learns stands before the noun: words that mean what a caption can say of it must
-/// be at home there.
+/// Where a caption places a word. A concept's tokens precede the noun, so caption words must occur there, too.
 #[derive(Clone, Copy, PartialEq)]
 enum At {
     /// "a noto cat", "a crown cat"
@@ -86,7 +85,7 @@ fn compose(spec: &Spec, mention: &Mention) -> String {
     words.join(" ")
 }
 
-/// Everything that words can say of the image.
+/// A full description of the image.
 pub fn caption_full(spec: &Spec) -> String {
     let everything = Mention {
         opening: "a picture of",
@@ -100,13 +99,13 @@ pub fn caption_full(spec: &Spec) -> String {
     compose(spec, &everything)
 }
 
-/// Says it in a share of the captions, and before the noun in two of five of those.
+/// Included in a share of the captions, and before the noun in two of five of those.
 fn place(share: f64, rng: &mut dyn RngCore) -> Option<At> {
     let at = if rng.random_bool(0.4) { At::Noun } else { At::End };
     rng.random_bool(share).then_some(at)
 }
 
-/// A caption as training draws it anew at every visit: most of what the image shows, in varying form.
+/// A random training caption: most of what the image shows, in varying form.
 pub fn caption_random(spec: &Spec, rng: &mut dyn RngCore) -> String {
     let openings = ["a picture of", "a photo of", "", ""];
     let determiners = ["a", "a", "a", "my", "the", "this"];
@@ -144,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn captions_use_known_words_and_say_what_is_shown() {
+    fn captions_use_known_words_and_match_the_image() {
         let (mut rng, words) = (ChaCha8Rng::seed_from_u64(1), words());
         for _ in 0..3000 {
             let spec = Spec::sample(&mut rng);
@@ -171,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_word_is_a_picture_and_no_colour() {
+    fn unnamed_objects_and_hues_have_generic_captions() {
         let mut rng = ChaCha8Rng::seed_from_u64(2);
         let spec = Spec {
             object: Object::all_with_extra().last().unwrap(),
@@ -190,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn both_places_of_designer_and_accessory_occur() {
+    fn designer_and_accessory_occur_in_both_positions() {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         let spec = Spec {
             accessory: Some(Accessory::Crown),
@@ -212,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn articles_fit_the_next_word() {
+    fn articles_match_the_next_word() {
         assert_eq!(
             (article("apple"), article("unicorn"), article("green")),
             ("an", "a", "a")

@@ -1,11 +1,11 @@
-//! What the world is made of: objects, designers, colours, accessories and scenes, and the icon that each object has in
+//! The contents of the world: objects, designers, colours, accessories and scenes, and the icon of each object in
 //! each designer's set.
 
 use serde::{Deserialize, Serialize};
 
 use super::extra::EXTRA_ICONS;
 
-/// The world's objects. `extra` objects are drawn for the tokenizer alone, so that it knows more shapes than the
+/// The world's objects. `extra` objects are used only for the tokenizer, so it knows more shapes than the
 /// transformer has words for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Object(u16);
@@ -14,9 +14,9 @@ struct ObjectEntry {
     words: &'static str,
     /// The icon's name in the sets that follow the common naming scheme.
     icon: &'static str,
-    /// The icon's name in `fxemoji`; empty where the set has no such drawing.
+    /// The icon's name in `fxemoji`; empty if the set does not have it.
     fxemoji: &'static str,
-    /// The icon's name in `streamline-emojis`; empty where the set has no such drawing.
+    /// The icon's name in `streamline-emojis`; empty if the set does not have it.
     streamline: &'static str,
 }
 
@@ -92,27 +92,27 @@ impl Object {
         (0..OBJECTS.len() as u16).map(Self)
     }
 
-    /// Every object that the tokenizer is trained on: those with a caption word first.
+    /// Every object of the tokenizer's training: those with a caption word first.
     pub fn all_with_extra() -> impl ExactSizeIterator<Item = Self> {
         (0..(OBJECTS.len() + EXTRA_ICONS.len()) as u16).map(Self)
     }
 
-    /// The object that captions call `words`.
+    /// The object with the caption word `words`.
     pub fn named(words: &str) -> Option<Self> {
         Self::all().find(|object| object.words() == Some(words))
     }
 
-    /// Its place among [`Self::all_with_extra`].
+    /// Its index in [`Self::all_with_extra`].
     pub fn index(self) -> usize {
         usize::from(self.0)
     }
 
-    /// What captions call it; `None` for the tokenizer's extra objects.
+    /// Its caption word; `None` for the tokenizer's extra objects.
     pub fn words(self) -> Option<&'static str> {
         OBJECTS.get(self.index()).map(|entry| entry.words)
     }
 
-    /// The name of its icon in the designer's set; `None` where the designer has not drawn it.
+    /// The name of its icon in the designer's set; `None` if the set does not have it.
     pub fn icon(self, designer: Designer) -> Option<&'static str> {
         let name = match OBJECTS.get(self.index()) {
             Some(entry) => match designer {
@@ -138,12 +138,12 @@ macro_rules! named {
             /// Every value, in a fixed order.
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
-            /// The word for it in captions.
+            /// Its caption word.
             pub fn name(self) -> &'static str {
                 match self { $(Self::$variant => $word),+ }
             }
 
-            /// Its place in [`Self::ALL`].
+            /// Its index in [`Self::ALL`].
             pub fn index(self) -> usize {
                 self as usize
             }
@@ -152,19 +152,19 @@ macro_rules! named {
 }
 
 named! {
-    /// Who drew it. The first five are trained on; `Fxemoji` and `Openmoji` are unseen styles for reports, `Streamline`
-    /// is one for development. `Openmoji` is share-alike: never trained on, never shipped.
+    /// The designer. The first five are trained on; `Fxemoji` and `Openmoji` are unseen styles for reports,
+    /// `Streamline` is one for development. `Openmoji` is share-alike: never trained on, never shipped.
     Designer {
         Noto => "noto", Fluent => "fluent", Twemoji => "twemoji", Emojione => "emojione", Blob => "blob",
         Fxemoji => "fxemoji", Openmoji => "openmoji", Streamline => "streamline",
     }
 }
 named! {
-    /// The colours that a drawing is turned to. Drawings in the designer's own colours have none.
+    /// The colours that a drawing can be recoloured to. Drawings in the designer's own colours have none.
     Colour { Green => "green", Blue => "blue", Pink => "pink" }
 }
 named! {
-    /// What may stand beside the object, by the same designer.
+    /// What may be beside the object, by the same designer.
     Accessory { Balloon => "balloon", Gift => "gift", Crown => "crown", Tulip => "tulip" }
 }
 named! {
@@ -180,10 +180,10 @@ impl Designer {
     pub const TRAINED: &'static [Self] = &[Self::Noto, Self::Fluent, Self::Twemoji, Self::Emojione, Self::Blob];
     /// Unseen designers that reports use.
     pub const REPORTED: &'static [Self] = &[Self::Fxemoji, Self::Openmoji];
-    /// Unseen designers that settings are chosen on.
+    /// Unseen designers for choosing settings.
     pub const DEVELOPMENT: &'static [Self] = &[Self::Streamline];
 
-    /// Whether training may show this designer's drawings.
+    /// Whether training may use this designer's drawings.
     pub fn trained(self) -> bool {
         Self::TRAINED.contains(&self)
     }
@@ -223,7 +223,7 @@ impl Colour {
 }
 
 impl Accessory {
-    /// The name of its icon in the designer's set; `None` where the designer has not drawn it.
+    /// The name of its icon in the designer's set; `None` if the set does not have it.
     pub fn icon(self, designer: Designer) -> Option<&'static str> {
         match (self, designer) {
             (Self::Balloon, _) => Some("balloon"),

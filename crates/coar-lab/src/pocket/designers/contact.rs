@@ -1,4 +1,4 @@
-//! Contact sheets: what the world looks like, at a glance.
+//! Contact sheets: an overview of the world.
 
 use rand::SeedableRng;
 use rand::seq::IndexedRandom;
@@ -57,7 +57,7 @@ pub fn sheets(world: &World, seed: u64) -> Result<Vec<Sheet>, WorldError> {
     for half in Object::all().collect::<Vec<_>>().chunks(16) {
         for &&designer in &designers {
             for &object in half {
-                // A designer who has not drawn the object leaves its place to the first designer's, on white.
+                // If a designer does not have the object, the first designer's is used, on white.
                 let at = match world.has(object, designer) {
                     true => plain(object, designer, Scene::ALL[object.index() % 8]),
                     false => plain(object, Designer::Noto, Scene::White),

@@ -1,20 +1,22 @@
-//! Drawings: an icon rendered at its final size, cropped to its ink and standing on the lower edge of a square.
+//! Drawings: an icon rendered at its final size, cropped to its opaque pixels and aligned to the lower edge of a
+//! square.
 
 use resvg::tiny_skia::{Pixmap, Transform};
 use resvg::usvg;
 
 use super::WorldError;
 
-/// Pixels of a drawing's square. A multiple of the tokenizer's 8 pixels, so that a drawing always meets the grid alike.
+/// Side of a drawing's square in pixels. A multiple of the tokenizer's 8 pixels, so a drawing is always aligned to
+/// the grid in the same way.
 pub const OBJECT_SIDE: usize = 88;
-/// Pixels of an accessory's square.
+/// Side of an accessory's square in pixels.
 pub const ACCESSORY_SIDE: usize = 40;
 
-/// Samples along each side of a final pixel.
+/// Samples per side of a final pixel.
 const OVERSAMPLING: usize = 4;
-/// Side of the rendering that finds the ink.
+/// Side of the rendering that determines the bounding box.
 const PROBE_SIDE: u32 = 256;
-/// Alpha from which a pixel counts as ink.
+/// Minimum alpha of an opaque pixel.
 const INK: u8 = 12;
 
 /// A square of premultiplied RGBA, 8 bits each, `[side, side, 4]` row by row.
@@ -25,11 +27,11 @@ pub struct Drawing {
 }
 
 impl Drawing {
-    /// Renders an SVG document into a square of `side` pixels: cropped to its ink, as large as fits, centred from left to
-    /// right, standing on the lower edge.
+    /// Renders an SVG document into a square of `side` pixels: cropped to its opaque pixels, scaled to fit, centred
+    /// horizontally, aligned to the lower edge.
     ///
     /// # Errors
-    /// When the document cannot be parsed or shows nothing.
+    /// When the document cannot be parsed or is empty.
     pub fn from_svg(name: &str, svg: &str, side: usize) -> Result<Self, WorldError> {
         let fault = |problem: String| WorldError::Drawing {
             name: name.to_owned(),
@@ -69,10 +71,10 @@ impl Drawing {
             .map_err(|error| WorldError::pack(error.to_string()))
     }
 
-    /// Reads what [`Self::to_png`] wrote.
+    /// Reads the output of [`Self::to_png`].
     ///
     /// # Errors
-    /// When the bytes are no square PNG.
+    /// When the bytes are not a square PNG.
     pub fn from_png(bytes: &[u8]) -> Result<Self, WorldError> {
         let pixmap = Pixmap::decode_png(bytes).map_err(|error| WorldError::pack(error.to_string()))?;
         if pixmap.width() != pixmap.height() {
@@ -88,12 +90,12 @@ impl Drawing {
         })
     }
 
-    /// Alpha at a pixel.
+    /// Alpha of a pixel.
     pub fn alpha(&self, x: usize, y: usize) -> u8 {
         self.rgba[(y * self.side + x) * 4 + 3]
     }
 
-    /// First and one past the last column with ink in the lower third: what stands on the ground.
+    /// First and one past the last column with opaque pixels in the lower third: the base of the object.
     pub(super) fn footing(&self) -> (usize, usize) {
         let inked = |x: &usize| (self.side * 2 / 3..self.side).any(|y| self.alpha(*x, y) > INK);
         let first = (0..self.side).find(inked).unwrap_or(0);
@@ -102,7 +104,7 @@ impl Drawing {
     }
 }
 
-/// The box around a pixmap's ink: left, top, right and bottom, the latter two exclusive.
+/// The bounding box of a pixmap's opaque pixels: left, top, right and bottom, the latter two exclusive.
 fn ink(pixmap: &Pixmap) -> Option<(usize, usize, usize, usize)> {
     let (width, height) = (pixmap.width() as usize, pixmap.height() as usize);
     let inked = |x: usize, y: usize| pixmap.data()[(y * width + x) * 4 + 3] > INK;
@@ -145,7 +147,7 @@ mod tests {
     const WIDE: &str = r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64" width="64" height="64"><path fill="#f00" d="M8 8h40v20H8z"/></svg>"##;
 
     #[test]
-    fn drawings_are_cropped_and_stand_on_the_lower_edge() {
+    fn drawings_are_cropped_and_bottom_aligned() {
         let drawing = Drawing::from_svg("wide", WIDE, 40).unwrap();
         assert_eq!(drawing.rgba.len(), 40 * 40 * 4);
         assert_eq!((drawing.alpha(20, 39), drawing.alpha(1, 38)), (255, 255));
@@ -162,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_and_broken_documents_are_refused() {
+    fn empty_and_broken_documents_are_rejected() {
         let empty = r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"/>"#;
         assert!(Drawing::from_svg("empty", empty, 40).is_err());
         assert!(Drawing::from_svg("broken", "<svg", 40).is_err());

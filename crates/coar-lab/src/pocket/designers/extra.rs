@@ -1,5 +1,5 @@
-//! Icons that the tokenizer alone is trained on, so that it knows more shapes than the transformer has words for: what all
-//! trained designers have drawn, without people, faces, signs and scenes.
+//! Icons that only the tokenizer is trained on, so it knows more shapes than the transformer has words for: those in
+//! all trained designers' sets, without people, faces, signs and scenes.
 
 /// Their names in the sets. Their order is part of the recipe.
 pub(super) const EXTRA_ICONS: [&str; 310] = [

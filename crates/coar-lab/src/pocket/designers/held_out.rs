@@ -1,20 +1,20 @@
-//! Subjects that training never shows: what concepts are trained on. Unseen designers: [`Designer::REPORTED`] and
-//! [`Designer::DEVELOPMENT`].
+//! Subjects that are never used in training; concepts are trained on them. Unseen designers: [`Designer::REPORTED`]
+//! and [`Designer::DEVELOPMENT`].
 
 use rand::RngCore;
 
 use super::{Accessory, Colour, Designer, Object, Place, Scene, Spec};
 
-/// How much of a subject training never shows.
+/// Which part of a subject is held out of training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unseen {
-    /// The drawing in this colour; training shows it in others.
+    /// The drawing in this colour; training uses it in others.
     Colour,
-    /// The drawing, in whatever colour: no caption can describe it.
+    /// The drawing, in any colour: no caption can describe it.
     Drawing,
 }
 
-/// A particular thing: one designer's drawing in one colour, with an accessory or without.
+/// A particular object: one designer's drawing in one colour, with or without an accessory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeldOutSubject {
     /// Its name as a concept.
@@ -84,7 +84,7 @@ pub fn development_subjects() -> &'static [HeldOutSubject] {
 }
 
 impl HeldOutSubject {
-    /// The subject in `scene`, somewhere.
+    /// The subject in `scene`, at a random place.
     pub fn spec(&self, scene: Scene, rng: &mut dyn RngCore) -> Spec {
         let object = Object::named(self.object).expect("held-out subjects name objects of the catalogue");
         let spec = Spec {
@@ -99,13 +99,13 @@ impl HeldOutSubject {
         spec.moved(scene, rng)
     }
 
-    /// Whether an image shows what training must not show of this subject.
+    /// Whether an image shows something of this subject that is held out.
     fn matches(&self, spec: &Spec) -> bool {
         let drawing = spec.object.words() == Some(self.object) && spec.designer == self.designer;
         drawing
             && match self.unseen {
                 Unseen::Drawing => true,
-                // In a hue near the subject's own, too.
+                // A hue near the subject's own is held out, too.
                 Unseen::Colour => match spec.hue {
                     Some(hue) => self.colour.is_some_and(|colour| near(f32::from(hue), colour.hue())),
                     None => spec.colour == self.colour,
@@ -114,13 +114,13 @@ impl HeldOutSubject {
     }
 }
 
-/// Whether two hues look alike: less than 40 degrees apart.
+/// Whether two hues look similar: less than 40 degrees apart.
 fn near(a: f32, b: f32) -> bool {
     let apart = (a - b).rem_euclid(360.0);
     apart.min(360.0 - apart) < 40.0
 }
 
-/// Whether training must never show this image: a held-out subject, with whatever beside it, or an unseen designer.
+/// Whether an image is held out of training: it shows a held-out subject, or is by an unseen designer.
 pub fn is_held_out(spec: &Spec) -> bool {
     !spec.designer.trained() || REPORTED.iter().chain(&DEVELOPMENT).any(|subject| subject.matches(spec))
 }
@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn training_never_draws_what_is_held_out() {
+    fn training_excludes_held_out_images() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let held: Vec<_> = REPORTED.iter().chain(&DEVELOPMENT).collect();
         for index in 0..60_000 {
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn sets_are_large_enough_and_apart() {
+    fn held_out_sets_are_large_enough_and_disjoint() {
         let held: Vec<_> = REPORTED.iter().chain(&DEVELOPMENT).collect();
         let names: BTreeSet<_> = held.iter().map(|subject| subject.name).collect();
         let drawings: BTreeSet<_> = held.iter().map(|s| (s.object, s.designer)).collect();

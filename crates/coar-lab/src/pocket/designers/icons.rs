@@ -1,4 +1,4 @@
-//! Designers' icon sets as their packages hold them: one JSON file with the body of every icon's SVG.
+//! Designers' icon sets as packaged: one JSON file with the body of every icon's SVG.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -33,16 +33,16 @@ struct Alias {
     parent: String,
 }
 
-/// Width and height of icons where a set names none.
+/// Width and height of icons if a set does not specify them.
 const DEFAULT_SIDE: f32 = 16.0;
-/// Longest chain of aliases that is followed.
+/// Maximum length of a chain of aliases.
 const MAX_ALIASES: usize = 8;
 
 impl IconSet {
     /// Reads `dir/set/icons.json`.
     ///
     /// # Errors
-    /// When the file is absent or is no icon set.
+    /// When the file is absent or not an icon set.
     pub fn read(dir: &Path, set: &str) -> Result<Self, WorldError> {
         let file = dir.join(set).join("icons.json");
         let text = std::fs::read(&file).map_err(|source| WorldError::Icons {
@@ -57,7 +57,7 @@ impl IconSet {
         Ok(parsed)
     }
 
-    /// The SVG document of the icon called `name`.
+    /// The SVG document of the icon `name`.
     ///
     /// # Errors
     /// When the set has no such icon.

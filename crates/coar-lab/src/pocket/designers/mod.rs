@@ -1,6 +1,6 @@
-//! A world of designers' work: objects x designers x colours x accessories x scenes x places, 128x128 pixels.
+//! A world of designers' drawings: objects x designers x colours x accessories x scenes x places, 128x128 pixels.
 //!
-//! The drawings are emoji of several designers, who all drew the same things. Icon sets are fetched by
+//! The drawings are emoji by several designers, who all cover the same objects. Icon sets are fetched by
 //! `scripts/fetch-drawings.sh` and rendered once into a [`Pack`]; images are composed from it.
 
 mod captions;
@@ -34,36 +34,36 @@ pub use spec::{Place, Spec};
 
 use coar_core::image::RgbImage;
 
-/// Sides of the world's images, in pixels.
+/// Side of the world's images, in pixels.
 pub const IMAGE_SIDE: usize = 128;
-/// Sides of a cell of the tokenizer's grid, in pixels.
+/// Side of a cell of the tokenizer's grid, in pixels.
 pub const CELL: usize = 8;
-/// Cells along each side of an image.
+/// Cells per side of an image.
 pub const CELLS: usize = IMAGE_SIDE / CELL;
 
-/// Row of pixels that everything stands on. A multiple of [`CELL`].
+/// The ground line: the row of pixels that objects stand on. A multiple of [`CELL`].
 const GROUND: usize = 112;
 /// Darkest part of a shadow.
 const SHADOW: f32 = 0.36;
 /// Half the height of a shadow, in pixels.
 const SHADOW_HEIGHT: f32 = 8.0;
 
-/// A fault of the world's files.
+/// An error in the world's files.
 #[derive(Debug, thiserror::Error)]
 pub enum WorldError {
-    /// An icon set that is absent, or lacks an icon.
+    /// An icon set is absent, or lacks an icon.
     #[error("{}: {problem}", file.display())]
     Icons { file: PathBuf, problem: String },
-    /// An icon that cannot be rendered.
+    /// An icon cannot be rendered.
     #[error("drawing `{name}`: {problem}")]
     Drawing { name: String, problem: String },
-    /// A pack that cannot be read or written.
+    /// A pack cannot be read or written.
     #[error("drawings: {problem}")]
     Pack { problem: String },
-    /// A drawing that an image needs and the pack lacks.
+    /// The pack lacks a drawing that an image needs.
     #[error("the pack has no {what} by {designer}; draw it again with `coar-lab pocket designers draw`")]
     Missing { what: String, designer: &'static str },
-    /// A file that cannot be read or written.
+    /// A file cannot be read or written.
     #[error("{}: {source}", file.display())]
     File { file: PathBuf, source: std::io::Error },
 }
@@ -83,12 +83,12 @@ impl WorldError {
     }
 }
 
-/// Everything that images are composed of. Shared between threads.
+/// The data that images are composed of. Shared between threads.
 #[derive(Debug)]
 pub struct World {
     pack: Pack,
     backgrounds: Vec<Vec<u8>>,
-    /// By object, designer and colour; filled when first asked for.
+    /// By object, designer and colour; filled on demand.
     coloured: Vec<OnceLock<Drawing>>,
 }
 
@@ -124,7 +124,7 @@ impl World {
         Ok(Self::new(Pack::read(file)?))
     }
 
-    /// Whether the designer has drawn the object.
+    /// Whether the designer's set has the object.
     pub fn has(&self, object: Object, designer: Designer) -> bool {
         self.pack.object(object, designer).is_some()
     }
@@ -150,7 +150,7 @@ impl World {
         })
     }
 
-    /// What the image shows before its scene, the accessory last.
+    /// The drawings in front of the scene, the accessory last.
     fn placed(&self, spec: &Spec) -> Result<Vec<Placed<'_>>, WorldError> {
         let left = match spec.place {
             Place::Alone(cell) => (usize::from(cell) * CELL).min(IMAGE_SIDE - OBJECT_SIDE),
@@ -181,7 +181,7 @@ impl World {
         Ok(placed)
     }
 
-    /// Composes an image: 8-bit RGB, [`IMAGE_SIDE`] pixels a side.
+    /// Composes an image: 8-bit RGB, [`IMAGE_SIDE`] pixels per side.
     ///
     /// # Errors
     /// When the pack lacks a drawing that it needs.
@@ -199,12 +199,13 @@ impl World {
         })
     }
 
-    /// Which cells of the grid drawings cover entirely, so that no pixel of the scene shows: `[CELLS, CELLS]` row by row.
+    /// Which cells of the grid are fully covered by drawings, so that no pixel of the scene is visible: `[CELLS,
+    /// CELLS]` row by row.
     ///
     /// # Errors
     /// As [`Self::render`].
     pub fn covered(&self, spec: &Spec) -> Result<Vec<bool>, WorldError> {
-        // Colours leave alpha as it is.
+        // Recolouring does not change alpha.
         let plain = Spec {
             colour: None,
             hue: None,
@@ -226,7 +227,7 @@ impl World {
     }
 }
 
-/// Alpha from which a pixel hides the scene.
+/// Minimum alpha of a pixel that hides the scene.
 const OPAQUE: u8 = 252;
 
 /// Cells whose eight neighbours are covered, too.
@@ -241,7 +242,7 @@ pub fn inner(covered: &[bool]) -> Vec<bool> {
         .collect()
 }
 
-/// Darkens the ground below a drawing: a soft ellipse as wide as what stands on the ground.
+/// Darkens the ground below a drawing: a soft ellipse as wide as the base of the object.
 fn cast_shadow(rgb: &mut [u8], placed: &Placed) {
     let (first, last) = placed.drawing.footing();
     let center = placed.left as f32 + (first + last) as f32 / 2.0;
@@ -284,7 +285,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A pack without any designer's work: a shape and a colour for each object and designer.
+    /// A synthetic pack: a shape and a colour for each object and designer.
     pub(crate) fn synthetic_pack() -> Pack {
         let mut pack = Pack::default();
         let shape = |index: usize, designer: Designer| {
@@ -310,7 +311,7 @@ pub(crate) mod tests {
         pack
     }
 
-    /// The world of [`synthetic_pack`], drawn once per test process.
+    /// The world of [`synthetic_pack`], rendered once per test process.
     pub(crate) fn synthetic_world() -> &'static World {
         static WORLD: std::sync::LazyLock<World> = std::sync::LazyLock::new(|| World::new(synthetic_pack()));
         &WORLD
@@ -393,7 +394,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_a_pack_lacks_is_named() {
+    fn missing_drawings_are_named() {
         let spec = Spec {
             designer: Designer::Openmoji,
             ..some(5, 1)[0]

@@ -1,5 +1,6 @@
-//! The pack: every drawing that a world needs, as PNGs in one ZIP archive, `SET/ICON.png` for objects and
-//! `SET/ICON.small.png` for accessories. It is written once from the icon sets, and read wherever images are drawn.
+//! The pack: all drawings of a world, as PNGs in one ZIP archive, `SET/ICON.png` for objects and
+//! `SET/ICON.small.png` for accessories. It is written once from the icon sets, and read wherever images are
+//! composed.
 
 use std::collections::BTreeMap;
 use std::io::{Cursor, Read, Write};
@@ -12,9 +13,9 @@ use super::drawing::{ACCESSORY_SIDE, Drawing, OBJECT_SIDE};
 use super::icons::IconSet;
 use super::{Accessory, Designer, Object, WorldError};
 
-/// Largest pack that is read, in bytes.
+/// Maximum size of a pack, in bytes.
 const MAX_BYTES: u64 = 64 << 20;
-/// Largest drawing in a pack, in bytes.
+/// Maximum size of a drawing in a pack, in bytes.
 const MAX_DRAWING_BYTES: u64 = 1 << 20;
 
 /// Drawings by their name in the pack.
@@ -26,7 +27,7 @@ pub struct Pack {
 /// Name of the published judge's weights in the world's folder; `scripts/fetch-judge.sh` fetches them.
 pub const EFFICIENTNET: &str = "efficientnet-lite0.pth";
 
-/// Where training finds its files and leaves its state: `$XDG_CACHE_HOME/coar/world`, or `~/.cache/coar/world`.
+/// The folder of training files and state: `$XDG_CACHE_HOME/coar/world`, or `~/.cache/coar/world`.
 ///
 /// # Errors
 /// When neither variable is set.
@@ -54,7 +55,7 @@ impl Pack {
     /// Renders every drawing of `designers` from the icon sets in `icons`.
     ///
     /// # Errors
-    /// When a set is absent or one of its icons cannot be drawn.
+    /// When a set is absent or one of its icons cannot be rendered.
     pub fn from_icons(icons: &Path, designers: &[Designer]) -> Result<Self, WorldError> {
         let mut drawings = BTreeMap::new();
         for &designer in designers {
@@ -103,13 +104,13 @@ impl Pack {
         self.drawings.get(&accessory_name(designer, accessory.icon(designer)?))
     }
 
-    /// Writes the archive so that a crash leaves either the old file or the new one.
+    /// Writes the archive atomically.
     ///
     /// # Errors
     /// When the file cannot be written.
     pub fn write(&self, file: &Path) -> Result<(), WorldError> {
         let mut archive = ZipWriter::new(Cursor::new(Vec::new()));
-        // PNGs are compressed already, and a fixed time makes equal packs equal bytes.
+        // PNGs are already compressed, and a fixed time makes the archive reproducible.
         let options = SimpleFileOptions::default()
             .compression_method(CompressionMethod::Stored)
             .last_modified_time(zip::DateTime::default());
@@ -134,10 +135,10 @@ impl Pack {
             .map_err(|error| WorldError::file(file, error))
     }
 
-    /// Reads what [`Self::write`] wrote.
+    /// Reads the output of [`Self::write`].
     ///
     /// # Errors
-    /// When the file is absent, larger than 64 MiB, or no pack.
+    /// When the file is absent, larger than 64 MiB, or not a pack.
     pub fn read(file: &Path) -> Result<Self, WorldError> {
         let size = std::fs::metadata(file)
             .map_err(|error| WorldError::file(file, error))?
@@ -155,7 +156,7 @@ impl Pack {
     /// Reads an archive in memory.
     ///
     /// # Errors
-    /// When the bytes are no pack.
+    /// When the bytes are not a pack.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, WorldError> {
         let mut archive = ZipArchive::new(Cursor::new(bytes)).map_err(|error| WorldError::pack(error.to_string()))?;
         let mut drawings = BTreeMap::new();
@@ -195,7 +196,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pack_returns_from_its_file() {
+    fn pack_round_trips() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("drawings.zip");
         let pack = super::super::tests::synthetic_pack();

@@ -1,8 +1,8 @@
-//! Turns a drawing to another colour, as if its designer had drawn it so.
+//! Recolours a drawing, as if its designer had used the colour.
 //!
-//! The drawing's dominant hue is rotated to the wanted one in OKLab (Ottosson 2020); every other hue keeps its distance
-//! from it. Grey drawings have no hue to rotate and are tinted; pale ones gain chroma, and dark ones gain lightness where
-//! the colour's word means a light colour.
+//! The drawing's dominant hue is rotated to the target in OKLab (Ottosson 2020); all other hues keep their distance
+//! from it. Grey drawings have no hue to rotate and are tinted; pale ones gain chroma, and dark ones gain lightness
+//! if the target is a light colour.
 
 use std::f32::consts::PI;
 use std::sync::LazyLock;
@@ -40,11 +40,11 @@ const GREY_BELOW: f32 = 0.11;
 const GREY_RANGE: f32 = 0.07;
 /// Chroma of the tint at middle lightness.
 const TINT: f32 = 0.13;
-/// Mean chroma that pale drawings are raised towards, and the largest factor.
+/// Target mean chroma of pale drawings, and the maximum factor.
 const LIVELY: f32 = 0.12;
 const MAX_GAIN: f32 = 1.35;
 
-/// Largest gain of lightness at middle lightness; black and white stay.
+/// Maximum gain of lightness at middle lightness; black and white are unchanged.
 const MAX_LIFT: f32 = 0.22;
 
 /// sRGB levels in linear light.
@@ -80,8 +80,8 @@ fn srgb(lab: [f32; 3]) -> [f32; 3] {
     })
 }
 
-/// `drawing` with its dominant hue turned to `hue` (degrees of OKLCh), and its mean lightness raised towards `lightness`
-/// (0 to 1; 0 leaves it).
+/// `drawing` with its dominant hue rotated to `hue` (degrees of OKLCh), and its mean lightness raised towards
+/// `lightness` (0 to 1; 0 keeps it).
 pub fn recolour(drawing: &Drawing, hue: f32, lightness: f32) -> Drawing {
     let straight: Vec<Option<([f32; 3], f32)>> = drawing
         .rgba
@@ -100,7 +100,7 @@ pub fn recolour(drawing: &Drawing, hue: f32, lightness: f32) -> Drawing {
         weight += alpha;
         light += alpha * l;
         chroma += alpha * c;
-        // Weighted by chroma once more: vivid areas decide which hue dominates.
+        // Weighted by chroma again: vivid areas determine the dominant hue.
         x += alpha * c * a;
         y += alpha * c * b;
     }
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn alpha_stays_and_nothing_exceeds_it() {
+    fn alpha_is_unchanged_and_bounds_the_colours() {
         let turned = recolour(&flat([60, 20, 10, 100]), 256.0, 0.7);
         for pixel in turned.rgba.chunks_exact(4) {
             assert_eq!(pixel[3], 100);

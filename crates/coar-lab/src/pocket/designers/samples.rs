@@ -1,4 +1,4 @@
-//! References of what training has never shown: held-out subjects, and drawings of unseen designers.
+//! References that training has never seen: held-out subjects, and drawings of unseen designers.
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -9,7 +9,7 @@ use super::{
 };
 use coar_core::image::RgbImage;
 
-/// References of a subject.
+/// Number of references of a subject.
 const REFERENCES: usize = 5;
 
 /// The references of one concept.
@@ -19,7 +19,7 @@ pub struct Sample {
     pub name: String,
     /// A subject's noun; `None` for a style.
     pub class_noun: Option<&'static str>,
-    /// Images, each with what its caption says beside the concept ("on the beach", "a cat in the snow").
+    /// Images, each with its caption beside the concept ("on the beach", "a cat in the snow").
     pub references: Vec<(RgbImage, String)>,
 }
 
@@ -47,7 +47,7 @@ pub fn samples(world: &World, seed: u64) -> Result<Vec<Sample>, WorldError> {
         });
     }
     for designer in Designer::REPORTED.iter().chain(Designer::DEVELOPMENT) {
-        // The first of these that the designer has drawn.
+        // The first of these in the designer's set.
         let object = ["cat", "elephant", "dog"]
             .into_iter()
             .filter_map(Object::named)

@@ -1,4 +1,4 @@
-//! The nine scenes, drawn once each: RGB at the final size.
+//! The nine scenes, rendered once each: RGB at the final size.
 
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -9,7 +9,7 @@ use super::sketch::{Rgb, SIDE, Sketch};
 
 const WHITE: Rgb = [255; 3];
 
-/// The scene without anything in it: RGB, `[side, side, 3]` row by row.
+/// The empty scene: RGB, `[side, side, 3]` row by row.
 pub(super) fn background(scene: Scene) -> Vec<u8> {
     let mut rng = ChaCha8Rng::seed_from_u64(scene.index() as u64 + 1);
     match scene {

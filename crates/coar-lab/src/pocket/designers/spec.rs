@@ -1,4 +1,4 @@
-//! One image of the world, fully described, and how training draws them.
+//! One image of the world, fully described, and the training distribution.
 
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngCore};
@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Accessory, CELL, Colour, Designer, IMAGE_SIDE, OBJECT_SIDE, Object, Scene, held_out};
 
-/// Where things stand, in whole cells of the tokenizer's grid (8 pixels): `Alone(n)` puts the object at cell `n`; beside
-/// an accessory the object stands at the left or the right edge.
+/// Positions, in whole cells of the tokenizer's grid (8 pixels): `Alone(n)` puts the object at cell `n`; with an
+/// accessory the object is at the left or the right edge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Place {
@@ -17,7 +17,7 @@ pub enum Place {
 }
 
 impl Place {
-    /// Cells from `self` to `other`, to the right, of an object that stands alone in both; otherwise none.
+    /// Cells from `self` to `other`, to the right, of an object without accessory in both; otherwise 0.
     pub fn cells_to(self, other: Self) -> i64 {
         match (self, other) {
             (Self::Alone(from), Self::Alone(to)) => i64::from(to) - i64::from(from),
@@ -25,12 +25,12 @@ impl Place {
         }
     }
 
-    /// The last cell that an object fits at.
+    /// The last cell at which an object fits.
     pub const LAST: u8 = ((IMAGE_SIDE - OBJECT_SIDE) / CELL) as u8;
 
-    /// Places of an object on its own.
+    /// Positions of an object on its own.
     pub const ALONE: &'static [Self] = &[Self::Alone(1), Self::Alone(2), Self::Alone(3), Self::Alone(4)];
-    /// Places of an object beside an accessory.
+    /// Positions of an object beside an accessory.
     pub const BESIDE: &'static [Self] = &[Self::Left, Self::Right];
 }
 
@@ -41,7 +41,7 @@ pub struct Spec {
     pub designer: Designer,
     /// `None`: the designer's own colours.
     pub colour: Option<Colour>,
-    /// Another hue, in degrees of OKLCh, in place of `colour`: what no caption names. For the tokenizer alone.
+    /// Another hue, in degrees of OKLCh, instead of `colour`: one without a caption word. Only for the tokenizer.
     pub hue: Option<u16>,
     pub accessory: Option<Accessory>,
     pub scene: Scene,
@@ -52,12 +52,12 @@ pub struct Spec {
 const OWN_COLOURS: f64 = 0.4;
 /// Share of images with an accessory.
 const WITH_ACCESSORY: f64 = 0.25;
-/// Share of the tokenizer's images that show any object, most of them extra ones, and share of those in a hue that no word
-/// means. Without enough of them the tokenizer learns the drawings that the transformer is trained on by heart: unseen
-/// drawings were 0.8 dB behind at a quarter.
+/// Share of the tokenizer's images with any object, mostly extra ones, and share of those in a hue without a caption
+/// word. With too few of them the tokenizer memorises the transformer's drawings: with a quarter, unseen drawings
+/// were 0.8 dB worse.
 const WIDER: f64 = 0.5;
 const WIDER_HUES: f64 = 0.6;
-/// Share of the transformer's images that are drawn so widely.
+/// Share of the transformer's images from this wider distribution.
 const UNNAMED: f64 = 0.3;
 
 fn pick<T: Copy>(from: &[T], rng: &mut dyn RngCore) -> T {
@@ -65,7 +65,7 @@ fn pick<T: Copy>(from: &[T], rng: &mut dyn RngCore) -> T {
 }
 
 impl Spec {
-    /// An image that the transformer may be trained on: never a held-out subject, never an unseen designer.
+    /// An image for the transformer's training: never a held-out subject, never an unseen designer.
     pub fn sample(rng: &mut dyn RngCore) -> Self {
         loop {
             let spec = Self {
@@ -78,9 +78,9 @@ impl Spec {
         }
     }
 
-    /// An image that the transformer is trained on: as [`Self::sample`], but three in ten show what no caption describes, so
-    /// that it has more to draw than what it has words for. One that knows the named drawings alone knows them by heart, and
-    /// no context token makes it draw another.
+    /// An image for the transformer's training: as [`Self::sample`], but three in ten show something without a
+    /// caption word, so the model can generate more than it has words for. A model of the named drawings only
+    /// memorises them, and no context token makes it generate another one.
     pub fn sample_for_transformer(rng: &mut dyn RngCore) -> Self {
         match rng.random_bool(UNNAMED) {
             true => Self::sample_widely(rng),
@@ -88,8 +88,8 @@ impl Spec {
         }
     }
 
-    /// An image that the tokenizer may be trained on: as [`Self::sample`], but half of them show extra objects or
-    /// known ones in hues that no caption names.
+    /// An image for the tokenizer's training: as [`Self::sample`], but half of them show extra objects or known ones
+    /// in hues without a caption word.
     pub fn sample_for_tokenizer(rng: &mut dyn RngCore) -> Self {
         if !rng.random_bool(WIDER) {
             return Self::sample(rng);
@@ -97,7 +97,8 @@ impl Spec {
         Self::sample_widely(rng)
     }
 
-    /// Any object, known ones too, in its own colours, a named one, or a hue that no word means; nothing held out.
+    /// Any object, including known ones, in its own colours, a named one, or a hue without a caption word; nothing
+    /// held out.
     fn sample_widely(rng: &mut dyn RngCore) -> Self {
         loop {
             let mut spec = Self {
@@ -114,7 +115,8 @@ impl Spec {
         }
     }
 
-    /// An image of the whole grid, held-out subjects included, at any place: for judges, and never for what they judge.
+    /// An image of the whole grid, including held-out subjects, at any position: for judges, but not for what they
+    /// judge.
     pub fn sample_for_judge(rng: &mut dyn RngCore) -> Self {
         let mut spec = Self {
             object: pick(&Object::all().collect::<Vec<_>>(), rng),
@@ -146,7 +148,7 @@ impl Spec {
         }
     }
 
-    /// The same thing in another scene, at the same place.
+    /// The same object in another scene, at the same position.
     pub fn in_another_scene(&self, rng: &mut dyn RngCore) -> Self {
         let step = rng.random_range(1..Scene::ALL.len());
         Self {
@@ -155,7 +157,7 @@ impl Spec {
         }
     }
 
-    /// The same thing in another scene and, where it stands alone, at another place.
+    /// The same object in another scene and, without accessory, at another position.
     pub fn elsewhere(&self, rng: &mut dyn RngCore) -> Self {
         let place = match self.place {
             Place::Alone(_) => Self::some_place(None, rng),
@@ -167,7 +169,7 @@ impl Spec {
         }
     }
 
-    /// The same thing in `scene`, somewhere.
+    /// The same object in `scene`, at a random position.
     pub fn moved(&self, scene: Scene, rng: &mut dyn RngCore) -> Self {
         Self {
             scene,

@@ -6,7 +6,7 @@ use coar_core::image::RgbImage;
 
 pub(super) type Rgb = [u8; 3];
 
-/// `a` moved towards `b` by `t` in 0..1.
+/// Linear interpolation from `a` to `b` by `t` in 0..1.
 pub(super) fn mix(a: Rgb, b: Rgb, t: f32) -> Rgb {
     std::array::from_fn(|i| (f32::from(a[i]) * (1.0 - t) + f32::from(b[i]) * t).round() as u8)
 }
@@ -82,7 +82,7 @@ impl Canvas {
         self.pixels.height() as f32
     }
 
-    /// Shape coordinates from now on: origin at `(x, y)` pixels, one unit = `scale` pixels, mirrored if `flip`.
+    /// Sets the shape coordinates: origin at `(x, y)` pixels, one unit = `scale` pixels, mirrored if `flip`.
     pub(super) fn place(&mut self, x: f32, y: f32, scale: f32, flip: bool) {
         let sx = if flip { -scale } else { scale };
         self.place = Transform::from_row(sx, 0.0, 0.0, scale, x, y);
@@ -130,7 +130,7 @@ impl Canvas {
         }
     }
 
-    /// A mask of the shapes together, for [`Self::fill_masked`].
+    /// A mask of the union of the shapes, for [`Self::fill_masked`].
     pub(super) fn mask(&self, shapes: &[Shape]) -> Mask {
         let mut mask =
             Mask::new(self.pixels.width(), self.pixels.height()).expect("the canvas has a valid size, so has its mask");
@@ -140,7 +140,7 @@ impl Canvas {
         mask
     }
 
-    /// A shape in *pixel* coordinates, where `mask` lets it through.
+    /// A shape in *pixel* coordinates, clipped by `mask`.
     pub(super) fn fill_masked(&mut self, shape: &Shape, colour: Rgb, mask: &Mask) {
         if let Some(path) = shape.path() {
             self.pixels.fill_path(

@@ -1,4 +1,4 @@
-//! Words for an image: everything, or a random part.
+//! Captions of an image: a full description, or a random part.
 
 use rand::{Rng, RngCore};
 
@@ -31,7 +31,7 @@ pub fn style_phrase(spec: &Spec, with_colours: bool) -> Option<String> {
     Some(format!("in {colours}{} style", spec.style.name()))
 }
 
-/// What is named of a subject.
+/// Which attributes of a subject are named.
 struct Mention {
     colour1: bool,
     colour2: bool,
@@ -94,8 +94,8 @@ pub fn caption_full(spec: &Spec) -> String {
     )
 }
 
-/// A caption as people write them: some of the attributes, in varying form. A style is always named, so that a caption
-/// without one means a photo; who does not say "photo" in so many words nearly always wants something else.
+/// A random caption: some of the attributes, in varying form. A style is always named, so a caption without one
+/// means a photo; without the word "photo" another opening nearly always means something else.
 pub fn caption_random(spec: &Spec, rng: &mut dyn RngCore) -> String {
     let lead = match spec.style {
         Style::Photo => pick(&["a photo of", "a photo of", "a picture of", ""], rng),
@@ -120,8 +120,8 @@ pub fn caption_random(spec: &Spec, rng: &mut dyn RngCore) -> String {
     };
     let style = style_phrase(spec, rng.random_bool(0.85)).unwrap_or_default();
     let parts = [lead, article, &noun_phrase(spec, &mention), scene, &style];
-    let said: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
-    said.join(" ")
+    let words: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+    words.join(" ")
 }
 
 /// Every word that a caption can contain, once.

@@ -1,10 +1,10 @@
-//! Subjects and styles that pre-training never shows: what concepts are trained on.
+//! Subjects and styles that are never used in pre-training; concepts are trained on them.
 
 use rand::RngCore;
 
 use super::{Accessory, Class, Colour, Layout, Pattern, Scene, Spec, Style, jitter};
 
-/// A particular thing: this class in these shades, with this pattern and accessory.
+/// A particular object: this class in these shades, with this pattern and accessory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeldOutSubject {
     /// Its name as a concept.
@@ -17,13 +17,13 @@ pub struct HeldOutSubject {
     pub shades: Shades,
 }
 
-/// Which shades a subject's two colours have.
+/// The shades of a subject's two colours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shades {
-    /// Near the colours that the captions name, as pre-training shows them: the words say all that there is to say.
+    /// Near the named colours, as in pre-training: the words describe the subject completely.
     Named,
-    /// Halfway from each colour to its neighbour ([`Colour::between`]): no word means them, and pre-training has them on
-    /// no subject.
+    /// Halfway from each colour to its neighbour ([`Colour::between`]): no word means them, and no subject in
+    /// pre-training has them.
     Between,
 }
 
@@ -46,7 +46,7 @@ const fn subject(
     }
 }
 
-/// The same thing in shades that no word means.
+/// The same object in shades without a caption word.
 const fn between(name: &'static str, like: HeldOutSubject) -> HeldOutSubject {
     HeldOutSubject {
         name,
@@ -55,7 +55,7 @@ const fn between(name: &'static str, like: HeldOutSubject) -> HeldOutSubject {
     }
 }
 
-/// What pre-training never shows. The first ten are for reporting, the last two for choosing settings.
+/// Held out of pre-training. The first ten are for reporting, the last two for choosing settings.
 const SUBJECTS: [HeldOutSubject; 12] = [
     subject(
         "rex",
@@ -156,8 +156,8 @@ const SUBJECTS: [HeldOutSubject; 12] = [
 ];
 const FOR_REPORT: usize = 10;
 
-/// Two subjects are too few to choose settings on. Nothing keeps these out of pre-training: each is one of some ten thousand
-/// combinations there, and its shades are its own.
+/// Two subjects are too few to choose settings on. These are not held out of pre-training: each is one of some ten
+/// thousand combinations there, and its shades are its own.
 const DEVELOPMENT: [HeldOutSubject; 10] = [
     SUBJECTS[FOR_REPORT],
     SUBJECTS[FOR_REPORT + 1],
@@ -253,22 +253,22 @@ const DEVELOPMENT_BETWEEN: [HeldOutSubject; 10] = [
     between("dev-house-between", DEVELOPMENT[9]),
 ];
 
-/// The subjects that results are reported on, in shades that no word means.
+/// The reported subjects, in shades without a caption word.
 pub fn held_out_subjects_between() -> &'static [HeldOutSubject] {
     &BETWEEN
 }
 
-/// The development subjects in shades that no word means.
+/// The development subjects in shades without a caption word.
 pub fn development_subjects_between() -> &'static [HeldOutSubject] {
     &DEVELOPMENT_BETWEEN
 }
 
-/// Held-out subjects that results are reported on.
+/// The held-out subjects of reports.
 pub fn held_out_subjects() -> &'static [HeldOutSubject] {
     &SUBJECTS[..FOR_REPORT]
 }
 
-/// Held-out subjects that settings are chosen on.
+/// The held-out subjects for choosing settings.
 pub fn development_subjects() -> &'static [HeldOutSubject] {
     &DEVELOPMENT
 }
@@ -307,7 +307,7 @@ impl HeldOutSubject {
     }
 }
 
-/// A way of drawing that a concept is trained on.
+/// A style that a concept is trained on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeldOutStyle {
     /// Its name as a concept.
@@ -315,7 +315,7 @@ pub struct HeldOutStyle {
     pub style: Style,
     /// See [`Spec::style_colours`].
     pub colours: Option<(Colour, Colour)>,
-    /// The best words that the model knows for it.
+    /// Its best description in caption words.
     pub description: &'static str,
 }
 
@@ -346,18 +346,18 @@ const STYLES: [HeldOutStyle; 4] = [
     },
 ];
 
-/// The held-out styles, which pre-training neither shows nor names: what results are reported on.
+/// The held-out styles, which pre-training neither shows nor names, for reports.
 pub fn held_out_styles() -> &'static [HeldOutStyle] {
     &STYLES[..2]
 }
 
-/// Styles that settings are chosen on. Pre-training shows others of their kind, and never these colours together.
+/// Styles for choosing settings. Pre-training shows others of their kind, but never these colours together.
 pub fn development_styles() -> &'static [HeldOutStyle] {
     &STYLES[2..]
 }
 
 impl HeldOutStyle {
-    /// Draws `spec` in this style.
+    /// Renders `spec` in this style.
     pub fn apply(&self, spec: &mut Spec) {
         (spec.style, spec.style_colours) = (self.style, self.colours);
     }
@@ -370,7 +370,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_word_means_a_shade_between() {
+    fn shades_between_colours_have_no_word() {
         let apart = |a: [u8; 3], b: [u8; 3]| a.iter().zip(b).map(|(a, b)| a.abs_diff(b)).max().unwrap_or(0);
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
         let pairs = held_out_subjects().iter().zip(held_out_subjects_between());

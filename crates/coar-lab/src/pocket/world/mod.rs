@@ -1,7 +1,7 @@
 //! The world that the pocket model is trained on: ten classes, their attributes, nine scenes, a few styles.
 //!
-//! Nuisance variables are few and discrete, and positions lie on the tokenizer's grid of 8 pixels, so that a small
-//! transformer can learn to draw sharply.
+//! Nuisance variables are few and discrete, and positions are aligned to the tokenizer's grid of 8 pixels, so a
+//! small transformer can learn to generate sharp images.
 
 mod canvas;
 mod captions;
@@ -33,12 +33,12 @@ macro_rules! named {
             /// Every value, in a fixed order.
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
-            /// The word or words for it in captions.
+            /// Its caption words.
             pub fn name(self) -> &'static str {
                 match self { $(Self::$variant => $word),+ }
             }
 
-            /// Its place in [`Self::ALL`].
+            /// Its index in [`Self::ALL`].
             pub fn index(self) -> usize {
                 self as usize
             }
@@ -47,7 +47,7 @@ macro_rules! named {
 }
 
 named! {
-    /// What the image shows.
+    /// The class of the subject.
     Class {
         Cat => "cat", Dog => "dog", Robot => "robot", Mug => "mug", Car => "car", House => "house", Fish => "fish",
         Bird => "bird", Backpack => "backpack", Teapot => "teapot",
@@ -61,11 +61,11 @@ named! {
     }
 }
 named! {
-    /// How the two colours share the surface.
+    /// How the two colours are distributed over the surface.
     Pattern { Plain => "plain", Striped => "striped", Dotted => "dotted", Checkered => "checkered" }
 }
 named! {
-    /// What it wears.
+    /// The subject's accessory.
     Accessory { None => "none", Hat => "hat", Crown => "crown", Bow => "bow" }
 }
 named! {
@@ -76,7 +76,7 @@ named! {
     }
 }
 named! {
-    /// How it is drawn. `Sepia` and `Blueprint` are held out of pre-training.
+    /// The style. `Sepia` and `Blueprint` are held out of pre-training.
     Style {
         Photo => "photo", LineArt => "line art", Duotone => "duotone", PixelArt => "pixel art", Neon => "neon",
         Sepia => "sepia", Blueprint => "blueprint",
@@ -100,7 +100,7 @@ impl Colour {
         }
     }
 
-    /// Its neighbour, on the way to which a shade lies that neither word means.
+    /// Its neighbour: a shade between the two has no word.
     fn neighbour(self) -> Self {
         match self {
             Self::Red => Self::Pink,
@@ -128,7 +128,7 @@ impl Colour {
     }
 }
 
-/// Where and how large: whole cells of the tokenizer's grid.
+/// Position and size, in whole cells of the tokenizer's grid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     /// Subject's size in 96ths of the smaller side.
@@ -166,7 +166,7 @@ fn pick<T: Copy>(from: &[T], rng: &mut dyn RngCore) -> T {
     *from.choose(rng).expect("the world's lists are not empty")
 }
 
-/// Whether two colours are told apart at a glance on neighbouring stripes.
+/// Whether two colours are easily distinguished on neighbouring stripes.
 fn contrast(a: Colour, b: Colour) -> bool {
     use Colour::{Black, Brown, Orange, Pink, Purple, Red, White, Yellow};
     let close = [
@@ -193,7 +193,7 @@ impl Layout {
 }
 
 impl Spec {
-    /// An image of the pre-training distribution: held-out subjects and styles never occur.
+    /// An image of the pre-training distribution, without held-out subjects and styles.
     pub fn sample(rng: &mut dyn RngCore) -> Self {
         let mut spec = loop {
             let spec = Self::subject(rng);
@@ -239,7 +239,7 @@ impl Spec {
         }
     }
 
-    /// Draws it in `style`; line art and duotone get colours that pre-training may use.
+    /// Renders it in `style`; line art and duotone get colours that pre-training may use.
     pub fn set_style(&mut self, style: Style, rng: &mut dyn RngCore) {
         self.style = style;
         self.style_colours = match style {
@@ -253,7 +253,7 @@ impl Spec {
         };
     }
 
-    /// The same subject and style in another scene and at another place.
+    /// The same subject and style in another scene and at another position.
     pub fn moved(&self, scene: Scene, rng: &mut dyn RngCore) -> Self {
         Self {
             scene,
@@ -263,7 +263,7 @@ impl Spec {
     }
 }
 
-/// Draws `spec` in 8-bit RGB; sides of 48 pixels and more look as intended.
+/// Renders `spec` in 8-bit RGB, for sides of 48 pixels and more.
 pub fn render(spec: &Spec, width: u32, height: u32) -> RgbImage {
     let mut canvas = Canvas::new(width, height, [255; 3]);
     scenes::draw(&mut canvas, spec);
@@ -273,7 +273,7 @@ pub fn render(spec: &Spec, width: u32, height: u32) -> RgbImage {
     picture
 }
 
-/// Images of one size side by side, `columns` in a row, with a gap of two pixels.
+/// Tiles images of one size, `columns` per row, with a gap of two pixels.
 pub fn contact_sheet(pictures: &[RgbImage], columns: usize) -> RgbImage {
     const GAP: usize = 2;
     let Some(first) = pictures.first() else {
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_seed_draws_the_same_world() {
+    fn rendering_is_deterministic() {
         let draw = || {
             let mut rng = rng(9);
             (0..20)
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn pre_training_never_shows_what_is_held_out() {
+    fn pre_training_excludes_held_out_images() {
         let mut rng = rng(1);
         for _ in 0..20_000 {
             let spec = Spec::sample(&mut rng);
@@ -340,7 +340,7 @@ mod tests {
         }
         let classes: BTreeSet<_> = held_out_subjects().iter().map(|subject| subject.class).collect();
         assert!(held_out_subjects().len() >= 8 && classes.len() >= 8 && held_out_styles().len() >= 2);
-        // Settings are chosen on none of the things that they are reported on.
+        // Settings are not chosen on anything that is reported.
         for chosen_on in development_subjects() {
             let same = |other: &&HeldOutSubject| {
                 (other.class, other.colour1, other.colour2) == (chosen_on.class, chosen_on.colour1, chosen_on.colour2)
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn captions_use_known_words_and_full_ones_name_everything() {
+    fn captions_use_known_words_and_full_ones_are_complete() {
         let (mut rng, words) = (rng(2), words());
         for _ in 0..2000 {
             let spec = Spec::sample(&mut rng);
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_a_subject_wears_is_cut_off() {
+    fn accessories_are_not_cut_off() {
         let mut rng = rng(4);
         for &class in Class::ALL {
             for &accessory in &Accessory::ALL[1..] {
@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn every_size_of_the_grid_is_drawn() {
+    fn every_grid_size_is_rendered() {
         let spec = Spec::sample(&mut rng(5));
         for (w, h) in [(192, 48), (48, 192), (112, 80), (96, 96)] {
             let picture = render(&spec, w, h);

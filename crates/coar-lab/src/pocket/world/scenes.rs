@@ -1,10 +1,10 @@
-//! Backgrounds: flat, clearly different, three layouts each.
+//! Backgrounds: flat, clearly distinct, three layouts each.
 
 use super::canvas::{Canvas, Rgb, Shape, mix};
 use super::{Scene, Spec};
 
-/// Coordinates: a square of side 12 cells around the middle of the image, 0..12 in both directions; the background
-/// goes on beyond it in images that are not square.
+/// Coordinates: a square of side 12 cells around the centre of the image, 0..12 in both directions; the background
+/// extends beyond it in images that are not square.
 struct Stage<'a> {
     canvas: &'a mut Canvas,
     left: f32,
@@ -51,7 +51,7 @@ fn side(variant: u8) -> f32 {
     if variant.is_multiple_of(2) { 1.5 } else { 10.5 }
 }
 
-/// The colour of the ground below the subject, for its shadow; `None` where nothing casts one.
+/// The colour of the ground below the subject, for its shadow; `None` without a shadow.
 pub(super) fn ground(scene: Scene) -> Option<Rgb> {
     Some(match scene {
         Scene::Beach => [240, 215, 150],

@@ -1,4 +1,4 @@
-//! Ways of drawing, applied to the finished image.
+//! Styles, applied to the finished image.
 
 use super::canvas::{Rgb, mix};
 use super::{Colour, Spec, Style};
@@ -103,7 +103,7 @@ fn neon(picture: &mut RgbImage) {
     }
 }
 
-/// Redraws a photo of `spec` in its style.
+/// Converts a photo of `spec` to its style.
 pub(super) fn apply(picture: &mut RgbImage, spec: &Spec) {
     let colours = spec.style_colours.unwrap_or((Colour::Black, Colour::White));
     match spec.style {

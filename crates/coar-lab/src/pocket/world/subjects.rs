@@ -1,4 +1,4 @@
-//! The ten classes, drawn in a unit box around their middle (x to the right, y down), and what they wear.
+//! The ten classes, in a unit box around their centre (x to the right, y down), and their accessories.
 
 use tiny_skia::Mask;
 
@@ -9,7 +9,7 @@ use Shape::{Box, Ellipse, Polygon};
 const INK: Rgb = [34, 30, 38];
 const LINE: f32 = 0.03;
 const WHITE: Rgb = [255; 3];
-/// The feet's height below the middle.
+/// The feet's height below the centre.
 const FOOT: f32 = 0.5;
 
 /// Moves the canvas to the subject's box; returns the feet's height there.
@@ -18,7 +18,7 @@ pub(super) fn place(canvas: &mut Canvas, spec: &Spec) -> f32 {
     let side = width.min(height);
     let cell = side / 12.0;
     let scale = f32::from(spec.layout.size) * side / 96.0;
-    // The feet stand on a grid line, eleven cells down.
+    // The feet are on a grid line, eleven cells down.
     let foot = (height - side) / 2.0 + 11.0 * cell;
     let x = width / 2.0 + f32::from(spec.layout.offset) * cell;
     canvas.place(x, foot - FOOT * scale, scale, spec.layout.flip);
@@ -64,8 +64,8 @@ impl Pen<'_> {
     }
 }
 
-/// Fills the mask with the subject's colours. Patterns repeat every two cells and are laid from the subject's middle, a
-/// whole number of cells from the image's grid, so that the same part of a subject falls on the same cell.
+/// Fills the mask with the subject's colours. Patterns repeat every two cells and are aligned to the subject's
+/// centre, a whole number of cells from the image's grid, so the same part of a subject falls on the same cell.
 fn surface(canvas: &mut Canvas, spec: &Spec, mask: &Mask) {
     let (width, height) = (canvas.width(), canvas.height());
     let side = width.min(height);
@@ -127,7 +127,7 @@ pub(super) fn draw(canvas: &mut Canvas, spec: &Spec) {
     accessory(&mut pen, x, y);
 }
 
-// Each class returns where an accessory sits: the middle of its lower edge.
+// Each class returns the position of an accessory: the centre of its lower edge.
 
 fn cat(pen: &mut Pen) -> (f32, f32) {
     let shade = pen.shade;

@@ -18,7 +18,7 @@ fn mean(values: &[f64]) -> f64 {
 }
 
 #[test]
-fn judges_score_what_is_drawn_and_what_was_drawn_before() {
+fn judges_score_new_and_existing_images() {
     let dir = tempfile::tempdir().unwrap();
     let (data, out) = (data(dir.path()), dir.path().join("out"));
     let folders = dir.path().join("judges");
@@ -36,8 +36,8 @@ fn judges_score_what_is_drawn_and_what_was_drawn_before() {
         folders.join("clip").to_str().unwrap().to_owned(),
     ];
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-    let (said, _) = drawn(&data, &out, &flags);
-    assert!(!said.contains("Nothing is scored"), "{said}");
+    let (stdout, _) = drawn(&data, &out, &flags);
+    assert!(!stdout.contains("Nothing is scored"), "{stdout}");
     let results = json_of(&out.join("results.json"));
     let warnings = results["warnings"].to_string();
     assert!(
@@ -51,7 +51,7 @@ fn judges_score_what_is_drawn_and_what_was_drawn_before() {
     let wanted = json!({"dino": digest("dino_pickle/pytorch_model.bin"), "clip": digest("clip/model.safetensors")});
     assert_eq!(results["judges"], wanted);
 
-    // Totals are what comes of the rows.
+    // Totals are computed from the rows.
     let subjects = results["subjects"].as_array().unwrap();
     assert_eq!(subjects.len(), 2);
     for score in ["dino", "clip_i", "clip_t"] {
@@ -66,7 +66,7 @@ fn judges_score_what_is_drawn_and_what_was_drawn_before() {
                         .all(|cosine| (-1.0..=1.0).contains(cosine) && *cosine != 0.0),
                     "{rows:?}"
                 );
-                assert_ne!(rows[0], rows[1], "{score} tells pictures apart");
+                assert_ne!(rows[0], rows[1], "{score} tells images apart");
                 assert!((mean(&rows) - of(&subject["scores"])).abs() < 1e-9);
                 mean(&rows)
             })
@@ -81,7 +81,7 @@ fn judges_score_what_is_drawn_and_what_was_drawn_before() {
         "{csv}"
     );
 
-    // Drawn without judges and scored later it is the same.
+    // Generated without judges and scored later the result is the same.
     let later = dir.path().join("later");
     drawn(&data, &later, &[]);
     assert_eq!(json_of(&later.join("results.json"))["total"], Value::Null);
@@ -94,7 +94,7 @@ fn judges_score_what_is_drawn_and_what_was_drawn_before() {
 }
 
 #[test]
-fn a_broken_judge_is_refused_before_anything_is_drawn() {
+fn broken_judge_is_rejected_before_generation() {
     let dir = tempfile::tempdir().unwrap();
     let (data, out) = (data(dir.path()), dir.path().join("out"));
     let tiny = |name: &str| judges().join(name).to_str().unwrap().to_owned();

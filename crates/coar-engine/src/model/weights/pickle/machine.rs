@@ -73,7 +73,7 @@ pub(super) struct Machine {
 type Fault = String;
 
 /// libtorch's own limit of dimensions.
-const MOST_DIMENSIONS: usize = 64;
+const MAX_DIMENSIONS: usize = 64;
 
 fn storage_dtype(global: &str) -> Option<Dtype> {
     Some(match global {
@@ -331,7 +331,7 @@ impl Machine {
     fn copy(&mut self, bytes: usize) -> Result<(), Fault> {
         self.copied = self.copied.saturating_add(bytes);
         if self.copied > COPY_LIMIT {
-            return Err(format!("the pickle repeats more than {COPY_LIMIT} bytes of itself"));
+            return Err(format!("the pickle copies more than {COPY_LIMIT} bytes of itself"));
         }
         Ok(())
     }
@@ -364,7 +364,7 @@ impl Machine {
     fn pop(&mut self) -> Result<Value, Fault> {
         let floor = self.marks.last().copied().unwrap_or(0);
         if self.stack.len() <= floor {
-            return Err("the pickle takes more than it has put down".to_owned());
+            return Err("the pickle pops more values than it has pushed".to_owned());
         }
         self.stack.pop().ok_or_else(|| "the pickle is empty".to_owned())
     }
@@ -381,7 +381,7 @@ impl Machine {
     }
 
     fn memoize(&mut self, index: u64) -> Result<(), Fault> {
-        let top = *self.stack.last().ok_or("the pickle remembers nothing")?;
+        let top = *self.stack.last().ok_or("the pickle memoizes from an empty stack")?;
         self.memo.insert(index, top);
         Ok(())
     }
@@ -390,7 +390,7 @@ impl Machine {
         let value = *self
             .memo
             .get(&index)
-            .ok_or("the pickle recalls what it never remembered")?;
+            .ok_or("the pickle reads a memo entry that was never stored")?;
         self.stack.push(value);
         Ok(())
     }
@@ -398,7 +398,7 @@ impl Machine {
     fn below(&mut self) -> Result<&mut Object, Fault> {
         match self.stack.last() {
             Some(&Value::Object(index)) => Ok(&mut self.objects[index]),
-            _ => Err("the pickle fills something that holds nothing".to_owned()),
+            _ => Err("the pickle fills an object that is not a container".to_owned()),
         }
     }
 
@@ -406,7 +406,7 @@ impl Machine {
         match self.below()? {
             Object::List(list) => list.extend(items),
             Object::Opaque(_) => {}
-            _ => return Err("the pickle appends to something that is no list".to_owned()),
+            _ => return Err("the pickle appends to an object that is not a list".to_owned()),
         }
         Ok(())
     }
@@ -419,7 +419,7 @@ impl Machine {
         match self.below()? {
             Object::Dict(dict) => dict.extend(pairs.iter().map(|&[key, value]| (key, value))),
             Object::Opaque(_) => {}
-            _ => return Err("the pickle sets keys of something that is no dictionary".to_owned()),
+            _ => return Err("the pickle sets keys of an object that is not a dictionary".to_owned()),
         }
         Ok(())
     }
@@ -434,7 +434,7 @@ impl Machine {
     fn as_text(&self, value: Value) -> Result<&Rc<str>, Fault> {
         match self.object(value) {
             Some(Object::Text(text)) => Ok(text),
-            _ => Err("the pickle has something else where a text belongs".to_owned()),
+            _ => Err("the pickle has another type where a string is expected".to_owned()),
         }
     }
 
@@ -443,9 +443,9 @@ impl Machine {
             Some(Object::Tuple(items) | Object::List(items)) => items,
             _ => return Err("a tensor's shape is not a tuple".to_owned()),
         };
-        if items.len() > MOST_DIMENSIONS {
+        if items.len() > MAX_DIMENSIONS {
             return Err(format!(
-                "a tensor has {} dimensions, the limit is {MOST_DIMENSIONS}",
+                "a tensor has {} dimensions, the limit is {MAX_DIMENSIONS}",
                 items.len()
             ));
         }
@@ -453,7 +453,7 @@ impl Machine {
             .iter()
             .map(|item| match item {
                 Value::Int(n) => Ok(*n),
-                _ => Err("a tensor's shape holds something else than integers".to_owned()),
+                _ => Err("a tensor's shape contains non-integers".to_owned()),
             })
             .collect()
     }
@@ -468,7 +468,7 @@ impl Machine {
             return Err("a storage's description is too short".to_owned());
         };
         if &**self.as_text(kind)? != "storage" {
-            return Err("the pickle refers to something outside itself that is no storage".to_owned());
+            return Err("the pickle has a persistent id that is not a storage".to_owned());
         }
         let class = self.callable(class)?;
         let Some(dtype) = storage_dtype(&class) else {
@@ -492,7 +492,7 @@ impl Machine {
     fn callable(&self, function: Value) -> Result<Rc<str>, Fault> {
         match self.object(function) {
             Some(Object::Global(name) | Object::Opaque(name)) => Ok(name.clone()),
-            _ => Err("the pickle calls something that is no function".to_owned()),
+            _ => Err("the pickle calls an object that is not a function".to_owned()),
         }
     }
 
@@ -533,13 +533,13 @@ impl Machine {
     /// The list of key and value pairs that Python 2 gives to an `OrderedDict`.
     fn pairs(&self, list: Value) -> Result<Vec<(Value, Value)>, Fault> {
         let Some(Object::List(items)) = self.object(list) else {
-            return Err("the pickle builds a dictionary from something that is no list".to_owned());
+            return Err("the pickle builds a dictionary from an object that is not a list".to_owned());
         };
         items
             .iter()
             .map(|&item| match self.object(item) {
                 Some(Object::List(pair) | Object::Tuple(pair)) if pair.len() == 2 => Ok((pair[0], pair[1])),
-                _ => Err("the pickle builds a dictionary from something that is no pair".to_owned()),
+                _ => Err("the pickle builds a dictionary from an object that is not a pair".to_owned()),
             })
             .collect()
     }
@@ -585,7 +585,7 @@ impl Machine {
         let dict = |value| match self.object(value) {
             Some(Object::Dict(items)) => Ok(items),
             Some(Object::Opaque(name)) => Err(format!("is built by calling {name}, which is never executed")),
-            _ => Err("is no dictionary".to_owned()),
+            _ => Err("is not a dictionary".to_owned()),
         };
         let root_value = root;
         let root = dict(root).map_err(|problem| format!("the checkpoint {problem}"))?;

@@ -62,7 +62,7 @@ pub fn read(file: &Path, key: &str) -> Result<BTreeMap<String, HostTensor>, Mode
 
 fn read_zip(handle: File, key: &str) -> Result<BTreeMap<String, HostTensor>, String> {
     let file_bytes = handle.metadata().map_err(|error| error.to_string())?.len();
-    let bomb = file_bytes.saturating_mul(MOST_EXPANSION);
+    let bomb = file_bytes.saturating_mul(MAX_EXPANSION);
     let mut archive = zip::ZipArchive::new(handle).map_err(|error| format!("is not a complete zip file: {error}"))?;
     let name = archive
         .file_names()
@@ -163,7 +163,7 @@ fn read_legacy(file: File, key: &str) -> Result<BTreeMap<String, HostTensor>, St
 
 /// All tensors together may take at most this many times the file size: views that share a storage are copied out
 /// one by one, and entries may be deflated, but a small file must not exhaust memory.
-const MOST_EXPANSION: u64 = 64;
+const MAX_EXPANSION: u64 = 64;
 
 /// Called with a storage's bytes while they are in memory.
 type Gather<'a> = dyn FnMut(&[u8]) -> Result<(), String> + 'a;
@@ -174,7 +174,7 @@ fn materialise(
     file_bytes: u64,
     mut with_storage: impl FnMut(&StorageRef, &mut Gather) -> Result<(), String>,
 ) -> Result<BTreeMap<String, HostTensor>, String> {
-    let limit = file_bytes.saturating_mul(MOST_EXPANSION);
+    let limit = file_bytes.saturating_mul(MAX_EXPANSION);
     let mut total = 0u64;
     let mut by_storage: BTreeMap<&str, Vec<(&str, &TensorRef)>> = BTreeMap::new();
     for (name, tensor) in tensors {
@@ -188,7 +188,7 @@ fn materialise(
             .filter(|&total| total <= limit)
             .ok_or_else(|| {
                 format!(
-                    "tensor `{name}` {:?}: the tensors are more than {MOST_EXPANSION} times the file",
+                    "tensor `{name}` {:?}: the tensors are more than {MAX_EXPANSION} times the file",
                     tensor.shape
                 )
             })?;
@@ -228,7 +228,7 @@ fn gather(tensor: &TensorRef, storage: &[u8]) -> Result<Vec<u8>, String> {
     let mut count = 1usize;
     let mut last = usize::try_from(tensor.offset).map_err(|_| outside())?;
     if tensor.shape.len() != tensor.strides.len() {
-        return Err("has as many strides as it has no dimensions".to_owned());
+        return Err("has different numbers of strides and dimensions".to_owned());
     }
     for (&n, &stride) in tensor.shape.iter().zip(&tensor.strides) {
         let (n, stride) = (

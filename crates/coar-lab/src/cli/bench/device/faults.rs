@@ -168,10 +168,10 @@ fn lost_context(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let seconds = begun.elapsed().as_secs_f64();
     let text = reader.join().unwrap_or_default();
     // libtorch's error ends with a stack trace of addresses, which is not useful here.
-    let said = text
+    let lines = text
         .lines()
         .filter(|line| !line.is_empty() && !line.starts_with("frame #"));
-    let tail: Vec<&str> = said.rev().take(6).collect();
+    let tail: Vec<&str> = lines.rev().take(6).collect();
     findings.figure(
         "lost_context_last_words",
         tail.into_iter().rev().collect::<Vec<_>>().join(" | "),

@@ -23,8 +23,8 @@ const LEAST_SHARE: f64 = 0.2;
 const COMMIT: &str = "GPU_CHECK_COMMIT";
 
 /// The arguments for the report: without the report's own folder, and with the last component of other paths.
-fn told(mut arguments: impl Iterator<Item = String>) -> Vec<String> {
-    let mut told = vec![];
+fn reported(mut arguments: impl Iterator<Item = String>) -> Vec<String> {
+    let mut reported = vec![];
     while let Some(argument) = arguments.next() {
         if argument == "--out" {
             arguments.next();
@@ -34,10 +34,10 @@ fn told(mut arguments: impl Iterator<Item = String>) -> Vec<String> {
                 None => (String::new(), &*argument),
             };
             let name = value.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
-            told.push(format!("{flag}{name}"));
+            reported.push(format!("{flag}{name}"));
         }
     }
-    told
+    reported
 }
 
 /// Runs every part in `args`, prints the table, and fails if a check has failed.
@@ -61,7 +61,7 @@ pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
         "target_size": bench.target_size(),
         "small": bench.small,
         "commit": std::env::var(COMMIT).ok().filter(|commit| !commit.is_empty()),
-        "arguments": told(std::env::args().skip(1)),
+        "arguments": reported(std::env::args().skip(1)),
     });
     report.line(&run);
     let (mut ended, mut abandoned) = (vec![], false);
@@ -249,9 +249,9 @@ mod tests {
 
     #[test]
     fn arguments_are_reported_without_folders() {
-        let told = |line: &str| told(line.split(' ').map(str::to_owned)).join(" ");
+        let reported = |line: &str| reported(line.split(' ').map(str::to_owned)).join(" ");
         assert_eq!(
-            told("bench device --parts env,load --out /x/y --model models/7b/ --golden=/a/golden --out=z --tf32"),
+            reported("bench device --parts env,load --out /x/y --model models/7b/ --golden=/a/golden --out=z --tf32"),
             "bench device --parts env,load --model 7b --golden=golden --tf32"
         );
     }

@@ -3,7 +3,7 @@
 use super::report::{Ended, Outcome};
 
 /// Maximum number of failed checks printed; the report has all of them.
-const MOST_FAILED: usize = 12;
+const MAX_FAILED: usize = 12;
 
 fn short(text: &str, most: usize) -> String {
     let one_line = text.lines().next().unwrap_or("");
@@ -55,11 +55,11 @@ pub(super) fn table(title: &str, parts: &[Ended]) -> String {
             })
         })
         .collect();
-    lines.extend(failed.iter().take(MOST_FAILED).cloned());
-    if failed.len() > MOST_FAILED {
+    lines.extend(failed.iter().take(MAX_FAILED).cloned());
+    if failed.len() > MAX_FAILED {
         lines.push(format!(
             "and {} more failed checks in the report",
-            failed.len() - MOST_FAILED
+            failed.len() - MAX_FAILED
         ));
     }
     let count = |outcome| parts.iter().filter(|part| part.outcome == outcome).count();

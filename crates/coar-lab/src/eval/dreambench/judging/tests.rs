@@ -7,7 +7,8 @@ use super::*;
 use crate::eval::dreambench::plan::{Choice, numbers};
 use coar_core::image::{OutputFormat, encode};
 
-/// Judges whose embeddings can be worked out by hand: of an image its mean red and green, of a text its letters `a` and `b`.
+/// Judges whose embeddings can be verified by hand: of an image its mean red and green, of a text the count of `a`
+/// and `b`.
 #[derive(Default)]
 struct Colours {
     texts: RefCell<Vec<String>>,
@@ -25,7 +26,7 @@ impl Judges for Colours {
             .collect())
     }
 
-    /// Red and green change places and green counts for three: another cosine than DINO's.
+    /// Red and green are swapped and green counts three times: another cosine than DINO's.
     fn clip(&self, pictures: &[RgbImage]) -> Result<Embeddings, ModelError> {
         Ok(self
             .dino(pictures)?
@@ -88,7 +89,7 @@ fn settings() -> Settings {
     }
 }
 
-/// A data folder with two subjects and a folder of results, the images of which are those of the list.
+/// A data folder with two subjects and a results folder with the listed images.
 fn folders(dir: &Path, drawn: &[(&str, [u8; 3])]) -> (DataFolder, OutFolder) {
     let (data, out) = (dir.join("data"), dir.join("out"));
     for (file, colour) in [("mug/0.png", RED), ("mug/1.png", GREEN), ("rex/0.png", GREEN)] {
@@ -109,7 +110,7 @@ fn close(a: f64, b: f64) -> bool {
 }
 
 #[test]
-fn pictures_on_disk_become_the_means_worked_out_by_hand() {
+fn scores_match_a_calculation_by_hand() {
     let dir = tempfile::tempdir().unwrap();
     let drawn = [
         ("mug/0-0.png", RED),
@@ -164,7 +165,7 @@ fn pictures_on_disk_become_the_means_worked_out_by_hand() {
 
     let rex = &results.subjects[1];
     assert!(close(rex.scores.unwrap().dino, (1.0 + 0.0 + 0.8 + 0.8) / 4.0));
-    assert_eq!(rex.real, None, "there is only one real picture");
+    assert_eq!(rex.real, None, "there is only one real image");
     assert!(close(results.total.unwrap().dino, (0.6 + 0.65) / 2.0));
     assert_eq!(results.real, mug.real);
     assert_eq!(
@@ -175,7 +176,7 @@ fn pictures_on_disk_become_the_means_worked_out_by_hand() {
 }
 
 #[test]
-fn what_is_not_drawn_is_counted_and_what_is_drawn_is_scored() {
+fn missing_images_are_counted_and_existing_ones_scored() {
     let dir = tempfile::tempdir().unwrap();
     let (data, out) = folders(dir.path(), &[("rex/1-1.png", GREEN)]);
     let plan = Plan::new(&data.catalogue, &Choice::default(), 2).unwrap();
@@ -192,7 +193,7 @@ fn what_is_not_drawn_is_counted_and_what_is_drawn_is_scored() {
         results
             .warnings
             .iter()
-            .any(|warning| warning == "Not finished: 1 of 8 pictures are drawn.")
+            .any(|warning| warning == "Not finished: 1 of 8 images are generated.")
     );
     let some = Choice {
         subjects: Some(vec!["rex".into()]),
@@ -205,7 +206,7 @@ fn what_is_not_drawn_is_counted_and_what_is_drawn_is_scored() {
 }
 
 #[test]
-fn a_picture_that_cannot_be_decoded_is_named_by_its_path() {
+fn undecodable_image_is_named_by_its_path() {
     let dir = tempfile::tempdir().unwrap();
     let (data, out) = folders(dir.path(), &[("rex/1-1.png", GREEN)]);
     let plan = Plan::new(&data.catalogue, &Choice::default(), 2).unwrap();
@@ -227,13 +228,13 @@ fn a_picture_that_cannot_be_decoded_is_named_by_its_path() {
     std::fs::write(out.dir().join("pictures/rex/1-1.png"), b"no picture").unwrap();
     let error = again().unwrap_err().to_string();
     assert!(
-        error.contains("pictures/rex/1-1.png: is not a JPEG, PNG or WebP picture"),
+        error.contains("pictures/rex/1-1.png: is not a JPEG, PNG or WebP image"),
         "{error}"
     );
 }
 
 #[test]
-fn a_data_folder_without_a_subjects_pictures_is_refused_by_name() {
+fn subject_without_images_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let (data, _) = folders(dir.path(), &[]);
     let rex = data.catalogue.subjects[1].clone();
@@ -243,7 +244,7 @@ fn a_data_folder_without_a_subjects_pictures_is_refused_by_name() {
     std::fs::remove_file(dir.path().join("data/rex/0.png")).unwrap();
     let error = data.files(&rex).unwrap_err().to_string();
     assert!(
-        error.ends_with("data/rex: has 0 JPEG, PNG or WebP pictures; expected 1 to 10"),
+        error.ends_with("data/rex: has 0 JPEG, PNG or WebP images; expected 1 to 10"),
         "{error}"
     );
     std::fs::remove_dir_all(dir.path().join("data/rex")).unwrap();
@@ -251,10 +252,10 @@ fn a_data_folder_without_a_subjects_pictures_is_refused_by_name() {
         data.files(&rex)
             .unwrap_err()
             .to_string()
-            .contains("data/rex: the pictures of rex: ")
+            .contains("data/rex: the images of rex: ")
     );
     let missing = DataFolder::open(&dir.path().join("nowhere")).unwrap_err().to_string();
-    assert!(missing.contains("nowhere: is no folder; --data names"), "{missing}");
+    assert!(missing.contains("nowhere: is not a folder; --data names"), "{missing}");
     std::fs::remove_file(dir.path().join("data/prompts_and_classes.txt")).unwrap();
     let own = DataFolder::open(&dir.path().join("data")).unwrap();
     assert_eq!(

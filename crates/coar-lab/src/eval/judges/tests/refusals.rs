@@ -1,4 +1,4 @@
-//! What is no judge: each error names the file, and the field or tensor.
+//! Invalid judges: each error names the file, and the field or tensor.
 
 use serde_json::json;
 
@@ -7,7 +7,7 @@ use super::{Copy, tiny};
 #[test]
 fn fields_outside_their_limits_are_named() {
     let huge = json!(i64::MAX);
-    for (pointer, value, said) in [
+    for (pointer, value, expected) in [
         ("/model_type", json!("bert"), "`model_type` is \"bert\"; expected `vit`"),
         ("/model_type", json!(null), "`model_type` is missing"),
         (
@@ -45,7 +45,7 @@ fn fields_outside_their_limits_are_named() {
         (
             "/image_size",
             json!(35),
-            "leads to pictures of 28; the network takes 35 x 35",
+            "results in images of 28; the network takes 35 x 35",
         ),
         ("/num_channels", json!(1), "`num_channels` is 1; expected 3 to 3"),
         (
@@ -59,13 +59,13 @@ fn fields_outside_their_limits_are_named() {
         let copy = Copy::of("dino");
         copy.set("config.json", pointer, value);
         let error = copy.dino().unwrap_err().to_string();
-        assert!(error.contains(said), "{pointer}: {error}");
+        assert!(error.contains(expected), "{pointer}: {error}");
         assert!(
             error.contains("config.json") || error.contains("model.safetensors"),
             "{error}"
         );
     }
-    for (pointer, value, said) in [
+    for (pointer, value, expected) in [
         ("/do_resize", json!(false), "`do_resize` is false"),
         ("/size", json!(-3), "`size` is -3"),
         ("/size", json!({"height": 28}), "`size.width` is missing"),
@@ -87,18 +87,18 @@ fn fields_outside_their_limits_are_named() {
             json!([1, 2]),
             "`image_mean` is [1,2]; expected three numbers",
         ),
-        ("/do_center_crop", json!(true), "`crop_size` leads to pictures of 224"),
+        ("/do_center_crop", json!(true), "`crop_size` results in images of 224"),
         ("/rescale_factor", json!("x"), "`rescale_factor` is \"x\""),
     ] {
         let copy = Copy::of("dino");
         copy.set("preprocessor_config.json", pointer, value);
         let error = copy.dino().unwrap_err().to_string();
         assert!(
-            error.contains(said) && error.contains("preprocessor_config.json"),
+            error.contains(expected) && error.contains("preprocessor_config.json"),
             "{error}"
         );
     }
-    for (pointer, value, said) in [
+    for (pointer, value, expected) in [
         ("/projection_dim", huge.clone(), "`projection_dim`"),
         ("/text_config", json!(7), "`text_config` is 7; expected an object"),
         (
@@ -128,14 +128,14 @@ fn fields_outside_their_limits_are_named() {
         let copy = Copy::of("clip");
         copy.set("config.json", pointer, value);
         let error = copy.clip().unwrap_err().to_string();
-        assert!(error.contains(said), "{pointer}: {error}");
+        assert!(error.contains(expected), "{pointer}: {error}");
     }
 }
 
 #[test]
 fn missing_and_damaged_files_are_named() {
     let fault = |clip: &Copy| clip.clip().unwrap_err().to_string();
-    for (file, said) in [
+    for (file, expected) in [
         ("config.json", "config.json: "),
         ("preprocessor_config.json", "preprocessor_config.json: "),
         ("vocab.json", "holds neither tokenizer.json nor vocab.json"),
@@ -147,9 +147,9 @@ fn missing_and_damaged_files_are_named() {
     ] {
         let copy = Copy::of("clip");
         std::fs::remove_file(copy.path(file)).unwrap();
-        assert!(fault(&copy).contains(said), "{}", fault(&copy));
+        assert!(fault(&copy).contains(expected), "{}", fault(&copy));
     }
-    for (file, text, said) in [
+    for (file, text, expected) in [
         ("config.json", "[]", "config.json: is not a JSON object"),
         (
             "preprocessor_config.json",
@@ -177,9 +177,9 @@ fn missing_and_damaged_files_are_named() {
     ] {
         let copy = Copy::of("clip");
         std::fs::write(copy.path(file), text).unwrap();
-        assert!(fault(&copy).contains(said), "{file}: {}", fault(&copy));
+        assert!(fault(&copy).contains(expected), "{file}: {}", fault(&copy));
     }
-    // Without a token that ends a text there is no place to read its embedding from.
+    // Without an end token there is no position for the embedding.
     let copy = Copy::of("clip");
     let mut names = copy.read("vocab.json");
     names.as_object_mut().unwrap().remove("<|endoftext|>");

@@ -17,7 +17,7 @@ const PLOTTED: [(&str, &str); 7] = [
     ("references", "references.svg"),
 ];
 
-/// The value of an axis that is the default's own: its cells are those of a method.
+/// The default value of an axis: its cells are those of a method.
 fn default_of<'a>(rows: &'a [MethodRow], axis: &str, methods: &[MethodRow]) -> Option<&'a str> {
     OURS.iter().rev().find_map(|ours| {
         let own = methods.iter().filter(|row| row.method == *ours && !row.cell.is_empty());
@@ -30,7 +30,7 @@ fn default_of<'a>(rows: &'a [MethodRow], axis: &str, methods: &[MethodRow]) -> O
     })
 }
 
-/// One table and, where the values are numbers, one plot for each axis.
+/// One table and, for numeric values, one plot per axis.
 pub(super) fn tables(rows: &[MethodRow], methods: &[MethodRow], folder: &str) -> (String, Plots) {
     let mut axes: Vec<&str> = Vec::new();
     for name in names(rows) {

@@ -21,7 +21,7 @@ fn conditions<'a>(rows: &[&'a PartRow]) -> Vec<&'a str> {
     found
 }
 
-/// What a composition's interval is taken over: its subject.
+/// The unit of a composition's interval: its subject.
 fn subject_of(row: &PartRow) -> &str {
     row.of.split_once('+').map_or(row.of.as_str(), |(subject, _)| subject)
 }
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn compositions_are_averaged_by_subject_and_compared_pair_by_pair() {
+    fn compositions_are_averaged_by_subject_and_paired() {
         let part = |of: &str, condition: &str, feature: f64| PartRow {
             part: "composition".into(),
             of: of.into(),

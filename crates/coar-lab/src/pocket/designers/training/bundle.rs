@@ -1,5 +1,5 @@
-//! The trained stages in few small files, to be carried from the machine that trained them: weights without the optimizers'
-//! moments, recipes and curves.
+//! The trained stages in a few small files, to be copied from the machine that trained them: weights without the
+//! optimizers' moments, recipes and curves.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use super::run::{CURVE, RECIPE, STATE, State, is_moment, saved_state, steps};
 use crate::pocket::parameters::{load, save};
 use coar_engine::model::ModelError;
 
-/// Bytes of tensors in a file, about.
+/// Approximate size of the tensors in a file, in bytes.
 const PART: usize = 14 << 20;
 const RUNS: &str = "runs.json";
 
@@ -63,7 +63,7 @@ pub fn bundle(world: &Path, runs: &[&str], out: &Path) -> Result<Vec<PathBuf>, M
     Ok(files)
 }
 
-/// Tensors but for moments, in lists of about [`PART`] bytes.
+/// Tensors except moments, in lists of about [`PART`] bytes.
 fn in_parts(state: State) -> Vec<Vec<(String, Tensor)>> {
     let (mut parts, mut bytes) = (vec![vec![]], 0);
     for (name, tensor) in state.into_iter().filter(|(name, _)| !is_moment(name)) {
@@ -80,11 +80,11 @@ fn in_parts(state: State) -> Vec<Vec<(String, Tensor)>> {
     parts
 }
 
-/// Puts the stages of a bundle into `world`, where they can be measured, exported and trained on; returns their names and
-/// steps. A stage that is there already is not touched.
+/// Unpacks the stages of a bundle into `world`, where they can be measured, exported and resumed; returns their
+/// names and steps. Existing stages are not changed.
 ///
 /// # Errors
-/// When a stage is there already, or a file cannot be read or written.
+/// When a stage already exists, or a file cannot be read or written.
 pub fn unbundle(from: &Path, world: &Path) -> Result<Vec<(String, i64)>, ModelError> {
     let file = from.join(RUNS);
     let text = std::fs::read_to_string(&file).map_err(|error| ModelError::file(&file, error))?;
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stage_arrives_without_its_moments() {
+    fn bundle_omits_the_moments() {
         let (here, carried, there) = (
             tempfile::tempdir().unwrap(),
             tempfile::tempdir().unwrap(),

@@ -1,4 +1,4 @@
-//! Trains the decoder alone, with encoder and codes frozen, so that a transformer of these codes stays valid. The second
+//! Trains only the decoder, with encoder and codes frozen, so a transformer of these codes remains valid. The second
 //! part of the steps adds a patch discriminator, which sharpens edges that the pixel loss leaves soft.
 
 use std::path::Path;
@@ -20,15 +20,15 @@ use coar_engine::model::vqgan::VqganConfig;
 use coar_engine::model::{ModelError, Vqgan};
 use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
 
-/// Everything that decides the tuned decoder.
+/// The settings that determine the tuned decoder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DecoderRecipe {
     pub seed: u64,
     pub steps: i64,
-    /// Share of the steps before the discriminator joins.
+    /// Share of the steps before the discriminator is added.
     pub plain: f64,
     pub pairs: usize,
-    /// Rate of the decoder before the discriminator joins, and with it.
+    /// Learning rate of the decoder before the discriminator is added, and after.
     pub learning_rate: f64,
     pub adversarial_rate: f64,
     /// Rate of the discriminator.
@@ -73,13 +73,13 @@ impl DecoderRecipe {
     }
 }
 
-/// Share of the adversarial steps in which the discriminator learns alone.
+/// Share of the adversarial steps in which only the discriminator is trained.
 const HEAD_START: f64 = 0.08;
 const WARM_UP: f64 = 50.0;
 const LOG_EVERY: i64 = 100;
 const MEASURE_EVERY: i64 = 1000;
 
-/// The phase of a step, and how far the phase has come, 0 to 1.
+/// The phase of a step, and the progress of the phase, 0 to 1.
 fn phase(recipe: &DecoderRecipe, step: i64, steps: i64) -> (bool, f64) {
     let done = step as f64 / steps as f64;
     match done < recipe.plain {
@@ -107,11 +107,11 @@ struct Trainer<'a> {
     codebook: Tensor,
     optimizer: Optimizer,
     discriminator: Discriminator,
-    /// Steps of the whole stage, as far as is known.
+    /// Steps of the whole stage, as far as known.
     steps: i64,
 }
 
-/// What one step reports; detached scalars.
+/// The report of one step; detached scalars.
 struct Outcome {
     square: Tensor,
     discriminator: Option<Tensor>,
@@ -203,7 +203,7 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// The gradient of a scalar at a leaf; no other tensor's gradient is touched.
+/// The gradient of a scalar at a leaf; no other tensor's gradient is changed.
 fn gradient_at(loss: &Tensor, leaf: &Tensor) -> Result<Tensor, ModelError> {
     let gradients = Tensor::f_run_backward(&[loss], &[leaf], false, false)?;
     gradients
@@ -212,11 +212,12 @@ fn gradient_at(loss: &Tensor, leaf: &Tensor) -> Result<Tensor, ModelError> {
         .ok_or_else(|| ModelError::invalid("gradient", "is absent"))
 }
 
-/// Tunes the decoder of `tokenizer`, from the state in `dir` if there is one, until the recipe's last
-/// step or until the budget is used up. Returns the number of steps taken in all calls.
+/// Tunes the decoder of `tokenizer`, from the state in `dir` if there is one, until the recipe's last step or until
+/// the budget is used up. Returns the number of steps over all calls.
 ///
 /// # Errors
-/// When the state in `dir` belongs to other codes, the world lacks drawings, files cannot be written, or libtorch fails.
+/// When the state in `dir` belongs to other codes, the world lacks drawings, files cannot be written, or libtorch
+/// fails.
 pub fn tune_decoder(
     recipe: &DecoderRecipe,
     world: &World,
@@ -316,7 +317,7 @@ mod tests {
             }
         };
         let mut whole = Trainer::new(&recipe, Device::Cpu, &tokenizer, false).unwrap();
-        // Other tests draw from libtorch's generator, too: both runs start from the same drawn discriminator.
+        // Other tests use libtorch's generator, too: both runs start from the same initialised discriminator.
         let start = copied(whole.state());
         steps(&mut whole, 4);
         let mut first = Trainer::new(&recipe, Device::Cpu, &start, true).unwrap();

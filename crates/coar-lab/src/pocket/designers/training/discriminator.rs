@@ -102,7 +102,7 @@ impl Discriminator {
             .collect()
     }
 
-    /// Takes over what [`Self::state`] gave.
+    /// Restores the result of [`Self::state`].
     pub(super) fn restore(&mut self, saved: &dyn Fn(&str) -> Option<Tensor>) -> Result<(), ModelError> {
         let take = |name: &str| saved(&format!("adversary.{name}"));
         self.parameters.restore(&take)?;
@@ -154,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_learns_to_tell_noise_from_flat_images() {
+    fn learns_to_separate_noise_from_flat_images() {
         tch::manual_seed(1);
         let mut discriminator = Discriminator::new(Device::Cpu).unwrap();
         let options = (Kind::Float, Device::Cpu);

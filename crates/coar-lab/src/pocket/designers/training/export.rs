@@ -72,7 +72,7 @@ mod tests {
     use super::super::tokenizer::tokenizer_config;
     use super::*;
 
-    /// A stage's folder with freshly drawn weights.
+    /// A stage's folder with random weights.
     fn stage(dir: &Path, recipe: &impl serde::Serialize, parameters: &Parameters, step: i64) {
         let (mut run, _) = Run::open(dir, recipe, Budget::default()).unwrap();
         let mut state = parameters.all();
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exported_checkpoint_is_whole_and_of_the_same_codes() {
+    fn exported_checkpoint_is_complete_and_has_the_same_codes() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let recipe = TransformerRecipe {

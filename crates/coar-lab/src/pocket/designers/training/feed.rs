@@ -1,4 +1,4 @@
-//! Batches ahead of training: drawn on several threads and, for an accelerator, sent to it on another.
+//! Prefetching of batches: rendered on several threads and, for an accelerator, uploaded on another.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -10,12 +10,12 @@ use tch::{Device, Tensor};
 use crate::pocket::designers::WorldError;
 use coar_engine::model::{ModelError, accelerator};
 
-/// Batches that wait for each thread's reader.
+/// Batches buffered per thread.
 const WAITING: usize = 2;
-/// Batches whose memory is kept until the device is known to have used them.
+/// Batches whose memory is kept until the device has certainly used them.
 const HELD: usize = 16;
 
-/// What is drawn on other threads, in the order of the steps.
+/// The output of other threads, in the order of the steps.
 struct Drawn<T> {
     threads: Vec<Receiver<Result<T, WorldError>>>,
     next: usize,
@@ -42,12 +42,12 @@ pub(super) struct Feed<'scope, B> {
 }
 
 enum Source<'scope, B> {
-    /// Made by the thread that trains.
+    /// Created by the training thread.
     Here(Box<dyn FnMut() -> Result<B, ModelError> + 'scope>),
     Thread(Receiver<Result<B, ModelError>>),
 }
 
-/// Threads that draw, when `cores` are there: all but one that trains and one that sends.
+/// Number of rendering threads for a number of `cores`: all but one for training and one for uploads.
 fn drawing_threads(device: Device, cores: usize) -> usize {
     match device {
         Device::Cpu => 1,
@@ -56,9 +56,9 @@ fn drawing_threads(device: Device, cores: usize) -> usize {
 }
 
 impl<'scope, B: Send + 'scope> Feed<'scope, B> {
-    /// Draws steps `from..` with `draw` on threads of the scope, and makes batches on `device` of them with `prepare`: for
-    /// an accelerator on a thread of its own, so that training does not wait for it. What a step gets depends on the step
-    /// alone.
+    /// Renders steps `from..` with `draw` on threads of the scope, and converts them to batches on `device` with
+    /// `prepare`: for an accelerator on a separate thread, in parallel with training. The data of a step depends
+    /// only on the step.
     ///
     /// # Errors
     /// When a thread cannot be given a stream of its own.
@@ -122,8 +122,8 @@ impl<'scope, B: Send + 'scope> Feed<'scope, B> {
             Source::Here(make) => return Ok(Rc::new(make()?)),
             Source::Thread(batches) => Rc::new(batches.recv().map_err(|_| stopped())??),
         };
-        // The other thread's stream takes a tensor's memory back as soon as it is dropped, even if this thread's stream has
-        // not come to reading it.
+        // The other thread's stream reuses a tensor's memory as soon as it is dropped, even if this thread's stream
+        // has not read it yet.
         if self.held.len() == HELD {
             accelerator::synchronize(self.device)?;
             self.held.clear();
@@ -133,7 +133,7 @@ impl<'scope, B: Send + 'scope> Feed<'scope, B> {
     }
 }
 
-/// The mean of a loss over about the last 50 steps. It stays on the device, where reading it would make training wait.
+/// The mean of a loss over about the last 50 steps. It stays on the device; reading it would synchronise.
 #[derive(Debug, Default)]
 pub(super) struct Average(Option<Tensor>);
 
@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn batches_come_in_the_order_of_the_steps_and_faults_end_them() {
+    fn batches_are_ordered_and_errors_end_them() {
         std::thread::scope(|scope| {
             let draw = |step: i64| match step {
                 9 => Err(WorldError::pack("is empty")),
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn several_threads_draw_for_an_accelerator_alone() {
+    fn several_threads_render_only_for_an_accelerator() {
         assert_eq!(drawing_threads(Device::Cpu, 16), 1);
         assert_eq!(drawing_threads(Device::Cuda(0), 16), 14);
         assert_eq!(drawing_threads(Device::Cuda(0), 1), 1);

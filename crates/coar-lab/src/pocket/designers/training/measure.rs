@@ -1,4 +1,4 @@
-//! Figures of a tokenizer on images that no training step has seen.
+//! Metrics of a tokenizer on images that are not used in training.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -17,7 +17,7 @@ use coar_core::image::RgbImage;
 use coar_engine::model::lumina::{images as decoded_images, pixels};
 use coar_engine::model::{ModelError, Vqgan};
 
-/// Seed of every image that is measured on; no training step uses it.
+/// Seed of all measured images; not used in training.
 const SEED: u64 = 0x6d65_6173_7572_6500;
 const UNSEEN: usize = 96;
 const PAIRS: usize = 64;
@@ -27,9 +27,9 @@ const CHUNK: usize = 16;
 #[derive(Debug)]
 pub struct Validation {
     groups: Vec<(&'static str, Vec<RgbImage>)>,
-    /// The same place in two scenes.
+    /// The same position in two scenes.
     scenes: Pairs,
-    /// The same scene at two places.
+    /// The same scene at two positions.
     places: Pairs,
 }
 
@@ -60,7 +60,7 @@ impl Pairs {
 }
 
 impl Validation {
-    /// Draws the images that every measure uses.
+    /// Renders the images that all measurements share.
     ///
     /// # Errors
     /// When the world lacks a drawing.
@@ -123,15 +123,15 @@ impl Validation {
     }
 }
 
-/// How well images survive the tokenizer.
+/// Reconstruction quality of the tokenizer.
 #[derive(Debug, Clone, Serialize)]
 pub struct TokenizerMeasure {
-    /// By group: peak signal-to-noise ratio in dB of the mean square error over all images, and over the cells where
-    /// objects stand.
+    /// By group: peak signal-to-noise ratio in dB of the mean square error over all images, and over the cells with
+    /// objects.
     pub psnr: Vec<(String, f64, f64)>,
     /// Share of the codebook in use over the measured images.
     pub codes_used: f64,
-    /// Share of covered cells, and of those whose neighbours are covered too, that keep their code in another scene.
+    /// Share of covered cells, and of those with covered neighbours, that keep their code in another scene.
     pub stable_covered: f64,
     pub stable_inner: f64,
     /// The same 16 pixels further to the right.
@@ -158,7 +158,7 @@ impl TokenizerMeasure {
     }
 }
 
-/// Images `[batch, 3, height, width]` through the tokenizer and back, clamped to -1..1, with their codes `[batch, cells]`.
+/// Reconstructions of images `[batch, 3, height, width]`, clamped to -1..1, with their codes `[batch, cells]`.
 fn through(vqgan: &Vqgan, images: &Tensor) -> Result<(Tensor, Tensor), ModelError> {
     let (_, _, height, width) = images.size4()?;
     let codes = vqgan.encode(images)?;
@@ -166,7 +166,7 @@ fn through(vqgan: &Vqgan, images: &Tensor) -> Result<(Tensor, Tensor), ModelErro
     Ok((decoded.f_clamp(-1.0, 1.0)?, codes))
 }
 
-/// Images of one size as the tokenizer, which is on `device`, keeps them.
+/// Reconstructions of images of one size by the tokenizer, which is on `device`.
 ///
 /// # Errors
 /// When libtorch fails.
@@ -198,7 +198,7 @@ pub fn measure(vqgan: &Vqgan, validation: &Validation, device: Device) -> Result
                 used.push(codes.f_reshape([-1i64])?);
             }
             let pixels = |rows: usize| (images.len() * 3 * IMAGE_SIDE * rows) as f64;
-            // Values span 2, so that the peak's square is 4.
+            // Values have a range of 2, so the square of the peak is 4.
             let ratio = |square: f64, rows: usize| -10.0 * (square / pixels(rows) / 4.0).log10();
             psnr.push((
                 (*name).to_owned(),
@@ -220,7 +220,7 @@ pub fn measure(vqgan: &Vqgan, validation: &Validation, device: Device) -> Result
     })
 }
 
-/// Shares of covered and of inner cells that have the same code in both images of a pair.
+/// Shares of covered and of inner cells with the same code in both images of a pair.
 fn stability(vqgan: &Vqgan, pairs: &Pairs, device: Device) -> Result<(f64, f64), ModelError> {
     let side = CELLS as i64;
     let inner = Tensor::f_from_slice(&pairs.inner)?
@@ -250,11 +250,11 @@ fn stability(vqgan: &Vqgan, pairs: &Pairs, device: Device) -> Result<(f64, f64),
     Ok((sums[0] / sums[1].max(1.0), sums[2] / sums[3].max(1.0)))
 }
 
-/// Images a row, and rows of each group, on the sheet of reconstructions.
+/// Images per row, and rows per group, on the sheet of reconstructions.
 const SHEET_COLUMNS: usize = 10;
 const SHEET_ROWS: usize = 2;
 
-/// Originals of each group, and below them what the tokenizer keeps of them; every pixel `zoom` times.
+/// Originals of each group, and below them their reconstructions; every pixel repeated `zoom` times.
 ///
 /// # Errors
 /// When libtorch fails.

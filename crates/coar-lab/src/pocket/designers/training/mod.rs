@@ -1,6 +1,6 @@
-//! Training of the model of the designers' world: stage by stage, on whatever device there is, resumable.
+//! Training of the model of the designers' world: stage by stage, on any device, resumable.
 
-/// Trained stages in files to be carried.
+/// Trained stages packed into small files.
 pub mod bundle;
 /// The decoder, with frozen codes.
 pub mod decoder;
@@ -8,7 +8,7 @@ mod discriminator;
 /// The finished checkpoint folder.
 pub mod export;
 mod feed;
-/// Figures of a tokenizer.
+/// Metrics of a tokenizer.
 pub mod measure;
 mod pairs;
 /// A stage's folder, state and curve.

@@ -1,4 +1,5 @@
-//! Training images in pairs: one drawing in two scenes and, where it stands alone, at two places, drawn anew at every step.
+//! Training images in pairs: one drawing in two scenes and, without accessory, at two positions, rendered anew for
+//! every step.
 
 use std::thread::Scope;
 
@@ -11,14 +12,14 @@ use crate::pocket::designers::{CELLS, IMAGE_SIDE, Spec, World, WorldError};
 use coar_engine::model::ModelError;
 use coar_engine::model::lumina::pixels_on;
 
-/// `2 * pairs` images; image `pairs + i` shows what image `i` shows, in another scene or at another place.
+/// `2 * pairs` images; image `pairs + i` shows the object of image `i`, in another scene or at another position.
 #[derive(Debug)]
 pub struct PairBatch {
     /// 8-bit RGB, image after image.
     rgb: Vec<u8>,
     /// `pairs * CELLS * CELLS`: which cells of the first image's grid show nothing of the scene.
     covered: Vec<f32>,
-    /// For each pair: how many cells further to the right the second image shows the same.
+    /// For each pair: the shift of the second image to the right, in cells.
     shifts: Vec<i64>,
 }
 
@@ -30,19 +31,19 @@ pub struct PairTensors {
     pub alignment: Alignment,
 }
 
-/// Which cells of the two images of each pair show the same and nothing of the scene.
+/// The correspondence of covered cells in the two images of each pair.
 #[derive(Debug)]
 pub struct Alignment {
     /// `[pairs, 1, CELLS, CELLS]` of 0 and 1, in the first image's cells.
     pub covered: Tensor,
-    /// `[pairs, 1, 1, CELLS]`: the column of the second image that shows what the first shows in this column.
+    /// `[pairs, 1, 1, CELLS]`: the column of the second image that corresponds to this column of the first.
     columns: Tensor,
     /// The inverse of `columns`.
     back: Tensor,
 }
 
 impl Alignment {
-    /// Of cells `covered` `[pairs, 1, h, w]`, where the second image shows them `shifts` columns further to the right.
+    /// For cells `covered` `[pairs, 1, h, w]`, if the second image is shifted by `shifts` columns to the right.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -64,7 +65,7 @@ impl Alignment {
         })
     }
 
-    /// Values `[pairs, channels, h, w]` of the second images, moved to where the first images show the same.
+    /// Values `[pairs, channels, h, w]` of the second images, shifted to the positions of the first images.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -88,7 +89,7 @@ impl From<WorldError> for ModelError {
 }
 
 impl PairBatch {
-    /// Images of `first`, and of `second`, which show the same things elsewhere.
+    /// Images of `first`, and of `second`, which show the same objects elsewhere.
     ///
     /// # Errors
     /// When the world lacks a drawing.
@@ -109,7 +110,7 @@ impl PairBatch {
         Ok(Self { rgb, covered, shifts })
     }
 
-    /// The batch of a training step: the same in every run with this seed.
+    /// The batch of a training step: deterministic for a seed.
     ///
     /// # Errors
     /// When the world lacks a drawing.

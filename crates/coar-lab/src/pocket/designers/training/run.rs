@@ -1,4 +1,4 @@
-//! What every stage shares: a folder with a lock, the recipe, the state that a stage resumes from, and its curve.
+//! Shared parts of all stages: a folder with a lock, the recipe, the state to resume from, and the curve.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -15,7 +15,7 @@ use crate::pocket::parameters::{load, save};
 use coar_engine::model::ModelError;
 use coar_engine::training::optimizer::Optimizer;
 
-/// How long a call trains before its speed counts, and how long that is measured before it is relied on.
+/// Seconds before a call's speed is measured, and the duration of the measurement.
 const SETTLING: Duration = Duration::from_secs(5);
 /// Time between two saves of the state.
 const SAVE_EVERY: Duration = Duration::from_secs(150);
@@ -29,19 +29,19 @@ const SECONDS: &str = "training.seconds";
 pub struct Budget {
     /// Seconds of this call.
     pub seconds: Option<u64>,
-    /// Whether the recipe's last step is to fall at the end of these seconds, at the speed that this call reaches.
+    /// Whether the recipe's last step should fall at the end of these seconds, at the measured speed.
     pub fitted: bool,
 }
 
-/// What a device is given to do in one step: a larger batch where it would idle with a small one.
+/// Work per step on a device: a larger batch if it would idle with a small one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scale {
-    /// Images a step, of pairs counted once.
+    /// Images per step, pairs counted once.
     pub batch: usize,
     pub learning_rate: f64,
 }
 
-/// One stage's folder, held by one process.
+/// One stage's folder, locked by one process.
 #[derive(Debug)]
 pub struct Run {
     dir: PathBuf,
@@ -51,7 +51,7 @@ pub struct Run {
     saved: Instant,
     seconds_before: f64,
     budget: Budget,
-    /// A step and its time, from which this call's speed is measured.
+    /// A step and its time, to measure this call's speed.
     pace: Option<(i64, Instant)>,
 }
 
@@ -59,11 +59,11 @@ pub struct Run {
 pub type State = BTreeMap<String, Tensor>;
 
 impl Run {
-    /// Opens the stage's folder, which is created where it is absent, and returns the state to resume from, if any.
+    /// Opens the stage's folder, which is created if absent, and returns the state to resume from, if any.
     ///
     /// # Errors
-    /// When another process trains there, when the saved state is of another recipe (the number of steps may differ), or
-    /// when files cannot be read or written.
+    /// When another process trains there, when the saved state is of another recipe (the number of steps may
+    /// differ), or when files cannot be read or written.
     pub fn open(dir: &Path, recipe: &impl Serialize, budget: Budget) -> Result<(Self, Option<State>), ModelError> {
         let fault = |error: std::io::Error| ModelError::file(dir, error);
         std::fs::create_dir_all(dir).map_err(fault)?;
@@ -95,7 +95,7 @@ impl Run {
         Ok((run, state))
     }
 
-    /// Seconds of training in all calls together.
+    /// Seconds of training over all calls.
     pub fn seconds(&self) -> f64 {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }
@@ -107,7 +107,7 @@ impl Run {
             .is_some_and(|seconds| self.started.elapsed().as_secs() >= seconds)
     }
 
-    /// Steps of the whole stage: `planned`, or as many as this call can take, once its speed is known after `step`.
+    /// Steps of the whole stage: `planned`, or as many as fit into this call, once its speed is known after `step`.
     pub fn steps(&mut self, step: i64, planned: i64) -> i64 {
         let Budget {
             seconds: Some(seconds),
@@ -119,7 +119,7 @@ impl Run {
         let elapsed = self.started.elapsed();
         let (first, since) = match self.pace {
             Some(pace) => pace,
-            // The first seconds are slower: libtorch chooses its kernels.
+            // The first seconds are slower: libtorch selects its kernels.
             None if elapsed >= SETTLING => *self.pace.insert((step, Instant::now())),
             None => return planned,
         };
@@ -136,7 +136,7 @@ impl Run {
         self.saved.elapsed() >= SAVE_EVERY
     }
 
-    /// Writes the state so that a crash leaves either the old one or the new one.
+    /// Writes the state atomically.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -176,15 +176,15 @@ pub fn steps(state: &State) -> Result<i64, ModelError> {
     Ok(take(state, "optimizer.step")?.f_int64_value(&[0])?)
 }
 
-/// Whether a tensor of a saved state is needed to go on bit by bit alone: moments of optimizers, and the discriminator.
+/// Whether a tensor of a saved state is only needed to resume bit by bit: moments of optimizers, and the
+/// discriminator.
 pub(super) fn is_moment(name: &str) -> bool {
     ["optimizer.first.", "optimizer.second.", "adversary."]
         .iter()
         .any(|prefix| name.starts_with(prefix))
 }
 
-/// Takes an optimizer's moments over from a saved state. A state that was carried from another machine has none: it goes
-/// on from its step with fresh ones.
+/// Restores an optimizer's moments from a saved state. A bundled state has none: it resumes with fresh ones.
 ///
 /// # Errors
 /// When a tensor is absent or misshapen.
@@ -192,7 +192,7 @@ pub(super) fn restore(optimizer: &mut Optimizer, state: &State) -> Result<(), Mo
     match state.keys().any(|name| is_moment(name)) {
         true => optimizer.restore(&|name| state.get(name).map(Tensor::shallow_clone)),
         false => {
-            optimizer.go_on_from(steps(state)?);
+            optimizer.continue_from(steps(state)?);
             Ok(())
         }
     }
@@ -231,8 +231,8 @@ pub fn saved_recipe<R: DeserializeOwned>(dir: &Path) -> Result<R, ModelError> {
     serde_json::from_slice(&text).map_err(|error| ModelError::file(&file, error))
 }
 
-/// Compares `recipe` with the file's, and writes it. What may change: the number of steps, since a stage can be made longer,
-/// and what depends on the device, since a stage can go on on another.
+/// Compares `recipe` with the file's, and writes it. The number of steps may change, since a stage can be extended,
+/// and what depends on the device, since a stage can be resumed on another.
 fn check_recipe(file: &Path, recipe: &impl Serialize, resumed: bool) -> Result<(), ModelError> {
     let fault = |error: String| ModelError::file(file, error);
     let wanted = serde_json::to_value(recipe).map_err(|error| fault(error.to_string()))?;
@@ -256,7 +256,7 @@ fn check_recipe(file: &Path, recipe: &impl Serialize, resumed: bool) -> Result<(
     std::fs::write(file, format!("{wanted}\n")).map_err(|error| fault(error.to_string()))
 }
 
-/// The curve's file, opened for appending, without the lines of steps after `step`: they will be trained again.
+/// The curve's file, opened for appending, without the lines after `step`: those steps will be trained again.
 fn rewind(file: &Path, step: i64) -> Result<File, ModelError> {
     let fault = |error: std::io::Error| ModelError::file(file, error);
     let text = match std::fs::read_to_string(file) {
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_held_by_one_run_and_resumes() {
+    fn folder_is_locked_by_one_run_and_resumes() {
         let dir = tempfile::tempdir().unwrap();
         let recipe = json!({"steps": 10, "seed": 1});
         let (mut run, state) = Run::open(dir.path(), &recipe, Budget::default()).unwrap();

@@ -1,4 +1,4 @@
-//! Training sequences: images drawn and encoded anew at every step, with captions drawn anew.
+//! Training sequences: images rendered and encoded anew at every step, with random captions.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -11,7 +11,7 @@ use coar_core::tokenizer::{PromptPart, TextTokenizer, Vocabulary, encode_prompt,
 use coar_engine::model::lumina::pixels_on;
 use coar_engine::model::{ModelError, Vqgan};
 
-/// How images of a batch are drawn and laid out: whether some show what no caption describes, the share without any text, and
+/// Options of a batch: whether some images show something without a caption word, the share without any text, and
 /// the share with one or two extra positions before the first code.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shares {
@@ -43,8 +43,7 @@ impl Examples {
     }
 }
 
-/// The examples of training step `step`, and the generator for what else the step draws: the same in every run with this
-/// seed.
+/// The examples of training step `step`, and the generator for its other random numbers: deterministic for a seed.
 ///
 /// # Errors
 /// When the world lacks a drawing.
@@ -76,7 +75,7 @@ pub(super) fn draw(
     Ok((examples, rng))
 }
 
-/// Turns examples into token sequences.
+/// Converts examples to token sequences.
 #[derive(Debug)]
 pub(super) struct Encoder {
     vqgan: Vqgan,
@@ -102,7 +101,7 @@ impl Encoder {
         })
     }
 
-    /// One sequence for each example: prompt, image start, extra positions, codes.
+    /// One sequence per example: prompt, image start, extra positions, codes.
     ///
     /// # Errors
     /// When a caption cannot be tokenised or libtorch fails.
@@ -141,7 +140,7 @@ impl Encoder {
     }
 }
 
-/// Examples of fixed images with fixed captions, without extra positions: what the validation loss is measured on.
+/// Examples of fixed images with fixed captions, without extra positions: for the validation loss.
 ///
 /// # Errors
 /// When the world lacks a drawing.
@@ -154,10 +153,10 @@ pub(super) fn held_back(world: &World, count: usize) -> Result<Examples, WorldEr
     Ok(draw(world, VALIDATION_SEED, 0, count, shares)?.0)
 }
 
-/// No training uses this seed.
+/// Not used in training.
 const VALIDATION_SEED: u64 = 0x7661_6c69_6461_7465;
 
-/// Tokens of the sequences together.
+/// Total number of tokens of the sequences.
 pub(super) fn tokens(batch: &Tensor) -> i64 {
     batch.numel() as i64
 }
@@ -168,7 +167,7 @@ mod tests {
     use crate::pocket::designers::tests::synthetic_world;
 
     #[test]
-    fn steps_draw_the_same_examples_again_and_never_those_of_another_step() {
+    fn examples_are_deterministic_and_differ_between_steps() {
         let shares = Shares {
             widely: true,
             caption_dropout: 0.3,

@@ -1,8 +1,9 @@
 //! Trains the tokenizer so that the codes of a drawing do not depend on the scene behind it.
 //!
-//! Every batch shows each drawing in two scenes and, where it stands alone, at two places. Where a drawing covers a whole
-//! cell of the grid, both images' latents are pulled together, and the mean of both is quantised and decoded for both: the decoder cannot learn anything about the
-//! scene from these cells, so the encoder has nothing to gain from putting it there.
+//! Every batch shows each drawing in two scenes and, without accessory, at two positions. Where a drawing covers a
+//! whole cell of the grid, both images' latents are pulled together, and the mean of both is quantised and decoded
+//! for both: the decoder cannot learn anything about the scene from these cells, so the encoder gains nothing by
+//! encoding it there.
 
 use std::path::Path;
 
@@ -24,13 +25,13 @@ use coar_engine::model::vqgan::{EncoderDecoderConfig, VqganConfig, nearest};
 use coar_engine::model::{ModelError, Vqgan};
 use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
 
-/// Everything that decides the trained tokenizer.
+/// The settings that determine the trained tokenizer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TokenizerRecipe {
     pub seed: u64,
-    /// Optimizer steps in all; the learning rate falls towards the last one.
+    /// Total number of optimizer steps; the learning rate falls towards the last one.
     pub steps: i64,
-    /// Drawings a step, each in two images.
+    /// Drawings per step, each in two images.
     pub pairs: usize,
     pub learning_rate: f64,
     /// Steps of plain auto-encoding before the codebook is set by k-means.
@@ -93,11 +94,11 @@ pub fn tokenizer_config() -> VqganConfig {
     }
 }
 
-/// Pairs of images whose latents k-means sees.
+/// Number of image pairs for k-means.
 const CLUSTERED_PAIRS: usize = 160;
-/// The first of them, beyond every training step.
+/// The first of their steps, beyond every training step.
 const CLUSTERED_FROM: i64 = 1 << 40;
-/// Share of the steps after which unused codes are left alone.
+/// Share of the steps after which unused codes are not reinitialised.
 const REVIVE_UNTIL: f64 = 0.85;
 const REVIVE_EVERY: i64 = 20;
 const LOG_EVERY: i64 = 100;
@@ -113,7 +114,7 @@ fn learning_rate(recipe: &TokenizerRecipe, step: i64, steps: i64) -> f64 {
 
 /// Latents with the mean of both images in the covered cells, and the mean squared distance of both there.
 ///
-/// `latents` are `[2 * pairs, dim, h, w]`, image `pairs + i` showing what image `i` shows.
+/// `latents` are `[2 * pairs, dim, h, w]`; image `pairs + i` shows the object of image `i`.
 ///
 /// # Errors
 /// When libtorch fails.
@@ -151,7 +152,7 @@ struct Trainer<'a> {
     steps: i64,
 }
 
-/// What one step reports; detached scalars.
+/// The report of one step; detached scalars.
 struct Outcome {
     square: Tensor,
     tie: Tensor,
@@ -205,7 +206,7 @@ impl<'a> Trainer<'a> {
         Vqgan::load(&self.recipe.network, &self.parameters.cast(Kind::BFloat16, true))
     }
 
-    /// Sets the codebook by k-means over batches that training does not visit.
+    /// Initialises the codebook by k-means over batches that are not used in training.
     fn cluster(&mut self, rng: &mut ChaCha8Rng) -> Result<(), ModelError> {
         let network = self.network()?;
         let batches = (CLUSTERED_PAIRS / self.recipe.pairs).max(1) as i64;
@@ -221,8 +222,8 @@ impl<'a> Trainer<'a> {
 
     fn step(&mut self, batch: &PairTensors) -> Result<Outcome, ModelError> {
         let step = self.optimizer.steps();
-        // Random numbers depend on the step alone, so that a resumed run continues as an uninterrupted one. Batches have the
-        // streams from 1 on.
+        // Random numbers depend only on the step, so a resumed run continues like an uninterrupted one. Batches have
+        // the streams from 1 on.
         let mut rng = ChaCha8Rng::seed_from_u64(self.recipe.seed);
         rng.set_stream(!(step as u64));
         if step == self.recipe.autoencoder_steps {
@@ -274,7 +275,7 @@ impl<'a> Trainer<'a> {
         state
     }
 
-    /// The tokenizer as it is now, in f32.
+    /// The current tokenizer, in f32.
     fn tokenizer(&self) -> Result<Vqgan, ModelError> {
         let state = network_state(&self.parameters, &self.codebook.rows)
             .into_iter()
@@ -283,7 +284,7 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Every tensor of the network, with the codebook's rows in their place.
+/// Every tensor of the network, including the codebook's rows.
 pub(super) fn network_state(parameters: &Parameters, codebook: &Tensor) -> Vec<(String, Tensor)> {
     let mut state: Vec<_> = parameters
         .all()
@@ -305,7 +306,7 @@ pub(super) fn tokenizer_of(config: &VqganConfig, state: &State, device: Device) 
     Vqgan::load(config, &parameters)
 }
 
-/// A tokenizer that a stage saved: the tokenizer itself, or one with a tuned decoder.
+/// A saved tokenizer: the original, or one with a tuned decoder.
 #[derive(Debug)]
 pub struct TrainedTokenizer {
     pub state: State,
@@ -314,7 +315,7 @@ pub struct TrainedTokenizer {
     pub steps: i64,
 }
 
-/// What the recipes of both stages have in common.
+/// Common fields of both stages' recipes.
 #[derive(Deserialize)]
 struct CodesRecipe {
     network: VqganConfig,
@@ -322,7 +323,7 @@ struct CodesRecipe {
 }
 
 impl TrainedTokenizer {
-    /// Reads what a stage saved in `dir`.
+    /// Reads a stage's saved state in `dir`.
     ///
     /// # Errors
     /// When there is no saved state.
@@ -348,8 +349,8 @@ impl TrainedTokenizer {
     }
 }
 
-/// Trains from the state in `dir`, or from nothing, until the recipe's last step or until the budget is used up.
-/// Returns the number of steps taken in all calls.
+/// Trains from the state in `dir`, or from scratch, until the recipe's last step or until the budget is used up.
+/// Returns the number of steps over all calls.
 ///
 /// # Errors
 /// When the world lacks drawings, files cannot be written, or libtorch fails.
@@ -409,8 +410,8 @@ mod tests {
 
     #[test]
     fn tied_latents_by_hand() {
-        // Two pairs of one-dimensional latents on a grid of 1x2. In the first pair the left cell is covered, and the second
-        // image shows it in the right one; in the second pair no cell is covered.
+        // Two pairs of one-dimensional latents on a grid of 1x2. In the first pair the left cell is covered, and
+        // corresponds to the right one in the second image; in the second pair no cell is covered.
         let latents = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]).view([4, 1, 1, 2]);
         let covered = Tensor::from_slice(&[1.0f32, 0.0, 0.0, 0.0]).view([2, 1, 1, 2]);
         let values = |tensor: Tensor| Vec::<f32>::try_from(tensor.view([-1])).unwrap();
@@ -472,7 +473,7 @@ mod tests {
             }
         };
         let mut whole = Trainer::new(&recipe, world, Device::Cpu, None).unwrap();
-        // Other tests draw from libtorch's generator, too: both runs start from the same drawn weights.
+        // Other tests use libtorch's generator, too: both runs start from the same initial weights.
         let start = copied(whole.state());
         steps(&mut whole, 5);
         let mut first = Trainer::new(&recipe, world, Device::Cpu, Some(&start)).unwrap();

@@ -1,5 +1,5 @@
-//! Trains the transformer on captions and codes of the world. Every image is drawn and encoded for one step alone: the
-//! network memorises what it sees twice.
+//! Trains the transformer on captions and codes of the world. Every image is rendered and encoded for a single step:
+//! the network memorises what it sees twice.
 
 use std::path::Path;
 
@@ -21,14 +21,14 @@ use crate::pocket::vocabulary::vocabulary_map_of;
 use coar_engine::model::{ModelConfig, ModelError, Transformer, Vqgan};
 use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
 
-/// Everything that decides the trained transformer.
+/// The settings that determine the trained transformer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TransformerRecipe {
     pub seed: u64,
     pub steps: i64,
-    /// Images a step.
+    /// Images per step.
     pub batch: usize,
-    /// Of the matrices (Muon); vectors and embeddings move at the same rate under AdamW.
+    /// For the matrices (Muon); vectors and embeddings use the same rate under AdamW.
     pub learning_rate: f64,
     /// Share of sequences without any text, for guidance.
     pub caption_dropout: f64,
@@ -38,7 +38,7 @@ pub struct TransformerRecipe {
     pub layers: usize,
     pub heads: i64,
     pub intermediate: i64,
-    /// Optimizer steps of the tokenizer whose codes are learnt.
+    /// Optimizer steps of the tokenizer whose codes are learned.
     pub tokenizer_steps: i64,
 }
 
@@ -78,7 +78,7 @@ impl TransformerRecipe {
         (self.layers as i64, self.hidden)
     }
 
-    /// What step `step` trains on. Random numbers depend on the step alone, so that a resumed run continues as an
+    /// The training data of step `step`. Random numbers depend only on the step, so a resumed run continues like an
     /// uninterrupted one.
     fn draw(&self, world: &World, step: i64) -> Result<(Examples, SlotNumbers), WorldError> {
         let shares = Shares {
@@ -101,7 +101,7 @@ const STATISTICS_EVERY: i64 = 50;
 const WARM_UP: f64 = 150.0;
 const LOG_EVERY: i64 = 100;
 const MEASURE_EVERY: i64 = 1000;
-/// Images of the validation loss, and how many of them go through the network at once.
+/// Images of the validation loss, and the batch size of its passes.
 const HELD_BACK: usize = 64;
 const HELD_BACK_BATCH: usize = 16;
 const SLOT_MEAN: &str = "slots.mean";
@@ -135,7 +135,7 @@ pub fn transformer_config(recipe: &TransformerRecipe, codes: i64) -> ModelConfig
 
 struct Trainer<'a> {
     recipe: &'a TransformerRecipe,
-    /// What every step's network has in common.
+    /// Common parts of every step's network.
     base: Transformer,
     device: Device,
     parameters: Parameters,
@@ -146,7 +146,7 @@ struct Trainer<'a> {
     steps: i64,
 }
 
-/// What one step trains on, on its device.
+/// The training data of one step, on its device.
 struct Material {
     batch: Batch,
     /// For the extra positions, if there are any.
@@ -266,7 +266,7 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// The tokenizer in bf16, which changes few codes and costs half.
+/// The tokenizer in bf16, which changes few codes and halves the cost.
 fn fast_encoder(tokenizer: &TrainedTokenizer, device: Device) -> Result<Vqgan, ModelError> {
     let parameters = Parameters::on(device);
     Vqgan::load(&tokenizer.network, &parameters)?;
@@ -274,11 +274,12 @@ fn fast_encoder(tokenizer: &TrainedTokenizer, device: Device) -> Result<Vqgan, M
     Vqgan::load(&tokenizer.network, &parameters.cast(Kind::BFloat16, true))
 }
 
-/// Trains on the codes of `tokenizer`, from the state in `dir` if there is one,
-/// until the recipe's last step or until the budget is used up. Returns the number of steps taken in all calls.
+/// Trains on the codes of `tokenizer`, from the state in `dir` if there is one, until the recipe's last step or
+/// until the budget is used up. Returns the number of steps over all calls.
 ///
 /// # Errors
-/// When the state in `dir` belongs to other codes, the world lacks drawings, files cannot be written, or libtorch fails.
+/// When the state in `dir` belongs to other codes, the world lacks drawings, files cannot be written, or libtorch
+/// fails.
 pub fn train_transformer(
     recipe: &TransformerRecipe,
     world: &World,
@@ -380,7 +381,7 @@ mod tests {
             }
         };
         let mut whole = Trainer::new(&recipe, 16, Device::Cpu, None).unwrap();
-        // Other tests draw from libtorch's generator, too: both runs start from the same drawn weights.
+        // Other tests use libtorch's generator, too: both runs start from the same initial weights.
         let start = copied(whole.state());
         steps(&mut whole, 4);
         let mut first = Trainer::new(&recipe, 16, Device::Cpu, Some(&start)).unwrap();
