@@ -40,6 +40,14 @@ pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
     };
     if storage.is_shared() {
         let registry = Registry::connect(&storage).await?;
+        if let Some(blobs) = &storage.blobs {
+            registry.blobs.probe().await.map_err(|error| {
+                anyhow::anyhow!(
+                    "the blob store {blobs} cannot be used: {error}; does the bucket exist, and are AWS_ENDPOINT_URL, AWS_REGION and \
+                     the credentials right?"
+                )
+            })?;
+        }
         tracing::info!(process = %registry.process(), "this process shares its database");
         return Ok(Opened { registry, lock: None });
     }

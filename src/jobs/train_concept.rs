@@ -181,10 +181,13 @@ impl Worker {
                 return retry_transient!(RETRY_FOR, self.registry.fail(claimed, &body, false).await);
             }
         };
-        retry_transient!(
+        let version = retry_transient!(
             RETRY_FOR,
             self.registry.succeed(claimed, (file.clone(), tokens), report).await
-        )
+        )?;
+        let (training, seconds) = (&claimed.training, report["seconds"].as_f64());
+        tracing::info!(training = %training.id, name = training.spec.name, version, steps = training.total_steps, seconds, "training succeeded");
+        Ok(())
     }
 }
 

@@ -129,6 +129,15 @@ impl Blobs {
         Ok(hash)
     }
 
+    /// Checks that the store can be reached and that its bucket exists.
+    ///
+    /// # Errors
+    /// When it cannot be listed.
+    pub async fn probe(&self) -> Result<(), BlobError> {
+        self.store.list(Some(&self.prefix)).try_next().await?;
+        Ok(())
+    }
+
     /// As [`Self::put`], with a known hash.
     ///
     /// # Errors

@@ -97,7 +97,7 @@ class Block:
         text = self.text
         for old, new in self.replacements:
             if old not in text:
-                raise SystemExit(f"{self.name}: `{old}`, which is to be replaced, is not there")
+                raise Failure(f"{self.name}: `{old}`, which is to be replaced, is not there")
             text = text.replace(old, new)
         text = text.replace("0.0.0.0:", "127.0.0.1:")
         for port, free in ports.items():
@@ -495,6 +495,8 @@ def main() -> None:
     for tool in (program("COAR_BIN", "target/debug/coar"), str(VENV / "bin/python")):
         if not os.access(tool, os.X_OK):
             raise SystemExit(f"{tool} is not there: run tests/docs/run.sh")
+    for name in pages:
+        blocks(name)  # What is wrong in a page's directives shows before anything runs.
     base = pathlib.Path(tempfile.mkdtemp(prefix="coar-docs-"))
     template = Template(base)
     skipped, failures, total, begun = [], [], 0, time.monotonic()

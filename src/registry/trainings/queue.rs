@@ -294,7 +294,8 @@ impl Registry {
         Ok(before.into_iter().filter(|hash| hash != blob).collect())
     }
 
-    /// Publishes a concept file as the concept's next version, activates it, and ends the training, atomically.
+    /// Publishes a concept file as the concept's next version, activates it, and ends the training, atomically. The version's
+    /// number.
     ///
     /// # Errors
     /// `LeaseLost` when the lease is no longer held; the file is removed then.
@@ -303,20 +304,22 @@ impl Registry {
         claimed: &Claimed,
         (file, tokens): (bytes::Bytes, ConceptTokens),
         report: &serde_json::Value,
-    ) -> Result<(), RegistryError> {
+    ) -> Result<i64, RegistryError> {
         let stored = self.store(vec![file]).await?;
         let published = self.publish(claimed, (stored.first(), tokens), report).await;
         self.settle(stored, published.is_ok()).await;
-        self.remove_unreferenced(&published?).await
+        let (unneeded, version) = published?;
+        self.remove_unreferenced(&unneeded).await?;
+        Ok(version)
     }
 
-    /// The blobs that are no longer needed.
+    /// The blobs that are no longer needed, and the version's number.
     async fn publish(
         &self,
         claimed: &Claimed,
         (version, tokens): (&str, ConceptTokens),
         report: &serde_json::Value,
-    ) -> Result<Vec<String>, RegistryError> {
+    ) -> Result<(Vec<String>, i64), RegistryError> {
         let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
         if !self.hold_concept(&mut transaction, claimed.training.concept_id).await? {
@@ -363,7 +366,7 @@ impl Registry {
             .execute(&mut *transaction)
             .await?;
         transaction.commit().await?;
-        Ok(before)
+        Ok((before, number))
     }
 
     /// Ends the training with an error, or requeues it with a delay if a retry may help.
