@@ -140,13 +140,13 @@ impl Caller {
         }
         let (report, error) = (serde_json::json!({}), serde_json::json!({"code": "x"}));
         match self.number % 3 {
-            0 => call!(
+            0 => drop(call!(
                 self,
                 succeed(&claimed, (vec![self.number as u8].into(), TOKENS), &report)
-            ),
-            1 => call!(self, fail(&claimed, &error, self.number.is_multiple_of(2))),
-            _ => call!(self, release(&claimed)),
-        };
+            )),
+            1 => drop(call!(self, fail(&claimed, &error, self.number.is_multiple_of(2)))),
+            _ => drop(call!(self, release(&claimed))),
+        }
         Some(())
     }
 
