@@ -110,7 +110,7 @@ fn useless_server(matches: &ArgMatches) -> Option<String> {
     let source = matches.value_source("server_url");
     let named = match name {
         "keys" | "admin" => matches!(source, Some(ValueSource::CommandLine | ValueSource::EnvVariable)),
-        "serve" | "config" | "completions" | "inspect" => source == Some(ValueSource::CommandLine),
+        "serve" | "config" | "inspect" => source == Some(ValueSource::CommandLine),
         _ => false,
     };
     let empty = matches

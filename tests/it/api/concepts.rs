@@ -143,12 +143,12 @@ async fn concepts_are_listed_described_renamed_and_looked_at() {
     let (status, same) = app.register(subject_form(&REX).text("steps", "2")).await;
     assert_eq!((status, code(&same)), (409, "name_taken"));
     assert!(
-        same["error"]["message"].as_str().unwrap().contains("same images"),
+        same["error"]["message"].as_str().unwrap().contains("trained already"),
         "{same}"
     );
     let (_, other) = app.register(subject_form(&REX).text("steps", "3")).await;
     assert!(
-        !other["error"]["message"].as_str().unwrap().contains("same images"),
+        !other["error"]["message"].as_str().unwrap().contains("trained already"),
         "{other}"
     );
     let (status, twin) = app.register(form_named(&REX, "twin").text("steps", "2")).await;

@@ -74,7 +74,7 @@ async fn two_requests_cannot_both_take_the_last_place() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn images_are_counted_by_the_minute_and_the_headers_say_how_many_are_left() {
-    let app = TestApp::start_with(&["--quota-images-per-minute=3", "--quota-requests-in-flight=4"]).await;
+    let app = TestApp::start_with(&["--quota-pictures-per-minute=3", "--quota-requests-in-flight=4"]).await;
     // What cannot be drawn does not count.
     let (status, headers, _) = draw(&app, json!({"prompt": "a <nobody> cat", "n": 3})).await;
     assert_eq!((status, number(&headers, "x-ratelimit-remaining-images")), (404, 3));
