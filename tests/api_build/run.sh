@@ -13,11 +13,13 @@ tree=$(cargo tree -p coar --no-default-features -e normal)
 core=$(cargo tree -p coar-core -e normal -f '{p} {f}')
 ! grep -E '\b(tch|torch-sys|sqlx|axum) v|tokio v.*\brt\b' <<<"$core"
 
-# A folder of its own: it does not rebuild the other one's crates with other features, and needs no LIBTORCH.
-export CARGO_TARGET_DIR=$target/api
-env --unset=LIBTORCH cargo test --quiet -p coar -p coar-core --no-default-features --lib
-env --unset=LIBTORCH cargo build --quiet -p coar --no-default-features
-program=$CARGO_TARGET_DIR/debug/coar
+# The same folder: dependencies are shared, and the whole program is put back at the end.
+cargo test --quiet -p coar -p coar-core --no-default-features --lib
+cargo build --quiet -p coar --no-default-features
+program=$target/api-build/coar
+mkdir -p "$target/api-build"
+cp "$target/debug/coar" "$program"
+cargo build --quiet --bin coar
 ! ldd "$program" | grep -i torch
 for role in all worker; do
     ! "$program" serve --role "$role" --listen 127.0.0.1:0 --worker-listen 127.0.0.1:0 2>"$COAR_DATA/said"
@@ -27,6 +29,4 @@ done
 grep -q "has no device" "$COAR_DATA/said"
 echo "ok    a build without the device is free of libtorch, and says what it cannot do"
 
-export CARGO_TARGET_DIR=$target
-[ -n "${COAR_BIN:-}" ] || cargo build --quiet --bin coar
 scripts/with-postgres.sh python3 tests/api_build/serve.py "$program" "${COAR_BIN:-$target/debug/coar}"

@@ -222,13 +222,14 @@ async fn snapshots_of_the_document_and_of_every_object() {
         ".**.started_at" => hidden, ".**.finished_at" => hidden, ".**.loss" => hidden, ".**.losses" => hidden,
         ".**.hash" => hidden, ".**.version_hash" => hidden, ".**.report" => hidden, ".**.training_id" => hidden,
         ".**.input_fingerprint" => hidden, ".**.estimated_finish_at" => hidden, ".**.previews" => hidden,
+        ".**.steps_per_second" => hidden,
     });
     let (_, generation) = app
         .post("/v1/generations", json!({"prompt": "a red car", "seed": 7}))
         .await;
     insta::assert_json_snapshot!("generation", generation, {
         ".**.id" => hidden, ".**.created_at" => hidden, ".**.started_at" => hidden, ".**.finished_at" => hidden,
-        ".**.expires_at" => hidden, ".**.url" => hidden,
+        ".**.expires_at" => hidden, ".**.url" => hidden, ".**.content_hash" => hidden,
     });
     let (_, refused) = app
         .post("/v1/generations", json!({"prompt": "a red car", "n": 11}))
