@@ -523,7 +523,9 @@ mod tests {
     use super::*;
 
     fn parse(arguments: &[&str]) -> Config {
-        let command = Config::augment_args(Command::new("config").no_binary_name(true));
+        // Variables of whatever runs the tests do not count.
+        let command = Config::augment_args(Command::new("config").no_binary_name(true))
+            .mut_args(|arg| arg.env(clap::builder::Resettable::Reset));
         Config::from_arg_matches(&command.get_matches_from(arguments)).unwrap()
     }
 

@@ -18,11 +18,11 @@ impl ServeArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         keep_files_private();
         let config = self.config;
-        config.validate()?;
         anyhow::ensure!(
             cfg!(feature = "device") || config.role == Role::Api,
             "this build of coar has no device: start it with --role api, or build it with the feature `device`"
         );
+        config.validate()?;
         // What differs from the defaults; `coar config show` prints everything.
         for line in config.changed() {
             tracing::info!(target: "coar::config", "{line}");

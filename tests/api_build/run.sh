@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The build without the feature `device`: it is not linked to libtorch, says so where a device is needed, passes the unit tests of
-# server and core, and serves in the role `api` beside a worker (skipped, loudly, where there is no PostgreSQL).
+# The build without the feature `device`: it is not linked to libtorch, says so where a device is needed, passes the server's unit
+# tests, and serves in the role `api` beside a worker (skipped, loudly, where there is no PostgreSQL).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 target=${CARGO_TARGET_DIR:-target}
@@ -14,7 +14,7 @@ core=$(cargo tree -p coar-core -e normal -f '{p} {f}')
 ! grep -E '\b(tch|torch-sys|sqlx|axum) v|tokio v.*\brt\b' <<<"$core"
 
 # The same folder: dependencies are shared, and the whole program is put back at the end.
-cargo test --quiet -p coar -p coar-core --no-default-features --lib
+cargo test --quiet -p coar --no-default-features --lib
 cargo build --quiet -p coar --no-default-features
 program=$target/api-build/coar
 mkdir -p "$target/api-build"
