@@ -93,5 +93,5 @@ test("settings come back as they were drawn", () => {
   assert.deepEqual(settingsOf(generation), { ...same, first_index: 2 });
   assert.deepEqual(settingsOf(generation, { index: 3 }), { ...same, n: 1, first_index: 3 });
   assert.deepEqual(settingsOf(generation, { newSeed: true }), { ...same, seed: undefined, first_index: undefined });
-  assert.deepEqual(described(generation).map(([name]) => name), ["Size", "Seed", "Pictures", "Guidance", "Temperature", "Top-k"]);
+  assert.deepEqual(described(generation).map(([name]) => name), ["Size", "Seed", "Images", "Guidance", "Temperature", "Top-k"]);
 });
