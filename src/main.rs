@@ -7,7 +7,7 @@ fn main() -> std::process::ExitCode {
     // Answers the shell and ends, where the shell asks for completions.
     coar::cli::complete();
     let outcome = coar::cli::Cli::read().map_err(Into::into).and_then(|cli| {
-        let _telemetry = coar::telemetry::start(cli.log_format);
+        let _telemetry = coar::telemetry::start(cli.log_format, cli.log_level());
         cli.run()
     });
     match outcome {

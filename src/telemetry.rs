@@ -39,41 +39,43 @@ impl Drop for Telemetry {
     }
 }
 
-fn filter() -> EnvFilter {
+/// What COAR_LOG or RUST_LOG selects, else `level` and above. PostgreSQL's notices say at every start that the table of
+/// migrations exists.
+fn filter(level: &str) -> EnvFilter {
     EnvFilter::try_from_env("COAR_LOG")
         .or_else(|_| EnvFilter::try_from_default_env())
-        .unwrap_or_else(|_| EnvFilter::new("info"))
+        .unwrap_or_else(|_| EnvFilter::new(format!("{level},sqlx::postgres::notice=warn")))
 }
 
-fn lines(format: LogFormat) -> Box<dyn Layer<Registry> + Send + Sync> {
+fn lines(format: LogFormat, level: &str) -> Box<dyn Layer<Registry> + Send + Sync> {
     let layer = fmt::layer().with_writer(std::io::stderr);
     match format {
         LogFormat::Text => layer
             .with_ansi(std::io::stderr().is_terminal())
-            .with_filter(filter())
+            .with_filter(filter(level))
             .boxed(),
         LogFormat::Json => layer
             .json()
             .flatten_event(true)
             .with_current_span(true)
             .with_span_list(false)
-            .with_filter(filter())
+            .with_filter(filter(level))
             .boxed(),
     }
 }
 
-/// Starts logging to standard error; `COAR_LOG` (or `RUST_LOG`) chooses what. Built with the feature `otel`, and where
+/// Starts logging to standard error; `COAR_LOG` (or `RUST_LOG`) chooses what, without it `level` does. Built with the feature `otel`, and where
 /// `OTEL_EXPORTER_OTLP_ENDPOINT` names a collector, spans go there too.
-pub fn start(format: LogFormat) -> Telemetry {
+pub fn start(format: LogFormat, level: &str) -> Telemetry {
     // The clock of the uptime starts here.
     let _ = coar_core::metrics::meters();
-    let subscriber = tracing_subscriber::registry().with(lines(format));
+    let subscriber = tracing_subscriber::registry().with(lines(format, level));
     #[cfg(feature = "otel")]
     {
         let export = otel::Export::start();
         // A second start (tests) is harmless: the first one stays.
         let _ = subscriber
-            .with(export.as_ref().map(|export| export.layer().with_filter(filter())))
+            .with(export.as_ref().map(|export| export.layer().with_filter(filter(level))))
             .try_init();
         Telemetry { export }
     }

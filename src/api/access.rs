@@ -69,8 +69,8 @@ fn status_class(status: u16) -> &'static str {
     }
 }
 
-/// Probes and scrapes are logged at debug level only.
-const QUIET: [&str; 3] = ["/livez", "/readyz", "/metrics"];
+/// Probes, scrapes and the files of the page are logged at debug level only.
+const QUIET: [&str; 4] = ["/livez", "/readyz", "/metrics", "/studio/{file}"];
 
 /// The client has closed the connection (nginx's number).
 const CLIENT_CLOSED: u16 = 499;

@@ -51,7 +51,7 @@ pub(super) enum AdminCommand {
     /// Remove a tenant with all that is its: keys, concepts, trainings, generations, images, web-hooks.
     DeleteTenant {
         name: String,
-        /// Yes, for good.
+        /// Really delete; without it the command only says what would be removed.
         #[arg(long)]
         yes: bool,
         #[command(flatten)]

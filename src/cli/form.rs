@@ -34,6 +34,7 @@ pub(super) struct FormArgs {
     /// N: decoder layers that the concept reaches, from the first.
     #[arg(long)]
     pub layers: Option<u32>,
+    /// Step size of the optimizer. Default: the model's preset.
     #[arg(long)]
     pub learning_rate: Option<f64>,
     /// T: text context tokens per layer.
@@ -42,6 +43,7 @@ pub(super) struct FormArgs {
     /// K: image context tokens per layer; 0 leaves them out.
     #[arg(long)]
     pub image_tokens: Option<u32>,
+    /// Seed of initialisation and order. Default: 0.
     #[arg(long)]
     pub seed: Option<u64>,
 }

@@ -33,13 +33,13 @@ pub(super) struct GenerateArgs {
     /// Default: random; it is printed.
     #[arg(long)]
     seed: Option<u64>,
-    /// How strongly the prompt counts; 1 switches guidance off.
+    /// How strongly the prompt counts; 1 switches guidance off. Default: the model's (2 on the pocket model, 4 on a 7B).
     #[arg(long)]
     guidance_scale: Option<f64>,
-    /// 0 takes the most likely code every time.
+    /// 0 takes the most likely code every time. Default: the model's, 1.
     #[arg(long)]
     temperature: Option<f64>,
-    /// Codes to choose from at each step.
+    /// Codes to choose from at each step; 0: all. Default: the model's (20 on the pocket model, 2000 on a 7B).
     #[arg(long)]
     top_k: Option<u32>,
     /// Lets concepts in one prompt see each other; to measure what the identity mask does.

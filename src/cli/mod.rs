@@ -158,6 +158,14 @@ impl Cli {
         Ok(Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
     }
 
+    /// What is logged without COAR_LOG: of a command that ends, warnings alone.
+    pub fn log_level(&self) -> &'static str {
+        match self.command {
+            Command::Serve(_) => "info",
+            _ => "warn",
+        }
+    }
+
     /// Runs the command.
     ///
     /// # Errors
