@@ -300,11 +300,11 @@ mod tests {
         assert_eq!(refused(keys.authenticate(Some(&created.text)).await), "invalid_api_key");
         // The last key is gone, and the door stays closed.
         assert_eq!(refused(keys.authenticate(None).await), "invalid_api_key");
-        let nobody = KeyRequest {
-            tenant: "nobody".into(),
+        let absent = KeyRequest {
+            tenant: "absent".into(),
             ..request
         };
-        assert_eq!(keys.create(nobody).await.unwrap_err().code, "tenant_not_found");
+        assert_eq!(keys.create(absent).await.unwrap_err().code, "tenant_not_found");
     }
 
     /// Half of the wrong keys differ in their first secret character, half in their last: were texts or hashes compared
