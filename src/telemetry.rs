@@ -44,7 +44,7 @@ impl Drop for Telemetry {
 fn filter(level: &str) -> EnvFilter {
     EnvFilter::try_from_env("COAR_LOG")
         .or_else(|_| EnvFilter::try_from_default_env())
-        .unwrap_or_else(|_| EnvFilter::new(format!("{level},sqlx::postgres::notice=warn")))
+        .unwrap_or_else(|_| EnvFilter::new(format!("{level},sqlx=warn")))
 }
 
 fn lines(format: LogFormat, level: &str) -> Box<dyn Layer<Registry> + Send + Sync> {
