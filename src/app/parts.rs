@@ -25,13 +25,14 @@ const BACKGROUND_LIMIT: usize = 32;
 /// How often jobs are counted for the metrics: a scrape reads the last count and never the database.
 const JOB_COUNT: Duration = Duration::from_secs(2);
 
-/// Database and blobs, and where they are this process's alone the lock that says so.
+/// The open database and blob store, and the lock on the data folder if only this process uses them.
 pub(super) struct Opened {
     pub registry: Registry,
     pub lock: Option<DataLock>,
 }
 
-/// Opens what is kept. Where it is this process's alone, what the last one has left is taken care of.
+/// Opens the database and the blob store. If only this process uses them, takes the lock and cleans up after the
+/// previous process: releases its trainings and idempotency keys, and removes unreferenced blobs.
 pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
     let storage = Storage {
         data: config.storage.data.clone(),
@@ -80,8 +81,8 @@ pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
     })
 }
 
-/// Takes the permissions of group and others away from the data folder and its database: they hold the secrets that sign
-/// addresses and web-hooks. A copy made without care, as a restored backup, may have them.
+/// Removes group and other permissions from the data folder and its database: they hold the secrets that sign URLs and
+/// webhooks. A restored backup, for example, may have wider permissions.
 fn close_to_others(data: &Path) {
     let names = ["", "coar.sqlite", "coar.sqlite-wal", "coar.sqlite-shm", "blobs"];
     for path in names.map(|name| data.join(name)) {

@@ -103,8 +103,8 @@ fn with_defaults(command: Clap, settings: &[(String, Vec<String>)]) -> Clap {
     })
 }
 
-/// Why `--server` is refused, where the command works on something else. A key that is made in a local folder, when its
-/// user thinks of a server, would leave that server open.
+/// Returns the error message if `--server` is given to a command that does not use it. Ignoring the option would be
+/// unsafe: `coar keys create --server …` would create the key in the local data folder and leave the server open.
 fn useless_server(matches: &ArgMatches) -> Option<String> {
     let (name, _) = matches.subcommand()?;
     let source = matches.value_source("server_url");
@@ -125,8 +125,8 @@ fn useless_server(matches: &ArgMatches) -> Option<String> {
     })
 }
 
-/// Lets the process end without a word where the reader of its output has gone, as in `coar concept list | head -1`. A
-/// server goes on: it notices closed connections itself.
+/// Makes the process exit silently when the reader of its output closes the pipe, as in `coar concept list | head -1`.
+/// Not for a server, which detects closed connections itself.
 fn end_with_the_reader() {
     // SAFETY: sets the default action of a signal, before any thread is started.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The build without the feature `device`: it is not linked to libtorch, says so where a device is needed, passes the server's unit
-# tests, and serves in the role `api` beside a worker (skipped, loudly, where there is no PostgreSQL).
+# The build without the feature `device`: it is not linked to libtorch, reports an error where a device is needed, passes
+# the server's unit tests, and serves in the role `api` beside a worker (skipped, loudly, where there is no PostgreSQL).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 target=${CARGO_TARGET_DIR:-target}

@@ -160,7 +160,7 @@ pub struct Transformer {
     /// Computes decode steps natively, if this machine's CPU supports it.
     cpu: Option<CpuDecoder>,
     kernel: AttentionKernel,
-    /// Ids whose logits are masked out if the configuration says so.
+    /// Ids whose logits are masked out if the configuration enables it.
     masked_ids: Option<Tensor>,
 }
 
