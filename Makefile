@@ -42,7 +42,7 @@ bench-device: libtorch
 # The registry's tests again on PostgreSQL and S3, and many callers at once on a server that uses them: servers of their own, ended
 # afterwards. Says so and passes where there is no PostgreSQL and none can be installed.
 contract: libtorch
-	./scripts/with-postgres.sh sh -c 'cargo test -p coar --lib registry && cargo test -p coar --test it api::concurrency'
+	./scripts/with-postgres.sh sh -c 'cargo test -p coar-registry && cargo test -p coar --test it api::concurrency'
 
 # What an operator does, on real processes: backup, restore, restarts one by one, checksums, a tenant's removal.
 operations: libtorch

@@ -18,7 +18,7 @@ pub mod config;
 /// The persistent job queue and its worker.
 pub mod jobs;
 /// Everything that must survive: database and blobs.
-pub mod registry;
+pub use coar_registry as registry;
 /// The use cases, shared by HTTP and the command line.
 pub mod service;
 /// Log lines and spans.

@@ -41,7 +41,7 @@ impl FromRequest<AppState> for MaybeFields {
         let headers = request.headers();
         let length = headers
             .get(header::CONTENT_LENGTH)
-            .map(object_store::HeaderValue::as_bytes);
+            .map(axum::http::HeaderValue::as_bytes);
         let empty = matches!(length, None | Some(b"0")) && !headers.contains_key(header::TRANSFER_ENCODING);
         match empty {
             true => Ok(Self(Fields(Map::new()))),

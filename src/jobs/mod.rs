@@ -44,8 +44,7 @@ use outbox::{Outbox, Signal};
 pub use sweeper::sweep;
 pub use webhook::{Describe, Webhooks, deliver, iso_8601};
 
-/// The error code for work that another process has taken over.
-pub(crate) const LEASE_LOST: &str = "lease_lost";
+pub(crate) use crate::registry::LEASE_LOST;
 /// How long a training's lease lasts without renewal: as long as a process counts as alive.
 pub(crate) const LEASE_MS: i64 = LOST_AFTER_MS;
 /// Poll interval of the queue without a notification.

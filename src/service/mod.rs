@@ -29,7 +29,7 @@ pub use trainings::{Queued, TrainingQuery, TrainingSettings};
 use crate::cluster::Executor;
 use crate::config::Config;
 use crate::jobs::{Drawings, Wake};
-use crate::registry::{Quotas, Registry, RegistryError};
+use crate::registry::{Quotas, Registry};
 pub use crate::registry::{Scope, Scopes};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::{KeyId, TenantId};
@@ -69,8 +69,6 @@ impl Caller {
         ))
     }
 }
-
-use crate::jobs::LEASE_LOST;
 
 /// Everything that a use case needs.
 #[derive(Debug, Clone)]
@@ -142,50 +140,5 @@ impl Default for Limits {
             json: 1 << 20,
             quotas: Quotas::default(),
         }
-    }
-}
-
-impl From<RegistryError> for Error {
-    fn from(error: RegistryError) -> Self {
-        match error {
-            RegistryError::NameTaken(name) => Self::field(
-                "name_taken",
-                "name",
-                format!("is `{name}`, which another concept has; choose another name or delete that concept"),
-            )
-            .of_kind(ErrorKind::Conflict),
-            RegistryError::ConceptBusy(name) => Self::new(
-                ErrorKind::Conflict,
-                "training_in_progress",
-                format!("A training of the concept `{name}` is queued or running; wait for it, or cancel it."),
-            ),
-            RegistryError::NoVersion(number) => Self::field(
-                "version_not_found",
-                "version",
-                format!("is {number}, which the concept does not have"),
-            )
-            .of_kind(ErrorKind::NotFound),
-            RegistryError::TenantTaken(name) => {
-                Self::field("name_taken", "name", format!("is `{name}`, which another tenant has"))
-                    .of_kind(ErrorKind::Conflict)
-            }
-            RegistryError::QuotaExceeded { quota, used, limit } => quota::no_room(quota, used, limit),
-            RegistryError::BlobBusy => Self::new(
-                ErrorKind::Unavailable,
-                "storage_busy",
-                "The same bytes are being removed from the blob store; retry shortly.",
-            )
-            .retry_after(std::time::Duration::from_secs(5)),
-            RegistryError::LeaseLost => {
-                Self::new(ErrorKind::Conflict, LEASE_LOST, "Another process has taken this over.")
-            }
-            other => Self::internal(other),
-        }
-    }
-}
-
-impl From<crate::registry::BlobError> for Error {
-    fn from(error: crate::registry::BlobError) -> Self {
-        Self::internal(error)
     }
 }

@@ -9,17 +9,13 @@ use tokio_util::task::TaskTracker;
 
 use super::{Caller, Service};
 use crate::registry::{Backend, Quotas, Registry, Usage};
-use coar_core::error::{Error, ErrorKind};
+use coar_core::error::Error;
 use coar_core::ids::TenantId;
 
 /// The window of `pictures_per_minute`.
 const MINUTE: Duration = Duration::from_secs(60);
 /// When a request that found too many others in flight may try again.
 const NEXT_REQUEST: Duration = Duration::from_secs(1);
-/// When one that found too many trainings may.
-const NEXT_TRAINING: Duration = Duration::from_secs(30);
-/// And one that found too many concepts: one has to be deleted first.
-const NEXT_CONCEPT: Duration = Duration::from_secs(120);
 
 /// What every tenant does at the moment.
 #[derive(Debug, Clone, Default)]
@@ -102,24 +98,6 @@ impl Drop for Admitted {
     }
 }
 
-fn exceeded(quota: &'static str, limit: u32, wait: Duration, what: &str) -> Error {
-    let message = format!("`{quota}`: {what}; the limit is {limit}.");
-    let error = Error {
-        field: Some(quota.into()),
-        ..Error::new(ErrorKind::Overloaded, "quota_exceeded", message)
-    };
-    error.limit(limit.into()).retry_after(wait)
-}
-
-/// The refusal of a concept or a training more than the tenant may have.
-pub(super) fn no_room(quota: &'static str, used: u32, limit: u32) -> Error {
-    let (wait, what) = match quota {
-        "concepts" => (NEXT_CONCEPT, format!("there are {used} concepts; delete one")),
-        _ => (NEXT_TRAINING, format!("{used} trainings are queued or running")),
-    };
-    exceeded(quota, limit, wait, &what)
-}
-
 fn too_many(images: u32, limit: u32) -> Error {
     let problem = format!("is {images}; you may draw {limit} images a minute");
     Error::field("quota_exceeded", "n", problem).limit(limit.into())
@@ -197,7 +175,7 @@ impl Tallies {
             && tally.in_flight >= limit
         {
             let what = format!("{} requests are queued or running", tally.in_flight);
-            return Err(exceeded("requests_in_flight", limit, NEXT_REQUEST, &what));
+            return Err(Error::quota_exceeded("requests_in_flight", limit, NEXT_REQUEST, &what));
         }
         let mut id = None;
         if let Some(limit) = quotas.pictures_per_minute {
@@ -208,7 +186,12 @@ impl Tallies {
             let over = (tally.drawn() + images).saturating_sub(limit);
             if over > 0 {
                 let what = format!("{} images were admitted in the last minute", tally.drawn());
-                return Err(exceeded("pictures_per_minute", limit, tally.wait(over, now), &what));
+                return Err(Error::quota_exceeded(
+                    "pictures_per_minute",
+                    limit,
+                    tally.wait(over, now),
+                    &what,
+                ));
             }
             let admission = Admission {
                 id: tally.next,
@@ -268,7 +251,7 @@ impl Service {
             let (elsewhere, _) = self.registry.activity(tenant).await?;
             if elsewhere >= limit {
                 let what = format!("{elsewhere} requests are queued or running");
-                return Err(exceeded("requests_in_flight", limit, NEXT_REQUEST, &what));
+                return Err(Error::quota_exceeded("requests_in_flight", limit, NEXT_REQUEST, &what));
             }
             quotas.requests_in_flight = Some(limit - elsewhere);
         }
@@ -284,7 +267,7 @@ impl Service {
             }
             Err(full) => {
                 let what = format!("{} images were admitted in the last minute", full.drawn);
-                Err(exceeded("pictures_per_minute", limit, full.wait, &what))
+                Err(Error::quota_exceeded("pictures_per_minute", limit, full.wait, &what))
             }
         }
     }
@@ -339,6 +322,8 @@ impl Service {
 
 #[cfg(test)]
 mod tests {
+    use coar_core::error::ErrorKind;
+
     use super::*;
 
     const TENANT: TenantId = TenantId::DEFAULT;

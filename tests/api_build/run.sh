@@ -14,7 +14,7 @@ core=$(cargo tree -p coar-core -e normal -f '{p} {f}')
 ! grep -E '\b(tch|torch-sys|sqlx|axum) v|tokio v.*\brt\b' <<<"$core"
 
 # The same folder: dependencies are shared, and the whole program is put back at the end.
-cargo test --quiet -p coar --no-default-features --lib
+cargo test --quiet -p coar -p coar-registry --no-default-features --lib
 cargo build --quiet -p coar --no-default-features
 program=$target/api-build/coar
 mkdir -p "$target/api-build"

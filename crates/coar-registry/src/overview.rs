@@ -217,8 +217,8 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::tests::test_registry;
-    use crate::registry::{Attempt, NewConcept, NewDelivery};
+    use crate::tests::test_registry;
+    use crate::{Attempt, NewConcept, NewDelivery};
     use coar_core::concept::ConceptKind;
     use coar_core::training::{Preset, TrainingSpec};
 

@@ -156,11 +156,11 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::registry::{GenerationSettings, NewGeneration, now};
+    use crate::{GenerationSettings, NewGeneration, now};
 
     #[tokio::test]
     async fn expired_images_are_removed_with_their_bytes() {
-        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let (_dir, registry) = crate::tests::test_registry().await;
         let new = NewGeneration {
             tenant: TenantId::DEFAULT,
             background: false,

@@ -218,7 +218,7 @@ mod tests {
     async fn unanswered_statement_times_out() {
         let never = std::future::pending::<Result<(), Error>>();
         let error = in_time(Duration::from_millis(10), never).await.unwrap_err();
-        assert!(crate::registry::RegistryError::from(error).is_transient());
+        assert!(crate::RegistryError::from(error).is_transient());
         assert_eq!(in_time(Duration::from_secs(9), async { Ok(7) }).await.unwrap(), 7);
     }
 
@@ -235,7 +235,7 @@ mod tests {
             .execute(&Pool::new(inner, within))
             .await
             .unwrap_err();
-        assert!(crate::registry::RegistryError::from(error).is_transient());
+        assert!(crate::RegistryError::from(error).is_transient());
     }
 
     #[tokio::test]

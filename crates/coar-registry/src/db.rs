@@ -43,8 +43,8 @@ const READERS: u32 = 8;
 macro_rules! locking {
     ($backend:expr, $sql:expr, $clause:literal) => {
         match $backend {
-            $crate::registry::db::Backend::Sqlite => $sql,
-            $crate::registry::db::Backend::Postgres => concat!($sql, $clause),
+            $crate::db::Backend::Sqlite => $sql,
+            $crate::db::Backend::Postgres => concat!($sql, $clause),
         }
     };
 }
@@ -254,7 +254,7 @@ mod tests {
     }
 
     async fn pools(dir: &Path) -> Pools {
-        open_sqlite(&dir.join("coar.sqlite"), &sqlx::migrate!("migrations/sqlite"))
+        open_sqlite(&dir.join("coar.sqlite"), &sqlx::migrate!("../../migrations/sqlite"))
             .await
             .unwrap()
     }

@@ -61,11 +61,11 @@ impl Registry {
             None => {
                 super::create_private_dir(&storage.data).map_err(file)?;
                 let database = storage.data.join("coar.sqlite");
-                let pools = db::open_sqlite(&database, &sqlx::migrate!("migrations/sqlite")).await?;
+                let pools = db::open_sqlite(&database, &sqlx::migrate!("../../migrations/sqlite")).await?;
                 (Backend::Sqlite, pools)
             }
             Some(url) => {
-                let mut migrations = sqlx::migrate!("migrations/postgres");
+                let mut migrations = sqlx::migrate!("../../migrations/postgres");
                 // The previous version keeps running beside the next one: see `check_schema`.
                 migrations.set_ignore_missing(true);
                 let pools = db::open_postgres(url, &migrations, connections).await?;

@@ -12,6 +12,7 @@
 pub mod blobs;
 mod concepts;
 mod db;
+mod error;
 mod generations;
 mod holds;
 mod idempotency;
@@ -35,6 +36,7 @@ pub use blobs::{BlobError, Blobs};
 pub use concepts::{Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadata, NewConcept, input_fingerprint};
 pub use db::Backend;
 use db::{Clock, Pools};
+pub use error::{LEASE_LOST, RegistryError};
 pub use generations::{
     GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage,
 };
@@ -52,74 +54,6 @@ pub use tenants::{MinuteFull, Quotas, Tenant, Usage};
 pub use trainings::{ATTEMPTS, Claimed, NewTraining, Progress, TAKEOVERS, Training, TrainingFilter};
 pub use versions::Version;
 pub use webhooks::{Attempt, Delivery, NewDelivery};
-
-/// Why a registry operation failed.
-#[derive(Debug, thiserror::Error)]
-pub enum RegistryError {
-    /// Another concept has the name.
-    #[error("the name `{0}` is taken")]
-    NameTaken(String),
-    /// A training of the concept is queued or running.
-    #[error("the concept `{0}` is in training")]
-    ConceptBusy(String),
-    /// The concept has no version with that number.
-    #[error("there is no version {0}")]
-    NoVersion(u32),
-    /// Another tenant has the name.
-    #[error("the tenant `{0}` exists already")]
-    TenantTaken(String),
-    /// The lease is no longer held: another process has taken over the training, or it was cancelled or deleted.
-    #[error("the lease of the training is lost")]
-    LeaseLost,
-    #[error("the data folder {0} is in use by another server")]
-    InUse(String),
-    #[error("database: {0}")]
-    Database(#[from] sqlx::Error),
-    #[error("database migration: {0}")]
-    Migration(#[from] sqlx::migrate::MigrateError),
-    #[error("blob store: {0}")]
-    Blob(#[from] BlobError),
-    /// A later version has migrated the database so that this one cannot use it.
-    #[error("the database has been changed by a newer coar (schema {0}); use that version")]
-    Newer(String),
-    /// The same bytes are being removed, and the removal takes too long.
-    #[error("the blob store is still removing the same bytes")]
-    BlobBusy,
-    /// A quota of the tenant is used up.
-    #[error("the tenant has {used} {quota}; the limit is {limit}")]
-    QuotaExceeded { quota: &'static str, used: u32, limit: u32 },
-    #[error("a row of the database cannot be read: {0}")]
-    Row(String),
-    #[error("{0}: {1}")]
-    File(String, std::io::Error),
-}
-
-impl RegistryError {
-    /// Whether the error is transient: the database or the store cannot be reached, is full, or is busy.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Self::Database(sqlx::Error::Database(error)) => {
-                let code = error.code().unwrap_or_default();
-                // SQLite: busy, I/O, full. PostgreSQL: connection, idle transaction timeout, rollback, resources,
-                // locks, operator intervention and timeouts, system.
-                let passing = ["08", "25P03", "40", "53", "55", "57", "58"];
-                matches!(code.as_ref(), "5" | "10" | "13" | "261" | "517")
-                    || passing.iter().any(|class| code.len() == 5 && code.starts_with(class))
-            }
-            Self::Database(error) => matches!(
-                error,
-                sqlx::Error::Io(_)
-                    | sqlx::Error::Tls(_)
-                    | sqlx::Error::PoolTimedOut
-                    | sqlx::Error::PoolClosed
-                    | sqlx::Error::WorkerCrashed
-                    | sqlx::Error::Protocol(_)
-            ),
-            Self::Blob(BlobError::Store(_)) | Self::File(..) | Self::BlobBusy => true,
-            _ => false,
-        }
-    }
-}
 
 /// Database and blob store.
 #[derive(Debug, Clone)]

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::registry::{Backend, StoredImage, now};
+use crate::{Backend, StoredImage, now};
 use coar_core::ids::ImageId;
 
 fn new(background: bool) -> NewGeneration {
@@ -41,7 +41,7 @@ fn new(background: bool) -> NewGeneration {
 }
 
 async fn registry() -> (tempfile::TempDir, Registry) {
-    crate::registry::tests::test_registry().await
+    crate::tests::test_registry().await
 }
 
 async fn image(registry: &Registry, generation: &Generation) -> Result<StoredImage, RegistryError> {
@@ -158,7 +158,7 @@ async fn list_takes_a_constant_number_of_statements() {
 
 #[tokio::test]
 async fn generations_of_a_dead_process_are_requeued_or_ended() {
-    let (_dir, storage) = crate::registry::tests::test_storage().await;
+    let (_dir, storage) = crate::tests::test_storage().await;
     let mut registry = Registry::connect(&storage).await.unwrap();
     let waited = registry.add_generation(new(false)).await.unwrap();
     let kept = registry.add_generation(new(true)).await.unwrap();
@@ -194,7 +194,7 @@ async fn generations_of_a_dead_process_are_requeued_or_ended() {
 
 #[tokio::test]
 async fn a_fenced_process_cannot_write() {
-    let (_dir, storage) = crate::registry::tests::test_storage().await;
+    let (_dir, storage) = crate::tests::test_storage().await;
     let slow = Registry::connect(&storage).await.unwrap();
     let swift = Registry::connect(&storage).await.unwrap();
     swift.announce(&Default::default()).await.unwrap();
@@ -233,7 +233,7 @@ async fn a_fenced_process_cannot_write() {
 
 #[tokio::test]
 async fn concurrent_claims_take_each_generation_once() {
-    let (_dir, storage) = crate::registry::tests::test_storage().await;
+    let (_dir, storage) = crate::tests::test_storage().await;
     let first = Registry::connect(&storage).await.unwrap();
     let mut ids = std::collections::HashSet::new();
     for _ in 0..24 {

@@ -1,15 +1,15 @@
 //! The queue: leases, attempts, checkpoints, and cleanup after deletion.
 
 use super::*;
-use crate::registry::NewConcept;
-use crate::registry::blobs::content_hash;
+use crate::NewConcept;
+use crate::blobs::content_hash;
 use coar_core::concept::ConceptKind;
 use coar_core::training::Preset;
 
 const TOKENS: coar_core::engine::ConceptTokens = coar_core::engine::ConceptTokens { text: 1, image: 1 };
 
 async fn registry() -> (tempfile::TempDir, Registry) {
-    crate::registry::tests::test_registry().await
+    crate::tests::test_registry().await
 }
 
 async fn add(registry: &Registry, name: &str) -> Training {
@@ -222,10 +222,7 @@ async fn deleting_a_concept_removes_unshared_blobs() {
 #[tokio::test]
 async fn claim_is_fair_and_prefers_interrupted_trainings() {
     let (_dir, registry) = registry().await;
-    let acme = registry
-        .add_tenant("acme", crate::registry::Quotas::default())
-        .await
-        .unwrap();
+    let acme = registry.add_tenant("acme", crate::Quotas::default()).await.unwrap();
     let mut ids = vec![];
     for (tenant, name) in [
         (TenantId::DEFAULT, "first"),
@@ -374,7 +371,7 @@ async fn kills_in_quick_succession_count_once() {
 
 #[tokio::test]
 async fn concurrent_claims_take_each_training_once() {
-    let (_dir, storage) = crate::registry::tests::test_storage().await;
+    let (_dir, storage) = crate::tests::test_storage().await;
     let first = Registry::connect(&storage).await.unwrap();
     for number in 0..12 {
         add(&first, &format!("c{number}")).await;

@@ -396,7 +396,7 @@ mod tests {
 
     #[tokio::test]
     async fn first_response_is_kept_and_a_lost_lease_cannot_write() {
-        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let (_dir, registry) = crate::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         let claim = |fingerprint: &'static str, lease| registry.claim_key(tenant, "k", fingerprint, lease);
         // The first attempt's lease expires as soon as it is taken.
@@ -423,7 +423,7 @@ mod tests {
 
     #[tokio::test]
     async fn object_created_before_a_crash_is_not_created_twice() {
-        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let (_dir, registry) = crate::tests::test_registry().await;
         let (tenant, style) = (TenantId::DEFAULT, coar_core::concept::ConceptKind::Style);
         let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
         let add = |name: &str| {
@@ -449,7 +449,7 @@ mod tests {
 
     #[tokio::test]
     async fn foreground_generation_is_bound_to_the_key_at_its_end() {
-        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let (_dir, registry) = crate::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
         let made = Made::Generation(GenerationId::new());
@@ -471,7 +471,7 @@ mod tests {
 
     #[tokio::test]
     async fn keys_of_dead_processes_and_old_responses_expire() {
-        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let (_dir, registry) = crate::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         first(registry.claim_key(tenant, "dead", "a", 60_000).await.unwrap());
         let done = first(registry.claim_key(tenant, "done", "a", 60_000).await.unwrap());
@@ -492,7 +492,7 @@ mod tests {
 
     #[tokio::test]
     async fn large_responses_are_blobs_removed_with_their_key() {
-        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let (_dir, registry) = crate::tests::test_registry().await;
         let tenant = TenantId::DEFAULT;
         let claim = || registry.claim_key(tenant, "k", "a", 60_000);
         let large = answer(&"x".repeat(BODY_LIMIT + 1));

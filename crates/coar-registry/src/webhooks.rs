@@ -208,10 +208,10 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_of_a_training_is_delivered_once() {
-        let (_dir, registry) = crate::registry::tests::test_registry().await;
-        let new = crate::registry::NewConcept {
+        let (_dir, registry) = crate::tests::test_registry().await;
+        let new = crate::NewConcept {
             webhook_url: Some("https://example.com/".to_owned()),
-            ..crate::registry::NewConcept::new("ink", coar_core::concept::ConceptKind::Style)
+            ..crate::NewConcept::new("ink", coar_core::concept::ConceptKind::Style)
         };
         let spec =
             coar_core::training::TrainingSpec::preset(coar_core::training::Preset::Pocket, new.kind, "ink", None, 6);
@@ -251,7 +251,7 @@ mod tests {
 
     #[tokio::test]
     async fn delivery_keeps_its_id_across_attempts() {
-        let (_dir, registry) = crate::registry::tests::test_registry().await;
+        let (_dir, registry) = crate::tests::test_registry().await;
         let new = NewDelivery {
             tenant: TenantId::DEFAULT,
             subject: "generation_1".to_owned(),

@@ -3,8 +3,8 @@
 use object_store::throttle::{ThrottleConfig, ThrottledStore};
 
 use super::*;
-use crate::registry::tests::{test_registry, test_storage};
-use crate::registry::{NewConcept, Quotas};
+use crate::tests::{test_registry, test_storage};
+use crate::{NewConcept, Quotas};
 use coar_core::concept::ConceptKind;
 use coar_core::ids::TenantId;
 use coar_core::training::{Preset, TrainingSpec};

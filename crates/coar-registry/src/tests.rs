@@ -40,7 +40,7 @@ use coar_core::training::{Preset, TrainingSpec};
 
 /// The writer of a database after the given number of migrations.
 async fn earlier(dir: &Path, migrations: usize) -> pool::Pool {
-    let mut earlier = sqlx::migrate!("migrations/sqlite");
+    let mut earlier = sqlx::migrate!("../../migrations/sqlite");
     earlier.migrations = earlier.iter().take(migrations).cloned().collect::<Vec<_>>().into();
     db::open_sqlite(&dir.join("coar.sqlite"), &earlier)
         .await

@@ -1,0 +1,136 @@
+//! Why a registry operation failed, and what callers are told.
+
+use std::time::Duration;
+
+use coar_core::error::{Error, ErrorKind};
+
+use crate::BlobError;
+
+/// The error code for work that another process has taken over.
+pub const LEASE_LOST: &str = "lease_lost";
+/// `Retry-After` of a full quota of trainings.
+const NEXT_TRAINING: Duration = Duration::from_secs(30);
+/// `Retry-After` of a full quota of concepts: one has to be deleted first.
+const NEXT_CONCEPT: Duration = Duration::from_secs(120);
+
+/// Why a registry operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// Another concept has the name.
+    #[error("the name `{0}` is taken")]
+    NameTaken(String),
+    /// A training of the concept is queued or running.
+    #[error("the concept `{0}` is in training")]
+    ConceptBusy(String),
+    /// The concept has no version with that number.
+    #[error("there is no version {0}")]
+    NoVersion(u32),
+    /// Another tenant has the name.
+    #[error("the tenant `{0}` exists already")]
+    TenantTaken(String),
+    /// The lease is no longer held: another process has taken over the training, or it was cancelled or deleted.
+    #[error("the lease of the training is lost")]
+    LeaseLost,
+    #[error("the data folder {0} is in use by another server")]
+    InUse(String),
+    #[error("database: {0}")]
+    Database(#[from] sqlx::Error),
+    #[error("database migration: {0}")]
+    Migration(#[from] sqlx::migrate::MigrateError),
+    #[error("blob store: {0}")]
+    Blob(#[from] BlobError),
+    /// A later version has migrated the database so that this one cannot use it.
+    #[error("the database has been changed by a newer coar (schema {0}); use that version")]
+    Newer(String),
+    /// The same bytes are being removed, and the removal takes too long.
+    #[error("the blob store is still removing the same bytes")]
+    BlobBusy,
+    /// A quota of the tenant is used up.
+    #[error("the tenant has {used} {quota}; the limit is {limit}")]
+    QuotaExceeded { quota: &'static str, used: u32, limit: u32 },
+    #[error("a row of the database cannot be read: {0}")]
+    Row(String),
+    #[error("{0}: {1}")]
+    File(String, std::io::Error),
+}
+
+impl RegistryError {
+    /// Whether the error is transient: the database or the store cannot be reached, is full, or is busy.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Database(sqlx::Error::Database(error)) => {
+                let code = error.code().unwrap_or_default();
+                // SQLite: busy, I/O, full. PostgreSQL: connection, idle transaction timeout, rollback, resources,
+                // locks, operator intervention and timeouts, system.
+                let passing = ["08", "25P03", "40", "53", "55", "57", "58"];
+                matches!(code.as_ref(), "5" | "10" | "13" | "261" | "517")
+                    || passing.iter().any(|class| code.len() == 5 && code.starts_with(class))
+            }
+            Self::Database(error) => matches!(
+                error,
+                sqlx::Error::Io(_)
+                    | sqlx::Error::Tls(_)
+                    | sqlx::Error::PoolTimedOut
+                    | sqlx::Error::PoolClosed
+                    | sqlx::Error::WorkerCrashed
+                    | sqlx::Error::Protocol(_)
+            ),
+            Self::Blob(BlobError::Store(_)) | Self::File(..) | Self::BlobBusy => true,
+            _ => false,
+        }
+    }
+}
+
+impl From<RegistryError> for Error {
+    fn from(error: RegistryError) -> Self {
+        match error {
+            RegistryError::NameTaken(name) => Self::field(
+                "name_taken",
+                "name",
+                format!("is `{name}`, which another concept has; choose another name or delete that concept"),
+            )
+            .of_kind(ErrorKind::Conflict),
+            RegistryError::ConceptBusy(name) => Self::new(
+                ErrorKind::Conflict,
+                "training_in_progress",
+                format!("A training of the concept `{name}` is queued or running; wait for it, or cancel it."),
+            ),
+            RegistryError::NoVersion(number) => Self::field(
+                "version_not_found",
+                "version",
+                format!("is {number}, which the concept does not have"),
+            )
+            .of_kind(ErrorKind::NotFound),
+            RegistryError::TenantTaken(name) => {
+                Self::field("name_taken", "name", format!("is `{name}`, which another tenant has"))
+                    .of_kind(ErrorKind::Conflict)
+            }
+            RegistryError::QuotaExceeded { quota, used, limit } => no_room(quota, used, limit),
+            RegistryError::BlobBusy => Self::new(
+                ErrorKind::Unavailable,
+                "storage_busy",
+                "The same bytes are being removed from the blob store; retry shortly.",
+            )
+            .retry_after(Duration::from_secs(5)),
+            RegistryError::LeaseLost => {
+                Self::new(ErrorKind::Conflict, LEASE_LOST, "Another process has taken this over.")
+            }
+            other => Self::internal(other),
+        }
+    }
+}
+
+impl From<BlobError> for Error {
+    fn from(error: BlobError) -> Self {
+        Self::internal(error)
+    }
+}
+
+/// The refusal of a concept or a training more than the tenant may have.
+fn no_room(quota: &'static str, used: u32, limit: u32) -> Error {
+    let (wait, what) = match quota {
+        "concepts" => (NEXT_CONCEPT, format!("there are {used} concepts; delete one")),
+        _ => (NEXT_TRAINING, format!("{used} trainings are queued or running")),
+    };
+    Error::quota_exceeded(quota, limit, wait, &what)
+}
