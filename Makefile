@@ -5,13 +5,23 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
+.DEFAULT_GOAL := help
 
+# The targets of this file.
+help:
+	@awk '/^#/ { text = text substr($$0, 2) "\n"; next } \
+		/^[a-z][a-z-]*:/ { split($$0, name, ":"); if (text != "") { split(text, line, "\n"); printf "%-16s%s\n", name[1], line[1]; \
+		for (i = 2; line[i] != ""; i++) printf "%-16s%s\n", "", line[i] } } { text = "" }' Makefile
+
+.PHONY: help serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
+
+# Installs libtorch into ~/.cache/coar, linked from .libtorch.
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
 .libtorch/torch/lib/libtorch_cpu.so:
 	./scripts/install-libtorch.sh
 
+# The server and its command line: target/release/coar.
 build: libtorch
 	cargo build --release --bin coar
 
@@ -19,9 +29,11 @@ build: libtorch
 build-lab: libtorch
 	cargo build --release -p coar-lab
 
+# Builds, and serves the pocket model on LISTEN (127.0.0.1:8080) with its data in DATA (./data).
 serve: build
 	./target/release/coar serve --listen $(LISTEN) --data $(DATA)
 
+# Every test of every crate.
 test: libtorch
 	cargo test --workspace
 

@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use clap_complete::engine::ArgValueCompleter;
+use serde_json::json;
 
 use super::completions::concept_names;
 use super::form::FormArgs;
 use super::local::{DataArgs, block_on, existing_registry, service};
-use super::remote;
+use super::remote::{self, format};
 use crate::client::Client;
 use crate::config::ModelArgs;
 use crate::registry::Registry;
@@ -150,7 +151,7 @@ impl ConceptCommand {
 
 async fn list(data: &DataArgs) -> anyhow::Result<()> {
     let registry = existing_registry(data).await?;
-    println!("{:<20} {:<8} {:<12} {:<10} VERSION", "NAME", "KIND", "CLASS", "STATUS");
+    let mut rows = Vec::new();
     for concept in registry.concepts(TenantId::DEFAULT).await? {
         let status = match (
             &concept.version,
@@ -160,14 +161,20 @@ async fn list(data: &DataArgs) -> anyhow::Result<()> {
             (None, Some(training)) => training.status.as_str(),
             (None, None) => "empty",
         };
-        let version = concept.version.as_deref().map_or("-", |version| &version[..12]);
-        let class = concept.class_noun.as_deref().unwrap_or("-");
-        println!(
-            "{:<20} {:<8} {class:<12} {status:<10} {version}",
+        let version = concept
+            .version
+            .as_ref()
+            .map(|hash| json!({"number": concept.version_number, "hash": hash}));
+        rows.push(vec![
             concept.name,
-            concept.kind.as_str()
-        );
+            concept.kind.as_str().to_owned(),
+            concept.class_noun.unwrap_or_else(|| "-".into()),
+            status.to_owned(),
+            format::version(&version.unwrap_or_default()),
+            format::age(&concept.created_at.into()),
+        ]);
     }
+    print!("{}", format::table(format::CONCEPT_COLUMNS, &rows));
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use clap::Subcommand;
 
 use super::local::{DataArgs, block_on, existing_registry, keep_files_private, storage};
+use super::remote::format::table;
 use crate::registry::{Page, Registry, now};
 use crate::service::{KeyRequest, Keys, Scopes};
 use coar_core::ids::KeyId;
@@ -87,10 +88,7 @@ impl KeysCommand {
 }
 
 async fn list(keys: &Keys) -> anyhow::Result<()> {
-    println!(
-        "{:<37} {:<16} {:<14} {:<8} {:<28} NAME",
-        "ID", "TENANT", "BEGINS", "STATE", "SCOPES"
-    );
+    let mut rows = Vec::new();
     let mut page: Page<KeyId> = Page {
         limit: 100,
         after: None,
@@ -103,16 +101,23 @@ async fn list(keys: &Keys) -> anyhow::Result<()> {
                 None if key.is_valid(now()) => "valid",
                 None => "expired",
             };
-            let begins = format!("coar_{}", key.public_id);
-            let scopes = key.scopes.to_string();
-            println!(
-                "{:<37} {:<16} {begins:<14} {state:<8} {scopes:<28} {}",
-                key.id, key.tenant_name, key.name
-            );
+            rows.push(vec![
+                key.id.to_string(),
+                key.tenant_name.clone(),
+                format!("coar_{}", key.public_id),
+                state.to_owned(),
+                key.scopes.to_string(),
+                key.name.clone(),
+            ]);
         }
         page.after = listed.rows.last().map(|key| key.id);
         if !listed.has_more {
-            return Ok(());
+            break;
         }
     }
+    print!(
+        "{}",
+        table(&["ID", "TENANT", "BEGINS", "STATE", "SCOPES", "NAME"], &rows)
+    );
+    Ok(())
 }

@@ -12,6 +12,7 @@ mod keys;
 mod local;
 /// The flags of commands that need a base model, as the engine takes them.
 pub mod model;
+mod progress;
 mod remote;
 mod serve;
 mod train;

@@ -181,9 +181,9 @@ def run(command: list[str], env: dict) -> str:
 
 
 class Cluster:
-    """Two API processes, two workers, two tenants."""
+    """Two API processes, two workers, and some tenants."""
 
-    def __init__(self, folder: pathlib.Path, more_api=(), more_worker=(), apis=2, workers=2):
+    def __init__(self, folder: pathlib.Path, more_api=(), more_worker=(), apis=2, workers=2, tenants=("north", "south")):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.network = folder, Network()
         self.apis, self.workers = [], []
@@ -204,7 +204,7 @@ class Cluster:
         self.direct = self.environment(self.postgres.port, s3_port)
         self.keys = {
             tenant: run(["keys", "create", "--tenant", tenant, "--scopes", "read,generate,train"], self.direct)
-            for tenant in ("north", "south")
+            for tenant in tenants
         }
         for index in range(workers):
             name, port, via = f"worker{index + 1}", take(), take()

@@ -33,6 +33,10 @@ pub enum RegistryError {
     LeaseLost,
     #[error("the data folder {0} is in use by another server")]
     InUse(String),
+    #[error(
+        "the database at {0} cannot be reached: {1}; check the address in `database`, and that the server is running"
+    )]
+    Unreachable(String, String),
     #[error("database: {0}")]
     Database(#[from] sqlx::Error),
     #[error("database migration: {0}")]

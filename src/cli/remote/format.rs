@@ -21,7 +21,7 @@ fn short(hash: &str) -> String {
 }
 
 /// `3 (1a2b3c4d5e6f)`, from a version's number and hash, or from the hash alone.
-pub(super) fn version(value: &Value) -> String {
+pub(in crate::cli) fn version(value: &Value) -> String {
     match value {
         Value::String(hash) => short(hash),
         Value::Object(fields) => {
@@ -44,7 +44,7 @@ pub(super) fn duration(seconds: u64) -> String {
 }
 
 /// How long a moment in Unix seconds is ago.
-fn age(moment: &Value) -> String {
+pub(in crate::cli) fn age(moment: &Value) -> String {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs());
@@ -55,7 +55,7 @@ fn age(moment: &Value) -> String {
 }
 
 /// Rows under a head, each column as wide as its widest entry.
-pub(super) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+pub(in crate::cli) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let widths: Vec<usize> = (0..head.len())
         .map(|column| {
             let entries = rows
@@ -79,6 +79,9 @@ pub(super) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     lines
 }
 
+/// Of `coar concept list`, with a server and without.
+pub(in crate::cli) const CONCEPT_COLUMNS: &[&str] = &["NAME", "KIND", "CLASS", "STATUS", "VERSION", "CREATED"];
+
 /// `coar concept list`
 pub(super) fn concepts(list: &[Value]) -> String {
     let row = |concept: &Value| {
@@ -92,7 +95,7 @@ pub(super) fn concepts(list: &[Value]) -> String {
         ]
     };
     let rows: Vec<_> = list.iter().map(row).collect();
-    table(&["NAME", "KIND", "CLASS", "STATUS", "VERSION", "CREATED"], &rows)
+    table(CONCEPT_COLUMNS, &rows)
 }
 
 /// A concept's status; how far its training is, where it is in one.
