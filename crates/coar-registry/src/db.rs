@@ -160,15 +160,19 @@ fn server_name(options: &AnyConnectOptions) -> String {
     }
 }
 
-/// A server that is only starting is waited for, [`CONNECT`] long; one that refuses the user or the database is not.
-async fn first_connection(options: &AnyConnectOptions) -> Result<AnyConnection, RegistryError> {
-    let give_up = tokio::time::Instant::now() + CONNECT;
+/// A server that is only starting is waited for; one that refuses the user or the database is not.
+async fn first_connection(options: &AnyConnectOptions, within: Duration) -> Result<AnyConnection, RegistryError> {
+    let give_up = tokio::time::Instant::now() + within;
     let mut warned = false;
     loop {
         let tried = tokio::time::timeout_at(give_up, AnyConnection::connect_with(options)).await;
         let cause = match tried {
             Ok(Ok(connection)) => return Ok(connection),
             Ok(Err(error @ sqlx::Error::Io(_))) => error.to_string(),
+            // It starts or recovers, or has no connection left.
+            Ok(Err(sqlx::Error::Database(error))) if matches!(error.code().as_deref(), Some("57P03" | "53300")) => {
+                error.to_string()
+            }
             Ok(Err(error)) => return Err(error.into()),
             Err(_) => "no answer".to_owned(),
         };
@@ -177,7 +181,7 @@ async fn first_connection(options: &AnyConnectOptions) -> Result<AnyConnection, 
             return Err(RegistryError::Unreachable(server, cause));
         }
         if !std::mem::replace(&mut warned, true) {
-            tracing::warn!(%server, cause, "the database cannot be reached; trying again for {} s", CONNECT.as_secs());
+            tracing::warn!(%server, cause, "the database cannot be reached; trying again for {} s", within.as_secs());
         }
         tokio::time::sleep(RECONNECT).await;
     }
@@ -188,9 +192,14 @@ pub(super) async fn open_postgres(url: &str, migrations: &Migrator, connections:
     sqlx::any::install_default_drivers();
     let options: AnyConnectOptions = url.parse()?;
     // Without the limits below: a migration may take longer, and waits while another process migrates.
-    let mut unlimited = first_connection(&options).await?;
-    migrations.run(&mut unlimited).await?;
-    unlimited.close().await?;
+    first_connection(&options, CONNECT).await?.close().await?;
+    let unlimited = AnyPoolOptions::new()
+        .max_connections(1)
+        .acquire_timeout(CONNECT)
+        .connect_with(options.clone())
+        .await?;
+    migrations.run(&unlimited).await?;
+    unlimited.close().await;
     let pool = AnyPoolOptions::new()
         .max_connections(connections)
         .acquire_timeout(CONNECT)
@@ -290,7 +299,7 @@ mod tests {
             .unwrap()
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn an_unreachable_server_is_named_with_the_cause_and_without_the_password() {
         sqlx::any::install_default_drivers();
         // A port that was free a moment ago: nothing listens.
@@ -300,7 +309,8 @@ mod tests {
             .unwrap()
             .port();
         let url = format!("postgres://coar:secret@127.0.0.1:{port}/coar");
-        let error = first_connection(&url.parse().unwrap()).await.unwrap_err().to_string();
+        let refused = first_connection(&url.parse().unwrap(), RECONNECT).await;
+        let error = refused.unwrap_err().to_string();
         assert!(error.contains(&format!("127.0.0.1:{port}")), "{error}");
         assert!(error.contains("refused") && !error.contains("secret"), "{error}");
         let socket: AnyConnectOptions = "postgres:///coar?host=/run/postgresql".parse().unwrap();
