@@ -132,6 +132,9 @@ async fn serve_api(
     if registry.backend() == Backend::Sqlite {
         drawings.recover().await?;
     }
+    if !address.ip().is_loopback() {
+        keys.require();
+    }
     let service = Service {
         keys,
         registry: registry.clone(),

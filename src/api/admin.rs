@@ -390,14 +390,15 @@ async fn change_tenant(
 
 /// Delete a tenant
 ///
-/// With its keys, concepts, trainings, generations and images. `default` and the caller's own tenant stay.
+/// With its keys, concepts, trainings, generations and images. `default`, the caller's own tenant and the one with the
+/// last valid key of an administrator stay.
 #[utoipa::path(
     delete, path = "/v1/admin/tenants/{name}", tag = "Administration", operation_id = "deleteTenant",
     params(("name" = String, Path, description = "The tenant's name")),
     responses(
         (status = 204, description = "Deleted"),
         (status = 404, description = "`tenant_not_found`", body = ErrorBody),
-        (status = 409, description = "`tenant_in_use`", body = ErrorBody),
+        (status = 409, description = "`tenant_in_use`, `last_admin_key`", body = ErrorBody),
     ),
 )]
 async fn delete_tenant(

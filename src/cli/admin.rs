@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use clap::Subcommand;
 
 use super::local::{DataArgs, block_on, existing_registry};
-use crate::registry::{BlobError, DataLock, Job, JobId, JobStatus, Registry, now};
+use crate::registry::{BlobError, DataLock, Deletion, Job, JobId, JobStatus, Registry, RegistryError, now};
 use coar_core::concept::ConceptFile;
 
 #[derive(Debug, Subcommand)]
@@ -54,6 +54,10 @@ pub(super) enum AdminCommand {
         /// Really delete; without it the command only says what would be removed.
         #[arg(long)]
         yes: bool,
+        /// Also where the tenant has the last valid key with the scope `admin`. Callers still need a key afterwards: make
+        /// one with `coar keys create`.
+        #[arg(long)]
+        including_the_last_admin_key: bool,
         #[command(flatten)]
         data: DataArgs,
     },
@@ -68,7 +72,18 @@ impl AdminCommand {
                 Self::Replay { id, data } => replay(&existing_registry(&data).await?, id).await,
                 Self::Verify { concepts, data } => verify(&existing_registry(&data).await?, concepts).await,
                 Self::Gc { data } => gc(&data).await,
-                Self::DeleteTenant { name, yes, data } => delete_tenant(&data, &name, yes).await,
+                Self::DeleteTenant {
+                    name,
+                    yes,
+                    including_the_last_admin_key,
+                    data,
+                } => {
+                    let deletion = Deletion {
+                        asked_with: None,
+                        including_the_last_admin_key,
+                    };
+                    delete_tenant(&data, &name, yes, deletion).await
+                }
             }
         })
     }
@@ -218,7 +233,7 @@ async fn gc(data: &DataArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn delete_tenant(data: &DataArgs, name: &str, yes: bool) -> anyhow::Result<()> {
+async fn delete_tenant(data: &DataArgs, name: &str, yes: bool, deletion: Deletion) -> anyhow::Result<()> {
     let registry = existing_registry(data).await?;
     let tenant = registry
         .tenant(name)
@@ -233,7 +248,13 @@ async fn delete_tenant(data: &DataArgs, name: &str, yes: bool) -> anyhow::Result
     let _lock = alone(data).map_err(|_| {
         anyhow::anyhow!("a server uses this folder; stop it, or ask it: DELETE /v1/admin/tenants/{name}")
     })?;
-    registry.delete_tenant(tenant.id).await?;
+    match registry.delete_tenant(tenant.id, deletion).await {
+        Err(RegistryError::LastAdminKey) => anyhow::bail!(
+            "{name} has the last valid key with the scope admin: make one for another tenant with `coar keys create`, or say \
+             --including-the-last-admin-key"
+        ),
+        other => other?,
+    };
     println!("{name} is deleted");
     Ok(())
 }

@@ -38,7 +38,10 @@ pub struct Keys {
 
 #[derive(Debug, Default)]
 struct Memory {
-    any: Option<(Instant, bool)>,
+    /// There has been a key, or this process must not serve anyone without one. Never goes back.
+    required: bool,
+    /// When there was none yet.
+    none_at: Option<Instant>,
     keys: HashMap<String, (Instant, ApiKey)>,
 }
 
@@ -124,20 +127,37 @@ impl Keys {
         self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Whether callers need a key: as soon as there has been one. Half a second late at most.
+    /// From now on callers need a key in this process, whatever the database says.
+    pub fn require(&self) {
+        self.memory().required = true;
+    }
+
+    /// Drops what is remembered of keys: they are read again.
+    pub(super) fn forget(&self) {
+        self.memory().keys.clear();
+    }
+
+    /// Whether callers need a key: as soon as there has been one, and then for as long as the process lives. Half a
+    /// second late at most.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn required(&self) -> Result<bool, RegistryError> {
-        if let Some((at, any)) = self.memory().any
-            && at.elapsed() < BELIEVED
         {
-            return Ok(any);
+            let memory = self.memory();
+            if memory.required {
+                return Ok(true);
+            }
+            if memory.none_at.is_some_and(|at| at.elapsed() < BELIEVED) {
+                return Ok(false);
+            }
         }
         let at = Instant::now();
-        let any = self.registry.has_keys().await?;
-        self.memory().any = Some((at, any));
-        Ok(any)
+        let required = self.registry.keys_required().await?;
+        let mut memory = self.memory();
+        memory.required |= required;
+        memory.none_at = Some(at);
+        Ok(memory.required)
     }
 
     /// The owner of that key, or the default tenant where there are no keys at all.
@@ -226,7 +246,7 @@ impl Keys {
             expires_at,
         };
         let key = self.registry.add_key(&new).await?;
-        self.memory().any = None;
+        self.require();
         Ok(CreatedKey { key, text })
     }
 
@@ -258,7 +278,7 @@ impl Keys {
         let missing = || Error::new(ErrorKind::NotFound, "key_not_found", format!("There is no key `{id}`."));
         let key: KeyId = id.parse().map_err(|_| missing())?;
         let revoked = self.registry.revoke_key(key).await?;
-        self.memory().keys.clear();
+        self.forget();
         if revoked { Ok(()) } else { Err(missing()) }
     }
 }
@@ -266,7 +286,7 @@ impl Keys {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::Scope;
+    use crate::registry::{Deletion, Scope};
 
     fn refused(outcome: Result<Caller, Error>) -> &'static str {
         outcome.expect_err("the key is refused").code
@@ -305,6 +325,37 @@ mod tests {
             ..request
         };
         assert_eq!(keys.create(absent).await.unwrap_err().code, "tenant_not_found");
+    }
+
+    #[tokio::test]
+    async fn without_a_single_row_of_a_key_callers_still_need_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(dir.path()).await.unwrap();
+        let keys = Keys::new(registry.clone());
+        let acme = keys.tenant_or_new("acme").await.unwrap();
+        let request = KeyRequest {
+            tenant: "acme".into(),
+            scopes: Scopes::ALL,
+            ..KeyRequest::default()
+        };
+        keys.create(request).await.unwrap();
+        let all = Deletion {
+            including_the_last_admin_key: true,
+            ..Deletion::default()
+        };
+        assert!(registry.delete_tenant(acme.id, all).await.unwrap());
+        let page = Page { limit: 1, after: None };
+        assert!(keys.list(page).await.unwrap().rows.is_empty());
+        // In a process that has seen a key, and in one that starts now.
+        for keys in [keys, Keys::new(registry)] {
+            assert_eq!(refused(keys.authenticate(None).await), "invalid_api_key");
+        }
+        // A process that others can reach needs keys even where the database knows of none.
+        let empty = tempfile::tempdir().unwrap();
+        let keys = Keys::new(Registry::open(empty.path()).await.unwrap());
+        assert_eq!(keys.authenticate(None).await.unwrap(), Caller::LOCAL);
+        keys.require();
+        assert_eq!(refused(keys.authenticate(None).await), "invalid_api_key");
     }
 
     /// Half of the wrong keys differ in their first secret character, half in their last: were texts or hashes compared

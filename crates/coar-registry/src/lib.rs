@@ -43,7 +43,7 @@ pub use generations::{
 pub use holds::Stored;
 pub use idempotency::{Claim, KeyClaim, Made, StoredAnswer};
 pub use images::StoredImage;
-pub use keys::{ApiKey, NewKey, Scope, Scopes};
+pub use keys::{ApiKey, Deletion, NewKey, Scope, Scopes};
 pub use overview::{BlobUse, Job, JobId, QueueCount};
 use pool::Transaction;
 pub use processes::{Announcement, LOST_AFTER_MS, Process};

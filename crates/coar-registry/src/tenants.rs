@@ -9,7 +9,7 @@ use sqlx::any::AnyRow;
 
 use super::db::{identifier, locking, optional_number};
 use super::pool::Transaction;
-use super::{Listed, Page, Registry, RegistryError, now};
+use super::{Deletion, Listed, Page, Registry, RegistryError, now};
 use coar_core::ids::TenantId;
 
 /// The kind of the name lock taken to add to a tenant's objects. It differs from that of schema 3, whose programs
@@ -259,9 +259,10 @@ impl Registry {
     /// Removes a tenant with all its keys, concepts, trainings, generations and images.
     ///
     /// # Errors
-    /// When the database or the blob store fails.
-    pub async fn delete_tenant(&self, id: TenantId) -> Result<bool, RegistryError> {
+    /// `KeyInvalid`, `OwnTenant` and `LastAdminKey`; when the database or the blob store fails.
+    pub async fn delete_tenant(&self, id: TenantId, deletion: Deletion) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
+        self.check_deletion(&mut transaction, id, deletion).await?;
         // Lock order: additions to a tenant take this name first.
         self.hold_name(&mut transaction, QUOTA_LOCK, &id.to_string()).await?;
         // Additions to the tenant fail from here on, or wait for the end.

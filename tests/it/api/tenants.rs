@@ -174,6 +174,56 @@ async fn a_revocation_on_the_command_line_acts_within_a_second() {
     assert_eq!(app.get("/v1/models").await.0, 401);
 }
 
+/// Runs the program on this server's data folder; whether it succeeded, and what it said.
+fn run(app: &TestApp, arguments: &[&str]) -> (bool, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_coar"))
+        .args(arguments)
+        .arg("--data")
+        .arg(app.dir.path().join("data"))
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8(said).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleting_the_tenants_of_all_keys_opens_nothing() {
+    let mut app = TestApp::start().await;
+    let one = app.create_key("one", "admin").await;
+    let two = app.create_key("two", "admin").await;
+    for key in [&one, &two] {
+        app.key = Some(key.clone());
+        assert_eq!(app.get("/v1/admin/keys").await.0, 200);
+    }
+    // Both keys are remembered by the server; the second is a deleted tenant's.
+    app.key = Some(one.clone());
+    assert_eq!(app.delete("/v1/admin/tenants/two").await, 204);
+    app.key = Some(two);
+    assert_eq!(app.delete("/v1/admin/tenants/one").await, 401);
+    app.key = None;
+    assert_eq!(app.get("/v1/admin/tenants").await.0, 401);
+    // With the server stopped, on the command line.
+    app.terminate_and_read_log();
+    let (done, told) = run(&app, &["admin", "delete-tenant", "one", "--yes"]);
+    assert!(!done && told.contains("--including-the-last-admin-key"), "{told}");
+    let all = [
+        "admin",
+        "delete-tenant",
+        "one",
+        "--yes",
+        "--including-the-last-admin-key",
+    ];
+    let (done, told) = run(&app, &all);
+    assert!(done, "{told}");
+    app.kill_nine_and_restart().await;
+    for path in ["/v1/admin/tenants", "/v1/admin/keys", "/v1/models"] {
+        assert_eq!(app.get(path).await.0, 401, "{path}");
+    }
+    // A new key is the way back.
+    app.key = Some(app.create_key("three", "admin").await);
+    assert_eq!(app.get("/v1/admin/tenants").await.0, 200);
+}
+
 #[test]
 fn without_keys_only_loopback_is_listened_on() {
     let dir = tempfile::tempdir().unwrap();
