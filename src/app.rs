@@ -93,7 +93,7 @@ async fn serve_api(
         Some(url) => url.trim_end_matches('/').to_owned(),
         None => format!("http://{address}"),
     };
-    let state = AppState::new(config.clone());
+    let state = AppState::new(config.clone(), keys.clone(), address);
     let (tracker, closing) = (TaskTracker::new(), CancellationToken::new());
     let http = {
         let (router, closing) = (router(state.clone()), closing.clone());
