@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::db::{identifier, locking, optional_number};
+use super::db::{identifier, is_unstorable, locking, optional_number};
 use super::pool::Transaction;
 use super::{Deletion, Listed, Page, Registry, RegistryError, now};
 use coar_core::ids::TenantId;
@@ -181,6 +181,9 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn tenant(&self, name: &str) -> Result<Option<Tenant>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
         let row = sqlx::query("SELECT * FROM tenants WHERE name = $1")
             .bind(name)
             .fetch_optional(&self.pools.reads)
@@ -218,6 +221,9 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn set_quotas(&self, name: &str, quotas: Quotas) -> Result<Option<Tenant>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
         sqlx::query(
             "UPDATE tenants SET concepts = $1, trainings = $2, requests_in_flight = $3, pictures_per_minute = $4
              WHERE name = $5",
