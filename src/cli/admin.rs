@@ -7,6 +7,7 @@ use clap::Subcommand;
 
 use super::local::{DataArgs, block_on, existing_registry};
 use crate::registry::{BlobError, DataLock, Deletion, Job, JobId, JobStatus, Registry, RegistryError, now};
+use super::printable::printable;
 use coar_core::concept::ConceptFile;
 
 #[derive(Debug, Subcommand)]
@@ -187,6 +188,7 @@ async fn verify(registry: &Registry, concepts_only: bool) -> anyhow::Result<()> 
     let (mut bytes, mut faults) = (0, 0);
     for (hash, users) in &uses {
         let verdict = match registry.blobs.get(hash).await {
+    let problem = printable(&problem);
             Ok(blob) => {
                 bytes += blob.len();
                 let concept = users.iter().any(|used| used.role == "concept");

@@ -8,6 +8,7 @@ use clap_complete::engine::ArgValueCompleter;
 use super::completions::concept_names;
 use super::form::FormArgs;
 use super::local::{DataArgs, block_on, existing_registry, service};
+use super::printable::printable;
 use super::remote;
 use crate::client::Client;
 use crate::config::ModelArgs;
@@ -161,7 +162,7 @@ async fn list(data: &DataArgs) -> anyhow::Result<()> {
             (None, None) => "empty",
         };
         let version = concept.version.as_deref().map_or("-", |version| &version[..12]);
-        let class = concept.class_noun.as_deref().unwrap_or("-");
+        let class = printable(concept.class_noun.as_deref().unwrap_or("-"));
         println!(
             "{:<20} {:<8} {class:<12} {status:<10} {version}",
             concept.name,
@@ -179,9 +180,12 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
     };
     let parsed = ConceptFile::from_bytes(&bytes)?;
     let (header, tensors) = (&parsed.header, &parsed.tensors);
-    println!("name         {}", header.name);
+    println!("name         {}", printable(&header.name));
     println!("kind         {}", header.kind.as_str());
-    println!("class        {}", header.class_noun.as_deref().unwrap_or("-"));
+    println!(
+        "class        {}",
+        printable(header.class_noun.as_deref().unwrap_or("-"))
+    );
     println!("method       {}", header.method.as_str());
     println!("layers       {} of hidden size {}", tensors.layers, tensors.hidden);
     println!(
@@ -193,9 +197,9 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
         tensors.parameters(),
         bytes.len()
     );
-    println!("base model   {}", header.base_model);
+    println!("base model   {}", printable(&header.base_model));
     println!("losses       {}", serde_json::to_string(&header.losses)?);
-    println!("settings     {}", serde_json::to_string(&header.spec)?);
+    println!("settings     {}", printable(&serde_json::to_string(&header.spec)?));
     Ok(())
 }
 
@@ -214,7 +218,7 @@ async fn verify(data: &DataArgs) -> anyhow::Result<()> {
             Ok(()) => println!("ok    {}", concept.name),
             Err(problem) => {
                 faults += 1;
-                println!("FAIL  {}: {problem}", concept.name);
+                println!("FAIL  {}: {}", concept.name, printable(&problem));
             }
         }
     }
