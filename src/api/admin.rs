@@ -37,6 +37,7 @@ enum ScopeName {
     Train,
     Admin,
 }
+    Metrics,
 
 impl From<Scope> for ScopeName {
     fn from(scope: Scope) -> Self {
@@ -46,6 +47,7 @@ impl From<Scope> for ScopeName {
             Scope::Train => Self::Train,
             Scope::Admin => Self::Admin,
         }
+            Scope::Metrics => Self::Metrics,
     }
 }
 

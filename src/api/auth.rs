@@ -27,7 +27,7 @@ pub(super) fn is_public(path: &str) -> bool {
 }
 
 /// The text after `Bearer`, whose case does not matter.
-fn bearer(headers: &HeaderMap) -> Option<&str> {
+pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, text) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| text.trim())

@@ -19,7 +19,7 @@ pub(super) enum KeysCommand {
         /// What it is for.
         #[arg(long)]
         name: Option<String>,
-        /// What it allows, with commas between: read, generate, train, admin.
+        /// What it allows, with commas between: read, generate, train, admin, metrics.
         #[arg(long, default_value_t)]
         scopes: Scopes,
         /// Days after which it ends; without this, never.

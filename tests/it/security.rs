@@ -113,9 +113,9 @@ async fn use_every_secret(app: &mut TestApp) -> Vec<String> {
 async fn no_secret_gets_into_the_log_or_the_metrics() {
     let mut app = TestApp::start_logging("trace", &["--webhook-allow-private", "--training-previews", "0"]).await;
     let mut secrets = use_every_secret(&mut app).await;
+    app.key = secrets.first().cloned();
     let metrics = app
-        .client
-        .get(format!("{}/metrics", app.url))
+        .request(reqwest::Method::GET, "/metrics")
         .send()
         .await
         .unwrap()

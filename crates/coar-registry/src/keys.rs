@@ -22,11 +22,13 @@ pub enum Scope {
     Train,
     /// Managing keys and tenants.
     Admin,
+    /// Reading the server's metrics.
+    Metrics,
 }
 
 impl Scope {
     /// Every scope.
-    pub const ALL: [Self; 4] = [Self::Read, Self::Generate, Self::Train, Self::Admin];
+    pub const ALL: [Self; 5] = [Self::Read, Self::Generate, Self::Train, Self::Admin, Self::Metrics];
 
     /// The name used in the API.
     pub fn as_str(self) -> &'static str {
@@ -35,6 +37,7 @@ impl Scope {
             Self::Generate => "generate",
             Self::Train => "train",
             Self::Admin => "admin",
+            Self::Metrics => "metrics",
         }
     }
 }
@@ -45,7 +48,7 @@ pub struct Scopes(u8);
 
 impl Scopes {
     /// Every scope.
-    pub const ALL: Self = Self(0b1111);
+    pub const ALL: Self = Self(0b1_1111);
 
     /// Whether it is among them. No scope implies another.
     pub fn contains(self, scope: Scope) -> bool {
@@ -59,7 +62,7 @@ impl Scopes {
 }
 
 impl Default for Scopes {
-    /// All scopes but `admin`.
+    /// What customers need: all scopes but `admin` and `metrics`.
     fn default() -> Self {
         [Scope::Read, Scope::Generate, Scope::Train].into_iter().collect()
     }
@@ -87,7 +90,7 @@ impl FromStr for Scopes {
             let found = Scope::ALL.into_iter().find(|scope| scope.as_str() == word.trim());
             found.ok_or_else(|| {
                 format!(
-                    "has `{}`; expected one or more of read, generate, train, admin",
+                    "has `{}`; expected one or more of read, generate, train, admin, metrics",
                     word.trim()
                 )
             })
