@@ -228,6 +228,9 @@ fn quotas(fields: &mut Fields) -> Result<QuotaChange, Error> {
 }
 
 fn missing(name: &'static str) -> Error {
+/// Answers with secrets stay out of caches.
+const NO_STORE: [(header::HeaderName, &str); 1] = [(header::CACHE_CONTROL, "no-store")];
+
     Error::field("missing_parameter", name, "is missing")
 }
 
@@ -268,7 +271,7 @@ async fn create_key(
         key: KeyObject::from(&created.key),
         secret: created.text,
     };
-    Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(body)))
+    Ok((StatusCode::CREATED, NO_STORE, Json(body)))
 }
 
 /// List keys
@@ -346,9 +349,12 @@ async fn list_tenants(
     State(state): State<AppState>,
     Admin(_): Admin,
     Paged(page): Paged<TenantId>,
-) -> Result<Json<List<TenantObject>>, ApiError> {
+) -> Result<impl IntoResponse, ApiError> {
     let listed = state.service()?.tenants(page).await?;
-    Ok(Json(List::of(&listed, |tenant| tenant.into())))
+    Ok((
+        NO_STORE,
+        Json(List::<TenantObject>::of(&listed, |tenant| tenant.into())),
+    ))
 }
 
 /// Show a tenant
@@ -364,8 +370,9 @@ async fn show_tenant(
     State(state): State<AppState>,
     Admin(_): Admin,
     Path(name): Path<String>,
-) -> Result<Json<TenantObject>, ApiError> {
-    Ok(Json(TenantObject::from(&state.service()?.tenant(&name).await?)))
+) -> Result<impl IntoResponse, ApiError> {
+    let tenant = state.service()?.tenant(&name).await?;
+    Ok((NO_STORE, Json(TenantObject::from(&tenant))))
 }
 
 /// Change a tenant's quotas

@@ -42,6 +42,7 @@ struct Memory {
     required: bool,
     /// When there was none yet.
     none_at: Option<Instant>,
+    /// By their public part, and those that requests wait with by their identifier: one has an underscore, the other none.
     keys: HashMap<String, (Instant, ApiKey)>,
 }
 
@@ -182,6 +183,49 @@ impl Keys {
         })
     }
 
+    /// Waits until the caller's key is revoked, expired or deleted; without keys, until there is one. Returns the refusal
+    /// that the next request would get. About half a second late; a database that does not answer ends nothing.
+    pub async fn ended(&self, caller: Caller) -> Error {
+        loop {
+            tokio::time::sleep(BELIEVED).await;
+            let valid = match caller.key {
+                None => self.required().await.map(|required| !required),
+                Some(id) => self.is_valid(id).await,
+            };
+            if let Ok(false) = valid {
+                return invalid_key();
+            }
+        }
+    }
+
+    /// Whether that key is valid now, out of memory where it was looked at within half a second: all that wait with one
+    /// key read its row once.
+    async fn is_valid(&self, id: KeyId) -> Result<bool, RegistryError> {
+        let name = id.to_string();
+        let remembered = self.memory().keys.get(&name).cloned();
+        let key = match remembered {
+            Some((at, key)) if at.elapsed() < BELIEVED => Some(key),
+            _ => {
+                let at = Instant::now();
+                let key = self.registry.key(id).await?;
+                match &key {
+                    Some(key) => self.remember(&name, at, key),
+                    None => drop(self.memory().keys.remove(&name)),
+                }
+                key
+            }
+        };
+        Ok(key.is_some_and(|key| key.is_valid(now())))
+    }
+
+    fn remember(&self, name: &str, at: Instant, key: &ApiKey) {
+        let mut memory = self.memory();
+        if memory.keys.len() >= REMEMBERED {
+            memory.keys.clear();
+        }
+        memory.keys.insert(name.to_owned(), (at, key.clone()));
+    }
+
     /// A key out of memory or the database. Its use is noted when it is read; a failure of that is no failure.
     async fn known(&self, public: &str) -> Result<Option<ApiKey>, RegistryError> {
         if let Some((at, key)) = self.memory().keys.get(public)
@@ -194,13 +238,7 @@ impl Keys {
             self.memory().keys.remove(public);
             return Ok(None);
         };
-        {
-            let mut memory = self.memory();
-            if memory.keys.len() >= REMEMBERED {
-                memory.keys.clear();
-            }
-            memory.keys.insert(public.to_owned(), (at, key.clone()));
-        }
+        self.remember(public, at, &key);
         if let Err(error) = self.registry.note_key_use(&key).await {
             tracing::warn!(key = %key.id, %error, "the use of a key could not be noted");
         }
@@ -250,15 +288,15 @@ impl Keys {
         Ok(CreatedKey { key, text })
     }
 
-    /// The tenant of that name, made where there is none.
+    /// The tenant of that name, made where there is none, and whether it was.
     ///
     /// # Errors
     /// When the name is malformed, or the database fails.
-    pub async fn tenant_or_new(&self, name: &str) -> Result<Tenant, Error> {
+    pub async fn tenant_or_new(&self, name: &str) -> Result<(Tenant, bool), Error> {
         check_tenant_name(name)?;
         match self.registry.tenant(name).await? {
-            Some(tenant) => Ok(tenant),
-            None => Ok(self.registry.add_tenant(name, Quotas::default()).await?),
+            Some(tenant) => Ok((tenant, false)),
+            None => Ok((self.registry.add_tenant(name, Quotas::default()).await?, true)),
         }
     }
 
@@ -297,7 +335,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let keys = Keys::new(Registry::open(dir.path()).await.unwrap());
         assert_eq!(keys.authenticate(Some("anything")).await.unwrap(), Caller::LOCAL);
-        let tenant = keys.tenant_or_new("acme").await.unwrap();
+        let (tenant, _) = keys.tenant_or_new("acme").await.unwrap();
         let request = KeyRequest {
             tenant: "acme".into(),
             scopes: "read".parse().unwrap(),
@@ -332,7 +370,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let registry = Registry::open(dir.path()).await.unwrap();
         let keys = Keys::new(registry.clone());
-        let acme = keys.tenant_or_new("acme").await.unwrap();
+        let (acme, made) = keys.tenant_or_new("acme").await.unwrap();
+        assert!(made && !keys.tenant_or_new("acme").await.unwrap().1);
         let request = KeyRequest {
             tenant: "acme".into(),
             scopes: Scopes::ALL,

@@ -258,6 +258,20 @@ impl Registry {
         row.as_ref().map(key).transpose()
     }
 
+    /// The key with that identifier.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn key(&self, id: KeyId) -> Result<Option<ApiKey>, RegistryError> {
+        let row = sqlx::query(
+            "SELECT k.*, t.name AS tenant_name FROM api_keys k JOIN tenants t ON t.id = k.tenant_id WHERE k.id = $1",
+        )
+        .bind(id.to_string())
+        .fetch_optional(&self.pools.reads)
+        .await?;
+        row.as_ref().map(key).transpose()
+    }
+
     /// Keys of all tenants, newest first.
     ///
     /// # Errors
