@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::{self, AppState, router};
-use crate::cluster::{Executor, Fleet, Streams, worker_token};
+use crate::cluster::{Executor, Fleet, Streams};
 use crate::config::{Config, Role};
 use crate::jobs::Wakes;
 use crate::registry::Backend;
@@ -100,12 +100,12 @@ async fn serve_api(
         let limits = config.limits;
         tokio::spawn(async move { api::listen(listener, router, &limits, closing).await })
     };
-    let (secret, streams) = (registry.server_secret().await?, Streams::default());
+    let (secrets, streams) = (parts::secrets(&registry).await?, Streams::default());
     let (executor, engine) = match config.role {
         Role::Api => {
             let found = async {
                 check_keys(&keys, config.role, address).await?;
-                Fleet::find(registry.clone(), worker_token(&secret), streams.clone()).await
+                Fleet::find(registry.clone(), secrets.clone(), streams.clone()).await
             };
             let fleet = tokio::select! {
                 fleet = found => fleet?,
@@ -126,7 +126,7 @@ async fn serve_api(
         }
     };
     let wakes = Wakes::shared(&registry, &stop, &tracker);
-    let links = Arc::new(Links::new(&secret, config.keep_images()));
+    let links = Arc::new(Links::new(secrets.clone(), config.keep_images()));
     let webhooks = parts::webhooks(&config, &registry, &links, &own_address);
     let drawings = parts::drawings(&config, &registry, &executor, &webhooks, &wakes);
     if registry.backend() == Backend::Sqlite {
@@ -152,7 +152,7 @@ async fn serve_api(
         service.readmit_queued().await?;
     }
     state.ready(service);
-    parts::upkeep(&config, &registry, &tracker, &stop);
+    parts::upkeep(&config, &registry, &secrets, (&tracker, &stop));
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
     parts::draw(drawings, engine.is_some(), &tracker, &stop);
     if let Some(engine) = &engine {

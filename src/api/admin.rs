@@ -10,7 +10,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::Admin;
-use super::extract::Fields;
+use super::extract::{Fields, MaybeFields};
 use super::idempotency::{IdempotencyHeader, Once};
 use super::openapi::{ErrorBody, List};
 use super::pagination::Paged;
@@ -26,6 +26,7 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(revoke_key))
         .routes(routes!(create_tenant, list_tenants))
         .routes(routes!(show_tenant, change_tenant, delete_tenant))
+        .routes(routes!(change_webhook_secret))
 }
 
 /// What a key may be used for.
@@ -36,8 +37,8 @@ enum ScopeName {
     Generate,
     Train,
     Admin,
-}
     Metrics,
+}
 
 impl From<Scope> for ScopeName {
     fn from(scope: Scope) -> Self {
@@ -46,8 +47,8 @@ impl From<Scope> for ScopeName {
             Scope::Generate => Self::Generate,
             Scope::Train => Self::Train,
             Scope::Admin => Self::Admin,
-        }
             Scope::Metrics => Self::Metrics,
+        }
     }
 }
 
@@ -227,10 +228,10 @@ fn quotas(fields: &mut Fields) -> Result<QuotaChange, Error> {
     Ok(change)
 }
 
-fn missing(name: &'static str) -> Error {
 /// Answers with secrets stay out of caches.
 const NO_STORE: [(header::HeaderName, &str); 1] = [(header::CACHE_CONTROL, "no-store")];
 
+fn missing(name: &'static str) -> Error {
     Error::field("missing_parameter", name, "is missing")
 }
 
@@ -334,7 +335,13 @@ async fn create_tenant(
     let work = async move {
         let tenant = service.add_tenant(&name, quotas).await?;
         let location = [(header::LOCATION, format!("/v1/admin/tenants/{name}"))];
-        Ok((StatusCode::CREATED, location, Json(TenantObject::from(&tenant))).into_response())
+        Ok((
+            StatusCode::CREATED,
+            location,
+            NO_STORE,
+            Json(TenantObject::from(&tenant)),
+        )
+            .into_response())
     };
     once.run(&state, &caller, &content, work).await
 }
@@ -390,11 +397,51 @@ async fn change_tenant(
     Admin(_): Admin,
     Path(name): Path<String>,
     mut fields: Fields,
-) -> Result<Json<TenantObject>, ApiError> {
+) -> Result<impl IntoResponse, ApiError> {
     let change = quotas(&mut fields)?;
     fields.finish()?;
     let tenant = state.service()?.change_quotas(&name, change).await?;
-    Ok(Json(TenantObject::from(&tenant)))
+    Ok((NO_STORE, Json(TenantObject::from(&tenant))))
+}
+
+/// What a new web-hook secret is asked with.
+#[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code)]
+struct ChangeWebhookSecret {
+    /// Hours for which the present secret signs beside the new one, 0 to 720.
+    #[schema(minimum = 0, maximum = 720, default = 24)]
+    keep_old_hours: Option<u32>,
+}
+
+/// Hours for which a web-hook secret signs beside its successor: unless the caller says otherwise, and at most.
+const KEEP_OLD_HOURS: u64 = 24;
+const KEEP_OLD_LIMIT: u64 = 720;
+
+/// Change a tenant's web-hook secret
+///
+/// The answer has the new one. For a while web-hooks are signed with both, so that receivers can change theirs.
+#[utoipa::path(
+    post, path = "/v1/admin/tenants/{name}/webhook-secret", tag = "Administration", operation_id = "changeWebhookSecret",
+    params(("name" = String, Path, description = "The tenant's name")),
+    request_body = Option<ChangeWebhookSecret>,
+    responses(
+        (status = 200, description = "The tenant, with its new secret", body = TenantObject),
+        (status = 404, description = "`tenant_not_found`", body = ErrorBody),
+    ),
+)]
+async fn change_webhook_secret(
+    State(state): State<AppState>,
+    Admin(_): Admin,
+    Path(name): Path<String>,
+    MaybeFields(mut fields): MaybeFields,
+) -> Result<impl IntoResponse, ApiError> {
+    let hours = fields
+        .integer("keep_old_hours", KEEP_OLD_LIMIT)?
+        .unwrap_or(KEEP_OLD_HOURS);
+    fields.finish()?;
+    let tenant = state.service()?.rotate_webhook_secret(&name, hours as u32).await?;
+    Ok((NO_STORE, Json(TenantObject::from(&tenant))))
 }
 
 /// Delete a tenant

@@ -1,13 +1,14 @@
-//! `coar admin queue|jobs|replay|verify|gc|delete-tenant`: what an operator sees and sets right, over all tenants. Needs
+//! `coar admin queue|jobs|replay|verify|gc|delete-tenant|rotate-secret|rotate-webhook-secret`: what an operator sees and sets right, over all tenants. Needs
 //! the database and the blob store, no running server and no model.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use clap::Subcommand;
 
 use super::local::{DataArgs, block_on, existing_registry};
-use crate::registry::{BlobError, DataLock, Deletion, Job, JobId, JobStatus, Registry, RegistryError, now};
 use super::printable::printable;
+use crate::registry::{BlobError, DataLock, Deletion, Job, JobId, JobStatus, Registry, RegistryError, now};
 use coar_core::concept::ConceptFile;
 
 #[derive(Debug, Subcommand)]
@@ -49,6 +50,25 @@ pub(super) enum AdminCommand {
         #[command(flatten)]
         data: DataArgs,
     },
+    /// Change the secret that signs image addresses and authenticates API processes to workers. Works while servers run;
+    /// they follow within seconds.
+    RotateSecret {
+        /// Hours for which the present secret is accepted: as long as images are kept, or their addresses end earlier.
+        /// 0 after a leak: every address that was handed out ends at once.
+        #[arg(long, default_value_t = 24, value_name = "HOURS")]
+        accept_old_for: u32,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Change the secret that signs a tenant's web-hooks, and print the new one.
+    RotateWebhookSecret {
+        tenant: String,
+        /// Hours for which the present secret signs beside the new one.
+        #[arg(long, default_value_t = 24, value_name = "HOURS")]
+        keep_old_for: u32,
+        #[command(flatten)]
+        data: DataArgs,
+    },
     /// Remove a tenant with all that is its: keys, concepts, trainings, generations, images, web-hooks.
     DeleteTenant {
         name: String,
@@ -73,6 +93,26 @@ impl AdminCommand {
                 Self::Replay { id, data } => replay(&existing_registry(&data).await?, id).await,
                 Self::Verify { concepts, data } => verify(&existing_registry(&data).await?, concepts).await,
                 Self::Gc { data } => gc(&data).await,
+                Self::RotateSecret { accept_old_for, data } => {
+                    let registry = existing_registry(&data).await?;
+                    registry.rotate_server_secret(hours(accept_old_for)).await?;
+                    println!("the secret is changed; the one before it is accepted for {accept_old_for} hours");
+                    Ok(())
+                }
+                Self::RotateWebhookSecret {
+                    tenant,
+                    keep_old_for,
+                    data,
+                } => {
+                    let registry = existing_registry(&data).await?;
+                    let changed = registry.rotate_webhook_secret(&tenant, hours(keep_old_for)).await?;
+                    let changed = changed.ok_or_else(|| anyhow::anyhow!("there is no tenant `{tenant}`"))?;
+                    eprintln!(
+                        "web-hooks of {tenant} are signed with both secrets for {keep_old_for} hours; the new one:"
+                    );
+                    println!("{}", changed.webhook_secret);
+                    Ok(())
+                }
                 Self::DeleteTenant {
                     name,
                     yes,
@@ -88,6 +128,10 @@ impl AdminCommand {
             }
         })
     }
+}
+
+fn hours(hours: u32) -> Duration {
+    Duration::from_secs(3600 * u64::from(hours))
 }
 
 /// A time as its age: `3m 20s`.
@@ -144,6 +188,7 @@ fn line(job: &Job) -> String {
         (Some(code), Some(message)) => format!("{code}: {message}"),
         _ => problem.to_owned(),
     };
+    let problem = printable(&problem);
     format!(
         "{:<44} {:<16} {:<9} {:>7} {:<8} {problem}",
         job.id,
@@ -188,7 +233,6 @@ async fn verify(registry: &Registry, concepts_only: bool) -> anyhow::Result<()> 
     let (mut bytes, mut faults) = (0, 0);
     for (hash, users) in &uses {
         let verdict = match registry.blobs.get(hash).await {
-    let problem = printable(&problem);
             Ok(blob) => {
                 bytes += blob.len();
                 let concept = users.iter().any(|used| used.role == "concept");

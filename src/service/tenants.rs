@@ -1,5 +1,7 @@
 //! Tenants and their quotas, for administrators.
 
+use std::time::Duration;
+
 use super::keys::{check_tenant_name, no_tenant};
 use super::{Caller, Service};
 use crate::registry::{Deletion, Listed, Page, Quotas, Tenant};
@@ -59,6 +61,16 @@ impl Service {
     pub async fn change_quotas(&self, name: &str, change: QuotaChange) -> Result<Tenant, Error> {
         let quotas = change.apply(self.tenant(name).await?.quotas);
         let changed = self.registry.set_quotas(name, quotas).await?;
+        changed.ok_or_else(|| no_tenant(name))
+    }
+
+    /// Gives a tenant a new web-hook secret; the present one signs beside it for so many hours.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn rotate_webhook_secret(&self, name: &str, keep_old_hours: u32) -> Result<Tenant, Error> {
+        let keep = Duration::from_secs(3600 * u64::from(keep_old_hours));
+        let changed = self.registry.rotate_webhook_secret(name, keep).await?;
         changed.ok_or_else(|| no_tenant(name))
     }
 

@@ -519,6 +519,6 @@ fn secrets_are_compared_in_constant_time() {
     let keys = source("service/keys.rs");
     assert!(keys.contains("content_hash(text.as_bytes()).as_bytes().ct_eq(key.hash.as_bytes())"));
     assert_eq!(keys.matches(".hash").count(), 1, "another place looks at a key's hash");
-    assert!(source("cluster/worker.rs").contains("given.as_bytes().ct_eq(state.token.as_bytes())"));
+    assert!(source("cluster/worker.rs").contains("given.as_bytes().ct_eq(worker_token(secret).as_bytes())"));
     assert!(source("service/links.rs").contains(".verify_slice(&signature)"));
 }

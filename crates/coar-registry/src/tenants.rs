@@ -238,6 +238,32 @@ impl Registry {
         self.tenant(name).await
     }
 
+    /// Gives a tenant a new web-hook secret. The present one signs beside it for so long, so that receivers can change
+    /// theirs in between; `None` if there is no such tenant.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn rotate_webhook_secret(
+        &self,
+        name: &str,
+        keep_old_for: Duration,
+    ) -> Result<Option<Tenant>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
+        let keep = i64::try_from(keep_old_for.as_millis()).unwrap_or(i64::MAX);
+        sqlx::query(
+            "UPDATE tenants SET webhook_secret_before = webhook_secret, webhook_secret_before_until = $1, webhook_secret = $2
+             WHERE name = $3",
+        )
+        .bind(now().saturating_add(keep))
+        .bind(webhook_secret())
+        .bind(name)
+        .execute(&self.pools.writes)
+        .await?;
+        self.tenant(name).await
+    }
+
     /// A tenant's usage.
     ///
     /// # Errors

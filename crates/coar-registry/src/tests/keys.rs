@@ -44,6 +44,18 @@ async fn keys_stay_required_when_the_rows_of_all_keys_are_gone() {
 }
 
 #[tokio::test]
+async fn names_with_u0000_are_unknown_on_both_databases() {
+    let (_dir, registry) = test_registry().await;
+    for name in ["a\0b", "\0", "default\0"] {
+        assert!(registry.tenant(name).await.unwrap().is_none());
+        assert!(registry.concept(TenantId::DEFAULT, name).await.unwrap().is_none());
+        let changed = registry.rotate_webhook_secret(name, std::time::Duration::ZERO).await;
+        assert!(changed.unwrap().is_none());
+        assert!(registry.set_quotas(name, Quotas::default()).await.unwrap().is_none());
+    }
+}
+
+#[tokio::test]
 async fn databases_that_have_keys_are_migrated_to_need_them() {
     for with_key in [false, true] {
         let dir = tempfile::tempdir().unwrap();
