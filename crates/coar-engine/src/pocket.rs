@@ -1,7 +1,7 @@
 //! The pocket checkpoint, shipped inside the binary, and the folder where its files are unpacked.
 //!
 //! What lies in that folder is loaded as the model, so it is compared byte for byte at every start, and the folder belongs
-//! to this user alone: nobody else can exchange a file afterwards.
+//! to this user alone: no other user can exchange a file afterwards.
 
 use std::fs::{DirBuilder, Metadata, OpenOptions, Permissions};
 use std::io::{Error, ErrorKind, Result, Write as _};
