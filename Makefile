@@ -68,10 +68,12 @@ ui: libtorch
 sdk: libtorch
 	tests/sdk/run.sh
 
-# Requests made from /openapi.json, against the real server. Installs the fuzzer into target/.
+# Requests made from /openapi.json, against the real server, and fewer of them on PostgreSQL and S3, where there is PostgreSQL.
+# Installs the fuzzer into target/.
 fuzz: libtorch
 	cargo build --bin coar
 	tests/fuzz_api/run.sh
+	./scripts/with-postgres.sh tests/fuzz_api/run.sh 3
 
 # Real processes that are killed, stopped, cut off and filled up at random: make faults SEED=7 FAULTS=200 MINUTES=40 ONLY=kill_worker
 faults: libtorch

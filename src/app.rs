@@ -13,10 +13,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::{self, AppState, router};
-use crate::cluster::{Executor, Fleet, Streams, worker_token};
+use crate::cluster::{Executor, Fleet, Streams};
 use crate::config::{Config, Role};
 use crate::jobs::Wakes;
-use crate::registry::Backend;
+use crate::registry::{Backend, Registry};
 use crate::service::{Keys, Limits, Links, Service, Tallies};
 use coar_core::engine::EngineHandle;
 use parts::{Device, Opened};
@@ -53,15 +53,15 @@ pub async fn serve(
 const LOOK: Duration = Duration::from_secs(2);
 
 /// Without keys only loopback is served. An API process waits for the first key: until then it answers health routes only.
-async fn check_keys(keys: &Keys, role: Role, address: SocketAddr) -> anyhow::Result<()> {
+async fn check_keys(registry: &Registry, role: Role, address: SocketAddr) -> anyhow::Result<()> {
     let mut told = false;
-    while role == Role::Api && !address.ip().is_loopback() && !keys.required().await? {
+    while role == Role::Api && !address.ip().is_loopback() && !registry.keys_required().await? {
         if !std::mem::replace(&mut told, true) {
             tracing::warn!("waiting for the first key: `coar keys create --tenant NAME` with this --database");
         }
         tokio::time::sleep(LOOK).await;
     }
-    if keys.required().await? {
+    if registry.keys_required().await? {
         tracing::info!("callers need a key");
         return Ok(());
     }
@@ -83,8 +83,12 @@ async fn serve_api(
 ) -> anyhow::Result<()> {
     let Opened { registry, lock } = opened;
     let (keys, address) = (Keys::new(registry.clone()), listener.local_addr()?);
+    // Others reach it: whatever the database says, now or later, no caller is served without a key.
+    if !address.ip().is_loopback() {
+        keys.require();
+    }
     if config.role == Role::All {
-        check_keys(&keys, config.role, address).await?;
+        check_keys(&registry, config.role, address).await?;
     }
     // Tests and scripts that ask for port 0 read the address from this line.
     println!("listening on http://{address}");
@@ -93,19 +97,19 @@ async fn serve_api(
         Some(url) => url.trim_end_matches('/').to_owned(),
         None => format!("http://{address}"),
     };
-    let state = AppState::new(config.clone());
+    let state = AppState::new(config.clone(), keys.clone(), address);
     let (tracker, closing) = (TaskTracker::new(), CancellationToken::new());
     let http = {
         let (router, closing) = (router(state.clone()), closing.clone());
         let limits = config.limits;
         tokio::spawn(async move { api::listen(listener, router, &limits, closing).await })
     };
-    let (secret, streams) = (registry.server_secret().await?, Streams::default());
+    let (secrets, streams) = (parts::secrets(&registry).await?, Streams::default());
     let (executor, engine) = match config.role {
         Role::Api => {
             let found = async {
-                check_keys(&keys, config.role, address).await?;
-                Fleet::find(registry.clone(), worker_token(&secret), streams.clone()).await
+                check_keys(&registry, config.role, address).await?;
+                Fleet::find(registry.clone(), secrets.clone(), streams.clone()).await
             };
             let fleet = tokio::select! {
                 fleet = found => fleet?,
@@ -126,7 +130,7 @@ async fn serve_api(
         }
     };
     let wakes = Wakes::shared(&registry, &stop, &tracker);
-    let links = Arc::new(Links::new(&secret, config.keep_images()));
+    let links = Arc::new(Links::new(secrets.clone(), config.keep_images()));
     let webhooks = parts::webhooks(&config, &registry, &links, &own_address);
     let drawings = parts::drawings(&config, &registry, &executor, &webhooks, &wakes);
     if registry.backend() == Backend::Sqlite {
@@ -149,7 +153,7 @@ async fn serve_api(
         service.readmit_queued().await?;
     }
     state.ready(service);
-    parts::upkeep(&config, &registry, &tracker, &stop);
+    parts::upkeep(&config, &registry, &secrets, (&tracker, &stop));
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
     parts::draw(drawings, engine.is_some(), &tracker, &stop);
     if let Some(engine) = &engine {

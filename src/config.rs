@@ -54,7 +54,7 @@ pub struct Config {
     /// Origins whose pages may call the API from a browser (https://app.example.com), with commas between; `*`: all.
     #[arg(long, env = "COAR_CORS_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     pub cors_origin: Vec<String>,
-    /// Let anyone read /metrics; otherwise loopback and keys with the scope `admin` may.
+    /// Let anyone read /metrics; otherwise, once there are keys, those with the scope `metrics` or `admin` may.
     #[arg(long, env = "COAR_METRICS_OPEN", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub metrics_open: Switch,
     #[command(flatten)]

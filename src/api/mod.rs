@@ -3,6 +3,7 @@
 mod access;
 mod admin;
 mod auth;
+mod browser;
 mod concepts;
 mod describe;
 mod drawing;
@@ -28,6 +29,7 @@ mod sse;
 mod trainings;
 mod ui;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -45,7 +47,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::config::Config;
-use crate::service::Service;
+use crate::service::{Keys, Service};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::metrics::meters;
 pub use describe::describe;
@@ -56,6 +58,9 @@ pub use listen::listen;
 #[derive(Debug, Clone)]
 pub struct AppState {
     config: Arc<Config>,
+    keys: Keys,
+    /// What the server may be called while callers need no key.
+    names: Arc<browser::OwnNames>,
     service: Arc<std::sync::OnceLock<Service>>,
     draining: Arc<AtomicBool>,
     /// Work that goes on without its caller.
@@ -65,9 +70,11 @@ pub struct AppState {
 
 impl AppState {
     /// Without a service yet.
-    pub fn new(config: Arc<Config>) -> Self {
+    pub fn new(config: Arc<Config>, keys: Keys, listens: SocketAddr) -> Self {
         Self {
+            names: Arc::new(browser::OwnNames::new(&config, listens)),
             config,
+            keys,
             service: Arc::default(),
             draining: Arc::default(),
             tasks: TaskTracker::new(),
@@ -145,6 +152,7 @@ pub fn router(state: AppState) -> Router {
         .layer(from_fn_with_state(state.clone(), guard::time_limit))
         .layer(RequestBodyTimeoutLayer::new(Duration::from_secs(limits.body_timeout)))
         .layer(guard::cors(&state.config.cors_origin))
+        .layer(from_fn_with_state(state.clone(), browser::own_pages_only))
         .layer(CatchPanicLayer::custom(|_| {
             ApiError(Error::internal("a handler panicked")).into_response()
         }))

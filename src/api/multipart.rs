@@ -4,7 +4,7 @@ use axum::extract::Multipart;
 use axum::extract::multipart::{Field, MultipartError};
 use bytes::{Bytes, BytesMut};
 
-use super::extract::too_slow;
+use super::extract::{no_nul, too_slow};
 use crate::service::{Limits, Registration};
 use coar_core::error::{Error, ErrorKind};
 
@@ -59,7 +59,10 @@ fn number<T: std::str::FromStr>(name: &'static str, text: &str) -> Result<T, Err
 }
 
 fn json(name: &'static str, text: &str) -> Result<serde_json::Value, Error> {
-    serde_json::from_str(text).map_err(|error| Error::field("invalid_value", name, format!("is not JSON: {error}")))
+    let value = serde_json::from_str(text)
+        .map_err(|error| Error::field("invalid_value", name, format!("is not JSON: {error}")))?;
+    no_nul(name, &value)?;
+    Ok(value)
 }
 
 /// Reads `name`, `kind`, `class`, `images` and the optional settings; every other part is refused by name.
@@ -95,6 +98,7 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
             .ok_or_else(|| too_large("value_too_large", name.clone(), limit))?;
         let text = String::from_utf8(raw.to_vec())
             .map_err(|_| Error::field("invalid_value", name.clone(), "is not UTF-8 text"))?;
+        no_nul(&name, &text.as_str().into())?;
         let r = &mut registration;
         let repeated = match name.as_str() {
             "name" => r.name.replace(text).is_some(),

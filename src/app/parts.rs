@@ -14,7 +14,7 @@ use crate::api;
 use crate::cluster::{Executor, Member, Streams, WarmConcepts};
 use crate::config::Config;
 use crate::jobs::{AddressPolicy, Drawings, Wakes, Webhooks, Worker, sweep};
-use crate::registry::{Backend, DataLock, Registry, Storage};
+use crate::registry::{Backend, DataLock, Registry, SECRETS_REFRESH, SharedSecrets, Storage};
 use crate::service::Links;
 use coar_core::engine::EngineHandle;
 use coar_core::metrics::meters;
@@ -156,8 +156,34 @@ pub(super) async fn announce(
     Ok(())
 }
 
-/// Removal of what has expired, and counting.
-pub(super) fn upkeep(config: &Config, registry: &Registry, tracker: &TaskTracker, stop: &CancellationToken) {
+/// The server's secrets as they are now; [`upkeep`] follows their changes.
+pub(super) async fn secrets(registry: &Registry) -> anyhow::Result<SharedSecrets> {
+    Ok(SharedSecrets::new(registry.server_secrets().await?))
+}
+
+/// Follows changes of the server's secret.
+async fn follow_secrets(registry: Registry, secrets: SharedSecrets, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(SECRETS_REFRESH);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        if let Err(error) = secrets.refresh(&registry).await {
+            tracing::debug!(%error, "the server's secret cannot be read again");
+        }
+    }
+}
+
+/// Removal of what has expired, counting, and changes of the secret.
+pub(super) fn upkeep(
+    config: &Config,
+    registry: &Registry,
+    secrets: &SharedSecrets,
+    (tracker, stop): (&TaskTracker, &CancellationToken),
+) {
+    tracker.spawn(follow_secrets(registry.clone(), secrets.clone(), stop.clone()));
     tracker.spawn(sweep(registry.clone(), config.keep_images(), stop.clone()));
     tracker.spawn(count_jobs(registry.clone(), stop.clone()));
 }

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::completions::concept_names;
 use super::form::FormArgs;
 use super::local::{DataArgs, block_on, existing_registry, service};
+use super::printable::printable;
 use super::remote::{self, format};
 use crate::client::Client;
 use crate::config::ModelArgs;
@@ -168,7 +169,7 @@ async fn list(data: &DataArgs) -> anyhow::Result<()> {
         rows.push(vec![
             concept.name,
             concept.kind.as_str().to_owned(),
-            concept.class_noun.unwrap_or_else(|| "-".into()),
+            printable(concept.class_noun.as_deref().unwrap_or("-")).into_owned(),
             status.to_owned(),
             format::version(&version.unwrap_or_default()),
             format::age(&concept.created_at.into()),
@@ -186,9 +187,12 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
     };
     let parsed = ConceptFile::from_bytes(&bytes)?;
     let (header, tensors) = (&parsed.header, &parsed.tensors);
-    println!("name         {}", header.name);
+    println!("name         {}", printable(&header.name));
     println!("kind         {}", header.kind.as_str());
-    println!("class        {}", header.class_noun.as_deref().unwrap_or("-"));
+    println!(
+        "class        {}",
+        printable(header.class_noun.as_deref().unwrap_or("-"))
+    );
     println!("method       {}", header.method.as_str());
     println!("layers       {} of hidden size {}", tensors.layers, tensors.hidden);
     println!(
@@ -200,9 +204,9 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
         tensors.parameters(),
         bytes.len()
     );
-    println!("base model   {}", header.base_model);
+    println!("base model   {}", printable(&header.base_model));
     println!("losses       {}", serde_json::to_string(&header.losses)?);
-    println!("settings     {}", serde_json::to_string(&header.spec)?);
+    println!("settings     {}", printable(&serde_json::to_string(&header.spec)?));
     Ok(())
 }
 
@@ -221,7 +225,7 @@ async fn verify(data: &DataArgs) -> anyhow::Result<()> {
             Ok(()) => println!("ok    {}", concept.name),
             Err(problem) => {
                 faults += 1;
-                println!("FAIL  {}: {problem}", concept.name);
+                println!("FAIL  {}: {}", concept.name, printable(&problem));
             }
         }
     }

@@ -20,9 +20,12 @@ pub(super) enum KeysCommand {
         /// What it is for.
         #[arg(long)]
         name: Option<String>,
-        /// What it allows, with commas between: read, generate, train, admin.
+        /// What it allows, with commas between: read, generate, train, admin, metrics.
         #[arg(long, default_value_t)]
         scopes: Scopes,
+        /// Also print the secret that signs the tenant's web-hooks; printed anyway when the tenant is made.
+        #[arg(long)]
+        show_webhook_secret: bool,
         /// Days after which it ends; without this, never.
         #[arg(long, value_name = "DAYS")]
         expires: Option<u32>,
@@ -52,6 +55,7 @@ impl KeysCommand {
                     tenant,
                     name,
                     scopes,
+                    show_webhook_secret,
                     expires,
                     data,
                 } => {
@@ -59,7 +63,7 @@ impl KeysCommand {
                         eprintln!("new database in {}", data.data.display());
                     }
                     let keys = Keys::new(Registry::connect(&storage(&data)).await?);
-                    let owner = keys.tenant_or_new(&tenant).await?;
+                    let (owner, is_new) = keys.tenant_or_new(&tenant).await?;
                     let request = KeyRequest {
                         tenant,
                         name,
@@ -73,7 +77,9 @@ impl KeysCommand {
                         created.key.id, owner.name, scopes
                     );
                     println!("{}", created.text);
-                    eprintln!("web-hooks of this tenant are signed with {}", owner.webhook_secret);
+                    if is_new || show_webhook_secret {
+                        eprintln!("web-hooks of this tenant are signed with {}", owner.webhook_secret);
+                    }
                     Ok(())
                 }
                 Self::List { data } => list(&Keys::new(existing_registry(&data).await?)).await,

@@ -233,14 +233,18 @@ async fn attempt(client: &Client, policy: AddressPolicy, delivery: &Delivery) ->
     // The resolver is not called for literal IP addresses, so they are checked here.
     let url = policy.check(&delivery.url)?;
     let (id, timestamp) = (delivery.id.to_string(), now() / 1000);
-    let signature = signature(&delivery.secret, &id, timestamp, &delivery.body)
-        .ok_or_else(|| "the secret is malformed".to_owned())?;
+    let sign = |secret: &String| signature(secret, &id, timestamp, &delivery.body);
+    let mut signatures = sign(&delivery.secret).ok_or_else(|| "the secret is malformed".to_owned())?;
+    // Receivers take any of several that is right.
+    if let Some(before) = delivery.secret_before.as_ref().and_then(sign) {
+        signatures = format!("{signatures} {before}");
+    }
     let request = client
         .post(url)
         .header("content-type", "application/json")
         .header("webhook-id", &id)
         .header("webhook-timestamp", timestamp)
-        .header("webhook-signature", signature)
+        .header("webhook-signature", signatures)
         .body(delivery.body.clone());
     let answer = request.send().await.map_err(|error| described(&error.without_url()))?;
     let status = answer.status().as_u16();

@@ -6,7 +6,7 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::blobs::content_hash;
-use super::db::{identifier, list, locking, number, optional_number};
+use super::db::{identifier, is_unstorable, list, locking, number, optional_number};
 use super::pool::Transaction;
 use super::trainings::{NewTraining, Training, insert_training};
 use super::{Listed, Made, Page, Quotas, Registry, RegistryError, Usage, now};
@@ -289,6 +289,9 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn concept(&self, tenant: TenantId, name: &str) -> Result<Option<Concept>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
         let row = sqlx::query(select!("WHERE c.tenant_id = $1 AND (c.name = $2 OR c.id = $2)"))
             .bind(tenant.to_string())
             .bind(name)

@@ -52,6 +52,11 @@ macro_rules! locking {
 }
 pub(super) use locking;
 
+/// Whether no row can have that text: PostgreSQL refuses U+0000 even in a question. SQLite answers the same this way.
+pub(super) fn is_unstorable(text: &str) -> bool {
+    text.contains('\0')
+}
+
 /// A column of a row as a typed identifier.
 pub(super) fn identifier<I: std::str::FromStr>(row: &AnyRow, column: &str) -> Result<I, RegistryError> {
     let text: String = row.try_get(column)?;

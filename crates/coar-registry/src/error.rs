@@ -28,6 +28,15 @@ pub enum RegistryError {
     /// Another tenant has the name.
     #[error("the tenant `{0}` exists already")]
     TenantTaken(String),
+    /// The key of the request is not valid any more.
+    #[error("the key is not valid any more")]
+    KeyInvalid,
+    /// The tenant is that of the key in use.
+    #[error("the tenant is that of the key in use")]
+    OwnTenant,
+    /// The tenant has the last valid key with the scope `admin`.
+    #[error("the tenant has the last valid admin key")]
+    LastAdminKey,
     /// The lease is no longer held: another process has taken over the training, or it was cancelled or deleted.
     #[error("the lease of the training is lost")]
     LeaseLost,
@@ -109,6 +118,21 @@ impl From<RegistryError> for Error {
                 Self::field("name_taken", "name", format!("is `{name}`, which another tenant has"))
                     .of_kind(ErrorKind::Conflict)
             }
+            RegistryError::KeyInvalid => Self::new(
+                ErrorKind::Unauthorized,
+                "invalid_api_key",
+                "The key of this request is not valid any more.",
+            ),
+            RegistryError::OwnTenant => Self::new(
+                ErrorKind::Conflict,
+                "tenant_in_use",
+                "The tenant cannot be deleted: it is that of the key in use.",
+            ),
+            RegistryError::LastAdminKey => Self::new(
+                ErrorKind::Conflict,
+                "last_admin_key",
+                "The tenant has the last valid key with the scope `admin`; make one for another tenant first.",
+            ),
             RegistryError::QuotaExceeded { quota, used, limit } => no_room(quota, used, limit),
             RegistryError::BlobBusy => Self::new(
                 ErrorKind::Unavailable,

@@ -530,7 +530,12 @@ mod tests {
         assert_eq!(blobs().await, 0, "a lost lease leaves no blob");
         let last = first(claim().await.unwrap());
         registry.store_answer(&last, &large, 60_000).await.unwrap();
-        assert!(registry.delete_tenant(tenant).await.unwrap());
+        assert!(
+            registry
+                .delete_tenant(tenant, crate::Deletion::default())
+                .await
+                .unwrap()
+        );
         assert_eq!(blobs().await, 0);
     }
 }

@@ -21,6 +21,7 @@ mod keys;
 mod overview;
 mod pool;
 mod processes;
+mod secrets;
 mod signals;
 mod status;
 mod storage;
@@ -43,10 +44,11 @@ pub use generations::{
 pub use holds::Stored;
 pub use idempotency::{Claim, KeyClaim, Made, StoredAnswer};
 pub use images::StoredImage;
-pub use keys::{ApiKey, NewKey, Scope, Scopes};
+pub use keys::{ApiKey, Deletion, NewKey, Scope, Scopes};
 pub use overview::{BlobUse, Job, JobId, QueueCount};
 use pool::Transaction;
 pub use processes::{Announcement, LOST_AFTER_MS, Process};
+pub use secrets::{SECRETS_REFRESH, ServerSecrets, SharedSecrets};
 pub use signals::Signals;
 pub use status::{GenerationStatus, JobStatus, TrainingStatus};
 pub use storage::Storage;
@@ -126,15 +128,6 @@ impl Registry {
             .fetch_one(&self.pools.reads)
             .await?;
         Ok(value)
-    }
-
-    /// 32 random bytes in hex that never leave the server; they sign image addresses.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub async fn server_secret(&self) -> Result<String, RegistryError> {
-        self.setting("server_secret", &hex::encode(rand::random::<[u8; 32]>()))
-            .await
     }
 
     async fn write(&self) -> Result<Transaction, RegistryError> {

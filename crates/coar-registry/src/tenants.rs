@@ -7,9 +7,9 @@ use base64::engine::general_purpose::STANDARD;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::db::{identifier, locking, optional_number};
+use super::db::{identifier, is_unstorable, locking, optional_number};
 use super::pool::Transaction;
-use super::{Listed, Page, Registry, RegistryError, now};
+use super::{Deletion, Listed, Page, Registry, RegistryError, now};
 use coar_core::ids::TenantId;
 
 /// The kind of the name lock taken to add to a tenant's objects. It differs from that of schema 3, whose programs
@@ -181,6 +181,9 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn tenant(&self, name: &str) -> Result<Option<Tenant>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
         let row = sqlx::query("SELECT * FROM tenants WHERE name = $1")
             .bind(name)
             .fetch_optional(&self.pools.reads)
@@ -218,6 +221,9 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn set_quotas(&self, name: &str, quotas: Quotas) -> Result<Option<Tenant>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
         sqlx::query(
             "UPDATE tenants SET concepts = $1, trainings = $2, requests_in_flight = $3, pictures_per_minute = $4
              WHERE name = $5",
@@ -226,6 +232,32 @@ impl Registry {
         .bind(quotas.trainings.map(i64::from))
         .bind(quotas.requests_in_flight.map(i64::from))
         .bind(quotas.pictures_per_minute.map(i64::from))
+        .bind(name)
+        .execute(&self.pools.writes)
+        .await?;
+        self.tenant(name).await
+    }
+
+    /// Gives a tenant a new web-hook secret. The present one signs beside it for so long, so that receivers can change
+    /// theirs in between; `None` if there is no such tenant.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn rotate_webhook_secret(
+        &self,
+        name: &str,
+        keep_old_for: Duration,
+    ) -> Result<Option<Tenant>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
+        let keep = i64::try_from(keep_old_for.as_millis()).unwrap_or(i64::MAX);
+        sqlx::query(
+            "UPDATE tenants SET webhook_secret_before = webhook_secret, webhook_secret_before_until = $1, webhook_secret = $2
+             WHERE name = $3",
+        )
+        .bind(now().saturating_add(keep))
+        .bind(webhook_secret())
         .bind(name)
         .execute(&self.pools.writes)
         .await?;
@@ -259,9 +291,10 @@ impl Registry {
     /// Removes a tenant with all its keys, concepts, trainings, generations and images.
     ///
     /// # Errors
-    /// When the database or the blob store fails.
-    pub async fn delete_tenant(&self, id: TenantId) -> Result<bool, RegistryError> {
+    /// `KeyInvalid`, `OwnTenant` and `LastAdminKey`; when the database or the blob store fails.
+    pub async fn delete_tenant(&self, id: TenantId, deletion: Deletion) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
+        self.check_deletion(&mut transaction, id, deletion).await?;
         // Lock order: additions to a tenant take this name first.
         self.hold_name(&mut transaction, QUOTA_LOCK, &id.to_string()).await?;
         // Additions to the tenant fail from here on, or wait for the end.

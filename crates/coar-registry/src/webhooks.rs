@@ -32,6 +32,8 @@ pub struct Delivery {
     pub body: String,
     /// `whsec_…` of its tenant.
     pub secret: String,
+    /// The one before it, while both sign.
+    pub secret_before: Option<String>,
     /// Attempts so far, including the current one.
     pub attempt: u32,
 }
@@ -53,6 +55,11 @@ fn delivery(row: &AnyRow) -> Result<Delivery, RegistryError> {
         url: row.try_get("url")?,
         body: row.try_get("body")?,
         secret: row.try_get("webhook_secret")?,
+        secret_before: {
+            let until: Option<i64> = row.try_get("webhook_secret_before_until")?;
+            let before: Option<String> = row.try_get("webhook_secret_before")?;
+            before.filter(|_| until.is_some_and(|until| now() < until))
+        },
         attempt: number(row, "attempt")?,
     })
 }
@@ -125,7 +132,8 @@ impl Registry {
         let mut transaction = self.write().await?;
         let rows = sqlx::query(locking!(
             self.backend,
-            "SELECT d.id, d.url, d.body, d.attempt + 1 AS attempt, t.webhook_secret FROM webhook_deliveries d
+            "SELECT d.id, d.url, d.body, d.attempt + 1 AS attempt, t.webhook_secret,
+                t.webhook_secret_before, t.webhook_secret_before_until FROM webhook_deliveries d
              JOIN tenants t ON t.id = d.tenant_id
              WHERE d.status = 'pending' AND d.next_at <= $1 ORDER BY d.next_at, d.id LIMIT $2",
             " FOR UPDATE OF d SKIP LOCKED"
@@ -262,14 +270,29 @@ mod tests {
         registry.add_delivery(&new).await.unwrap();
         let first = registry.claim_deliveries(8, Duration::ZERO).await.unwrap().remove(0);
         assert_eq!((first.attempt, first.body.as_str()), (1, "{}"));
-        assert!(first.secret.starts_with("whsec_"));
+        assert!(first.secret.starts_with("whsec_") && first.secret_before.is_none());
+        for (keep, before) in [
+            (Duration::from_secs(60), Some(first.secret.clone())),
+            (Duration::ZERO, None),
+        ] {
+            let changed = registry.rotate_webhook_secret("default", keep).await.unwrap().unwrap();
+            let again = registry.claim_deliveries(8, Duration::ZERO).await.unwrap().remove(0);
+            assert_eq!((again.secret, again.secret_before), (changed.webhook_secret, before));
+        }
+        assert!(
+            registry
+                .rotate_webhook_secret("nobody", Duration::ZERO)
+                .await
+                .unwrap()
+                .is_none()
+        );
         // The lease expires at once, as after a crash: the delivery is due again.
         let second = registry
             .claim_deliveries(8, Duration::from_secs(60))
             .await
             .unwrap()
             .remove(0);
-        assert_eq!((second.id, second.attempt), (first.id, 2));
+        assert_eq!((second.id, second.attempt), (first.id, 4));
         assert!(registry.claim_deliveries(8, Duration::ZERO).await.unwrap().is_empty());
         let failed = Attempt {
             status: Some(500),

@@ -4,20 +4,22 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
+use crate::cli::printable::printable;
+
 const NONE: &str = "-";
 
-/// A string or number as it is.
+/// A string or number as it is, without what a terminal would obey.
 pub(in crate::cli) fn text(value: &Value) -> String {
     match value {
         Value::Null => NONE.to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
+        Value::String(text) => printable(text).into_owned(),
+        other => printable(&other.to_string()).into_owned(),
     }
 }
 
 /// The first characters of a hash.
 fn short(hash: &str) -> String {
-    hash.chars().take(12).collect()
+    printable(&hash.chars().take(12).collect::<String>()).into_owned()
 }
 
 /// `3 (1a2b3c4d5e6f)`, from a version's number and hash, or from the hash alone.
@@ -183,7 +185,7 @@ pub(super) fn training(training: &Value) -> String {
         ("created", age(&training["created_at"])),
     ];
     if let Some(message) = training["error"]["message"].as_str() {
-        lines.push(("error", message.to_owned()));
+        lines.push(("error", printable(message).into_owned()));
     }
     facts(&lines)
 }

@@ -250,7 +250,7 @@ impl Caller {
             self,
             add_ready_concept(tenant.id, &concept_of("rex", vec![]).0, ("none", TOKENS))
         );
-        call!(self, delete_tenant(tenant.id));
+        call!(self, delete_tenant(tenant.id, crate::Deletion::default()));
         Some(())
     }
 
