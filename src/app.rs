@@ -139,6 +139,7 @@ async fn serve_api(
         wake: wakes.trainings.clone(),
         limits: Limits::of(&config).into(),
         tallies: Tallies::new(tracker.clone()),
+        shares: Arc::default(),
         drawings: drawings.clone(),
         links,
     };

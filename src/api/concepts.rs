@@ -1,11 +1,13 @@
 //! `/v1/concepts`
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Path, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use bytes::BytesMut;
+use futures::StreamExt as _;
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -36,10 +38,9 @@ pub(super) fn routes(config: &Config) -> OpenApiRouter<AppState> {
     let limits = crate::service::Limits::of(config);
     let form = limits.images * limits.image.bytes + FORM_EXTRA;
     let registration = OpenApiRouter::new().routes(routes!(register, list));
-    let file = OpenApiRouter::new().routes(routes!(import));
     OpenApiRouter::new()
         .merge(registration.layer(DefaultBodyLimit::max(form)))
-        .merge(file.layer(DefaultBodyLimit::max(FILE_LIMIT)))
+        .routes(routes!(import))
         .routes(routes!(show, change, delete))
         .routes(routes!(versions))
         .routes(routes!(image))
@@ -373,6 +374,28 @@ async fn weights(
     Ok((headers, bytes).into_response())
 }
 
+/// The file that is imported. Of one that is too large the rest is read as well, up to what any model's file may have: a
+/// client that still sends does not see an answer.
+async fn concept_file(body: Body, limit: usize) -> Result<Bytes, Error> {
+    let (mut pieces, mut file, mut length) = (body.into_data_stream(), BytesMut::new(), 0);
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|error| unread(&error, limit))?;
+        length += piece.len();
+        if length > FILE_LIMIT {
+            break;
+        }
+        match length <= limit {
+            true => file.extend_from_slice(&piece),
+            false => file = BytesMut::new(),
+        }
+    }
+    if length > limit {
+        let message = format!("The file is larger than {limit} bytes, the most that a concept of this model can have.");
+        return Err(Error::new(ErrorKind::TooLarge, "body_too_large", message).limit(limit as u64));
+    }
+    Ok(file.freeze())
+}
+
 /// How an import is to be called.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -403,11 +426,11 @@ async fn import(
     Train(caller): Train,
     once: Once,
     query: Result<Query<ImportQuery>, QueryRejection>,
-    body: Result<Bytes, BytesRejection>,
+    request: Request,
 ) -> Result<Response, ApiError> {
     let Query(query) = query.map_err(|error| invalid_query(&error))?;
-    let body = body.map_err(|error| unread(&error, FILE_LIMIT))?;
     let service = state.service()?.clone();
+    let body = concept_file(request.into_body(), service.executor.info().concept_limit()).await?;
     // The route that is compared has the name: it is in the query.
     let content = content_hash(&body);
     let work = async move {

@@ -522,3 +522,79 @@ fn secrets_are_compared_in_constant_time() {
     assert!(source("cluster/worker.rs").contains("given.as_bytes().ct_eq(state.token.as_bytes())"));
     assert!(source("service/links.rs").contains(".verify_slice(&signature)"));
 }
+
+/// A concept file with its `text` tensor grown to `tokens`, as the format allows.
+fn inflated(file: &[u8], tokens: usize) -> Vec<u8> {
+    let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let mut header: serde_json::Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
+    let shape = |name: &str, axis: usize| header[name]["shape"][axis].as_u64().unwrap() as usize;
+    let (layers, hidden, images) = (shape("text", 0), shape("text", 2), shape("image", 1));
+    let (text, image) = (4 * layers * tokens * hidden, 4 * layers * images * hidden);
+    header["text"]["shape"][1] = json!(tokens);
+    header["text"]["data_offsets"] = json!([0, text]);
+    header["image"]["data_offsets"] = json!([text, text + image]);
+    let spec = header["__metadata__"]["hyper_parameters"].as_str().unwrap();
+    let mut spec: serde_json::Value = serde_json::from_str(spec).unwrap();
+    spec["text_tokens"] = json!(tokens);
+    header["__metadata__"]["hyper_parameters"] = json!(spec.to_string());
+    let header = header.to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.resize(bytes.len() + text + image, 0);
+    bytes
+}
+
+/// Concepts that no training could make are not taken in, and a request cannot name more of them than a few.
+#[tokio::test(flavor = "multi_thread")]
+async fn concepts_are_bounded_in_size_and_number() {
+    let app = TestApp::start().await;
+    let training = app.register_subject(&REX, 1).await;
+    assert_eq!(app.until_ended(&training).await["status"], "succeeded");
+    let weights = app.request(reqwest::Method::GET, "/v1/concepts/rex/weights");
+    let file = weights.send().await.unwrap().bytes().await.unwrap();
+    let import = |name: &str, bytes: Vec<u8>| {
+        let path = format!("/v1/concepts/import?name={name}");
+        answer(app.request(reqwest::Method::POST, &path).body(bytes))
+    };
+    // What it is made of is right: with as many tokens as before it is taken.
+    let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
+    let tokens = header["text"]["shape"][1].as_u64().unwrap() as usize;
+    assert_eq!(import("same", inflated(&file, tokens)).await.0, 201);
+    let one_too_many = import("seventeen", inflated(&file, 17)).await;
+    assert_eq!(one_too_many.0, 400, "{}", one_too_many.1);
+    assert_eq!(one_too_many.1["error"]["code"], "invalid_concept_file");
+    let text = one_too_many.1["error"]["message"].as_str().unwrap();
+    assert!(text.contains("`text_tokens` is 17; expected 1 to 16"), "{text}");
+    let layer = inflated(&file, 2).len() - inflated(&file, 1).len();
+    let huge = inflated(&file, (62 << 20) / layer);
+    let before = app.most_memory();
+    let (status, body) = import("huge", huge).await;
+    assert_eq!((status, &body["error"]["code"]), (413, &json!("body_too_large")), "{body}");
+    let limit = body["error"]["limit"].as_u64().unwrap();
+    let text = body["error"]["message"].as_str().unwrap();
+    assert!(text.contains(&limit.to_string()) && limit < 4 << 20, "{text}");
+    let grown = app.most_memory() - before;
+    assert!(grown < 16 << 20, "{grown} bytes more");
+    // Counted before any of them is looked up: none of these exists.
+    let names: Vec<String> = (0..9).map(|number| format!("none{number}")).collect();
+    let draw = json!({"prompt": "a cat", "concepts": names});
+    for path in ["/v1/generations", "/v1/generations?validate_only=true"] {
+        let (status, body) = app.post(path, draw.clone()).await;
+        assert_eq!(
+            (status, &body["error"]["code"], &body["error"]["limit"]),
+            (400, &json!("too_many_concepts"), &json!(8)),
+            "{body}"
+        );
+    }
+    let (status, body) = app.post("/v1/generations", json!({"prompt": "a cat", "concepts": names[..8]})).await;
+    assert_eq!((status, &body["error"]["code"]), (404, &json!("concept_not_found")), "{body}");
+    // The noun that is placed counts as well.
+    let prompt = "x ".repeat(1999);
+    assert!(prompt.len() < 4000);
+    let draw = json!({"prompt": prompt, "concepts": ["rex"]});
+    let (status, body) = app.post("/v1/generations?validate_only=true", draw).await;
+    assert_eq!((status, &body["error"]["code"]), (400, &json!("prompt_too_long")), "{body}");
+    let text = body["error"]["message"].as_str().unwrap();
+    assert!(text.contains("with its concepts"), "{text}");
+}

@@ -338,6 +338,9 @@ impl TrainingSpec {
                 );
             }
         }
+        if self.class_noun.as_ref().is_some_and(|noun| noun.chars().any(char::is_control)) {
+            return fault("class", "has control characters".into());
+        }
         for words in &self.start_words {
             let long = words.iter().any(|word| word.chars().count() > CAPTION_LIMIT);
             if words.len() > START_WORDS_LIMIT || long {
