@@ -21,7 +21,10 @@ pub const FILE_LIMIT: usize = 64 * 1024 * 1024;
 /// header.
 pub fn file_limit(layers: usize, hidden: usize) -> usize {
     let values = layers.saturating_mul(hidden).saturating_mul(2 * TOKENS_LIMIT as usize);
-    values.saturating_mul(4).saturating_add(8 + HEADER_LIMIT).min(FILE_LIMIT)
+    values
+        .saturating_mul(4)
+        .saturating_add(8 + HEADER_LIMIT)
+        .min(FILE_LIMIT)
 }
 
 /// Larger values cannot be hidden states of a working model.
@@ -399,7 +402,10 @@ mod tests {
             let mut file = sample();
             (file.header.class_noun, file.header.spec.class_noun) = (Some(noun.clone()), Some(noun));
             let error = file.check_model("abc", 4, 4).unwrap_err();
-            assert!(matches!(&error, ConceptFileError::Limits(fault) if fault.field == "class"), "{error}");
+            assert!(
+                matches!(&error, ConceptFileError::Limits(fault) if fault.field == "class"),
+                "{error}"
+            );
         }
     }
 

@@ -338,7 +338,11 @@ impl TrainingSpec {
                 );
             }
         }
-        if self.class_noun.as_ref().is_some_and(|noun| noun.chars().any(char::is_control)) {
+        if self
+            .class_noun
+            .as_ref()
+            .is_some_and(|noun| noun.chars().any(char::is_control))
+        {
             return fault("class", "has control characters".into());
         }
         for words in &self.start_words {
