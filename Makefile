@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
+.PHONY: serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits memory fuzz-parsers gpu-check gpu-check-test
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -68,6 +68,11 @@ faults: libtorch
 # Single questions with a figure each, all of them or some: make limits QUESTIONS="lost_training sqlite_writers"
 limits: libtorch
 	tests/faults/run.sh $(or $(QUESTIONS),lost_training paused_worker handed_back sqlite_writers disk_full out_of_memory slow_clients registry)
+
+# What one tenant's uploads and concepts can make a default server's memory grow by; fails above 256 MB.
+memory: libtorch
+	cargo build --bin coar
+	python3 tests/limits/memory.py
 
 # Every parser of foreign bytes, for 20 seconds each (SECONDS=N): docs/fuzzing.md.
 fuzz-parsers: libtorch

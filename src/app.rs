@@ -17,7 +17,7 @@ use crate::cluster::{Executor, Fleet, Streams, worker_token};
 use crate::config::{Config, Role};
 use crate::jobs::Wakes;
 use crate::registry::Backend;
-use crate::service::{Keys, Limits, Links, Service, Tallies};
+use crate::service::{Keys, Limits, Links, Service, Shares, Tallies};
 use coar_core::engine::EngineHandle;
 use parts::{Device, Opened};
 
@@ -139,7 +139,7 @@ async fn serve_api(
         wake: wakes.trainings.clone(),
         limits: Limits::of(&config).into(),
         tallies: Tallies::new(tracker.clone()),
-        shares: Arc::default(),
+        shares: Arc::new(Shares::of(&config)?),
         drawings: drawings.clone(),
         links,
     };

@@ -4,7 +4,7 @@ use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Path, Query, Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::BytesMut;
 use futures::StreamExt as _;
@@ -23,7 +23,7 @@ use super::{ApiError, AppState, multipart};
 use crate::config::Config;
 use crate::registry::ConceptFilter;
 use crate::registry::blobs::content_hash;
-use crate::service::{Change, Queued, TrainingSettings};
+use crate::service::{Change, Limits, Queued, TrainingSettings};
 use coar_core::concept::file::FILE_LIMIT;
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ConceptId;
@@ -34,9 +34,21 @@ pub(super) mod object;
 /// Bytes of a form in addition to its images.
 const FORM_EXTRA: usize = 1 << 20;
 
+/// Bytes of a whole form.
+fn form_limit(limits: &Limits) -> usize {
+    limits.images * limits.image.bytes + FORM_EXTRA
+}
+
+/// How long a body says it is; one that does not say so may have `limit` bytes.
+fn declared_length(headers: &HeaderMap, limit: usize) -> usize {
+    let length = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|text| text.to_str().ok()?.parse().ok());
+    length.unwrap_or(limit).min(limit)
+}
+
 pub(super) fn routes(config: &Config) -> OpenApiRouter<AppState> {
-    let limits = crate::service::Limits::of(config);
-    let form = limits.images * limits.image.bytes + FORM_EXTRA;
+    let form = form_limit(&Limits::of(config));
     let registration = OpenApiRouter::new().routes(routes!(register, list));
     OpenApiRouter::new()
         .merge(registration.layer(DefaultBodyLimit::max(form)))
@@ -79,6 +91,11 @@ async fn register(
         let message = "The body must be a form, sent with `Content-Type: multipart/form-data`.";
         return Err(Error::new(ErrorKind::UnsupportedMediaType, "unsupported_media_type", message).into());
     }
+    let service = state.service()?.clone();
+    let form_limit = form_limit(&service.limits);
+    let space = service
+        .upload_space(&caller, declared_length(request.headers(), form_limit) as u64)
+        .await?;
     let form = Multipart::from_request(request, &state).await.map_err(|error| {
         Error::new(
             ErrorKind::Invalid,
@@ -86,8 +103,9 @@ async fn register(
             format!("The form cannot be read: {}.", error.body_text()),
         )
     })?;
-    let service = state.service()?.clone();
-    let registration = multipart::registration(form, &service.limits).await?;
+    let registration = multipart::registration(form, &service, &space).await?;
+    // Each file keeps it as long as it is there.
+    drop(space);
     let content = content_of(&registration)?;
     let work = async move {
         let registered = service.register(&caller, registration).await?;
@@ -430,10 +448,15 @@ async fn import(
 ) -> Result<Response, ApiError> {
     let Query(query) = query.map_err(|error| invalid_query(&error))?;
     let service = state.service()?.clone();
-    let body = concept_file(request.into_body(), service.executor.info().concept_limit()).await?;
+    let limit = service.executor.info().concept_limit();
+    // The file, and its numbers while they are checked.
+    let bytes = 2 * declared_length(request.headers(), limit);
+    let memory = service.upload_memory(&caller, bytes as u64).await?;
+    let body = concept_file(request.into_body(), limit).await?;
     // The route that is compared has the name: it is in the query.
     let content = content_hash(&body);
     let work = async move {
+        let _memory = memory;
         let view = service.import_concept(&caller, body, query.name).await?;
         Ok(created(StatusCode::CREATED, (&view).into(), &view.concept.name))
     };

@@ -14,6 +14,7 @@ mod quota;
 mod shares;
 mod tenants;
 mod trainings;
+mod uploads;
 
 use std::sync::Arc;
 
@@ -27,6 +28,7 @@ pub use quota::{Admitted, Allowance, Standing, Tallies};
 pub use shares::{Full, Share, Shares};
 pub use tenants::QuotaChange;
 pub use trainings::{Queued, TrainingQuery, TrainingSettings};
+pub use uploads::{Receiving, Upload};
 
 use crate::cluster::Executor;
 use crate::config::Config;
@@ -127,6 +129,8 @@ impl Limits {
                 trainings: quota(config.quotas.quota_trainings),
                 requests_in_flight: quota(config.quotas.quota_requests_in_flight),
                 pictures_per_minute: quota(config.quotas.quota_pictures_per_minute),
+                requests_per_minute: quota(config.quotas.quota_requests_per_minute),
+                bytes: quota(config.quotas.quota_storage).map(|mebibytes| u64::from(mebibytes) << 20),
             },
             ..default
         }

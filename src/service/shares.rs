@@ -1,15 +1,22 @@
 //! What all tenants share in one process, and how much of it each may hold at once: memory, disk, turns.
 
 use std::collections::HashMap;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::{Caller, Service};
+use crate::config::Config;
+use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::TenantId;
 
 /// Requests of a tenant that are checked at the same time.
 const PREPARATIONS: u64 = 4;
+/// When a stream that was refused may come again.
+const NEXT_STREAM: Duration = Duration::from_secs(5);
 
 /// Why there was no share in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,13 +110,78 @@ impl Pool {
 pub struct Shares {
     /// Requests for images that are checked.
     pub preparations: Pool,
+    /// Images that are decoded: one at a time of each tenant.
+    pub decodings: Pool,
+    /// Bytes in memory of what is uploaded and decoded.
+    pub memory: Pool,
+    /// Bytes on disk of forms.
+    pub space: Pool,
+    /// Event streams, and requests that wait for a generation's end.
+    pub streams: Pool,
+    folder: PathBuf,
+}
+
+impl Shares {
+    /// As the operator decided. The folder for what is uploaded is made.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn of(config: &Config) -> std::io::Result<Self> {
+        // A process that keeps its files elsewhere may have no data folder that it can write to.
+        let folder = match config.storage.database.is_some() && config.storage.blobs.is_some() {
+            true => std::env::temp_dir(),
+            false => config.storage.data.join("uploads"),
+        };
+        if !folder.exists() {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+        }
+        let mebibytes = |number: u32| u64::from(number) << 20;
+        let limits = &config.limits;
+        Ok(Self::new(
+            mebibytes(limits.upload_memory),
+            mebibytes(limits.upload_space),
+            u64::from(limits.tenant_streams),
+            folder,
+        ))
+    }
+
+    fn new(memory: u64, space: u64, streams: u64, folder: PathBuf) -> Self {
+        Self {
+            preparations: Pool::places(u64::MAX, PREPARATIONS),
+            decodings: Pool::places(u64::MAX, 1),
+            memory: Pool::bytes(memory, memory / 2),
+            space: Pool::bytes(space, space / 2),
+            streams: Pool::places(u64::MAX, streams),
+            folder,
+        }
+    }
+
+    /// Where uploads are received.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
 }
 
 impl Default for Shares {
     fn default() -> Self {
-        Self {
-            preparations: Pool::places(u64::MAX, PREPARATIONS),
-        }
+        Self::new(256 << 20, 1 << 30, 64, std::env::temp_dir())
+    }
+}
+
+impl Service {
+    /// A place for an event stream or for a wait, held as long as that goes on.
+    ///
+    /// # Errors
+    /// `too_many_streams`
+    pub async fn stream_place(&self, caller: &Caller) -> Result<Share, Error> {
+        let place = self.shares.streams.take(caller.tenant, 1, Duration::ZERO).await;
+        place.map_err(|_| {
+            let limit = self.shares.streams.each;
+            let message = format!("{limit} event streams and waiting requests of yours are open, the limit.");
+            Error::new(ErrorKind::Overloaded, "too_many_streams", message)
+                .limit(limit)
+                .retry_after(NEXT_STREAM)
+        })
     }
 }
 

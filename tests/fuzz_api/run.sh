@@ -17,7 +17,7 @@ coar=${COAR:-target/debug/coar} venv=${FUZZ_VENV:-target/fuzz-venv}
 scripts/venv.sh "$venv" tests/fuzz_api/requirements.txt
 work=$(mktemp -d)
 "$coar" keys create --tenant fuzz --scopes read,generate,train,admin --data "$work/data" >"$work/key" 2>"$work/log"
-"$coar" serve --listen 127.0.0.1:0 --device cpu --data "$work/data" >"$work/address" 2>>"$work/log" &
+"$coar" serve --listen 127.0.0.1:0 --device cpu --quota-requests-per-minute 0 --data "$work/data" >"$work/address" 2>>"$work/log" &
 server=$!
 finish() {
     rc=$?

@@ -45,14 +45,6 @@ pub fn content_hash(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
 
-/// Serialises a value with blobs as their hashes, to compare what refers to them.
-///
-/// # Errors
-/// As the serializer.
-pub fn hashes<S: serde::Serializer>(all: &[Bytes], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(all.iter().map(|bytes| content_hash(bytes)))
-}
-
 /// Whether S3 may be used without TLS: the operator has configured an `http` address, or allows it explicitly.
 fn plain_http() -> bool {
     let is = |name: &str, wanted: fn(&str) -> bool| std::env::var(name).is_ok_and(|value| wanted(&value));

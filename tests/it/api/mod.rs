@@ -13,6 +13,7 @@ mod isolation;
 mod lifecycle;
 mod observe;
 mod quotas;
+mod shares;
 mod tenants;
 mod trainings;
 mod webhooks;
