@@ -13,7 +13,7 @@ help:
 		/^[a-z][a-z-]*:/ { split($$0, name, ":"); if (text != "") { split(text, line, "\n"); printf "%-16s%s\n", name[1], line[1]; \
 		for (i = 2; line[i] != ""; i++) printf "%-16s%s\n", "", line[i] } } { text = "" }' Makefile
 
-.PHONY: help serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
+.PHONY: help serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits memory fuzz-parsers gpu-check gpu-check-test
 
 # Installs libtorch into ~/.cache/coar, linked from .libtorch.
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
@@ -82,6 +82,11 @@ faults: libtorch
 # Single questions with a figure each, all of them or some: make limits QUESTIONS="lost_training sqlite_writers"
 limits: libtorch
 	tests/faults/run.sh $(or $(QUESTIONS),lost_training paused_worker handed_back sqlite_writers disk_full out_of_memory slow_clients registry)
+
+# What one tenant's uploads and concepts can make a default server's memory grow by; fails above 256 MB.
+memory: libtorch
+	cargo build --bin coar
+	python3 tests/limits/memory.py
 
 # Every parser of foreign bytes, for 20 seconds each (SECONDS=N): docs/fuzzing.md.
 fuzz-parsers: libtorch

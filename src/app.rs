@@ -17,7 +17,7 @@ use crate::cluster::{Executor, Fleet, Streams};
 use crate::config::{Config, Role};
 use crate::jobs::Wakes;
 use crate::registry::{Backend, Registry};
-use crate::service::{Keys, Limits, Links, Service, Tallies};
+use crate::service::{Keys, Limits, Links, Service, Shares, Tallies};
 use coar_core::engine::EngineHandle;
 use parts::{Device, Opened};
 
@@ -143,6 +143,7 @@ async fn serve_api(
         wake: wakes.trainings.clone(),
         limits: Limits::of(&config).into(),
         tallies: Tallies::new(tracker.clone()),
+        shares: Arc::new(Shares::of(&config)?),
         drawings: drawings.clone(),
         links,
     };

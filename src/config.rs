@@ -199,6 +199,18 @@ pub struct QuotaArgs {
     /// Images of each tenant in a minute; 0: any number.
     #[arg(long, env = "COAR_QUOTA_PICTURES_PER_MINUTE", default_value_t = 0, value_name = "N")]
     pub quota_pictures_per_minute: u32,
+    /// Requests of each tenant in a minute that make, start, check or cancel something; 0: any number.
+    #[arg(
+        long,
+        env = "COAR_QUOTA_REQUESTS_PER_MINUTE",
+        default_value_t = 600,
+        value_name = "N"
+    )]
+    pub quota_requests_per_minute: u32,
+    /// MiB of reference images, concept files and kept images of each tenant beyond which it uploads nothing more; 0: any
+    /// number.
+    #[arg(long, env = "COAR_QUOTA_STORAGE", default_value_t = 10_240, value_name = "MIB")]
+    pub quota_storage: u32,
 }
 
 /// What one request may be, and how long it may take.
@@ -222,9 +234,21 @@ pub struct LimitArgs {
     /// Seconds from a request's head to its answer's head, body and drawing included. Streams go on beyond it.
     #[arg(long, env = "COAR_REQUEST_TIMEOUT", default_value_t = 600, value_name = "SECONDS")]
     pub request_timeout: u64,
-    /// Connections at once; more wait.
+    /// Seconds for which a client may read nothing of an answer that is being sent to it.
+    #[arg(long, env = "COAR_WRITE_TIMEOUT", default_value_t = 60, value_name = "SECONDS")]
+    pub write_timeout: u64,
+    /// Connections at once. A few more are accepted for health checks alone.
     #[arg(long, env = "COAR_CONNECTIONS", default_value_t = 1024, value_name = "N")]
     pub connections: usize,
+    /// Event streams of each tenant at once, requests that wait for a generation's end included.
+    #[arg(long, env = "COAR_TENANT_STREAMS", default_value_t = 64, value_name = "N")]
+    pub tenant_streams: u32,
+    /// Memory in MiB for what is uploaded and for decoding it. A tenant has at most half of it.
+    #[arg(long, env = "COAR_UPLOAD_MEMORY", default_value_t = 256, value_name = "MIB")]
+    pub upload_memory: u32,
+    /// Disk space in MiB for forms that are being received. A tenant has at most half of it.
+    #[arg(long, env = "COAR_UPLOAD_SPACE", default_value_t = 1024, value_name = "MIB")]
+    pub upload_space: u32,
 }
 
 /// Which base model, and where it runs.
@@ -445,11 +469,19 @@ impl Config {
             &limits.header_limit,
         );
         check("connections", limits.connections > 0, "1 or more", &limits.connections);
+        for (key, number) in [
+            ("tenant_streams", limits.tenant_streams),
+            ("upload_memory", limits.upload_memory),
+            ("upload_space", limits.upload_space),
+        ] {
+            check(key, number > 0, "1 or more", &number);
+        }
         let day = 1..=86_400;
         for (key, seconds) in [
             ("header_timeout", limits.header_timeout),
             ("body_timeout", limits.body_timeout),
             ("request_timeout", limits.request_timeout),
+            ("write_timeout", limits.write_timeout),
         ] {
             check(key, day.contains(&seconds), "1 to 86400", &seconds);
         }

@@ -155,6 +155,10 @@ struct QuotasObject {
     /// Generations that are queued or running.
     requests_in_flight: Option<u32>,
     pictures_per_minute: Option<u32>,
+    /// Requests that make, start, check or cancel something.
+    requests_per_minute: Option<u32>,
+    /// Of reference images, concept files and kept images; beyond it nothing more is uploaded.
+    bytes: Option<u64>,
 }
 
 impl From<&Tenant> for TenantObject {
@@ -169,6 +173,8 @@ impl From<&Tenant> for TenantObject {
                 trainings: tenant.quotas.trainings,
                 requests_in_flight: tenant.quotas.requests_in_flight,
                 pictures_per_minute: tenant.quotas.pictures_per_minute,
+                requests_per_minute: tenant.quotas.requests_per_minute,
+                bytes: tenant.quotas.bytes,
             },
             created_at: tenant.created_at / 1000,
         }
@@ -212,7 +218,16 @@ struct ChangeQuotas {
     requests_in_flight: Option<u32>,
     #[schema(maximum = 4294967295u64, example = 60)]
     pictures_per_minute: Option<u32>,
+    /// Requests that make, start, check or cancel something.
+    #[schema(maximum = 4294967295u64, example = 600)]
+    requests_per_minute: Option<u32>,
+    /// Of reference images, concept files and kept images; beyond it nothing more is uploaded.
+    #[schema(maximum = 9007199254740991u64, example = 10737418240u64)]
+    bytes: Option<u64>,
 }
+
+/// More is not exact in every JSON reader.
+const BYTES_LIMIT: u64 = (1 << 53) - 1;
 
 fn quotas(fields: &mut Fields) -> Result<QuotaChange, Error> {
     let Some(mut inner) = fields.object("quotas")? else {
@@ -223,6 +238,8 @@ fn quotas(fields: &mut Fields) -> Result<QuotaChange, Error> {
         trainings: inner.nullable_integer("trainings", u32::MAX.into())?,
         requests_in_flight: inner.nullable_integer("requests_in_flight", u32::MAX.into())?,
         pictures_per_minute: inner.nullable_integer("pictures_per_minute", u32::MAX.into())?,
+        requests_per_minute: inner.nullable_integer("requests_per_minute", u32::MAX.into())?,
+        bytes: inner.nullable_integer("bytes", BYTES_LIMIT)?,
     };
     inner.finish()?;
     Ok(change)

@@ -17,6 +17,7 @@ mod guard;
 mod health;
 mod idempotency;
 mod images;
+mod impatient;
 mod listen;
 mod metrics;
 mod models;
@@ -147,6 +148,7 @@ pub fn router(state: AppState) -> Router {
         .merge(ui::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(state.clone(), quota::request_rate))
         .layer(from_fn_with_state(state.clone(), auth::authenticate))
         .layer(from_fn_with_state(state.clone(), when_ready))
         .layer(from_fn_with_state(state.clone(), guard::time_limit))

@@ -1,11 +1,13 @@
 //! A registration as a multipart form, read under limits while it streams in.
 
+use std::sync::Arc;
+
 use axum::extract::Multipart;
 use axum::extract::multipart::{Field, MultipartError};
 use bytes::{Bytes, BytesMut};
 
 use super::extract::{no_nul, too_slow};
-use crate::service::{Limits, Registration};
+use crate::service::{Receiving, Registration, Service, Share, Upload};
 use coar_core::error::{Error, ErrorKind};
 
 /// The largest text field, in bytes.
@@ -43,6 +45,17 @@ async fn bytes(mut part: Field<'_>, limit: usize) -> Result<Option<Bytes>, Error
     Ok(Some(all.freeze()))
 }
 
+/// The part's bytes, as a file.
+async fn file(mut part: Field<'_>, limit: usize, mut receiving: Receiving) -> Result<Upload, Error> {
+    while let Some(chunk) = part.chunk().await.map_err(|error| broken(&error))? {
+        if receiving.length() + chunk.len() > limit {
+            return Err(too_large("image_too_large", "images".to_owned(), limit).of_kind(ErrorKind::TooLarge));
+        }
+        receiving.write(&chunk).await?;
+    }
+    receiving.finish().await
+}
+
 fn too_large(code: &'static str, name: String, limit: usize) -> Error {
     Error::field(code, name, format!("has more than {limit} bytes, the limit")).limit(limit as u64)
 }
@@ -66,7 +79,13 @@ fn json(name: &'static str, text: &str) -> Result<serde_json::Value, Error> {
 }
 
 /// Reads `name`, `kind`, `class`, `images` and the optional settings; every other part is refused by name.
-pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result<Registration, Error> {
+/// Images go to disk, into the room that was taken for them.
+pub(super) async fn registration(
+    mut form: Multipart,
+    service: &Service,
+    space: &Arc<Share>,
+) -> Result<Registration, Error> {
+    let limits = &service.limits;
     let mut registration = Registration::default();
     while let Some(part) = form.next_field().await.map_err(|error| broken(&error))? {
         let Some(name) = part.name().map(str::to_owned) else {
@@ -86,9 +105,7 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
                 .limit(limits.images as u64));
             }
             let limit = limits.image.bytes;
-            let image = bytes(part, limit)
-                .await?
-                .ok_or_else(|| too_large("image_too_large", "images".to_owned(), limit).of_kind(ErrorKind::TooLarge))?;
+            let image = file(part, limit, service.receive(space).await?).await?;
             registration.images.push(image);
             continue;
         }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use clap::Args;
 
 use crate::client::NewConcept;
-use crate::service::Registration;
+use crate::service::{Registration, Upload};
 
 /// A concept's name, images and settings.
 #[derive(Debug, Args)]
@@ -68,7 +68,7 @@ impl FormArgs {
             name: Some(self.name.clone()),
             kind: Some(self.kind.clone()),
             class: self.class.clone(),
-            images: images.into_iter().map(|(_, bytes)| bytes).collect(),
+            images: images.into_iter().map(|(_, bytes)| Upload::of_bytes(bytes)).collect(),
             captions: self.captions.clone(),
             method: self.method.clone(),
             steps: self.steps,

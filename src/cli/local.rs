@@ -71,6 +71,7 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
         wake: Wake::default(),
         limits: Limits::default().into(),
         tallies: Tallies::default(),
+        shares: Arc::default(),
     };
     Ok((service, engine))
 }

@@ -5,8 +5,7 @@ use serde::Serialize;
 
 use super::facts::{check_description, read_metadata};
 use super::trainings::TrainingSettings;
-use super::{Caller, PRIORITY_LIMIT, Service};
-use crate::registry::blobs::content_hash;
+use super::{Caller, PRIORITY_LIMIT, Service, Upload};
 use crate::registry::{
     Concept, ConceptChange, ConceptFilter, ConceptStatus, Listed, NewConcept, Page, RegistryError, Training,
     TrainingStatus, Usage, Version, input_fingerprint,
@@ -15,18 +14,15 @@ use coar_core::concept::{ConceptKind, is_slug};
 use coar_core::engine::ConceptTokens;
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ConceptId;
-use coar_core::image::{ImageError, ImageLimits, OutputFormat, decode, encode};
 use coar_core::training::{TokenMethod, TrainingSpec};
 
 /// What a caller wants to register, as parsed; values are checked here.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Registration {
     pub name: Option<String>,
     pub kind: Option<String>,
     pub class: Option<String>,
-    /// Encoded images.
-    #[serde(serialize_with = "crate::registry::blobs::hashes")]
-    pub images: Vec<Bytes>,
+    pub images: Vec<Upload>,
     pub captions: Vec<String>,
     /// `coar`, `coar-text`, `textual-inversion`; `None`: the preset's.
     pub method: Option<String>,
@@ -114,27 +110,6 @@ fn check_priority(priority: Option<i32>) -> Result<i32, Error> {
     }
 }
 
-/// Decodes a foreign image under `limits` and encodes it anew: what is stored carries none of the original's bytes.
-fn clean(bytes: &Bytes, limits: &ImageLimits) -> Result<Vec<u8>, ImageError> {
-    encode(&decode(bytes, limits)?, OutputFormat::Png, &[])
-}
-
-fn image_error(error: &ImageError) -> Error {
-    let (code, kind, limit) = match error {
-        ImageError::UnknownFormat | ImageError::Heic => ("unknown_image_format", ErrorKind::Invalid, None),
-        ImageError::TooManyBytes { limit, .. } => ("image_too_large", ErrorKind::TooLarge, Some(*limit as u64)),
-        ImageError::TooManyPixels { pixels, .. } => ("image_too_many_pixels", ErrorKind::Invalid, Some(*pixels)),
-        ImageError::NoPixels { .. } | ImageError::Truncated { .. } | ImageError::Damaged(_) => {
-            ("damaged_image", ErrorKind::Invalid, None)
-        }
-    };
-    let told = Error::field(code, "images", error.to_string()).of_kind(kind);
-    match limit {
-        Some(limit) => told.limit(limit),
-        None => told,
-    }
-}
-
 impl Service {
     /// Checks a registration, stores its images, and queues its training. Nothing is left of a refused one.
     ///
@@ -152,36 +127,37 @@ impl Service {
             )
             .limit(self.limits.images as u64));
         }
-        let taken = self.registry.concept(caller.tenant, &new.name).await?;
-        if taken.is_none() {
-            let addition = Usage {
-                concepts: 1,
-                trainings: 1,
+        let uploads: Vec<String> = images.iter().map(|upload| upload.hash().to_owned()).collect();
+        if let Some(taken) = self.registry.concept(caller.tenant, &new.name).await? {
+            return Err(self.name_taken(&taken, &uploads, &spec).await);
+        }
+        let mut addition = Usage {
+            concepts: 1,
+            trainings: 1,
+            bytes: 1,
+        };
+        // Before the images are decoded and stored. What counts is asked again where the concept is added: no lock is
+        // held meanwhile.
+        new.quotas = self.check_room(caller, addition).await?;
+        self.check_queue().await?;
+        new.uploads = uploads;
+        let mut stored = self.registry.begin_storing();
+        for upload in images {
+            let added = async {
+                let cleaned = self.clean(caller, upload).await?;
+                new.bytes += cleaned.png.len() as u64;
+                addition.bytes = new.bytes;
+                new.quotas.check(self.registry.usage(caller.tenant).await?, addition)?;
+                self.registry.store_more(&mut stored, cleaned.png.clone()).await?;
+                Ok::<_, Error>(())
             };
-            // Before the images are decoded and stored. What counts is asked again where the concept is added: no lock is
-            // held meanwhile.
-            new.quotas = self.check_room(caller, addition).await?;
-            self.check_queue().await?;
+            if let Err(error) = added.await {
+                self.registry.settle(stored, false).await;
+                return Err(error);
+            }
         }
-        let limits = self.limits.image;
-        let cleaned = tokio::task::spawn_blocking(move || {
-            images
-                .iter()
-                .map(|bytes| clean(bytes, &limits))
-                .collect::<Result<Vec<_>, _>>()
-        })
-        .await
-        .map_err(Error::internal)?
-        .map_err(|error| image_error(&error))?;
-        new.images = cleaned.iter().map(|png| content_hash(png)).collect();
+        new.images = stored.hashes().to_vec();
         let input = input_fingerprint(&new.images, &spec)?;
-        if let Some(taken) = taken {
-            return Err(self.name_taken(&taken, &input).await);
-        }
-        let stored = self
-            .registry
-            .store(cleaned.into_iter().map(Into::into).collect())
-            .await?;
         let added = self.registry.add_concept(caller.tenant, &new, &spec).await;
         // Where another request took the name or the last place in between, the images of this one go.
         self.registry.settle(stored, added.is_ok()).await;
@@ -238,10 +214,17 @@ impl Service {
         Ok((new, spec))
     }
 
-    /// The conflict with a concept that has the name, and whether it is the very same.
-    async fn name_taken(&self, taken: &Concept, input: &str) -> Error {
+    /// The conflict with a concept that has the name, and whether it is the very same: no image is decoded for that.
+    async fn name_taken(&self, taken: &Concept, uploads: &[String], spec: &TrainingSpec) -> Error {
         let conflict = Error::from(RegistryError::NameTaken(taken.name.clone()));
-        match self.registry.is_trained_from(taken.id, input).await {
+        let same = async {
+            if !self.registry.was_uploaded_as(taken.id, uploads).await? {
+                return Ok(false);
+            }
+            let input = input_fingerprint(&taken.images, spec)?;
+            self.registry.is_trained_from(taken.id, &input).await
+        };
+        match same.await {
             Ok(false) => conflict,
             Ok(true) => Error {
                 message: format!(
@@ -408,9 +391,11 @@ impl Service {
         let addition = Usage {
             concepts: 1,
             trainings: 0,
+            bytes: bytes.len() as u64,
         };
         let new = NewConcept {
             class_noun: file.header.class_noun,
+            bytes: addition.bytes,
             quotas: self.check_room(caller, addition).await?,
             ..NewConcept::new(name, file.header.kind)
         };

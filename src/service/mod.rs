@@ -11,8 +11,10 @@ mod keys;
 mod links;
 mod placement;
 mod quota;
+mod shares;
 mod tenants;
 mod trainings;
+mod uploads;
 
 use std::sync::Arc;
 
@@ -23,8 +25,10 @@ pub use generations::{Begun, GenerationInput, GenerationView};
 pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};
 pub use quota::{Admitted, Allowance, Standing, Tallies};
+pub use shares::{Full, Share, Shares};
 pub use tenants::QuotaChange;
 pub use trainings::{Queued, TrainingQuery, TrainingSettings};
+pub use uploads::{Receiving, Upload};
 
 use crate::cluster::Executor;
 use crate::config::Config;
@@ -79,6 +83,7 @@ pub struct Service {
     pub wake: Wake,
     pub limits: Arc<Limits>,
     pub tallies: Tallies,
+    pub shares: Arc<Shares>,
     pub drawings: Drawings,
     pub links: Arc<Links>,
 }
@@ -94,8 +99,10 @@ pub struct Limits {
     pub images: usize,
     /// Images of one generation.
     pub count: u32,
-    /// Characters of a prompt.
+    /// Characters of a prompt, also with its concepts placed in it.
     pub prompt: usize,
+    /// Concepts of one generation.
+    pub concepts: usize,
     /// Trainings of all tenants that may wait.
     pub queued_trainings: i64,
     /// Generations of all tenants that may wait.
@@ -122,6 +129,8 @@ impl Limits {
                 trainings: quota(config.quotas.quota_trainings),
                 requests_in_flight: quota(config.quotas.quota_requests_in_flight),
                 pictures_per_minute: quota(config.quotas.quota_pictures_per_minute),
+                requests_per_minute: quota(config.quotas.quota_requests_per_minute),
+                bytes: quota(config.quotas.quota_storage).map(|mebibytes| u64::from(mebibytes) << 20),
             },
             ..default
         }
@@ -135,6 +144,7 @@ impl Default for Limits {
             images: coar_core::training::spec::IMAGES_LIMIT,
             count: 10,
             prompt: 4000,
+            concepts: 8,
             queued_trainings: 100,
             queued_generations: 1000,
             json: 1 << 20,

@@ -15,6 +15,8 @@ pub struct QuotaChange {
     pub trainings: Option<Option<u32>>,
     pub requests_in_flight: Option<Option<u32>>,
     pub pictures_per_minute: Option<Option<u32>>,
+    pub requests_per_minute: Option<Option<u32>>,
+    pub bytes: Option<Option<u64>>,
 }
 
 impl QuotaChange {
@@ -24,6 +26,8 @@ impl QuotaChange {
             trainings: self.trainings.unwrap_or(to.trainings),
             requests_in_flight: self.requests_in_flight.unwrap_or(to.requests_in_flight),
             pictures_per_minute: self.pictures_per_minute.unwrap_or(to.pictures_per_minute),
+            requests_per_minute: self.requests_per_minute.unwrap_or(to.requests_per_minute),
+            bytes: self.bytes.unwrap_or(to.bytes),
         }
     }
 }

@@ -64,6 +64,7 @@ pub struct TrainingQuery {
 const ONE: Usage = Usage {
     concepts: 0,
     trainings: 1,
+    bytes: 0,
 };
 
 fn no_training(id: &str) -> Error {

@@ -148,7 +148,7 @@ class Coar(Process):
     def __init__(self, name, folder, role, port, *, via=None, data=None, env=None, more=()):
         self.role, self.port = role, port
         environment = {"COAR_LOG": LOG, "COAR_ROLE": role, "COAR_DATA": str(data or folder / name), **(env or {})}
-        command = [BINARY, "serve", "--threads", "1", *more]
+        command = [BINARY, "serve", "--threads", "1", "--quota-requests-per-minute", "0", *more]
         if role == "worker":
             command += ["--worker-listen", f"127.0.0.1:{port}", "--advertise", f"http://127.0.0.1:{via or port}"]
         else:

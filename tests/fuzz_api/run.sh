@@ -23,7 +23,7 @@ if [ -n "${COAR_TEST_DATABASE:-}" ]; then
     storage+=(--database "$COAR_TEST_DATABASE" --blobs "$COAR_TEST_BLOBS/fuzz")
 fi
 "$coar" keys create --tenant fuzz --scopes read,generate,train,admin "${storage[@]}" >"$work/key" 2>"$work/log"
-"$coar" serve --listen 127.0.0.1:0 --device cpu "${storage[@]}" >"$work/address" 2>>"$work/log" &
+"$coar" serve --listen 127.0.0.1:0 --device cpu --quota-requests-per-minute 0 "${storage[@]}" >"$work/address" 2>>"$work/log" &
 server=$!
 finish() {
     rc=$?

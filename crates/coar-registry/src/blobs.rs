@@ -22,6 +22,8 @@ pub enum BlobError {
     Missing(String),
     #[error("blob {0} is damaged: its content has another hash")]
     Damaged(String),
+    #[error("blob {0} has {1} bytes, more than can be used here")]
+    TooLarge(String, u64),
     #[error("`{0}` is not a blob store URL: {1}")]
     Address(String, String),
     #[error(transparent)]
@@ -41,14 +43,6 @@ pub struct Blobs {
 /// Hex SHA-256.
 pub fn content_hash(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
-}
-
-/// Serialises a value with blobs as their hashes, to compare what refers to them.
-///
-/// # Errors
-/// As the serializer.
-pub fn hashes<S: serde::Serializer>(all: &[Bytes], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(all.iter().map(|bytes| content_hash(bytes)))
 }
 
 /// Whether S3 may be used without TLS: the operator has configured an `http` address, or allows it explicitly.
@@ -161,7 +155,18 @@ impl Blobs {
     /// # Errors
     /// When they are absent or damaged.
     pub async fn get(&self, hash: &str) -> Result<Bytes, BlobError> {
+        self.get_within(hash, u64::MAX).await
+    }
+
+    /// As [`Self::get`]; of more than `limit` bytes none is read.
+    ///
+    /// # Errors
+    /// `TooLarge`; as [`Self::get`].
+    pub async fn get_within(&self, hash: &str, limit: u64) -> Result<Bytes, BlobError> {
         let bytes = match self.store.get(&self.key(hash)).await {
+            Ok(found) if found.meta.size > limit => {
+                return Err(BlobError::TooLarge(hash.to_owned(), found.meta.size));
+            }
             Ok(found) => found.bytes().await?,
             Err(object_store::Error::NotFound { .. }) => return Err(BlobError::Missing(hash.to_owned())),
             Err(error) => return Err(error.into()),
@@ -170,6 +175,18 @@ impl Blobs {
             Ok(bytes)
         } else {
             Err(BlobError::Damaged(hash.to_owned()))
+        }
+    }
+
+    /// The size of a blob; `None` if it is absent.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub(super) async fn size(&self, hash: &str) -> Result<Option<u64>, BlobError> {
+        match self.store.head(&self.key(hash)).await {
+            Ok(found) => Ok(Some(found.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -209,6 +226,11 @@ mod tests {
         assert_eq!(hash, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
         assert_eq!(blobs.put(Bytes::from_static(b"abc")).await.unwrap(), hash);
         assert_eq!(blobs.get(&hash).await.unwrap(), "abc");
+        assert_eq!(blobs.get_within(&hash, 3).await.unwrap(), "abc");
+        assert!(matches!(
+            blobs.get_within(&hash, 2).await,
+            Err(BlobError::TooLarge(_, 3))
+        ));
         std::fs::write(dir.path().join("ba").join(&hash), b"abd").unwrap();
         assert!(matches!(blobs.get(&hash).await, Err(BlobError::Damaged(_))));
         blobs.remove(&hash).await.unwrap();

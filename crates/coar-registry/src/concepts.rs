@@ -52,6 +52,10 @@ pub struct NewConcept {
     pub class_noun: Option<String>,
     /// Blobs of the reference images; stored before this is called.
     pub images: Vec<String>,
+    /// Hashes of the files that they were made of, in the same order.
+    pub uploads: Vec<String>,
+    /// Bytes of everything that is added.
+    pub bytes: u64,
     pub description: Option<String>,
     pub metadata: Metadata,
     /// Web-hook for the end of the first training.
@@ -70,6 +74,8 @@ impl NewConcept {
             kind,
             class_noun: None,
             images: vec![],
+            uploads: vec![],
+            bytes: 0,
             description: None,
             metadata: Metadata::new(),
             webhook_url: None,
@@ -189,6 +195,7 @@ impl Registry {
         let addition = Usage {
             concepts: 1,
             trainings: 1,
+            bytes: new.bytes,
         };
         self.check_quota(&mut transaction, tenant, new.quotas, addition).await?;
         let concept = insert_concept(&mut transaction, tenant, new, None).await?;
@@ -220,6 +227,7 @@ impl Registry {
         let addition = Usage {
             concepts: 1,
             trainings: 0,
+            bytes: new.bytes,
         };
         self.check_quota(&mut transaction, tenant, new.quotas, addition).await?;
         let concept = insert_concept(&mut transaction, tenant, new, Some((version, tokens))).await?;
@@ -411,6 +419,20 @@ impl Registry {
         Ok(rows.into_iter().map(|(blob,)| blob).collect())
     }
 
+    /// Whether a concept's reference images were made of exactly these files, in this order. `hashes` are of the files.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn was_uploaded_as(&self, id: ConceptId, hashes: &[String]) -> Result<bool, RegistryError> {
+        let rows: Vec<(Option<String>,)> =
+            sqlx::query_as("SELECT upload FROM concept_pictures WHERE concept_id = $1 ORDER BY position")
+                .bind(id.to_string())
+                .fetch_all(&self.pools.reads)
+                .await?;
+        let known = rows.iter().map(|(upload,)| upload.as_ref());
+        Ok(!rows.is_empty() && known.eq(hashes.iter().map(Some)))
+    }
+
     /// Removes a concept by name or identifier, with its versions, trainings, previews, and every blob that nothing
     /// else refers to. False if there is none.
     ///
@@ -505,10 +527,11 @@ async fn insert_concept(
         }
     }
     for (position, blob) in new.images.iter().enumerate() {
-        sqlx::query("INSERT INTO concept_pictures (concept_id, position, blob) VALUES ($1, $2, $3)")
+        sqlx::query("INSERT INTO concept_pictures (concept_id, position, blob, upload) VALUES ($1, $2, $3, $4)")
             .bind(id.to_string())
             .bind(position as i64)
             .bind(blob)
+            .bind(new.uploads.get(position))
             .execute(&mut **transaction)
             .await?;
     }

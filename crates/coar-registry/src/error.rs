@@ -60,7 +60,7 @@ pub enum RegistryError {
     BlobBusy,
     /// A quota of the tenant is used up.
     #[error("the tenant has {used} {quota}; the limit is {limit}")]
-    QuotaExceeded { quota: &'static str, used: u32, limit: u32 },
+    QuotaExceeded { quota: &'static str, used: u64, limit: u64 },
     #[error("a row of the database cannot be read: {0}")]
     Row(String),
     #[error("{0}: {1}")]
@@ -155,8 +155,12 @@ impl From<BlobError> for Error {
 }
 
 /// The refusal of a concept or a training more than the tenant may have.
-fn no_room(quota: &'static str, used: u32, limit: u32) -> Error {
+fn no_room(quota: &'static str, used: u64, limit: u64) -> Error {
     let (wait, what) = match quota {
+        "bytes" => (
+            NEXT_CONCEPT,
+            format!("{used} bytes are kept; delete a concept or images"),
+        ),
         "concepts" => (NEXT_CONCEPT, format!("there are {used} concepts; delete one")),
         _ => (NEXT_TRAINING, format!("{used} trainings are queued or running")),
     };

@@ -335,8 +335,11 @@ impl Registry {
             .bind(id.to_string())
             .execute(&mut *transaction)
             .await?;
+        let answers = self
+            .forget_answers(&mut transaction, tenant, Made::Generation(id))
+            .await?;
         transaction.commit().await?;
-        let blobs: Vec<String> = blobs.into_iter().map(|(blob,)| blob).collect();
+        let blobs: Vec<String> = blobs.into_iter().map(|(blob,)| blob).chain(answers).collect();
         self.remove_unreferenced(&blobs).await?;
         Ok(deleted.rows_affected() > 0)
     }

@@ -8,7 +8,7 @@ use super::{Blobs, Registry, RegistryError};
 use coar_core::ids::ProcessId;
 
 /// This program's schema: the number of the last migration.
-const SCHEMA: i64 = 6;
+const SCHEMA: i64 = 7;
 
 /// Where persistent state is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]

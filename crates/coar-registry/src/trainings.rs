@@ -84,6 +84,7 @@ pub(super) const TAKEOVER_MS: i64 = 60_000;
 const ANOTHER: Usage = Usage {
     concepts: 0,
     trainings: 1,
+    bytes: 0,
 };
 
 /// Every column of a [`Training`]; the loss curve is large and read separately.

@@ -155,7 +155,7 @@ impl Registry {
         Ok(due)
     }
 
-    /// Stores the outcome of an attempt.
+    /// Stores the outcome of an attempt. After the last one the body goes: nothing is sent again.
     ///
     /// # Errors
     /// When the database fails.
@@ -171,7 +171,8 @@ impl Registry {
         };
         sqlx::query(
             "UPDATE webhook_deliveries SET status = $1, next_at = coalesce($2, next_at), last_status = $3, last_error = $4,
-             finished_at = CASE WHEN $1 = 'pending' THEN NULL ELSE $5 END WHERE id = $6",
+             finished_at = CASE WHEN $1 = 'pending' THEN NULL ELSE $5 END,
+             body = CASE WHEN $1 = 'pending' THEN body ELSE '' END WHERE id = $6",
         )
         .bind(status)
         .bind(again_at)
@@ -312,6 +313,11 @@ mod tests {
         };
         registry.record_attempt(first.id, &delivered).await.unwrap();
         assert_eq!(registry.next_delivery().await.unwrap(), None);
+        let (body,): (String,) = sqlx::query_as("SELECT body FROM webhook_deliveries")
+            .fetch_one(&registry.pools.reads)
+            .await
+            .unwrap();
+        assert_eq!(body, "");
         assert_eq!(registry.expire_deliveries(Duration::from_secs(60)).await.unwrap(), 0);
     }
 }

@@ -14,6 +14,7 @@ mod isolation;
 mod lifecycle;
 mod observe;
 mod quotas;
+mod shares;
 mod tenants;
 mod trainings;
 mod webhooks;

@@ -10,6 +10,8 @@ pub(super) struct Header {
     pub height: u32,
     /// Whether the file is complete. Decoders fill missing data with grey instead of failing.
     pub complete: bool,
+    /// Whether a JPEG file is decoded as a whole and not row by row.
+    pub progressive: bool,
     /// Whether the alpha channel comes from a colour key only, which the reference ignores in RGB files.
     pub opaque: bool,
 }
@@ -62,6 +64,7 @@ fn png(bytes: &[u8]) -> Option<Header> {
         width: be32(bytes, 16)?,
         height: be32(bytes, 20)?,
         complete: true,
+        progressive: false,
         opaque: *bytes.get(25)? == RGB,
     })
 }
@@ -73,9 +76,10 @@ fn jpeg(bytes: &[u8]) -> Option<Header> {
         width: 0,
         height: 0,
         complete: false,
+        progressive: false,
         opaque: false,
     };
-    let mut at = 2;
+    let (mut at, mut scanned) = (2, false);
     loop {
         // Any number of 0xff bytes may precede a marker.
         while bytes.get(at) == Some(&0xff) && bytes.get(at + 1) == Some(&0xff) {
@@ -102,9 +106,13 @@ fn jpeg(bytes: &[u8]) -> Option<Header> {
             };
             header.width = header.width.max(width);
             header.height = header.height.max(height);
+            header.progressive |= !matches!(marker, 0xc0 | 0xc1);
         }
         at += length.max(2) as usize;
         if marker == 0xda {
+            // A second scan adds to the first one's image, which is kept as a whole until the last.
+            header.progressive |= scanned;
+            scanned = true;
             at = end_of_scan(bytes, at);
         }
     }
@@ -129,6 +137,7 @@ fn webp(bytes: &[u8]) -> Option<Header> {
         width: 0,
         height: 0,
         complete: false,
+        progressive: false,
         opaque: false,
     };
     let declared = (le(bytes, 4, 4)? as usize).saturating_add(8);
