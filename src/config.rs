@@ -27,6 +27,9 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub storage: StorageArgs,
+    /// Let SQLite's database be on a network file system (NFS, SMB, 9p, …), where it can lose data.
+    #[arg(long, env = "COAR_DATA_ON_NETWORK", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub data_on_network: Switch,
     /// Address on which a worker listens for API processes. They show a secret that is in the database.
     #[arg(
         long,
@@ -60,6 +63,9 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub quotas: QuotaArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub queues: QueueArgs,
     #[command(flatten)]
     #[serde(flatten)]
     pub limits: LimitArgs,
@@ -201,6 +207,18 @@ pub struct QuotaArgs {
     pub quota_pictures_per_minute: u32,
 }
 
+/// How much of all tenants together may wait. Many times what one of them may have.
+#[derive(Debug, Clone, Copy, Args, Serialize)]
+pub struct QueueArgs {
+    /// Trainings of all tenants that may wait. When so many do, only the tenant with the most is refused, with 429; at
+    /// twice as many, everybody.
+    #[arg(long, env = "COAR_QUEUED_TRAININGS", default_value_t = 1000, value_name = "N")]
+    pub queued_trainings: u32,
+    /// Generations of all tenants that may wait without a client; refused in the same order.
+    #[arg(long, env = "COAR_QUEUED_GENERATIONS", default_value_t = 10_000, value_name = "N")]
+    pub queued_generations: u32,
+}
+
 /// What one request may be, and how long it may take.
 #[derive(Debug, Clone, Copy, Args, Serialize)]
 pub struct LimitArgs {
@@ -283,7 +301,7 @@ pub struct EngineArgs {
     #[arg(long, env = "COAR_ROWS", default_value_t = 64)]
     pub rows: usize,
     /// Requests that may wait for rows; more are refused with 429.
-    #[arg(long, env = "COAR_QUEUE", default_value_t = 64)]
+    #[arg(long, env = "COAR_QUEUE", default_value_t = 512)]
     pub queue: usize,
     /// Memory in MiB for concepts that stay on the device while they are not in use; as much again for parsed files on the host.
     #[arg(long, env = "COAR_CONCEPT_MEMORY", default_value_t = 256, value_name = "MIB")]
@@ -417,6 +435,13 @@ impl Config {
                 "http(s)://host[:port] without a path, or *",
                 origin,
             );
+        }
+        let queues = &self.queues;
+        for (key, number) in [
+            ("queued_trainings", queues.queued_trainings),
+            ("queued_generations", queues.queued_generations),
+        ] {
+            check(key, (1..=1_000_000).contains(&number), "1 to 1000000", &number);
         }
         // A hundred years of hours still fit into milliseconds.
         check(

@@ -161,7 +161,7 @@ impl Service {
             // Before the images are decoded and stored. What counts is asked again where the concept is added: no lock is
             // held meanwhile.
             new.quotas = self.check_room(caller, addition).await?;
-            self.check_queue().await?;
+            self.check_queue(caller).await?;
         }
         let limits = self.limits.image;
         let cleaned = tokio::task::spawn_blocking(move || {

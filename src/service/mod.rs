@@ -96,10 +96,6 @@ pub struct Limits {
     pub count: u32,
     /// Characters of a prompt.
     pub prompt: usize,
-    /// Trainings of all tenants that may wait.
-    pub queued_trainings: i64,
-    /// Generations of all tenants that may wait.
-    pub queued_generations: i64,
     /// Bytes of a JSON body.
     pub json: usize,
     /// What a tenant has of which an administrator has not said otherwise.
@@ -135,8 +131,6 @@ impl Default for Limits {
             images: coar_core::training::spec::IMAGES_LIMIT,
             count: 10,
             prompt: 4000,
-            queued_trainings: 100,
-            queued_generations: 1000,
             json: 1 << 20,
             quotas: Quotas::default(),
         }
