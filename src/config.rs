@@ -3,12 +3,16 @@
 //! variable over the file, the file over the default. The one secret is the password in the database's address, which is
 //! never shown: keys and signing secrets are in the database.
 
+mod listen;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Command, ValueEnum};
 use serde::Serialize;
+
+pub use listen::ListenAddress;
 
 /// The settings of `coar serve`.
 #[derive(Debug, Clone, Args, Serialize)]
@@ -17,9 +21,10 @@ pub struct Config {
     #[arg(long = "config", env = "COAR_CONFIG", value_name = "FILE")]
     #[serde(skip)]
     pub file: Option<PathBuf>,
-    /// Address to listen on. Anything but loopback needs API keys: `coar keys create`.
-    #[arg(long, env = "COAR_LISTEN", default_value = "127.0.0.1:8080")]
-    pub listen: SocketAddr,
+    /// Address to listen on: HOST:PORT, [IPV6]:PORT, :PORT for all addresses, or unix:/PATH. Anything but loopback and a
+    /// Unix socket needs API keys: `coar keys create`.
+    #[arg(long, env = "COAR_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    pub listen: ListenAddress,
     /// `all`: everything in one process. `api`: answers HTTP and lets workers draw; needs --database and no device.
     /// `worker`: draws and trains for all processes of one database, listens for them alone.
     #[arg(long, env = "COAR_ROLE", default_value = "all")]
@@ -231,9 +236,13 @@ pub struct LimitArgs {
     /// The largest head of a request (method, path, headers), in KiB.
     #[arg(long, env = "COAR_HEADER_LIMIT", default_value_t = 32, value_name = "KIB")]
     pub header_limit: usize,
-    /// Seconds for which a connection may take to send the head of a request, or lie idle before one.
+    /// Seconds for which a connection may take to send the head of a request.
     #[arg(long, env = "COAR_HEADER_TIMEOUT", default_value_t = 30, value_name = "SECONDS")]
     pub header_timeout: u64,
+    /// Seconds for which a connection may lie idle between two requests. Longer than a load balancer in front of the
+    /// server keeps its connections, most often 60.
+    #[arg(long, env = "COAR_IDLE_TIMEOUT", default_value_t = 75, value_name = "SECONDS")]
+    pub idle_timeout: u64,
     /// Seconds between two pieces of a body.
     #[arg(long, env = "COAR_BODY_TIMEOUT", default_value_t = 30, value_name = "SECONDS")]
     pub body_timeout: u64,
@@ -473,6 +482,7 @@ impl Config {
         let day = 1..=86_400;
         for (key, seconds) in [
             ("header_timeout", limits.header_timeout),
+            ("idle_timeout", limits.idle_timeout),
             ("body_timeout", limits.body_timeout),
             ("request_timeout", limits.request_timeout),
         ] {

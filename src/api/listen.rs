@@ -1,6 +1,10 @@
 //! Connections: accepted up to a number, under time limits that slow clients cannot stretch.
 
+mod activity;
+mod socket;
+
 use std::convert::Infallible;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,15 +13,16 @@ use axum::extract::ConnectInfo;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
-use tokio::net::TcpListener;
+use hyper_util::rt::TokioIo;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
 use crate::config::LimitArgs;
+use activity::{Activity, Answered, Phase, PhaseLimits, Watched};
+pub use socket::Listener;
+use socket::Stream;
 
 /// After a failure to accept (no more file descriptors) the next attempt waits for so long.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -26,13 +31,16 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// peer's address as `ConnectInfo<SocketAddr>`.
 ///
 /// `axum::serve` has no limit for the time that a request's head may take, nor for its size.
-pub async fn listen(listener: TcpListener, router: Router, limits: &LimitArgs, closing: CancellationToken) {
+pub async fn listen(listener: Listener, router: Router, limits: &LimitArgs, closing: CancellationToken) {
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(Duration::from_secs(limits.header_timeout))
-        .max_buf_size(limits.header_limit << 10);
+    // hyper's own limit also ends idle connections: see `activity`.
+    http.header_read_timeout(None).max_buf_size(limits.header_limit << 10);
+    let phases = PhaseLimits {
+        head: Duration::from_secs(limits.header_timeout),
+        idle: Duration::from_secs(limits.idle_timeout),
+    };
     let slots = Arc::new(Semaphore::new(limits.connections));
-    let (graceful, tasks) = (GracefulShutdown::new(), TaskTracker::new());
+    let tasks = TaskTracker::new();
     loop {
         let accepted = async {
             // The semaphore is never closed.
@@ -51,24 +59,59 @@ pub async fn listen(listener: TcpListener, router: Router, limits: &LimitArgs, c
                 None => break,
             },
         };
-        // Events of a stream are small and wanted at once.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection has no nodelay");
-        }
-        let router = router.clone();
-        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
-            request.extensions_mut().insert(ConnectInfo(peer));
-            let router = router.clone();
-            async move { Ok::<_, Infallible>(router.oneshot(request).await.unwrap_or_else(|never| match never {})) }
-        });
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+        let (http, router, closing) = (http.clone(), router.clone(), closing.clone());
         tasks.spawn(async move {
-            if let Err(error) = connection.await {
+            if let Err(error) = serve(&http, stream, router, ConnectInfo(peer), phases, closing).await {
                 tracing::debug!(%peer, %error, "a connection broke off");
             }
             drop(slot);
         });
     }
     drop(listener);
-    graceful.shutdown().await;
+    tasks.close();
+    tasks.wait().await;
+}
+
+/// Serves one connection until it ends, expires, or `closing` and its last answer has been sent.
+async fn serve(
+    http: &http1::Builder,
+    stream: Stream,
+    router: Router,
+    peer: ConnectInfo<std::net::SocketAddr>,
+    limits: PhaseLimits,
+    closing: CancellationToken,
+) -> hyper::Result<()> {
+    let activity = Activity::new(limits);
+    let service = service_fn(|mut request: hyper::Request<Incoming>| {
+        let busy = activity.busy();
+        request.extensions_mut().insert(peer);
+        let router = router.clone();
+        async move {
+            let answer = router.oneshot(request).await.unwrap_or_else(|never| match never {});
+            Ok::<_, Infallible>(answer.map(|body| Answered { body, _busy: busy }))
+        }
+    });
+    let watched = Watched {
+        stream,
+        activity: activity.clone(),
+    };
+    let mut connection = pin!(http.serve_connection(TokioIo::new(watched), service));
+    let mut closed = false;
+    loop {
+        tokio::select! {
+            ended = connection.as_mut() => return ended,
+            () = closing.cancelled(), if !closed => {
+                closed = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            phase = activity.expired() => {
+                if phase != Phase::Idle {
+                    return Ok(());
+                }
+                // Ends an idle connection at once, and lets a request go on that has come in this moment.
+                connection.as_mut().graceful_shutdown();
+                activity.enter(Phase::Head);
+            }
+        }
+    }
 }
