@@ -13,7 +13,7 @@ help:
 		/^[a-z][a-z-]*:/ { split($$0, name, ":"); if (text != "") { split(text, line, "\n"); printf "%-16s%s\n", name[1], line[1]; \
 		for (i = 2; line[i] != ""; i++) printf "%-16s%s\n", "", line[i] } } { text = "" }' Makefile
 
-.PHONY: help serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits memory fuzz-parsers gpu-check gpu-check-test
+.PHONY: help serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check proxy pgbouncer deny sbom faults limits memory fuzz-parsers gpu-check gpu-check-test
 
 # Installs libtorch into ~/.cache/coar, linked from .libtorch.
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
@@ -125,6 +125,16 @@ samples: build-lab
 deploy-check:
 	tests/deploy/run.sh
 
+# Studio, documentation, API and events behind a real nginx with the configurations of docs/howto/service.md, at the root and under a
+# path. Says so and passes where there is no nginx.
+proxy: libtorch
+	cargo build --bin coar
+	tests/proxy/run.sh
+
+# That a PgBouncer in transaction mode is refused, with a real one. Says so and passes where there is none.
+pgbouncer:
+	scripts/with-postgres.sh tests/pgbouncer/run.sh
+
 # Licences, sources, duplicates and known faults of the dependencies, by deny.toml. The tool is built on first use, into target/tools
 # (four minutes on two cores). Tool and database of faults come from the network: what cannot be fetched is skipped, loudly.
 deny:
@@ -133,7 +143,7 @@ deny:
 # What the program is made of, as CycloneDX 1.5: target/coar.cdx.json.
 sbom: target/tools/bin/cargo-cyclonedx
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) target/tools/bin/cargo-cyclonedx cyclonedx --format json --spec-version 1.5 --target x86_64-unknown-linux-gnu --override-filename coar.cdx
-	python3 scripts/sbom.py coar.cdx.json scripts/install-libtorch.sh > target/coar.cdx.json
+	python3 scripts/sbom.py coar.cdx.json scripts/libtorch-cpu.txt > target/coar.cdx.json
 	rm -f coar.cdx.json crates/*/coar.cdx.json
 	@echo target/coar.cdx.json
 

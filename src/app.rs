@@ -1,14 +1,13 @@
 //! Wires the rooms together, starts and stops them in order.
 
+mod notify;
 mod parts;
 mod worker;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -20,6 +19,8 @@ use crate::registry::{Backend, Registry};
 use crate::service::{Keys, Limits, Links, Service, Shares, Tallies};
 use coar_core::engine::EngineHandle;
 use parts::{Device, Opened};
+
+pub use crate::api::Listener;
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
@@ -37,14 +38,17 @@ const HAND_BACK: Duration = Duration::from_secs(10);
 /// fails.
 pub async fn serve(
     config: Config,
-    listener: TcpListener,
+    listener: Listener,
     load: impl FnOnce() -> anyhow::Result<EngineHandle> + Send + 'static,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let config = Arc::new(config);
     let opened = parts::open(&config).await?;
     match config.role {
-        Role::Worker => worker::serve(config, opened, listener, load, stop).await,
+        Role::Worker => match listener {
+            Listener::Tcp(listener) => worker::serve(config, opened, listener, load, stop).await,
+            Listener::Unix(..) => anyhow::bail!("a worker cannot listen on a Unix socket"),
+        },
         Role::All | Role::Api => serve_api(config, opened, listener, load, stop).await,
     }
 }
@@ -53,9 +57,9 @@ pub async fn serve(
 const LOOK: Duration = Duration::from_secs(2);
 
 /// Without keys only loopback is served. An API process waits for the first key: until then it answers health routes only.
-async fn check_keys(registry: &Registry, role: Role, address: SocketAddr) -> anyhow::Result<()> {
+async fn check_keys(registry: &Registry, role: Role, (address, local): (&str, bool)) -> anyhow::Result<()> {
     let mut told = false;
-    while role == Role::Api && !address.ip().is_loopback() && !registry.keys_required().await? {
+    while role == Role::Api && !local && !registry.keys_required().await? {
         if !std::mem::replace(&mut told, true) {
             tracing::warn!("waiting for the first key: `coar keys create --tenant NAME` with this --database");
         }
@@ -66,7 +70,7 @@ async fn check_keys(registry: &Registry, role: Role, address: SocketAddr) -> any
         return Ok(());
     }
     anyhow::ensure!(
-        address.ip().is_loopback(),
+        local,
         "no API keys are configured, so anyone who can reach {address} would have full access: create one with \
          `coar keys create --tenant NAME` and this server's --data or --database, or listen on 127.0.0.1"
     );
@@ -77,27 +81,29 @@ async fn check_keys(registry: &Registry, role: Role, address: SocketAddr) -> any
 async fn serve_api(
     config: Arc<Config>,
     opened: Opened,
-    listener: TcpListener,
+    listener: Listener,
     load: impl FnOnce() -> anyhow::Result<EngineHandle> + Send + 'static,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let Opened { registry, lock } = opened;
-    let (keys, address) = (Keys::new(registry.clone()), listener.local_addr()?);
+    let keys = Keys::new(registry.clone());
+    let (address, local) = (listener.url()?, listener.is_local()?);
     // Others reach it: whatever the database says, now or later, no caller is served without a key.
-    if !address.ip().is_loopback() {
+    if !local {
         keys.require();
     }
     if config.role == Role::All {
-        check_keys(&registry, config.role, address).await?;
+        check_keys(&registry, config.role, (&address, local)).await?;
     }
     // Tests and scripts that ask for port 0 read the address from this line.
-    println!("listening on http://{address}");
+    println!("listening on {address}");
     // Web-hooks name images by it: there is no request whose Host header could be used.
     let own_address = match &config.public_url {
         Some(url) => url.trim_end_matches('/').to_owned(),
-        None => format!("http://{address}"),
+        None if address.starts_with("unix:") => String::new(),
+        None => address.clone(),
     };
-    let state = AppState::new(config.clone(), keys.clone(), address);
+    let state = AppState::new(config.clone(), keys.clone(), listener.address()?);
     let (tracker, closing) = (TaskTracker::new(), CancellationToken::new());
     let http = {
         let (router, closing) = (router(state.clone()), closing.clone());
@@ -108,7 +114,7 @@ async fn serve_api(
     let (executor, engine) = match config.role {
         Role::Api => {
             let found = async {
-                check_keys(&registry, config.role, address).await?;
+                check_keys(&registry, config.role, (&address, local)).await?;
                 Fleet::find(registry.clone(), secrets.clone(), streams.clone()).await
             };
             let fleet = tokio::select! {
@@ -160,11 +166,14 @@ async fn serve_api(
     if let Some(engine) = &engine {
         parts::train(&config, &registry, engine, &wakes, (&tracker, &stop));
     }
+    tracker.spawn(notify::watchdog(engine.clone(), ended.clone()));
     tracker.close();
     tracing::info!(model = executor.info().id, role = config.role.as_str(), "ready");
+    notify::notify(notify::READY);
     drop(executor);
     stop.cancelled().await;
     tracing::info!("stopping");
+    notify::notify(notify::STOPPING);
     state.drain();
     member.draining.store(true, Ordering::Relaxed);
     closing.cancel();

@@ -23,7 +23,8 @@ const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 /// What pages may be from, and what the server may be called.
 #[derive(Debug)]
 pub(super) struct OwnNames {
-    listens: IpAddr,
+    /// `None`: a Unix socket.
+    listens: Option<IpAddr>,
     /// Scheme and authority of `public_url`.
     public: Option<(String, Authority)>,
     cors_origin: Vec<String>,
@@ -47,11 +48,11 @@ fn refused(code: &'static str, message: String) -> Error {
 }
 
 impl OwnNames {
-    pub(super) fn new(config: &Config, listens: SocketAddr) -> Self {
+    pub(super) fn new(config: &Config, listens: Option<SocketAddr>) -> Self {
         let public = config.public_url.as_deref().and_then(|url| url.parse::<Uri>().ok());
         let public = public.and_then(|url| Some((url.scheme_str()?.to_owned(), url.authority()?.clone())));
         Self {
-            listens: listens.ip(),
+            listens: listens.map(|address| address.ip().to_canonical()),
             public,
             cors_origin: config.cors_origin.clone(),
         }
@@ -62,7 +63,7 @@ impl OwnNames {
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         if let Ok(address) = bare.parse::<IpAddr>() {
             let address = address.to_canonical();
-            if address.is_loopback() || (address == self.listens.to_canonical() && !address.is_unspecified()) {
+            if address.is_loopback() || (self.listens == Some(address) && !address.is_unspecified()) {
                 return true;
             }
         }
@@ -178,7 +179,7 @@ mod tests {
     fn names(public: Option<&str>, cors: &[&str]) -> OwnNames {
         let public = public.map(|url| url.parse::<Uri>().unwrap());
         OwnNames {
-            listens: "127.0.0.1".parse().unwrap(),
+            listens: "127.0.0.1".parse().ok(),
             public: public.map(|url| (url.scheme_str().unwrap().to_owned(), url.authority().unwrap().clone())),
             cors_origin: cors.iter().map(ToString::to_string).collect(),
         }

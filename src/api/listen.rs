@@ -1,6 +1,11 @@
 //! Connections: accepted up to a number, under time limits that slow clients cannot stretch.
 
+mod activity;
+mod socket;
+
 use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,9 +16,7 @@ use axum::response::{IntoResponse as _, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
-use tokio::net::TcpListener;
+use hyper_util::rt::TokioIo;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,22 +26,29 @@ use super::ApiError;
 use super::health::is_health;
 use super::impatient::Impatient;
 use crate::config::LimitArgs;
+use activity::{Activity, Answered, Phase, PhaseLimits, Watched};
 use coar_core::error::{Error, ErrorKind};
+pub use socket::Listener;
+use socket::Stream;
 
 /// After a failure to accept (no more file descriptors) the next attempt waits for so long.
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// Connections beyond the limit on which only health is answered: a full server is not a dead one.
 const RESERVED: usize = 16;
-/// How long such a connection may take to send a head, or lie idle.
+/// How long such a connection may take to send a head.
 const RESERVED_HEAD: Duration = Duration::from_secs(3);
 
-fn builder(limits: &LimitArgs, head: Duration) -> http1::Builder {
-    let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(head)
-        .max_buf_size(limits.header_limit << 10);
-    http
+/// How connections are served.
+#[derive(Debug, Clone)]
+struct Serving {
+    http: http1::Builder,
+    router: Router,
+    phases: PhaseLimits,
+    /// How long a client may read nothing.
+    patience: Duration,
+    connections: usize,
+    closing: CancellationToken,
 }
 
 /// The answer to everything but health on a connection beyond the limit.
@@ -46,23 +56,31 @@ fn full(connections: usize) -> Response {
     let message = format!("All {connections} connections are in use; try again soon.");
     let error = Error::new(ErrorKind::Unavailable, "too_many_connections", message);
     let error = error.limit(connections as u64).retry_after(Duration::from_secs(1));
-    let mut response = ApiError(error).into_response();
-    let close = HeaderValue::from_static("close");
-    response.headers_mut().insert(header::CONNECTION, close);
-    response
+    ApiError(error).into_response()
 }
 
 /// Serves `router` on `listener` until `closing`; returns when the requests that run then have ended. Handlers find the
 /// peer's address as `ConnectInfo<SocketAddr>`.
 ///
 /// `axum::serve` has no limit for the time that a request's head may take, nor for its size.
-pub async fn listen(listener: TcpListener, router: Router, limits: &LimitArgs, closing: CancellationToken) {
-    let http = builder(limits, Duration::from_secs(limits.header_timeout));
-    let http_reserved = builder(limits, RESERVED_HEAD);
+pub async fn listen(listener: Listener, router: Router, limits: &LimitArgs, closing: CancellationToken) {
+    let mut http = http1::Builder::new();
+    // hyper's own limit also ends idle connections: see `activity`.
+    http.header_read_timeout(None).max_buf_size(limits.header_limit << 10);
+    let serving = Serving {
+        http,
+        router,
+        phases: PhaseLimits {
+            head: Duration::from_secs(limits.header_timeout),
+            idle: Duration::from_secs(limits.idle_timeout),
+        },
+        patience: Duration::from_secs(limits.write_timeout),
+        connections: limits.connections,
+        closing: closing.clone(),
+    };
     let slots = Arc::new(Semaphore::new(limits.connections));
     let reserve = Arc::new(Semaphore::new(RESERVED));
-    let (connections, patience) = (limits.connections, Duration::from_secs(limits.write_timeout));
-    let (graceful, tasks) = (GracefulShutdown::new(), TaskTracker::new());
+    let tasks = TaskTracker::new();
     loop {
         let accepted = async {
             // An ordinary slot where there is one. The semaphores are never closed.
@@ -89,36 +107,69 @@ pub async fn listen(listener: TcpListener, router: Router, limits: &LimitArgs, c
         if reserved && let Ok(free) = slots.clone().try_acquire_owned() {
             (slot, reserved) = (free, false);
         }
-        // Events of a stream are small and wanted at once.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection has no nodelay");
-        }
-        let router = router.clone();
-        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
-            request.extensions_mut().insert(ConnectInfo(peer));
-            let router = router.clone();
-            async move {
-                if reserved && !is_health(request.uri().path()) {
-                    return Ok(full(connections));
-                }
-                let mut response = router.oneshot(request).await.unwrap_or_else(|never| match never {});
-                if reserved {
-                    let close = HeaderValue::from_static("close");
-                    response.headers_mut().insert(header::CONNECTION, close);
-                }
-                Ok::<_, Infallible>(response)
-            }
-        });
-        let http = if reserved { &http_reserved } else { &http };
-        let stream = Impatient::new(stream, patience);
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+        let serving = serving.clone();
         tasks.spawn(async move {
-            if let Err(error) = connection.await {
+            if let Err(error) = serving.serve(stream, peer, reserved).await {
                 tracing::debug!(%peer, %error, "a connection broke off");
             }
             drop(slot);
         });
     }
     drop(listener);
-    graceful.shutdown().await;
+    tasks.close();
+    tasks.wait().await;
+}
+
+impl Serving {
+    /// Serves one connection until it ends, expires, or `closing` and its last answer has been sent. A reserved one has
+    /// one request, for health.
+    async fn serve(self, stream: Stream, peer: SocketAddr, reserved: bool) -> hyper::Result<()> {
+        let phases = match reserved {
+            true => PhaseLimits {
+                head: RESERVED_HEAD,
+                idle: RESERVED_HEAD,
+            },
+            false => self.phases,
+        };
+        let activity = Activity::new(phases);
+        let service = service_fn(|mut request: hyper::Request<Incoming>| {
+            let busy = activity.busy();
+            request.extensions_mut().insert(ConnectInfo(peer));
+            let router = self.router.clone();
+            async move {
+                let mut answer = match reserved && !is_health(request.uri().path()) {
+                    true => full(self.connections),
+                    false => router.oneshot(request).await.unwrap_or_else(|never| match never {}),
+                };
+                if reserved {
+                    let close = HeaderValue::from_static("close");
+                    answer.headers_mut().insert(header::CONNECTION, close);
+                }
+                Ok::<_, Infallible>(answer.map(|body| Answered { body, _busy: busy }))
+            }
+        });
+        let watched = Watched {
+            stream: Impatient::new(stream, self.patience),
+            activity: activity.clone(),
+        };
+        let mut connection = pin!(self.http.serve_connection(TokioIo::new(watched), service));
+        let mut closed = false;
+        loop {
+            tokio::select! {
+                ended = connection.as_mut() => return ended,
+                () = self.closing.cancelled(), if !closed => {
+                    closed = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+                phase = activity.expired() => {
+                    if phase != Phase::Idle {
+                        return Ok(());
+                    }
+                    // Ends an idle connection at once, and lets a request go on that has come in this moment.
+                    connection.as_mut().graceful_shutdown();
+                    activity.enter(Phase::Head);
+                }
+            }
+        }
+    }
 }

@@ -25,6 +25,7 @@ mod multipart;
 mod openai;
 mod openapi;
 mod pagination;
+mod proxy;
 mod quota;
 mod sse;
 mod trainings;
@@ -53,7 +54,7 @@ use coar_core::error::{Error, ErrorKind};
 use coar_core::metrics::meters;
 pub use describe::describe;
 pub(crate) use error::ApiError;
-pub use listen::listen;
+pub use listen::{Listener, listen};
 
 /// What handlers share. The service appears when the model is loaded; until then only the health routes answer.
 #[derive(Debug, Clone)]
@@ -71,7 +72,7 @@ pub struct AppState {
 
 impl AppState {
     /// Without a service yet.
-    pub fn new(config: Arc<Config>, keys: Keys, listens: SocketAddr) -> Self {
+    pub fn new(config: Arc<Config>, keys: Keys, listens: Option<SocketAddr>) -> Self {
         Self {
             names: Arc::new(browser::OwnNames::new(&config, listens)),
             config,
@@ -140,10 +141,13 @@ pub fn router(state: AppState) -> Router {
         .merge(openai::routes(&state))
         .merge(images::routes());
     let (routes, document) = described.split_for_parts();
-    let document = Arc::new(openapi::complete(document));
+    let document = Arc::new(openapi::complete(document, state.config.public_url.as_deref()));
     routes
         .route("/openapi.json", get(move || openapi::serve(document)))
-        .merge(SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json")))
+        .merge(SwaggerUi::new("/docs").config(
+            // Relative to /docs/: a proxy may add a prefix.
+            utoipa_swagger_ui::Config::from("../openapi.json"),
+        ))
         .merge(metrics::routes())
         .merge(ui::routes())
         .fallback(not_found)
@@ -158,6 +162,7 @@ pub fn router(state: AppState) -> Router {
         .layer(CatchPanicLayer::custom(|_| {
             ApiError(Error::internal("a handler panicked")).into_response()
         }))
+        .layer(from_fn_with_state(state.clone(), proxy::behind_proxy))
         .layer(from_fn(guard::security_headers))
         .layer(from_fn(error::with_request_id))
         .layer(from_fn(access::observed))

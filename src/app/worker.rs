@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::parts::{self, Device, Opened};
-use super::{GRACE, HAND_BACK};
+use super::{GRACE, HAND_BACK, notify};
 use crate::cluster::{Executor, Local, Streams, WorkerState, worker_router};
 use crate::config::Config;
 use crate::jobs::Wakes;
@@ -73,10 +73,13 @@ pub(super) async fn serve(
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
     parts::draw(drawings, true, &tracker, &stop);
     parts::train(&config, &registry, &engine, &wakes, (&tracker, &stop));
+    tracker.spawn(notify::watchdog(Some(engine.clone()), ended.clone()));
     tracker.close();
     tracing::info!(model = engine.info().id, address, "ready");
+    notify::notify(notify::READY);
     stop.cancelled().await;
     tracing::info!("stopping");
+    notify::notify(notify::STOPPING);
     member.draining.store(true, Ordering::Relaxed);
     if let Err(error) = member.announce(&registry).await {
         tracing::warn!(%error, "the draining state cannot be announced");

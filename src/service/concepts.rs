@@ -139,7 +139,7 @@ impl Service {
         // Before the images are decoded and stored. What counts is asked again where the concept is added: no lock is
         // held meanwhile.
         new.quotas = self.check_room(caller, addition).await?;
-        self.check_queue().await?;
+        self.check_queue(caller).await?;
         new.uploads = uploads;
         let mut stored = self.registry.begin_storing();
         for upload in images {

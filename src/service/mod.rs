@@ -103,10 +103,6 @@ pub struct Limits {
     pub prompt: usize,
     /// Concepts of one generation.
     pub concepts: usize,
-    /// Trainings of all tenants that may wait.
-    pub queued_trainings: i64,
-    /// Generations of all tenants that may wait.
-    pub queued_generations: i64,
     /// Bytes of a JSON body.
     pub json: usize,
     /// What a tenant has of which an administrator has not said otherwise.
@@ -145,8 +141,6 @@ impl Default for Limits {
             count: 10,
             prompt: 4000,
             concepts: 8,
-            queued_trainings: 100,
-            queued_generations: 1000,
             json: 1 << 20,
             quotas: Quotas::default(),
         }

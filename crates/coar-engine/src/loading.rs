@@ -7,7 +7,7 @@ use tch::{Device, Kind};
 use coar_core::engine::{EngineHandle, ModelInfo};
 use coar_core::training::Preset;
 
-use crate::device::{EngineOptions, start};
+use crate::device::{EngineOptions, set_threads, start};
 use crate::model::accelerator::{load_cuda, set_tf32, synchronize, use_own_stream};
 use crate::model::cpu::multiplies_bf16;
 use crate::model::lumina::CheckpointFiles;
@@ -142,9 +142,7 @@ impl ModelSource {
     /// When a file or tensor is missing or misshapen.
     pub fn load(&self) -> Result<(LuminaMgpt, ModelInfo), LoadError> {
         let device = self.device()?;
-        if self.threads > 0 {
-            tch::set_num_threads(self.threads);
-        }
+        set_threads(self.threads);
         let files = self.files()?;
         let model = LuminaMgpt::load(&files, device, self.kind(device, &files)?, self.target_size)?;
         // CUDA graphs cannot be captured on the default stream.

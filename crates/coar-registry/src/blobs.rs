@@ -30,6 +30,36 @@ pub enum BlobError {
     Store(#[from] object_store::Error),
     #[error("{0}: {1}")]
     File(String, std::io::Error),
+    #[error("{}", no_credentials(*.profile))]
+    NoCredentials { profile: bool },
+}
+
+/// What names the credentials of S3, in this order. Without any of them, the metadata service of the cloud's machine is asked.
+const CREDENTIALS: &[&[&str]] = &[
+    &["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"],
+    &["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN"],
+    &["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"],
+    &["AWS_CONTAINER_CREDENTIALS_FULL_URI"],
+    &["AWS_SKIP_SIGNATURE"],
+];
+
+/// How long the metadata service may take: on a machine that has one, it answers at once.
+const METADATA: Duration = Duration::from_secs(5);
+
+fn names_credentials(is_set: impl Fn(&str) -> bool) -> bool {
+    CREDENTIALS.iter().any(|names| names.iter().all(|name| is_set(name)))
+}
+
+fn no_credentials(profile: bool) -> String {
+    let named: Vec<String> = CREDENTIALS[..4].iter().map(|names| names.join(" with ")).collect();
+    let ignored = match profile {
+        true => "AWS_PROFILE is set, but profiles and ~/.aws are not read",
+        false => "profiles and ~/.aws are not read",
+    };
+    format!(
+        "no credentials: none of {} is set, and the machine's metadata service gives none; {ignored}",
+        named.join(", ")
+    )
 }
 
 /// The store.
@@ -128,8 +158,19 @@ impl Blobs {
     /// # Errors
     /// When it cannot be listed.
     pub async fn probe(&self) -> Result<(), BlobError> {
-        self.store.list(Some(&self.prefix)).try_next().await?;
-        Ok(())
+        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let mut listed = self.store.list(Some(&self.prefix));
+        if names_credentials(is_set) {
+            listed.try_next().await?;
+            return Ok(());
+        }
+        // The client would try the metadata service again for half a minute.
+        match tokio::time::timeout(METADATA, listed.try_next()).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(BlobError::NoCredentials {
+                profile: is_set("AWS_PROFILE"),
+            }),
+        }
     }
 
     /// As [`Self::put`], with a known hash.
@@ -217,6 +258,19 @@ impl Blobs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn missing_credentials_are_named() {
+        let set = |given: &'static [&str]| names_credentials(|name| given.contains(&name));
+        assert!(set(&["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]));
+        assert!(set(&["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN", "AWS_PROFILE"]));
+        assert!(set(&["AWS_CONTAINER_CREDENTIALS_FULL_URI"]));
+        assert!(!set(&["AWS_ACCESS_KEY_ID", "AWS_PROFILE"]));
+        assert!(!set(&[]));
+        let told = BlobError::NoCredentials { profile: true }.to_string();
+        assert!(told.contains("AWS_ACCESS_KEY_ID with AWS_SECRET_ACCESS_KEY"), "{told}");
+        assert!(told.contains("AWS_PROFILE is set, but profiles"), "{told}");
+    }
 
     #[tokio::test]
     async fn blobs_are_addressed_by_hash_and_verified() {

@@ -9,7 +9,7 @@ use super::blobs::content_hash;
 use super::db::{identifier, is_unstorable, list, locking, number, optional_number};
 use super::pool::Transaction;
 use super::trainings::{NewTraining, Training, insert_training};
-use super::{Listed, Made, Page, Quotas, Registry, RegistryError, Usage, now};
+use super::{Listed, Made, Page, Queue, Quotas, Registry, RegistryError, Usage, now};
 use coar_core::concept::ConceptKind;
 use coar_core::engine::ConceptTokens;
 use coar_core::ids::{ConceptId, TenantId};
@@ -198,6 +198,7 @@ impl Registry {
             bytes: new.bytes,
         };
         self.check_quota(&mut transaction, tenant, new.quotas, addition).await?;
+        self.check_queue_in(&mut *transaction, Queue::Trainings, tenant).await?;
         let concept = insert_concept(&mut transaction, tenant, new, None).await?;
         let input = input_fingerprint(&new.images, spec)?;
         let first = NewTraining {

@@ -196,6 +196,14 @@ async fn first_connection(options: &AnyConnectOptions, within: Duration) -> Resu
 pub(super) async fn open_postgres(url: &str, migrations: &Migrator, connections: u32) -> Result<Pools, RegistryError> {
     sqlx::any::install_default_drivers();
     let options: AnyConnectOptions = url.parse()?;
+    if let Some(host) = super::postgres::unverified_host(url) {
+        tracing::warn!(
+            host,
+            "the database's certificate is not verified, and without TLS on the server the connection is not encrypted: \
+             add sslmode=verify-full to the database's address"
+        );
+    }
+    super::postgres::check_direct(&options).await?;
     // Without the limits below: a migration may take longer, and waits while another process migrates.
     first_connection(&options, CONNECT).await?.close().await?;
     let unlimited = AnyPoolOptions::new()

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use coar_core::error::{Error, ErrorKind};
 
-use crate::BlobError;
+use crate::{BlobError, Queue};
 
 /// The error code for work that another process has taken over.
 pub const LEASE_LOST: &str = "lease_lost";
@@ -55,12 +55,21 @@ pub enum RegistryError {
     /// A later version has migrated the database so that this one cannot use it.
     #[error("the database has been changed by a newer coar (schema {0}); use that version")]
     Newer(String),
+    /// Session settings, LISTEN and prepared statements do not work.
+    #[error(
+        "the database is behind a pooler in transaction mode (PgBouncer's pool_mode = transaction), which cannot work: \
+         connect to PostgreSQL itself, or set pool_mode = session for this database"
+    )]
+    Pooler,
     /// The same bytes are being removed, and the removal takes too long.
     #[error("the blob store is still removing the same bytes")]
     BlobBusy,
     /// A quota of the tenant is used up.
     #[error("the tenant has {used} {quota}; the limit is {limit}")]
     QuotaExceeded { quota: &'static str, used: u64, limit: u64 },
+    /// Too many jobs of all tenants wait, and the tenant has the most of them.
+    #[error("too many {} wait; the limit is {limit}", .queue.as_str())]
+    QueueFull { queue: Queue, limit: u32 },
     #[error("a row of the database cannot be read: {0}")]
     Row(String),
     #[error("{0}: {1}")]
@@ -134,6 +143,10 @@ impl From<RegistryError> for Error {
                 "The tenant has the last valid key with the scope `admin`; make one for another tenant first.",
             ),
             RegistryError::QuotaExceeded { quota, used, limit } => no_room(quota, used, limit),
+            RegistryError::QueueFull { queue, limit } => {
+                let message = format!("Too many {} are waiting; try again later.", queue.as_str());
+                Self::new(ErrorKind::Overloaded, "overloaded", message).limit(u64::from(limit))
+            }
             RegistryError::BlobBusy => Self::new(
                 ErrorKind::Unavailable,
                 "storage_busy",

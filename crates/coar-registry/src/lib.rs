@@ -13,6 +13,7 @@ pub mod blobs;
 mod concepts;
 mod db;
 mod error;
+mod filesystem;
 mod generations;
 mod holds;
 mod idempotency;
@@ -20,6 +21,7 @@ mod images;
 mod keys;
 mod overview;
 mod pool;
+mod postgres;
 mod processes;
 mod secrets;
 mod signals;
@@ -28,6 +30,7 @@ mod storage;
 mod tenants;
 mod trainings;
 mod versions;
+mod waiting;
 mod webhooks;
 
 use std::path::Path;
@@ -38,6 +41,7 @@ pub use concepts::{Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadat
 pub use db::Backend;
 use db::{Clock, Pools};
 pub use error::{LEASE_LOST, RegistryError};
+pub use filesystem::network_filesystem;
 pub use generations::{
     GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage,
 };
@@ -55,7 +59,8 @@ pub use storage::Storage;
 pub use tenants::{MinuteFull, Quotas, Tenant, Usage};
 pub use trainings::{ATTEMPTS, Claimed, NewTraining, Progress, TAKEOVERS, Training, TrainingFilter};
 pub use versions::Version;
-pub use webhooks::{Attempt, Delivery, NewDelivery};
+pub use waiting::{Queue, QueueLimits};
+pub use webhooks::{Attempt, DELIVERIES_AT_ONCE, Delivery, NewDelivery, Receiver};
 
 /// Database and blob store.
 #[derive(Debug, Clone)]
@@ -65,6 +70,7 @@ pub struct Registry {
     clock: Clock,
     presence: processes::Presence,
     process: coar_core::ids::ProcessId,
+    queues: QueueLimits,
     /// PostgreSQL's address.
     database: Option<std::sync::Arc<str>>,
     pub blobs: Blobs,

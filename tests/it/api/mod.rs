@@ -12,6 +12,7 @@ mod idempotency;
 mod images;
 mod isolation;
 mod lifecycle;
+mod listening;
 mod observe;
 mod quotas;
 mod shares;

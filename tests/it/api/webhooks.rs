@@ -187,3 +187,52 @@ async fn the_end_of_a_training_is_told_once_even_after_a_crash() {
     assert_eq!(app.post("/v1/generations", json!({"prompt": "a red car"})).await.0, 200);
     assert_eq!(inbox.came.lock().unwrap().len(), 1);
 }
+
+/// Takes connections and requests, answers none; counts the connections.
+async fn tarpit() -> (String, Arc<Mutex<usize>>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    let count = Arc::new(Mutex::new(0));
+    let counter = count.clone();
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            *counter.lock().unwrap() += 1;
+            held.push(stream);
+        }
+    });
+    (url, count)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receiver_that_never_answers_delays_no_other_tenant() {
+    let mut app = TestApp::start_with(&["--webhook-allow-private", "--rows", "2"]).await;
+    let key = app.create_key("a", "read,generate").await;
+    let other = app.create_key("b", "read,generate").await;
+    let (stuck, tries) = tarpit().await;
+    let queue = async |app: &TestApp, url: &str| {
+        let request = json!({"prompt": "a red car", "n": 10, "webhook_url": url});
+        let send = app
+            .request(reqwest::Method::POST, "/v1/generations")
+            .header("prefer", "respond-async");
+        let (status, queued) = answer(send.json(&request)).await;
+        assert_eq!(status, 202, "{queued}");
+        let path = format!("/v1/generations/{}/cancel", queued["id"].as_str().unwrap());
+        assert_eq!(app.post(&path, json!({})).await.0, 200);
+    };
+    app.key = Some(key);
+    for _ in 0..24 {
+        queue(&app, &stuck).await;
+    }
+    app.until("a delivery that hangs", || async {
+        (*tries.lock().unwrap() > 0).then_some(())
+    })
+    .await;
+    app.key = Some(other);
+    let (url, inbox) = receiver(&[]).await;
+    queue(&app, &url).await;
+    came(&app, &inbox, 1).await;
+    // Of 24 deliveries that are due, two at once have been tried, and after them nothing for the time of the pause.
+    let tries = *tries.lock().unwrap();
+    assert!(tries <= 4, "{tries} deliveries to the other receiver came first");
+}
