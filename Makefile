@@ -5,7 +5,7 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
+.PHONY: serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits neighbours fuzz-parsers gpu-check gpu-check-test
 
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
@@ -68,6 +68,11 @@ faults: libtorch
 # Single questions with a figure each, all of them or some: make limits QUESTIONS="lost_training sqlite_writers"
 limits: libtorch
 	tests/faults/run.sh $(or $(QUESTIONS),lost_training paused_worker handed_back sqlite_writers disk_full out_of_memory slow_clients registry)
+
+# One tenant at its worst, in every way that its scopes allow, beside another that works: docs/howto/neighbours.md.
+# make neighbours SECONDS=10 MODES=sqlite ONLY=uploads,streams
+neighbours: libtorch
+	tests/neighbours/run.sh
 
 # Every parser of foreign bytes, for 20 seconds each (SECONDS=N): docs/fuzzing.md.
 fuzz-parsers: libtorch
