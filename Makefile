@@ -13,7 +13,7 @@ help:
 		/^[a-z][a-z-]*:/ { split($$0, name, ":"); if (text != "") { split(text, line, "\n"); printf "%-16s%s\n", name[1], line[1]; \
 		for (i = 2; line[i] != ""; i++) printf "%-16s%s\n", "", line[i] } } { text = "" }' Makefile
 
-.PHONY: help serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check proxy pgbouncer deny sbom faults limits memory fuzz-parsers gpu-check gpu-check-test
+.PHONY: help serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check proxy pgbouncer deny sbom faults limits memory neighbours fuzz-parsers gpu-check gpu-check-test
 
 # Installs libtorch into ~/.cache/coar, linked from .libtorch.
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
@@ -87,6 +87,11 @@ limits: libtorch
 memory: libtorch
 	cargo build --bin coar
 	python3 tests/limits/memory.py
+
+# One tenant at its worst, in every way that its scopes allow, beside another that works: docs/howto/neighbours.md.
+# make neighbours SECONDS=10 MODES=sqlite ONLY=uploads,streams
+neighbours: libtorch
+	tests/neighbours/run.sh
 
 # Every parser of foreign bytes, for 20 seconds each (SECONDS=N): docs/fuzzing.md.
 fuzz-parsers: libtorch
