@@ -14,13 +14,17 @@ class Proxy:
     """
 
     def __init__(self, target: str, *cuts: str | int):
-        address = urlsplit(target)
-        self.target = (address.hostname, address.port)
+        self.aim(target)
         self.cuts = list(cuts)
         self.connections = 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
+
+    def aim(self, target: str) -> None:
+        """Where connections go from now on."""
+        address = urlsplit(target)
+        self.target = (address.hostname, address.port)
 
     def accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -31,7 +35,7 @@ class Proxy:
                 threading.Thread(target=self.serve, args=(client, cut), daemon=True).start()
 
     def serve(self, client: socket.socket, cut: str | int | None) -> None:
-        with client, socket.create_connection(self.target) as server, contextlib.suppress(OSError):
+        with client, contextlib.suppress(OSError), socket.create_connection(self.target) as server:
             if cut == "request":
                 server.sendall(read_request(client))
                 return

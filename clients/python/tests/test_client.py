@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 
 import PIL.Image
 import pytest
@@ -125,11 +126,14 @@ def test_images_are_generated_saved_and_drawn_again(coar, rex, tmp_path):
 
 @pytest.mark.parametrize(("output_format", "word"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
 def test_a_notebook_shows_the_image(coar, output_format, word):
-    image = coar.generate("a red car", seed=1, output_format=output_format)[0]
+    images = coar.generate("a red car", seed=1, output_format=output_format)
+    image = images[0]
     bundle = image._repr_mimebundle_()
     assert base64.b64decode(bundle[f"image/{output_format}"]) == image.bytes
     assert "seed=1" in bundle["text/plain"] and len(bundle["text/plain"]) < 200
     assert decoded(image.bytes).format == word
+    data = re.search(r'src="data:image/(\w+);base64,([^"]+)"', images._repr_html_())
+    assert (data[1], base64.b64decode(data[2])) == (output_format, image.bytes)
     png = image._repr_png_()
     assert png == image.bytes if output_format == "png" else png is None
 
@@ -252,8 +256,12 @@ def test_errors_have_the_servers_facts(coar, rex):
 
 
 def test_a_server_that_is_not_there():
-    with Coar("http://127.0.0.1:1", max_retries=0) as client, pytest.raises(ConnectionFailed) as caught:
-        client.models.list()
+    with Coar("http://127.0.0.1:1", max_retries=0) as client:
+        with pytest.raises(ConnectionFailed) as caught:
+            client.models.list()
+        for feed in (client.trainings.events("a"), client.generations.stream("a"), client.concepts.list()):
+            with pytest.raises(ConnectionFailed):
+                next(feed)
     assert caught.value.sent is False and caught.value.status is None
 
 

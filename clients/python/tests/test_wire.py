@@ -3,6 +3,8 @@
 import httpx2
 import pytest
 from conftest import PICTURES
+from proxy import Proxy
+from running import Server
 
 from coar_client import (
     Coar,
@@ -95,6 +97,30 @@ def test_a_training_is_followed_over_broken_connections(coar, proxy):
     previews = [event.preview.step for event in events if isinstance(event, PreviewReady)]
     assert len(previews) == len(set(previews))
     assert isinstance(events[-1], TrainingEnded) and events[-1].training.status == "succeeded"
+
+
+def test_a_training_is_followed_over_a_restart_of_the_server(tmp_path):
+    server = Server(tmp_path / "data").start()
+    through = Proxy(server.url)
+    heard = []
+
+    def restart_once(progress):
+        heard.append(progress)
+        if not restarts and progress.step >= 1:
+            restarts.append(progress.step)
+            server.stop()
+            through.aim(server.start().url)
+
+    restarts = []
+    try:
+        with Coar(through.url) as client:
+            concept = client.concepts.add("restarted", PICTURES, class_="cat", steps=20)
+            training = client.trainings.wait(concept.training, on_progress=restart_once)
+        assert restarts and restarts[0] < 20
+        assert training.status == "succeeded" and heard[-1].step == 20
+    finally:
+        through.close()
+        server.stop()
 
 
 def test_a_generations_stream_that_breaks_off_is_drawn_once(server, proxy):

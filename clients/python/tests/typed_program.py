@@ -13,6 +13,7 @@ from coar_client import (
     GenerationEvent,
     GenerationPlan,
     Image,
+    Images,
     Model,
     PreviewImage,
     ProgressEvent,
@@ -32,7 +33,8 @@ async def heard_later(progress: ProgressEvent) -> None:
 
 
 def synchronous(client: Coar) -> None:
-    assert_type(client.generate("a cat", n=2, seed=1), list[Image])
+    assert_type(client.generate("a cat", n=2, seed=1), Images)
+    assert_type(client.generate("a cat")[0], Image)
     assert_type(client.concepts.add("rex", [pathlib.Path("1.png"), b""], class_="cat", on_progress=heard), Concept)
     assert_type(client.concepts.list(kind="style"), Iterator[Concept])
     assert_type(client.concepts.versions("rex"), Iterator[Version])
@@ -52,7 +54,7 @@ def synchronous(client: Coar) -> None:
 
 
 async def asynchronous(client: AsyncCoar) -> None:
-    assert_type(await client.generate("a cat", n=2), list[Image])
+    assert_type(await client.generate("a cat", n=2), Images)
     assert_type(await client.concepts.add("rex", "1.png", class_="cat", on_progress=heard_later), Concept)
     assert_type(client.trainings.events("a"), AsyncIterator[TrainingEvent])
     async for event in client.generations.stream("a cat"):

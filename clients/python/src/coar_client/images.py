@@ -14,7 +14,7 @@ from typing import IO, Any, Protocol, Union, cast, runtime_checkable
 from .http import File
 from .objects import StoredImage
 
-__all__ = ["Image", "ImageFile", "ImageSource", "PreviewImage"]
+__all__ = ["Image", "ImageFile", "ImageSource", "Images", "PreviewImage"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,17 @@ class Image(ImageFile):
 
     def __repr__(self) -> str:
         return f"Image(seed={self.seed}, index={self.index}, {self.stored.width}x{self.stored.height}, {self.media_type})"
+
+
+class Images(list[Image]):
+    """Generated images. A notebook shows all of them."""
+
+    def _repr_html_(self) -> str:
+        def tag(image: Image) -> str:
+            data = base64.b64encode(image.bytes).decode()
+            return f'<img src="data:{image.media_type};base64,{data}" title="seed {image.seed}, index {image.index}">'
+
+        return " ".join(tag(image) for image in self)
 
 
 @dataclass(frozen=True)

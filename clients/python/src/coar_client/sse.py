@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import ConnectionFailed
 from .flow import Close, Feed, Item, Read, Send
 from .http import Reply, Request
 
@@ -55,13 +56,19 @@ class Decoder:
             return None
 
 
+class StreamBroken(ConnectionFailed):
+    """The connection was there and broke off."""
+
+
 def server_events(request: Request) -> Feed[ServerEvent]:
-    """The events of one connection, until it ends."""
+    """The events of one connection, until it ends. Raises StreamBroken where it breaks off."""
     reply: Reply = yield Send(request)
     decoder = Decoder()
     try:
         while (piece := (yield Read(reply.connection))) is not None:
             for event in decoder.feed(piece):
                 yield Item(event)
+    except ConnectionFailed as failed:
+        raise StreamBroken(failed.message, sent=True) from failed
     finally:
         yield Close(reply.connection)

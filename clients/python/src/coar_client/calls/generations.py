@@ -10,9 +10,9 @@ from ..errors import ConnectionFailed, GenerationFailed, ServerError
 from ..events import DrawingProgress, GenerationEnded, GenerationEvent, GenerationQueued, ImageReady, PartialImage
 from ..flow import Feed, Flow, Item, Pause, Transmit, mapped, pause
 from ..http import Request
-from ..images import Image, ImageFile
+from ..images import ImageFile, Images
 from ..objects import Generation, GenerationPlan, GenerationProgress, GenerationStatus, StoredImage, decode
-from ..sse import ServerEvent, server_events
+from ..sse import ServerEvent, StreamBroken, server_events
 from . import images
 from .common import body_and_key, id_of, nothing, one, pages
 
@@ -137,7 +137,8 @@ def stream(prompt: str, *, partial_images: int | None = None, **options: Unpack[
                     failures = 0
                     continue
             except (ConnectionFailed, ServerError) as failed:
-                if failures >= RECONNECTS or failed.status == 500:
+                contact = drawing.generation or failures or isinstance(failed, StreamBroken)
+                if not contact or failures >= RECONNECTS or failed.status == 500:
                     raise
             if not drawing.ended:
                 yield Pause(pause(failures))
@@ -191,7 +192,7 @@ def delete(generation: str | Generation) -> Flow[None]:
     return nothing(Request(method="DELETE", path=http.path("generations", id_of(generation))))
 
 
-def generate(prompt: str, **options: Unpack[DrawOptions]) -> Flow[list[Image]]:
+def generate(prompt: str, **options: Unpack[DrawOptions]) -> Flow[Images]:
     """Draws, waits, and downloads the images, in the order of their index."""
     generation = yield from create(prompt, **options)
     return (yield from images.of(generation))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import http
 from ..flow import Flow
-from ..images import Image, ImageFile
+from ..images import Image, ImageFile, Images
 from ..objects import Generation, StoredImage
 from .common import content, media_type
 
@@ -23,9 +23,9 @@ def download(stored: StoredImage) -> Flow[Image]:
     return Image(file.bytes, file.media_type, stored)
 
 
-def of(generation: Generation) -> Flow[list[Image]]:
+def of(generation: Generation) -> Flow[Images]:
     """Every image of a generation, in the order of their index."""
-    files = []
+    files = Images()
     for stored in sorted(generation.images, key=lambda stored: stored.index):
         files.append((yield from download(stored)))
     return files

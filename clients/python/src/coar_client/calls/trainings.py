@@ -9,7 +9,7 @@ from ..flow import Feed, Flow, Item, Pause, consumed, mapped, pause
 from ..images import PreviewImage
 from ..objects import Concept, Preview, Training, TrainingStatus, TrainingWithLosses, decode
 from ..progress import OnProgress, listeners, report
-from ..sse import ServerEvent, server_events
+from ..sse import ServerEvent, StreamBroken, server_events
 from .common import content, id_of, media_type, one, pages
 
 #: Connections in a row that bring no event before following is given up: a restart of the server takes less.
@@ -67,16 +67,18 @@ def events(training: str | Training) -> Feed[TrainingEvent]:
     """What happens, beginning with the present state. Connects again when the connection breaks off, until the training has ended."""
     request = http.get(http.path("trainings", id_of(training), "events"), stream=True)
     follower = _Follower()
-    silent = 0
+    silent, contact = 0, False
     while True:
         follower.heard = False
         try:
             yield from mapped(server_events(request), follower.take)
         except (ConnectionFailed, ServerError) as failed:
-            if silent >= RECONNECTS or failed.status == 500:
+            contact = contact or follower.heard or isinstance(failed, StreamBroken)
+            if not contact or silent >= RECONNECTS or failed.status == 500:
                 raise
         if follower.ended:
             return
+        contact = True
         silent = 0 if follower.heard else silent + 1
         yield Pause(pause(silent))
 
