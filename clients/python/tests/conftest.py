@@ -22,7 +22,7 @@ def rex_concept(coar, rex) -> Concept:
 
 @pytest.fixture
 def proxy(server):
-    """Makes proxies in front of the server; each cuts its first connections as it is told."""
+    """Makes proxies in front of the server; each cuts its first connections in the given ways."""
     made = []
 
     def make(*cuts):

@@ -1,11 +1,12 @@
 """Parts that need no server."""
 
+import inspect
 import io
 
 import PIL.Image
 import pytest
 
-from coar_client import Coar, CoarError, ImageFile, Progress, ProgressEvent, ServerError, StoredImage
+from coar_client import AsyncCoar, Coar, CoarError, ImageFile, Progress, ProgressEvent, ServerError, StoredImage
 from coar_client.http import Reply, refusal
 from coar_client.images import uploads
 from coar_client.objects import decode
@@ -83,3 +84,17 @@ def test_a_line_of_progress():
 def test_a_stored_image_is_shown_short():
     stored = StoredImage(id="image_1", index=0, seed=1, url="http://x", width=1, height=1, content_hash="a")
     assert stored == StoredImage(id="image_1", index=0, seed=1, url="http://x", width=1, height=1, content_hash="a", raw={"new": 1})
+
+
+def calls(client):
+    """Every method of a client, with the flow or feed behind it."""
+    found = {"": vars(type(client))} | {name: vars(type(one)) for name, one in vars(client).items() if not name.startswith("_")}
+    return {(resource, name): method.make for resource, methods in found.items() for name, method in methods.items() if hasattr(method, "make")}
+
+
+def test_both_clients_have_the_same_calls():
+    assert calls(Coar()) == calls(AsyncCoar())
+    assert len(calls(Coar())) > 30
+    for client, result in ((Coar(), "list[Model]"), (AsyncCoar(), "Awaitable[list[Model]]")):
+        assert inspect.signature(client.models.list).return_annotation == result
+        assert client.models.list.__doc__ and "seed" in inspect.signature(client.generate).parameters
