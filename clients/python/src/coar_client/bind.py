@@ -65,7 +65,7 @@ def _signature(make: Callable[..., Any], result: str) -> inspect.Signature:
         if found := re.fullmatch(r"Unpack\[(\w+)\]", str(parameter.annotation)):
             taken = getattr(options, found[1])
             parameters += [
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint.__forward_arg__)
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=getattr(hint, "__forward_arg__", hint))
                 for name, hint in taken.__annotations__.items()
             ]
         else:
