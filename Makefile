@@ -64,7 +64,7 @@ operations: libtorch
 ui: libtorch
 	tests/ui/run.sh
 
-# The official OpenAI package against the real server. Installs it into target/.
+# The official OpenAI package, the examples and the Python client (clients/python) against the real server. Installs into target/.
 sdk: libtorch
 	tests/sdk/run.sh
 
