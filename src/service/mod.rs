@@ -28,7 +28,7 @@ pub use quota::{Admitted, Allowance, Standing, Tallies};
 pub use shares::{Full, Share, Shares};
 pub use tenants::QuotaChange;
 pub use trainings::{Queued, TrainingQuery, TrainingSettings};
-pub use uploads::{Receiving, Upload};
+pub use uploads::{Receiving, Room, Upload};
 
 use crate::cluster::Executor;
 use crate::config::Config;
