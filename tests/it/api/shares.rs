@@ -81,7 +81,7 @@ async fn a_tenants_streams_are_counted_and_leave_room_for_others() {
 #[tokio::test(flavor = "multi_thread")]
 async fn health_is_answered_when_all_connections_are_taken() {
     let app = TestApp::start_with(&["--connections=6", "--header-timeout=600"]).await;
-    let ask = |path: &str| opened(&app, &format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n"));
+    let ask = |path: &str| opened(&app, &format!("GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"));
     // Each stays open after its answer; one beyond the limit is closed.
     let mut held = Vec::new();
     let beyond = loop {
