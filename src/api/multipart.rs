@@ -5,7 +5,7 @@ use axum::extract::multipart::{Field, MultipartError};
 use bytes::{Bytes, BytesMut};
 
 use super::extract::too_slow;
-use crate::service::{Limits, Registration};
+use crate::service::{Limits, Registration, image_fault};
 use coar_core::error::{Error, ErrorKind};
 
 /// The largest text field, in bytes.
@@ -83,10 +83,15 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
                 .limit(limits.images as u64));
             }
             let limit = limits.image.bytes;
-            let image = bytes(part, limit)
-                .await?
-                .ok_or_else(|| too_large("image_too_large", "images".to_owned(), limit).of_kind(ErrorKind::TooLarge))?;
+            let file_name = part.file_name().unwrap_or_default().to_owned();
+            let image = bytes(part, limit).await?.ok_or_else(|| {
+                let problem = format!("has more than {limit} bytes, the limit");
+                image_fault("image_too_large", registration.images.len(), &file_name, problem)
+                    .of_kind(ErrorKind::TooLarge)
+                    .limit(limit as u64)
+            })?;
             registration.images.push(image);
+            registration.file_names.push(file_name);
             continue;
         }
         let limit = if name == "metadata" { METADATA_LIMIT } else { TEXT_LIMIT };

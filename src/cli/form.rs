@@ -64,11 +64,13 @@ impl FormArgs {
 
     /// For this process's own service.
     pub(super) fn registration(&self, images: Vec<(String, Bytes)>) -> Registration {
+        let (file_names, images) = images.into_iter().unzip();
         Registration {
             name: Some(self.name.clone()),
             kind: Some(self.kind.clone()),
             class: self.class.clone(),
-            images: images.into_iter().map(|(_, bytes)| bytes).collect(),
+            images,
+            file_names,
             captions: self.captions.clone(),
             method: self.method.clone(),
             steps: self.steps,

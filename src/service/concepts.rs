@@ -4,6 +4,7 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use super::facts::{check_description, read_metadata};
+use super::reference_images::image_error;
 use super::trainings::TrainingSettings;
 use super::{Caller, PRIORITY_LIMIT, Service};
 use crate::registry::blobs::content_hash;
@@ -27,6 +28,9 @@ pub struct Registration {
     /// Encoded images.
     #[serde(serialize_with = "crate::registry::blobs::hashes")]
     pub images: Vec<Bytes>,
+    /// The images' file names, for messages; empty where there is none.
+    #[serde(skip)]
+    pub file_names: Vec<String>,
     pub captions: Vec<String>,
     /// `coar`, `coar-text`, `textual-inversion`; `None`: the preset's.
     pub method: Option<String>,
@@ -119,22 +123,6 @@ fn clean(bytes: &Bytes, limits: &ImageLimits) -> Result<Vec<u8>, ImageError> {
     encode(&decode(bytes, limits)?, OutputFormat::Png, &[])
 }
 
-fn image_error(error: &ImageError) -> Error {
-    let (code, kind, limit) = match error {
-        ImageError::UnknownFormat | ImageError::Heic => ("unknown_image_format", ErrorKind::Invalid, None),
-        ImageError::TooManyBytes { limit, .. } => ("image_too_large", ErrorKind::TooLarge, Some(*limit as u64)),
-        ImageError::TooManyPixels { pixels, .. } => ("image_too_many_pixels", ErrorKind::Invalid, Some(*pixels)),
-        ImageError::NoPixels { .. } | ImageError::Truncated { .. } | ImageError::Damaged(_) => {
-            ("damaged_image", ErrorKind::Invalid, None)
-        }
-    };
-    let told = Error::field(code, "images", error.to_string()).of_kind(kind);
-    match limit {
-        Some(limit) => told.limit(limit),
-        None => told,
-    }
-}
-
 impl Service {
     /// Checks a registration, stores its images, and queues its training. Nothing is left of a refused one.
     ///
@@ -142,6 +130,7 @@ impl Service {
     /// The first value that cannot be used; a name that is taken.
     pub async fn register(&self, caller: &Caller, mut registration: Registration) -> Result<Registered, Error> {
         let images = std::mem::take(&mut registration.images);
+        let file_names = std::mem::take(&mut registration.file_names);
         let (mut new, spec) = self.check(registration)?;
         let count = images.len();
         if count == 0 || count > self.limits.images {
@@ -165,14 +154,14 @@ impl Service {
         }
         let limits = self.limits.image;
         let cleaned = tokio::task::spawn_blocking(move || {
-            images
-                .iter()
-                .map(|bytes| clean(bytes, &limits))
-                .collect::<Result<Vec<_>, _>>()
+            let cleaned = images.iter().enumerate().map(|(index, bytes)| {
+                let name = file_names.get(index).map_or("", String::as_str);
+                clean(bytes, &limits).map_err(|error| image_error(&error, index, name))
+            });
+            cleaned.collect::<Result<Vec<_>, _>>()
         })
         .await
-        .map_err(Error::internal)?
-        .map_err(|error| image_error(&error))?;
+        .map_err(Error::internal)??;
         new.images = cleaned.iter().map(|png| content_hash(png)).collect();
         let input = input_fingerprint(&new.images, &spec)?;
         if let Some(taken) = taken {

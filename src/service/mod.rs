@@ -11,6 +11,7 @@ mod keys;
 mod links;
 mod placement;
 mod quota;
+mod reference_images;
 mod tenants;
 mod trainings;
 
@@ -23,6 +24,7 @@ pub use generations::{Begun, GenerationInput, GenerationView};
 pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};
 pub use quota::{Admitted, Allowance, Standing, Tallies};
+pub use reference_images::image_fault;
 pub use tenants::QuotaChange;
 pub use trainings::{Queued, TrainingQuery, TrainingSettings};
 

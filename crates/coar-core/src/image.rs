@@ -1,10 +1,13 @@
 //! Images in memory: untrusted bytes are decoded under limits, and own images are encoded.
 
+mod colour;
 mod encode;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
 mod header;
+mod jpeg;
+mod unsupported;
 mod xmp;
 
 use std::io::Cursor;
@@ -14,7 +17,9 @@ use image::codecs::{jpeg::JpegDecoder, png::PngDecoder, webp::WebPDecoder};
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder};
 
+use colour::Conversion;
 pub use encode::{OutputFormat, encode};
+pub use unsupported::Unsupported;
 
 /// 8-bit RGB, row by row: `rgb.len() == 3 * width * height`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +43,7 @@ impl ImageFormat {
     pub fn of_bytes(bytes: &[u8]) -> Option<Self> {
         match bytes {
             [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => Some(Self::Png),
-            [0xff, 0xd8, 0xff, ..] => Some(Self::Jpeg),
+            [0xff, 0xd8, rest @ ..] if jpeg::begins(rest) => Some(Self::Jpeg),
             [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Some(Self::WebP),
             _ => None,
         }
@@ -109,11 +114,12 @@ pub enum ImageError {
     /// Not a supported format, by its first bytes.
     #[error("is not a JPEG, PNG or WebP image")]
     UnknownFormat,
-    /// HEIF brands, the default format of phone cameras; not supported.
-    #[error(
-        "is a HEIC image; convert it to JPEG (an iPhone writes JPEG with Settings > Camera > Formats > Most Compatible)"
-    )]
-    Heic,
+    /// A file without bytes.
+    #[error("is an empty file")]
+    EmptyFile,
+    /// A known kind that is not supported.
+    #[error("{0}")]
+    Unsupported(Unsupported),
     /// The file has too many bytes.
     #[error("has {actual} bytes, the limit is {limit}")]
     TooManyBytes { actual: usize, limit: usize },
@@ -140,9 +146,10 @@ impl ImageError {
     /// A stable error code.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::UnknownFormat | Self::Heic => "not_an_image",
+            Self::Unsupported(kind) if kind.is_jpeg() => "image_unsupported",
+            Self::UnknownFormat | Self::Unsupported(_) => "not_an_image",
             Self::TooManyBytes { .. } | Self::TooManyPixels { .. } => "image_too_large",
-            Self::NoPixels { .. } => "image_empty",
+            Self::NoPixels { .. } | Self::EmptyFile => "image_empty",
             Self::Truncated { .. } => "image_truncated",
             Self::Damaged(_) => "image_damaged",
         }
@@ -157,7 +164,7 @@ impl RgbImage {
 }
 
 /// Decodes a JPEG, PNG or WebP file, detected by its content, under `limits`. Of an animation the first frame is
-/// used; EXIF orientation is applied. The result is RGB as produced by the reference's pipeline: grey is copied to
+/// used; EXIF orientation is applied, and colours of another space are converted to sRGB. The result is RGB as produced by the reference's pipeline: grey is copied to
 /// all channels, 16-bit samples lose the lower byte, transparency is blended onto white
 /// (`ItemProcessor._whiten_transparency`).
 ///
@@ -180,7 +187,7 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError
             side: limits.side,
         });
     }
-    if !header.complete {
+    if !header.complete && !header.jpeg.unmarked_end {
         return Err(ImageError::Truncated { format: header.format });
     }
     // The decoders are memory-safe, but they may panic on a malformed file, which must only fail this request.
@@ -203,7 +210,14 @@ fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbImage, Imag
                 header,
             )
         }
-        ImageFormat::Jpeg => to_rgb(JpegDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
+        ImageFormat::Jpeg => {
+            if header.jpeg.unmarked_end && !jpeg::has_all_data(bytes) {
+                return Err(ImageError::Truncated { format });
+            }
+            let repaired = (header.jpeg.unmarked_end || header.jpeg.junk).then(|| jpeg::repaired(bytes, &[]));
+            let bytes = repaired.as_deref().unwrap_or(bytes);
+            to_rgb(JpegDecoder::new(Cursor::new(bytes)).map_err(fault)?, header)
+        }
         ImageFormat::WebP => to_rgb(WebPDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
     }
 }
@@ -213,7 +227,14 @@ fn decoding_fault(format: ImageFormat, error: image::ImageError) -> ImageError {
         image::ImageError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
             ImageError::Truncated { format }
         }
-        other => ImageError::Damaged(other.to_string()),
+        error => {
+            tracing::debug!(%error, "an image cannot be decoded");
+            ImageError::Damaged(match error {
+                image::ImageError::Limits(_) => format!("its {format} data needs more memory than allowed"),
+                image::ImageError::Unsupported(_) => format!("its {format} data uses a feature that is not supported"),
+                _ => format!("its {format} data cannot be read; save the image again"),
+            })
+        }
     }
 }
 
@@ -228,15 +249,19 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
     // Unreadable metadata is ignored.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let colour = decoder.color_type();
+    let conversion = Conversion::of(&mut decoder, &header.colour);
     let mut samples = vec![0; usize::try_from(decoder.total_bytes()).map_err(|_| damaged("it is too large"))?];
     decoder.read_image(&mut samples).map_err(fault)?;
-    let samples = match colour {
+    let mut samples = match colour {
         ColorType::L16 | ColorType::La16 | ColorType::Rgb16 | ColorType::Rgba16 => samples
             .chunks_exact(2)
             .map(|pair| (u16::from_ne_bytes([pair[0], pair[1]]) >> 8) as u8)
             .collect(),
         _ => samples,
     };
+    if let Some(conversion) = conversion {
+        conversion.apply(&mut samples, colour.channel_count());
+    }
     let rgb = match colour.channel_count() {
         1 => samples.into_iter().flat_map(|grey| [grey; 3]).collect(),
         2 => whiten(
