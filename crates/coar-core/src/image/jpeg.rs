@@ -66,14 +66,16 @@ fn next_marker(bytes: &[u8], mut at: usize) -> Option<(usize, u8)> {
 }
 
 /// The next marker after entropy-coded data, in which `ff 00` is a stuffed byte and `ff d0..d7` a restart.
-fn end_of_scan(bytes: &[u8], mut at: usize) -> usize {
+fn end_of_scan(bytes: &[u8], from: usize) -> usize {
+    let mut at = from;
     while let Some((found, marker)) = next_marker(bytes, at) {
         if !matches!(marker, 0xd0..=0xd7) {
             return found;
         }
         at = found + 2;
     }
-    bytes.len() - usize::from(bytes.last() == Some(&0xff))
+    // The first half of a marker is no data.
+    (bytes.len() - usize::from(bytes.last() == Some(&0xff))).max(from)
 }
 
 /// The restart markers in entropy-coded data.
@@ -213,9 +215,9 @@ impl Frame {
             _ => (0, 63, 0),
         };
         self.scans += 1;
-        let all_at_once = count == self.components.len();
+        let ordinary = self.progressive || (count == self.components.len() && self.scans == 1);
         // The decoder gets ordinary sampling wrong there, and the rest where a byte follows a scan.
-        if !self.progressive && !(all_at_once && self.scans == 1) {
+        if !ordinary {
             return Err(Unsupported::JpegScans);
         }
         self.units = self.units(of_scan);

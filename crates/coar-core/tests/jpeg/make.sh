@@ -27,7 +27,7 @@ for restart in 0 1 2B; do
 done
 djpeg -rgb -ppm grey-baseline-0.jpg >grey.ppm
 
-# Baseline with a scan for each component: decoded at full height only.
+# Baseline with a scan for each component: refused by name.
 printf '0;\n1;\n2;\n' >scans.txt
 for sampling in 1x1 2x1 1x2 2x2; do
     encode -sample "$sampling" -scans scans.txt >"$sampling-scans-0.jpg"

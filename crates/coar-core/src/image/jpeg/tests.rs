@@ -143,6 +143,20 @@ fn a_component_that_no_scan_sends_is_missing_data() {
     assert_eq!(read_all(&without).unwrap_err().code(), "image_truncated");
 }
 
+#[test]
+fn half_a_marker_at_any_place_is_no_panic() {
+    for name in ["grey-baseline-0", "2x2-baseline-1", "2x2-progressive-2B"] {
+        let file = sample(name);
+        for end in 3..file.len() {
+            let mut cut = file[..end].to_vec();
+            let _ = read(&cut);
+            cut[end - 1] = 0xff;
+            let _ = read(&cut);
+            assert!(repaired(&cut, &[]).len() <= end + 2);
+        }
+    }
+}
+
 /// The frame header's marker and data, changed.
 fn with_frame(change: impl FnOnce(&mut u8, &mut [u8])) -> Result<RgbImage, ImageError> {
     let mut file = sample("2x2-baseline-0");
