@@ -5,13 +5,23 @@
 LISTEN ?= 127.0.0.1:8080
 DATA ?= data
 
-.PHONY: serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check deny sbom faults limits fuzz-parsers gpu-check gpu-check-test
+.DEFAULT_GOAL := help
 
+# The targets of this file.
+help:
+	@awk '/^#/ { text = text substr($$0, 2) "\n"; next } \
+		/^[a-z][a-z-]*:/ { split($$0, name, ":"); if (text != "") { split(text, line, "\n"); printf "%-16s%s\n", name[1], line[1]; \
+		for (i = 2; line[i] != ""; i++) printf "%-16s%s\n", "", line[i] } } { text = "" }' Makefile
+
+.PHONY: help serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check proxy pgbouncer deny sbom faults limits memory neighbours fuzz-parsers gpu-check gpu-check-test
+
+# Installs libtorch into ~/.cache/coar, linked from .libtorch.
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
 
 .libtorch/torch/lib/libtorch_cpu.so:
 	./scripts/install-libtorch.sh
 
+# The server and its command line: target/release/coar.
 build: libtorch
 	cargo build --release --bin coar
 
@@ -19,9 +29,11 @@ build: libtorch
 build-lab: libtorch
 	cargo build --release -p coar-lab
 
+# Builds, and serves the pocket model on LISTEN (127.0.0.1:8080) with its data in DATA (./data).
 serve: build
 	./target/release/coar serve --listen $(LISTEN) --data $(DATA)
 
+# Every test of every crate.
 test: libtorch
 	cargo test --workspace
 
@@ -52,14 +64,16 @@ operations: libtorch
 ui: libtorch
 	tests/ui/run.sh
 
-# The official OpenAI package against the real server. Installs it into target/.
+# The official OpenAI package, the examples and the Python client (clients/python) against the real server. Installs into target/.
 sdk: libtorch
 	tests/sdk/run.sh
 
-# Requests made from /openapi.json, against the real server. Installs the fuzzer into target/.
+# Requests made from /openapi.json, against the real server, and fewer of them on PostgreSQL and S3, where there is PostgreSQL.
+# Installs the fuzzer into target/.
 fuzz: libtorch
 	cargo build --bin coar
 	tests/fuzz_api/run.sh
+	./scripts/with-postgres.sh tests/fuzz_api/run.sh 3
 
 # Real processes that are killed, stopped, cut off and filled up at random: make faults SEED=7 FAULTS=200 MINUTES=40 ONLY=kill_worker
 faults: libtorch
@@ -68,6 +82,16 @@ faults: libtorch
 # Single questions with a figure each, all of them or some: make limits QUESTIONS="lost_training sqlite_writers"
 limits: libtorch
 	tests/faults/run.sh $(or $(QUESTIONS),lost_training paused_worker handed_back sqlite_writers disk_full out_of_memory slow_clients registry)
+
+# What one tenant's uploads and concepts can make a default server's memory grow by; fails above 256 MB.
+memory: libtorch
+	cargo build --bin coar
+	python3 tests/limits/memory.py
+
+# One tenant at its worst, in every way that its scopes allow, beside another that works: docs/howto/neighbours.md.
+# make neighbours SECONDS=10 MODES=sqlite ONLY=uploads,streams
+neighbours: libtorch
+	tests/neighbours/run.sh
 
 # Every parser of foreign bytes, for 20 seconds each (SECONDS=N): docs/fuzzing.md.
 fuzz-parsers: libtorch
@@ -106,6 +130,16 @@ samples: build-lab
 deploy-check:
 	tests/deploy/run.sh
 
+# Studio, documentation, API and events behind a real nginx with the configurations of docs/howto/service.md, at the root and under a
+# path. Says so and passes where there is no nginx.
+proxy: libtorch
+	cargo build --bin coar
+	tests/proxy/run.sh
+
+# That a PgBouncer in transaction mode is refused, with a real one. Says so and passes where there is none.
+pgbouncer:
+	scripts/with-postgres.sh tests/pgbouncer/run.sh
+
 # Licences, sources, duplicates and known faults of the dependencies, by deny.toml. The tool is built on first use, into target/tools
 # (four minutes on two cores). Tool and database of faults come from the network: what cannot be fetched is skipped, loudly.
 deny:
@@ -114,7 +148,7 @@ deny:
 # What the program is made of, as CycloneDX 1.5: target/coar.cdx.json.
 sbom: target/tools/bin/cargo-cyclonedx
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) target/tools/bin/cargo-cyclonedx cyclonedx --format json --spec-version 1.5 --target x86_64-unknown-linux-gnu --override-filename coar.cdx
-	python3 scripts/sbom.py coar.cdx.json scripts/install-libtorch.sh > target/coar.cdx.json
+	python3 scripts/sbom.py coar.cdx.json scripts/libtorch-cpu.txt > target/coar.cdx.json
 	rm -f coar.cdx.json crates/*/coar.cdx.json
 	@echo target/coar.cdx.json
 

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 version=2.11.0
+grep -q "^torch==$version " scripts/libtorch-cpu.txt || { echo "error: scripts/libtorch-cpu.txt has no hashes of torch $version" >&2; exit 1; }
 cache="${COAR_LIBTORCH_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coar/libtorch-$version}"
 if [ -n "${LIBTORCH:-}" ] && [ -e "$LIBTORCH/lib/libtorch_cpu.so" ]; then
     echo "using the libtorch at LIBTORCH=$LIBTORCH; it must be $version"
@@ -16,7 +17,7 @@ if [ ! -e "$cache/torch/lib/libtorch_cpu.so" ]; then
     partial="$(mktemp -d "$cache.partial.XXXXXX")"
     trap 'rm -rf "$partial"' EXIT
     python3 -m pip install --quiet --disable-pip-version-check --no-compile --root-user-action=ignore --target "$partial" --no-deps \
-        "torch==$version" nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85
+        --only-binary=:all: --require-hashes --requirement scripts/libtorch-cpu.txt
     rm -rf "$cache"
     mv -T "$partial" "$cache"
     trap - EXIT

@@ -1,6 +1,6 @@
-"""Completes cargo's bill of materials with what cargo does not know of: `python sbom.py BOM INSTALL_LIBTORCH > COMPLETE`.
+"""Completes cargo's bill of materials with what cargo does not know of: `python sbom.py BOM REQUIREMENTS > COMPLETE`.
 
-The libraries that scripts/install-libtorch.sh fetches, with the versions that it pins, are added,
+The libraries that scripts/install-libtorch.sh fetches, with the versions that REQUIREMENTS pins, are added,
 and the program depends on them.
 """
 
@@ -11,9 +11,8 @@ import sys
 
 # Without the folder that it was made in, which would make each bill a different file.
 bom = json.loads(open(sys.argv[1]).read().replace(f"file://{os.getcwd()}", "file:///coar"))
-script = open(sys.argv[2]).read()
-version = re.search(r"^version=(\S+)", script, re.MULTILINE)[1]
-pinned = {"torch": version, **dict(re.findall(r"(nvidia-[a-z-]+)==([0-9.]+)", script))}
+requirements = open(sys.argv[2]).read()
+pinned = dict(re.findall(r"^(torch|nvidia-[a-z-]+)==([0-9.]+)", requirements, re.MULTILINE))
 licences = {"torch": {"license": {"id": "BSD-3-Clause"}}}
 proprietary = {"license": {"name": "NVIDIA CUDA Toolkit End User License Agreement"}}
 root = bom["metadata"]["component"]["bom-ref"]

@@ -1,25 +1,26 @@
 //! Wires the rooms together, starts and stops them in order.
 
+mod notify;
 mod parts;
 mod worker;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::{self, AppState, router};
-use crate::cluster::{Executor, Fleet, Streams, worker_token};
+use crate::cluster::{Executor, Fleet, Streams};
 use crate::config::{Config, Role};
 use crate::jobs::Wakes;
-use crate::registry::Backend;
-use crate::service::{Keys, Limits, Links, Service, Tallies};
+use crate::registry::{Backend, Registry};
+use crate::service::{Keys, Limits, Links, Service, Shares, Tallies};
 use coar_core::engine::EngineHandle;
 use parts::{Device, Opened};
+
+pub use crate::api::Listener;
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
@@ -37,14 +38,17 @@ const HAND_BACK: Duration = Duration::from_secs(10);
 /// fails.
 pub async fn serve(
     config: Config,
-    listener: TcpListener,
+    listener: Listener,
     load: impl FnOnce() -> anyhow::Result<EngineHandle> + Send + 'static,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let config = Arc::new(config);
     let opened = parts::open(&config).await?;
     match config.role {
-        Role::Worker => worker::serve(config, opened, listener, load, stop).await,
+        Role::Worker => match listener {
+            Listener::Tcp(listener) => worker::serve(config, opened, listener, load, stop).await,
+            Listener::Unix(..) => anyhow::bail!("a worker cannot listen on a Unix socket"),
+        },
         Role::All | Role::Api => serve_api(config, opened, listener, load, stop).await,
     }
 }
@@ -53,20 +57,20 @@ pub async fn serve(
 const LOOK: Duration = Duration::from_secs(2);
 
 /// Without keys only loopback is served. An API process waits for the first key: until then it answers health routes only.
-async fn check_keys(keys: &Keys, role: Role, address: SocketAddr) -> anyhow::Result<()> {
+async fn check_keys(registry: &Registry, role: Role, (address, local): (&str, bool)) -> anyhow::Result<()> {
     let mut told = false;
-    while role == Role::Api && !address.ip().is_loopback() && !keys.required().await? {
+    while role == Role::Api && !local && !registry.keys_required().await? {
         if !std::mem::replace(&mut told, true) {
             tracing::warn!("waiting for the first key: `coar keys create --tenant NAME` with this --database");
         }
         tokio::time::sleep(LOOK).await;
     }
-    if keys.required().await? {
+    if registry.keys_required().await? {
         tracing::info!("callers need a key");
         return Ok(());
     }
     anyhow::ensure!(
-        address.ip().is_loopback(),
+        local,
         "no API keys are configured, so anyone who can reach {address} would have full access: create one with \
          `coar keys create --tenant NAME` and this server's --data or --database, or listen on 127.0.0.1"
     );
@@ -77,35 +81,41 @@ async fn check_keys(keys: &Keys, role: Role, address: SocketAddr) -> anyhow::Res
 async fn serve_api(
     config: Arc<Config>,
     opened: Opened,
-    listener: TcpListener,
+    listener: Listener,
     load: impl FnOnce() -> anyhow::Result<EngineHandle> + Send + 'static,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let Opened { registry, lock } = opened;
-    let (keys, address) = (Keys::new(registry.clone()), listener.local_addr()?);
+    let keys = Keys::new(registry.clone());
+    let (address, local) = (listener.url()?, listener.is_local()?);
+    // Others reach it: whatever the database says, now or later, no caller is served without a key.
+    if !local {
+        keys.require();
+    }
     if config.role == Role::All {
-        check_keys(&keys, config.role, address).await?;
+        check_keys(&registry, config.role, (&address, local)).await?;
     }
     // Tests and scripts that ask for port 0 read the address from this line.
-    println!("listening on http://{address}");
+    println!("listening on {address}");
     // Web-hooks name images by it: there is no request whose Host header could be used.
     let own_address = match &config.public_url {
         Some(url) => url.trim_end_matches('/').to_owned(),
-        None => format!("http://{address}"),
+        None if address.starts_with("unix:") => String::new(),
+        None => address.clone(),
     };
-    let state = AppState::new(config.clone());
+    let state = AppState::new(config.clone(), keys.clone(), listener.address()?);
     let (tracker, closing) = (TaskTracker::new(), CancellationToken::new());
     let http = {
         let (router, closing) = (router(state.clone()), closing.clone());
         let limits = config.limits;
         tokio::spawn(async move { api::listen(listener, router, &limits, closing).await })
     };
-    let (secret, streams) = (registry.server_secret().await?, Streams::default());
+    let (secrets, streams) = (parts::secrets(&registry).await?, Streams::default());
     let (executor, engine) = match config.role {
         Role::Api => {
             let found = async {
-                check_keys(&keys, config.role, address).await?;
-                Fleet::find(registry.clone(), worker_token(&secret), streams.clone()).await
+                check_keys(&registry, config.role, (&address, local)).await?;
+                Fleet::find(registry.clone(), secrets.clone(), streams.clone()).await
             };
             let fleet = tokio::select! {
                 fleet = found => fleet?,
@@ -126,7 +136,7 @@ async fn serve_api(
         }
     };
     let wakes = Wakes::shared(&registry, &stop, &tracker);
-    let links = Arc::new(Links::new(&secret, config.keep_images()));
+    let links = Arc::new(Links::new(secrets.clone(), config.keep_images()));
     let webhooks = parts::webhooks(&config, &registry, &links, &own_address);
     let drawings = parts::drawings(&config, &registry, &executor, &webhooks, &wakes);
     if registry.backend() == Backend::Sqlite {
@@ -139,6 +149,7 @@ async fn serve_api(
         wake: wakes.trainings.clone(),
         limits: Limits::of(&config).into(),
         tallies: Tallies::new(tracker.clone()),
+        shares: Arc::new(Shares::of(&config)?),
         drawings: drawings.clone(),
         links,
     };
@@ -149,17 +160,20 @@ async fn serve_api(
         service.readmit_queued().await?;
     }
     state.ready(service);
-    parts::upkeep(&config, &registry, &tracker, &stop);
+    parts::upkeep(&config, &registry, &secrets, (&tracker, &stop));
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
     parts::draw(drawings, engine.is_some(), &tracker, &stop);
     if let Some(engine) = &engine {
         parts::train(&config, &registry, engine, &wakes, (&tracker, &stop));
     }
+    tracker.spawn(notify::watchdog(engine.clone(), ended.clone()));
     tracker.close();
     tracing::info!(model = executor.info().id, role = config.role.as_str(), "ready");
+    notify::notify(notify::READY);
     drop(executor);
     stop.cancelled().await;
     tracing::info!("stopping");
+    notify::notify(notify::STOPPING);
     state.drain();
     member.draining.store(true, Ordering::Relaxed);
     closing.cancel();

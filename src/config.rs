@@ -3,12 +3,16 @@
 //! variable over the file, the file over the default. The one secret is the password in the database's address, which is
 //! never shown: keys and signing secrets are in the database.
 
+mod listen;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Command, ValueEnum};
 use serde::Serialize;
+
+pub use listen::ListenAddress;
 
 /// The settings of `coar serve`.
 #[derive(Debug, Clone, Args, Serialize)]
@@ -17,9 +21,10 @@ pub struct Config {
     #[arg(long = "config", env = "COAR_CONFIG", value_name = "FILE")]
     #[serde(skip)]
     pub file: Option<PathBuf>,
-    /// Address to listen on. Anything but loopback needs API keys: `coar keys create`.
-    #[arg(long, env = "COAR_LISTEN", default_value = "127.0.0.1:8080")]
-    pub listen: SocketAddr,
+    /// Address to listen on: HOST:PORT, [IPV6]:PORT, :PORT for all addresses, or unix:/PATH. Anything but loopback and a
+    /// Unix socket needs API keys: `coar keys create`.
+    #[arg(long, env = "COAR_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    pub listen: ListenAddress,
     /// `all`: everything in one process. `api`: answers HTTP and lets workers draw; needs --database and no device.
     /// `worker`: draws and trains for all processes of one database, listens for them alone.
     #[arg(long, env = "COAR_ROLE", default_value = "all")]
@@ -27,6 +32,9 @@ pub struct Config {
     #[command(flatten)]
     #[serde(flatten)]
     pub storage: StorageArgs,
+    /// Let SQLite's database be on a network file system (NFS, SMB, 9p, …), where it can lose data.
+    #[arg(long, env = "COAR_DATA_ON_NETWORK", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub data_on_network: Switch,
     /// Address on which a worker listens for API processes. They show a secret that is in the database.
     #[arg(
         long,
@@ -54,12 +62,15 @@ pub struct Config {
     /// Origins whose pages may call the API from a browser (https://app.example.com), with commas between; `*`: all.
     #[arg(long, env = "COAR_CORS_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     pub cors_origin: Vec<String>,
-    /// Let anyone read /metrics; otherwise loopback and keys with the scope `admin` may.
+    /// Let anyone read /metrics; otherwise, once there are keys, those with the scope `metrics` or `admin` may.
     #[arg(long, env = "COAR_METRICS_OPEN", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub metrics_open: Switch,
     #[command(flatten)]
     #[serde(flatten)]
     pub quotas: QuotaArgs,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub queues: QueueArgs,
     #[command(flatten)]
     #[serde(flatten)]
     pub limits: LimitArgs,
@@ -199,6 +210,30 @@ pub struct QuotaArgs {
     /// Images of each tenant in a minute; 0: any number.
     #[arg(long, env = "COAR_QUOTA_PICTURES_PER_MINUTE", default_value_t = 0, value_name = "N")]
     pub quota_pictures_per_minute: u32,
+    /// Requests of each tenant in a minute that make, start, check or cancel something; 0: any number.
+    #[arg(
+        long,
+        env = "COAR_QUOTA_REQUESTS_PER_MINUTE",
+        default_value_t = 600,
+        value_name = "N"
+    )]
+    pub quota_requests_per_minute: u32,
+    /// MiB of reference images, concept files and kept images of each tenant beyond which it uploads nothing more; 0: any
+    /// number.
+    #[arg(long, env = "COAR_QUOTA_STORAGE", default_value_t = 10_240, value_name = "MIB")]
+    pub quota_storage: u32,
+}
+
+/// How much of all tenants together may wait. Many times what one of them may have.
+#[derive(Debug, Clone, Copy, Args, Serialize)]
+pub struct QueueArgs {
+    /// Trainings of all tenants that may wait. When so many do, only the tenant with the most is refused, with 429; at
+    /// twice as many, everybody.
+    #[arg(long, env = "COAR_QUEUED_TRAININGS", default_value_t = 1000, value_name = "N")]
+    pub queued_trainings: u32,
+    /// Generations of all tenants that may wait without a client; refused in the same order.
+    #[arg(long, env = "COAR_QUEUED_GENERATIONS", default_value_t = 10_000, value_name = "N")]
+    pub queued_generations: u32,
 }
 
 /// What one request may be, and how long it may take.
@@ -213,18 +248,34 @@ pub struct LimitArgs {
     /// The largest head of a request (method, path, headers), in KiB.
     #[arg(long, env = "COAR_HEADER_LIMIT", default_value_t = 32, value_name = "KIB")]
     pub header_limit: usize,
-    /// Seconds for which a connection may take to send the head of a request, or lie idle before one.
+    /// Seconds for which a connection may take to send the head of a request.
     #[arg(long, env = "COAR_HEADER_TIMEOUT", default_value_t = 30, value_name = "SECONDS")]
     pub header_timeout: u64,
+    /// Seconds for which a connection may lie idle between two requests. Longer than a load balancer in front of the
+    /// server keeps its connections, most often 60.
+    #[arg(long, env = "COAR_IDLE_TIMEOUT", default_value_t = 75, value_name = "SECONDS")]
+    pub idle_timeout: u64,
     /// Seconds between two pieces of a body.
     #[arg(long, env = "COAR_BODY_TIMEOUT", default_value_t = 30, value_name = "SECONDS")]
     pub body_timeout: u64,
     /// Seconds from a request's head to its answer's head, body and drawing included. Streams go on beyond it.
     #[arg(long, env = "COAR_REQUEST_TIMEOUT", default_value_t = 600, value_name = "SECONDS")]
     pub request_timeout: u64,
-    /// Connections at once; more wait.
+    /// Seconds for which a client may read nothing of an answer that is being sent to it.
+    #[arg(long, env = "COAR_WRITE_TIMEOUT", default_value_t = 60, value_name = "SECONDS")]
+    pub write_timeout: u64,
+    /// Connections at once. A few more are accepted for health checks alone.
     #[arg(long, env = "COAR_CONNECTIONS", default_value_t = 1024, value_name = "N")]
     pub connections: usize,
+    /// Event streams of each tenant at once, requests that wait for a generation's end included.
+    #[arg(long, env = "COAR_TENANT_STREAMS", default_value_t = 64, value_name = "N")]
+    pub tenant_streams: u32,
+    /// Memory in MiB for what is uploaded and for decoding it. A tenant has at most half of it.
+    #[arg(long, env = "COAR_UPLOAD_MEMORY", default_value_t = 256, value_name = "MIB")]
+    pub upload_memory: u32,
+    /// Disk space in MiB for forms that are being received. A tenant has at most half of it.
+    #[arg(long, env = "COAR_UPLOAD_SPACE", default_value_t = 1024, value_name = "MIB")]
+    pub upload_space: u32,
 }
 
 /// Which base model, and where it runs.
@@ -283,7 +334,7 @@ pub struct EngineArgs {
     #[arg(long, env = "COAR_ROWS", default_value_t = 64)]
     pub rows: usize,
     /// Requests that may wait for rows; more are refused with 429.
-    #[arg(long, env = "COAR_QUEUE", default_value_t = 64)]
+    #[arg(long, env = "COAR_QUEUE", default_value_t = 512)]
     pub queue: usize,
     /// Memory in MiB for concepts that stay on the device while they are not in use; as much again for parsed files on the host.
     #[arg(long, env = "COAR_CONCEPT_MEMORY", default_value_t = 256, value_name = "MIB")]
@@ -418,6 +469,13 @@ impl Config {
                 origin,
             );
         }
+        let queues = &self.queues;
+        for (key, number) in [
+            ("queued_trainings", queues.queued_trainings),
+            ("queued_generations", queues.queued_generations),
+        ] {
+            check(key, (1..=1_000_000).contains(&number), "1 to 1000000", &number);
+        }
         // A hundred years of hours still fit into milliseconds.
         check(
             "keep_images",
@@ -445,11 +503,20 @@ impl Config {
             &limits.header_limit,
         );
         check("connections", limits.connections > 0, "1 or more", &limits.connections);
+        for (key, number) in [
+            ("tenant_streams", limits.tenant_streams),
+            ("upload_memory", limits.upload_memory),
+            ("upload_space", limits.upload_space),
+        ] {
+            check(key, number > 0, "1 or more", &number);
+        }
         let day = 1..=86_400;
         for (key, seconds) in [
             ("header_timeout", limits.header_timeout),
+            ("idle_timeout", limits.idle_timeout),
             ("body_timeout", limits.body_timeout),
             ("request_timeout", limits.request_timeout),
+            ("write_timeout", limits.write_timeout),
         ] {
             check(key, day.contains(&seconds), "1 to 86400", &seconds);
         }

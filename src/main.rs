@@ -13,7 +13,7 @@ fn main() -> std::process::ExitCode {
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", coar::cli::printable_lines(&format!("{error:#}")));
             std::process::ExitCode::FAILURE
         }
     }

@@ -1,4 +1,4 @@
-"""Concepts over plain HTTP: list, show, keep as a file, bring back, versions.
+"""Concepts: list, show, keep as a file, bring back, versions.
 
     python examples/python/concepts.py list
     python examples/python/concepts.py show rex
@@ -8,78 +8,47 @@
     python examples/python/concepts.py versions rex
     python examples/python/concepts.py rollback rex 1
     python examples/python/concepts.py delete rex
+
+COAR_SERVER names the server (default http://127.0.0.1:8080), COAR_API_KEY the key where the server has keys.
 """
 
 import json
-import os
-import pathlib
 import sys
-import uuid
-from urllib.parse import quote
 
-import requests
-
-SERVER = os.environ.get("COAR_SERVER", "http://127.0.0.1:8080").rstrip("/")
-SESSION = requests.Session()
-if "COAR_API_KEY" in os.environ:
-    SESSION.headers["Authorization"] = f"Bearer {os.environ['COAR_API_KEY']}"
+from coar_client import Coar, CoarError, Concept, Training
 
 
-def call(method: str, path: str, **more) -> requests.Response:
-    """One request; what the server refuses ends the program with the server's own sentence."""
-    answer = SESSION.request(method, SERVER + path, timeout=60, **more)
-    if not answer.ok:
-        error = answer.json()["error"]
-        sys.exit(f"{error['message']} ({error['code']}, request {error['request_id']})")
-    return answer
+def show(thing: Concept | Training) -> None:
+    print(json.dumps(thing.raw, indent=2))
 
 
-def pages(path: str):
-    """Every entry of a list, newest first."""
-    after = None
-    while True:
-        page = call("GET", path, params={"limit": 100, "after": after}).json()
-        yield from page["data"]
-        if not page.get("has_more"):
-            return
-        after = page["data"][-1]["id"]
-
-
-def concept(name: str) -> str:
-    return f"/v1/concepts/{quote(name, safe='')}"
-
-
-def show(value) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def main() -> None:
-    # A request that creates something carries a key of its own: sent again after a broken connection, it creates nothing twice.
-    once = {"Idempotency-Key": str(uuid.uuid4())}
+def main(client: Coar) -> None:
     match sys.argv[1:]:
         case ["list"]:
-            for entry in pages("/v1/concepts"):
-                print(f"{entry['name']:<24} {entry['kind']:<8} {entry['status']}")
+            for concept in client.concepts.list():
+                print(f"{concept.name:<24} {concept.kind:<8} {concept.status}")
         case ["show", name]:
-            show(call("GET", concept(name)).json())
+            show(client.concepts.get(name))
         case ["export", name, file]:
-            pathlib.Path(file).write_bytes(call("GET", concept(name) + "/weights").content)
+            client.concepts.export(name, file)
         case ["import", file, name]:
-            body = pathlib.Path(file).read_bytes()
-            headers = once | {"Content-Type": "application/octet-stream"}
-            show(call("POST", "/v1/concepts/import", params={"name": name}, data=body, headers=headers).json())
+            show(client.concepts.import_file(file, name))
         case ["retrain", name]:
-            show(call("POST", concept(name) + "/trainings", json={}, headers=once).json())
+            show(client.concepts.retrain(name))
         case ["versions", name]:
-            for version in pages(concept(name) + "/versions"):
-                print(version["number"], version["hash"])
+            for version in client.concepts.versions(name):
+                print(version.number, version.hash)
         case ["rollback", name, version]:
-            show(call("PATCH", concept(name), json={"version": int(version)}).json())
+            show(client.concepts.change(name, version=int(version)))
         case ["delete", name]:
-            call("DELETE", concept(name))
+            client.concepts.delete(name)
         case _:
             sys.exit(__doc__)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        with Coar() as server:
+            main(server)
+    except CoarError as error:
+        sys.exit(str(error))

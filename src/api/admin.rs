@@ -10,7 +10,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::Admin;
-use super::extract::Fields;
+use super::extract::{Fields, MaybeFields};
 use super::idempotency::{IdempotencyHeader, Once};
 use super::openapi::{ErrorBody, List};
 use super::pagination::Paged;
@@ -26,6 +26,7 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(revoke_key))
         .routes(routes!(create_tenant, list_tenants))
         .routes(routes!(show_tenant, change_tenant, delete_tenant))
+        .routes(routes!(change_webhook_secret))
 }
 
 /// What a key may be used for.
@@ -36,6 +37,7 @@ enum ScopeName {
     Generate,
     Train,
     Admin,
+    Metrics,
 }
 
 impl From<Scope> for ScopeName {
@@ -45,6 +47,7 @@ impl From<Scope> for ScopeName {
             Scope::Generate => Self::Generate,
             Scope::Train => Self::Train,
             Scope::Admin => Self::Admin,
+            Scope::Metrics => Self::Metrics,
         }
     }
 }
@@ -152,6 +155,10 @@ struct QuotasObject {
     /// Generations that are queued or running.
     requests_in_flight: Option<u32>,
     pictures_per_minute: Option<u32>,
+    /// Requests that make, start, check or cancel something.
+    requests_per_minute: Option<u32>,
+    /// Of reference images, concept files and kept images; beyond it nothing more is uploaded.
+    bytes: Option<u64>,
 }
 
 impl From<&Tenant> for TenantObject {
@@ -166,6 +173,8 @@ impl From<&Tenant> for TenantObject {
                 trainings: tenant.quotas.trainings,
                 requests_in_flight: tenant.quotas.requests_in_flight,
                 pictures_per_minute: tenant.quotas.pictures_per_minute,
+                requests_per_minute: tenant.quotas.requests_per_minute,
+                bytes: tenant.quotas.bytes,
             },
             created_at: tenant.created_at / 1000,
         }
@@ -209,7 +218,16 @@ struct ChangeQuotas {
     requests_in_flight: Option<u32>,
     #[schema(maximum = 4294967295u64, example = 60)]
     pictures_per_minute: Option<u32>,
+    /// Requests that make, start, check or cancel something.
+    #[schema(maximum = 4294967295u64, example = 600)]
+    requests_per_minute: Option<u32>,
+    /// Of reference images, concept files and kept images; beyond it nothing more is uploaded.
+    #[schema(maximum = 9007199254740991u64, example = 10737418240u64)]
+    bytes: Option<u64>,
 }
+
+/// More is not exact in every JSON reader.
+const BYTES_LIMIT: u64 = (1 << 53) - 1;
 
 fn quotas(fields: &mut Fields) -> Result<QuotaChange, Error> {
     let Some(mut inner) = fields.object("quotas")? else {
@@ -220,10 +238,15 @@ fn quotas(fields: &mut Fields) -> Result<QuotaChange, Error> {
         trainings: inner.nullable_integer("trainings", u32::MAX.into())?,
         requests_in_flight: inner.nullable_integer("requests_in_flight", u32::MAX.into())?,
         pictures_per_minute: inner.nullable_integer("pictures_per_minute", u32::MAX.into())?,
+        requests_per_minute: inner.nullable_integer("requests_per_minute", u32::MAX.into())?,
+        bytes: inner.nullable_integer("bytes", BYTES_LIMIT)?,
     };
     inner.finish()?;
     Ok(change)
 }
+
+/// Answers with secrets stay out of caches.
+const NO_STORE: [(header::HeaderName, &str); 1] = [(header::CACHE_CONTROL, "no-store")];
 
 fn missing(name: &'static str) -> Error {
     Error::field("missing_parameter", name, "is missing")
@@ -266,7 +289,7 @@ async fn create_key(
         key: KeyObject::from(&created.key),
         secret: created.text,
     };
-    Ok((StatusCode::CREATED, [(header::CACHE_CONTROL, "no-store")], Json(body)))
+    Ok((StatusCode::CREATED, NO_STORE, Json(body)))
 }
 
 /// List keys
@@ -329,7 +352,13 @@ async fn create_tenant(
     let work = async move {
         let tenant = service.add_tenant(&name, quotas).await?;
         let location = [(header::LOCATION, format!("/v1/admin/tenants/{name}"))];
-        Ok((StatusCode::CREATED, location, Json(TenantObject::from(&tenant))).into_response())
+        Ok((
+            StatusCode::CREATED,
+            location,
+            NO_STORE,
+            Json(TenantObject::from(&tenant)),
+        )
+            .into_response())
     };
     once.run(&state, &caller, &content, work).await
 }
@@ -344,9 +373,12 @@ async fn list_tenants(
     State(state): State<AppState>,
     Admin(_): Admin,
     Paged(page): Paged<TenantId>,
-) -> Result<Json<List<TenantObject>>, ApiError> {
+) -> Result<impl IntoResponse, ApiError> {
     let listed = state.service()?.tenants(page).await?;
-    Ok(Json(List::of(&listed, |tenant| tenant.into())))
+    Ok((
+        NO_STORE,
+        Json(List::<TenantObject>::of(&listed, |tenant| tenant.into())),
+    ))
 }
 
 /// Show a tenant
@@ -362,8 +394,9 @@ async fn show_tenant(
     State(state): State<AppState>,
     Admin(_): Admin,
     Path(name): Path<String>,
-) -> Result<Json<TenantObject>, ApiError> {
-    Ok(Json(TenantObject::from(&state.service()?.tenant(&name).await?)))
+) -> Result<impl IntoResponse, ApiError> {
+    let tenant = state.service()?.tenant(&name).await?;
+    Ok((NO_STORE, Json(TenantObject::from(&tenant))))
 }
 
 /// Change a tenant's quotas
@@ -381,23 +414,64 @@ async fn change_tenant(
     Admin(_): Admin,
     Path(name): Path<String>,
     mut fields: Fields,
-) -> Result<Json<TenantObject>, ApiError> {
+) -> Result<impl IntoResponse, ApiError> {
     let change = quotas(&mut fields)?;
     fields.finish()?;
     let tenant = state.service()?.change_quotas(&name, change).await?;
-    Ok(Json(TenantObject::from(&tenant)))
+    Ok((NO_STORE, Json(TenantObject::from(&tenant))))
+}
+
+/// What a new web-hook secret is asked with.
+#[derive(ToSchema)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code)]
+struct ChangeWebhookSecret {
+    /// Hours for which the present secret signs beside the new one, 0 to 720.
+    #[schema(minimum = 0, maximum = 720, default = 24)]
+    keep_old_hours: Option<u32>,
+}
+
+/// Hours for which a web-hook secret signs beside its successor: unless the caller says otherwise, and at most.
+const KEEP_OLD_HOURS: u64 = 24;
+const KEEP_OLD_LIMIT: u64 = 720;
+
+/// Change a tenant's web-hook secret
+///
+/// The answer has the new one. For a while web-hooks are signed with both, so that receivers can change theirs.
+#[utoipa::path(
+    post, path = "/v1/admin/tenants/{name}/webhook-secret", tag = "Administration", operation_id = "changeWebhookSecret",
+    params(("name" = String, Path, description = "The tenant's name")),
+    request_body = Option<ChangeWebhookSecret>,
+    responses(
+        (status = 200, description = "The tenant, with its new secret", body = TenantObject),
+        (status = 404, description = "`tenant_not_found`", body = ErrorBody),
+    ),
+)]
+async fn change_webhook_secret(
+    State(state): State<AppState>,
+    Admin(_): Admin,
+    Path(name): Path<String>,
+    MaybeFields(mut fields): MaybeFields,
+) -> Result<impl IntoResponse, ApiError> {
+    let hours = fields
+        .integer("keep_old_hours", KEEP_OLD_LIMIT)?
+        .unwrap_or(KEEP_OLD_HOURS);
+    fields.finish()?;
+    let tenant = state.service()?.rotate_webhook_secret(&name, hours as u32).await?;
+    Ok((NO_STORE, Json(TenantObject::from(&tenant))))
 }
 
 /// Delete a tenant
 ///
-/// With its keys, concepts, trainings, generations and images. `default` and the caller's own tenant stay.
+/// With its keys, concepts, trainings, generations and images. `default`, the caller's own tenant and the one with the
+/// last valid key of an administrator stay.
 #[utoipa::path(
     delete, path = "/v1/admin/tenants/{name}", tag = "Administration", operation_id = "deleteTenant",
     params(("name" = String, Path, description = "The tenant's name")),
     responses(
         (status = 204, description = "Deleted"),
         (status = 404, description = "`tenant_not_found`", body = ErrorBody),
-        (status = 409, description = "`tenant_in_use`", body = ErrorBody),
+        (status = 409, description = "`tenant_in_use`, `last_admin_key`", body = ErrorBody),
     ),
 )]
 async fn delete_tenant(

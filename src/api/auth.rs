@@ -3,11 +3,14 @@
 //! The middleware refuses requests without a valid key, on every route that is not public. A handler then names the
 //! scope that it needs by taking [`Read`], [`Generate`], [`Train`] or [`Admin`]: there is no other way to a caller.
 
+use axum::body::Body;
 use axum::extract::{FromRequestParts, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+
+use futures::StreamExt as _;
 
 use super::access::identify;
 use super::{ApiError, AppState};
@@ -27,37 +30,48 @@ pub(super) fn is_public(path: &str) -> bool {
 }
 
 /// The text after `Bearer`, whose case does not matter.
-fn bearer(headers: &HeaderMap) -> Option<&str> {
+pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, text) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| text.trim())
 }
 
-/// Adds the caller to the request's extensions, or refuses the request.
+/// Adds the caller to the request's extensions, or refuses the request. A request that takes long, and a stream of events,
+/// end when the caller's key does.
 pub(super) async fn authenticate(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
-    if !is_public(request.uri().path()) {
-        let caller = match state.service() {
-            Ok(service) => service.keys.authenticate(bearer(request.headers())).await,
-            Err(error) => Err(error),
-        };
-        match caller {
-            Ok(caller) => {
-                let key = caller.key.map(|key| key.to_string());
-                identify(request.extensions(), &caller.tenant.to_string(), key.as_deref());
-                request.extensions_mut().insert(caller);
-            }
-            Err(error) => return ApiError(error).into_response(),
-        }
+    if is_public(request.uri().path()) {
+        return next.run(request).await;
     }
-    next.run(request).await
-}
-
-/// The caller behind a request whose route is public, where it says who it is.
-///
-/// # Errors
-/// When the key is wrong, or the server is loading.
-pub(super) async fn caller_of(state: &AppState, headers: &HeaderMap) -> Result<Caller, Error> {
-    state.service()?.keys.authenticate(bearer(headers)).await
+    let caller = match state.service() {
+        Ok(_) => state.keys.authenticate(bearer(request.headers())).await,
+        Err(error) => Err(error),
+    };
+    let caller = match caller {
+        Ok(caller) => caller,
+        Err(error) => return ApiError(error).into_response(),
+    };
+    let key = caller.key.map(|key| key.to_string());
+    identify(request.extensions(), &caller.tenant.to_string(), key.as_deref());
+    request.extensions_mut().insert(caller);
+    let response = match caller.key {
+        // The request that makes the first key has to get its answer.
+        None => next.run(request).await,
+        Some(_) => tokio::select! {
+            biased;
+            response = next.run(request) => response,
+            error = state.keys.ended(caller) => return ApiError(error).into_response(),
+        },
+    };
+    let is_stream = response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+    if !is_stream {
+        return response;
+    }
+    let keys = state.keys.clone();
+    let ended = Box::pin(async move { keys.ended(caller).await });
+    response.map(|body| Body::from_stream(body.into_data_stream().take_until(ended)))
 }
 
 fn allowed(parts: &Parts, scope: Scope) -> Result<Caller, ApiError> {

@@ -1,11 +1,13 @@
 //! `/v1/concepts`
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Path, Query, Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use bytes::BytesMut;
+use futures::StreamExt as _;
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -21,7 +23,7 @@ use super::{ApiError, AppState, multipart};
 use crate::config::Config;
 use crate::registry::ConceptFilter;
 use crate::registry::blobs::content_hash;
-use crate::service::{Change, Queued, TrainingSettings};
+use crate::service::{Change, Limits, Queued, TrainingSettings};
 use coar_core::concept::file::FILE_LIMIT;
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ConceptId;
@@ -32,14 +34,25 @@ pub(super) mod object;
 /// Bytes of a form in addition to its images.
 const FORM_EXTRA: usize = 1 << 20;
 
+/// Bytes of a whole form.
+fn form_limit(limits: &Limits) -> usize {
+    limits.images * limits.image.bytes + FORM_EXTRA
+}
+
+/// How long a body says it is; one that does not say so may have `limit` bytes.
+fn declared_length(headers: &HeaderMap, limit: usize) -> usize {
+    let length = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|text| text.to_str().ok()?.parse().ok());
+    length.unwrap_or(limit).min(limit)
+}
+
 pub(super) fn routes(config: &Config) -> OpenApiRouter<AppState> {
-    let limits = crate::service::Limits::of(config);
-    let form = limits.images * limits.image.bytes + FORM_EXTRA;
+    let form = form_limit(&Limits::of(config));
     let registration = OpenApiRouter::new().routes(routes!(register, list));
-    let file = OpenApiRouter::new().routes(routes!(import));
     OpenApiRouter::new()
         .merge(registration.layer(DefaultBodyLimit::max(form)))
-        .merge(file.layer(DefaultBodyLimit::max(FILE_LIMIT)))
+        .routes(routes!(import))
         .routes(routes!(show, change, delete))
         .routes(routes!(versions))
         .routes(routes!(image))
@@ -78,6 +91,11 @@ async fn register(
         let message = "The body must be a form, sent with `Content-Type: multipart/form-data`.";
         return Err(Error::new(ErrorKind::UnsupportedMediaType, "unsupported_media_type", message).into());
     }
+    let service = state.service()?.clone();
+    let form_limit = form_limit(&service.limits);
+    let space = service
+        .upload_space(&caller, declared_length(request.headers(), form_limit) as u64)
+        .await?;
     let form = Multipart::from_request(request, &state).await.map_err(|error| {
         Error::new(
             ErrorKind::Invalid,
@@ -85,8 +103,9 @@ async fn register(
             format!("The form cannot be read: {}.", error.body_text()),
         )
     })?;
-    let service = state.service()?.clone();
-    let registration = multipart::registration(form, &service.limits).await?;
+    let registration = multipart::registration(form, &service, &space).await?;
+    // Each file keeps it as long as it is there.
+    drop(space);
     let content = content_of(&registration)?;
     let work = async move {
         let registered = service.register(&caller, registration).await?;
@@ -373,6 +392,28 @@ async fn weights(
     Ok((headers, bytes).into_response())
 }
 
+/// The file that is imported. Of one that is too large the rest is read as well, up to what any model's file may have: a
+/// client that still sends does not see an answer.
+async fn concept_file(body: Body, limit: usize) -> Result<Bytes, Error> {
+    let (mut pieces, mut file, mut length) = (body.into_data_stream(), BytesMut::new(), 0);
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|error| unread(&error, limit))?;
+        length += piece.len();
+        if length > FILE_LIMIT {
+            break;
+        }
+        match length <= limit {
+            true => file.extend_from_slice(&piece),
+            false => file = BytesMut::new(),
+        }
+    }
+    if length > limit {
+        let message = format!("The file is larger than {limit} bytes, the most that a concept of this model can have.");
+        return Err(Error::new(ErrorKind::TooLarge, "body_too_large", message).limit(limit as u64));
+    }
+    Ok(file.freeze())
+}
+
 /// How an import is to be called.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -403,14 +444,19 @@ async fn import(
     Train(caller): Train,
     once: Once,
     query: Result<Query<ImportQuery>, QueryRejection>,
-    body: Result<Bytes, BytesRejection>,
+    request: Request,
 ) -> Result<Response, ApiError> {
     let Query(query) = query.map_err(|error| invalid_query(&error))?;
-    let body = body.map_err(|error| unread(&error, FILE_LIMIT))?;
     let service = state.service()?.clone();
+    let limit = service.executor.info().concept_limit();
+    // The file, and its numbers while they are checked.
+    let bytes = 2 * declared_length(request.headers(), limit);
+    let memory = service.upload_memory(&caller, bytes as u64).await?;
+    let body = concept_file(request.into_body(), limit).await?;
     // The route that is compared has the name: it is in the query.
     let content = content_hash(&body);
     let work = async move {
+        let _memory = memory;
         let view = service.import_concept(&caller, body, query.name).await?;
         Ok(created(StatusCode::CREATED, (&view).into(), &view.concept.name))
     };

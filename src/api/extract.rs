@@ -101,7 +101,12 @@ impl Fields {
             )
         })?;
         match value {
-            Value::Object(fields) => Ok(Self(fields)),
+            Value::Object(fields) => {
+                for (name, value) in &fields {
+                    no_nul(name, value)?;
+                }
+                Ok(Self(fields))
+            }
             _ => Err(Error::new(
                 ErrorKind::Invalid,
                 "invalid_json",
@@ -227,6 +232,29 @@ impl Fields {
                 "is not a parameter of this route",
             )),
         }
+    }
+}
+
+/// Refuses the character U+0000 anywhere in a field: PostgreSQL cannot store it, and no text needs it.
+///
+/// # Errors
+/// Naming the field.
+pub(super) fn no_nul(field: &str, value: &Value) -> Result<(), Error> {
+    fn has_nul(value: &Value) -> bool {
+        match value {
+            Value::String(text) => text.contains('\0'),
+            Value::Array(values) => values.iter().any(has_nul),
+            Value::Object(fields) => fields.iter().any(|(key, value)| key.contains('\0') || has_nul(value)),
+            _ => false,
+        }
+    }
+    match has_nul(value) {
+        true => Err(Error::field(
+            "invalid_value",
+            field.to_owned(),
+            "has the character U+0000, which no text may have",
+        )),
+        false => Ok(()),
     }
 }
 

@@ -11,6 +11,7 @@ use super::generations::mode::{LONGEST_WAIT, Mode, mode};
 use super::idempotency::{Once, content_of};
 use super::pagination::Paged;
 use super::{drawing, generations, multipart};
+use crate::registry::SharedSecrets;
 use crate::service::{Limits, Links, Signed};
 use coar_core::ids::ConceptId;
 use coar_core::image::ImageLimits;
@@ -110,7 +111,10 @@ pub fn head(bytes: &[u8]) {
     if let Ok(Paged(page)) = done(Paged::<ConceptId>::from_request_parts(&mut parts, &())) {
         assert!((1..=100).contains(&page.limit));
     }
-    let links = Links::new("a secret of the fuzzer's", std::time::Duration::from_secs(60));
+    let links = Links::new(
+        SharedSecrets::of("a secret of the fuzzer's"),
+        std::time::Duration::from_secs(60),
+    );
     let [file, expires, signature] = [next(), next(), next()].map(String::from_utf8_lossy);
     let signed = Signed {
         expires: &expires,

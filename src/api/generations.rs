@@ -120,8 +120,9 @@ async fn create(
                     }
                 }
                 Mode::Stream => {
+                    let place = service.stream_place(&caller).await?;
                     let begun = service.begin_generation(&caller, plan).await?;
-                    Ok(streamed(service, caller, begun, base))
+                    Ok(streamed(service, caller, begun, base, place))
                 }
             }
         }
@@ -204,6 +205,7 @@ struct WaitQuery {
     responses(
         (status = 200, description = "The generation", body = GenerationObject),
         (status = 404, description = "`generation_not_found`", body = ErrorBody),
+        (status = 429, description = "`too_many_streams`", body = ErrorBody),
     ),
 )]
 async fn show(
@@ -225,6 +227,10 @@ async fn show(
             })?,
     };
     let service = state.service()?;
+    let _place = match wait {
+        0 => None,
+        _ => Some(service.stream_place(&caller).await?),
+    };
     let view = service.generation(&caller, &id, Duration::from_secs(wait)).await?;
     Ok(Json(object(service, &view, &drawing::base(&state, &headers))))
 }

@@ -16,6 +16,11 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(live)).routes(routes!(ready))
 }
 
+/// Whether a path is one of these.
+pub(super) fn is_health(path: &str) -> bool {
+    matches!(path, "/livez" | "/readyz")
+}
+
 /// How the server is.
 #[derive(Debug, Serialize, ToSchema)]
 struct HealthStatus {

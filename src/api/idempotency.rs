@@ -15,8 +15,8 @@
 //! streams included: the events go on to the caller as they come and are kept for the next one. Forms are compared by
 //! what was read of them: [`content_of`].
 //!
-//! Answers of success are kept for a day, those with images in them no longer than images are kept; a refusal frees the
-//! key, since nothing was made. What is made has the key from the start: a process that dies before it
+//! Answers of success of up to 8 MiB are kept for a day, those with images in them no longer than images are kept; a refusal frees the
+//! key, since nothing was made. The answer of a generation goes with it when that is deleted. What is made has the key from the start: a process that dies before it
 //! answers makes nothing twice. The work of a request with a key goes on when its caller disconnects: a caller that
 //! sends a key intends to come back for the answer.
 
@@ -28,7 +28,7 @@ use axum::body::Body;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures::{FutureExt as _, StreamExt as _};
 use serde::Serialize;
@@ -42,6 +42,7 @@ use crate::registry::blobs::content_hash;
 use crate::registry::{Claim, KeyClaim, Made, Registry, RegistryError, StoredAnswer};
 use crate::service::Caller;
 use coar_core::error::{Error, ErrorKind};
+use coar_core::ids::GenerationId;
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
@@ -57,8 +58,8 @@ const RENEWAL: Duration = Duration::from_secs(4);
 /// A database that does not take an answer is asked again for so long, so often.
 const PATIENCE: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_millis(300);
-/// Larger answers are given, but not kept.
-const ANSWER_LIMIT: usize = 64 << 20;
+/// Larger answers are given, but not kept: a retry learns what has happened.
+const ANSWER_LIMIT: usize = 8 << 20;
 /// Pieces of an event stream that wait for a slow caller.
 const PIECES: usize = 16;
 
@@ -188,7 +189,7 @@ impl Once {
                 let first = First {
                     registry,
                     claim,
-                    bears: self.answers != Answers::Images,
+                    answers: self.answers,
                     keep_ms: self.answers.keep_ms(state.config().keep_images()),
                     answer,
                 };
@@ -253,8 +254,7 @@ fn head_of(response: &Response) -> StoredAnswer {
 struct First {
     registry: Registry,
     claim: KeyClaim,
-    /// What is made bears the key.
-    bears: bool,
+    answers: Answers,
     /// How long the answer is kept.
     keep_ms: i64,
     answer: oneshot::Sender<Result<Response, ApiError>>,
@@ -266,13 +266,14 @@ impl First {
         let Self {
             registry,
             claim,
-            bears,
+            answers,
             keep_ms,
             answer,
         } = self;
-        let keep = async |head, body| keep(&registry, &claim, keep_ms, head, body).await;
+        let keep = async |head, body| keep(&registry, &claim, (keep_ms, answers), head, body).await;
         let working = async {
-            let outcome = match bears {
+            // What is made bears the key, unless a retry could not be answered with it.
+            let outcome = match answers != Answers::Images {
                 true => AssertUnwindSafe(claim.clone().under(work)).catch_unwind().await,
                 false => AssertUnwindSafe(work).catch_unwind().await,
             };
@@ -289,8 +290,12 @@ impl First {
                         keep(head, pass_on(body, pieces).await).await;
                     } else {
                         let whole = axum::body::to_bytes(body, usize::MAX).await;
-                        let small = whole.as_ref().ok().filter(|body| body.len() <= ANSWER_LIMIT);
-                        keep(head, small.cloned()).await;
+                        let collected = match &whole {
+                            Ok(body) if body.len() <= ANSWER_LIMIT => Collected::Whole(body.clone()),
+                            Ok(body) => Collected::TooLarge(body.len()),
+                            Err(_) => Collected::Broken,
+                        };
+                        keep(head, collected).await;
                         let whole = whole.map(|body| Response::from_parts(parts, Body::from(body)));
                         let _ = answer.send(whole.map_err(|error| Error::internal(error).into()));
                     }
@@ -325,30 +330,91 @@ async fn keep_lease(registry: &Registry, claim: &KeyClaim) -> Infallible {
     }
 }
 
-/// Hands every piece to the caller, as long as there is one, and collects them; `None` where they broke off or are too
-/// many.
-async fn pass_on(body: Body, onward: mpsc::Sender<Result<Bytes, axum::Error>>) -> Option<Bytes> {
+/// What there is of an answer's body when it has ended.
+#[derive(Debug, PartialEq, Eq)]
+enum Collected {
+    Whole(Bytes),
+    /// So many bytes, at least.
+    TooLarge(usize),
+    Broken,
+}
+
+/// Hands every piece to the caller, as long as there is one, and collects them.
+async fn pass_on(body: Body, onward: mpsc::Sender<Result<Bytes, axum::Error>>) -> Collected {
     let mut pieces = body.into_data_stream();
-    let mut all = Some(Vec::new());
+    let (mut all, mut length, mut broken) = (Vec::new(), 0, false);
     while let Some(piece) = pieces.next().await {
-        all = match (&piece, all) {
-            (Ok(piece), Some(mut all)) if all.len() + piece.len() <= ANSWER_LIMIT => {
-                all.extend_from_slice(piece);
-                Some(all)
+        match &piece {
+            Ok(piece) => {
+                length += piece.len();
+                match length <= ANSWER_LIMIT {
+                    true => all.extend_from_slice(piece),
+                    false => all = Vec::new(),
+                }
             }
-            _ => None,
-        };
+            Err(_) => broken = true,
+        }
         // A caller that is gone does not end the work.
         let _ = onward.send(piece).await;
     }
-    all.map(Into::into)
+    match length {
+        _ if broken => Collected::Broken,
+        length if length > ANSWER_LIMIT => Collected::TooLarge(length),
+        _ => Collected::Whole(all.into()),
+    }
 }
 
-async fn keep(registry: &Registry, claim: &KeyClaim, keep_ms: i64, head: StoredAnswer, body: Option<Bytes>) {
-    let Some(body) = body else {
-        tracing::warn!("an answer broke off or is too large to be kept for its idempotency key");
-        return release(registry, claim).await;
+/// The generation that an answer contains: its identifier is the first in it, before anything of a caller's.
+fn generation_in(body: &[u8]) -> Option<GenerationId> {
+    const BEGIN: &[u8] = b"\"id\":\"";
+    let at = body.windows(BEGIN.len()).position(|bytes| bytes == BEGIN)? + BEGIN.len();
+    let length = body[at..].iter().position(|byte| *byte == b'"')?;
+    std::str::from_utf8(&body[at..at + length]).ok()?.parse().ok()
+}
+
+/// Stands for an answer that is not kept and that nothing can be answered with instead.
+async fn not_kept(bytes: usize) -> (StoredAnswer, Bytes) {
+    let limit = ANSWER_LIMIT >> 20;
+    let problem = format!(
+        "belongs to a request that was answered with {bytes} bytes or more; answers of more than {limit} MiB are not kept. Choose another key to have it done again"
+    );
+    let error = Error::field("idempotent_answer_not_kept", PARAM, problem).of_kind(ErrorKind::Conflict);
+    let response = ApiError(error.limit(ANSWER_LIMIT as u64)).into_response();
+    let head = head_of(&response);
+    let body = axum::body::to_bytes(response.into_body(), ANSWER_LIMIT).await;
+    (head, body.unwrap_or_default())
+}
+
+async fn keep(
+    registry: &Registry,
+    claim: &KeyClaim,
+    (keep_ms, answers): (i64, Answers),
+    head: StoredAnswer,
+    body: Collected,
+) {
+    let (head, body) = match body {
+        Collected::Whole(body) => (head, body),
+        Collected::Broken => {
+            tracing::warn!("an answer broke off and is not kept for its idempotency key");
+            return release(registry, claim).await;
+        }
+        Collected::TooLarge(bytes) => match registry.answer_by_object(claim).await {
+            Ok(true) => return,
+            Ok(false) => not_kept(bytes).await,
+            Err(error) => {
+                tracing::warn!(%error, "the answer of an idempotency key could not be given up");
+                not_kept(bytes).await
+            }
+        },
     };
+    if let (Answers::Generation, Some(id)) = (answers, generation_in(&body)) {
+        match registry.note_made(claim, id).await {
+            Ok(true) => {}
+            // It was deleted meanwhile, and its answer with it.
+            Ok(false) => return release(registry, claim).await,
+            Err(error) => tracing::warn!(%error, "an answer could not be bound to its generation"),
+        }
+    }
     let (answer, since) = (StoredAnswer { body, ..head }, Instant::now());
     // The work is done: an answer that is not kept would have it done twice.
     while let Err(error) = registry.store_answer(claim, &answer, keep_ms).await {
@@ -367,8 +433,6 @@ async fn release(registry: &Registry, claim: &KeyClaim) {
 
 #[cfg(test)]
 mod tests {
-    use axum::response::IntoResponse as _;
-
     use super::*;
     use coar_core::ids::TenantId;
 
@@ -392,7 +456,7 @@ mod tests {
             let first = First {
                 registry: registry.clone(),
                 claim,
-                bears: true,
+                answers: Answers::Resource,
                 keep_ms: KEPT_MS,
                 answer,
             };
@@ -426,6 +490,43 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_answer_that_is_too_large_is_not_kept_and_a_retry_learns_of_it() {
+        let (_dir, registry, claim) = begin().await;
+        let (answer, answered) = oneshot::channel();
+        let first = First {
+            registry: registry.clone(),
+            claim,
+            answers: Answers::Images,
+            keep_ms: KEPT_MS,
+            answer,
+        };
+        let large = Bytes::from(vec![b'x'; ANSWER_LIMIT + 1]);
+        let sent = large.clone();
+        first.work(async move { Ok(Body::from(sent).into_response()) }).await;
+        let body = answered.await.unwrap().unwrap().into_body();
+        assert_eq!(axum::body::to_bytes(body, usize::MAX).await.unwrap(), large);
+        let Claim::Replay(kept) = registry.claim_key(TENANT, "k", "a", 1).await.unwrap() else {
+            panic!("the key is kept");
+        };
+        assert_eq!(kept.status, 409);
+        let told = String::from_utf8(kept.body.to_vec()).unwrap();
+        assert!(told.contains("idempotent_answer_not_kept"), "{told}");
+    }
+
+    #[test]
+    fn the_generation_of_an_answer_is_found() {
+        let id = GenerationId::new();
+        for body in [
+            format!("{{\"id\":\"{id}\",\"prompt\":\"x\"}}"),
+            format!("event: queued\ndata: {{\"generation\":{{\"id\":\"{id}\"}}}}\n\n"),
+        ] {
+            assert_eq!(generation_in(body.as_bytes()), Some(id));
+        }
+        assert_eq!(generation_in(b"{\"id\":\"generation_x\"}"), None);
+        assert_eq!(generation_in(b"{\"id\":\""), None);
+    }
+
+    #[tokio::test]
     async fn a_refusal_and_a_panic_free_the_key() {
         for panics in [true, false] {
             let (_dir, registry, claim) = begin().await;
@@ -433,7 +534,7 @@ mod tests {
             let first = First {
                 registry: registry.clone(),
                 claim,
-                bears: true,
+                answers: Answers::Resource,
                 keep_ms: KEPT_MS,
                 answer,
             };

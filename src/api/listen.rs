@@ -1,49 +1,101 @@
 //! Connections: accepted up to a number, under time limits that slow clients cannot stretch.
 
+mod activity;
+mod socket;
+
 use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::ConnectInfo;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse as _, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
-use tokio::net::TcpListener;
+use hyper_util::rt::TokioIo;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
+use super::ApiError;
+use super::health::is_health;
+use super::impatient::Impatient;
 use crate::config::LimitArgs;
+use activity::{Activity, Answered, Phase, PhaseLimits, Watched};
+use coar_core::error::{Error, ErrorKind};
+pub use socket::Listener;
+use socket::Stream;
 
 /// After a failure to accept (no more file descriptors) the next attempt waits for so long.
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// Connections beyond the limit on which only health is answered: a full server is not a dead one.
+const RESERVED: usize = 16;
+/// How long such a connection may take to send a head.
+const RESERVED_HEAD: Duration = Duration::from_secs(3);
+
+/// How connections are served.
+#[derive(Debug, Clone)]
+struct Serving {
+    http: http1::Builder,
+    router: Router,
+    phases: PhaseLimits,
+    /// How long a client may read nothing.
+    patience: Duration,
+    connections: usize,
+    closing: CancellationToken,
+}
+
+/// The answer to everything but health on a connection beyond the limit.
+fn full(connections: usize) -> Response {
+    let message = format!("All {connections} connections are in use; try again soon.");
+    let error = Error::new(ErrorKind::Unavailable, "too_many_connections", message);
+    let error = error.limit(connections as u64).retry_after(Duration::from_secs(1));
+    ApiError(error).into_response()
+}
 
 /// Serves `router` on `listener` until `closing`; returns when the requests that run then have ended. Handlers find the
 /// peer's address as `ConnectInfo<SocketAddr>`.
 ///
 /// `axum::serve` has no limit for the time that a request's head may take, nor for its size.
-pub async fn listen(listener: TcpListener, router: Router, limits: &LimitArgs, closing: CancellationToken) {
+pub async fn listen(listener: Listener, router: Router, limits: &LimitArgs, closing: CancellationToken) {
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(Duration::from_secs(limits.header_timeout))
-        .max_buf_size(limits.header_limit << 10);
+    // hyper's own limit also ends idle connections: see `activity`.
+    http.header_read_timeout(None).max_buf_size(limits.header_limit << 10);
+    let serving = Serving {
+        http,
+        router,
+        phases: PhaseLimits {
+            head: Duration::from_secs(limits.header_timeout),
+            idle: Duration::from_secs(limits.idle_timeout),
+        },
+        patience: Duration::from_secs(limits.write_timeout),
+        connections: limits.connections,
+        closing: closing.clone(),
+    };
     let slots = Arc::new(Semaphore::new(limits.connections));
-    let (graceful, tasks) = (GracefulShutdown::new(), TaskTracker::new());
+    let reserve = Arc::new(Semaphore::new(RESERVED));
+    let tasks = TaskTracker::new();
     loop {
         let accepted = async {
-            // The semaphore is never closed.
-            let slot = slots.clone().acquire_owned().await.ok()?;
-            Some((slot, listener.accept().await))
+            // An ordinary slot where there is one. The semaphores are never closed.
+            let (slot, reserved) = tokio::select! {
+                biased;
+                slot = slots.clone().acquire_owned() => (slot.ok()?, false),
+                slot = reserve.clone().acquire_owned() => (slot.ok()?, true),
+            };
+            Some((slot, reserved, listener.accept().await))
         };
-        let (slot, stream, peer) = tokio::select! {
+        let (mut slot, mut reserved, stream, peer) = tokio::select! {
             () = closing.cancelled() => break,
             accepted = accepted => match accepted {
-                Some((slot, Ok((stream, peer)))) => (slot, stream, peer),
-                Some((_, Err(error))) => {
+                Some((slot, reserved, Ok((stream, peer)))) => (slot, reserved, stream, peer),
+                Some((_, _, Err(error))) => {
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(PAUSE).await;
                     continue;
@@ -51,24 +103,73 @@ pub async fn listen(listener: TcpListener, router: Router, limits: &LimitArgs, c
                 None => break,
             },
         };
-        // Events of a stream are small and wanted at once.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection has no nodelay");
+        // A slot may have become free while this one waited for its connection.
+        if reserved && let Ok(free) = slots.clone().try_acquire_owned() {
+            (slot, reserved) = (free, false);
         }
-        let router = router.clone();
-        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
-            request.extensions_mut().insert(ConnectInfo(peer));
-            let router = router.clone();
-            async move { Ok::<_, Infallible>(router.oneshot(request).await.unwrap_or_else(|never| match never {})) }
-        });
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+        let serving = serving.clone();
         tasks.spawn(async move {
-            if let Err(error) = connection.await {
+            if let Err(error) = serving.serve(stream, peer, reserved).await {
                 tracing::debug!(%peer, %error, "a connection broke off");
             }
             drop(slot);
         });
     }
     drop(listener);
-    graceful.shutdown().await;
+    tasks.close();
+    tasks.wait().await;
+}
+
+impl Serving {
+    /// Serves one connection until it ends, expires, or `closing` and its last answer has been sent. A reserved one has
+    /// one request, for health.
+    async fn serve(self, stream: Stream, peer: SocketAddr, reserved: bool) -> hyper::Result<()> {
+        let phases = match reserved {
+            true => PhaseLimits {
+                head: RESERVED_HEAD,
+                idle: RESERVED_HEAD,
+            },
+            false => self.phases,
+        };
+        let activity = Activity::new(phases);
+        let service = service_fn(|mut request: hyper::Request<Incoming>| {
+            let busy = activity.busy();
+            request.extensions_mut().insert(ConnectInfo(peer));
+            let router = self.router.clone();
+            async move {
+                let mut answer = match reserved && !is_health(request.uri().path()) {
+                    true => full(self.connections),
+                    false => router.oneshot(request).await.unwrap_or_else(|never| match never {}),
+                };
+                if reserved {
+                    let close = HeaderValue::from_static("close");
+                    answer.headers_mut().insert(header::CONNECTION, close);
+                }
+                Ok::<_, Infallible>(answer.map(|body| Answered { body, _busy: busy }))
+            }
+        });
+        let watched = Watched {
+            stream: Impatient::new(stream, self.patience),
+            activity: activity.clone(),
+        };
+        let mut connection = pin!(self.http.serve_connection(TokioIo::new(watched), service));
+        let mut closed = false;
+        loop {
+            tokio::select! {
+                ended = connection.as_mut() => return ended,
+                () = self.closing.cancelled(), if !closed => {
+                    closed = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+                phase = activity.expired() => {
+                    if phase != Phase::Idle {
+                        return Ok(());
+                    }
+                    // Ends an idle connection at once, and lets a request go on that has come in this moment.
+                    connection.as_mut().graceful_shutdown();
+                    activity.enter(Phase::Head);
+                }
+            }
+        }
+    }
 }

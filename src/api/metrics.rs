@@ -1,14 +1,12 @@
-//! `/metrics`: Prometheus' text format. Asks neither the device nor the database, and answers while the model is loading.
-
-use std::net::SocketAddr;
+//! `/metrics`: Prometheus' text format. Asks no device, and answers while the model is loading.
 
 use axum::Router;
-use axum::extract::{ConnectInfo, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 
-use super::auth::caller_of;
+use super::auth::bearer;
 use super::{ApiError, AppState};
 use crate::service::Scope;
 use coar_core::metrics::{CONTENT_TYPE, meters};
@@ -17,14 +15,14 @@ pub(super) fn routes() -> Router<AppState> {
     Router::new().route("/metrics", get(scrape))
 }
 
-/// The numbers are those of all tenants: clients other than loopback need the scope `admin`, unless the operator opens them.
-async fn scrape(
-    State(state): State<AppState>,
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
-    headers: HeaderMap,
-) -> Result<impl IntoResponse, ApiError> {
-    if !state.config().metrics_open.is_on() && !peer.ip().to_canonical().is_loopback() {
-        caller_of(&state, &headers).await?.require(Scope::Admin)?;
+/// The numbers are those of all tenants: with keys, reading them needs the scope `metrics` or `admin`, unless the operator
+/// opens them. From loopback too: a proxy on the same machine calls from there for everybody.
+async fn scrape(State(state): State<AppState>, headers: HeaderMap) -> Result<impl IntoResponse, ApiError> {
+    if !state.config().metrics_open.is_on() {
+        let caller = state.keys.authenticate(bearer(&headers)).await?;
+        if !caller.scopes.contains(Scope::Admin) {
+            caller.require(Scope::Metrics)?;
+        }
     }
     Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], meters().render()))
 }

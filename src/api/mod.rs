@@ -3,6 +3,7 @@
 mod access;
 mod admin;
 mod auth;
+mod browser;
 mod concepts;
 mod describe;
 mod drawing;
@@ -16,6 +17,7 @@ mod guard;
 mod health;
 mod idempotency;
 mod images;
+mod impatient;
 mod listen;
 mod metrics;
 mod models;
@@ -23,11 +25,13 @@ mod multipart;
 mod openai;
 mod openapi;
 mod pagination;
+mod proxy;
 mod quota;
 mod sse;
 mod trainings;
 mod ui;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -45,17 +49,20 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_swagger_ui::SwaggerUi;
 
 use crate::config::Config;
-use crate::service::Service;
+use crate::service::{Keys, Service};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::metrics::meters;
 pub use describe::describe;
 pub(crate) use error::ApiError;
-pub use listen::listen;
+pub use listen::{Listener, listen};
 
 /// What handlers share. The service appears when the model is loaded; until then only the health routes answer.
 #[derive(Debug, Clone)]
 pub struct AppState {
     config: Arc<Config>,
+    keys: Keys,
+    /// What the server may be called while callers need no key.
+    names: Arc<browser::OwnNames>,
     service: Arc<std::sync::OnceLock<Service>>,
     draining: Arc<AtomicBool>,
     /// Work that goes on without its caller.
@@ -65,9 +72,11 @@ pub struct AppState {
 
 impl AppState {
     /// Without a service yet.
-    pub fn new(config: Arc<Config>) -> Self {
+    pub fn new(config: Arc<Config>, keys: Keys, listens: Option<SocketAddr>) -> Self {
         Self {
+            names: Arc::new(browser::OwnNames::new(&config, listens)),
             config,
+            keys,
             service: Arc::default(),
             draining: Arc::default(),
             tasks: TaskTracker::new(),
@@ -132,22 +141,28 @@ pub fn router(state: AppState) -> Router {
         .merge(openai::routes(&state))
         .merge(images::routes());
     let (routes, document) = described.split_for_parts();
-    let document = Arc::new(openapi::complete(document));
+    let document = Arc::new(openapi::complete(document, state.config.public_url.as_deref()));
     routes
         .route("/openapi.json", get(move || openapi::serve(document)))
-        .merge(SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json")))
+        .merge(SwaggerUi::new("/docs").config(
+            // Relative to /docs/: a proxy may add a prefix.
+            utoipa_swagger_ui::Config::from("../openapi.json"),
+        ))
         .merge(metrics::routes())
         .merge(ui::routes())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(state.clone(), quota::request_rate))
         .layer(from_fn_with_state(state.clone(), auth::authenticate))
         .layer(from_fn_with_state(state.clone(), when_ready))
         .layer(from_fn_with_state(state.clone(), guard::time_limit))
         .layer(RequestBodyTimeoutLayer::new(Duration::from_secs(limits.body_timeout)))
         .layer(guard::cors(&state.config.cors_origin))
+        .layer(from_fn_with_state(state.clone(), browser::own_pages_only))
         .layer(CatchPanicLayer::custom(|_| {
             ApiError(Error::internal("a handler panicked")).into_response()
         }))
+        .layer(from_fn_with_state(state.clone(), proxy::behind_proxy))
         .layer(from_fn(guard::security_headers))
         .layer(from_fn(error::with_request_id))
         .layer(from_fn(access::observed))

@@ -1,11 +1,13 @@
 //! A registration as a multipart form, read under limits while it streams in.
 
+use std::sync::Arc;
+
 use axum::extract::Multipart;
 use axum::extract::multipart::{Field, MultipartError};
 use bytes::{Bytes, BytesMut};
 
-use super::extract::too_slow;
-use crate::service::{Limits, Registration, image_fault};
+use super::extract::{no_nul, too_slow};
+use crate::service::{Receiving, Registration, Service, Share, Upload, image_fault};
 use coar_core::error::{Error, ErrorKind};
 
 /// The largest text field, in bytes.
@@ -43,6 +45,19 @@ async fn bytes(mut part: Field<'_>, limit: usize) -> Result<Option<Bytes>, Error
     Ok(Some(all.freeze()))
 }
 
+/// The part's bytes, as a file: the image at `index`.
+async fn file(mut part: Field<'_>, limit: usize, mut receiving: Receiving, index: usize) -> Result<Upload, Error> {
+    while let Some(chunk) = part.chunk().await.map_err(|error| broken(&error))? {
+        if receiving.length() + chunk.len() > limit {
+            let problem = format!("has more than {limit} bytes, the limit");
+            let fault = image_fault("image_too_large", index, receiving.file_name(), problem);
+            return Err(fault.of_kind(ErrorKind::TooLarge).limit(limit as u64));
+        }
+        receiving.write(&chunk).await?;
+    }
+    receiving.finish().await
+}
+
 fn too_large(code: &'static str, name: String, limit: usize) -> Error {
     Error::field(code, name, format!("has more than {limit} bytes, the limit")).limit(limit as u64)
 }
@@ -59,11 +74,20 @@ fn number<T: std::str::FromStr>(name: &'static str, text: &str) -> Result<T, Err
 }
 
 fn json(name: &'static str, text: &str) -> Result<serde_json::Value, Error> {
-    serde_json::from_str(text).map_err(|error| Error::field("invalid_value", name, format!("is not JSON: {error}")))
+    let value = serde_json::from_str(text)
+        .map_err(|error| Error::field("invalid_value", name, format!("is not JSON: {error}")))?;
+    no_nul(name, &value)?;
+    Ok(value)
 }
 
 /// Reads `name`, `kind`, `class`, `images` and the optional settings; every other part is refused by name.
-pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result<Registration, Error> {
+/// Images go to disk, into the room that was taken for them.
+pub(super) async fn registration(
+    mut form: Multipart,
+    service: &Service,
+    space: &Arc<Share>,
+) -> Result<Registration, Error> {
+    let limits = &service.limits;
     let mut registration = Registration::default();
     while let Some(part) = form.next_field().await.map_err(|error| broken(&error))? {
         let Some(name) = part.name().map(str::to_owned) else {
@@ -84,14 +108,9 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
             }
             let limit = limits.image.bytes;
             let file_name = part.file_name().unwrap_or_default().to_owned();
-            let image = bytes(part, limit).await?.ok_or_else(|| {
-                let problem = format!("has more than {limit} bytes, the limit");
-                image_fault("image_too_large", registration.images.len(), &file_name, problem)
-                    .of_kind(ErrorKind::TooLarge)
-                    .limit(limit as u64)
-            })?;
+            let receiving = service.receive(space, file_name).await?;
+            let image = file(part, limit, receiving, registration.images.len()).await?;
             registration.images.push(image);
-            registration.file_names.push(file_name);
             continue;
         }
         let limit = if name == "metadata" { METADATA_LIMIT } else { TEXT_LIMIT };
@@ -100,6 +119,7 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits) -> Result
             .ok_or_else(|| too_large("value_too_large", name.clone(), limit))?;
         let text = String::from_utf8(raw.to_vec())
             .map_err(|_| Error::field("invalid_value", name.clone(), "is not UTF-8 text"))?;
+        no_nul(&name, &text.as_str().into())?;
         let r = &mut registration;
         let repeated = match name.as_str() {
             "name" => r.name.replace(text).is_some(),

@@ -385,6 +385,7 @@ struct Streaming {
 }
 
 async fn streamed(service: &Service, caller: &Caller, plan: Plan) -> Result<Response, ApiError> {
+    let place = service.stream_place(caller).await?;
     let mut admitted = service.admit(caller, plan.new.settings.n).await?;
     let events = service.draw(&plan).await?;
     admitted.drawing();
@@ -398,7 +399,7 @@ async fn streamed(service: &Service, caller: &Caller, plan: Plan) -> Result<Resp
         let event = streaming.next().await?;
         Some((event, streaming))
     });
-    Ok(sse::stream(events))
+    Ok(sse::stream(sse::holding(events, place)))
 }
 
 impl Streaming {

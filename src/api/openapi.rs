@@ -5,7 +5,7 @@ use serde::Serialize;
 use utoipa::openapi::path::{Operation, Parameter};
 use utoipa::openapi::schema::{ObjectBuilder, SchemaType, Type};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::openapi::{ContentBuilder, OpenApi as Document, Ref, RefOr, ResponseBuilder, Schema};
+use utoipa::openapi::{ContentBuilder, OpenApi as Document, Ref, RefOr, ResponseBuilder, Schema, Server};
 use utoipa::{Modify, OpenApi, ToSchema};
 
 use crate::registry::Listed;
@@ -146,8 +146,9 @@ fn describe_after(path: &str, operation: &mut Operation) {
     }
 }
 
-/// Adds to every operation the answers that any may give.
-pub(super) fn complete(mut document: Document) -> Document {
+/// Adds the server's address, where the operator has named it, and to every operation the answers that any may give.
+pub(super) fn complete(mut document: Document, public_url: Option<&str>) -> Document {
+    document.servers = public_url.map(|url| vec![Server::new(url.trim_end_matches('/'))]);
     let error = |description: &str| {
         let content = ContentBuilder::new()
             .schema(Some(Ref::from_schema_name("Error")))

@@ -8,11 +8,11 @@
 use std::time::Duration;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
 
-use super::AppState;
+use super::{ApiError, AppState};
 use crate::service::{Allowance, Caller, Standing};
 
 /// Names of limit, remaining and reset.
@@ -48,6 +48,25 @@ fn insert(headers: &mut HeaderMap, names: Names, allowance: Option<Allowance>) {
 /// As OpenAI writes it: `12s`. Rounded up: a retry must not come too early.
 fn seconds(wait: Duration) -> String {
     format!("{}s", wait.as_secs_f64().ceil())
+}
+
+/// Whether a request makes, starts, checks or cancels something for its tenant. Deleting is not counted: it makes room.
+fn is_counted(request: &Request) -> bool {
+    let path = request.uri().path();
+    matches!(*request.method(), Method::POST | Method::PATCH)
+        && path.starts_with("/v1/")
+        && !path.starts_with("/v1/admin/")
+}
+
+/// Refuses what is more than the tenant may send in a minute, before its body is read.
+pub(super) async fn request_rate(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let caller = request.extensions().get::<Caller>().copied();
+    if let (true, Some(caller), Ok(service)) = (is_counted(&request), caller, state.service())
+        && let Err(error) = service.admit_request(&caller).await
+    {
+        return ApiError(error).into_response();
+    }
+    next.run(request).await
 }
 
 /// Says on every answer, refusals included, what the caller's tenant may still do. Quotas that it does not have are not

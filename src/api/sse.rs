@@ -19,6 +19,17 @@ pub(super) fn event(name: &str, data: &impl Serialize) -> Event {
     serde_json::to_string(data).map_or_else(|_| Event::default(), |text| event.data(text))
 }
 
+/// The same events; `held` is dropped with the stream.
+pub(super) fn holding<H: Send + 'static>(
+    events: impl Stream<Item = Event> + Send + 'static,
+    held: H,
+) -> impl Stream<Item = Event> + Send + 'static {
+    events.map(move |event| {
+        let _ = &held;
+        event
+    })
+}
+
 /// A stream of events, with comments in between where there are none for a while.
 pub(super) fn stream(events: impl Stream<Item = Event> + Send + 'static) -> Response {
     let events = events.map(Ok::<_, Infallible>);

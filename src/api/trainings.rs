@@ -170,6 +170,7 @@ pub(super) fn accepted(training: &crate::registry::Training) -> Response {
         (status = 200, description = "Events", body = ServerEvent, content_type = "text/event-stream",
          example = "event: progress\nid: 24\ndata: {\"status\":\"running\",\"step\":24,\"total_steps\":60,\"loss\":3.87,\
                     \"steps_per_second\":2.1,\"eta_seconds\":18}\n\n"),
+        (status = 429, description = "`too_many_streams`", body = ErrorBody),
         (status = 404, description = "`training_not_found`", body = ErrorBody),
     ),
 )]
@@ -178,8 +179,13 @@ async fn follow(
     Read(caller): Read,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    let training = state.service()?.training(&caller, &id).await?;
-    Ok(sse::stream(events::follow(&state, caller, training)))
+    let service = state.service()?;
+    let training = service.training(&caller, &id).await?;
+    let place = service.stream_place(&caller).await?;
+    Ok(sse::stream(sse::holding(
+        events::follow(&state, caller, training),
+        place,
+    )))
 }
 
 /// Show a training's image

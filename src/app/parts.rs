@@ -14,7 +14,9 @@ use crate::api;
 use crate::cluster::{Executor, Member, Streams, WarmConcepts};
 use crate::config::Config;
 use crate::jobs::{AddressPolicy, Drawings, Wakes, Webhooks, Worker, sweep};
-use crate::registry::{Backend, DataLock, Registry, Storage};
+use crate::registry::{
+    Backend, DataLock, QueueLimits, Registry, SECRETS_REFRESH, SharedSecrets, Storage, network_filesystem,
+};
 use crate::service::Links;
 use coar_core::engine::EngineHandle;
 use coar_core::metrics::meters;
@@ -40,21 +42,28 @@ pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
         blobs: config.storage.blobs.clone(),
     };
     if storage.is_shared() {
-        let registry = Registry::connect(&storage).await?;
-        if let Some(blobs) = &storage.blobs {
-            registry.blobs.probe().await.map_err(|error| {
-                anyhow::anyhow!(
-                    "the blob store {blobs} cannot be used: {error}; does the bucket exist, and are AWS_ENDPOINT_URL, AWS_REGION and \
-                     the credentials right?"
-                )
-            })?;
-        }
+        let registry = Registry::connect(&storage)
+            .await?
+            .with_queue_limits(queue_limits(config));
+        probe(&storage, &registry).await?;
         tracing::info!(process = %registry.process(), "this process shares its database");
         return Ok(Opened { registry, lock: None });
     }
+    if let Some(kind) = network_filesystem(&storage.data) {
+        anyhow::ensure!(
+            config.data_on_network.is_on(),
+            "the folder {} is on a network file system ({kind}), on which SQLite can lose data: use a local disk, or PostgreSQL \
+             (--database); --data-on-network=on takes the risk",
+            storage.data.display()
+        );
+        tracing::warn!(kind, "SQLite is on a network file system, where it can lose data");
+    }
     close_to_others(&storage.data);
     let lock = DataLock::take(&storage.data)?;
-    let registry = Registry::connect(&storage).await?;
+    let registry = Registry::connect(&storage)
+        .await?
+        .with_queue_limits(queue_limits(config));
+    probe(&storage, &registry).await?;
     registry.forget_processes().await?;
     let released = registry.release_all().await?;
     if released > 0 {
@@ -79,6 +88,24 @@ pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
         registry,
         lock: Some(lock),
     })
+}
+
+/// Asks the bucket, if there is one, so that a fault in its address or credentials is named at the start.
+async fn probe(storage: &Storage, registry: &Registry) -> anyhow::Result<()> {
+    let Some(blobs) = &storage.blobs else { return Ok(()) };
+    registry.blobs.probe().await.map_err(|error| {
+        anyhow::anyhow!(
+            "the blob store {blobs} cannot be used: {error}; does the bucket exist, and are AWS_ENDPOINT_URL, AWS_REGION and \
+             the credentials right?"
+        )
+    })
+}
+
+fn queue_limits(config: &Config) -> QueueLimits {
+    QueueLimits {
+        trainings: config.queues.queued_trainings,
+        generations: config.queues.queued_generations,
+    }
 }
 
 /// Removes group and other permissions from the data folder and its database: they hold the secrets that sign URLs and
@@ -156,8 +183,34 @@ pub(super) async fn announce(
     Ok(())
 }
 
-/// Removal of what has expired, and counting.
-pub(super) fn upkeep(config: &Config, registry: &Registry, tracker: &TaskTracker, stop: &CancellationToken) {
+/// The server's secrets as they are now; [`upkeep`] follows their changes.
+pub(super) async fn secrets(registry: &Registry) -> anyhow::Result<SharedSecrets> {
+    Ok(SharedSecrets::new(registry.server_secrets().await?))
+}
+
+/// Follows changes of the server's secret.
+async fn follow_secrets(registry: Registry, secrets: SharedSecrets, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(SECRETS_REFRESH);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        if let Err(error) = secrets.refresh(&registry).await {
+            tracing::debug!(%error, "the server's secret cannot be read again");
+        }
+    }
+}
+
+/// Removal of what has expired, counting, and changes of the secret.
+pub(super) fn upkeep(
+    config: &Config,
+    registry: &Registry,
+    secrets: &SharedSecrets,
+    (tracker, stop): (&TaskTracker, &CancellationToken),
+) {
+    tracker.spawn(follow_secrets(registry.clone(), secrets.clone(), stop.clone()));
     tracker.spawn(sweep(registry.clone(), config.keep_images(), stop.clone()));
     tracker.spawn(count_jobs(registry.clone(), stop.clone()));
 }

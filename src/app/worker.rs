@@ -9,8 +9,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::parts::{self, Device, Opened};
-use super::{GRACE, HAND_BACK};
-use crate::cluster::{Executor, Local, Streams, WorkerState, worker_router, worker_token};
+use super::{GRACE, HAND_BACK, notify};
+use crate::cluster::{Executor, Local, Streams, WorkerState, worker_router};
 use crate::config::Config;
 use crate::jobs::Wakes;
 use crate::service::Links;
@@ -41,8 +41,8 @@ pub(super) async fn serve(
     let address = config.advertise.clone().unwrap_or_else(|| own_address(listens));
     // Tests and scripts that ask for port 0 read the address from this line.
     println!("worker listening on http://{listens}");
-    let (secret, streams) = (registry.server_secret().await?, Streams::default());
-    let state = WorkerState::new(&worker_token(&secret), config.metrics_open.is_on(), streams.clone());
+    let (secrets, streams) = (parts::secrets(&registry).await?, Streams::default());
+    let state = WorkerState::new(secrets.clone(), config.metrics_open.is_on(), streams.clone());
     let (tracker, closing) = (TaskTracker::new(), CancellationToken::new());
     let http = {
         let router = worker_router(state.clone()).into_make_service_with_connect_info::<SocketAddr>();
@@ -57,7 +57,7 @@ pub(super) async fn serve(
     let local = Local::new(engine.clone(), &registry, config.engine.concept_memory << 20);
     let executor = Executor::Local(local.clone());
     let wakes = Wakes::shared(&registry, &stop, &tracker);
-    let links = Arc::new(Links::new(&secret, config.keep_images()));
+    let links = Arc::new(Links::new(secrets.clone(), config.keep_images()));
     // Web-hooks of what this worker draws name images by the API's address, which only the operator knows.
     let public = config.public_url.as_deref().unwrap_or("").trim_end_matches('/');
     if public.is_empty() {
@@ -69,14 +69,17 @@ pub(super) async fn serve(
     state.ready(local, &member);
     let ended = CancellationToken::new();
     parts::announce(&registry, &member, &ended, &tracker).await?;
-    parts::upkeep(&config, &registry, &tracker, &stop);
+    parts::upkeep(&config, &registry, &secrets, (&tracker, &stop));
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
     parts::draw(drawings, true, &tracker, &stop);
     parts::train(&config, &registry, &engine, &wakes, (&tracker, &stop));
+    tracker.spawn(notify::watchdog(Some(engine.clone()), ended.clone()));
     tracker.close();
     tracing::info!(model = engine.info().id, address, "ready");
+    notify::notify(notify::READY);
     stop.cancelled().await;
     tracing::info!("stopping");
+    notify::notify(notify::STOPPING);
     member.draining.store(true, Ordering::Relaxed);
     if let Err(error) = member.announce(&registry).await {
         tracing::warn!(%error, "the draining state cannot be announced");

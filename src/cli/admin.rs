@@ -1,12 +1,14 @@
-//! `coar admin queue|jobs|replay|verify|gc|delete-tenant`: what an operator sees and sets right, over all tenants. Needs
+//! `coar admin queue|jobs|replay|verify|gc|delete-tenant|rotate-secret|rotate-webhook-secret`: what an operator sees and sets right, over all tenants. Needs
 //! the database and the blob store, no running server and no model.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use clap::Subcommand;
 
 use super::local::{DataArgs, block_on, existing_registry};
-use crate::registry::{BlobError, DataLock, Job, JobId, JobStatus, Registry, now};
+use super::printable::printable;
+use crate::registry::{BlobError, DataLock, Deletion, Job, JobId, JobStatus, Registry, RegistryError, now};
 use coar_core::concept::ConceptFile;
 
 #[derive(Debug, Subcommand)]
@@ -48,12 +50,35 @@ pub(super) enum AdminCommand {
         #[command(flatten)]
         data: DataArgs,
     },
+    /// Change the secret that signs image addresses and authenticates API processes to workers. Works while servers run;
+    /// they follow within seconds.
+    RotateSecret {
+        /// Hours for which the present secret is accepted: as long as images are kept, or their addresses end earlier.
+        /// 0 after a leak: every address that was handed out ends at once.
+        #[arg(long, default_value_t = 24, value_name = "HOURS")]
+        accept_old_for: u32,
+        #[command(flatten)]
+        data: DataArgs,
+    },
+    /// Change the secret that signs a tenant's web-hooks, and print the new one.
+    RotateWebhookSecret {
+        tenant: String,
+        /// Hours for which the present secret signs beside the new one.
+        #[arg(long, default_value_t = 24, value_name = "HOURS")]
+        keep_old_for: u32,
+        #[command(flatten)]
+        data: DataArgs,
+    },
     /// Remove a tenant with all that is its: keys, concepts, trainings, generations, images, web-hooks.
     DeleteTenant {
         name: String,
         /// Really delete; without it the command only says what would be removed.
         #[arg(long)]
         yes: bool,
+        /// Also where the tenant has the last valid key with the scope `admin`. Callers still need a key afterwards: make
+        /// one with `coar keys create`.
+        #[arg(long)]
+        including_the_last_admin_key: bool,
         #[command(flatten)]
         data: DataArgs,
     },
@@ -68,10 +93,45 @@ impl AdminCommand {
                 Self::Replay { id, data } => replay(&existing_registry(&data).await?, id).await,
                 Self::Verify { concepts, data } => verify(&existing_registry(&data).await?, concepts).await,
                 Self::Gc { data } => gc(&data).await,
-                Self::DeleteTenant { name, yes, data } => delete_tenant(&data, &name, yes).await,
+                Self::RotateSecret { accept_old_for, data } => {
+                    let registry = existing_registry(&data).await?;
+                    registry.rotate_server_secret(hours(accept_old_for)).await?;
+                    println!("the secret is changed; the one before it is accepted for {accept_old_for} hours");
+                    Ok(())
+                }
+                Self::RotateWebhookSecret {
+                    tenant,
+                    keep_old_for,
+                    data,
+                } => {
+                    let registry = existing_registry(&data).await?;
+                    let changed = registry.rotate_webhook_secret(&tenant, hours(keep_old_for)).await?;
+                    let changed = changed.ok_or_else(|| anyhow::anyhow!("there is no tenant `{tenant}`"))?;
+                    eprintln!(
+                        "web-hooks of {tenant} are signed with both secrets for {keep_old_for} hours; the new one:"
+                    );
+                    println!("{}", changed.webhook_secret);
+                    Ok(())
+                }
+                Self::DeleteTenant {
+                    name,
+                    yes,
+                    including_the_last_admin_key,
+                    data,
+                } => {
+                    let deletion = Deletion {
+                        asked_with: None,
+                        including_the_last_admin_key,
+                    };
+                    delete_tenant(&data, &name, yes, deletion).await
+                }
             }
         })
     }
+}
+
+fn hours(hours: u32) -> Duration {
+    Duration::from_secs(3600 * u64::from(hours))
 }
 
 /// A time as its age: `3m 20s`.
@@ -128,6 +188,7 @@ fn line(job: &Job) -> String {
         (Some(code), Some(message)) => format!("{code}: {message}"),
         _ => problem.to_owned(),
     };
+    let problem = printable(&problem);
     format!(
         "{:<44} {:<16} {:<9} {:>7} {:<8} {problem}",
         job.id,
@@ -218,7 +279,7 @@ async fn gc(data: &DataArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn delete_tenant(data: &DataArgs, name: &str, yes: bool) -> anyhow::Result<()> {
+async fn delete_tenant(data: &DataArgs, name: &str, yes: bool, deletion: Deletion) -> anyhow::Result<()> {
     let registry = existing_registry(data).await?;
     let tenant = registry
         .tenant(name)
@@ -233,7 +294,13 @@ async fn delete_tenant(data: &DataArgs, name: &str, yes: bool) -> anyhow::Result
     let _lock = alone(data).map_err(|_| {
         anyhow::anyhow!("a server uses this folder; stop it, or ask it: DELETE /v1/admin/tenants/{name}")
     })?;
-    registry.delete_tenant(tenant.id).await?;
+    match registry.delete_tenant(tenant.id, deletion).await {
+        Err(RegistryError::LastAdminKey) => anyhow::bail!(
+            "{name} has the last valid key with the scope admin: make one for another tenant with `coar keys create`, or say \
+             --including-the-last-admin-key"
+        ),
+        other => other?,
+    };
     println!("{name} is deleted");
     Ok(())
 }

@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use clap_complete::engine::ArgValueCompleter;
+use serde_json::json;
 
 use super::completions::concept_names;
 use super::form::FormArgs;
 use super::local::{DataArgs, block_on, existing_registry, service};
-use super::remote;
+use super::printable::printable;
+use super::remote::{self, format};
 use crate::client::Client;
 use crate::config::ModelArgs;
 use crate::registry::Registry;
@@ -150,7 +152,7 @@ impl ConceptCommand {
 
 async fn list(data: &DataArgs) -> anyhow::Result<()> {
     let registry = existing_registry(data).await?;
-    println!("{:<20} {:<8} {:<12} {:<10} VERSION", "NAME", "KIND", "CLASS", "STATUS");
+    let mut rows = Vec::new();
     for concept in registry.concepts(TenantId::DEFAULT).await? {
         let status = match (
             &concept.version,
@@ -160,14 +162,20 @@ async fn list(data: &DataArgs) -> anyhow::Result<()> {
             (None, Some(training)) => training.status.as_str(),
             (None, None) => "empty",
         };
-        let version = concept.version.as_deref().map_or("-", |version| &version[..12]);
-        let class = concept.class_noun.as_deref().unwrap_or("-");
-        println!(
-            "{:<20} {:<8} {class:<12} {status:<10} {version}",
+        let version = concept
+            .version
+            .as_ref()
+            .map(|hash| json!({"number": concept.version_number, "hash": hash}));
+        rows.push(vec![
             concept.name,
-            concept.kind.as_str()
-        );
+            concept.kind.as_str().to_owned(),
+            printable(concept.class_noun.as_deref().unwrap_or("-")).into_owned(),
+            status.to_owned(),
+            format::version(&version.unwrap_or_default()),
+            format::age(&concept.created_at.into()),
+        ]);
     }
+    print!("{}", format::table(format::CONCEPT_COLUMNS, &rows));
     Ok(())
 }
 
@@ -179,9 +187,12 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
     };
     let parsed = ConceptFile::from_bytes(&bytes)?;
     let (header, tensors) = (&parsed.header, &parsed.tensors);
-    println!("name         {}", header.name);
+    println!("name         {}", printable(&header.name));
     println!("kind         {}", header.kind.as_str());
-    println!("class        {}", header.class_noun.as_deref().unwrap_or("-"));
+    println!(
+        "class        {}",
+        printable(header.class_noun.as_deref().unwrap_or("-"))
+    );
     println!("method       {}", header.method.as_str());
     println!("layers       {} of hidden size {}", tensors.layers, tensors.hidden);
     println!(
@@ -193,9 +204,9 @@ async fn show(concept: &str, data: &DataArgs) -> anyhow::Result<()> {
         tensors.parameters(),
         bytes.len()
     );
-    println!("base model   {}", header.base_model);
+    println!("base model   {}", printable(&header.base_model));
     println!("losses       {}", serde_json::to_string(&header.losses)?);
-    println!("settings     {}", serde_json::to_string(&header.spec)?);
+    println!("settings     {}", printable(&serde_json::to_string(&header.spec)?));
     Ok(())
 }
 
@@ -214,7 +225,7 @@ async fn verify(data: &DataArgs) -> anyhow::Result<()> {
             Ok(()) => println!("ok    {}", concept.name),
             Err(problem) => {
                 faults += 1;
-                println!("FAIL  {}: {problem}", concept.name);
+                println!("FAIL  {}: {}", concept.name, printable(&problem));
             }
         }
     }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use clap::Args;
 
 use crate::client::NewConcept;
-use crate::service::Registration;
+use crate::service::{Registration, Upload};
 
 /// A concept's name, images and settings.
 #[derive(Debug, Args)]
@@ -64,13 +64,14 @@ impl FormArgs {
 
     /// For this process's own service.
     pub(super) fn registration(&self, images: Vec<(String, Bytes)>) -> Registration {
-        let (file_names, images) = images.into_iter().unzip();
         Registration {
             name: Some(self.name.clone()),
             kind: Some(self.kind.clone()),
             class: self.class.clone(),
-            images,
-            file_names,
+            images: images
+                .into_iter()
+                .map(|(file_name, bytes)| Upload::of_bytes(file_name, bytes))
+                .collect(),
             captions: self.captions.clone(),
             method: self.method.clone(),
             steps: self.steps,

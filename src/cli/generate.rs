@@ -6,6 +6,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::local::{DataArgs, block_on, service};
+use super::progress::ProgressLines;
 use super::remote;
 use crate::client::{Client, Draw};
 use crate::config::ModelArgs;
@@ -108,15 +109,17 @@ impl GenerateArgs {
         std::fs::create_dir_all(&self.out)?;
         let seed = plan.new.settings.sampling.seed;
         let mut stream = service.draw(&plan).await?;
-        let bar = ProgressBar::new(0).with_style(ProgressStyle::with_template(
-            "drawing {wide_bar} {pos}/{len}  eta {eta}",
-        )?);
+        let bar =
+            ProgressBar::new(0).with_style(ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}  eta {eta}")?);
+        bar.set_message("drawing");
+        let mut lines = ProgressLines::new();
         while let Some(event) = stream.events.recv().await {
             match event {
                 DrawEvent::Started | DrawEvent::Partial { .. } => {}
                 DrawEvent::Progress { done, total } => {
                     bar.set_length(total.into());
                     bar.set_position(done.into());
+                    lines.show(&bar);
                 }
                 DrawEvent::Image { index, file, .. } => {
                     let path = self.out.join(format!("coar-{seed}-{index}.png"));

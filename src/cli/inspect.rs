@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::printable::printable;
 use coar_engine::inspect::inspect;
-use coar_engine::loading::default_cache;
-use coar_engine::pocket::unpack_shipped;
+use coar_engine::pocket::unpack;
 
 /// Tell what a checkpoint is, without loading it: parameters, dtype, layers, sizes, memory, what is missing.
 #[derive(Debug, Args)]
@@ -28,18 +28,18 @@ impl InspectArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let dir = match self.dir {
             Some(dir) => dir,
-            None => unpack_shipped(&self.cache.unwrap_or_else(default_cache))?,
+            None => unpack(self.cache.as_deref())?,
         };
         let found = inspect(&dir, self.tokenizer.as_deref(), self.target_size)?;
         for line in &found.lines {
-            println!("{line}");
+            println!("{}", printable(line));
         }
         if found.missing.is_empty() {
             println!("complete       yes");
             return Ok(());
         }
         for problem in &found.missing {
-            println!("missing        {problem}");
+            println!("missing        {}", printable(problem));
         }
         anyhow::bail!("the checkpoint cannot be served: {} problems", found.missing.len())
     }

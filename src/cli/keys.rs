@@ -3,6 +3,7 @@
 use clap::Subcommand;
 
 use super::local::{DataArgs, block_on, existing_registry, keep_files_private, storage};
+use super::remote::format::table;
 use crate::registry::{Page, Registry, now};
 use crate::service::{KeyRequest, Keys, Scopes};
 use coar_core::ids::KeyId;
@@ -19,9 +20,12 @@ pub(super) enum KeysCommand {
         /// What it is for.
         #[arg(long)]
         name: Option<String>,
-        /// What it allows, with commas between: read, generate, train, admin.
+        /// What it allows, with commas between: read, generate, train, admin, metrics.
         #[arg(long, default_value_t)]
         scopes: Scopes,
+        /// Also print the secret that signs the tenant's web-hooks; printed anyway when the tenant is made.
+        #[arg(long)]
+        show_webhook_secret: bool,
         /// Days after which it ends; without this, never.
         #[arg(long, value_name = "DAYS")]
         expires: Option<u32>,
@@ -51,6 +55,7 @@ impl KeysCommand {
                     tenant,
                     name,
                     scopes,
+                    show_webhook_secret,
                     expires,
                     data,
                 } => {
@@ -58,7 +63,7 @@ impl KeysCommand {
                         eprintln!("new database in {}", data.data.display());
                     }
                     let keys = Keys::new(Registry::connect(&storage(&data)).await?);
-                    let owner = keys.tenant_or_new(&tenant).await?;
+                    let (owner, is_new) = keys.tenant_or_new(&tenant).await?;
                     let request = KeyRequest {
                         tenant,
                         name,
@@ -72,7 +77,9 @@ impl KeysCommand {
                         created.key.id, owner.name, scopes
                     );
                     println!("{}", created.text);
-                    eprintln!("web-hooks of this tenant are signed with {}", owner.webhook_secret);
+                    if is_new || show_webhook_secret {
+                        eprintln!("web-hooks of this tenant are signed with {}", owner.webhook_secret);
+                    }
                     Ok(())
                 }
                 Self::List { data } => list(&Keys::new(existing_registry(&data).await?)).await,
@@ -87,10 +94,7 @@ impl KeysCommand {
 }
 
 async fn list(keys: &Keys) -> anyhow::Result<()> {
-    println!(
-        "{:<37} {:<16} {:<14} {:<8} {:<28} NAME",
-        "ID", "TENANT", "BEGINS", "STATE", "SCOPES"
-    );
+    let mut rows = Vec::new();
     let mut page: Page<KeyId> = Page {
         limit: 100,
         after: None,
@@ -103,16 +107,23 @@ async fn list(keys: &Keys) -> anyhow::Result<()> {
                 None if key.is_valid(now()) => "valid",
                 None => "expired",
             };
-            let begins = format!("coar_{}", key.public_id);
-            let scopes = key.scopes.to_string();
-            println!(
-                "{:<37} {:<16} {begins:<14} {state:<8} {scopes:<28} {}",
-                key.id, key.tenant_name, key.name
-            );
+            rows.push(vec![
+                key.id.to_string(),
+                key.tenant_name.clone(),
+                format!("coar_{}", key.public_id),
+                state.to_owned(),
+                key.scopes.to_string(),
+                key.name.clone(),
+            ]);
         }
         page.after = listed.rows.last().map(|key| key.id);
         if !listed.has_more {
-            return Ok(());
+            break;
         }
     }
+    print!(
+        "{}",
+        table(&["ID", "TENANT", "BEGINS", "STATE", "SCOPES", "NAME"], &rows)
+    );
+    Ok(())
 }

@@ -9,7 +9,7 @@ use super::model::start_engine;
 use crate::cluster::Executor;
 use crate::config::ModelArgs;
 use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, Worker};
-use crate::registry::{DataLock, Registry, Storage};
+use crate::registry::{DataLock, Registry, SharedSecrets, Storage};
 use crate::service::{Keys, Limits, Links, Service, Tallies};
 use coar_core::engine::EngineHandle;
 
@@ -54,7 +54,7 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
     let registry = Registry::connect(&storage(data)).await?;
     let model = model.clone();
     let engine = tokio::task::spawn_blocking(move || start_engine(&model, None)).await??;
-    let links = Arc::new(Links::new(&registry.server_secret().await?, KEEP));
+    let links = Arc::new(Links::new(SharedSecrets::new(registry.server_secrets().await?), KEEP));
     // Without a server nothing is stored and no web-hook sent.
     let webhooks = Webhooks::new(
         registry.clone(),
@@ -71,6 +71,7 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
         wake: Wake::default(),
         limits: Limits::default().into(),
         tallies: Tallies::default(),
+        shares: Arc::default(),
     };
     Ok((service, engine))
 }

@@ -12,6 +12,8 @@ mod keys;
 mod local;
 /// The flags of commands that need a base model, as the engine takes them.
 pub mod model;
+mod printable;
+mod progress;
 mod remote;
 mod serve;
 mod train;
@@ -27,6 +29,7 @@ use crate::config::{Faults, read_file};
 
 use crate::telemetry::LogFormat;
 pub use completions::complete;
+pub use printable::printable_lines;
 
 /// One frozen autoregressive image model, and the concepts of many users.
 #[derive(Debug, Parser)]

@@ -30,10 +30,10 @@ impl ServeArgs {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         runtime.block_on(async move {
             let (address, flag) = match config.role {
-                Role::Worker => (config.worker_listen, "--worker-listen"),
-                Role::All | Role::Api => (config.listen, "--listen"),
+                Role::Worker => (config.worker_listen.into(), "--worker-listen"),
+                Role::All | Role::Api => (config.listen.clone(), "--listen"),
             };
-            let listener = tokio::net::TcpListener::bind(address).await.map_err(|error| {
+            let listener = crate::app::Listener::bind(&address).await.map_err(|error| {
                 anyhow::anyhow!("cannot listen on {address}: {error}; choose another address with {flag} (`make serve LISTEN=HOST:PORT`)")
             })?;
             let stop = CancellationToken::new();

@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::form::FormArgs;
 use super::local::{DataArgs, Workshop, block_on};
+use super::progress::ProgressLines;
 use super::remote;
 use crate::client::Client;
 use crate::config::ModelArgs;
@@ -113,6 +114,7 @@ impl TrainArgs {
             .with_style(style)
             .with_message("preparing");
         let id = training.id.to_string();
+        let mut lines = ProgressLines::new();
         loop {
             tokio::time::sleep(Duration::from_millis(200)).await;
             let now = service.training(&Caller::LOCAL, &id).await?;
@@ -120,6 +122,7 @@ impl TrainArgs {
             if let Some(loss) = now.loss {
                 bar.set_message(format!("loss {loss:.3}"));
             }
+            lines.show(&bar);
             match now.status {
                 TrainingStatus::Queued | TrainingStatus::Running => {}
                 TrainingStatus::Succeeded => {

@@ -73,6 +73,14 @@ impl Client {
         })
     }
 
+    /// A URL of an answer, which is a path alone where the server has no `public_url`.
+    pub fn absolute(&self, url: &str) -> String {
+        match url.starts_with('/') {
+            true => format!("{}{url}", self.base),
+            false => url.to_owned(),
+        }
+    }
+
     /// A request to a path of the API, with the key.
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
         let request = self.http.request(method, format!("{}{path}", self.base));

@@ -48,7 +48,13 @@ impl ConceptStore {
     pub async fn get(&self, model: &ModelInfo, concept: &GenerationConcept) -> Result<Arc<ConceptTensors>, Error> {
         self.cache
             .get_or_insert_async(&concept.hash, async {
-                let bytes = match self.blobs.get(&concept.hash).await {
+                let limit = model.concept_limit() as u64;
+                let unusable = |problem: &dyn std::fmt::Display| {
+                    let message = format!("The concept `{}` cannot be used: {problem}.", concept.name);
+                    Error::new(ErrorKind::Conflict, "concept_unusable", message)
+                };
+                let bytes = match self.blobs.get_within(&concept.hash, limit).await {
+                    Err(error @ BlobError::TooLarge(..)) => return Err(unusable(&error)),
                     Err(BlobError::Missing(_)) => {
                         let message = format!(
                             "The concept `{}` was deleted before the generation started.",
@@ -58,10 +64,7 @@ impl ConceptStore {
                     }
                     other => other?,
                 };
-                let file = model.read_concept(&bytes).map_err(|error| {
-                    let message = format!("The concept `{}` cannot be used: {error}.", concept.name);
-                    Error::new(ErrorKind::Conflict, "concept_unusable", message)
-                })?;
+                let file = model.read_concept(&bytes).map_err(|error| unusable(&error))?;
                 Ok(Arc::new(file.tensors))
             })
             .await

@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 use super::Streams;
 use super::member::{LoadReport, short};
 use super::wire::{Decoder, Frame, GenerationRequest, Refusal, TokenizerFile};
-use crate::registry::{Process, Registry};
+use super::worker::worker_token;
+use crate::registry::{Process, Registry, SharedSecrets, now};
 use coar_core::engine::{EngineError, GenerationEvent, ModelInfo, TokenCounter};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ProcessId;
@@ -44,7 +45,7 @@ struct Shared {
     counter: TokenCounter,
     registry: Registry,
     client: Client,
-    token: String,
+    secrets: SharedSecrets,
     workers: RwLock<Vec<Worker>>,
     /// Workers that did not answer, and since when.
     suspects: Mutex<HashMap<ProcessId, Instant>>,
@@ -97,6 +98,11 @@ impl RemoteStream {
     pub(super) async fn next(&mut self) -> Option<GenerationEvent> {
         self.events.recv().await
     }
+}
+
+/// What this process shows to workers at this moment.
+fn token(secrets: &SharedSecrets) -> String {
+    worker_token(secrets.get().signing(now()))
 }
 
 /// What is needed to count tokens the same way as the worker at `address`.
@@ -156,7 +162,7 @@ impl Fleet {
     ///
     /// # Errors
     /// When the HTTP client cannot be built.
-    pub async fn find(registry: Registry, token: String, streams: Streams) -> anyhow::Result<Self> {
+    pub async fn find(registry: Registry, secrets: SharedSecrets, streams: Streams) -> anyhow::Result<Self> {
         // Fails if a provider is already installed, which is then kept.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder()
@@ -174,14 +180,14 @@ impl Fleet {
                         Some((process.id, address, model_of(process)?))
                     });
                     if let Some((worker, address, info)) = found {
-                        match tokenizer_of(&client, address, &token).await {
+                        match tokenizer_of(&client, address, &token(&secrets)).await {
                             Ok(counter) => {
                                 let fleet = Self(Arc::new(Shared {
                                     info,
                                     counter,
                                     registry,
                                     client,
-                                    token,
+                                    secrets,
                                     workers: RwLock::default(),
                                     suspects: Mutex::default(),
                                     streams,
@@ -283,7 +289,8 @@ impl Fleet {
 
     async fn post(&self, worker: &Worker, path: &str, request: &GenerationRequest) -> Result<Response, String> {
         let url = format!("{}{path}", worker.address.trim_end_matches('/'));
-        let sent = self.0.client.post(url).bearer_auth(&self.0.token).json(request).send();
+        let token = token(&self.0.secrets);
+        let sent = self.0.client.post(url).bearer_auth(token).json(request).send();
         match tokio::time::timeout(ACCEPT, sent).await {
             Ok(answer) => answer.map_err(|error| error.to_string()),
             Err(_) => Err(format!("no answer within {} s", ACCEPT.as_secs())),

@@ -19,6 +19,8 @@ use sha2::Sha256;
 use subtle::ConstantTimeEq;
 use tokio::sync::mpsc;
 
+use crate::registry::{SharedSecrets, now};
+
 use super::wire::{GenerationRequest, Refusal, TokenizerFile, alive, encode};
 use super::{Local, Member, Streams, WarmConcepts};
 use coar_core::engine::{GenerationEvent, Health};
@@ -38,7 +40,7 @@ const PROGRESS: Duration = Duration::from_millis(40);
 /// Shared state of the worker's routes.
 #[derive(Debug, Clone)]
 pub struct WorkerState {
-    token: Arc<str>,
+    secrets: SharedSecrets,
     /// Whether the metrics are public; otherwise they need loopback or the token.
     metrics_open: bool,
     /// Empty until the model is loaded.
@@ -55,9 +57,9 @@ struct Ready {
 
 impl WorkerState {
     /// State without a model.
-    pub fn new(token: &str, metrics_open: bool, streams: Streams) -> Self {
+    pub fn new(secrets: SharedSecrets, metrics_open: bool, streams: Streams) -> Self {
         Self {
-            token: token.into(),
+            secrets,
             metrics_open,
             ready: Arc::default(),
             streams,
@@ -118,7 +120,10 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
 
 fn has_token(state: &WorkerState, headers: &HeaderMap) -> bool {
     let given = bearer(headers).unwrap_or("");
-    !state.token.is_empty() && bool::from(given.as_bytes().ct_eq(state.token.as_bytes()))
+    let secrets = state.secrets.get();
+    secrets
+        .accepted(now())
+        .any(|secret| bool::from(given.as_bytes().ct_eq(worker_token(secret).as_bytes())))
 }
 
 async fn known(State(state): State<WorkerState>, request: Request, next: Next) -> Response {
@@ -235,7 +240,7 @@ mod tests {
 
     async fn status(method: &str, path: &str, token: Option<&str>) -> StatusCode {
         let peer = SocketAddr::from(([127, 0, 0, 1], 9));
-        let router = worker_router(WorkerState::new(&worker_token("secret"), false, Streams::default()))
+        let router = worker_router(WorkerState::new(SharedSecrets::of("secret"), false, Streams::default()))
             .layer(MockConnectInfo(peer));
         let mut request = Request::builder().method(method).uri(path);
         if let Some(token) = token {
@@ -256,7 +261,7 @@ mod tests {
             ([10, 0, 0, 7], false, token.as_str(), StatusCode::OK),
             ([10, 0, 0, 7], true, "", StatusCode::OK),
         ] {
-            let state = WorkerState::new(&worker_token("secret"), open, Streams::default());
+            let state = WorkerState::new(SharedSecrets::of("secret"), open, Streams::default());
             let router = worker_router(state).layer(MockConnectInfo(SocketAddr::from((peer, 9))));
             let request = Request::get("/metrics").header(header::AUTHORIZATION, authorization);
             let response = router.oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
@@ -290,7 +295,7 @@ mod tests {
             assert_ne!(status(method, path, Some(&right)).await, StatusCode::UNAUTHORIZED);
         }
         // A worker without a secret rejects every request.
-        let open = worker_router(WorkerState::new("", false, Streams::default()));
+        let open = worker_router(WorkerState::new(SharedSecrets::of(""), false, Streams::default()));
         let request = Request::get(TOKENIZER)
             .header(header::AUTHORIZATION, "Bearer ")
             .body(Body::empty());

@@ -23,19 +23,23 @@ fn within(address: u32, network: [u8; 4], bits: u32) -> bool {
 
 /// Whether the address is globally routable.
 fn is_public_v4(address: Ipv4Addr) -> bool {
-    // The special-purpose registry of RFC 6890 and its updates, multicast, and reserved ranges.
-    const SPECIAL: [([u8; 4], u32); 16] = [
+    // The special-purpose registry of RFC 6890 and its updates, multicast, and reserved ranges; and the address at which
+    // each virtual machine of Azure reaches its host, which is not in the registry.
+    const SPECIAL: [([u8; 4], u32); 19] = [
         ([0, 0, 0, 0], 8),
         ([10, 0, 0, 0], 8),
         ([100, 64, 0, 0], 10),
         ([127, 0, 0, 0], 8),
         ([169, 254, 0, 0], 16),
+        ([168, 63, 129, 16], 32),
         ([172, 16, 0, 0], 12),
         ([192, 0, 0, 0], 24),
         ([192, 0, 2, 0], 24),
         ([192, 31, 196, 0], 24),
+        ([192, 52, 193, 0], 24),
         ([192, 88, 99, 0], 24),
         ([192, 168, 0, 0], 16),
+        ([192, 175, 48, 0], 24),
         ([198, 18, 0, 0], 15),
         ([198, 51, 100, 0], 24),
         ([203, 0, 113, 0], 24),
@@ -51,11 +55,13 @@ fn is_public_v4(address: Ipv4Addr) -> bool {
 /// loopback, mapped and translated IPv4 addresses (::ffff:0:0/96, 64:ff9b::/96), unique local, link-local and
 /// multicast addresses.
 fn is_public_v6(address: Ipv6Addr) -> bool {
-    let [first, second, ..] = address.segments();
+    let [first, second, third, ..] = address.segments();
     let global = first & 0xe000 == 0x2000;
-    // 2001::/23 (protocol assignments, Teredo), 2001:db8::/32 and 3fff::/20 (documentation), 2002::/16 (6to4).
+    // 2001::/23 (protocol assignments, Teredo), 2001:db8::/32 and 3fff::/20 (documentation), 2002::/16 (6to4),
+    // 2620:4f:8000::/48 (delegation of private addresses' names).
     let set_apart = (first == 0x2001 && (second < 0x200 || second == 0xdb8))
         || first == 0x2002
+        || (first, second, third) == (0x2620, 0x4f, 0x8000)
         || (first == 0x3fff && second < 0x1000);
     global && !set_apart
 }
@@ -101,6 +107,16 @@ impl AddressPolicy {
     }
 }
 
+/// The host of an address, with its port unless that is the usual one of http or https.
+pub fn host_of(url: &str) -> String {
+    let Ok(url) = Url::parse(url) else { return String::new() };
+    let host = url.host_str().unwrap_or_default().to_ascii_lowercase();
+    match url.port() {
+        None | Some(80 | 443) => host,
+        Some(port) => format!("{host}:{port}"),
+    }
+}
+
 /// A DNS resolver that drops addresses which are not allowed: the addresses that are checked are those that are
 /// used.
 impl Resolve for AddressPolicy {
@@ -137,7 +153,10 @@ mod tests {
             "172.16.0.1",
             "172.31.255.255",
             "192.0.0.8",
+            "192.52.193.1",
             "192.168.1.1",
+            "192.175.48.6",
+            "168.63.129.16",
             "198.19.0.1",
             "224.0.0.1",
             "240.0.0.1",
@@ -158,6 +177,7 @@ mod tests {
             "2001::1",
             "2001:db8::1",
             "2002:7f00:1::",
+            "2620:4f:8000::6",
             "3fff::1",
         ] {
             assert!(!STRICT.allows(private.parse().unwrap()), "{private}");
@@ -170,12 +190,17 @@ mod tests {
             "100.128.0.0",
             "172.15.0.1",
             "172.32.0.1",
+            "168.63.129.15",
+            "168.63.129.17",
             "192.0.1.1",
+            "192.52.192.1",
+            "192.175.49.1",
             "198.17.0.1",
             "198.20.0.1",
             "223.255.255.255",
             "2001:4860:4860::8888",
             "2606:4700::1111",
+            "2620:4f:8001::1",
             "3ffe::1",
         ] {
             assert!(STRICT.allows(public.parse().unwrap()), "{public}");
@@ -246,6 +271,18 @@ mod tests {
         assert_eq!(split.path(), "/%0d%0aX-Injected:%201");
         assert!(OPEN.check("http://127.0.0.1:9000/").is_ok());
         assert!(OPEN.check("gopher://127.0.0.1:9000/").is_err());
+    }
+
+    #[test]
+    fn host_is_told_apart_by_unusual_ports() {
+        for (url, host) in [
+            ("https://Example.com/hook?x=1", "example.com"),
+            ("http://example.com:443/", "example.com"),
+            ("http://127.0.0.1:9000/", "127.0.0.1:9000"),
+            ("https://[2606:4700::1111]/", "[2606:4700::1111]"),
+        ] {
+            assert_eq!(host_of(url), host);
+        }
     }
 
     #[tokio::test]

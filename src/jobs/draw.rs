@@ -67,6 +67,8 @@ pub enum DrawEvent {
 #[derive(Debug)]
 struct Live {
     cancel: CancellationToken,
+    /// Whether it has a row in the database.
+    stored: bool,
     background: AtomicBool,
     done: AtomicU32,
 }

@@ -8,8 +8,9 @@ use crate::registry::{Registry, RegistryError};
 
 /// Sweep interval.
 const PERIOD: Duration = Duration::from_secs(600);
-/// How long ended web-hook deliveries are kept for inspection.
-const KEEP_DELIVERIES: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How long ended web-hook deliveries are kept, without their bodies: a training that ended within a day and has no
+/// delivery gets one.
+const KEEP_DELIVERIES: Duration = Duration::from_secs(25 * 3600);
 
 /// Sweeps periodically until `stop`. Images, and then their generations, are kept for `age`.
 pub async fn sweep(registry: Registry, age: Duration, stop: CancellationToken) {
@@ -28,6 +29,11 @@ pub async fn sweep(registry: Registry, age: Duration, stop: CancellationToken) {
             Ok(0) => {}
             Ok(blobs) => tracing::info!(blobs, "removed blobs of interrupted requests"),
             Err(error) => tracing::warn!(%error, "could not remove blobs of interrupted requests"),
+        }
+        match registry.note_sizes().await {
+            Ok(0) => {}
+            Ok(blobs) => tracing::info!(blobs, "counted what an earlier release has stored"),
+            Err(error) => tracing::warn!(%error, "could not count what an earlier release has stored"),
         }
         tokio::select! {
             () = stop.cancelled() => return,

@@ -2,6 +2,7 @@
 //! named. Each delivery is a row until it succeeds or is given up, so a restart loses none; receivers may get one
 //! twice, with the same id.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,12 +13,13 @@ use reqwest::{Client, Response};
 use serde_json::{Value, json};
 use sha2::Sha256;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::Wake;
-use super::address::AddressPolicy;
+use super::address::{AddressPolicy, host_of};
 use crate::registry::{
-    Attempt, Delivery, Generation, NewDelivery, Registry, RegistryError, StoredImage, Training, now,
+    Attempt, Delivery, Generation, NewDelivery, Receiver, Registry, RegistryError, StoredImage, Training, now,
 };
 use coar_core::ids::TenantId;
 
@@ -34,8 +36,12 @@ const TIME: Duration = Duration::from_secs(5);
 const LEASE: Duration = Duration::from_secs(30);
 /// Maximum number of response bytes that are read.
 const ANSWER_LIMIT: usize = 64 << 10;
-/// Concurrent deliveries.
+/// Concurrent deliveries. Of one tenant and to one host there are fewer:
+/// [`DELIVERIES_AT_ONCE`](crate::registry::DELIVERIES_AT_ONCE).
 const AT_ONCE: usize = 8;
+/// How long a receiver that did not answer in time gets no deliveries of the tenant. It is per tenant: otherwise one
+/// tenant could stop the deliveries of all others to a host that they share.
+const PAUSE: Duration = Duration::from_secs(30);
 /// Poll interval without a notification.
 const POLL: Duration = Duration::from_secs(30);
 /// How far back ends of trainings are still delivered after the server was down.
@@ -116,6 +122,7 @@ fn message(tenant: TenantId, subject: &str, event: &str, url: &str, data: &Value
         subject: subject.to_owned(),
         event: event.to_owned(),
         url: url.to_owned(),
+        host: host_of(url),
         body: json!({"type": event, "timestamp": iso_8601(now() / 1000), "data": data}).to_string(),
     }
 }
@@ -163,6 +170,29 @@ fn client(policy: AddressPolicy) -> reqwest::Result<Client> {
     })
 }
 
+/// Receivers that did not answer in time. Short: at most [`AT_ONCE`] of them are added in [`TIME`].
+#[derive(Debug, Default)]
+struct Pauses(HashMap<Receiver, Instant>);
+
+impl Pauses {
+    /// A delivery did not end in time.
+    fn begin(&mut self, receiver: Receiver, now: Instant) {
+        self.0.insert(receiver, now + PAUSE);
+    }
+
+    /// Those that are paused now.
+    fn current(&mut self, now: Instant) -> Vec<Receiver> {
+        self.0.retain(|_, end| *end > now);
+        self.0.keys().cloned().collect()
+    }
+
+    /// Time until the first pause is over.
+    fn first_end(&self, now: Instant) -> Option<Duration> {
+        let end = self.0.values().min()?;
+        Some(end.saturating_duration_since(now))
+    }
+}
+
 /// Sends stored deliveries until `stop`; `trainings` notifies that one may have ended.
 pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToken) {
     let client = match client(webhooks.policy) {
@@ -170,14 +200,18 @@ pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToke
         Err(error) => return tracing::error!(%error, "cannot send web-hooks"),
     };
     let registry = &webhooks.registry;
-    let mut sending = JoinSet::new();
+    let (mut sending, mut pauses) = (JoinSet::new(), Pauses::default());
     loop {
         // Subscribe before reading the rows, so no notification is missed.
         let (woken, ended) = (webhooks.wake.woken(), trainings.woken());
         if let Err(error) = webhooks.queue_training_deliveries().await {
             tracing::error!(%error, "cannot queue web-hooks for ended trainings");
         }
-        match registry.claim_deliveries(AT_ONCE - sending.len(), LEASE).await {
+        let free = AT_ONCE - sending.len();
+        match registry
+            .claim_deliveries(free, LEASE, &pauses.current(Instant::now()))
+            .await
+        {
             Ok(due) => {
                 for delivery in due {
                     sending.spawn(send(client.clone(), webhooks.clone(), delivery));
@@ -185,18 +219,22 @@ pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToke
             }
             Err(error) => tracing::error!(%error, "cannot read web-hook deliveries"),
         }
-        let wait = match tokio::try_join!(registry.next_delivery(), registry.lease_time()) {
-            Ok((Some(at), present)) if sending.len() < AT_ONCE => {
-                let left = u64::try_from(at - present).unwrap_or(0);
-                Duration::from_millis(left).clamp(Duration::from_millis(10), POLL)
-            }
-            _ => POLL,
-        };
+        let mut wait = POLL;
+        if sending.len() < AT_ONCE {
+            wait = wait
+                .min(until_due(registry).await)
+                .min(pauses.first_end(Instant::now()).unwrap_or(POLL));
+        }
         tokio::select! {
             () = woken => {}
             () = ended => {}
             () = tokio::time::sleep(wait) => {}
-            Some(_) = sending.join_next() => {}
+            Some(sent) = sending.join_next() => {
+                // A task that panicked has no outcome; its delivery is due again when its lease ends.
+                if let Ok(Some(receiver)) = sent {
+                    pauses.begin(receiver, Instant::now());
+                }
+            }
             () = stop.cancelled() => break,
         }
     }
@@ -204,11 +242,30 @@ pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToke
     while sending.join_next().await.is_some() {}
 }
 
-async fn send(client: Client, webhooks: Webhooks, delivery: Delivery) {
+/// Time until the next delivery is due.
+async fn until_due(registry: &Registry) -> Duration {
+    let next = async {
+        let present = registry.lease_time().await?;
+        Ok::<_, RegistryError>(registry.next_delivery(present).await?.map(|at| at - present))
+    };
+    match next.await {
+        Ok(Some(left)) => {
+            Duration::from_millis(u64::try_from(left).unwrap_or(0)).clamp(Duration::from_millis(10), POLL)
+        }
+        _ => POLL,
+    }
+}
+
+/// Sends one delivery and stores the outcome. Returns the receiver if it did not answer in time.
+async fn send(client: Client, webhooks: Webhooks, delivery: Delivery) -> Option<Receiver> {
+    let mut late = false;
     let (status, problem) = match attempt(&client, webhooks.policy, &delivery).await {
         Ok(status) if (200..300).contains(&status) => (Some(status), None),
         Ok(status) => (Some(status), Some(format!("the receiver returned {status}"))),
-        Err(problem) => (None, Some(problem)),
+        Err(Failure { problem, timed_out }) => {
+            late = timed_out;
+            (None, Some(problem))
+        }
     };
     // 410 Gone: the receiver wants no more deliveries.
     let wait = WAITS.get(delivery.attempt as usize - 1).filter(|_| status != Some(410));
@@ -226,23 +283,53 @@ async fn send(client: Client, webhooks: Webhooks, delivery: Delivery) {
     if let Err(error) = webhooks.registry.record_attempt(delivery.id, &outcome).await {
         tracing::error!(%error, "cannot store the outcome of a web-hook");
     }
+    late.then_some(delivery.receiver)
+}
+
+/// Why there was no response.
+#[derive(Debug)]
+struct Failure {
+    problem: String,
+    timed_out: bool,
+}
+
+impl From<String> for Failure {
+    fn from(problem: String) -> Self {
+        Self {
+            problem,
+            timed_out: false,
+        }
+    }
+}
+
+impl From<reqwest::Error> for Failure {
+    fn from(error: reqwest::Error) -> Self {
+        Self {
+            timed_out: error.is_timeout(),
+            problem: described(&error.without_url()),
+        }
+    }
 }
 
 /// One attempt: the response status, or the reason for the failure.
-async fn attempt(client: &Client, policy: AddressPolicy, delivery: &Delivery) -> Result<u16, String> {
+async fn attempt(client: &Client, policy: AddressPolicy, delivery: &Delivery) -> Result<u16, Failure> {
     // The resolver is not called for literal IP addresses, so they are checked here.
     let url = policy.check(&delivery.url)?;
     let (id, timestamp) = (delivery.id.to_string(), now() / 1000);
-    let signature = signature(&delivery.secret, &id, timestamp, &delivery.body)
-        .ok_or_else(|| "the secret is malformed".to_owned())?;
+    let sign = |secret: &String| signature(secret, &id, timestamp, &delivery.body);
+    let mut signatures = sign(&delivery.secret).ok_or_else(|| "the secret is malformed".to_owned())?;
+    // Receivers take any of several that is right.
+    if let Some(before) = delivery.secret_before.as_ref().and_then(sign) {
+        signatures = format!("{signatures} {before}");
+    }
     let request = client
         .post(url)
         .header("content-type", "application/json")
         .header("webhook-id", &id)
         .header("webhook-timestamp", timestamp)
-        .header("webhook-signature", signature)
+        .header("webhook-signature", signatures)
         .body(delivery.body.clone());
-    let answer = request.send().await.map_err(|error| described(&error.without_url()))?;
+    let answer = request.send().await?;
     let status = answer.status().as_u16();
     read(answer).await;
     Ok(status)
@@ -298,6 +385,22 @@ mod tests {
         ] {
             assert_eq!(iso_8601(seconds), text);
         }
+    }
+
+    #[test]
+    fn pauses_end() {
+        let (mut pauses, now) = (Pauses::default(), Instant::now());
+        assert_eq!(pauses.first_end(now), None);
+        let receiver = Receiver {
+            tenant: TenantId::DEFAULT,
+            host: "example.com".to_owned(),
+        };
+        pauses.begin(receiver.clone(), now);
+        assert_eq!(pauses.current(now), [receiver]);
+        assert_eq!(pauses.first_end(now), Some(PAUSE));
+        let later = now + PAUSE;
+        assert!(pauses.current(later).is_empty());
+        assert_eq!(pauses.first_end(later), None);
     }
 
     #[test]

@@ -4,10 +4,8 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use super::facts::{check_description, read_metadata};
-use super::reference_images::image_error;
 use super::trainings::TrainingSettings;
-use super::{Caller, PRIORITY_LIMIT, Service};
-use crate::registry::blobs::content_hash;
+use super::{Caller, PRIORITY_LIMIT, Service, Upload};
 use crate::registry::{
     Concept, ConceptChange, ConceptFilter, ConceptStatus, Listed, NewConcept, Page, RegistryError, Training,
     TrainingStatus, Usage, Version, input_fingerprint,
@@ -16,21 +14,15 @@ use coar_core::concept::{ConceptKind, is_slug};
 use coar_core::engine::ConceptTokens;
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ConceptId;
-use coar_core::image::{ImageError, ImageLimits, OutputFormat, decode, encode};
 use coar_core::training::{TokenMethod, TrainingSpec};
 
 /// What a caller wants to register, as parsed; values are checked here.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Registration {
     pub name: Option<String>,
     pub kind: Option<String>,
     pub class: Option<String>,
-    /// Encoded images.
-    #[serde(serialize_with = "crate::registry::blobs::hashes")]
-    pub images: Vec<Bytes>,
-    /// The images' file names, for messages; empty where there is none.
-    #[serde(skip)]
-    pub file_names: Vec<String>,
+    pub images: Vec<Upload>,
     pub captions: Vec<String>,
     /// `coar`, `coar-text`, `textual-inversion`; `None`: the preset's.
     pub method: Option<String>,
@@ -118,11 +110,6 @@ fn check_priority(priority: Option<i32>) -> Result<i32, Error> {
     }
 }
 
-/// Decodes a foreign image under `limits` and encodes it anew: what is stored carries none of the original's bytes.
-fn clean(bytes: &Bytes, limits: &ImageLimits) -> Result<Vec<u8>, ImageError> {
-    encode(&decode(bytes, limits)?, OutputFormat::Png, &[])
-}
-
 impl Service {
     /// Checks a registration, stores its images, and queues its training. Nothing is left of a refused one.
     ///
@@ -130,7 +117,6 @@ impl Service {
     /// The first value that cannot be used; a name that is taken.
     pub async fn register(&self, caller: &Caller, mut registration: Registration) -> Result<Registered, Error> {
         let images = std::mem::take(&mut registration.images);
-        let file_names = std::mem::take(&mut registration.file_names);
         let (mut new, spec) = self.check(registration)?;
         let count = images.len();
         if count == 0 || count > self.limits.images {
@@ -141,36 +127,37 @@ impl Service {
             )
             .limit(self.limits.images as u64));
         }
-        let taken = self.registry.concept(caller.tenant, &new.name).await?;
-        if taken.is_none() {
-            let addition = Usage {
-                concepts: 1,
-                trainings: 1,
+        let uploads: Vec<String> = images.iter().map(|upload| upload.hash().to_owned()).collect();
+        if let Some(taken) = self.registry.concept(caller.tenant, &new.name).await? {
+            return Err(self.name_taken(&taken, &uploads, &spec).await);
+        }
+        let mut addition = Usage {
+            concepts: 1,
+            trainings: 1,
+            bytes: 1,
+        };
+        // Before the images are decoded and stored. What counts is asked again where the concept is added: no lock is
+        // held meanwhile.
+        new.quotas = self.check_room(caller, addition).await?;
+        self.check_queue(caller).await?;
+        new.uploads = uploads;
+        let mut stored = self.registry.begin_storing();
+        for (index, upload) in images.into_iter().enumerate() {
+            let added = async {
+                let cleaned = self.clean(caller, upload, index).await?;
+                new.bytes += cleaned.png.len() as u64;
+                addition.bytes = new.bytes;
+                new.quotas.check(self.registry.usage(caller.tenant).await?, addition)?;
+                self.registry.store_more(&mut stored, cleaned.png.clone()).await?;
+                Ok::<_, Error>(())
             };
-            // Before the images are decoded and stored. What counts is asked again where the concept is added: no lock is
-            // held meanwhile.
-            new.quotas = self.check_room(caller, addition).await?;
-            self.check_queue().await?;
+            if let Err(error) = added.await {
+                self.registry.settle(stored, false).await;
+                return Err(error);
+            }
         }
-        let limits = self.limits.image;
-        let cleaned = tokio::task::spawn_blocking(move || {
-            let cleaned = images.iter().enumerate().map(|(index, bytes)| {
-                let name = file_names.get(index).map_or("", String::as_str);
-                clean(bytes, &limits).map_err(|error| image_error(&error, index, name))
-            });
-            cleaned.collect::<Result<Vec<_>, _>>()
-        })
-        .await
-        .map_err(Error::internal)??;
-        new.images = cleaned.iter().map(|png| content_hash(png)).collect();
+        new.images = stored.hashes().to_vec();
         let input = input_fingerprint(&new.images, &spec)?;
-        if let Some(taken) = taken {
-            return Err(self.name_taken(&taken, &input).await);
-        }
-        let stored = self
-            .registry
-            .store(cleaned.into_iter().map(Into::into).collect())
-            .await?;
         let added = self.registry.add_concept(caller.tenant, &new, &spec).await;
         // Where another request took the name or the last place in between, the images of this one go.
         self.registry.settle(stored, added.is_ok()).await;
@@ -227,10 +214,17 @@ impl Service {
         Ok((new, spec))
     }
 
-    /// The conflict with a concept that has the name, and whether it is the very same.
-    async fn name_taken(&self, taken: &Concept, input: &str) -> Error {
+    /// The conflict with a concept that has the name, and whether it is the very same: no image is decoded for that.
+    async fn name_taken(&self, taken: &Concept, uploads: &[String], spec: &TrainingSpec) -> Error {
         let conflict = Error::from(RegistryError::NameTaken(taken.name.clone()));
-        match self.registry.is_trained_from(taken.id, input).await {
+        let same = async {
+            if !self.registry.was_uploaded_as(taken.id, uploads).await? {
+                return Ok(false);
+            }
+            let input = input_fingerprint(&taken.images, spec)?;
+            self.registry.is_trained_from(taken.id, &input).await
+        };
+        match same.await {
             Ok(false) => conflict,
             Ok(true) => Error {
                 message: format!(
@@ -384,13 +378,24 @@ impl Service {
                 format!("The concept file is refused: {error}."),
             )
         })?;
+        if file
+            .header
+            .class_noun
+            .iter()
+            .any(|noun| noun.contains(char::is_control))
+        {
+            let message = "The concept file is refused: its class noun has a control character.";
+            return Err(Error::new(ErrorKind::Invalid, "invalid_concept_file", message));
+        }
         let name = check_name(Some(name.unwrap_or_else(|| file.header.name.clone())))?;
         let addition = Usage {
             concepts: 1,
             trainings: 0,
+            bytes: bytes.len() as u64,
         };
         let new = NewConcept {
             class_noun: file.header.class_noun,
+            bytes: addition.bytes,
             quotas: self.check_room(caller, addition).await?,
             ..NewConcept::new(name, file.header.kind)
         };

@@ -1,5 +1,7 @@
 //! What a caller wants drawn becomes what the engine draws: concepts resolved and placed, limits checked, costs counted.
 
+use std::time::Duration;
+
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 
@@ -8,7 +10,7 @@ use super::placement::{Placeable, place};
 use super::{Caller, ConceptView, Service};
 use crate::cluster::Prepared;
 use crate::jobs::{DrawEvent, Waiting};
-use crate::registry::{Concept, GenerationConcept, GenerationSettings, NewGeneration};
+use crate::registry::{BlobError, Concept, GenerationConcept, GenerationSettings, NewGeneration};
 use coar_core::concept::{concept_names, parse_prompt};
 use coar_core::engine::{ConceptTokens, Cost, SamplingParams};
 use coar_core::error::{Error, ErrorKind};
@@ -65,6 +67,8 @@ pub const SEED_LIMIT: u64 = (1 << 53) - 1;
 pub const INDEX_LIMIT: u32 = 1_000_000;
 const GUIDANCE_LIMIT: f64 = 20.0;
 const TEMPERATURE_LIMIT: f64 = 5.0;
+/// How long a request waits until another one of its tenant has been checked.
+const PREPARING: Duration = Duration::from_secs(10);
 /// Where a caller says nothing of it.
 const JPEG_QUALITY: u8 = 90;
 
@@ -118,16 +122,15 @@ impl Service {
     /// The first value that cannot be used; a concept that is unknown or not trained.
     pub async fn plan(&self, caller: &Caller, input: GenerateInput) -> Result<Plan, Error> {
         let settings = self.settings(&input)?;
-        let characters = input.prompt.chars().count();
-        if characters > self.limits.prompt {
-            return Err(Error::field(
-                "prompt_too_long",
-                "prompt",
-                format!("has {characters} characters; the limit is {}", self.limits.prompt),
-            )
-            .limit(self.limits.prompt as u64));
-        }
+        self.check_length(&input.prompt, "has")?;
+        let preparing = self.shares.preparations.take(caller.tenant, 1, PREPARING).await;
+        let _preparing = preparing.map_err(|_| {
+            let message = "Too many requests of yours are being checked; try again soon.";
+            Error::new(ErrorKind::Overloaded, "overloaded", message).retry_after(Duration::from_secs(1))
+        })?;
         let (prompt, found) = self.placed(caller, &input).await?;
+        // A class noun is not the caller's text, but it is tokenized as well.
+        self.check_length(&prompt, "with its concepts has")?;
         let (mut concepts, mut tokens) = (Vec::new(), Vec::new());
         for concept in found {
             let (Some(hash), Some(version)) = (concept.version.clone(), concept.version_number) else {
@@ -160,6 +163,15 @@ impl Service {
         let cost = prepared.cost;
         new.total = u32::try_from(cost.image).unwrap_or(u32::MAX);
         Ok(Plan { new, prepared, cost })
+    }
+
+    fn check_length(&self, prompt: &str, has: &str) -> Result<(), Error> {
+        let (characters, limit) = (prompt.chars().count(), self.limits.prompt);
+        if characters <= limit {
+            return Ok(());
+        }
+        let problem = format!("{has} {characters} characters; the limit is {limit}");
+        Err(Error::field("prompt_too_long", "prompt", problem).limit(limit as u64))
     }
 
     fn settings(&self, input: &GenerateInput) -> Result<GenerationSettings, Error> {
@@ -199,11 +211,16 @@ impl Service {
 
     /// The context tokens of a version that an earlier release has stored, from its file; they are noted for the next time.
     async fn count_tokens(&self, concept: &Concept, version: u32, hash: &str) -> Result<ConceptTokens, Error> {
-        let bytes = self.registry.blobs.get(hash).await?;
-        let file = self.executor.info().read_concept(&bytes).map_err(|error| {
-            let message = format!("The concept `{}` cannot be used: {error}.", concept.name);
+        let info = self.executor.info();
+        let unusable = |problem: &dyn std::fmt::Display| {
+            let message = format!("The concept `{}` cannot be used: {problem}.", concept.name);
             Error::new(ErrorKind::Conflict, "concept_unusable", message)
-        })?;
+        };
+        let bytes = match self.registry.blobs.get_within(hash, info.concept_limit() as u64).await {
+            Err(error @ BlobError::TooLarge(..)) => return Err(unusable(&error)),
+            read => read?,
+        };
+        let file = info.read_concept(&bytes).map_err(|error| unusable(&error))?;
         let tokens = ConceptTokens::from(&file.tensors);
         self.registry.note_tokens(concept.id, version, tokens).await?;
         Ok(tokens)
@@ -214,13 +231,22 @@ impl Service {
         let unusable =
             |error: coar_core::concept::PromptError| Error::field("invalid_value", "prompt", error.to_string());
         let written = parse_prompt(&input.prompt).map_err(unusable)?;
-        let mut found: Vec<Concept> = Vec::new();
+        let mut named: Vec<(&str, &'static str)> = Vec::new();
         let beside = input.concepts.iter().map(|named| (named.name.as_str(), named.field));
-        for (name, field) in concept_names(&written)
-            .into_iter()
-            .map(|name| (name, "prompt"))
-            .chain(beside)
-        {
+        let inside = concept_names(&written).into_iter().map(|name| (name, "prompt"));
+        for (name, field) in inside.chain(beside) {
+            if named.iter().any(|(known, _)| *known == name) {
+                continue;
+            }
+            if named.len() == self.limits.concepts {
+                let limit = self.limits.concepts;
+                let problem = format!("makes more than {limit} concepts, the limit of one request");
+                return Err(Error::field("too_many_concepts", field, problem).limit(limit as u64));
+            }
+            named.push((name, field));
+        }
+        let mut found: Vec<Concept> = Vec::new();
+        for (name, field) in named {
             if found.iter().any(|concept| concept.name == name) {
                 continue;
             }

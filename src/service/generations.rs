@@ -96,11 +96,6 @@ impl Service {
     /// `quota_exceeded`; `overloaded`: too many are queued.
     pub async fn queue_generation(&self, caller: &Caller, plan: Plan) -> Result<GenerationView, Error> {
         let mut admitted = self.admit(caller, plan.new.settings.n).await?;
-        let limit = self.limits.queued_generations;
-        if self.registry.waiting_generations().await? >= limit {
-            let message = "Too many generations are queued; try again soon.";
-            return Err(Error::new(ErrorKind::Overloaded, "overloaded", message).limit(limit as u64));
-        }
         let mut new = plan.new;
         new.background = true;
         admitted.drawing();

@@ -38,7 +38,11 @@ pub struct Keys {
 
 #[derive(Debug, Default)]
 struct Memory {
-    any: Option<(Instant, bool)>,
+    /// There has been a key, or this process must not serve anyone without one. Never goes back.
+    required: bool,
+    /// When there was none yet.
+    none_at: Option<Instant>,
+    /// By their public part, and those that requests wait with by their identifier: one has an underscore, the other none.
     keys: HashMap<String, (Instant, ApiKey)>,
 }
 
@@ -124,20 +128,37 @@ impl Keys {
         self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Whether callers need a key: as soon as there has been one. Half a second late at most.
+    /// From now on callers need a key in this process, whatever the database says.
+    pub fn require(&self) {
+        self.memory().required = true;
+    }
+
+    /// Drops what is remembered of keys: they are read again.
+    pub(super) fn forget(&self) {
+        self.memory().keys.clear();
+    }
+
+    /// Whether callers need a key: as soon as there has been one, and then for as long as the process lives. Half a
+    /// second late at most.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn required(&self) -> Result<bool, RegistryError> {
-        if let Some((at, any)) = self.memory().any
-            && at.elapsed() < BELIEVED
         {
-            return Ok(any);
+            let memory = self.memory();
+            if memory.required {
+                return Ok(true);
+            }
+            if memory.none_at.is_some_and(|at| at.elapsed() < BELIEVED) {
+                return Ok(false);
+            }
         }
         let at = Instant::now();
-        let any = self.registry.has_keys().await?;
-        self.memory().any = Some((at, any));
-        Ok(any)
+        let required = self.registry.keys_required().await?;
+        let mut memory = self.memory();
+        memory.required |= required;
+        memory.none_at = Some(at);
+        Ok(memory.required)
     }
 
     /// The owner of that key, or the default tenant where there are no keys at all.
@@ -162,6 +183,49 @@ impl Keys {
         })
     }
 
+    /// Waits until the caller's key is revoked, expired or deleted; without keys, until there is one. Returns the refusal
+    /// that the next request would get. About half a second late; a database that does not answer ends nothing.
+    pub async fn ended(&self, caller: Caller) -> Error {
+        loop {
+            tokio::time::sleep(BELIEVED).await;
+            let valid = match caller.key {
+                None => self.required().await.map(|required| !required),
+                Some(id) => self.is_valid(id).await,
+            };
+            if let Ok(false) = valid {
+                return invalid_key();
+            }
+        }
+    }
+
+    /// Whether that key is valid now, out of memory where it was looked at within half a second: all that wait with one
+    /// key read its row once.
+    async fn is_valid(&self, id: KeyId) -> Result<bool, RegistryError> {
+        let name = id.to_string();
+        let remembered = self.memory().keys.get(&name).cloned();
+        let key = match remembered {
+            Some((at, key)) if at.elapsed() < BELIEVED => Some(key),
+            _ => {
+                let at = Instant::now();
+                let key = self.registry.key(id).await?;
+                match &key {
+                    Some(key) => self.remember(&name, at, key),
+                    None => drop(self.memory().keys.remove(&name)),
+                }
+                key
+            }
+        };
+        Ok(key.is_some_and(|key| key.is_valid(now())))
+    }
+
+    fn remember(&self, name: &str, at: Instant, key: &ApiKey) {
+        let mut memory = self.memory();
+        if memory.keys.len() >= REMEMBERED {
+            memory.keys.clear();
+        }
+        memory.keys.insert(name.to_owned(), (at, key.clone()));
+    }
+
     /// A key out of memory or the database. Its use is noted when it is read; a failure of that is no failure.
     async fn known(&self, public: &str) -> Result<Option<ApiKey>, RegistryError> {
         if let Some((at, key)) = self.memory().keys.get(public)
@@ -174,13 +238,7 @@ impl Keys {
             self.memory().keys.remove(public);
             return Ok(None);
         };
-        {
-            let mut memory = self.memory();
-            if memory.keys.len() >= REMEMBERED {
-                memory.keys.clear();
-            }
-            memory.keys.insert(public.to_owned(), (at, key.clone()));
-        }
+        self.remember(public, at, &key);
         if let Err(error) = self.registry.note_key_use(&key).await {
             tracing::warn!(key = %key.id, %error, "the use of a key could not be noted");
         }
@@ -226,19 +284,19 @@ impl Keys {
             expires_at,
         };
         let key = self.registry.add_key(&new).await?;
-        self.memory().any = None;
+        self.require();
         Ok(CreatedKey { key, text })
     }
 
-    /// The tenant of that name, made where there is none.
+    /// The tenant of that name, made where there is none, and whether it was.
     ///
     /// # Errors
     /// When the name is malformed, or the database fails.
-    pub async fn tenant_or_new(&self, name: &str) -> Result<Tenant, Error> {
+    pub async fn tenant_or_new(&self, name: &str) -> Result<(Tenant, bool), Error> {
         check_tenant_name(name)?;
         match self.registry.tenant(name).await? {
-            Some(tenant) => Ok(tenant),
-            None => Ok(self.registry.add_tenant(name, Quotas::default()).await?),
+            Some(tenant) => Ok((tenant, false)),
+            None => Ok((self.registry.add_tenant(name, Quotas::default()).await?, true)),
         }
     }
 
@@ -258,7 +316,7 @@ impl Keys {
         let missing = || Error::new(ErrorKind::NotFound, "key_not_found", format!("There is no key `{id}`."));
         let key: KeyId = id.parse().map_err(|_| missing())?;
         let revoked = self.registry.revoke_key(key).await?;
-        self.memory().keys.clear();
+        self.forget();
         if revoked { Ok(()) } else { Err(missing()) }
     }
 }
@@ -266,7 +324,7 @@ impl Keys {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::Scope;
+    use crate::registry::{Deletion, Scope};
 
     fn refused(outcome: Result<Caller, Error>) -> &'static str {
         outcome.expect_err("the key is refused").code
@@ -277,7 +335,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let keys = Keys::new(Registry::open(dir.path()).await.unwrap());
         assert_eq!(keys.authenticate(Some("anything")).await.unwrap(), Caller::LOCAL);
-        let tenant = keys.tenant_or_new("acme").await.unwrap();
+        let (tenant, _) = keys.tenant_or_new("acme").await.unwrap();
         let request = KeyRequest {
             tenant: "acme".into(),
             scopes: "read".parse().unwrap(),
@@ -305,6 +363,38 @@ mod tests {
             ..request
         };
         assert_eq!(keys.create(absent).await.unwrap_err().code, "tenant_not_found");
+    }
+
+    #[tokio::test]
+    async fn without_a_single_row_of_a_key_callers_still_need_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(dir.path()).await.unwrap();
+        let keys = Keys::new(registry.clone());
+        let (acme, made) = keys.tenant_or_new("acme").await.unwrap();
+        assert!(made && !keys.tenant_or_new("acme").await.unwrap().1);
+        let request = KeyRequest {
+            tenant: "acme".into(),
+            scopes: Scopes::ALL,
+            ..KeyRequest::default()
+        };
+        keys.create(request).await.unwrap();
+        let all = Deletion {
+            including_the_last_admin_key: true,
+            ..Deletion::default()
+        };
+        assert!(registry.delete_tenant(acme.id, all).await.unwrap());
+        let page = Page { limit: 1, after: None };
+        assert!(keys.list(page).await.unwrap().rows.is_empty());
+        // In a process that has seen a key, and in one that starts now.
+        for keys in [keys, Keys::new(registry)] {
+            assert_eq!(refused(keys.authenticate(None).await), "invalid_api_key");
+        }
+        // A process that others can reach needs keys even where the database knows of none.
+        let empty = tempfile::tempdir().unwrap();
+        let keys = Keys::new(Registry::open(empty.path()).await.unwrap());
+        assert_eq!(keys.authenticate(None).await.unwrap(), Caller::LOCAL);
+        keys.require();
+        assert_eq!(refused(keys.authenticate(None).await), "invalid_api_key");
     }
 
     /// Half of the wrong keys differ in their first secret character, half in their last: were texts or hashes compared

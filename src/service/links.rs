@@ -3,14 +3,14 @@
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
-use crate::registry::{StoredImage, now};
+use crate::registry::{SharedSecrets, StoredImage, now};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ImageId;
 
 /// Signs addresses, and checks them.
 #[derive(Clone)]
 pub struct Links {
-    secret: Vec<u8>,
+    secrets: SharedSecrets,
     /// How long images, and so their addresses, last, in milliseconds.
     lifetime: i64,
 }
@@ -37,16 +37,16 @@ fn absent(image: &str) -> Error {
 }
 
 impl Links {
-    /// With the server's secret; addresses last as long as images are kept.
-    pub fn new(secret: &str, lifetime: std::time::Duration) -> Self {
+    /// With the server's secrets; addresses last as long as images are kept.
+    pub fn new(secrets: SharedSecrets, lifetime: std::time::Duration) -> Self {
         Self {
-            secret: secret.as_bytes().to_vec(),
+            secrets,
             lifetime: i64::try_from(lifetime.as_millis()).unwrap_or(i64::MAX),
         }
     }
 
-    fn mac(&self, id: ImageId, expires: &str) -> Hmac<Sha256> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(&self.secret).expect("HMAC takes keys of any length");
+    fn mac(secret: &str, id: ImageId, expires: &str) -> Hmac<Sha256> {
+        let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes keys of any length");
         // No part holds a line feed, so no two pairs are the same text.
         mac.update(format!("image\n{id}\n{expires}").as_bytes());
         mac
@@ -60,10 +60,12 @@ impl Links {
         at / 1000
     }
 
-    /// The address below the server's own: the same every time, so it can be cached.
+    /// The address below the server's own: the same every time while the secret stays, so it can be cached.
     pub fn path(&self, image: &StoredImage) -> String {
         let expires = self.expires(image).to_string();
-        let signature = hex::encode(self.mac(image.id, &expires).finalize().into_bytes());
+        let secrets = self.secrets.get();
+        let mac = Self::mac(secrets.signing(now()), image.id, &expires);
+        let signature = hex::encode(mac.finalize().into_bytes());
         let extension = image.format.extension();
         format!(
             "/v1/images/{}.{extension}?expires={expires}&signature={signature}",
@@ -78,9 +80,11 @@ impl Links {
     pub fn check(&self, file: &str, signed: Signed<'_>) -> Result<ImageId, Error> {
         let id: ImageId = file.split('.').next().unwrap_or("").parse().map_err(|_| absent(file))?;
         let signature = hex::decode(signed.signature).map_err(|_| absent(file))?;
-        self.mac(id, signed.expires)
-            .verify_slice(&signature)
-            .map_err(|_| absent(file))?;
+        let secrets = self.secrets.get();
+        let is_ours = |secret: &str| Self::mac(secret, id, signed.expires).verify_slice(&signature).is_ok();
+        if !secrets.accepted(now()).any(is_ours) {
+            return Err(absent(file));
+        }
         let expires: i64 = signed.expires.parse().map_err(|_| absent(file))?;
         if expires <= now() / 1000 {
             let message = "The address of this image has expired; ask for its generation again to get a new one.";
@@ -143,7 +147,7 @@ mod tests {
 
     #[test]
     fn an_address_opens_its_own_image_until_it_expires() {
-        let links = Links::new("secret", Duration::from_secs(60));
+        let links = Links::new(SharedSecrets::of("secret"), Duration::from_secs(60));
         let (one, other) = (image(now()), image(now()));
         let path = links.path(&one);
         assert!(path.contains(".jpg?"));
@@ -160,7 +164,7 @@ mod tests {
             assert_eq!(check(&links, &bad), Err("image_not_found"), "{bad}");
         }
         assert_eq!(
-            check(&Links::new("other", Duration::from_secs(60)), &path),
+            check(&Links::new(SharedSecrets::of("other"), Duration::from_secs(60)), &path),
             Err("image_not_found")
         );
         // What callers see signed is another secret than the one between processes.

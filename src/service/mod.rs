@@ -12,8 +12,10 @@ mod links;
 mod placement;
 mod quota;
 mod reference_images;
+mod shares;
 mod tenants;
 mod trainings;
+mod uploads;
 
 use std::sync::Arc;
 
@@ -25,8 +27,10 @@ pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};
 pub use quota::{Admitted, Allowance, Standing, Tallies};
 pub use reference_images::image_fault;
+pub use shares::{Full, Share, Shares};
 pub use tenants::QuotaChange;
 pub use trainings::{Queued, TrainingQuery, TrainingSettings};
+pub use uploads::{Receiving, Upload};
 
 use crate::cluster::Executor;
 use crate::config::Config;
@@ -81,6 +85,7 @@ pub struct Service {
     pub wake: Wake,
     pub limits: Arc<Limits>,
     pub tallies: Tallies,
+    pub shares: Arc<Shares>,
     pub drawings: Drawings,
     pub links: Arc<Links>,
 }
@@ -96,12 +101,10 @@ pub struct Limits {
     pub images: usize,
     /// Images of one generation.
     pub count: u32,
-    /// Characters of a prompt.
+    /// Characters of a prompt, also with its concepts placed in it.
     pub prompt: usize,
-    /// Trainings of all tenants that may wait.
-    pub queued_trainings: i64,
-    /// Generations of all tenants that may wait.
-    pub queued_generations: i64,
+    /// Concepts of one generation.
+    pub concepts: usize,
     /// Bytes of a JSON body.
     pub json: usize,
     /// What a tenant has of which an administrator has not said otherwise.
@@ -124,6 +127,8 @@ impl Limits {
                 trainings: quota(config.quotas.quota_trainings),
                 requests_in_flight: quota(config.quotas.quota_requests_in_flight),
                 pictures_per_minute: quota(config.quotas.quota_pictures_per_minute),
+                requests_per_minute: quota(config.quotas.quota_requests_per_minute),
+                bytes: quota(config.quotas.quota_storage).map(|mebibytes| u64::from(mebibytes) << 20),
             },
             ..default
         }
@@ -137,8 +142,7 @@ impl Default for Limits {
             images: coar_core::training::spec::IMAGES_LIMIT,
             count: 10,
             prompt: 4000,
-            queued_trainings: 100,
-            queued_generations: 1000,
+            concepts: 8,
             json: 1 << 20,
             quotas: Quotas::default(),
         }

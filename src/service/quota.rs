@@ -14,6 +14,7 @@ use coar_core::ids::TenantId;
 
 /// The window of `pictures_per_minute`.
 const MINUTE: Duration = Duration::from_secs(60);
+const SECOND: Duration = Duration::from_secs(1);
 /// When a request that found too many others in flight may try again.
 const NEXT_REQUEST: Duration = Duration::from_secs(1);
 
@@ -31,6 +32,8 @@ struct Tally {
     /// Admissions of the last minute, oldest first: at most as many as the quota, each has an image.
     admitted: VecDeque<Admission>,
     next: u64,
+    /// Requests of the last minute: how many came within a second from an instant on, oldest first.
+    made: VecDeque<(Instant, u32)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -104,6 +107,27 @@ fn too_many(images: u32, limit: u32) -> Error {
 }
 
 impl Tally {
+    /// Counts a request, or says how many there were in the last minute and how long to wait.
+    fn count_request(&mut self, limit: u32, now: Instant) -> Result<(), (u32, Duration)> {
+        while self
+            .made
+            .front()
+            .is_some_and(|(at, _)| now.duration_since(*at) >= MINUTE)
+        {
+            self.made.pop_front();
+        }
+        let made: u32 = self.made.iter().map(|(_, count)| count).sum();
+        if made >= limit {
+            let oldest = self.made.front().map_or(now, |(at, _)| *at);
+            return Err((made, (oldest + MINUTE).duration_since(now)));
+        }
+        match self.made.back_mut() {
+            Some((at, count)) if now.duration_since(*at) < SECOND => *count += 1,
+            _ => self.made.push_back((now, 1)),
+        }
+        Ok(())
+    }
+
     fn forget(&mut self, now: Instant) {
         while self
             .admitted
@@ -223,10 +247,39 @@ impl Service {
         // As in the configuration: an administrator's 0 means any number.
         let any = |quota: Option<u32>| quota.filter(|number| *number > 0);
         Ok(Quotas {
+            requests_per_minute: any(quotas.requests_per_minute),
+            bytes: quotas.bytes.filter(|number| *number > 0),
             concepts: any(quotas.concepts),
             trainings: any(quotas.trainings),
             requests_in_flight: any(quotas.requests_in_flight),
             pictures_per_minute: any(quotas.pictures_per_minute),
+        })
+    }
+
+    /// Counts a request that makes, starts, checks or cancels something; whatever becomes of it.
+    ///
+    /// # Errors
+    /// `quota_exceeded`; when the registry fails.
+    pub async fn admit_request(&self, caller: &Caller) -> Result<(), Error> {
+        let Some(limit) = self.quotas(caller.tenant).await?.requests_per_minute else {
+            return Ok(());
+        };
+        let counted = match self.registry.backend() {
+            Backend::Postgres => {
+                let counted = self.registry.admit_request(caller.tenant, limit).await?;
+                counted.map_err(|full| (full.drawn, full.wait))
+            }
+            Backend::Sqlite => {
+                let mut tallies = self.tallies.lock();
+                tallies
+                    .entry(caller.tenant)
+                    .or_default()
+                    .count_request(limit, Instant::now())
+            }
+        };
+        counted.map_err(|(made, wait)| {
+            let what = format!("{made} requests were made in the last minute");
+            Error::quota_exceeded("requests_per_minute", limit, wait, &what)
         })
     }
 
@@ -332,6 +385,8 @@ mod tests {
         trainings: None,
         requests_in_flight: Some(2),
         pictures_per_minute: Some(5),
+        requests_per_minute: None,
+        bytes: None,
     };
 
     fn standing(tallies: &Tallies, now: Instant) -> (u32, u32, u64) {
@@ -365,6 +420,20 @@ mod tests {
         assert_eq!((never.kind, never.field.as_deref()), (ErrorKind::Invalid, Some("n")));
         assert_eq!(standing(&tallies, later(60)), (2, 3, 20));
         assert!(tallies.admit(TENANT, QUOTAS, 3, later(60)).is_ok());
+    }
+
+    #[test]
+    fn requests_of_a_minute_are_counted() {
+        let (mut tally, begin) = (Tally::default(), Instant::now());
+        let later = |seconds| begin + Duration::from_secs(seconds);
+        for at in [0, 0, 20] {
+            tally.count_request(3, later(at)).unwrap();
+        }
+        assert_eq!(tally.count_request(3, later(30)), Err((3, Duration::from_secs(30))));
+        assert_eq!(tally.made.len(), 2);
+        tally.count_request(3, later(60)).unwrap();
+        tally.count_request(3, later(61)).unwrap();
+        assert_eq!(tally.count_request(3, later(61)), Err((3, Duration::from_secs(19))));
     }
 
     #[test]

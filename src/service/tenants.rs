@@ -1,8 +1,10 @@
 //! Tenants and their quotas, for administrators.
 
+use std::time::Duration;
+
 use super::keys::{check_tenant_name, no_tenant};
 use super::{Caller, Service};
-use crate::registry::{Listed, Page, Quotas, Tenant};
+use crate::registry::{Deletion, Listed, Page, Quotas, Tenant};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::TenantId;
 
@@ -13,6 +15,8 @@ pub struct QuotaChange {
     pub trainings: Option<Option<u32>>,
     pub requests_in_flight: Option<Option<u32>>,
     pub pictures_per_minute: Option<Option<u32>>,
+    pub requests_per_minute: Option<Option<u32>>,
+    pub bytes: Option<Option<u64>>,
 }
 
 impl QuotaChange {
@@ -22,6 +26,8 @@ impl QuotaChange {
             trainings: self.trainings.unwrap_or(to.trainings),
             requests_in_flight: self.requests_in_flight.unwrap_or(to.requests_in_flight),
             pictures_per_minute: self.pictures_per_minute.unwrap_or(to.pictures_per_minute),
+            requests_per_minute: self.requests_per_minute.unwrap_or(to.requests_per_minute),
+            bytes: self.bytes.unwrap_or(to.bytes),
         }
     }
 }
@@ -62,8 +68,18 @@ impl Service {
         changed.ok_or_else(|| no_tenant(name))
     }
 
-    /// Deletes a tenant with everything that is its. The tenant `default` and the caller's own stay: without the
-    /// caller's key the server might be left without any, and open.
+    /// Gives a tenant a new web-hook secret; the present one signs beside it for so many hours.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn rotate_webhook_secret(&self, name: &str, keep_old_hours: u32) -> Result<Tenant, Error> {
+        let keep = Duration::from_secs(3600 * u64::from(keep_old_hours));
+        let changed = self.registry.rotate_webhook_secret(name, keep).await?;
+        changed.ok_or_else(|| no_tenant(name))
+    }
+
+    /// Deletes a tenant with everything that is its. The tenant `default` and the caller's own stay, and the one with the
+    /// last valid key of an administrator: the server would be left without one.
     ///
     /// # Errors
     /// When there is none, or it has to stay.
@@ -74,7 +90,12 @@ impl Service {
                 format!("The tenant `{name}` cannot be deleted: it is the server's own or that of the key in use.");
             return Err(Error::new(ErrorKind::Conflict, "tenant_in_use", message));
         }
-        self.registry.delete_tenant(tenant.id).await?;
+        let deletion = Deletion {
+            asked_with: caller.key,
+            including_the_last_admin_key: false,
+        };
+        self.registry.delete_tenant(tenant.id, deletion).await?;
+        self.keys.forget();
         self.wake.now();
         Ok(())
     }

@@ -4,7 +4,9 @@ use bytes::Bytes;
 
 use super::concepts::no_concept;
 use super::{Caller, Service};
-use crate::registry::{Listed, NewTraining, Page, Training, TrainingFilter, TrainingStatus, Usage, input_fingerprint};
+use crate::registry::{
+    Listed, NewTraining, Page, Queue, Training, TrainingFilter, TrainingStatus, Usage, input_fingerprint,
+};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::TrainingId;
 use coar_core::training::{StepLosses, TokenMethod, TrainingSpec};
@@ -64,6 +66,7 @@ pub struct TrainingQuery {
 const ONE: Usage = Usage {
     concepts: 0,
     trainings: 1,
+    bytes: 0,
 };
 
 fn no_training(id: &str) -> Error {
@@ -76,16 +79,8 @@ fn no_training(id: &str) -> Error {
 
 impl Service {
     /// Refuses when too many trainings wait.
-    pub(super) async fn check_queue(&self) -> Result<(), Error> {
-        if self.registry.waiting_trainings().await? < self.limits.queued_trainings {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::Overloaded,
-            "overloaded",
-            "Too many trainings are waiting; try again later.",
-        )
-        .limit(self.limits.queued_trainings as u64))
+    pub(super) async fn check_queue(&self, caller: &Caller) -> Result<(), Error> {
+        Ok(self.registry.check_queue(Queue::Trainings, caller.tenant).await?)
     }
 
     /// Queues another training of a concept from its reference images, with the settings of its newest training but for
@@ -123,7 +118,7 @@ impl Service {
         }
         let webhook_url = self.webhook_url(how.webhook_url)?;
         let quotas = self.check_room(caller, ONE).await?;
-        self.check_queue().await?;
+        self.check_queue(caller).await?;
         let new = NewTraining {
             spec: &spec,
             input: &input_fingerprint(&concept.images, &spec)?,
@@ -228,7 +223,7 @@ impl Service {
             return Err(Error::new(ErrorKind::Conflict, "training_not_failed", message));
         }
         let quotas = self.check_room(caller, ONE).await?;
-        self.check_queue().await?;
+        self.check_queue(caller).await?;
         let after = self.registry.retry_training(caller.tenant, before.id, quotas).await?;
         self.wake.now();
         after.ok_or_else(|| no_training(id))

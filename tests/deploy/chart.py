@@ -4,6 +4,7 @@
 """
 
 import pathlib
+import re
 import sqlite3
 import sys
 
@@ -14,6 +15,14 @@ import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject, TriggerAuthentication
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor
 
+# What the program refuses as a web-hook's address, the policy does too.
+ADDRESSES = (pathlib.Path(__file__).parents[2] / "src/jobs/address.rs").read_text()
+V4 = re.findall(r"\(\[(\d+), (\d+), (\d+), (\d+)\], (\d+)\)", ADDRESSES)
+REFUSED_ADDRESSES = {
+    "0.0.0.0/0": {f"{a}.{b}.{c}.{d}/{bits}" for a, b, c, d, bits in V4},
+    "2000::/3": {"2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20"},
+}
+assert len(V4) > 15, V4
 KUBERNETES = ["1.30", "1.33", "1.37"]
 # Kinds of others' controllers.
 FOREIGN = {"ScaledObject": ScaledObject, "TriggerAuthentication": TriggerAuthentication, "PodMonitor": PodMonitor}
@@ -169,6 +178,14 @@ def check(case, objects, values):
         hold(all(isinstance(value, str) for value in data.values()), f"{kind}: a setting is no text: {data}")
         scaled = values.get(kind, {}).get("autoscaling", {}).get("enabled", kind == "api")
         hold(("replicas" in deployment["spec"]) != scaled, f"{kind}: replicas beside an autoscaler, or neither")
+        policy = objects.get(("NetworkPolicy", f"coar-{kind}"))
+        for rule in policy["spec"]["egress"] if policy else []:
+            names = all(port["port"] == 53 for port in rule["ports"])
+            hold(names or rule.get("to"), f"{kind} reaches {rule['ports']} anywhere")
+            for block in (peer["ipBlock"] for peer in rule.get("to", []) if "ipBlock" in peer):
+                if block["cidr"] in REFUSED_ADDRESSES:
+                    missing = REFUSED_ADDRESSES[block["cidr"]] - set(block.get("except", []))
+                    hold(not missing, f"{kind} reaches {sorted(missing)}, which the program refuses")
         for other in ("PodDisruptionBudget", "NetworkPolicy"):
             found = objects.get((other, f"coar-{kind}"))
             if found:

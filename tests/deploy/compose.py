@@ -28,6 +28,7 @@ for name, service in services.items():
     hold(service.get("cap_drop") == ["ALL"] and "cap_add" not in service, f"{name} keeps capabilities")
     hold("no-new-privileges:true" in service.get("security_opt", []), f"{name} may gain rights")
     hold(not service.get("privileged"), f"{name} is privileged")
+    hold("mem_limit" in service and "pids_limit" in service, f"{name} may take all memory or all processes of the machine")
     image = service["image"]
     hold(":" in image and not image.endswith(":latest"), f"{name}: {image} is not pinned")
     ours = image.startswith("coar:")

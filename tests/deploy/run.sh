@@ -27,7 +27,7 @@ fi
 PATH="$PWD/$venv/bin:$PATH"
 
 # ---- scripts and files
-shellcheck docker/*.sh scripts/*.sh tests/deploy/*.sh tests/gpu_check/*.sh
+shellcheck docker/*.sh scripts/*.sh tests/deploy/*.sh tests/gpu_check/*.sh tests/pgbouncer/*.sh tests/proxy/*.sh
 pass "shellcheck"
 hadolint docker/Dockerfile
 pass "hadolint"
@@ -65,6 +65,20 @@ else
     skip "promtool: not installed (Debian: apt-get install prometheus)"
 fi
 
+# ---- the systemd unit
+if command -v systemd-analyze > /dev/null; then
+    # The program need not be installed here.
+    sed 's#^ExecStart=[^ ]*#ExecStart=/bin/true#' docker/coar.service > "$work/coar.service"
+    systemd-analyze verify --man=no "$work/coar.service" > "$work/unit.txt" 2>&1 || { cat "$work/unit.txt"; exit 1; }
+    [ ! -s "$work/unit.txt" ] || fail "systemd-analyze verify: $(cat "$work/unit.txt")"
+    # In tenths of systemd's figure, which is 9.6 for a unit without any hardening.
+    systemd-analyze security --offline=true --threshold=20 --no-pager "$work/coar.service" > "$work/unit.txt" 2>&1 ||
+        fail "systemd-analyze security: $(tail -1 "$work/unit.txt")"
+    pass "the systemd unit: $(tail -1 "$work/unit.txt" | sed 's/^[^O]*//')"
+else
+    skip "the systemd unit: no systemd-analyze here"
+fi
+
 # ---- the passwords
 docker/env.sh "$work/passwords" 2> /dev/null
 [ "$(stat -c %a "$work/passwords")" = 600 ] || fail "docker/env.sh: others may read the passwords"
@@ -99,6 +113,7 @@ done
 read -r port mute < "$work/ports"
 healthy() { env "$1" docker/healthcheck.sh "${@:2}" 2> /dev/null; }
 healthy "COAR_LISTEN=0.0.0.0:$port" /200 || fail "health check: 200 is healthy"
+healthy "COAR_LISTEN=:$port" /200 || fail "health check: all addresses"
 healthy "COAR_LISTEN=[::]:$port" /200 || fail "health check: an IPv6 address"
 env COAR_ROLE=worker "COAR_WORKER_LISTEN=0.0.0.0:$port" COAR_LISTEN=0.0.0.0:1 docker/healthcheck.sh /200 || fail "health check: a worker"
 docker/healthcheck.sh /200 127.0.0.1 "$port" || fail "health check: another host"

@@ -12,6 +12,7 @@ Small stand-ins come first on PATH:
     make                `serve` as above; `build`, `build-lab` and `test` do nothing; any other target is an error
     curl                with `--fail-with-body`: an error of the server is one of the command
     python3             `-m venv DIR` makes DIR of target/docs-venv; examples/python/webhook_receiver.py goes to the background
+    pip of such a DIR   builds packages of this repository with what is in target/docs-venv: no package index is asked
 
 HTML comments before a block change how it is run:
 
@@ -248,6 +249,9 @@ def stand_in(name: str, arguments: list[str]) -> int:
     if name == "curl":
         quiet = any(argument == "--fail" or re.fullmatch(r"-[a-zA-Z]*f[a-zA-Z]*", argument) for argument in arguments)
         os.execv(os.environ["DOCS_CURL"], ["curl", *([] if quiet else ["--fail-with-body"]), *arguments])
+    if name == "pip":
+        alone = ["--no-build-isolation"] if arguments[:1] == ["install"] else []
+        os.execv(VENV / "bin/pip", ["pip", *arguments, *alone])
     # python3 of the system, or python of the page's venv.
     python = sys.executable if name == "python3" else str(VENV / "bin/python")
     if arguments[:2] == ["-m", "venv"]:
@@ -255,7 +259,7 @@ def stand_in(name: str, arguments: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for tool in ("python", "python3"):
             write_stand_in(folder / tool, "python")
-        (folder / "pip").symlink_to(VENV / "bin/pip")
+        write_stand_in(folder / "pip", "pip")
         (folder / "activate").write_text(f'PATH="{folder.resolve()}:$PATH"\n')
         return 0
     env = {"COAR_SERVER": f"http://127.0.0.1:{os.environ['DOCS_PORT']}", **os.environ}

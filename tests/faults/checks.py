@@ -127,7 +127,7 @@ def ledger(cluster, load) -> tuple[list[str], dict]:
         if row["status"] != "succeeded" and not known["ended"] and not known.get("cancelling") and not known.get("listened"):
             lost.append(f"{id} was acknowledged, nobody cancelled it, and it is {row['status']}: {row['error']}")
     trainings = {row["id"]: row for row in cluster.postgres.query("SELECT id, status, error, attempt, resumed_from_step FROM trainings")}
-    concepts = {row["id"]: row for row in cluster.postgres.query("SELECT id, name FROM concepts")}
+    concepts = {row["id"]: row for row in cluster.postgres.query("SELECT id, name, description, version FROM concepts")}
     for id, entry in book.concepts.items():
         if entry.get("deleting"):
             if entry.get("deleted") and id in concepts:
@@ -136,6 +136,17 @@ def ledger(cluster, load) -> tuple[list[str], dict]:
         if id not in concepts:
             lost.append(f"concept {entry['name']} was acknowledged and is gone")
             continue
+        row = concepts[id]
+        if row["name"] not in entry.get("named", [entry["name"]]):
+            lost.append(f"concept {id} was named {entry.get('named')} and is {row['name']}")
+        if "described" in entry:
+            facts["concepts changed"] += 1
+            if row["description"] not in entry["described"]:
+                lost.append(f"concept {row['name']} was described as {entry['described']} and is {row['description']!r}")
+        if entry.get("imported"):
+            facts["concepts imported"] += 1
+            if row["version"] != entry["hash"]:
+                lost.append(f"imported concept {row['name']} has the version {row['version']}, not {entry['hash']}")
         for training in entry["trainings"]:
             row = trainings.get(training)
             facts[f"trainings {row['status'] if row else 'gone'}"] += 1
@@ -147,15 +158,13 @@ def ledger(cluster, load) -> tuple[list[str], dict]:
 
 
 def twice(cluster, load) -> list[str]:
-    """Trainings that nobody asked for."""
+    """Trainings that nobody asked for. An import that was done twice is a name that is taken."""
     found = []
-    counts = {
-        row["name"]: row["n"]
-        for row in cluster.postgres.query("SELECT c.name, count(t.id) AS n FROM concepts c JOIN trainings t ON t.concept_id = c.id GROUP BY 1")
-    }
-    for name, count in counts.items():
-        if count > 1 + load.ledger.retrainings[name]:
-            found.append(f"concept {name} has {count} trainings, {1 + load.ledger.retrainings[name]} were asked for")
+    counts = cluster.postgres.query("SELECT c.id, c.name, count(t.id) AS n FROM concepts c JOIN trainings t ON t.concept_id = c.id GROUP BY 1, 2")
+    for row in counts:
+        asked = 1 + load.ledger.retrainings[row["id"]]
+        if row["n"] > asked:
+            found.append(f"concept {row['name']} has {row['n']} trainings, {asked} were asked for")
     return found
 
 
@@ -164,10 +173,10 @@ def drawn_again(cluster, load, count: int, generator: random.Random) -> tuple[li
     wrong, done = [], 0
     ports = [api.port for api in cluster.apis]
     known = [(id, g) for id, g in load.ledger.generations.items() if g["images"] and not g.get("deleting") and g["ended"] == "succeeded"]
-    gone = {c["name"] for c in load.ledger.concepts.values() if c.get("deleting")}
+    there = {row["name"] for row in cluster.postgres.query("SELECT name FROM concepts")}
     for id, entry in generator.sample(known, min(count, len(known))):
         asked = {name: value for name, value in entry["asked"].items() if name not in ("metadata", "partial_images")}
-        if set(asked.get("concepts", [])) & gone:
+        if set(asked.get("concepts", [])) - there:
             continue
         client = Client(ports, cluster.keys[entry["tenant"]])
         answer = client.send("POST", "/v1/generations", asked, {"Prefer": "wait=60"})

@@ -148,7 +148,7 @@ class Coar(Process):
     def __init__(self, name, folder, role, port, *, via=None, data=None, env=None, more=()):
         self.role, self.port = role, port
         environment = {"COAR_LOG": LOG, "COAR_ROLE": role, "COAR_DATA": str(data or folder / name), **(env or {})}
-        command = [BINARY, "serve", "--threads", "1", *more]
+        command = [BINARY, "serve", "--threads", "1", "--quota-requests-per-minute", "0", *more]
         if role == "worker":
             command += ["--worker-listen", f"127.0.0.1:{port}", "--advertise", f"http://127.0.0.1:{via or port}"]
         else:
@@ -181,9 +181,11 @@ def run(command: list[str], env: dict) -> str:
 
 
 class Cluster:
-    """Two API processes, two workers, two tenants."""
+    """Two API processes, two workers, and some tenants. Without `links`, processes reach each other with no proxy in between."""
 
-    def __init__(self, folder: pathlib.Path, more_api=(), more_worker=(), apis=2, workers=2):
+    def __init__(
+        self, folder: pathlib.Path, more_api=(), more_worker=(), apis=2, workers=2, tenants=("north", "south"), links=True
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.network = folder, Network()
         self.apis, self.workers = [], []
@@ -204,16 +206,17 @@ class Cluster:
         self.direct = self.environment(self.postgres.port, s3_port)
         self.keys = {
             tenant: run(["keys", "create", "--tenant", tenant, "--scopes", "read,generate,train"], self.direct)
-            for tenant in ("north", "south")
+            for tenant in tenants
         }
         for index in range(workers):
-            name, port, via = f"worker{index + 1}", take(), take()
-            env = self.linked(name, take(), take())
-            self.links[f"api-{name}"] = self.network.link(f"api-{name}", via, port)
+            name, port, via = f"worker{index + 1}", take(), take() if links else None
+            env = self.linked(name, take(), take()) if links else self.direct
+            if links:
+                self.links[f"api-{name}"] = self.network.link(f"api-{name}", via, port)
             self.workers.append(Coar(name, folder, "worker", port, via=via, env=env, more=more_worker))
         for index in range(apis):
             name = f"api{index + 1}"
-            env = self.linked(name, take(), take())
+            env = self.linked(name, take(), take()) if links else self.direct
             self.apis.append(Coar(name, folder, "api", take(), env=env, more=more_api))
 
     def environment(self, database: int, blobs: int) -> dict:

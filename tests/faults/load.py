@@ -23,7 +23,7 @@ class Ledger:
         self.concepts: dict[str, dict] = {}
         # By the client's own word for a request, which is in its metadata: how often it was meant to happen is once.
         self.requests: dict[str, dict] = {}
-        self.retrainings: dict[str, int] = collections.Counter()
+        self.retrainings: dict[str, int] = collections.Counter()  # by the concept's id
         self.counts: dict[str, int] = collections.Counter()
         self.surprises: list[str] = []
 
@@ -61,7 +61,7 @@ class Ledger:
 
 
 class Load:
-    """Some clients of two tenants that do whatever clients do."""
+    """Some clients of all tenants that do whatever clients do."""
 
     def __init__(self, ports: list[int], keys: dict[str, str], pictures: list[bytes], seed: int, clients: int = 5):
         self.ledger, self.pictures = Ledger(), pictures
@@ -94,6 +94,9 @@ class Load:
             (self.delete, 5),
             (self.register, 8),
             (self.retrain, 2),
+            (self.delete_concept, 2),
+            (self.change, 8),
+            (self.import_concept, 4),
             (self.look, 10),
         ]
         while not self.stop.is_set():
@@ -325,25 +328,117 @@ class Load:
             time.sleep(0.5)
         return None
 
-    def retrain(self, tenant, generator) -> None:
+    def concept(self, generator, want=lambda entry: True) -> tuple[str, dict] | None:
+        """A concept that can be used and that no other client is changing, of any tenant; it is taken until `give_back`."""
         with self.ledger.lock:
-            ready = [c for c in self.ledger.concepts.values() if c.get("ready") and c["tenant"] == tenant and not c.get("deleting")]
-        if not ready or not self.trainings.acquire(blocking=False):
+            found = [
+                (id, entry)
+                for id, entry in self.ledger.concepts.items()
+                if entry.get("ready") and not entry.get("deleting") and not entry.get("taken") and want(entry)
+            ]
+            if not found:
+                return None
+            id, entry = generator.choice(found)
+            entry["taken"] = True
+            return id, entry
+
+    def give_back(self, entry: dict) -> None:
+        with self.ledger.lock:
+            entry["taken"] = False
+
+    def retrain(self, tenant, generator) -> None:
+        if not self.trainings.acquire(blocking=False):
             return
+        taken = self.concept(generator, lambda entry: not entry.get("imported"))
         try:
-            entry = generator.choice(ready)
-            if generator.random() < 0.3:
-                entry["deleting"] = True
-                answer = self.clients[tenant].send("DELETE", f"/v1/concepts/{entry['name']}")
-                if answer is not None and answer.status in (200, 204, 404):
-                    entry["deleted"] = True
-                self.ledger.count("concept deleted")
+            if taken is None:
                 return
-            self.ledger.retrainings[entry["name"]] += 1
+            id, entry = taken
+            tenant = entry["tenant"]
+            self.ledger.retrainings[id] += 1
             answer = self.clients[tenant].send("POST", f"/v1/concepts/{entry['name']}/trainings", {}, {"Idempotency-Key": key()})
             if answer is not None and answer.status == 202:
                 with self.ledger.lock:
                     entry["trainings"].append(answer.json["id"])
                 self.follow(tenant, entry, generator)
         finally:
+            if taken is not None:
+                self.give_back(taken[1])
             self.trainings.release()
+
+    def delete_concept(self, tenant, generator) -> None:
+        taken = self.concept(generator)
+        if taken is None:
+            return
+        _, entry = taken
+        entry["deleting"] = True
+        answer = self.clients[entry["tenant"]].send("DELETE", f"/v1/concepts/{entry['name']}")
+        self.ledger.count(f"concept deleted {answer.status if answer else 'none'}")
+        if answer is not None and answer.status in (200, 204, 404):
+            entry["deleted"] = True
+
+    def change(self, tenant, generator) -> None:
+        """PATCH: a description, for imported ones a name as well. Of a change without an answer both outcomes are right."""
+        taken = self.concept(generator)
+        if taken is None:
+            return
+        id, entry = taken
+        tenant = entry["tenant"]
+        try:
+            wanted = {"description": f"changed {generator.randrange(10**9)}"}
+            if entry.get("imported"):
+                wanted["name"] = f"r{generator.randrange(10**12)}"
+            before = {"name": entry["name"], "description": entry.get("described", [None])[-1]}
+            # Both are possible from the moment that it is sent.
+            with self.ledger.lock:
+                entry["described"] = [before["description"], wanted["description"]]
+                entry["named"] = [before["name"], wanted.get("name", before["name"])]
+            answer = self.clients[tenant].send("PATCH", f"/v1/concepts/{before['name']}", wanted)
+            self.ledger.count(f"change {answer.status if answer else 'none'} {answer.code if answer else ''}".rstrip())
+            if answer is not None and answer.status == 200:
+                now = answer.json
+                if now["description"] != wanted["description"] or now["name"] != entry["named"][1]:
+                    self.ledger.surprise(f"change of {id} was answered with {now['name']}, {now['description']}")
+            elif answer is None or answer.status >= 500 or answer.status == 404:
+                # An answer was lost: under the new name it has happened, and a second try does not find the old one.
+                now = self.read_back(tenant, id, reversed(entry["named"]))
+                if now is None:
+                    entry["ready"] = False
+                    return
+            else:
+                return self.ledger.surprise(f"change of {id} was refused: {answer.status} {answer.code}")
+            with self.ledger.lock:
+                entry["name"], entry["named"], entry["described"] = now["name"], [now["name"]], [now["description"]]
+        finally:
+            self.give_back(entry)
+
+    def read_back(self, tenant: str, id: str, names) -> dict | None:
+        for name in names:
+            seen = self.clients[tenant].send("GET", f"/v1/concepts/{name}")
+            if seen is not None and seen.status == 200 and seen.json["id"] == id:
+                return seen.json
+        return None
+
+    def import_concept(self, tenant, generator) -> None:
+        """A trained concept's file comes back under another name."""
+        taken = self.concept(generator)
+        if taken is None:
+            return
+        _, entry = taken
+        tenant = entry["tenant"]
+        try:
+            file = self.clients[tenant].send("GET", f"/v1/concepts/{entry['name']}/weights")
+        finally:
+            self.give_back(entry)
+        if file is None or file.status != 200:
+            return self.ledger.count(f"weights {file.status if file else 'none'}")
+        name = f"i{generator.randrange(10**12)}"
+        headers = {"Content-Type": "application/octet-stream", "Idempotency-Key": key()}
+        answer = self.clients[tenant].send("POST", f"/v1/concepts/import?name={name}", file.body, headers)
+        self.ledger.count(f"import {answer.status if answer else 'none'} {answer.code if answer else ''}".rstrip())
+        if answer is not None and answer.status == 201:
+            with self.ledger.lock:
+                self.ledger.concepts[answer.json["id"]] = {
+                    "name": name, "tenant": tenant, "trainings": [], "imported": True, "ready": True, "hash": answer.json["version"]["hash"],
+                }
+        return None

@@ -23,6 +23,8 @@ from load import Load
 
 # What recovery may take, in seconds.
 RECOVERY = 10.0
+# All of them share two workers.
+TENANTS = ("north", "south", *(f"tenant-{number:02}" for number in range(3, 17)))
 GIVE_UP = 90.0
 
 
@@ -106,7 +108,7 @@ def main() -> int:
     minutes = float(os.environ.get("MINUTES", "0"))
     folder = pathlib.Path(tempfile.mkdtemp(prefix="coar-faults-"))
     print(f"SEED={seed} FAULTS={count} in {folder}", flush=True)
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, tenants=TENANTS)
     cluster.start()
     pictures = [path.read_bytes() for path in sorted((ROOT / "concepts").glob("*/1.png"))[:4]]
     load = Load([api.port for api in cluster.apis], cluster.keys, pictures, seed)

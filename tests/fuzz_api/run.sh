@@ -4,6 +4,7 @@
 #   tests/fuzz_api/run.sh                                        what every change is checked with
 #   tests/fuzz_api/run.sh 300                                    2 000 cases and more
 #   tests/fuzz_api/run.sh 50 --include-path-regex admin          one part of the API
+# On PostgreSQL and S3 beside scripts/with-postgres.sh, which sets COAR_TEST_DATABASE and COAR_TEST_BLOBS; else on SQLite and files.
 # COAR names the binary (default: target/debug/coar), FUZZ_VENV where the fuzzer is installed, SEED the run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -16,8 +17,13 @@ patience=180
 coar=${COAR:-target/debug/coar} venv=${FUZZ_VENV:-target/fuzz-venv}
 scripts/venv.sh "$venv" tests/fuzz_api/requirements.txt
 work=$(mktemp -d)
-"$coar" keys create --tenant fuzz --scopes read,generate,train,admin --data "$work/data" >"$work/key" 2>"$work/log"
-"$coar" serve --listen 127.0.0.1:0 --device cpu --data "$work/data" >"$work/address" 2>>"$work/log" &
+storage=(--data "$work/data")
+if [ -n "${COAR_TEST_DATABASE:-}" ]; then
+    # The server's own database is empty: nothing else of this script's caller uses it.
+    storage+=(--database "$COAR_TEST_DATABASE" --blobs "$COAR_TEST_BLOBS/fuzz")
+fi
+"$coar" keys create --tenant fuzz --scopes read,generate,train,admin "${storage[@]}" >"$work/key" 2>"$work/log"
+"$coar" serve --listen 127.0.0.1:0 --device cpu --quota-requests-per-minute 0 "${storage[@]}" >"$work/address" 2>>"$work/log" &
 server=$!
 finish() {
     rc=$?

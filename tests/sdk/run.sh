@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# The official OpenAI package against the real server. Usage: tests/sdk/run.sh [PYTEST ARGUMENTS]
+# The official OpenAI package, the example programs and the Python client (clients/python) against the real server.
+# Usage: tests/sdk/run.sh [PYTEST ARGUMENTS]
 # COAR_BIN chooses the program (default: target/debug/coar, which is built), SDK_VENV where the packages go.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 venv=${SDK_VENV:-target/sdk-venv}
 scripts/venv.sh "$venv" tests/sdk/requirements.txt
+# As it is now, from what is in the environment: no package index is asked.
+"$venv/bin/pip" install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation ./clients/python
 if [ -z "${COAR_BIN:-}" ]; then
     cargo build --bin coar
     COAR_BIN=target/debug/coar
 fi
-export COAR_BIN
-exec "$venv/bin/python" -m pytest -p no:cacheprovider tests/sdk "$@"
+export COAR_BIN PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=tests/sdk
+exec "$venv/bin/python" -m pytest -p no:cacheprovider -p running tests/sdk clients/python/tests "$@"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PATIENCE_SECONDS, ROOT
+from running import PATIENCE_SECONDS, ROOT
 
 EXAMPLES = ROOT / "examples" / "python"
 

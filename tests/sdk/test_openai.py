@@ -8,7 +8,7 @@ import httpx2
 import openai
 import pytest
 import requests
-from conftest import Server
+from running import Server
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

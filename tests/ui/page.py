@@ -146,7 +146,7 @@ class Visit:
                 self.faults.add(f"{what}: axe {finding['id']} ({finding['impact']}): {nodes}")
 
 
-def launch(playwright, chromium):
+def launch(playwright, chromium, *more):
     # The sandbox of chromium refuses to run as root.
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    arguments = [*more, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
     return playwright.chromium.launch(executable_path=chromium, args=arguments)

@@ -91,13 +91,14 @@ impl Error {
     }
 
     /// A quota of the tenant is used up: `what` says by what, `wait` when another try makes sense.
-    pub fn quota_exceeded(quota: &'static str, limit: u32, wait: std::time::Duration, what: &str) -> Self {
+    pub fn quota_exceeded(quota: &'static str, limit: impl Into<u64>, wait: std::time::Duration, what: &str) -> Self {
+        let limit = limit.into();
         let message = format!("`{quota}`: {what}; the limit is {limit}.");
         let error = Self {
             field: Some(quota.into()),
             ..Self::new(ErrorKind::Overloaded, "quota_exceeded", message)
         };
-        error.limit(limit.into()).retry_after(wait)
+        error.limit(limit).retry_after(wait)
     }
 
     /// An internal error; its cause is logged here and not returned.

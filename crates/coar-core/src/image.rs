@@ -13,12 +13,12 @@ mod xmp;
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use image::codecs::{jpeg::JpegDecoder, png::PngDecoder, webp::WebPDecoder};
+use image::codecs::{jpeg::JpegDecoder, webp::WebPDecoder};
 use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, ImageDecoder};
+use image::{DynamicImage, ImageDecoder};
 
 use colour::Conversion;
-pub use encode::{OutputFormat, encode};
+pub use encode::{OutputFormat, encode, encode_png_to};
 pub use unsupported::Unsupported;
 
 /// 8-bit RGB, row by row: `rgb.len() == 3 * width * height`.
@@ -164,9 +164,9 @@ impl RgbImage {
 }
 
 /// Decodes a JPEG, PNG or WebP file, detected by its content, under `limits`. Of an animation the first frame is
-/// used; EXIF orientation is applied, and colours of another space are converted to sRGB. The result is RGB as produced by the reference's pipeline: grey is copied to
-/// all channels, 16-bit samples lose the lower byte, transparency is blended onto white
-/// (`ItemProcessor._whiten_transparency`).
+/// used; EXIF orientation is applied, and colours of another space are converted to sRGB. The result is RGB as produced
+/// by the reference's pipeline: grey is copied to all channels, 16-bit samples lose the lower byte, transparency is
+/// blended onto white (`ItemProcessor._whiten_transparency`).
 ///
 /// # Errors
 /// When the bytes are not a supported image, are incomplete or damaged, or exceed a limit.
@@ -195,26 +195,49 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError
         .unwrap_or_else(|_| Err(ImageError::Damaged("its decoder failed".to_owned())))
 }
 
-/// Limit for PNG's internal buffers (text, colour profiles); rows of the widest allowed image fit many times.
+/// Bytes that decoding a file and encoding its image as PNG take at most, beside the file itself. Files that
+/// [`decode`] refuses by their header take none.
+pub fn working_memory(bytes: &[u8], limits: &ImageLimits) -> u64 {
+    let Ok(header) = header::read(bytes) else { return 0 };
+    let pixels = u64::from(header.width) * u64::from(header.height);
+    if pixels > limits.pixels {
+        return 0;
+    }
+    // RGB, and as much again for what is made of it: an image that is turned, or a file that cannot be compressed.
+    let samples = match (header.format, header.jpeg.progressive) {
+        // Its decoder returns RGB, or four channels beside what it decodes from.
+        (ImageFormat::WebP, _) => 8,
+        // All coefficients of three channels at once, of two bytes each.
+        (ImageFormat::Jpeg, true) => 9,
+        (ImageFormat::Jpeg, false) | (ImageFormat::Png, _) => 6,
+    };
+    let copies = match header.format {
+        // Read in place.
+        ImageFormat::Png => 0,
+        // The decoder's copy, and a repaired one.
+        ImageFormat::Jpeg => 1 + u64::from(header.jpeg.needs_repair()),
+        ImageFormat::WebP => 1,
+    };
+    let profile = match header.format {
+        ImageFormat::Png => header.colour.embedded_length(bytes),
+        ImageFormat::Jpeg | ImageFormat::WebP => header.profile,
+    };
+    pixels * samples + copies * bytes.len() as u64 + header.colour.memory(profile)
+}
+
+/// Limit for PNG's internal buffers (metadata); rows of the widest allowed image fit many times.
 const PNG_BUFFERS: u64 = 64 << 20;
 
 fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageError> {
     let format = header.format;
     let fault = |error| decoding_fault(format, error);
     match format {
-        ImageFormat::Png => {
-            let mut limits = image::Limits::no_limits();
-            limits.max_alloc = Some(PNG_BUFFERS);
-            to_rgb(
-                PngDecoder::with_limits(Cursor::new(bytes), limits).map_err(fault)?,
-                header,
-            )
-        }
+        ImageFormat::Png => decode_png(bytes, header),
         ImageFormat::Jpeg => {
             if header.jpeg.unmarked_end && !jpeg::has_all_data(bytes) {
                 return Err(ImageError::Truncated { format });
             }
-            let repaired = (header.jpeg.unmarked_end || header.jpeg.junk).then(|| jpeg::repaired(bytes, &[]));
+            let repaired = header.jpeg.needs_repair().then(|| jpeg::repaired(bytes, &[]));
             let bytes = repaired.as_deref().unwrap_or(bytes);
             to_rgb(JpegDecoder::new(Cursor::new(bytes)).map_err(fault)?, header)
         }
@@ -227,15 +250,27 @@ fn decoding_fault(format: ImageFormat, error: image::ImageError) -> ImageError {
         image::ImageError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
             ImageError::Truncated { format }
         }
-        error => {
-            tracing::debug!(%error, "an image cannot be decoded");
-            ImageError::Damaged(match error {
-                image::ImageError::Limits(_) => format!("its {format} data needs more memory than allowed"),
-                image::ImageError::Unsupported(_) => format!("its {format} data uses a feature that is not supported"),
-                _ => format!("its {format} data cannot be read; save the image again"),
-            })
-        }
+        error @ image::ImageError::Limits(_) => damage(format, &error, Damage::Memory),
+        error @ image::ImageError::Unsupported(_) => damage(format, &error, Damage::Feature),
+        error => damage(format, &error, Damage::Data),
     }
+}
+
+/// What a decoder cannot do with a file.
+enum Damage {
+    Memory,
+    Feature,
+    Data,
+}
+
+/// In our own words; the decoder's are logged.
+fn damage(format: ImageFormat, error: &(dyn std::error::Error + 'static), damage: Damage) -> ImageError {
+    tracing::debug!(error, "an image cannot be decoded");
+    ImageError::Damaged(match damage {
+        Damage::Memory => format!("its {format} data needs more memory than allowed"),
+        Damage::Feature => format!("its {format} data uses a feature that is not supported"),
+        Damage::Data => format!("its {format} data cannot be read; save the image again"),
+    })
 }
 
 fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<RgbImage, ImageError> {
@@ -249,40 +284,91 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
     // Unreadable metadata is ignored.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let colour = decoder.color_type();
-    let conversion = Conversion::of(&mut decoder, &header.colour);
+    let channels = usize::from(colour.channel_count());
+    if usize::from(colour.bytes_per_pixel()) != channels {
+        return Err(damaged("its samples have more than eight bits"));
+    }
+    let conversion = Conversion::of(|| decoder.icc_profile().ok().flatten(), channels, &header.colour);
     let mut samples = vec![0; usize::try_from(decoder.total_bytes()).map_err(|_| damaged("it is too large"))?];
     decoder.read_image(&mut samples).map_err(fault)?;
-    let mut samples = match colour {
-        ColorType::L16 | ColorType::La16 | ColorType::Rgb16 | ColorType::Rgba16 => samples
-            .chunks_exact(2)
-            .map(|pair| (u16::from_ne_bytes([pair[0], pair[1]]) >> 8) as u8)
-            .collect(),
-        _ => samples,
-    };
     if let Some(conversion) = conversion {
-        conversion.apply(&mut samples, colour.channel_count());
+        conversion.apply(&mut samples, channels);
     }
-    let rgb = match colour.channel_count() {
-        1 => samples.into_iter().flat_map(|grey| [grey; 3]).collect(),
-        2 => whiten(
-            samples
-                .chunks_exact(2)
-                .map(|pixel| [pixel[0], pixel[0], pixel[0], pixel[1]]),
-        ),
-        3 => samples,
-        4 if header.opaque => samples
-            .chunks_exact(4)
-            .flat_map(|pixel| [pixel[0], pixel[1], pixel[2]])
-            .collect(),
-        4 => whiten(
-            samples
-                .chunks_exact(4)
-                .map(|pixel| [pixel[0], pixel[1], pixel[2], pixel[3]]),
-        ),
-        _ => return Err(damaged("it has an unknown number of channels")),
+    upright(
+        into_rgb(samples, channels, header.opaque)?,
+        (width, height),
+        orientation,
+    )
+}
+
+/// Row by row, so that 16-bit samples and transparency are never all in memory beside the image.
+fn decode_png(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageError> {
+    let format = header.format;
+    let fault = |error: png::DecodingError| match error {
+        png::DecodingError::IoError(error) => decoding_fault(format, image::ImageError::IoError(error)),
+        png::DecodingError::LimitsExceeded => damage(format, &error, Damage::Memory),
+        error => damage(format, &error, Damage::Data),
     };
-    let upright = image::RgbImage::from_raw(width, height, rgb).ok_or_else(|| damaged("it has too few pixels"))?;
-    let mut upright = DynamicImage::ImageRgb8(upright);
+    let damaged = |problem: &str| ImageError::Damaged(problem.to_owned());
+    let limits = png::Limits {
+        bytes: PNG_BUFFERS as usize,
+    };
+    let mut decoder = png::Decoder::new_with_limits(Cursor::new(bytes), limits);
+    // Texts are not used, and a profile is read under its own limit.
+    decoder.set_ignore_text_chunk(true);
+    decoder.set_ignore_iccp_chunk(true);
+    // To eight bits and more, palettes and colour keys resolved.
+    decoder.set_transformations(png::Transformations::EXPAND);
+    let mut reader = decoder.read_info().map_err(fault)?;
+    let (width, height) = reader.info().size();
+    if width > header.width || height > header.height || width == 0 || height == 0 {
+        return Err(damaged("its headers contradict each other"));
+    }
+    let exif = reader.info().exif_metadata.as_deref();
+    let orientation = exif.and_then(Orientation::from_exif_chunk);
+    let (colour, depth) = reader.output_color_type();
+    let channels = colour.samples();
+    let wide = match depth {
+        png::BitDepth::Eight => false,
+        png::BitDepth::Sixteen => true,
+        _ => return Err(damaged("its samples have an unknown size")),
+    };
+    let conversion = Conversion::of(|| header.colour.embedded(bytes), channels, &header.colour);
+    let stride = 3 * width as usize;
+    let mut rgb = vec![0; stride * height as usize];
+    let mut narrow = Vec::new();
+    let mut next = 0;
+    while let Some(row) = reader.next_interlaced_row().map_err(fault)? {
+        narrow.clear();
+        match wide {
+            // Big-endian: the upper byte is the first.
+            true => narrow.extend(row.data().iter().step_by(2)),
+            false => narrow.extend_from_slice(row.data()),
+        }
+        if let Some(conversion) = &conversion {
+            conversion.apply(&mut narrow, channels);
+        }
+        narrow = into_rgb(narrow, channels, header.opaque)?;
+        match row.interlace() {
+            png::InterlaceInfo::Adam7(pass) => png::expand_interlaced_row(&mut rgb, stride, &narrow, pass, 24),
+            _ => {
+                let place = rgb
+                    .get_mut(next..next + stride)
+                    .filter(|place| place.len() == narrow.len());
+                place
+                    .ok_or_else(|| damaged("it has more rows than it says"))?
+                    .copy_from_slice(&narrow);
+                next += stride;
+            }
+        }
+    }
+    upright(rgb, (width, height), orientation.unwrap_or(Orientation::NoTransforms))
+}
+
+fn upright(rgb: Vec<u8>, (width, height): (u32, u32), orientation: Orientation) -> Result<RgbImage, ImageError> {
+    let image = image::RgbImage::from_raw(width, height, rgb);
+    let image = image.ok_or_else(|| ImageError::Damaged("it has too few pixels".to_owned()))?;
+    let mut upright = DynamicImage::ImageRgb8(image);
     upright.apply_orientation(orientation);
     let upright = upright.into_rgb8();
     Ok(RgbImage {
@@ -292,19 +378,39 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
     })
 }
 
-/// Blends RGBA pixels onto white, in f64 and truncated to 8 bits. Without real transparency the result is the colours
-/// themselves, so the reference's separate branch for opaque images needs none here.
-fn whiten(pixels: impl Iterator<Item = [u8; 4]>) -> Vec<u8> {
-    let mut rgb = Vec::with_capacity(3 * pixels.size_hint().0);
-    for [r, g, b, alpha] in pixels {
-        let weight = f64::from(alpha) / 255.0;
-        let blend = |value: u8| match alpha {
-            255 => value,
-            _ => ((1.0 - weight) * 255.0 + weight * f64::from(value)) as u8,
-        };
-        rgb.extend([blend(r), blend(g), blend(b)]);
+/// Samples of one to four channels as RGB, in place where there are three or more. `opaque`: a fourth channel is ignored.
+fn into_rgb(mut samples: Vec<u8>, channels: usize, opaque: bool) -> Result<Vec<u8>, ImageError> {
+    match channels {
+        1 => Ok(samples.into_iter().flat_map(|grey| [grey; 3]).collect()),
+        2 => Ok(samples
+            .chunks_exact(2)
+            .flat_map(|pixel| [blend(pixel[0], pixel[1]); 3])
+            .collect()),
+        3 => Ok(samples),
+        4 => {
+            let pixels = samples.len() / 4;
+            for pixel in 0..pixels {
+                let alpha = if opaque { 255 } else { samples[4 * pixel + 3] };
+                for channel in 0..3 {
+                    // What is written lies before all that is still to be read.
+                    samples[3 * pixel + channel] = blend(samples[4 * pixel + channel], alpha);
+                }
+            }
+            samples.truncate(3 * pixels);
+            Ok(samples)
+        }
+        _ => Err(ImageError::Damaged("it has an unknown number of channels".to_owned())),
     }
-    rgb
+}
+
+/// Blends a sample onto white, in f64 and truncated to 8 bits. Without real transparency the result is the sample
+/// itself, so the reference's separate branch for opaque images needs none here.
+fn blend(value: u8, alpha: u8) -> u8 {
+    let weight = f64::from(alpha) / 255.0;
+    match alpha {
+        255 => value,
+        _ => ((1.0 - weight) * 255.0 + weight * f64::from(value)) as u8,
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! The base model on libtorch, concept injection and training, and the thread that owns the device. The only crate
 //! of the server that uses `tch`.
 
+/// Limits of memory and processors that a container sets.
+pub mod cgroup;
 /// The thread that owns the device, and its handle.
 pub mod device;
 /// Environment variables that libtorch and its libraries read at startup.

@@ -1,18 +1,18 @@
 //! Choosing and loading a base model.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use tch::{Device, Kind};
 
 use coar_core::engine::{EngineHandle, ModelInfo};
 use coar_core::training::Preset;
 
-use crate::device::{EngineOptions, start};
+use crate::device::{EngineOptions, set_threads, start};
 use crate::model::accelerator::{load_cuda, set_tf32, synchronize, use_own_stream};
 use crate::model::cpu::multiplies_bf16;
 use crate::model::lumina::CheckpointFiles;
 use crate::model::{LuminaMgpt, ModelConfig, ModelError};
-use crate::pocket::unpack_shipped;
+use crate::pocket::unpack;
 
 /// Why a base model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -43,16 +43,6 @@ pub struct ModelSource {
     pub threads: i32,
     /// Where the pocket model is unpacked; `None`: the user's cache folder.
     pub cache: Option<PathBuf>,
-}
-
-/// The user's cache folder for coar.
-pub fn default_cache() -> PathBuf {
-    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
-    std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(home)
-        .unwrap_or_else(std::env::temp_dir)
-        .join("coar")
 }
 
 /// Parses `--device`; `auto` selects the first CUDA device if libtorch has one.
@@ -132,10 +122,7 @@ impl ModelSource {
     pub fn files(&self) -> Result<CheckpointFiles, ModelError> {
         match &self.model {
             Some(dir) => CheckpointFiles::find(dir, self.tokenizer.as_deref()),
-            None => CheckpointFiles::find(
-                &unpack_shipped(&self.cache.clone().unwrap_or_else(default_cache))?,
-                None,
-            ),
+            None => CheckpointFiles::find(&unpack(self.cache.as_deref())?, None),
         }
     }
 
@@ -155,9 +142,7 @@ impl ModelSource {
     /// When a file or tensor is missing or misshapen.
     pub fn load(&self) -> Result<(LuminaMgpt, ModelInfo), LoadError> {
         let device = self.device()?;
-        if self.threads > 0 {
-            tch::set_num_threads(self.threads);
-        }
+        set_threads(self.threads);
         let files = self.files()?;
         let model = LuminaMgpt::load(&files, device, self.kind(device, &files)?, self.target_size)?;
         // CUDA graphs cannot be captured on the default stream.

@@ -22,12 +22,44 @@ pub enum BlobError {
     Missing(String),
     #[error("blob {0} is damaged: its content has another hash")]
     Damaged(String),
+    #[error("blob {0} has {1} bytes, more than can be used here")]
+    TooLarge(String, u64),
     #[error("`{0}` is not a blob store URL: {1}")]
     Address(String, String),
     #[error(transparent)]
     Store(#[from] object_store::Error),
     #[error("{0}: {1}")]
     File(String, std::io::Error),
+    #[error("{}", no_credentials(*.profile))]
+    NoCredentials { profile: bool },
+}
+
+/// What names the credentials of S3, in this order. Without any of them, the metadata service of the cloud's machine is asked.
+const CREDENTIALS: &[&[&str]] = &[
+    &["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"],
+    &["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN"],
+    &["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"],
+    &["AWS_CONTAINER_CREDENTIALS_FULL_URI"],
+    &["AWS_SKIP_SIGNATURE"],
+];
+
+/// How long the metadata service may take: on a machine that has one, it answers at once.
+const METADATA: Duration = Duration::from_secs(5);
+
+fn names_credentials(is_set: impl Fn(&str) -> bool) -> bool {
+    CREDENTIALS.iter().any(|names| names.iter().all(|name| is_set(name)))
+}
+
+fn no_credentials(profile: bool) -> String {
+    let named: Vec<String> = CREDENTIALS[..4].iter().map(|names| names.join(" with ")).collect();
+    let ignored = match profile {
+        true => "AWS_PROFILE is set, but profiles and ~/.aws are not read",
+        false => "profiles and ~/.aws are not read",
+    };
+    format!(
+        "no credentials: none of {} is set, and the machine's metadata service gives none; {ignored}",
+        named.join(", ")
+    )
 }
 
 /// The store.
@@ -41,14 +73,6 @@ pub struct Blobs {
 /// Hex SHA-256.
 pub fn content_hash(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
-}
-
-/// Serialises a value with blobs as their hashes, to compare what refers to them.
-///
-/// # Errors
-/// As the serializer.
-pub fn hashes<S: serde::Serializer>(all: &[Bytes], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(all.iter().map(|bytes| content_hash(bytes)))
 }
 
 /// Whether S3 may be used without TLS: the operator has configured an `http` address, or allows it explicitly.
@@ -134,8 +158,19 @@ impl Blobs {
     /// # Errors
     /// When it cannot be listed.
     pub async fn probe(&self) -> Result<(), BlobError> {
-        self.store.list(Some(&self.prefix)).try_next().await?;
-        Ok(())
+        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let mut listed = self.store.list(Some(&self.prefix));
+        if names_credentials(is_set) {
+            listed.try_next().await?;
+            return Ok(());
+        }
+        // The client would try the metadata service again for half a minute.
+        match tokio::time::timeout(METADATA, listed.try_next()).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(BlobError::NoCredentials {
+                profile: is_set("AWS_PROFILE"),
+            }),
+        }
     }
 
     /// As [`Self::put`], with a known hash.
@@ -161,7 +196,18 @@ impl Blobs {
     /// # Errors
     /// When they are absent or damaged.
     pub async fn get(&self, hash: &str) -> Result<Bytes, BlobError> {
+        self.get_within(hash, u64::MAX).await
+    }
+
+    /// As [`Self::get`]; of more than `limit` bytes none is read.
+    ///
+    /// # Errors
+    /// `TooLarge`; as [`Self::get`].
+    pub async fn get_within(&self, hash: &str, limit: u64) -> Result<Bytes, BlobError> {
         let bytes = match self.store.get(&self.key(hash)).await {
+            Ok(found) if found.meta.size > limit => {
+                return Err(BlobError::TooLarge(hash.to_owned(), found.meta.size));
+            }
             Ok(found) => found.bytes().await?,
             Err(object_store::Error::NotFound { .. }) => return Err(BlobError::Missing(hash.to_owned())),
             Err(error) => return Err(error.into()),
@@ -170,6 +216,18 @@ impl Blobs {
             Ok(bytes)
         } else {
             Err(BlobError::Damaged(hash.to_owned()))
+        }
+    }
+
+    /// The size of a blob; `None` if it is absent.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub(super) async fn size(&self, hash: &str) -> Result<Option<u64>, BlobError> {
+        match self.store.head(&self.key(hash)).await {
+            Ok(found) => Ok(Some(found.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -201,6 +259,19 @@ impl Blobs {
 mod tests {
     use super::*;
 
+    #[test]
+    fn missing_credentials_are_named() {
+        let set = |given: &'static [&str]| names_credentials(|name| given.contains(&name));
+        assert!(set(&["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]));
+        assert!(set(&["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN", "AWS_PROFILE"]));
+        assert!(set(&["AWS_CONTAINER_CREDENTIALS_FULL_URI"]));
+        assert!(!set(&["AWS_ACCESS_KEY_ID", "AWS_PROFILE"]));
+        assert!(!set(&[]));
+        let told = BlobError::NoCredentials { profile: true }.to_string();
+        assert!(told.contains("AWS_ACCESS_KEY_ID with AWS_SECRET_ACCESS_KEY"), "{told}");
+        assert!(told.contains("AWS_PROFILE is set, but profiles"), "{told}");
+    }
+
     #[tokio::test]
     async fn blobs_are_addressed_by_hash_and_verified() {
         let dir = tempfile::tempdir().unwrap();
@@ -209,6 +280,11 @@ mod tests {
         assert_eq!(hash, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
         assert_eq!(blobs.put(Bytes::from_static(b"abc")).await.unwrap(), hash);
         assert_eq!(blobs.get(&hash).await.unwrap(), "abc");
+        assert_eq!(blobs.get_within(&hash, 3).await.unwrap(), "abc");
+        assert!(matches!(
+            blobs.get_within(&hash, 2).await,
+            Err(BlobError::TooLarge(_, 3))
+        ));
         std::fs::write(dir.path().join("ba").join(&hash), b"abd").unwrap();
         assert!(matches!(blobs.get(&hash).await, Err(BlobError::Damaged(_))));
         blobs.remove(&hash).await.unwrap();

@@ -6,10 +6,10 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::blobs::content_hash;
-use super::db::{identifier, list, locking, number, optional_number};
+use super::db::{identifier, is_unstorable, list, locking, number, optional_number};
 use super::pool::Transaction;
 use super::trainings::{NewTraining, Training, insert_training};
-use super::{Listed, Made, Page, Quotas, Registry, RegistryError, Usage, now};
+use super::{Listed, Made, Page, Queue, Quotas, Registry, RegistryError, Usage, now};
 use coar_core::concept::ConceptKind;
 use coar_core::engine::ConceptTokens;
 use coar_core::ids::{ConceptId, TenantId};
@@ -52,6 +52,10 @@ pub struct NewConcept {
     pub class_noun: Option<String>,
     /// Blobs of the reference images; stored before this is called.
     pub images: Vec<String>,
+    /// Hashes of the files that they were made of, in the same order.
+    pub uploads: Vec<String>,
+    /// Bytes of everything that is added.
+    pub bytes: u64,
     pub description: Option<String>,
     pub metadata: Metadata,
     /// Web-hook for the end of the first training.
@@ -70,6 +74,8 @@ impl NewConcept {
             kind,
             class_noun: None,
             images: vec![],
+            uploads: vec![],
+            bytes: 0,
             description: None,
             metadata: Metadata::new(),
             webhook_url: None,
@@ -189,8 +195,10 @@ impl Registry {
         let addition = Usage {
             concepts: 1,
             trainings: 1,
+            bytes: new.bytes,
         };
         self.check_quota(&mut transaction, tenant, new.quotas, addition).await?;
+        self.check_queue_in(&mut *transaction, Queue::Trainings, tenant).await?;
         let concept = insert_concept(&mut transaction, tenant, new, None).await?;
         let input = input_fingerprint(&new.images, spec)?;
         let first = NewTraining {
@@ -220,6 +228,7 @@ impl Registry {
         let addition = Usage {
             concepts: 1,
             trainings: 0,
+            bytes: new.bytes,
         };
         self.check_quota(&mut transaction, tenant, new.quotas, addition).await?;
         let concept = insert_concept(&mut transaction, tenant, new, Some((version, tokens))).await?;
@@ -289,6 +298,9 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn concept(&self, tenant: TenantId, name: &str) -> Result<Option<Concept>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
         let row = sqlx::query(select!("WHERE c.tenant_id = $1 AND (c.name = $2 OR c.id = $2)"))
             .bind(tenant.to_string())
             .bind(name)
@@ -408,6 +420,20 @@ impl Registry {
         Ok(rows.into_iter().map(|(blob,)| blob).collect())
     }
 
+    /// Whether a concept's reference images were made of exactly these files, in this order. `hashes` are of the files.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn was_uploaded_as(&self, id: ConceptId, hashes: &[String]) -> Result<bool, RegistryError> {
+        let rows: Vec<(Option<String>,)> =
+            sqlx::query_as("SELECT upload FROM concept_pictures WHERE concept_id = $1 ORDER BY position")
+                .bind(id.to_string())
+                .fetch_all(&self.pools.reads)
+                .await?;
+        let known = rows.iter().map(|(upload,)| upload.as_ref());
+        Ok(!rows.is_empty() && known.eq(hashes.iter().map(Some)))
+    }
+
     /// Removes a concept by name or identifier, with its versions, trainings, previews, and every blob that nothing
     /// else refers to. False if there is none.
     ///
@@ -502,10 +528,11 @@ async fn insert_concept(
         }
     }
     for (position, blob) in new.images.iter().enumerate() {
-        sqlx::query("INSERT INTO concept_pictures (concept_id, position, blob) VALUES ($1, $2, $3)")
+        sqlx::query("INSERT INTO concept_pictures (concept_id, position, blob, upload) VALUES ($1, $2, $3, $4)")
             .bind(id.to_string())
             .bind(position as i64)
             .bind(blob)
+            .bind(new.uploads.get(position))
             .execute(&mut **transaction)
             .await?;
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::migrate::Migrator;
-use sqlx::{Connection as _, Executor, Row};
+use sqlx::{AnyConnection, Connection as _, Executor, Row};
 
 use super::pool::{Pool, answers};
 use super::{RegistryError, now};
@@ -25,6 +25,8 @@ const BUSY: Duration = Duration::from_secs(20);
 /// How long a caller waits for a PostgreSQL connection, and for the result of a statement.
 const CONNECT: Duration = Duration::from_secs(10);
 const STATEMENT: Duration = Duration::from_secs(10);
+/// Pause before a server that cannot be reached at the start is tried again.
+const RECONNECT: Duration = Duration::from_millis(500);
 /// PostgreSQL's own timeouts for a statement, a lock and an idle transaction. They end the work on the server, which
 /// the client-side limits cannot; each is below [`STATEMENT`], so the server's error, which names the reason,
 /// arrives first.
@@ -49,6 +51,11 @@ macro_rules! locking {
     };
 }
 pub(super) use locking;
+
+/// Whether no row can have that text: PostgreSQL refuses U+0000 even in a question. SQLite answers the same this way.
+pub(super) fn is_unstorable(text: &str) -> bool {
+    text.contains('\0')
+}
 
 /// A column of a row as a typed identifier.
 pub(super) fn identifier<I: std::str::FromStr>(row: &AnyRow, column: &str) -> Result<I, RegistryError> {
@@ -148,11 +155,57 @@ pub(super) async fn open_sqlite(file: &Path, migrations: &Migrator) -> Result<Po
     })
 }
 
+/// The server's host and port, without the credentials of its URL.
+fn server_name(options: &AnyConnectOptions) -> String {
+    let url = &options.database_url;
+    let socket = url.query_pairs().find(|(name, _)| name == "host");
+    match (socket, url.host_str()) {
+        (Some((_, socket)), _) => socket.into_owned(),
+        (None, host) => format!("{}:{}", host.unwrap_or("localhost"), url.port().unwrap_or(5432)),
+    }
+}
+
+/// A server that is only starting is waited for; one that refuses the user or the database is not.
+async fn first_connection(options: &AnyConnectOptions, within: Duration) -> Result<AnyConnection, RegistryError> {
+    let give_up = tokio::time::Instant::now() + within;
+    let mut warned = false;
+    loop {
+        let tried = tokio::time::timeout_at(give_up, AnyConnection::connect_with(options)).await;
+        let cause = match tried {
+            Ok(Ok(connection)) => return Ok(connection),
+            Ok(Err(error @ sqlx::Error::Io(_))) => error.to_string(),
+            // It starts or recovers, or has no connection left.
+            Ok(Err(sqlx::Error::Database(error))) if matches!(error.code().as_deref(), Some("57P03" | "53300")) => {
+                error.to_string()
+            }
+            Ok(Err(error)) => return Err(error.into()),
+            Err(_) => "no answer".to_owned(),
+        };
+        let server = server_name(options);
+        if tokio::time::Instant::now() + RECONNECT >= give_up {
+            return Err(RegistryError::Unreachable(server, cause));
+        }
+        if !std::mem::replace(&mut warned, true) {
+            tracing::warn!(%server, cause, "the database cannot be reached; trying again for {} s", within.as_secs());
+        }
+        tokio::time::sleep(RECONNECT).await;
+    }
+}
+
 /// Connects to PostgreSQL and migrates the database to this version's schema.
 pub(super) async fn open_postgres(url: &str, migrations: &Migrator, connections: u32) -> Result<Pools, RegistryError> {
     sqlx::any::install_default_drivers();
     let options: AnyConnectOptions = url.parse()?;
+    if let Some(host) = super::postgres::unverified_host(url) {
+        tracing::warn!(
+            host,
+            "the database's certificate is not verified, and without TLS on the server the connection is not encrypted: \
+             add sslmode=verify-full to the database's address"
+        );
+    }
+    super::postgres::check_direct(&options).await?;
     // Without the limits below: a migration may take longer, and waits while another process migrates.
+    first_connection(&options, CONNECT).await?.close().await?;
     let unlimited = AnyPoolOptions::new()
         .max_connections(1)
         .acquire_timeout(CONNECT)
@@ -257,6 +310,24 @@ mod tests {
         open_sqlite(&dir.join("coar.sqlite"), &sqlx::migrate!("../../migrations/sqlite"))
             .await
             .unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_unreachable_server_is_named_with_the_cause_and_without_the_password() {
+        sqlx::any::install_default_drivers();
+        // A port that was free a moment ago: nothing listens.
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let url = format!("postgres://coar:secret@127.0.0.1:{port}/coar");
+        let refused = first_connection(&url.parse().unwrap(), RECONNECT).await;
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains(&format!("127.0.0.1:{port}")), "{error}");
+        assert!(error.contains("refused") && !error.contains("secret"), "{error}");
+        let socket: AnyConnectOptions = "postgres:///coar?host=/run/postgresql".parse().unwrap();
+        assert_eq!(server_name(&socket), "/run/postgresql");
     }
 
     #[tokio::test]

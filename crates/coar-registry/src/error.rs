@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use coar_core::error::{Error, ErrorKind};
 
-use crate::BlobError;
+use crate::{BlobError, Queue};
 
 /// The error code for work that another process has taken over.
 pub const LEASE_LOST: &str = "lease_lost";
@@ -28,11 +28,24 @@ pub enum RegistryError {
     /// Another tenant has the name.
     #[error("the tenant `{0}` exists already")]
     TenantTaken(String),
+    /// The key of the request is not valid any more.
+    #[error("the key is not valid any more")]
+    KeyInvalid,
+    /// The tenant is that of the key in use.
+    #[error("the tenant is that of the key in use")]
+    OwnTenant,
+    /// The tenant has the last valid key with the scope `admin`.
+    #[error("the tenant has the last valid admin key")]
+    LastAdminKey,
     /// The lease is no longer held: another process has taken over the training, or it was cancelled or deleted.
     #[error("the lease of the training is lost")]
     LeaseLost,
     #[error("the data folder {0} is in use by another server")]
     InUse(String),
+    #[error(
+        "the database at {0} cannot be reached: {1}; check the address in `database`, and that the server is running"
+    )]
+    Unreachable(String, String),
     #[error("database: {0}")]
     Database(#[from] sqlx::Error),
     #[error("database migration: {0}")]
@@ -42,12 +55,21 @@ pub enum RegistryError {
     /// A later version has migrated the database so that this one cannot use it.
     #[error("the database has been changed by a newer coar (schema {0}); use that version")]
     Newer(String),
+    /// Session settings, LISTEN and prepared statements do not work.
+    #[error(
+        "the database is behind a pooler in transaction mode (PgBouncer's pool_mode = transaction), which cannot work: \
+         connect to PostgreSQL itself, or set pool_mode = session for this database"
+    )]
+    Pooler,
     /// The same bytes are being removed, and the removal takes too long.
     #[error("the blob store is still removing the same bytes")]
     BlobBusy,
     /// A quota of the tenant is used up.
     #[error("the tenant has {used} {quota}; the limit is {limit}")]
-    QuotaExceeded { quota: &'static str, used: u32, limit: u32 },
+    QuotaExceeded { quota: &'static str, used: u64, limit: u64 },
+    /// Too many jobs of all tenants wait, and the tenant has the most of them.
+    #[error("too many {} wait; the limit is {limit}", .queue.as_str())]
+    QueueFull { queue: Queue, limit: u32 },
     #[error("a row of the database cannot be read: {0}")]
     Row(String),
     #[error("{0}: {1}")]
@@ -105,7 +127,26 @@ impl From<RegistryError> for Error {
                 Self::field("name_taken", "name", format!("is `{name}`, which another tenant has"))
                     .of_kind(ErrorKind::Conflict)
             }
+            RegistryError::KeyInvalid => Self::new(
+                ErrorKind::Unauthorized,
+                "invalid_api_key",
+                "The key of this request is not valid any more.",
+            ),
+            RegistryError::OwnTenant => Self::new(
+                ErrorKind::Conflict,
+                "tenant_in_use",
+                "The tenant cannot be deleted: it is that of the key in use.",
+            ),
+            RegistryError::LastAdminKey => Self::new(
+                ErrorKind::Conflict,
+                "last_admin_key",
+                "The tenant has the last valid key with the scope `admin`; make one for another tenant first.",
+            ),
             RegistryError::QuotaExceeded { quota, used, limit } => no_room(quota, used, limit),
+            RegistryError::QueueFull { queue, limit } => {
+                let message = format!("Too many {} are waiting; try again later.", queue.as_str());
+                Self::new(ErrorKind::Overloaded, "overloaded", message).limit(u64::from(limit))
+            }
             RegistryError::BlobBusy => Self::new(
                 ErrorKind::Unavailable,
                 "storage_busy",
@@ -127,8 +168,12 @@ impl From<BlobError> for Error {
 }
 
 /// The refusal of a concept or a training more than the tenant may have.
-fn no_room(quota: &'static str, used: u32, limit: u32) -> Error {
+fn no_room(quota: &'static str, used: u64, limit: u64) -> Error {
     let (wait, what) = match quota {
+        "bytes" => (
+            NEXT_CONCEPT,
+            format!("{used} bytes are kept; delete a concept or images"),
+        ),
         "concepts" => (NEXT_CONCEPT, format!("there are {used} concepts; delete one")),
         _ => (NEXT_TRAINING, format!("{used} trainings are queued or running")),
     };

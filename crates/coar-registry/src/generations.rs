@@ -6,7 +6,7 @@
 
 mod queue;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::db::{identifier, number, places};
-use super::{GenerationStatus, Listed, Made, Page, Registry, RegistryError, StoredImage};
+use super::{GenerationStatus, Listed, Made, Page, Queue, Registry, RegistryError, StoredImage};
 use coar_core::concept::ConceptKind;
 use coar_core::engine::SamplingParams;
 use coar_core::ids::{GenerationId, ProcessId, TenantId};
@@ -154,11 +154,16 @@ impl Registry {
     /// Stores a generation as queued.
     ///
     /// # Errors
-    /// When the database fails.
+    /// `QueueFull` for a background one; when the database fails.
     pub async fn add_generation(&self, new: NewGeneration) -> Result<Generation, RegistryError> {
         let (id, created_at) = (GenerationId::new(), self.lease_time().await?);
         let owner = (!new.background).then_some(self.process);
         let mut transaction = self.write().await?;
+        // The engine's queue limits those whose client waits.
+        if new.background {
+            self.check_queue_in(&mut *transaction, Queue::Generations, new.tenant)
+                .await?;
+        }
         sqlx::query(
             "INSERT INTO generations (id, tenant_id, status, background, prompt, request, concepts, metadata, webhook_url,
              total, created_at, owner, priority) VALUES ($1, $2, 'queued', $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
@@ -279,17 +284,6 @@ impl Registry {
             .collect()
     }
 
-    /// Number of queued generations of all tenants.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub async fn waiting_generations(&self) -> Result<i64, RegistryError> {
-        let (count,) = sqlx::query_as("SELECT count(*) FROM generations WHERE status = 'queued'")
-            .fetch_one(&self.pools.reads)
-            .await?;
-        Ok(count)
-    }
-
     /// Every queued background generation, with its tenant.
     ///
     /// # Errors
@@ -335,8 +329,11 @@ impl Registry {
             .bind(id.to_string())
             .execute(&mut *transaction)
             .await?;
+        let answers = self
+            .forget_answers(&mut transaction, tenant, Made::Generation(id))
+            .await?;
         transaction.commit().await?;
-        let blobs: Vec<String> = blobs.into_iter().map(|(blob,)| blob).collect();
+        let blobs: Vec<String> = blobs.into_iter().map(|(blob,)| blob).chain(answers).collect();
         self.remove_unreferenced(&blobs).await?;
         Ok(deleted.rows_affected() > 0)
     }

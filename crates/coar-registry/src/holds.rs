@@ -52,17 +52,46 @@ impl Registry {
     /// # Errors
     /// When the store or the database fails.
     pub async fn store(&self, all: Vec<Bytes>) -> Result<Stored, RegistryError> {
-        let hashes: Vec<String> = all.iter().map(|bytes| content_hash(bytes)).collect();
-        let stored = self.hold(hashes).await?;
+        let mut stored = self.begin_storing();
+        let sizes: Vec<_> = all.iter().map(|bytes| (content_hash(bytes), bytes.len())).collect();
+        self.hold(&sizes, &stored.holder).await?;
+        stored.hashes = sizes.into_iter().map(|(hash, _)| hash).collect();
         for (hash, bytes) in stored.hashes.iter().zip(all) {
-            if let Err(error) = self.blobs.put_as(hash, bytes).await {
-                // No removal here: a store that rejects writes will not remove either, and the caller has waited
-                // long enough.
-                self.expire_hold(&stored.holder).await?;
-                return Err(error.into());
-            }
+            self.put(&stored, hash, bytes).await?;
         }
         Ok(stored)
+    }
+
+    /// Holds nothing yet: for [`Self::store_more`].
+    pub fn begin_storing(&self) -> Stored {
+        Stored {
+            hashes: vec![],
+            holder: Uuid::new_v4().to_string(),
+        }
+    }
+
+    /// Stores more bytes under a hold, and holds them too. If it fails, everything under the hold is removed later.
+    ///
+    /// # Errors
+    /// When the store or the database fails.
+    pub async fn store_more(&self, stored: &mut Stored, bytes: Bytes) -> Result<(), RegistryError> {
+        let hash = content_hash(&bytes);
+        if !stored.hashes.contains(&hash) {
+            self.hold(&[(hash.clone(), bytes.len())], &stored.holder).await?;
+            self.put(stored, &hash, bytes).await?;
+        }
+        stored.hashes.push(hash);
+        Ok(())
+    }
+
+    async fn put(&self, stored: &Stored, hash: &str, bytes: Bytes) -> Result<(), RegistryError> {
+        if let Err(error) = self.blobs.put_as(hash, bytes).await {
+            // No removal here: a store that rejects writes will not remove either, and the caller has waited
+            // long enough.
+            self.expire_hold(&stored.holder).await?;
+            return Err(error.into());
+        }
+        Ok(())
     }
 
     /// Releases a hold. With `referred`, a row refers to the bytes now; otherwise bytes that no row refers to are
@@ -80,26 +109,26 @@ impl Registry {
         }
     }
 
-    async fn hold(&self, hashes: Vec<String>) -> Result<Stored, RegistryError> {
-        let (holder, since) = (Uuid::new_v4().to_string(), Instant::now());
+    async fn hold(&self, sizes: &[(String, usize)], holder: &str) -> Result<(), RegistryError> {
+        let since = Instant::now();
         // In a fixed order, so that two callers do not deadlock.
-        let mut distinct: Vec<&String> = hashes.iter().collect();
+        let mut distinct: Vec<&(String, usize)> = sizes.iter().collect();
         distinct.sort_unstable();
         distinct.dedup();
-        while !self.try_hold(&distinct, &holder).await? {
+        while !self.try_hold(&distinct, holder).await? {
             if since.elapsed() > REMOVAL {
                 return Err(RegistryError::BlobBusy);
             }
             tokio::time::sleep(LOOK).await;
         }
-        Ok(Stored { hashes, holder })
+        Ok(())
     }
 
     /// False if one of them is being removed.
-    async fn try_hold(&self, hashes: &[&String], holder: &str) -> Result<bool, RegistryError> {
+    async fn try_hold(&self, sizes: &[&(String, usize)], holder: &str) -> Result<bool, RegistryError> {
         let at = self.lease_time().await?;
         let mut transaction = self.write().await?;
-        for hash in hashes {
+        for (hash, bytes) in sizes {
             self.hold_name(&mut transaction, "blob", hash).await?;
             let removing = sqlx::query(
                 "SELECT holder FROM blob_holds WHERE hash = $1 AND removing = 1 AND expires_at >= $2 LIMIT 1",
@@ -115,6 +144,11 @@ impl Registry {
                 .bind(hash.as_str())
                 .bind(holder)
                 .bind(at + STORING_MS)
+                .execute(&mut *transaction)
+                .await?;
+            sqlx::query("INSERT INTO blobs (hash, bytes) VALUES ($1, $2) ON CONFLICT (hash) DO NOTHING")
+                .bind(hash.as_str())
+                .bind(i64::try_from(*bytes).unwrap_or(i64::MAX))
                 .execute(&mut *transaction)
                 .await?;
         }
@@ -209,6 +243,10 @@ impl Registry {
                 .bind(at + REMOVING_MS)
                 .execute(&mut *transaction)
                 .await?;
+            sqlx::query("DELETE FROM blobs WHERE hash = $1")
+                .bind(hash)
+                .execute(&mut *transaction)
+                .await?;
             unwanted.push(hash);
         }
         if !unwanted.is_empty() {
@@ -264,6 +302,29 @@ impl Registry {
         let mut unwanted = self.blobs.all().await?;
         unwanted.retain(|hash| !wanted.contains(hash));
         self.remove(&unwanted).await
+    }
+
+    /// Records the sizes of some blobs that an earlier release has stored; returns how many. 0: all are known.
+    ///
+    /// # Errors
+    /// When the database or the blob store fails.
+    pub async fn note_sizes(&self) -> Result<usize, RegistryError> {
+        let rows: Vec<(String,)> = sqlx::query_as(
+            "SELECT blob FROM (SELECT blob FROM concept_pictures UNION SELECT hash AS blob FROM concept_versions
+             UNION SELECT blob FROM images) AS kept WHERE NOT EXISTS (SELECT 1 FROM blobs WHERE hash = blob) LIMIT 500",
+        )
+        .fetch_all(&self.pools.reads)
+        .await?;
+        for (hash,) in &rows {
+            // A blob that is gone takes no room.
+            let bytes = self.blobs.size(hash).await?.unwrap_or(0);
+            sqlx::query("INSERT INTO blobs (hash, bytes) VALUES ($1, $2) ON CONFLICT (hash) DO NOTHING")
+                .bind(hash)
+                .bind(i64::try_from(bytes).unwrap_or(i64::MAX))
+                .execute(&self.pools.writes)
+                .await?;
+        }
+        Ok(rows.len())
     }
 
     /// Hashes of every blob that a row refers to.

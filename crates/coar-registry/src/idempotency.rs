@@ -317,6 +317,73 @@ impl Registry {
         Ok(written.rows_affected() > 0)
     }
 
+    /// Drops every response that contains an object which is being deleted, and of its request, if that still runs, the
+    /// right to store one. The keys stay bound to the object: a retry makes nothing, it learns that the object is gone.
+    /// Returns the blobs of the responses.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub(super) async fn forget_answers(
+        &self,
+        transaction: &mut Transaction,
+        tenant: TenantId,
+        made: Made,
+    ) -> Result<Vec<String>, RegistryError> {
+        let blobs: Vec<(String,)> =
+            sqlx::query_as("SELECT blob FROM idempotency_keys WHERE tenant_id = $1 AND made = $2 AND blob IS NOT NULL")
+                .bind(tenant.to_string())
+                .bind(made.to_string())
+                .fetch_all(&mut **transaction)
+                .await?;
+        sqlx::query(
+            "UPDATE idempotency_keys SET status = NULL, location = NULL, content_type = NULL, body = NULL, blob = NULL,
+             blob_status = NULL, expires_at = 0, created_at = created_at + 1 WHERE tenant_id = $1 AND made = $2",
+        )
+        .bind(tenant.to_string())
+        .bind(made.to_string())
+        .execute(&mut **transaction)
+        .await?;
+        Ok(blobs.into_iter().map(|(blob,)| blob).collect())
+    }
+
+    /// Binds the key of a running request to a generation that its response contains, so that it goes when that is
+    /// deleted. False if the generation is gone already, or the lease.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn note_made(&self, claim: &KeyClaim, id: GenerationId) -> Result<bool, RegistryError> {
+        let bound = sqlx::query(
+            "UPDATE idempotency_keys SET made = coalesce(made, $1) WHERE tenant_id = $2 AND key = $3 AND created_at = $4
+             AND status IS NULL AND blob IS NULL AND EXISTS (SELECT 1 FROM generations WHERE id = $1)",
+        )
+        .bind(id.to_string())
+        .bind(claim.tenant.to_string())
+        .bind(&claim.key)
+        .bind(claim.began)
+        .execute(&self.pools.writes)
+        .await?;
+        Ok(bound.rows_affected() > 0)
+    }
+
+    /// Binds the key to what the request has made and gives up its response, which is too large to be stored: a retry
+    /// is answered with the object's present state. False if the request has made nothing that a retry could be answered
+    /// with.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn answer_by_object(&self, claim: &KeyClaim) -> Result<bool, RegistryError> {
+        let bound = sqlx::query(
+            "UPDATE idempotency_keys SET expires_at = 0
+             WHERE tenant_id = $1 AND key = $2 AND created_at = $3 AND status IS NULL AND blob IS NULL AND made IS NOT NULL",
+        )
+        .bind(claim.tenant.to_string())
+        .bind(&claim.key)
+        .bind(claim.began)
+        .execute(&self.pools.writes)
+        .await?;
+        Ok(bound.rows_affected() > 0)
+    }
+
     /// Releases the key of a request that failed, unless the request has created an object.
     ///
     /// # Errors
@@ -373,164 +440,4 @@ impl Registry {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const TOKENS: coar_core::engine::ConceptTokens = coar_core::engine::ConceptTokens { text: 1, image: 1 };
-
-    fn answer(body: &str) -> StoredAnswer {
-        StoredAnswer {
-            status: 202,
-            location: Some("/v1/concepts/rex".into()),
-            content_type: Some("application/json".into()),
-            body: Bytes::copy_from_slice(body.as_bytes()),
-        }
-    }
-
-    fn first(outcome: Claim) -> KeyClaim {
-        match outcome {
-            Claim::Acquired(claim) => claim,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[tokio::test]
-    async fn first_response_is_kept_and_a_lost_lease_cannot_write() {
-        let (_dir, registry) = crate::tests::test_registry().await;
-        let tenant = TenantId::DEFAULT;
-        let claim = |fingerprint: &'static str, lease| registry.claim_key(tenant, "k", fingerprint, lease);
-        // The first attempt's lease expires as soon as it is taken.
-        let slow = first(claim("a", 0).await.unwrap());
-        let next = first(claim("a", 60_000).await.unwrap());
-        assert_eq!(claim("a", 60_000).await.unwrap(), Claim::InProgress);
-        assert_eq!(claim("b", 60_000).await.unwrap(), Claim::Mismatch);
-        assert!(matches!(
-            registry.renew_key(&slow, 1).await,
-            Err(RegistryError::LeaseLost)
-        ));
-        registry.store_answer(&slow, &answer("slow"), 60_000).await.unwrap();
-        registry.release_key(&slow).await.unwrap();
-        registry.renew_key(&next, 60_000).await.unwrap();
-        registry.store_answer(&next, &answer("next"), 60_000).await.unwrap();
-        assert_eq!(claim("a", 1).await.unwrap(), Claim::Replay(answer("next")));
-        assert_eq!(claim("b", 1).await.unwrap(), Claim::Mismatch);
-        let other = registry
-            .add_tenant("other", super::super::Quotas::default())
-            .await
-            .unwrap();
-        first(registry.claim_key(other.id, "k", "b", 60_000).await.unwrap());
-    }
-
-    #[tokio::test]
-    async fn object_created_before_a_crash_is_not_created_twice() {
-        let (_dir, registry) = crate::tests::test_registry().await;
-        let (tenant, style) = (TenantId::DEFAULT, coar_core::concept::ConceptKind::Style);
-        let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
-        let add = |name: &str| {
-            let (registry, new) = (registry.clone(), super::super::NewConcept::new(name, style));
-            async move { registry.add_ready_concept(tenant, &new, ("hash", TOKENS)).await }
-        };
-        let slow = first(claim(0).await.unwrap());
-        let next = first(claim(0).await.unwrap());
-        // After a lost lease nothing can be created.
-        assert!(matches!(slow.under(add("slow")).await, Err(RegistryError::LeaseLost)));
-        assert!(registry.concept(tenant, "slow").await.unwrap().is_none());
-        let made = next.clone().under(add("next")).await.unwrap();
-        // Its process dies before it stores the response.
-        registry.release_key(&next).await.unwrap();
-        assert_eq!(claim(60_000).await.unwrap(), Claim::Orphaned(Made::Concept(made.id)));
-        assert_eq!(registry.release_keys().await.unwrap(), 0);
-        assert_eq!(claim(60_000).await.unwrap(), Claim::Orphaned(Made::Concept(made.id)));
-        let other = registry.claim_key(tenant, "k", "b", 60_000).await.unwrap();
-        assert_eq!(other, Claim::Mismatch);
-        // Without a key nothing is recorded.
-        add("free").await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn foreground_generation_is_bound_to_the_key_at_its_end() {
-        let (_dir, registry) = crate::tests::test_registry().await;
-        let tenant = TenantId::DEFAULT;
-        let claim = |lease| registry.claim_key(tenant, "k", "a", lease);
-        let made = Made::Generation(GenerationId::new());
-        let finish = |claim: KeyClaim| {
-            claim.under(async {
-                let mut transaction = registry.write().await.unwrap();
-                registry.bind_key_if_open(&mut transaction, made).await?;
-                transaction.commit().await.map_err(RegistryError::from)
-            })
-        };
-        // The first one's lease expires as soon as it is taken; the second process is killed after the end of the
-        // generation, before it responds.
-        let slow = first(claim(0).await.unwrap());
-        let next = first(claim(0).await.unwrap());
-        assert!(matches!(finish(slow).await, Err(RegistryError::LeaseLost)));
-        finish(next).await.unwrap();
-        assert_eq!(claim(60_000).await.unwrap(), Claim::Orphaned(made));
-    }
-
-    #[tokio::test]
-    async fn keys_of_dead_processes_and_old_responses_expire() {
-        let (_dir, registry) = crate::tests::test_registry().await;
-        let tenant = TenantId::DEFAULT;
-        first(registry.claim_key(tenant, "dead", "a", 60_000).await.unwrap());
-        let done = first(registry.claim_key(tenant, "done", "a", 60_000).await.unwrap());
-        registry.store_answer(&done, &answer("x"), 60_000).await.unwrap();
-        assert_eq!(registry.release_keys().await.unwrap(), 1);
-        first(registry.claim_key(tenant, "dead", "b", 60_000).await.unwrap());
-        let failed = first(registry.claim_key(tenant, "failed", "a", 60_000).await.unwrap());
-        registry.release_key(&failed).await.unwrap();
-        first(registry.claim_key(tenant, "failed", "c", 60_000).await.unwrap());
-        let old = first(registry.claim_key(tenant, "old", "a", 60_000).await.unwrap());
-        registry.store_answer(&old, &answer("x"), -1).await.unwrap();
-        assert_eq!(registry.expire_keys().await.unwrap(), 1);
-        assert!(matches!(
-            registry.claim_key(tenant, "done", "a", 1).await.unwrap(),
-            Claim::Replay(_)
-        ));
-    }
-
-    #[tokio::test]
-    async fn large_responses_are_blobs_removed_with_their_key() {
-        let (_dir, registry) = crate::tests::test_registry().await;
-        let tenant = TenantId::DEFAULT;
-        let claim = || registry.claim_key(tenant, "k", "a", 60_000);
-        let large = answer(&"x".repeat(BODY_LIMIT + 1));
-        let blobs = || async { registry.blobs.all().await.unwrap().len() };
-        registry
-            .store_answer(&first(claim().await.unwrap()), &large, 60_000)
-            .await
-            .unwrap();
-        assert_eq!(claim().await.unwrap(), Claim::Replay(large.clone()));
-        // Programs with the previous schema see a running request.
-        let (inline, status): (Option<Vec<u8>>, Option<i64>) =
-            sqlx::query_as("SELECT body, status FROM idempotency_keys")
-                .fetch_one(&registry.pools.reads)
-                .await
-                .unwrap();
-        assert_eq!((inline, status, blobs().await), (None, None, 1));
-        assert_eq!(registry.release_keys().await.unwrap(), 0);
-        assert_eq!(registry.collect_garbage().await.unwrap(), 0, "a row refers to it");
-        let expire = async || {
-            sqlx::query("UPDATE idempotency_keys SET expires_at = 1")
-                .execute(&registry.pools.writes)
-                .await
-                .unwrap();
-        };
-        // Expired, and the key is used again; then expired and swept; then its tenant is deleted.
-        expire().await;
-        let again = first(claim().await.unwrap());
-        assert_eq!(blobs().await, 0);
-        registry.store_answer(&again, &large, 60_000).await.unwrap();
-        expire().await;
-        assert_eq!((registry.expire_keys().await.unwrap(), blobs().await), (1, 0));
-        let lost = first(claim().await.unwrap());
-        registry.release_key(&lost).await.unwrap();
-        registry.store_answer(&lost, &large, 60_000).await.unwrap();
-        assert_eq!(blobs().await, 0, "a lost lease leaves no blob");
-        let last = first(claim().await.unwrap());
-        registry.store_answer(&last, &large, 60_000).await.unwrap();
-        assert!(registry.delete_tenant(tenant).await.unwrap());
-        assert_eq!(blobs().await, 0);
-    }
-}
+mod tests;

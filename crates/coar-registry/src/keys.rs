@@ -7,6 +7,7 @@ use sqlx::Row;
 use sqlx::any::AnyRow;
 
 use super::db::identifier;
+use super::pool::Transaction;
 use super::{Listed, Page, Registry, RegistryError, now};
 use coar_core::ids::{KeyId, TenantId};
 
@@ -21,11 +22,13 @@ pub enum Scope {
     Train,
     /// Managing keys and tenants.
     Admin,
+    /// Reading the server's metrics.
+    Metrics,
 }
 
 impl Scope {
     /// Every scope.
-    pub const ALL: [Self; 4] = [Self::Read, Self::Generate, Self::Train, Self::Admin];
+    pub const ALL: [Self; 5] = [Self::Read, Self::Generate, Self::Train, Self::Admin, Self::Metrics];
 
     /// The name used in the API.
     pub fn as_str(self) -> &'static str {
@@ -34,6 +37,7 @@ impl Scope {
             Self::Generate => "generate",
             Self::Train => "train",
             Self::Admin => "admin",
+            Self::Metrics => "metrics",
         }
     }
 }
@@ -44,7 +48,7 @@ pub struct Scopes(u8);
 
 impl Scopes {
     /// Every scope.
-    pub const ALL: Self = Self(0b1111);
+    pub const ALL: Self = Self(0b1_1111);
 
     /// Whether it is among them. No scope implies another.
     pub fn contains(self, scope: Scope) -> bool {
@@ -58,7 +62,7 @@ impl Scopes {
 }
 
 impl Default for Scopes {
-    /// All scopes but `admin`.
+    /// What customers need: all scopes but `admin` and `metrics`.
     fn default() -> Self {
         [Scope::Read, Scope::Generate, Scope::Train].into_iter().collect()
     }
@@ -86,7 +90,7 @@ impl FromStr for Scopes {
             let found = Scope::ALL.into_iter().find(|scope| scope.as_str() == word.trim());
             found.ok_or_else(|| {
                 format!(
-                    "has `{}`; expected one or more of read, generate, train, admin",
+                    "has `{}`; expected one or more of read, generate, train, admin, metrics",
                     word.trim()
                 )
             })
@@ -132,6 +136,19 @@ pub struct NewKey {
     pub expires_at: Option<i64>,
 }
 
+/// What the deletion of a tenant has to respect.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Deletion {
+    /// The administrator's key; it must be valid still, and not the tenant's own.
+    pub asked_with: Option<KeyId>,
+    /// Also where no valid key with the scope `admin` is left afterwards.
+    pub including_the_last_admin_key: bool,
+}
+
+/// The setting that is there once there has been a key.
+const KEYS_REQUIRED: &str = "keys_required";
+/// The kind of the name lock under which tenants are deleted.
+const DELETION_LOCK: &str = "deletion of tenants";
 /// Resolution of `last_used_at`, in milliseconds.
 const USE_RESOLUTION: i64 = 60_000;
 
@@ -153,12 +170,17 @@ fn key(row: &AnyRow) -> Result<ApiKey, RegistryError> {
 }
 
 impl Registry {
-    /// Stores a key.
+    /// Stores a key, and with the first one that callers need keys from now on.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn add_key(&self, new: &NewKey) -> Result<ApiKey, RegistryError> {
         let id = KeyId::new();
+        let mut transaction = self.write().await?;
+        sqlx::query("INSERT INTO settings (key, value) VALUES ($1, 'yes') ON CONFLICT DO NOTHING")
+            .bind(KEYS_REQUIRED)
+            .execute(&mut *transaction)
+            .await?;
         let row = sqlx::query(
             "INSERT INTO api_keys (id, tenant_id, public_id, hash, name, scopes, created_at, expires_at)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
@@ -172,20 +194,54 @@ impl Registry {
         .bind(new.scopes.to_string())
         .bind(now())
         .bind(new.expires_at)
-        .fetch_one(&self.pools.writes)
+        .fetch_one(&mut *transaction)
         .await?;
+        transaction.commit().await?;
         key(&row)
     }
 
-    /// Whether there is any key, revoked and expired ones included: revoking the last key does not open the server.
+    /// Whether callers need a key: there has been one, whatever has become of it. The rows are looked at too, because a
+    /// program of an earlier schema beside this one makes keys without storing that fact.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn has_keys(&self) -> Result<bool, RegistryError> {
-        let found = sqlx::query("SELECT id FROM api_keys LIMIT 1")
+    pub async fn keys_required(&self) -> Result<bool, RegistryError> {
+        let found = sqlx::query("SELECT 1 FROM settings WHERE key = $1 UNION ALL SELECT 1 FROM api_keys LIMIT 1")
+            .bind(KEYS_REQUIRED)
             .fetch_optional(&self.pools.reads)
             .await?;
         Ok(found.is_some())
+    }
+
+    /// Decides whether a tenant may be deleted as far as keys are concerned. Until the transaction ends no other tenant
+    /// is deleted, so two administrators cannot delete each other's tenants.
+    pub(super) async fn check_deletion(
+        &self,
+        transaction: &mut Transaction,
+        tenant: TenantId,
+        deletion: Deletion,
+    ) -> Result<(), RegistryError> {
+        self.hold_name(transaction, DELETION_LOCK, "").await?;
+        let admins: Vec<(String, String)> = sqlx::query_as(
+            "SELECT id, tenant_id FROM api_keys
+             WHERE ',' || scopes || ',' LIKE '%,admin,%' AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > $1)",
+        )
+        .bind(now())
+        .fetch_all(&mut **transaction)
+        .await?;
+        let tenant = tenant.to_string();
+        if let Some(key) = deletion.asked_with {
+            let key = key.to_string();
+            let owner = admins.iter().find(|(id, _)| *id == key).map(|(_, owner)| owner);
+            if owner.ok_or(RegistryError::KeyInvalid)? == &tenant {
+                return Err(RegistryError::OwnTenant);
+            }
+        }
+        let leaves_one = admins.iter().any(|(_, owner)| *owner != tenant);
+        match admins.is_empty() || leaves_one || deletion.including_the_last_admin_key {
+            true => Ok(()),
+            false => Err(RegistryError::LastAdminKey),
+        }
     }
 
     /// The key with that public part.
@@ -197,6 +253,20 @@ impl Registry {
             "SELECT k.*, t.name AS tenant_name FROM api_keys k JOIN tenants t ON t.id = k.tenant_id WHERE k.public_id = $1",
         )
         .bind(public_id)
+        .fetch_optional(&self.pools.reads)
+        .await?;
+        row.as_ref().map(key).transpose()
+    }
+
+    /// The key with that identifier.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn key(&self, id: KeyId) -> Result<Option<ApiKey>, RegistryError> {
+        let row = sqlx::query(
+            "SELECT k.*, t.name AS tenant_name FROM api_keys k JOIN tenants t ON t.id = k.tenant_id WHERE k.id = $1",
+        )
+        .bind(id.to_string())
         .fetch_optional(&self.pools.reads)
         .await?;
         row.as_ref().map(key).transpose()

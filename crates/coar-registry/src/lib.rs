@@ -13,6 +13,7 @@ pub mod blobs;
 mod concepts;
 mod db;
 mod error;
+mod filesystem;
 mod generations;
 mod holds;
 mod idempotency;
@@ -20,13 +21,16 @@ mod images;
 mod keys;
 mod overview;
 mod pool;
+mod postgres;
 mod processes;
+mod secrets;
 mod signals;
 mod status;
 mod storage;
 mod tenants;
 mod trainings;
 mod versions;
+mod waiting;
 mod webhooks;
 
 use std::path::Path;
@@ -37,23 +41,26 @@ pub use concepts::{Concept, ConceptChange, ConceptFilter, ConceptStatus, Metadat
 pub use db::Backend;
 use db::{Clock, Pools};
 pub use error::{LEASE_LOST, RegistryError};
+pub use filesystem::network_filesystem;
 pub use generations::{
     GENERATION_ATTEMPTS, Generation, GenerationConcept, GenerationSettings, NewGeneration, TokenUsage,
 };
 pub use holds::Stored;
 pub use idempotency::{Claim, KeyClaim, Made, StoredAnswer};
 pub use images::StoredImage;
-pub use keys::{ApiKey, NewKey, Scope, Scopes};
+pub use keys::{ApiKey, Deletion, NewKey, Scope, Scopes};
 pub use overview::{BlobUse, Job, JobId, QueueCount};
 use pool::Transaction;
 pub use processes::{Announcement, LOST_AFTER_MS, Process};
+pub use secrets::{SECRETS_REFRESH, ServerSecrets, SharedSecrets};
 pub use signals::Signals;
 pub use status::{GenerationStatus, JobStatus, TrainingStatus};
 pub use storage::Storage;
 pub use tenants::{MinuteFull, Quotas, Tenant, Usage};
 pub use trainings::{ATTEMPTS, Claimed, NewTraining, Progress, TAKEOVERS, Training, TrainingFilter};
 pub use versions::Version;
-pub use webhooks::{Attempt, Delivery, NewDelivery};
+pub use waiting::{Queue, QueueLimits};
+pub use webhooks::{Attempt, DELIVERIES_AT_ONCE, Delivery, NewDelivery, Receiver};
 
 /// Database and blob store.
 #[derive(Debug, Clone)]
@@ -63,6 +70,7 @@ pub struct Registry {
     clock: Clock,
     presence: processes::Presence,
     process: coar_core::ids::ProcessId,
+    queues: QueueLimits,
     /// PostgreSQL's address.
     database: Option<std::sync::Arc<str>>,
     pub blobs: Blobs,
@@ -126,15 +134,6 @@ impl Registry {
             .fetch_one(&self.pools.reads)
             .await?;
         Ok(value)
-    }
-
-    /// 32 random bytes in hex that never leave the server; they sign image addresses.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub async fn server_secret(&self) -> Result<String, RegistryError> {
-        self.setting("server_secret", &hex::encode(rand::random::<[u8; 32]>()))
-            .await
     }
 
     async fn write(&self) -> Result<Transaction, RegistryError> {

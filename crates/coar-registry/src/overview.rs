@@ -246,11 +246,12 @@ mod tests {
             subject: training.id.to_string(),
             event: "training.failed".into(),
             url: "https://example.com".into(),
+            host: "example.com".into(),
             body: "{}".into(),
         };
         registry.add_delivery(&delivery).await.unwrap();
         let delivery = registry
-            .claim_deliveries(1, std::time::Duration::from_secs(60))
+            .claim_deliveries(1, std::time::Duration::from_secs(60), &[])
             .await
             .unwrap()
             .remove(0);

@@ -8,7 +8,7 @@ use super::{Blobs, Registry, RegistryError};
 use coar_core::ids::ProcessId;
 
 /// This program's schema: the number of the last migration.
-const SCHEMA: i64 = 5;
+const SCHEMA: i64 = 8;
 
 /// Where persistent state is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +82,7 @@ impl Registry {
             clock: Clock::default(),
             presence: super::processes::Presence::default(),
             process: ProcessId::new(),
+            queues: super::QueueLimits::default(),
             database: storage.database.as_deref().map(Into::into),
             blobs,
         };

@@ -7,9 +7,9 @@ use base64::engine::general_purpose::STANDARD;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::db::{identifier, locking, optional_number};
+use super::db::{identifier, is_unstorable, locking, optional_number};
 use super::pool::Transaction;
-use super::{Listed, Page, Registry, RegistryError, now};
+use super::{Deletion, Listed, Page, Registry, RegistryError, now};
 use coar_core::ids::TenantId;
 
 /// The kind of the name lock taken to add to a tenant's objects. It differs from that of schema 3, whose programs
@@ -26,6 +26,10 @@ pub struct Quotas {
     /// Generations that are queued or running.
     pub requests_in_flight: Option<u32>,
     pub pictures_per_minute: Option<u32>,
+    /// Requests that make or start something.
+    pub requests_per_minute: Option<u32>,
+    /// Of reference images, concept files and kept images.
+    pub bytes: Option<u64>,
 }
 
 impl Quotas {
@@ -36,6 +40,8 @@ impl Quotas {
             trainings: self.trainings.or(default.trainings),
             requests_in_flight: self.requests_in_flight.or(default.requests_in_flight),
             pictures_per_minute: self.pictures_per_minute.or(default.pictures_per_minute),
+            requests_per_minute: self.requests_per_minute.or(default.requests_per_minute),
+            bytes: self.bytes.or(default.bytes),
         }
     }
 }
@@ -47,8 +53,19 @@ impl Quotas {
     /// `QuotaExceeded`
     pub fn check(self, usage: Usage, addition: Usage) -> Result<(), RegistryError> {
         for (quota, used, more, limit) in [
-            ("concepts", usage.concepts, addition.concepts, self.concepts),
-            ("trainings", usage.trainings, addition.trainings, self.trainings),
+            (
+                "concepts",
+                usage.concepts.into(),
+                addition.concepts.into(),
+                self.concepts.map(u64::from),
+            ),
+            (
+                "trainings",
+                usage.trainings.into(),
+                addition.trainings.into(),
+                self.trainings.map(u64::from),
+            ),
+            ("bytes", usage.bytes, addition.bytes, self.bytes),
         ] {
             if let Some(limit) = limit
                 && more > 0
@@ -67,6 +84,8 @@ pub struct Usage {
     pub concepts: u32,
     /// Queued and running ones.
     pub trainings: u32,
+    /// Of reference images, concept files and kept images; the same bytes count once.
+    pub bytes: u64,
 }
 
 /// The tenant's images of the last minute leave no capacity for more.
@@ -98,6 +117,10 @@ fn tenant(row: &AnyRow) -> Result<Tenant, RegistryError> {
             trainings: optional_number(row, "trainings")?,
             requests_in_flight: optional_number(row, "requests_in_flight")?,
             pictures_per_minute: optional_number(row, "pictures_per_minute")?,
+            requests_per_minute: optional_number(row, "requests_per_minute")?,
+            bytes: row
+                .try_get::<Option<i64>, _>("bytes")?
+                .map(|bytes| u64::try_from(bytes).unwrap_or(0)),
         },
         created_at: row.try_get("created_at")?,
     })
@@ -107,9 +130,14 @@ async fn usage<'e>(
     executor: impl sqlx::Executor<'e, Database = sqlx::Any>,
     id: TenantId,
 ) -> Result<Usage, RegistryError> {
-    let (concepts, trainings): (i64, i64) = sqlx::query_as(
+    let (concepts, trainings, bytes): (i64, i64, i64) = sqlx::query_as(
         "SELECT (SELECT count(*) FROM concepts WHERE tenant_id = $1),
-                (SELECT count(*) FROM trainings WHERE tenant_id = $1 AND status IN ('queued', 'running'))",
+                (SELECT count(*) FROM trainings WHERE tenant_id = $1 AND status IN ('queued', 'running')),
+                (SELECT CAST(coalesce(sum(b.bytes), 0) AS BIGINT) FROM (
+                     SELECT p.blob FROM concept_pictures p JOIN concepts c ON c.id = p.concept_id WHERE c.tenant_id = $1
+                     UNION SELECT v.hash FROM concept_versions v JOIN concepts c ON c.id = v.concept_id
+                           WHERE c.tenant_id = $1
+                     UNION SELECT blob FROM images WHERE tenant_id = $1) AS own JOIN blobs b ON b.hash = own.blob)",
     )
     .bind(id.to_string())
     .fetch_one(executor)
@@ -118,7 +146,12 @@ async fn usage<'e>(
     Ok(Usage {
         concepts: number(concepts),
         trainings: number(trainings),
+        bytes: u64::try_from(bytes).unwrap_or(0),
     })
+}
+
+fn as_number(bytes: Option<u64>) -> Option<i64> {
+    bytes.map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX))
 }
 
 /// 24 random bytes, the length that the Standard Webhooks libraries expect.
@@ -156,7 +189,7 @@ impl Registry {
         };
         let inserted = sqlx::query(
             "INSERT INTO tenants (id, name, webhook_secret, concepts, trainings, requests_in_flight, pictures_per_minute,
-             created_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+             created_at, requests_per_minute, bytes) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
         )
         .bind(new.id.to_string())
         .bind(&new.name)
@@ -166,6 +199,8 @@ impl Registry {
         .bind(quotas.requests_in_flight.map(i64::from))
         .bind(quotas.pictures_per_minute.map(i64::from))
         .bind(new.created_at)
+        .bind(quotas.requests_per_minute.map(i64::from))
+        .bind(as_number(quotas.bytes))
         .execute(&self.pools.writes)
         .await;
         match inserted {
@@ -181,6 +216,9 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn tenant(&self, name: &str) -> Result<Option<Tenant>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
         let row = sqlx::query("SELECT * FROM tenants WHERE name = $1")
             .bind(name)
             .fetch_optional(&self.pools.reads)
@@ -218,14 +256,45 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn set_quotas(&self, name: &str, quotas: Quotas) -> Result<Option<Tenant>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
         sqlx::query(
-            "UPDATE tenants SET concepts = $1, trainings = $2, requests_in_flight = $3, pictures_per_minute = $4
-             WHERE name = $5",
+            "UPDATE tenants SET concepts = $1, trainings = $2, requests_in_flight = $3, pictures_per_minute = $4,
+             requests_per_minute = $6, bytes = $7 WHERE name = $5",
         )
         .bind(quotas.concepts.map(i64::from))
         .bind(quotas.trainings.map(i64::from))
         .bind(quotas.requests_in_flight.map(i64::from))
         .bind(quotas.pictures_per_minute.map(i64::from))
+        .bind(name)
+        .bind(quotas.requests_per_minute.map(i64::from))
+        .bind(as_number(quotas.bytes))
+        .execute(&self.pools.writes)
+        .await?;
+        self.tenant(name).await
+    }
+
+    /// Gives a tenant a new web-hook secret. The present one signs beside it for so long, so that receivers can change
+    /// theirs in between; `None` if there is no such tenant.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn rotate_webhook_secret(
+        &self,
+        name: &str,
+        keep_old_for: Duration,
+    ) -> Result<Option<Tenant>, RegistryError> {
+        if is_unstorable(name) {
+            return Ok(None);
+        }
+        let keep = i64::try_from(keep_old_for.as_millis()).unwrap_or(i64::MAX);
+        sqlx::query(
+            "UPDATE tenants SET webhook_secret_before = webhook_secret, webhook_secret_before_until = $1, webhook_secret = $2
+             WHERE name = $3",
+        )
+        .bind(now().saturating_add(keep))
+        .bind(webhook_secret())
         .bind(name)
         .execute(&self.pools.writes)
         .await?;
@@ -259,9 +328,10 @@ impl Registry {
     /// Removes a tenant with all its keys, concepts, trainings, generations and images.
     ///
     /// # Errors
-    /// When the database or the blob store fails.
-    pub async fn delete_tenant(&self, id: TenantId) -> Result<bool, RegistryError> {
+    /// `KeyInvalid`, `OwnTenant` and `LastAdminKey`; when the database or the blob store fails.
+    pub async fn delete_tenant(&self, id: TenantId, deletion: Deletion) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
+        self.check_deletion(&mut transaction, id, deletion).await?;
         // Lock order: additions to a tenant take this name first.
         self.hold_name(&mut transaction, QUOTA_LOCK, &id.to_string()).await?;
         // Additions to the tenant fail from here on, or wait for the end.
@@ -311,7 +381,7 @@ impl Registry {
         self.hold_name(&mut transaction, "tally", &id.to_string()).await?;
         let (drawn, oldest): (i64, i64) = sqlx::query_as(
             "SELECT CAST(coalesce(sum(pictures), 0) AS BIGINT), coalesce(min(second), $3) FROM picture_tallies
-             WHERE tenant_id = $1 AND second > $2",
+             WHERE tenant_id = $1 AND second > $2 AND pictures > 0",
         )
         .bind(id.to_string())
         .bind(second - 60)
@@ -342,6 +412,47 @@ impl Registry {
         .await?;
         transaction.commit().await?;
         Ok(Ok(second))
+    }
+
+    /// Rate-limits requests across all processes: counts one in the current second, unless that would exceed the
+    /// tenant's limit per minute. Returns the current count as a refusal.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn admit_request(&self, id: TenantId, per_minute: u32) -> Result<Result<(), MinuteFull>, RegistryError> {
+        let second = self.lease_time().await? / 1000;
+        let mut transaction = self.write().await?;
+        self.hold_name(&mut transaction, "tally", &id.to_string()).await?;
+        let (made, oldest): (i64, i64) = sqlx::query_as(
+            "SELECT CAST(coalesce(sum(requests), 0) AS BIGINT), coalesce(min(second), $3) FROM picture_tallies
+             WHERE tenant_id = $1 AND second > $2 AND requests > 0",
+        )
+        .bind(id.to_string())
+        .bind(second - 60)
+        .bind(second)
+        .fetch_one(&mut *transaction)
+        .await?;
+        if made >= i64::from(per_minute) {
+            return Ok(Err(MinuteFull {
+                drawn: u32::try_from(made).unwrap_or(u32::MAX),
+                wait: Duration::from_secs(u64::try_from(oldest + 60 - second).unwrap_or(1).max(1)),
+            }));
+        }
+        sqlx::query("DELETE FROM picture_tallies WHERE tenant_id = $1 AND second <= $2")
+            .bind(id.to_string())
+            .bind(second - 60)
+            .execute(&mut *transaction)
+            .await?;
+        sqlx::query(
+            "INSERT INTO picture_tallies (tenant_id, second, pictures, requests) VALUES ($1, $2, 0, 1)
+             ON CONFLICT (tenant_id, second) DO UPDATE SET requests = picture_tallies.requests + 1",
+        )
+        .bind(id.to_string())
+        .bind(second)
+        .execute(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(Ok(()))
     }
 
     /// Takes back what [`Self::admit`] counted in that second.

@@ -4,6 +4,7 @@
 //! them on PostgreSQL and S3 too, selected by two variables.
 
 mod concurrency;
+mod keys;
 
 use super::*;
 
@@ -198,7 +199,7 @@ async fn tenants_have_separate_names_and_are_deleted_completely() {
         .unwrap()
         .unwrap();
     assert_eq!(untouched.status, TrainingStatus::Queued);
-    assert!(registry.delete_tenant(acme.id).await.unwrap());
+    assert!(registry.delete_tenant(acme.id, Deletion::default()).await.unwrap());
     assert!(registry.training(acme.id, trainings[1]).await.unwrap().is_none());
     assert_eq!(registry.concepts(TenantId::DEFAULT).await.unwrap().len(), 1);
     assert_eq!(registry.blobs.all().await.unwrap().len(), 1);

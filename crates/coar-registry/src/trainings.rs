@@ -6,7 +6,7 @@ use sqlx::any::AnyRow;
 use super::concepts::Concept;
 use super::db::{identifier, list, number, optional_number, places};
 use super::pool::Transaction;
-use super::{Listed, Made, Page, Quotas, Registry, RegistryError, TrainingStatus, Usage, now};
+use super::{Listed, Made, Page, Queue, Quotas, Registry, RegistryError, TrainingStatus, Usage, now};
 use coar_core::ids::{ConceptId, TenantId, TrainingId};
 use coar_core::training::{StepLosses, TrainingSpec};
 
@@ -84,6 +84,7 @@ pub(super) const TAKEOVER_MS: i64 = 60_000;
 const ANOTHER: Usage = Usage {
     concepts: 0,
     trainings: 1,
+    bytes: 0,
 };
 
 /// Every column of a [`Training`]; the loss curve is large and read separately.
@@ -326,6 +327,8 @@ impl Registry {
         let mut transaction = self.write().await?;
         self.check_quota(&mut transaction, concept.tenant, new.quotas, ANOTHER)
             .await?;
+        self.check_queue_in(&mut *transaction, Queue::Trainings, concept.tenant)
+            .await?;
         if !self.hold_concept(&mut transaction, concept.id).await? {
             return Ok(None);
         }
@@ -365,6 +368,7 @@ impl Registry {
         let status: String = before.try_get("status")?;
         if matches!(status.parse(), Ok(TrainingStatus::Failed | TrainingStatus::Cancelled)) {
             self.check_quota(&mut transaction, tenant, quotas, ANOTHER).await?;
+            self.check_queue_in(&mut *transaction, Queue::Trainings, tenant).await?;
         }
         self.hold_concept(&mut transaction, identifier(&before, "concept_id")?)
             .await?;

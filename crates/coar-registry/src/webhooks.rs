@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use super::db::{identifier, locking, number};
+use super::db::{Backend, identifier, number};
 use super::pool::Transaction;
 use super::{Registry, RegistryError, now};
 use coar_core::ids::{DeliveryId, TenantId};
@@ -19,19 +19,34 @@ pub struct NewDelivery {
     /// `generation.succeeded`, `training.failed`, …
     pub event: String,
     pub url: String,
+    /// The host of `url`, with its port unless that is the usual one.
+    pub host: String,
     /// The JSON that is sent, byte for byte.
     pub body: String,
 }
+
+/// Deliveries of one tenant to one host.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Receiver {
+    pub tenant: TenantId,
+    pub host: String,
+}
+
+/// At most so many deliveries of one tenant, and to one host, are sent at once, by all processes together.
+pub const DELIVERIES_AT_ONCE: i64 = 2;
 
 /// A delivery that is due.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Delivery {
     /// Also the `webhook-id`: the same in every attempt.
     pub id: DeliveryId,
+    pub receiver: Receiver,
     pub url: String,
     pub body: String,
     /// `whsec_…` of its tenant.
     pub secret: String,
+    /// The one before it, while both sign.
+    pub secret_before: Option<String>,
     /// Attempts so far, including the current one.
     pub attempt: u32,
 }
@@ -50,9 +65,18 @@ pub struct Attempt {
 fn delivery(row: &AnyRow) -> Result<Delivery, RegistryError> {
     Ok(Delivery {
         id: identifier(row, "id")?,
+        receiver: Receiver {
+            tenant: identifier(row, "tenant_id")?,
+            host: row.try_get("host")?,
+        },
         url: row.try_get("url")?,
         body: row.try_get("body")?,
         secret: row.try_get("webhook_secret")?,
+        secret_before: {
+            let until: Option<i64> = row.try_get("webhook_secret_before_until")?;
+            let before: Option<String> = row.try_get("webhook_secret_before")?;
+            before.filter(|_| until.is_some_and(|until| now() < until))
+        },
         attempt: number(row, "attempt")?,
     })
 }
@@ -63,19 +87,49 @@ pub(super) async fn insert_delivery(
     at: i64,
 ) -> Result<(), RegistryError> {
     sqlx::query(
-        "INSERT INTO webhook_deliveries (id, tenant_id, subject, event, url, body, status, next_at, created_at)
-         VALUES ($1, $2, $3, $4, $5, $6, 'pending', 0, $7)",
+        "INSERT INTO webhook_deliveries (id, tenant_id, subject, event, url, host, body, status, next_at, created_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, 'pending', 0, $8)",
     )
     .bind(DeliveryId::new().to_string())
     .bind(new.tenant.to_string())
     .bind(&new.subject)
     .bind(&new.event)
     .bind(&new.url)
+    .bind(&new.host)
     .bind(&new.body)
     .bind(at)
     .execute(&mut **transaction)
     .await?;
     Ok(())
+}
+
+/// The delivery to send next; $1 is the time, $2 the limit for each tenant and host. Then come `paused` pairs.
+fn claim_statement(backend: Backend, paused: usize) -> String {
+    let paused: String = (0..paused)
+        .map(|pair| {
+            format!(
+                " AND NOT (d.tenant_id = ${} AND d.host = ${})",
+                2 * pair + 3,
+                2 * pair + 4
+            )
+        })
+        .collect();
+    let lock = match backend {
+        Backend::Sqlite => "",
+        Backend::Postgres => " FOR UPDATE OF d SKIP LOCKED",
+    };
+    format!(
+        "WITH sent AS (SELECT tenant_id, host FROM webhook_deliveries WHERE sending_until > $1 AND status = 'pending'),
+              tenant AS (SELECT tenant_id, count(*) AS n FROM sent GROUP BY tenant_id),
+              busy AS (SELECT host, count(*) AS n FROM sent GROUP BY host)
+         SELECT d.id, d.tenant_id, d.host, d.url, d.body, d.attempt + 1 AS attempt, t.webhook_secret,
+            t.webhook_secret_before, t.webhook_secret_before_until
+         FROM webhook_deliveries d JOIN tenants t ON t.id = d.tenant_id
+         LEFT JOIN tenant ON tenant.tenant_id = d.tenant_id LEFT JOIN busy ON busy.host = d.host
+         WHERE d.status = 'pending' AND d.next_at <= $1
+         AND coalesce(tenant.n, 0) < $2 AND coalesce(busy.n, 0) < $2{paused}
+         ORDER BY coalesce(tenant.n, 0), d.next_at, d.id LIMIT 1{lock}"
+    )
 }
 
 impl Registry {
@@ -116,38 +170,52 @@ impl Registry {
     }
 
     /// Claims deliveries that are due and counts an attempt for each. They are due again after `lease`, unless this
-    /// process stores an outcome before.
+    /// process stores an outcome before. Order: the tenant with the fewest deliveries being sent, then the one that has
+    /// been due longest. Limits: [`DELIVERIES_AT_ONCE`]. Those to `paused` receivers are left alone.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn claim_deliveries(&self, limit: usize, lease: Duration) -> Result<Vec<Delivery>, RegistryError> {
+    pub async fn claim_deliveries(
+        &self,
+        limit: usize,
+        lease: Duration,
+        paused: &[Receiver],
+    ) -> Result<Vec<Delivery>, RegistryError> {
         let at = self.lease_time().await?;
+        let until = at + lease.as_millis() as i64;
+        let statement = claim_statement(self.backend, paused.len());
         let mut transaction = self.write().await?;
-        let rows = sqlx::query(locking!(
-            self.backend,
-            "SELECT d.id, d.url, d.body, d.attempt + 1 AS attempt, t.webhook_secret FROM webhook_deliveries d
-             JOIN tenants t ON t.id = d.tenant_id
-             WHERE d.status = 'pending' AND d.next_at <= $1 ORDER BY d.next_at, d.id LIMIT $2",
-            " FOR UPDATE OF d SKIP LOCKED"
-        ))
-        .bind(at)
-        .bind(limit as i64)
-        .fetch_all(&mut *transaction)
-        .await?;
-        let due = rows.iter().map(delivery).collect::<Result<Vec<_>, _>>()?;
-        for delivery in &due {
-            sqlx::query("UPDATE webhook_deliveries SET attempt = $1, next_at = $2 WHERE id = $3")
-                .bind(i64::from(delivery.attempt))
-                .bind(at + lease.as_millis() as i64)
-                .bind(delivery.id.to_string())
+        // Two processes that count at the same time would both find room.
+        self.hold_name(&mut transaction, "web-hooks", "claim").await?;
+        let mut due = Vec::new();
+        while due.len() < limit {
+            let mut query = sqlx::query(sqlx::AssertSqlSafe(statement.as_str()))
+                .bind(at)
+                .bind(DELIVERIES_AT_ONCE);
+            for receiver in paused {
+                query = query.bind(receiver.tenant.to_string()).bind(&receiver.host);
+            }
+            let Some(row) = query.fetch_optional(&mut *transaction).await? else {
+                break;
+            };
+            let next = delivery(&row)?;
+            // Only with a lease of no time.
+            if due.iter().any(|claimed: &Delivery| claimed.id == next.id) {
+                break;
+            }
+            sqlx::query("UPDATE webhook_deliveries SET attempt = $1, next_at = $2, sending_until = $2 WHERE id = $3")
+                .bind(i64::from(next.attempt))
+                .bind(until)
+                .bind(next.id.to_string())
                 .execute(&mut *transaction)
                 .await?;
+            due.push(next);
         }
         transaction.commit().await?;
         Ok(due)
     }
 
-    /// Stores the outcome of an attempt.
+    /// Stores the outcome of an attempt. After the last one the body goes: nothing is sent again.
     ///
     /// # Errors
     /// When the database fails.
@@ -162,8 +230,9 @@ impl Registry {
             None => None,
         };
         sqlx::query(
-            "UPDATE webhook_deliveries SET status = $1, next_at = coalesce($2, next_at), last_status = $3, last_error = $4,
-             finished_at = CASE WHEN $1 = 'pending' THEN NULL ELSE $5 END WHERE id = $6",
+            "UPDATE webhook_deliveries SET status = $1, next_at = coalesce($2, next_at), sending_until = NULL,
+             last_status = $3, last_error = $4, finished_at = CASE WHEN $1 = 'pending' THEN NULL ELSE $5 END,
+             body = CASE WHEN $1 = 'pending' THEN body ELSE '' END WHERE id = $6",
         )
         .bind(status)
         .bind(again_at)
@@ -176,14 +245,17 @@ impl Registry {
         Ok(())
     }
 
-    /// When the next delivery is due, by [`Registry::lease_time`].
+    /// When the first delivery that is not due at `present` is due, both by [`Registry::lease_time`]. One that is due and
+    /// was not claimed waits for the end of another.
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn next_delivery(&self) -> Result<Option<i64>, RegistryError> {
-        let (at,) = sqlx::query_as("SELECT min(next_at) FROM webhook_deliveries WHERE status = 'pending'")
-            .fetch_one(&self.pools.reads)
-            .await?;
+    pub async fn next_delivery(&self, present: i64) -> Result<Option<i64>, RegistryError> {
+        let (at,) =
+            sqlx::query_as("SELECT min(next_at) FROM webhook_deliveries WHERE status = 'pending' AND next_at > $1")
+                .bind(present)
+                .fetch_one(&self.pools.reads)
+                .await?;
         Ok(at)
     }
 
@@ -205,6 +277,7 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Quotas;
 
     #[tokio::test]
     async fn the_end_of_a_training_is_delivered_once() {
@@ -223,6 +296,7 @@ mod tests {
             subject: claimed.training.id.to_string(),
             event: "training.failed".to_owned(),
             url: "https://example.com/".to_owned(),
+            host: "example.com".to_owned(),
             body: "{}".to_owned(),
         };
         assert_eq!(
@@ -239,13 +313,55 @@ mod tests {
         );
         both.0.unwrap();
         both.1.unwrap();
-        assert_eq!(registry.claim_deliveries(8, Duration::ZERO).await.unwrap().len(), 1);
+        assert_eq!(
+            registry.claim_deliveries(8, Duration::ZERO, &[]).await.unwrap().len(),
+            1
+        );
         assert!(
             registry
                 .undelivered_trainings(Duration::from_secs(60))
                 .await
                 .unwrap()
                 .is_empty()
+        );
+    }
+
+    #[tokio::test]
+    async fn two_secrets_sign_while_a_tenants_is_changed() {
+        let (_dir, registry) = crate::tests::test_registry().await;
+        let new = NewDelivery {
+            tenant: TenantId::DEFAULT,
+            subject: "generation_1".to_owned(),
+            event: "generation.succeeded".to_owned(),
+            url: "https://example.com/".to_owned(),
+            host: "example.com".to_owned(),
+            body: "{}".to_owned(),
+        };
+        registry.add_delivery(&new).await.unwrap();
+        let first = registry
+            .claim_deliveries(8, Duration::ZERO, &[])
+            .await
+            .unwrap()
+            .remove(0);
+        assert!(first.secret_before.is_none());
+        for (keep, before) in [
+            (Duration::from_secs(60), Some(first.secret.clone())),
+            (Duration::ZERO, None),
+        ] {
+            let changed = registry.rotate_webhook_secret("default", keep).await.unwrap().unwrap();
+            let again = registry
+                .claim_deliveries(8, Duration::ZERO, &[])
+                .await
+                .unwrap()
+                .remove(0);
+            assert_eq!((again.secret, again.secret_before), (changed.webhook_secret, before));
+        }
+        assert!(
+            registry
+                .rotate_webhook_secret("nobody", Duration::ZERO)
+                .await
+                .unwrap()
+                .is_none()
         );
     }
 
@@ -257,29 +373,40 @@ mod tests {
             subject: "generation_1".to_owned(),
             event: "generation.succeeded".to_owned(),
             url: "https://example.com/".to_owned(),
+            host: "example.com".to_owned(),
             body: "{}".to_owned(),
         };
         registry.add_delivery(&new).await.unwrap();
-        let first = registry.claim_deliveries(8, Duration::ZERO).await.unwrap().remove(0);
+        let first = registry
+            .claim_deliveries(8, Duration::ZERO, &[])
+            .await
+            .unwrap()
+            .remove(0);
         assert_eq!((first.attempt, first.body.as_str()), (1, "{}"));
         assert!(first.secret.starts_with("whsec_"));
         // The lease expires at once, as after a crash: the delivery is due again.
         let second = registry
-            .claim_deliveries(8, Duration::from_secs(60))
+            .claim_deliveries(8, Duration::from_secs(60), &[])
             .await
             .unwrap()
             .remove(0);
         assert_eq!((second.id, second.attempt), (first.id, 2));
-        assert!(registry.claim_deliveries(8, Duration::ZERO).await.unwrap().is_empty());
+        assert!(
+            registry
+                .claim_deliveries(8, Duration::ZERO, &[])
+                .await
+                .unwrap()
+                .is_empty()
+        );
         let failed = Attempt {
             status: Some(500),
             problem: Some("it answered 500".to_owned()),
             again_after: Some(Duration::ZERO),
         };
         registry.record_attempt(first.id, &failed).await.unwrap();
-        assert!(registry.next_delivery().await.unwrap().is_some());
+        assert!(registry.next_delivery(0).await.unwrap().is_some());
         assert_eq!(
-            registry.claim_deliveries(8, Duration::ZERO).await.unwrap()[0].attempt,
+            registry.claim_deliveries(8, Duration::ZERO, &[]).await.unwrap()[0].attempt,
             3
         );
         let delivered = Attempt {
@@ -288,7 +415,104 @@ mod tests {
             again_after: None,
         };
         registry.record_attempt(first.id, &delivered).await.unwrap();
-        assert_eq!(registry.next_delivery().await.unwrap(), None);
+        assert_eq!(registry.next_delivery(0).await.unwrap(), None);
+        let (body,): (String,) = sqlx::query_as("SELECT body FROM webhook_deliveries")
+            .fetch_one(&registry.pools.reads)
+            .await
+            .unwrap();
+        assert_eq!(body, "");
         assert_eq!(registry.expire_deliveries(Duration::from_secs(60)).await.unwrap(), 0);
+    }
+
+    /// A delivery of the tenant, named by its subject.
+    async fn add(registry: &Registry, tenant: TenantId, host: &str, subject: &str) {
+        let new = NewDelivery {
+            tenant,
+            subject: subject.to_owned(),
+            event: "generation.succeeded".to_owned(),
+            url: format!("https://{host}/"),
+            host: host.to_owned(),
+            body: subject.to_owned(),
+        };
+        registry.add_delivery(&new).await.unwrap();
+    }
+
+    fn subjects(deliveries: &[Delivery]) -> Vec<&str> {
+        deliveries.iter().map(|delivery| delivery.body.as_str()).collect()
+    }
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn deliveries_are_claimed_fairly() {
+        let (_dir, registry) = crate::tests::test_registry().await;
+        let (a, b) = (
+            TenantId::DEFAULT,
+            registry.add_tenant("b", Quotas::default()).await.unwrap().id,
+        );
+        for number in 0..16 {
+            add(&registry, a, &format!("a{number}.example"), &format!("a{number}")).await;
+        }
+        add(&registry, b, "b.example", "b0").await;
+        add(&registry, b, "b.example", "b1").await;
+        add(&registry, b, "b.example", "b2").await;
+        // The tenant with the fewest, then the oldest; two of each tenant.
+        let first = registry.claim_deliveries(8, MINUTE, &[]).await.unwrap();
+        assert_eq!(subjects(&first), ["a0", "b0", "a1", "b1"]);
+        assert!(registry.claim_deliveries(8, MINUTE, &[]).await.unwrap().is_empty());
+        let done = Attempt {
+            status: Some(204),
+            problem: None,
+            again_after: None,
+        };
+        registry.record_attempt(first[1].id, &done).await.unwrap();
+        let next = registry.claim_deliveries(8, MINUTE, &[]).await.unwrap();
+        assert_eq!(subjects(&next), ["b2"]);
+        // What is due and waits for others is not what to wake up for.
+        let at = registry.lease_time().await.unwrap();
+        assert!(registry.next_delivery(at).await.unwrap().unwrap() > at);
+    }
+
+    #[tokio::test]
+    async fn one_host_has_two_deliveries_at_once() {
+        let (_dir, registry) = crate::tests::test_registry().await;
+        for name in ["b", "c", "d"] {
+            let tenant = registry.add_tenant(name, Quotas::default()).await.unwrap().id;
+            add(&registry, tenant, "same.example", name).await;
+        }
+        let claimed = registry.claim_deliveries(8, MINUTE, &[]).await.unwrap();
+        assert_eq!(subjects(&claimed), ["b", "c"]);
+    }
+
+    #[tokio::test]
+    async fn paused_receivers_are_left_alone() {
+        let (_dir, registry) = crate::tests::test_registry().await;
+        let (a, b) = (
+            TenantId::DEFAULT,
+            registry.add_tenant("b", Quotas::default()).await.unwrap().id,
+        );
+        for (tenant, host, subject) in [(a, "x.example", "ax"), (a, "y.example", "ay"), (b, "x.example", "bx")] {
+            add(&registry, tenant, host, subject).await;
+        }
+        let paused = |host: &str| Receiver {
+            tenant: a,
+            host: host.to_owned(),
+        };
+        let both = [paused("x.example"), paused("z.example")];
+        let claimed = registry.claim_deliveries(8, MINUTE, &both).await.unwrap();
+        assert_eq!(subjects(&claimed), ["ay", "bx"]);
+        let claimed = registry.claim_deliveries(8, MINUTE, &[]).await.unwrap();
+        assert_eq!(subjects(&claimed), ["ax"]);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn processes_share_the_limit() {
+        let (_dir, registry) = crate::tests::test_registry().await;
+        for number in 0..8 {
+            add(&registry, TenantId::DEFAULT, &format!("{number}.example"), "same").await;
+        }
+        let claim = || registry.claim_deliveries(8, MINUTE, &[]);
+        let (one, two, three) = tokio::join!(claim(), claim(), claim());
+        assert_eq!(one.unwrap().len() + two.unwrap().len() + three.unwrap().len(), 2);
     }
 }

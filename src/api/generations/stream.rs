@@ -12,7 +12,7 @@ use super::super::sse;
 use super::object::{GenerationObject, ProgressObject, image_object, object};
 use crate::jobs::DrawEvent;
 use crate::registry::GenerationStatus;
-use crate::service::{Begun, Caller, Service};
+use crate::service::{Begun, Caller, Service, Share};
 
 /// A stream at work; dropping it cancels the generation.
 struct Streaming {
@@ -29,7 +29,7 @@ struct Wrapped {
 }
 
 /// The events of a generation that was begun, from `queued` to its end.
-pub(super) fn streamed(service: &Service, caller: Caller, begun: Begun, base: String) -> Response {
+pub(super) fn streamed(service: &Service, caller: Caller, begun: Begun, base: String, place: Share) -> Response {
     let queued = Wrapped {
         generation: object(service, &begun.view, &base),
     };
@@ -45,7 +45,7 @@ pub(super) fn streamed(service: &Service, caller: Caller, begun: Begun, base: St
         let event = streaming.next().await?;
         Some((event, streaming))
     });
-    sse::stream(first.chain(rest))
+    sse::stream(sse::holding(first.chain(rest), place))
 }
 
 impl Streaming {

@@ -64,6 +64,8 @@ pub(super) fn routes() -> Router<AppState> {
         .route("/", get(|headers: HeaderMap| async move { answer(INDEX, &headers) }))
         .route("/studio", get(|| async { Redirect::permanent("/") }))
         .route("/studio/", get(|| async { Redirect::permanent("/") }))
+        // The page's own addresses are relative to `/`.
+        .route("/studio/index.html", get(|| async { Redirect::permanent("/") }))
         .route(
             "/studio/{file}",
             get(|Path(file): Path<String>, headers: HeaderMap| async move { answer(&file, &headers) }),
@@ -112,7 +114,7 @@ mod tests {
         let mut asked = vec![INDEX.to_owned()];
         for (_, _, text) in FILES {
             let ends = |rest: &str| rest.split('"').next().unwrap_or_default().to_owned();
-            asked.extend(text.split("=\"/studio/").skip(1).map(ends));
+            asked.extend(text.split("=\"studio/").skip(1).map(ends));
             asked.extend(text.split(" from \"./").skip(1).map(ends));
         }
         asked.sort();

@@ -4,24 +4,26 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
+use crate::cli::printable::printable;
+
 const NONE: &str = "-";
 
-/// A string or number as it is.
+/// A string or number as it is, without what a terminal would obey.
 pub(in crate::cli) fn text(value: &Value) -> String {
     match value {
         Value::Null => NONE.to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
+        Value::String(text) => printable(text).into_owned(),
+        other => printable(&other.to_string()).into_owned(),
     }
 }
 
 /// The first characters of a hash.
 fn short(hash: &str) -> String {
-    hash.chars().take(12).collect()
+    printable(&hash.chars().take(12).collect::<String>()).into_owned()
 }
 
 /// `3 (1a2b3c4d5e6f)`, from a version's number and hash, or from the hash alone.
-pub(super) fn version(value: &Value) -> String {
+pub(in crate::cli) fn version(value: &Value) -> String {
     match value {
         Value::String(hash) => short(hash),
         Value::Object(fields) => {
@@ -44,7 +46,7 @@ pub(super) fn duration(seconds: u64) -> String {
 }
 
 /// How long a moment in Unix seconds is ago.
-fn age(moment: &Value) -> String {
+pub(in crate::cli) fn age(moment: &Value) -> String {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs());
@@ -55,7 +57,7 @@ fn age(moment: &Value) -> String {
 }
 
 /// Rows under a head, each column as wide as its widest entry.
-pub(super) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+pub(in crate::cli) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let widths: Vec<usize> = (0..head.len())
         .map(|column| {
             let entries = rows
@@ -79,6 +81,9 @@ pub(super) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     lines
 }
 
+/// Of `coar concept list`, with a server and without.
+pub(in crate::cli) const CONCEPT_COLUMNS: &[&str] = &["NAME", "KIND", "CLASS", "STATUS", "VERSION", "CREATED"];
+
 /// `coar concept list`
 pub(super) fn concepts(list: &[Value]) -> String {
     let row = |concept: &Value| {
@@ -92,7 +97,7 @@ pub(super) fn concepts(list: &[Value]) -> String {
         ]
     };
     let rows: Vec<_> = list.iter().map(row).collect();
-    table(&["NAME", "KIND", "CLASS", "STATUS", "VERSION", "CREATED"], &rows)
+    table(CONCEPT_COLUMNS, &rows)
 }
 
 /// A concept's status; how far its training is, where it is in one.
@@ -180,7 +185,7 @@ pub(super) fn training(training: &Value) -> String {
         ("created", age(&training["created_at"])),
     ];
     if let Some(message) = training["error"]["message"].as_str() {
-        lines.push(("error", message.to_owned()));
+        lines.push(("error", printable(message).into_owned()));
     }
     facts(&lines)
 }

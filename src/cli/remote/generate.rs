@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
 use super::format;
+use crate::cli::progress::ProgressLines;
 use crate::client::{Client, ClientError, Draw, Event};
 
 /// What one event of the stream means for the command.
@@ -98,6 +99,7 @@ pub(in crate::cli) async fn run(client: &Client, draw: &Draw, out: &Path) -> any
         "{msg:10} {wide_bar} {pos}/{len}  eta {eta}",
     )?);
     bar.set_message("sending");
+    let mut lines = ProgressLines::new();
     let mut events = client.draw(draw).await?;
     while let Some(event) = events.next().await? {
         match step(&event)? {
@@ -109,6 +111,7 @@ pub(in crate::cli) async fn run(client: &Client, draw: &Draw, out: &Path) -> any
                 bar.set_message("drawing");
                 bar.set_length(total);
                 bar.set_position(done);
+                lines.show(&bar);
             }
             Step::Image { seed, index, source } => {
                 let bytes = match source {

@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::format;
 use crate::cli::completions::concept_names;
 use crate::cli::local::block_on;
+use crate::cli::progress::ProgressLines;
 use crate::client::{Client, ClientError, Event};
 
 #[derive(Debug, Subcommand)]
@@ -102,6 +103,7 @@ const PATIENCE: u32 = 20;
 pub(in crate::cli) async fn watch(client: &Client, id: &str) -> anyhow::Result<Value> {
     let style = ProgressStyle::with_template("{msg:12} {wide_bar} {pos}/{len}  eta {prefix}")?;
     let bar = ProgressBar::new(0).with_style(style).with_message("queued");
+    let mut lines = ProgressLines::new();
     let mut failures = 0;
     let mut streams = true;
     loop {
@@ -114,7 +116,7 @@ pub(in crate::cli) async fn watch(client: &Client, id: &str) -> anyhow::Result<V
                 failures = 0;
                 show(&bar, &training["progress"]);
                 match streams {
-                    true => follow(client, id, &bar).await,
+                    true => follow(client, id, &bar, &mut lines).await,
                     false => Ok(()),
                 }
             }
@@ -131,23 +133,25 @@ pub(in crate::cli) async fn watch(client: &Client, id: &str) -> anyhow::Result<V
 }
 
 /// Shows events until the stream ends, however it ends; the training's state is read afterwards.
-async fn follow(client: &Client, id: &str, bar: &ProgressBar) -> Result<(), ClientError> {
+async fn follow(client: &Client, id: &str, bar: &ProgressBar, lines: &mut ProgressLines) -> Result<(), ClientError> {
     let mut events = client.training_events(id).await?;
     while let Some(event) = events.next().await? {
-        if !saw(&event, bar)? {
+        if !saw(&event, bar, client)? {
             break;
         }
+        lines.show(bar);
     }
     Ok(())
 }
 
 /// Shows one event; whether more are to come.
-fn saw(event: &Event, bar: &ProgressBar) -> Result<bool, ClientError> {
+fn saw(event: &Event, bar: &ProgressBar, client: &Client) -> Result<bool, ClientError> {
     match event.name.as_str() {
         "progress" => show(bar, &event.json()?),
         "preview" => {
             let preview = event.json()?;
             let (step, url) = (format::text(&preview["step"]), format::text(&preview["url"]));
+            let url = client.absolute(&url);
             bar.suspend(|| println!("preview at step {step}: {url}"));
         }
         "ended" => return Ok(false),
@@ -200,19 +204,21 @@ mod tests {
     #[test]
     fn events_move_the_bar_and_the_last_one_ends_it() {
         let bar = ProgressBar::hidden();
+        let client = Client::new("http://127.0.0.1:9/", None).unwrap();
         let progress = json!({"step": 30, "total_steps": 120, "loss": 1.5, "eta_seconds": 4.2});
-        assert!(saw(&event("progress", progress), &bar).unwrap());
+        assert!(saw(&event("progress", progress), &bar, &client).unwrap());
         assert_eq!((bar.position(), bar.length()), (30, Some(120)));
         assert_eq!((bar.message(), bar.prefix()), ("loss 1.500".into(), "5 s".into()));
-        assert!(saw(&event("something-new", json!({})), &bar).unwrap());
-        assert!(!saw(&event("ended", json!({"status": "succeeded"})), &bar).unwrap());
+        assert!(saw(&event("something-new", json!({})), &bar, &client).unwrap());
+        assert!(!saw(&event("ended", json!({"status": "succeeded"})), &bar, &client).unwrap());
         assert!(
             saw(
                 &Event {
                     name: "progress".into(),
                     data: "{".into()
                 },
-                &bar
+                &bar,
+                &client
             )
             .is_err()
         );

@@ -111,6 +111,7 @@ impl Drawings {
     ) -> Arc<Live> {
         let live = Arc::new(Live {
             cancel: CancellationToken::new(),
+            stored: matches!(drawn, Drawn::Stored(_)),
             background: AtomicBool::new(drawn.request().background),
             done: AtomicU32::new(0),
         });

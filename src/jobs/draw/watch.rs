@@ -105,6 +105,7 @@ impl Drawings {
         let drawn: Vec<(GenerationId, u32)> = self
             .live()
             .iter()
+            .filter(|(_, live)| live.stored)
             .map(|(id, live)| (*id, live.done.load(Ordering::Relaxed)))
             .collect();
         if drawn.is_empty() {

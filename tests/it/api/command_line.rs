@@ -178,3 +178,56 @@ async fn shells_complete_the_names_of_concepts() {
     let names = String::from_utf8(asked.stdout).unwrap();
     assert_eq!(names.trim(), REX.name, "{}", String::from_utf8_lossy(&asked.stderr));
 }
+
+/// A concept file whose class noun makes a terminal red and breaks the line.
+fn with_hostile_noun(file: &[u8]) -> Vec<u8> {
+    let (length, rest) = file.split_at(8);
+    let length = u64::from_le_bytes(length.try_into().unwrap()) as usize;
+    let header = std::str::from_utf8(&rest[..length]).unwrap();
+    let noun = format!("\"class_noun\":\"{}\"", REX.class);
+    let within = noun.replace('"', "\\\"");
+    assert!(header.contains(&noun) && header.contains(&within), "{header}");
+    let hostile = "\\u001b[31m\\r\\n";
+    let header = header
+        .replace(&noun, &format!("\"class_noun\":\"{}{hostile}\"", REX.class))
+        .replace(
+            &within,
+            &format!(
+                "\\\"class_noun\\\":\\\"{}{}\\\"",
+                REX.class,
+                hostile.replace('\\', "\\\\")
+            ),
+        );
+    [
+        &(header.len() as u64).to_le_bytes()[..],
+        header.as_bytes(),
+        &rest[length..],
+    ]
+    .concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn foreign_text_reaches_the_terminal_escaped() {
+    let app = TestApp::start().await;
+    let training = app.register_subject(&REX, 1).await;
+    assert_eq!(app.until_ended(&training).await["status"], "succeeded");
+    let weights = app.request(reqwest::Method::GET, "/v1/concepts/rex/weights");
+    let hostile = with_hostile_noun(&weights.send().await.unwrap().bytes().await.unwrap());
+    let import = app.request(reqwest::Method::POST, "/v1/concepts/import?name=other");
+    let (status, refused) = crate::support::answer(import.body(hostile.clone())).await;
+    assert_eq!(
+        (status, &refused["error"]["code"]),
+        (400, &"invalid_concept_file".into())
+    );
+    let file = app.dir.path().join("hostile.safetensors");
+    std::fs::write(&file, hostile).unwrap();
+    let shown = Command::new(env!("CARGO_BIN_EXE_coar"))
+        .args(["concept", "show"])
+        .arg(&file)
+        .env_remove("COAR_SERVER")
+        .output()
+        .unwrap();
+    let said = String::from_utf8([shown.stdout, shown.stderr].concat()).unwrap();
+    assert!(said.contains("cat"), "{said}");
+    assert!(!said.contains(['\u{1b}', '\r']), "{said:?}");
+}

@@ -193,3 +193,17 @@ async fn sixteen_tenants_register_while_the_blob_store_is_slow() {
     // are removed.
     assert!(took < 8 * SLOW, "they took {took:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn generations_without_a_row_are_not_taken_for_those_that_others_have_ended() {
+    let Some(flag) = database().await else { return };
+    let s3 = S3::start();
+    let app = TestApp::start_in("warn", &["--blobs=s3://bucket/coar", &flag], &s3.variables()).await;
+    // Longer than the pause between two looks at the database.
+    let body = json!({"prompt": "a cat", "n": 10, "response_format": "b64_json"});
+    for _ in 0..2 {
+        let began = Instant::now();
+        let (status, drawn) = app.post("/v1/images/generations", body.clone()).await;
+        assert_eq!(status, 200, "{drawn} after {:?}", began.elapsed());
+    }
+}

@@ -80,7 +80,7 @@ async fn named_origins_may_call_and_slow_or_large_requests_are_turned_away() {
     }
     // A body that does not come.
     let mut slow = TcpStream::connect(address).unwrap();
-    let head = "POST /v1/images/generations HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+    let head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
                 content-type: application/json\r\ncontent-length: 20\r\n\r\n{";
     slow.write_all(head.as_bytes()).unwrap();
     let mut told = String::new();

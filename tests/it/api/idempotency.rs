@@ -153,3 +153,32 @@ async fn an_answer_with_images_in_it_comes_again_from_the_blob_store() {
     assert!(send(draw(&app), "images").await == replayed);
     assert_eq!(app.blobs().len(), 1);
 }
+
+/// Also where the images are in the answer, which is then a blob.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_goes_with_the_generation_in_it() {
+    let app = TestApp::start().await;
+    for (accept, partial_images) in [("application/json", 0), ("text/event-stream", 3)] {
+        let body = serde_json::json!({"prompt": "a cat", "partial_images": partial_images});
+        let draw = || {
+            let request = app.request(Method::POST, "/v1/generations").header("accept", accept);
+            request.json(&body)
+        };
+        let first = send(draw(), accept).await;
+        assert_eq!((first.status, first.replayed), (200, false), "{first:?}");
+        // Events are kept a moment after the last one has been sent.
+        let again = app
+            .until("the answer to be kept", || async {
+                let again = send(draw(), accept).await;
+                (again.status == 200).then_some(again)
+            })
+            .await;
+        assert!(again.replayed && again.body == first.body, "{again:?}");
+        let at = first.body.find("generation_").unwrap();
+        let id: String = first.body[at..].chars().take_while(|c| *c != '"').collect();
+        assert_eq!(app.delete(&format!("/v1/generations/{id}")).await, 204);
+        let gone = send(draw(), accept).await;
+        assert_eq!((gone.status, gone.code().as_str()), (404, "generation_not_found"));
+        assert_eq!(app.blobs().len(), 0, "{accept}");
+    }
+}

@@ -1,6 +1,7 @@
 //! What the server promises over HTTP, checked against the real server with the real pocket model.
 
 mod bad_input;
+mod browser;
 mod command_line;
 mod concepts;
 mod concurrency;
@@ -11,8 +12,10 @@ mod idempotency;
 mod images;
 mod isolation;
 mod lifecycle;
+mod listening;
 mod observe;
 mod quotas;
+mod shares;
 mod tenants;
 mod trainings;
 mod webhooks;

@@ -144,6 +144,38 @@ async fn what_an_earlier_process_has_queued_counts() {
     assert_eq!(number(&headers, "x-ratelimit-remaining-requests"), 2);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn one_tenant_cannot_fill_the_queue_for_the_others() {
+    let mut app = TestApp::start_with(&["--queued-trainings=2", "--training-previews=0"]).await;
+    let (first, second) = (
+        app.create_key("a", "read,train").await,
+        app.create_key("b", "read,train").await,
+    );
+    app.key = Some(first.clone());
+    let running = app.register_subject(&REX, 5000).await;
+    app.until("the training begins", || async {
+        let (_, training) = app.get(&format!("/v1/trainings/{running}")).await;
+        (training["status"] == "running").then_some(())
+    })
+    .await;
+    for name in ["a", "b"] {
+        let (status, body) = app.register(named(name)).await;
+        assert_eq!(status, 202, "{body}");
+    }
+    let (status, body) = app.register(named("c")).await;
+    assert_eq!((status, refusal(&body)), (429, ("overloaded", "", 2)));
+    app.key = Some(second);
+    for name in ["a", "b"] {
+        let (status, body) = app.register(named(name)).await;
+        assert_eq!(status, 202, "{body}");
+    }
+    // Twice the limit is the end for everybody.
+    let (status, body) = app.register(named("c")).await;
+    assert_eq!((status, refusal(&body)), (429, ("overloaded", "", 2)));
+    app.key = Some(first);
+    assert_eq!(app.register(named("c")).await.0, 429);
+}
+
 /// A registration under that name, with a training that takes long.
 fn named(name: &'static str) -> reqwest::multipart::Form {
     form_named(&REX, name).text("steps", "5000")

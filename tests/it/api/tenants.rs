@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::{REX, TestApp, answer, subject_form};
+use crate::support::{Events, REX, TestApp, answer, subject_form};
 
 fn code(body: &Value) -> &str {
     body["error"]["code"].as_str().unwrap_or("")
@@ -172,6 +172,198 @@ async fn a_revocation_on_the_command_line_acts_within_a_second() {
     // The door that closed with the first key stays closed without the last one.
     app.key = None;
     assert_eq!(app.get("/v1/models").await.0, 401);
+}
+
+/// Runs the program on this server's data folder; whether it succeeded, and what it said.
+fn run(app: &TestApp, arguments: &[&str]) -> (bool, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_coar"))
+        .args(arguments)
+        .arg("--data")
+        .arg(app.dir.path().join("data"))
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8(said).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_have_a_scope_of_their_own() {
+    let mut app = TestApp::start().await;
+    let status = async |app: &TestApp| app.get("/metrics").await.0;
+    // Without keys only this machine reaches the server.
+    assert_eq!(status(&app).await, 200);
+    let reader = app.create_key("acme", "read,generate,train").await;
+    // Loopback needs a key too: a proxy on this machine calls from there.
+    assert_eq!(status(&app).await, 401);
+    app.key = Some(reader);
+    let (refused, body) = app.get("/metrics").await;
+    assert_eq!((refused, code(&body)), (403, "missing_scope"));
+    app.key = Some(app.create_key("default", "admin").await);
+    assert_eq!(status(&app).await, 200);
+    let (made, monitor) = app
+        .post("/v1/admin/keys", json!({"tenant": "default", "scopes": ["metrics"]}))
+        .await;
+    assert_eq!((made, &monitor["scopes"]), (201, &json!(["metrics"])));
+    app.key = monitor["secret"].as_str().map(str::to_owned);
+    assert_eq!(status(&app).await, 200);
+    for path in ["/v1/concepts", "/v1/models", "/v1/admin/keys", "/v1/admin/tenants"] {
+        assert_eq!(app.get(path).await.0, 403, "{path}");
+    }
+    app.key = None;
+    let open = TestApp::start_with(&["--metrics-open"]).await;
+    open.create_key("acme", "read").await;
+    assert_eq!(status(&open).await, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_and_waits_end_with_their_key() {
+    let mut app = TestApp::start_with(&["--rows", "2", "--training-previews", "0"]).await;
+    let admin = app.create_key("default", "admin").await;
+    let owner = app.create_key("acme", "read,generate,train").await;
+    let watcher = app.create_key("acme", "read").await;
+    app.key = Some(owner.clone());
+    let training = app.register_subject(&REX, 20_000).await;
+    // Enough of them that the last waits for long.
+    let mut last = Value::Null;
+    for _ in 0..12 {
+        let send = app
+            .request(Method::POST, "/v1/generations")
+            .header("prefer", "respond-async")
+            .json(&json!({"prompt": "a red car", "n": 10}));
+        let (status, queued) = answer(send).await;
+        assert_eq!(status, 202, "{queued}");
+        last = queued["id"].clone();
+    }
+    app.key = Some(watcher.clone());
+    let follow = app.request(Method::GET, &format!("/v1/trainings/{training}/events"));
+    let mut events = Events::open(follow).await;
+    assert_eq!(events.next().await.unwrap().0, "progress");
+    let wait = app.request(
+        Method::GET,
+        &format!("/v1/generations/{}?wait=60", last.as_str().unwrap()),
+    );
+    let waiting = tokio::spawn(answer(wait));
+    app.key = Some(admin);
+    let (_, keys) = app.get("/v1/admin/keys").await;
+    let begins = &watcher[.."coar_12345678".len()];
+    let keys = keys["data"].as_array().unwrap();
+    let key = keys.iter().find(|key| key["prefix"] == begins).unwrap();
+    let path = format!("/v1/admin/keys/{}", key["id"].as_str().unwrap());
+    assert_eq!(app.delete(&path).await, 204);
+    let mut told = vec![];
+    while let Some((name, _)) = events.next().await {
+        told.push(name);
+    }
+    assert!(told.iter().all(|name| name == "progress"), "{told:?}");
+    let (status, body) = waiting.await.unwrap();
+    assert_eq!((status, code(&body)), (401, "invalid_api_key"), "{body}");
+    // The training and the generation go on: they are the tenant's.
+    app.key = Some(owner);
+    let (_, training) = app.get(&format!("/v1/trainings/{training}")).await;
+    assert!(
+        ["queued", "running"].contains(&training["status"].as_str().unwrap()),
+        "{training}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn web_hook_secrets_are_shown_where_they_are_asked_for() {
+    let mut app = TestApp::start().await;
+    let create = |more: &[&str]| {
+        let command = [&["keys", "create", "--tenant", "acme", "--scopes", "admin"][..], more].concat();
+        let (done, told) = run(&app, &command);
+        assert!(done, "{told}");
+        told
+    };
+    let first = create(&[]);
+    assert!(first.contains("whsec_"), "{first}");
+    let second = create(&[]);
+    assert!(!second.contains("whsec_"), "{second}");
+    assert!(create(&["--show-webhook-secret"]).contains("whsec_"));
+    let key = second
+        .lines()
+        .find(|line| line.starts_with("coar_"))
+        .unwrap()
+        .to_owned();
+    app.key = Some(key);
+    for (method, path, body) in [
+        (Method::GET, "/v1/admin/tenants", None),
+        (Method::GET, "/v1/admin/tenants/acme", None),
+        (Method::PATCH, "/v1/admin/tenants/acme", Some(json!({"quotas": {}}))),
+        (Method::POST, "/v1/admin/tenants", Some(json!({"name": "globex"}))),
+        (Method::POST, "/v1/admin/tenants/acme/webhook-secret", None),
+    ] {
+        let request = app.request(method.clone(), path);
+        let request = match &body {
+            Some(body) => request.json(body),
+            None => request,
+        };
+        let response = request.send().await.unwrap();
+        assert!(response.status().is_success(), "{method} {path}");
+        assert_eq!(response.headers()["cache-control"], "no-store", "{method} {path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_servers_secret_is_changed_while_it_runs() {
+    let app = TestApp::start().await;
+    let draw = async || {
+        let (status, drawn) = app.post("/v1/generations", json!({"prompt": "a red car"})).await;
+        assert_eq!(status, 200, "{drawn}");
+        drawn["images"][0]["url"].as_str().unwrap().to_owned()
+    };
+    let status = async |url: &str| app.client.get(url).send().await.unwrap().status().as_u16();
+    let before = draw().await;
+    assert_eq!(status(&before).await, 200);
+    app.coar(&["admin", "rotate-secret"]);
+    assert_eq!(status(&before).await, 200);
+    // After a leak nothing that was signed before is accepted.
+    app.coar(&["admin", "rotate-secret", "--accept-old-for", "0"]);
+    app.until("the end of the old address", || async {
+        (status(&before).await == 404).then_some(())
+    })
+    .await;
+    let after = draw().await;
+    assert_ne!(after.rsplit_once('=').unwrap().1, before.rsplit_once('=').unwrap().1);
+    assert_eq!(status(&after).await, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleting_the_tenants_of_all_keys_opens_nothing() {
+    let mut app = TestApp::start().await;
+    let one = app.create_key("one", "admin").await;
+    let two = app.create_key("two", "admin").await;
+    for key in [&one, &two] {
+        app.key = Some(key.clone());
+        assert_eq!(app.get("/v1/admin/keys").await.0, 200);
+    }
+    // Both keys are remembered by the server; the second is a deleted tenant's.
+    app.key = Some(one.clone());
+    assert_eq!(app.delete("/v1/admin/tenants/two").await, 204);
+    app.key = Some(two);
+    assert_eq!(app.delete("/v1/admin/tenants/one").await, 401);
+    app.key = None;
+    assert_eq!(app.get("/v1/admin/tenants").await.0, 401);
+    // With the server stopped, on the command line.
+    app.terminate_and_read_log();
+    let (done, told) = run(&app, &["admin", "delete-tenant", "one", "--yes"]);
+    assert!(!done && told.contains("--including-the-last-admin-key"), "{told}");
+    let all = [
+        "admin",
+        "delete-tenant",
+        "one",
+        "--yes",
+        "--including-the-last-admin-key",
+    ];
+    let (done, told) = run(&app, &all);
+    assert!(done, "{told}");
+    app.kill_nine_and_restart().await;
+    for path in ["/v1/admin/tenants", "/v1/admin/keys", "/v1/models"] {
+        assert_eq!(app.get(path).await.0, 401, "{path}");
+    }
+    // A new key is the way back.
+    app.key = Some(app.create_key("three", "admin").await);
+    assert_eq!(app.get("/v1/admin/tenants").await.0, 200);
 }
 
 #[test]

@@ -8,14 +8,25 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::{ConceptKind, ConceptTensors, is_slug};
-use crate::training::{TokenMethod, TrainingSpec};
+use crate::training::spec::TOKENS_LIMIT;
+use crate::training::{SpecFault, TokenMethod, TrainingSpec};
 
 /// The format version that this code writes, and the only one that it reads.
 pub const FORMAT_VERSION: u32 = 1;
 /// Maximum header length in bytes.
 pub const HEADER_LIMIT: usize = 64 * 1024;
-/// Maximum file length in bytes: 64 layers x 64 tokens x 16384 numbers still fit.
+/// Maximum file length in bytes for every model. One model's concepts are smaller: [`file_limit`].
 pub const FILE_LIMIT: usize = 64 * 1024 * 1024;
+/// Maximum file length in bytes for a model: as many tokens of both kinds as a training may have, at every layer, and the
+/// header.
+pub fn file_limit(layers: usize, hidden: usize) -> usize {
+    let values = layers.saturating_mul(hidden).saturating_mul(2 * TOKENS_LIMIT as usize);
+    values
+        .saturating_mul(4)
+        .saturating_add(8 + HEADER_LIMIT)
+        .min(FILE_LIMIT)
+}
+
 /// Larger values cannot be hidden states of a working model.
 pub const VALUE_LIMIT: f32 = 1e6;
 
@@ -55,6 +66,8 @@ pub enum ConceptFileError {
     Header { field: &'static str, problem: String },
     #[error("tensor `{tensor}` {problem}")]
     Tensor { tensor: String, problem: String },
+    #[error("header: hyper-parameters: {0}")]
+    Limits(#[from] SpecFault),
     #[error("the concept was trained on another base model ({theirs}); this server runs {ours}")]
     OtherModel { theirs: String, ours: String },
     #[error("the concept has {layers} layers of {hidden} numbers; this model has {model_layers} of {model_hidden}")]
@@ -184,10 +197,11 @@ impl ConceptFile {
         Ok(Self { header, tensors })
     }
 
-    /// Whether the concept fits a base model.
+    /// Whether the concept fits a base model and is within the limits of a training on it.
     ///
     /// # Errors
-    /// When it was trained on another model, or its tensors do not fit the model's layers.
+    /// When it was trained on another model, its tensors do not fit the model's layers, or its hyper-parameters could not
+    /// have been asked for.
     pub fn check_model(&self, fingerprint: &str, layers: usize, hidden: usize) -> Result<(), ConceptFileError> {
         if self.tensors.layers > layers || self.tensors.hidden != hidden {
             return Err(ConceptFileError::OtherShape {
@@ -203,7 +217,13 @@ impl ConceptFile {
                 ours: fingerprint.to_owned(),
             });
         }
-        Ok(())
+        if self.header.class_noun != self.header.spec.class_noun {
+            return Err(ConceptFileError::Header {
+                field: "class_noun",
+                problem: "differs from the hyper-parameters'".to_owned(),
+            });
+        }
+        Ok(self.header.spec.check(layers)?)
     }
 }
 
@@ -361,6 +381,49 @@ mod tests {
         for end in 0..bytes.len() {
             assert!(ConceptFile::from_bytes(&bytes[..end]).is_err(), "{end}");
         }
+    }
+
+    #[test]
+    fn what_no_training_could_have_made_is_rejected() {
+        let refused = |change: fn(&mut ConceptFile)| {
+            let mut file = sample();
+            change(&mut file);
+            let read = ConceptFile::from_bytes(&file.to_bytes().unwrap()).unwrap();
+            read.check_model("abc", 4, 4).unwrap_err().to_string()
+        };
+        let many = refused(|file| {
+            (file.header.spec.text_tokens, file.tensors.text_tokens) = (17, 17);
+            file.tensors.text = vec![0.0; 2 * 17 * 4];
+        });
+        assert!(many.contains("`text_tokens` is 17; expected 1 to 16"), "{many}");
+        let other = refused(|file| file.header.class_noun = Some("cat".into()));
+        assert!(other.contains("class_noun"), "{other}");
+        for noun in ["x".repeat(201), "dog\u{1b}[31m".to_owned()] {
+            let mut file = sample();
+            (file.header.class_noun, file.header.spec.class_noun) = (Some(noun.clone()), Some(noun));
+            let error = file.check_model("abc", 4, 4).unwrap_err();
+            assert!(
+                matches!(&error, ConceptFileError::Limits(fault) if fault.field == "class"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_largest_concept_of_a_model_is_within_its_file_limit() {
+        let mut file = sample();
+        file.tensors.layers = 4;
+        file.header.spec.layers = 4;
+        for (tokens, values) in [
+            (&mut file.tensors.text_tokens, &mut file.tensors.text),
+            (&mut file.tensors.image_tokens, &mut file.tensors.image),
+        ] {
+            (*tokens, *values) = (16, vec![1.0; 4 * 16 * 4]);
+        }
+        assert!(file.to_bytes().unwrap().len() <= file_limit(4, 4));
+        // The 7B model: 16 MiB and the header.
+        assert_eq!(file_limit(32, 4096), (16 << 20) + 8 + HEADER_LIMIT);
+        assert_eq!(file_limit(usize::MAX, 2), FILE_LIMIT);
     }
 
     #[test]

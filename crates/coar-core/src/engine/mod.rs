@@ -184,11 +184,24 @@ impl ModelInfo {
         }
     }
 
+    /// The largest concept file of this model, in bytes.
+    pub fn concept_limit(&self) -> usize {
+        crate::concept::file::file_limit(self.layers, self.hidden)
+    }
+
     /// Reads a concept file for use with this model.
     ///
     /// # Errors
-    /// When the bytes are not a valid concept file, or it was trained on another base model.
+    /// When the bytes are not a valid concept file, it was trained on another base model, or no training on this model
+    /// could have made it.
     pub fn read_concept(&self, bytes: &[u8]) -> Result<ConceptFile, ConceptFileError> {
+        let limit = self.concept_limit();
+        if bytes.len() > limit {
+            return Err(ConceptFileError::TooLarge {
+                actual: bytes.len(),
+                limit,
+            });
+        }
         let file = ConceptFile::from_bytes(bytes)?;
         file.check_model(&self.fingerprint, self.layers, self.hidden)?;
         Ok(file)

@@ -1,10 +1,11 @@
 //! Colours of other spaces than sRGB, converted by the file's profile. A profile that cannot be used is ignored: the
 //! image is then taken as sRGB, as if it had none.
 
+use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use image::ImageDecoder;
+use flate2::read::ZlibDecoder;
 use moxcms::{
     Chromaticity, CicpColorPrimaries, ColorPrimaries, ColorProfile, DataColorSpace, Layout, LutType, LutWarehouse,
     ParsingOptions, ProfileClass, RenderingIntent, ToneReprCurve, TransferCharacteristics, Transform8BitExecutor,
@@ -24,9 +25,50 @@ pub(super) struct PngColour {
     pub gamma: Option<u32>,
     /// x and y of white, red, green and blue, in 1/100,000.
     pub chromaticities: Option<[u32; 8]>,
+    /// Where the chunk with a profile begins, and its length.
+    pub profile: Option<(usize, usize)>,
 }
 
 impl PngColour {
+    /// The profile in the file, compressed there: a name, zero, and zero for the method.
+    fn reader<'a>(&self, bytes: &'a [u8]) -> Option<impl Read + use<'a>> {
+        const NAME: usize = 79;
+        let (from, length) = self.profile?;
+        let chunk = bytes.get(from..from.checked_add(length)?)?;
+        let name = chunk.iter().position(|byte| *byte == 0)?;
+        let stream = chunk[name + 1..].strip_prefix(&[0])?;
+        (1..=NAME)
+            .contains(&name)
+            .then(|| ZlibDecoder::new(stream).take(PROFILE_BYTES as u64 + 1))
+    }
+
+    /// The embedded profile, of bounded length.
+    pub fn embedded(&self, bytes: &[u8]) -> Option<Vec<u8>> {
+        let mut profile = Vec::new();
+        self.reader(bytes)?.read_to_end(&mut profile).ok()?;
+        Some(profile)
+    }
+
+    /// Bytes of the embedded profile, as many as are read.
+    pub fn embedded_length(&self, bytes: &[u8]) -> u64 {
+        let read = |mut reader| std::io::copy(&mut reader, &mut std::io::sink()).ok();
+        self.reader(bytes).and_then(read).unwrap_or(0)
+    }
+
+    /// Bytes that a conversion takes at most, by a profile of so many bytes or by code points and gamma.
+    pub fn memory(&self, profile: u64) -> u64 {
+        /// The decoder's and the one that is read.
+        const COPIES: u64 = 2;
+        /// Three tables, each of four parts that may all be the same bytes; and one as numbers of four bytes.
+        const TABLES: u64 = 3 * 4 + 4;
+        /// Curves of 65,536 values and grids of 33 values on each side, whatever they are made of.
+        const GRIDS: u64 = 4 << 20;
+        if profile == 0 && self.cicp.is_none() && self.gamma.is_none() {
+            return 0;
+        }
+        COPIES * profile + TABLES * profile.min(PROFILE_BYTES as u64) + GRIDS
+    }
+
     /// The space by its code points, which take precedence over a profile. Those of high dynamic range have no profile:
     /// their brightness would need a tone mapping.
     fn of_code_points(&self) -> Option<ColorProfile> {
@@ -107,6 +149,7 @@ fn parse(mut bytes: Vec<u8>) -> Result<ColorProfile, moxcms::CmsError> {
         max_allowed_clut_size: PROFILE_BYTES,
         ..ParsingOptions::default()
     };
+    keep_what_is_used(&mut bytes);
     let profile = ColorProfile::new_from_slice_with_options(&bytes, limits)?;
     let version = match &profile.lut_a_to_b_perceptual {
         Some(LutWarehouse::Lut(table)) if table.lut_type == LutType::Lut8 => 4,
@@ -116,17 +159,40 @@ fn parse(mut bytes: Vec<u8>) -> Result<ColorProfile, moxcms::CmsError> {
     if profile.pcs != DataColorSpace::Lab || bytes[MAJOR_VERSION] == version {
         return Ok(profile);
     }
+    drop(profile);
     bytes[MAJOR_VERSION..MAJOR_VERSION + 4].copy_from_slice(&[version, 0x40, 0, 0]);
     ColorProfile::new_from_slice_with_options(&bytes, limits)
 }
 
-/// The space of the decoder's samples, where the file names one that can be read.
-fn profile_of(decoder: &mut impl ImageDecoder, png: &PngColour) -> Option<ColorProfile> {
+/// Renames the entries of a profile that no conversion to sRGB needs, so that they are not read, and all but the first
+/// of a name: the library copies every entry, and every translation of a text, though all may be the same bytes.
+fn keep_what_is_used(profile: &mut [u8]) {
+    const HEADER: usize = 128;
+    const ENTRY: usize = 12;
+    const USED: [&[u8; 4]; 14] = [
+        b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC", b"kTRC", b"wtpt", b"bkpt", b"chad", b"cicp", b"A2B0",
+        b"A2B1", b"A2B2",
+    ];
+    let mut kept = [false; USED.len()];
+    let Some((count, entries)) = profile.get_mut(HEADER..).and_then(|rest| rest.split_first_chunk_mut()) else {
+        return;
+    };
+    let count = u32::from_be_bytes(*count) as usize;
+    for entry in entries.chunks_exact_mut(ENTRY).take(count) {
+        let (name, _) = entry.split_at_mut(4);
+        match USED.iter().position(|used| name == *used) {
+            Some(known) if !kept[known] => kept[known] = true,
+            _ => name.fill(0),
+        }
+    }
+}
+
+/// The space of a file's samples, where it names one that can be read.
+fn profile_of(embedded: impl FnOnce() -> Option<Vec<u8>>, png: &PngColour) -> Option<ColorProfile> {
     if let Some(profile) = png.of_code_points() {
         return Some(profile);
     }
-    let embedded = decoder.icc_profile().ok().flatten();
-    match embedded.filter(|bytes| bytes.len() <= PROFILE_BYTES) {
+    match embedded().filter(|bytes| bytes.len() <= PROFILE_BYTES) {
         Some(bytes) => parse(bytes)
             .inspect_err(|error| tracing::debug!(%error, "an image's colour profile cannot be read"))
             .ok(),
@@ -142,14 +208,13 @@ pub(super) enum Conversion {
 }
 
 impl Conversion {
-    /// From the space that the decoder's file names. `None`: it is sRGB, or not known.
-    pub fn of(decoder: &mut impl ImageDecoder, png: &PngColour) -> Option<Self> {
-        let channels = decoder.color_type().channel_count();
+    /// From the space that a file names, by its `embedded` profile or otherwise. `None`: it is sRGB, or not known.
+    pub fn of(embedded: impl FnOnce() -> Option<Vec<u8>>, channels: usize, png: &PngColour) -> Option<Self> {
         // A profile is untrusted too, and without it the image can still be used.
-        catch_unwind(AssertUnwindSafe(|| Self::from(&profile_of(decoder, png)?, channels))).unwrap_or_default()
+        catch_unwind(AssertUnwindSafe(|| Self::from(&profile_of(embedded, png)?, channels))).unwrap_or_default()
     }
 
-    fn from(profile: &ColorProfile, channels: u8) -> Option<Self> {
+    fn from(profile: &ColorProfile, channels: usize) -> Option<Self> {
         let device = matches!(
             profile.profile_class,
             ProfileClass::InputDevice
@@ -210,17 +275,18 @@ impl Conversion {
     }
 
     /// Converts the samples of a decoder, with or without alpha, in place.
-    pub fn apply(&self, samples: &mut [u8], channels: u8) {
+    pub fn apply(&self, samples: &mut [u8], channels: usize) {
         match self {
             Self::Grey(table) => {
-                for grey in samples.iter_mut().step_by(usize::from(channels)) {
+                for grey in samples.iter_mut().step_by(channels) {
                     *grey = table[usize::from(*grey)];
                 }
             }
             Self::Colour(transform) => {
                 // A multiple of three and four channels, so that parts are whole pixels.
-                let mut before = vec![0; 12 << 10];
-                for part in samples.chunks_mut(before.len()) {
+                const PART: usize = 12 << 10;
+                let mut before = vec![0; samples.len().min(PART)];
+                for part in samples.chunks_mut(PART) {
                     let before = &mut before[..part.len()];
                     before.copy_from_slice(part);
                     if let Err(error) = transform.transform(before, part) {

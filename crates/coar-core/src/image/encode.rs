@@ -1,6 +1,7 @@
 //! Image encoding.
 
 use std::ffi::c_int;
+use std::io::Write;
 
 use image::codecs::{jpeg::JpegEncoder, webp::WebPEncoder};
 use image::{ExtendedColorType, ImageEncoder};
@@ -91,7 +92,18 @@ fn encode_lossy_webp(image: &RgbImage, quality: u8) -> Result<Vec<u8>, ImageErro
     }
 }
 
-fn encode_png(image: &RgbImage, text: &[(&str, String)], file: &mut Vec<u8>) -> Result<(), png::EncodingError> {
+/// Encodes an image as PNG into a writer: the same bytes as [`encode`], without all of them in memory once more.
+///
+/// # Errors
+/// When the pixels do not form the image, or the writer fails.
+pub fn encode_png_to(image: &RgbImage, writer: impl Write) -> Result<(), ImageError> {
+    if !image.is_consistent() || image.rgb.is_empty() {
+        return Err(ImageError::Damaged("its pixels do not form an image".to_owned()));
+    }
+    encode_png(image, &[], writer).map_err(|error| ImageError::Damaged(error.to_string()))
+}
+
+fn encode_png(image: &RgbImage, text: &[(&str, String)], file: impl Write) -> Result<(), png::EncodingError> {
     let mut encoder = png::Encoder::new(file, image.width, image.height);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);

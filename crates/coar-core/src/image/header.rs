@@ -14,6 +14,8 @@ pub(super) struct Header {
     pub complete: bool,
     /// Whether the alpha channel comes from a colour key only, which the reference ignores in RGB files.
     pub opaque: bool,
+    /// Bytes of a JPEG or WebP file's colour profile.
+    pub profile: u64,
     /// Of a JPEG file.
     pub jpeg: Jpeg,
     /// Of a PNG file.
@@ -28,6 +30,7 @@ impl Header {
             height: 0,
             complete: false,
             opaque: false,
+            profile: 0,
             jpeg: Jpeg::default(),
             colour: PngColour::default(),
         }
@@ -90,6 +93,7 @@ fn jpeg_header(bytes: &[u8]) -> Result<Option<Header>, ImageError> {
         width: found.width,
         height: found.height,
         complete: found.complete,
+        profile: found.profile,
         jpeg: found,
         ..Header::of(ImageFormat::Jpeg)
     }))
@@ -112,6 +116,7 @@ fn png_colour(bytes: &[u8]) -> PngColour {
                 }
                 colour.chromaticities = Some(points);
             }
+            b"iCCP" => colour.profile = colour.profile.or(Some((data, size as usize))),
             b"IDAT" | b"IEND" => break,
             _ => {}
         }
@@ -136,6 +141,10 @@ fn webp_chunks(bytes: &[u8], mut at: usize, outermost: bool, header: &mut Header
     while let (Some(name), Some(size)) = (bytes.get(at..at + 4), le(bytes, at + 4, 4)) {
         let data = at + 8;
         let sides = match name {
+            b"ICCP" => {
+                header.profile = header.profile.max(size.into());
+                None
+            }
             b"VP8X" => le(bytes, data + 4, 3)
                 .zip(le(bytes, data + 7, 3))
                 .map(|(w, h)| (w + 1, h + 1)),

@@ -20,7 +20,18 @@ pub(super) struct Jpeg {
     pub unmarked_end: bool,
     /// Bytes between segments, which libjpeg skips.
     pub junk: bool,
+    /// Whether all coefficients are kept until the last scan: the file is not decoded row by row.
+    pub progressive: bool,
+    /// Bytes of its colour profile.
+    pub profile: u64,
     pub unsupported: Option<Unsupported>,
+}
+
+impl Jpeg {
+    /// Whether it is decoded from [`repaired`] bytes.
+    pub fn needs_repair(&self) -> bool {
+        self.unmarked_end || self.junk
+    }
 }
 
 /// A marker with its segment and, after a start of scan, the entropy-coded data.
@@ -36,6 +47,9 @@ struct Piece {
 const END: u8 = 0xd9;
 const START_OF_SCAN: u8 = 0xda;
 const RESTART_INTERVAL: u8 = 0xdd;
+/// Of an application, which a part of a colour profile may be.
+const PROFILE_PART: u8 = 0xe2;
+const PROFILE_NAME: &[u8] = b"ICC_PROFILE\0";
 
 /// The pieces of a file up to its end marker. Bytes that belong to none lie between them.
 struct Pieces<'a> {
@@ -290,6 +304,7 @@ pub(super) fn read(bytes: &[u8]) -> Option<Jpeg> {
     let mut at = 2;
     let mut last = None;
     let mut restart_interval = 0;
+    let mut scanned = false;
     for piece in Pieces::of(bytes) {
         // Any number of 0xff may precede a marker.
         found.junk |= bytes[at..piece.from].iter().any(|byte| *byte != 0xff);
@@ -300,11 +315,20 @@ pub(super) fn read(bytes: &[u8]) -> Option<Jpeg> {
             0xc0..=0xc3 | 0xc5..=0xc7 | 0xc9..=0xcb | 0xcd..=0xcf | 0xf7 => {
                 found.width = found.width.max(be16(data, 3)?);
                 found.height = found.height.max(be16(data, 1)?);
+                found.progressive |= !matches!(piece.marker, 0xc0 | 0xc1);
                 Frame::read(piece.marker, data).map(|new| frame = new)
             }
             // The header of a hierarchical file.
             0xde => Err(Unsupported::HierarchicalJpeg),
-            START_OF_SCAN => frame.scan(data),
+            START_OF_SCAN => {
+                found.progressive |= scanned;
+                scanned = true;
+                frame.scan(data)
+            }
+            PROFILE_PART if data.starts_with(PROFILE_NAME) => {
+                found.profile += data.len() as u64;
+                Ok(())
+            }
             RESTART_INTERVAL => {
                 restart_interval = be16(data, 0).unwrap_or(0);
                 Ok(())

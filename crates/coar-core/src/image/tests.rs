@@ -386,6 +386,112 @@ fn every_png_colour_type_becomes_rgb() {
     assert_eq!(decode(&half).unwrap().rgb, [127; 3]);
 }
 
+/// A PNG whose rows come in seven passes: only the order in the file differs.
+pub(super) fn interlaced(width: u32, height: u32, rgba16: impl Fn(u32, u32) -> [u16; 4]) -> Vec<u8> {
+    let mut rows = Vec::new();
+    for (x0, y0, dx, dy) in [
+        (0, 0, 8, 8),
+        (4, 0, 8, 8),
+        (0, 4, 4, 8),
+        (2, 0, 4, 4),
+        (0, 2, 2, 4),
+        (1, 0, 2, 2),
+        (0, 1, 1, 2),
+    ] {
+        for y in (y0..height).step_by(dy).filter(|_| x0 < width) {
+            // No filter.
+            rows.push(0);
+            for x in (x0..width).step_by(dx) {
+                rows.extend(rgba16(x, y).iter().flat_map(|sample| sample.to_be_bytes()));
+            }
+        }
+    }
+    let mut file = vec![0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n'];
+    let mut chunk = |kind: &[u8], data: &[u8]| {
+        file.extend((data.len() as u32).to_be_bytes());
+        let body = [kind, data].concat();
+        file.extend(&body);
+        file.extend(crc(&body).to_be_bytes());
+    };
+    let sides = [width.to_be_bytes(), height.to_be_bytes()].concat();
+    chunk(b"IHDR", &[&sides[..], &[16, 6, 0, 0, 1]].concat());
+    chunk(b"IDAT", &stored(&rows));
+    chunk(b"IEND", &[]);
+    file
+}
+
+fn crc(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0u32, |crc, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| {
+            (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg())
+        })
+    })
+}
+
+/// A zlib stream of one block that is not compressed.
+fn stored(bytes: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(bytes.len()).unwrap();
+    let (mut a, mut b) = (1u32, 0u32);
+    for &byte in bytes {
+        a = (a + u32::from(byte)) % 65_521;
+        b = (b + a) % 65_521;
+    }
+    let head = [&[0x78, 0x01, 1][..], &length.to_le_bytes(), &(!length).to_le_bytes()].concat();
+    [&head[..], bytes, &(b << 16 | a).to_be_bytes()].concat()
+}
+
+#[test]
+fn interlaced_png_with_wide_samples_is_the_same_image() {
+    let pixel = |x: u32, y: u32| {
+        [
+            (x * 9) as u16 * 256 + 7,
+            (y * 20) as u16 * 256,
+            (x * y) as u16 * 256,
+            0xffff,
+        ]
+    };
+    let (width, height) = (13, 11);
+    let expected: Vec<u8> = (0..height)
+        .flat_map(|y| (0..width).flat_map(move |x| pixel(x, y)[..3].iter().map(|s| (s >> 8) as u8).collect::<Vec<_>>()))
+        .collect();
+    let decoded = decode(&interlaced(width, height, pixel)).unwrap();
+    assert_eq!((decoded.width, decoded.height, decoded.rgb), (width, height, expected));
+}
+
+#[test]
+fn working_memory_follows_from_the_header() {
+    let limits = ImageLimits::default();
+    let memory = |file: &[u8]| working_memory(file, &limits);
+    let image = halves(64, 32);
+    for (format, each, copies) in [
+        (OutputFormat::Png, 6, 0),
+        (OutputFormat::Jpeg(90), 6, 1),
+        (OutputFormat::WebP, 8, 1),
+    ] {
+        let file = file_of(&image, format);
+        let expected = 64 * 32 * each + copies * file.len() as u64;
+        assert_eq!(memory(&file), expected, "{format:?}");
+    }
+    // A progressive frame header instead of the baseline's.
+    let mut progressive = file_of(&image, OutputFormat::Jpeg(90));
+    let at = progressive.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+    progressive[at + 1] = 0xc2;
+    assert_eq!(memory(&progressive), 64 * 32 * 9 + progressive.len() as u64);
+    // One that is decoded from repaired bytes.
+    let mut junk = file_of(&image, OutputFormat::Jpeg(90));
+    junk.insert(2, 0);
+    assert_eq!(memory(&junk), 64 * 32 * 6 + 2 * junk.len() as u64);
+    assert_eq!(memory(b"no image"), 0);
+}
+
+#[test]
+fn a_writer_gets_the_same_png() {
+    let image = gradient(40);
+    let mut written = Vec::new();
+    encode_png_to(&image, &mut written).unwrap();
+    assert_eq!(written, file_of(&image, OutputFormat::Png));
+}
+
 #[test]
 fn png_text_is_written() {
     let bytes = encode(

@@ -338,6 +338,9 @@ impl TrainingSpec {
                 );
             }
         }
+        if self.class_noun.iter().any(|noun| noun.contains(char::is_control)) {
+            return fault("class", "has a control character".into());
+        }
         for words in &self.start_words {
             let long = words.iter().any(|word| word.chars().count() > CAPTION_LIMIT);
             if words.len() > START_WORDS_LIMIT || long {
@@ -496,6 +499,12 @@ mod tests {
             }),
             "is 2; expected a number from 0 to 1"
         );
+        let class_noun = Some("cat\u{1b}[31m".to_owned());
+        let hostile = TrainingSpec {
+            class_noun,
+            ..subject()
+        };
+        assert_eq!(problem(hostile), "has a control character");
         let prior_weight = -1.0;
         let below = TrainingSpec {
             prior_weight,

@@ -4,13 +4,17 @@ use std::ffi::c_int;
 
 use tch::Device;
 
+use crate::cgroup::Limits;
 use crate::model::{ModelError, accelerator};
 
 /// Free bytes on `device`; `None` if the system does not report it. On a CUDA device, memory that libtorch's
 /// allocator caches and no tensor uses counts as free.
 pub fn free_bytes(device: Device) -> Option<u64> {
     match device {
-        Device::Cpu => available(&std::fs::read_to_string("/proc/meminfo").ok()?),
+        Device::Cpu => {
+            let machine = available(&std::fs::read_to_string("/proc/meminfo").ok()?);
+            least(machine, Limits::current())
+        }
         Device::Cuda(index) => {
             let held_back =
                 accelerator::memory(device).map_or(0, |memory| memory.reserved.saturating_sub(memory.allocated));
@@ -18,6 +22,12 @@ pub fn free_bytes(device: Device) -> Option<u64> {
         }
         _ => None,
     }
+}
+
+/// What a process of these limits can take on a machine that has that much available.
+fn least(machine: Option<u64>, limits: Limits) -> Option<u64> {
+    let group = limits.memory.map(|memory| memory.free);
+    machine.into_iter().chain(group).min()
 }
 
 /// Memory for the KV cache.
@@ -112,6 +122,7 @@ fn cuda(index: usize) -> Option<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cgroup::Memory;
 
     #[test]
     fn kv_cache_gets_the_rest_and_never_more_than_is_free() {
@@ -129,6 +140,18 @@ mod tests {
             error.contains("`kv_memory`") && error.contains("2048 MiB") && error.contains("1024 MiB"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_container_has_no_more_than_its_limit() {
+        let limits = |free| Limits {
+            memory: Some(Memory { limit: 100, free }),
+            processors: None,
+        };
+        assert_eq!(least(Some(70), limits(50)), Some(50));
+        assert_eq!(least(Some(30), limits(50)), Some(30));
+        assert_eq!(least(Some(70), Limits::default()), Some(70));
+        assert_eq!(least(None, limits(50)), Some(50));
     }
 
     #[test]

@@ -14,4 +14,5 @@ mod trainings;
 pub use concept_cache::ConceptCache;
 pub use guard::DEVICE_LOST;
 pub use memory::{KvMemory, free_bytes, used_bytes};
+pub(crate) use thread::set_threads;
 pub use thread::{EngineOptions, start};

@@ -14,6 +14,7 @@ use super::images;
 use super::memory::{KvMemory, free_bytes, kv_rows};
 use super::meters::Published;
 use super::trainings::Trainings;
+use crate::cgroup::Limits;
 use crate::model::decoding::{BatchOptions, DecodeBatch};
 use crate::model::kv_cache::KvCache;
 use crate::model::{LuminaMgpt, ModelError, accelerator};
@@ -43,7 +44,7 @@ pub struct EngineOptions {
     pub training_bytes: Option<u64>,
     /// Maximum interval between a training's checkpoints.
     pub checkpoint_every: Duration,
-    /// Threads for libtorch; 0 keeps its default.
+    /// Threads for libtorch; 0: its default, or fewer under a quota.
     pub threads: i32,
     /// Makes an image's codes independent of the rest of the batch even if libtorch's kernels depend on the batch
     /// size: every step has the shapes of the full batch. Not needed with the CPU's own decode step.
@@ -86,9 +87,7 @@ pub fn start(
     let spawned = std::thread::Builder::new()
         .name("coar-device".to_owned())
         .spawn(move || {
-            if options.threads > 0 {
-                tch::set_num_threads(options.threads);
-            }
+            set_threads(options.threads);
             let _no_grad = tch::no_grad_guard();
             let thread = load().and_then(|(model, info)| {
                 let counter = model.token_counter(longest_row(&model, options.prompt_tokens));
@@ -122,6 +121,25 @@ pub fn start(
         guard: Arc::new(Joined(Some(thread))),
     };
     Ok(thread.into())
+}
+
+/// Sets libtorch's number of threads; 0: its own choice, which is the machine's cores, but no more than the quota of a
+/// container admits.
+pub(crate) fn set_threads(threads: i32) {
+    let limits = Limits::current();
+    let quota = limits.threads().and_then(|quota| i32::try_from(quota).ok());
+    match (threads, quota) {
+        (0, Some(quota)) if quota < tch::get_num_threads() => tch::set_num_threads(quota),
+        (0, _) => {}
+        (threads, _) => tch::set_num_threads(threads),
+    }
+    tracing::info!(
+        threads = tch::get_num_threads(),
+        processor_quota = limits.processors,
+        memory_limit = limits.memory.map(|memory| memory.limit),
+        memory_free = free_bytes(tch::Device::Cpu),
+        "limits of the machine and its control groups"
+    );
 }
 
 /// Poll interval of a waiting training.

@@ -6,7 +6,7 @@ use super::*;
 use crate::{Backend, StoredImage, now};
 use coar_core::ids::ImageId;
 
-fn new(background: bool) -> NewGeneration {
+pub(crate) fn new(background: bool) -> NewGeneration {
     NewGeneration {
         tenant: TenantId::DEFAULT,
         background,

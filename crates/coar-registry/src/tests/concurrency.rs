@@ -250,7 +250,7 @@ impl Caller {
             self,
             add_ready_concept(tenant.id, &concept_of("rex", vec![]).0, ("none", TOKENS))
         );
-        call!(self, delete_tenant(tenant.id));
+        call!(self, delete_tenant(tenant.id, crate::Deletion::default()));
         Some(())
     }
 
@@ -258,7 +258,7 @@ impl Caller {
         let id = GenerationId::new();
         call!(self, add_delivery(&delivery_of(id)));
         call!(self, add_training_delivery(&delivery_of(id)));
-        for due in call!(self, claim_deliveries(4, Duration::from_secs(60)))? {
+        for due in call!(self, claim_deliveries(4, Duration::from_secs(60), &[]))? {
             let again = Attempt {
                 status: Some(500),
                 problem: Some("it answered 500".into()),
@@ -350,6 +350,7 @@ fn delivery_of(id: GenerationId) -> NewDelivery {
         subject: id.to_string(),
         event: "generation.succeeded".into(),
         url: "https://example.com/".into(),
+        host: "example.com".into(),
         body: "{}".into(),
     }
 }

@@ -68,17 +68,6 @@ impl Registry {
         Ok(row.and_then(|(blob,)| blob).into_iter().collect())
     }
 
-    /// Queued trainings of all tenants.
-    ///
-    /// # Errors
-    /// When the database fails.
-    pub async fn waiting_trainings(&self) -> Result<i64, RegistryError> {
-        let (count,) = sqlx::query_as("SELECT count(*) FROM trainings WHERE status = 'queued'")
-            .fetch_one(&self.pools.reads)
-            .await?;
-        Ok(count)
-    }
-
     /// Number of trainings per status.
     ///
     /// # Errors

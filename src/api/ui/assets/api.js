@@ -1,6 +1,8 @@
 // The HTTP API: one request function, its errors, and the key.
 
 const KEY = "coar.key";
+/** Where the server's paths begin: `/`, or the prefix of a proxy. This file is in `studio/` there. */
+const ROOT = new URL("../", import.meta.url).pathname;
 /** How often a request is sent again while the server loads its model. */
 const PATIENCE = 120;
 
@@ -64,7 +66,7 @@ export async function send(method, path, { json, form, accept, prefer, signal } 
     if (used) headers.set("Authorization", `Bearer ${used}`);
     let response;
     try {
-      response = await fetch(path, { method, headers, body, signal, credentials: "omit" });
+      response = await fetch(ROOT + path.slice(1), { method, headers, body, signal, credentials: "omit" });
     } catch (error) {
       if (signal?.aborted) throw error;
       throw new ApiError(0, { code: "unreachable", message: "The server cannot be reached." });
@@ -92,15 +94,18 @@ export const call = async (method, path, options) => {
 
 /** A blob URL of something that needs the key. The caller revokes it when the element goes. */
 export async function blobUrl(path, signal) {
-  const response = await send("GET", localPath(path), { signal });
+  const response = await send("GET", serverPath(path), { signal });
   return URL.createObjectURL(await response.blob());
 }
 
-/** The server writes full URLs for its own images; behind a proxy their host may be another, so this page takes the path. */
-export function localPath(url) {
+/** The server writes full URLs for its own images; behind a proxy their host and prefix may be others. */
+function serverPath(url) {
   const { pathname, search } = new URL(url, location.href);
-  return pathname + search;
+  return pathname.slice(pathname.lastIndexOf("/v1/")) + search;
 }
+
+/** The same as this page reaches it. */
+export const localPath = (url) => ROOT + serverPath(url).slice(1);
 
 /** Waits, or rejects when `signal` is aborted. */
 export const wait = pause;

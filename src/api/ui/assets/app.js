@@ -56,7 +56,7 @@ function loading(now) {
   const banner = $("banner");
   if (banner.hidden !== now) return;
   banner.hidden = !now;
-  banner.textContent = now ? "The server is loading the model. The page goes on by itself when it is ready." : "";
+  banner.textContent = now ? "The server is loading the model. The page continues when it is ready." : "";
 }
 
 theme.begin();

@@ -43,7 +43,7 @@ async function versions(concept, changed, signal) {
       current ? h("span", { class: "badge ready", text: "In use" }) : use));
   }
   return h("section", { class: "card stack", "aria-label": "Versions" }, h("h2", { text: "Versions" }),
-    data.length > 0 ? list : h("p", { class: "hint", text: "The first version comes with the end of the training." }));
+    data.length > 0 ? list : h("p", { class: "hint", text: "Version 1 appears when the training ends." }));
 }
 
 function field(label, name, attributes) {
@@ -110,7 +110,7 @@ function retrain(concept, changed) {
 }
 
 function lastActions(concept) {
-  const download = actionButton("Download the weights", async () => {
+  const download = actionButton("Download the concept file", async () => {
     const url = await blobUrl(conceptPath(concept.id, "/weights"));
     h("a", { href: url, download: `${concept.name}.safetensors` }).click();
     setTimeout(() => URL.revokeObjectURL(url), 60_000);

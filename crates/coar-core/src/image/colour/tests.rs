@@ -460,6 +460,130 @@ fn broken_profiles_are_ignored() {
     assert_eq!(read(&without), read(&jpeg));
 }
 
+/// A profile's header and entries, whose data all are the rest.
+fn profile_of_entries(names: &[&[u8; 4]], data: &[u8]) -> Vec<u8> {
+    let (_, mut profile, _) = known_profiles()[1].clone();
+    profile.truncate(128);
+    let from = 132 + 12 * names.len();
+    profile.extend((names.len() as u32).to_be_bytes());
+    for name in names {
+        profile.extend(*name);
+        profile.extend((from as u32).to_be_bytes());
+        profile.extend((data.len() as u32).to_be_bytes());
+    }
+    profile.extend(data);
+    profile
+}
+
+/// All translations of a text may be the same bytes, and all entries of a profile too.
+#[test]
+fn what_no_conversion_needs_is_not_read() {
+    const RECORDS: usize = 100;
+    let mut text = [
+        &b"mluc\0\0\0\0"[..],
+        &(RECORDS as u32).to_be_bytes(),
+        &12u32.to_be_bytes(),
+    ]
+    .concat();
+    let size = (16 + 12 * RECORDS) as u32;
+    for _ in 0..RECORDS {
+        text.extend(b"enUS");
+        text.extend([size.to_be_bytes(), 0u32.to_be_bytes()].concat());
+    }
+    let copied = ColorProfile::new_from_slice(&profile_of_entries(&[b"desc"], &text)).unwrap();
+    assert!(copied.description.is_some(), "the library reads it");
+    for name in [b"desc", b"cprt", b"vued", b"dmnd", b"dmdd", b"targ"] {
+        let profile = parse(profile_of_entries(&[name], &text)).unwrap();
+        let texts = [
+            profile.description,
+            profile.copyright,
+            profile.viewing_conditions_description,
+            profile.device_manufacturer,
+            profile.device_model,
+            profile.char_target,
+        ];
+        assert!(texts.iter().all(Option::is_none));
+    }
+
+    let (_, mut twice, _) = known_profiles()[1].clone();
+    let entries = 132 + 12 * u32::from_be_bytes(twice[128..132].try_into().unwrap()) as usize;
+    let names = |profile: &[u8]| -> Vec<[u8; 4]> {
+        let entries = profile[132..entries].chunks_exact(12);
+        entries.map(|entry| entry[..4].try_into().unwrap()).collect()
+    };
+    let at = names(&twice).iter().position(|name| name == b"gXYZ").unwrap();
+    twice[132 + 12 * at..][..4].copy_from_slice(b"rXYZ");
+    let data = twice[entries..].to_vec();
+    keep_what_is_used(&mut twice);
+    let kept = names(&twice);
+    assert_eq!(kept.iter().filter(|name| *name == b"rXYZ").count(), 1);
+    assert!(!kept.contains(b"desc") && kept.contains(b"bTRC"), "{kept:?}");
+    assert_eq!(twice[entries..], data);
+    // More entries than there are bytes.
+    for length in [0, 127, 128, 131, 132, 140] {
+        let mut short = vec![0xff; length];
+        keep_what_is_used(&mut short);
+    }
+}
+
+#[test]
+fn working_memory_counts_the_profile() {
+    const GRIDS: u64 = 4 << 20;
+    let memory = |file: &[u8]| super::super::working_memory(file, &ImageLimits::default());
+    let image = colours();
+    let table = table_profile();
+    let jpeg = encode(&image, OutputFormat::Jpeg(95), &[]).unwrap();
+    let plain = [
+        memory(&rgb_png(&image, &[])),
+        memory(&jpeg),
+        memory(&webp_with(&image, &[])),
+    ];
+    // What is compressed to a small part of it.
+    let large = vec![0; PROFILE_BYTES];
+    for profile in [table, large] {
+        let least = 18 * profile.len() as u64 + GRIDS;
+        let png = rgb_png(&image, &profile);
+        assert_eq!(memory(&png) - plain[0], least);
+        for (file, plain) in [
+            (jpeg_with(&jpeg, &profile, 65_519, false), plain[1]),
+            (webp_with(&image, &profile), plain[2]),
+        ] {
+            assert!(memory(&file) - plain >= least);
+        }
+    }
+    let bomb = rgb_png(&image, &vec![0; 8 * PROFILE_BYTES]);
+    assert!(bomb.len() < 1 << 20);
+    let most = 18 * PROFILE_BYTES as u64 + 2 + GRIDS;
+    assert_eq!(memory(&bomb) - plain[0], most, "no more of it is read");
+    let gamma = png_with(&rgb_png(&image, &[]), b"gAMA", &100_000u32.to_be_bytes());
+    assert_eq!(memory(&gamma) - plain[0], GRIDS);
+}
+
+/// In the order of their passes, where rows are parts of the image's rows.
+#[test]
+fn interlaced_and_keyed_files_are_converted() {
+    let image = colours();
+    let (_, profile, space) = known_profiles()[2].clone();
+    let straight = png_with(&rgb_png(&image, &[]), b"gAMA", &100_000u32.to_be_bytes());
+    let interlaced = png_with(
+        &super::super::tests::interlaced(image.width, 32, |x, y| {
+            let at = 3 * (y * image.width + x) as usize;
+            let sample = |channel: usize| u16::from(image.rgb[at + channel]) << 8 | 0xff;
+            [sample(0), sample(1), sample(2), 0xffff]
+        }),
+        b"gAMA",
+        &100_000u32.to_be_bytes(),
+    );
+    assert_eq!(read(&interlaced).rgb, read(&straight).rgb[..3 * 64 * 32]);
+    assert_ne!(read(&straight), image);
+    // A colour key makes four channels of three.
+    let keyed = rgb_png(&image, &profile);
+    let at = keyed.windows(4).position(|name| name == b"IDAT").unwrap() - 4;
+    let key = chunk(b"tRNS", &[0, 17, 0, 34, 0, 51]);
+    let keyed = [&keyed[..at], &key, &keyed[at..]].concat();
+    assert_converted(&keyed, &image, space, "a colour key");
+}
+
 #[test]
 fn damaged_profiles_never_make_an_image_fail() {
     let small = RgbImage {

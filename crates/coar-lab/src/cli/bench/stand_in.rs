@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use clap::Args;
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use coar::config::{Config, Role};
@@ -38,14 +37,14 @@ impl StandInArgs {
         };
         let model = config.model.clone();
         let address = match config.role {
-            Role::Worker => config.worker_listen,
-            Role::All | Role::Api => config.listen,
+            Role::Worker => config.worker_listen.into(),
+            Role::All | Role::Api => config.listen.clone(),
         };
         tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()?
             .block_on(async move {
-                let listener = TcpListener::bind(address).await?;
+                let listener = coar::app::Listener::bind(&address).await?;
                 let stop = CancellationToken::new();
                 tokio::spawn(coar::app::signalled(stop.clone()));
                 let load = move || {

@@ -1,0 +1,1 @@
+"""Every call, as a flow or a feed."""

@@ -1,0 +1,249 @@
+//! Files that are uploaded: received to disk under a budget, decoded one after another.
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Serialize, Serializer};
+use sha2::{Digest as _, Sha256};
+use tokio::io::AsyncWriteExt as _;
+
+use super::reference_images::image_error;
+use super::{Caller, Full, Service, Share};
+use crate::registry::blobs::content_hash;
+use coar_core::error::{Error, ErrorKind};
+use coar_core::image::{ImageError, ImageLimits, decode, encode_png_to, working_memory};
+
+/// How long an upload waits for its share before anything of it is read.
+const UPLOADING: Duration = Duration::from_secs(10);
+/// How long an image waits for its turn and for memory. Those of one tenant are decoded one after another.
+const DECODING: Duration = Duration::from_secs(60);
+/// When an upload that was refused may come again.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// A file as it was sent. As JSON it is its hash.
+#[derive(Debug)]
+pub struct Upload {
+    hash: String,
+    /// For messages; empty where it has none.
+    file_name: String,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Memory(Bytes),
+    /// It has no name: it is gone with this process, however that ends.
+    Disk(
+        File,
+        #[allow(dead_code, reason = "held until the file is closed")] Arc<Share>,
+    ),
+}
+
+impl Upload {
+    /// Of bytes that are in memory already.
+    pub fn of_bytes(file_name: String, bytes: Bytes) -> Self {
+        Self {
+            hash: content_hash(&bytes),
+            file_name,
+            content: Content::Memory(bytes),
+        }
+    }
+
+    /// SHA-256 of the file.
+    pub fn hash(&self) -> &str {
+        &self.hash
+    }
+
+    fn read(&mut self) -> std::io::Result<Bytes> {
+        match &mut self.content {
+            Content::Memory(bytes) => Ok(bytes.clone()),
+            Content::Disk(file, _) => read_all(file),
+        }
+    }
+}
+
+impl Serialize for Upload {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.hash)
+    }
+}
+
+fn read_all(file: &mut File) -> std::io::Result<Bytes> {
+    file.rewind()?;
+    let mut bytes = Vec::with_capacity(usize::try_from(file.metadata()?.len()).unwrap_or(0));
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes.into())
+}
+
+/// An upload that is still being received.
+#[derive(Debug)]
+pub struct Receiving {
+    file: tokio::fs::File,
+    file_name: String,
+    hash: Sha256,
+    length: usize,
+    space: Arc<Share>,
+}
+
+impl Receiving {
+    /// As the client calls it; empty where it does not.
+    pub fn file_name(&self) -> &str {
+        &self.file_name
+    }
+
+    /// Bytes so far.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// # Errors
+    /// When the disk fails.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.hash.update(bytes);
+        self.length += bytes.len();
+        self.file.write_all(bytes).await.map_err(Error::internal)
+    }
+
+    /// The whole file.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub async fn finish(mut self) -> Result<Upload, Error> {
+        self.file.flush().await.map_err(Error::internal)?;
+        Ok(Upload {
+            hash: hex::encode(self.hash.finalize()),
+            file_name: self.file_name,
+            content: Content::Disk(self.file.into_std().await, self.space),
+        })
+    }
+}
+
+fn refused(full: Full) -> Error {
+    let (code, message) = match full {
+        Full::Tenant => (
+            "too_many_uploads",
+            "Too many uploads of yours are being received or decoded; try again soon.",
+        ),
+        Full::Process => (
+            "overloaded",
+            "Too many uploads are being received or decoded; try again soon.",
+        ),
+    };
+    Error::new(ErrorKind::Overloaded, code, message).retry_after(AGAIN)
+}
+
+/// Decodes a foreign image under `limits` and encodes it anew: what is stored carries none of the original's bytes.
+/// The new file is written to disk first: it and the pixels are not in memory at once.
+fn clean(bytes: Bytes, limits: &ImageLimits, folder: &Path) -> Result<Bytes, Fault> {
+    let image = decode(&bytes, limits)?;
+    drop(bytes);
+    let mut file = tempfile::tempfile_in(folder)?;
+    encode_png_to(&image, std::io::BufWriter::new(&mut file))?;
+    drop(image);
+    Ok(read_all(&mut file)?)
+}
+
+/// Why an upload has not become an image.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Disk(#[from] std::io::Error),
+}
+
+/// An image as it is stored, and what it holds until it is.
+#[derive(Debug)]
+pub(super) struct Cleaned {
+    pub png: Bytes,
+    _memory: Share,
+    _turn: Share,
+}
+
+impl Service {
+    /// Takes room on disk for a form, before any of it is read.
+    ///
+    /// # Errors
+    /// `too_many_uploads`, `overloaded`
+    pub async fn upload_space(&self, caller: &Caller, bytes: u64) -> Result<Arc<Share>, Error> {
+        let space = self.shares.space.take(caller.tenant, bytes, UPLOADING).await;
+        space.map(Arc::new).map_err(refused)
+    }
+
+    /// Takes memory for a body that is kept in it, before any of it is read.
+    ///
+    /// # Errors
+    /// `too_many_uploads`, `overloaded`
+    pub async fn upload_memory(&self, caller: &Caller, bytes: u64) -> Result<Share, Error> {
+        let memory = self.shares.memory.take(caller.tenant, bytes, UPLOADING).await;
+        memory.map_err(refused)
+    }
+
+    /// Begins to receive a file of the name, which may be empty.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub async fn receive(&self, space: &Arc<Share>, file_name: String) -> Result<Receiving, Error> {
+        let shares = self.shares.clone();
+        let file = tokio::task::spawn_blocking(move || tempfile::tempfile_in(shares.folder()))
+            .await
+            .map_err(Error::internal)?
+            .map_err(Error::internal)?;
+        Ok(Receiving {
+            file: tokio::fs::File::from_std(file),
+            file_name,
+            hash: Sha256::new(),
+            length: 0,
+            space: space.clone(),
+        })
+    }
+
+    /// Makes an uploaded file, the image at `index` of its form, the image that is stored. Decoding goes on when the caller hangs up, and so does its hold on
+    /// the tenant's turn and on memory.
+    ///
+    /// # Errors
+    /// What is wrong with the image; `too_many_uploads`, `overloaded`.
+    pub(super) async fn clean(&self, caller: &Caller, mut upload: Upload, index: usize) -> Result<Cleaned, Error> {
+        let file_name = std::mem::take(&mut upload.file_name);
+        let turn = self
+            .shares
+            .decodings
+            .take(caller.tenant, 1, DECODING)
+            .await
+            .map_err(refused)?;
+        let limits = self.limits.image;
+        let reading = tokio::task::spawn_blocking(move || {
+            let bytes = upload.read()?;
+            let memory = working_memory(&bytes, &limits) + bytes.len() as u64;
+            Ok::<_, std::io::Error>((bytes, memory, turn, upload))
+        });
+        let read = reading.await.map_err(Error::internal)?;
+        let (bytes, memory, turn, upload) = read.map_err(Error::internal)?;
+        let memory = self
+            .shares
+            .memory
+            .take(caller.tenant, memory, DECODING)
+            .await
+            .map_err(refused)?;
+        let shares = self.shares.clone();
+        let decoding = tokio::task::spawn_blocking(move || {
+            // A copy in memory would outlive what is decoded from it.
+            drop(upload);
+            let png = clean(bytes, &limits, shares.folder())?;
+            Ok::<_, Fault>(Cleaned {
+                png,
+                _memory: memory,
+                _turn: turn,
+            })
+        });
+        match decoding.await.map_err(Error::internal)? {
+            Ok(cleaned) => Ok(cleaned),
+            Err(Fault::Image(error)) => Err(image_error(&error, index, &file_name)),
+            Err(Fault::Disk(error)) => Err(Error::internal(error)),
+        }
+    }
+}
