@@ -23,7 +23,7 @@ use super::{ApiError, AppState, multipart};
 use crate::config::Config;
 use crate::registry::ConceptFilter;
 use crate::registry::blobs::content_hash;
-use crate::service::{Change, Limits, Queued, TrainingSettings};
+use crate::service::{Change, Limits, Queued, Room, TrainingSettings};
 use coar_core::concept::file::FILE_LIMIT;
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ConceptId;
@@ -103,7 +103,7 @@ async fn register(
             format!("The form cannot be read: {}.", error.body_text()),
         )
     })?;
-    let registration = multipart::registration(form, &service, &space).await?;
+    let registration = multipart::registration(form, &service.limits, Room::Disk(&service, &space)).await?;
     // Each file keeps it as long as it is there.
     drop(space);
     let content = content_of(&registration)?;

@@ -12,7 +12,7 @@ use super::idempotency::{Once, content_of};
 use super::pagination::Paged;
 use super::{drawing, generations, multipart};
 use crate::registry::SharedSecrets;
-use crate::service::{Limits, Links, Signed};
+use crate::service::{Limits, Links, Room, Signed};
 use coar_core::ids::ConceptId;
 use coar_core::image::ImageLimits;
 
@@ -44,14 +44,14 @@ pub fn form(bytes: &[u8]) {
             .body(Body::from_stream(futures::stream::iter(pieces)))
             .expect("the request is well formed");
         let form = done(Multipart::from_request(request, &())).expect("it is a form");
-        done(multipart::registration(form, &limits))
+        done(multipart::registration(form, &limits, Room::Memory))
     };
     let whole = read(bytes.len().max(1));
     let cut = read(usize::from(first) + 1);
     match (whole, cut) {
         (Ok(whole), Ok(cut)) => {
             assert!(whole.images.len() <= limits.images && whole.captions.len() <= limits.images);
-            assert!(whole.images.iter().all(|image| image.len() <= limits.image.bytes));
+            assert!(whole.images.iter().all(|image| image.length() <= limits.image.bytes));
             assert_eq!(content_of(&whole).ok(), content_of(&cut).ok());
         }
         (whole, cut) => assert!(whole.is_err() && cut.is_err(), "{whole:?} {cut:?}"),

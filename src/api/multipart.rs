@@ -1,13 +1,11 @@
 //! A registration as a multipart form, read under limits while it streams in.
 
-use std::sync::Arc;
-
 use axum::extract::Multipart;
 use axum::extract::multipart::{Field, MultipartError};
 use bytes::{Bytes, BytesMut};
 
 use super::extract::{no_nul, too_slow};
-use crate::service::{Receiving, Registration, Service, Share, Upload, image_fault};
+use crate::service::{Limits, Receiving, Registration, Room, Upload, image_fault};
 use coar_core::error::{Error, ErrorKind};
 
 /// The largest text field, in bytes.
@@ -82,12 +80,7 @@ fn json(name: &'static str, text: &str) -> Result<serde_json::Value, Error> {
 
 /// Reads `name`, `kind`, `class`, `images` and the optional settings; every other part is refused by name.
 /// Images go to disk, into the room that was taken for them.
-pub(super) async fn registration(
-    mut form: Multipart,
-    service: &Service,
-    space: &Arc<Share>,
-) -> Result<Registration, Error> {
-    let limits = &service.limits;
+pub(super) async fn registration(mut form: Multipart, limits: &Limits, room: Room<'_>) -> Result<Registration, Error> {
     let mut registration = Registration::default();
     while let Some(part) = form.next_field().await.map_err(|error| broken(&error))? {
         let Some(name) = part.name().map(str::to_owned) else {
@@ -108,7 +101,7 @@ pub(super) async fn registration(
             }
             let limit = limits.image.bytes;
             let file_name = part.file_name().unwrap_or_default().to_owned();
-            let receiving = service.receive(space, file_name).await?;
+            let receiving = room.receive(file_name).await?;
             let image = file(part, limit, receiving, registration.images.len()).await?;
             registration.images.push(image);
             continue;

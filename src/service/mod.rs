@@ -30,7 +30,7 @@ pub use reference_images::image_fault;
 pub use shares::{Full, Share, Shares};
 pub use tenants::QuotaChange;
 pub use trainings::{Queued, TrainingQuery, TrainingSettings};
-pub use uploads::{Receiving, Upload};
+pub use uploads::{Receiving, Room, Upload};
 
 use crate::cluster::Executor;
 use crate::config::Config;

@@ -58,6 +58,15 @@ impl Upload {
         &self.hash
     }
 
+    /// Bytes of the file, where it is in memory.
+    #[cfg(feature = "fuzzing")]
+    pub fn length(&self) -> usize {
+        match &self.content {
+            Content::Memory(bytes) => bytes.len(),
+            Content::Disk(..) => 0,
+        }
+    }
+
     fn read(&mut self) -> std::io::Result<Bytes> {
         match &mut self.content {
             Content::Memory(bytes) => Ok(bytes.clone()),
@@ -82,11 +91,17 @@ fn read_all(file: &mut File) -> std::io::Result<Bytes> {
 /// An upload that is still being received.
 #[derive(Debug)]
 pub struct Receiving {
-    file: tokio::fs::File,
+    into: Target,
     file_name: String,
     hash: Sha256,
     length: usize,
-    space: Arc<Share>,
+}
+
+#[derive(Debug)]
+enum Target {
+    Disk(tokio::fs::File, Arc<Share>),
+    #[cfg(feature = "fuzzing")]
+    Memory(bytes::BytesMut),
 }
 
 impl Receiving {
@@ -105,19 +120,70 @@ impl Receiving {
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
         self.hash.update(bytes);
         self.length += bytes.len();
-        self.file.write_all(bytes).await.map_err(Error::internal)
+        match &mut self.into {
+            Target::Disk(file, _) => file.write_all(bytes).await.map_err(Error::internal),
+            #[cfg(feature = "fuzzing")]
+            Target::Memory(all) => {
+                all.extend_from_slice(bytes);
+                Ok(())
+            }
+        }
     }
 
     /// The whole file.
     ///
     /// # Errors
     /// When the disk fails.
-    pub async fn finish(mut self) -> Result<Upload, Error> {
-        self.file.flush().await.map_err(Error::internal)?;
+    pub async fn finish(self) -> Result<Upload, Error> {
+        let content = match self.into {
+            Target::Disk(mut file, space) => {
+                file.flush().await.map_err(Error::internal)?;
+                Content::Disk(file.into_std().await, space)
+            }
+            #[cfg(feature = "fuzzing")]
+            Target::Memory(all) => Content::Memory(all.freeze()),
+        };
         Ok(Upload {
             hash: hex::encode(self.hash.finalize()),
             file_name: self.file_name,
-            content: Content::Disk(self.file.into_std().await, self.space),
+            content,
+        })
+    }
+}
+
+/// Where uploads are received.
+#[derive(Debug, Clone, Copy)]
+pub enum Room<'a> {
+    /// In the folder of uploads, as part of a share that was taken for them.
+    Disk(&'a Service, &'a Arc<Share>),
+    /// In memory: the parser is tested without a disk.
+    #[cfg(feature = "fuzzing")]
+    Memory,
+}
+
+impl Room<'_> {
+    /// Begins a file of the name, which may be empty.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub async fn receive(self, file_name: String) -> Result<Receiving, Error> {
+        let into = match self {
+            Self::Disk(service, space) => {
+                let shares = service.shares.clone();
+                let file = tokio::task::spawn_blocking(move || tempfile::tempfile_in(shares.folder()))
+                    .await
+                    .map_err(Error::internal)?
+                    .map_err(Error::internal)?;
+                Target::Disk(tokio::fs::File::from_std(file), space.clone())
+            }
+            #[cfg(feature = "fuzzing")]
+            Self::Memory => Target::Memory(bytes::BytesMut::new()),
+        };
+        Ok(Receiving {
+            into,
+            file_name,
+            hash: Sha256::new(),
+            length: 0,
         })
     }
 }
@@ -183,27 +249,8 @@ impl Service {
         memory.map_err(refused)
     }
 
-    /// Begins to receive a file of the name, which may be empty.
-    ///
-    /// # Errors
-    /// When the disk fails.
-    pub async fn receive(&self, space: &Arc<Share>, file_name: String) -> Result<Receiving, Error> {
-        let shares = self.shares.clone();
-        let file = tokio::task::spawn_blocking(move || tempfile::tempfile_in(shares.folder()))
-            .await
-            .map_err(Error::internal)?
-            .map_err(Error::internal)?;
-        Ok(Receiving {
-            file: tokio::fs::File::from_std(file),
-            file_name,
-            hash: Sha256::new(),
-            length: 0,
-            space: space.clone(),
-        })
-    }
-
-    /// Makes an uploaded file, the image at `index` of its form, the image that is stored. Decoding goes on when the caller hangs up, and so does its hold on
-    /// the tenant's turn and on memory.
+    /// Makes an uploaded file, the image at `index` of its form, the image that is stored. Decoding goes on when the
+    /// caller hangs up, and so does its hold on the tenant's turn and on memory.
     ///
     /// # Errors
     /// What is wrong with the image; `too_many_uploads`, `overloaded`.
