@@ -564,16 +564,13 @@ fn working_memory_counts_the_profile() {
 fn interlaced_and_keyed_files_are_converted() {
     let image = colours();
     let (_, profile, space) = known_profiles()[2].clone();
-    let straight = png_with(&rgb_png(&image, &[]), b"gAMA", &100_000u32.to_be_bytes());
-    let interlaced = png_with(
-        &super::super::tests::interlaced(image.width, 32, |x, y| {
-            let at = 3 * (y * image.width + x) as usize;
-            let sample = |channel: usize| u16::from(image.rgb[at + channel]) << 8 | 0xff;
-            [sample(0), sample(1), sample(2), 0xffff]
-        }),
-        b"gAMA",
-        &100_000u32.to_be_bytes(),
-    );
+    let linear = |file: &[u8]| png_with(file, b"gAMA", &100_000u32.to_be_bytes());
+    let straight = linear(&rgb_png(&image, &[]));
+    let interlaced = linear(&super::super::tests::interlaced(image.width, 32, |x, y| {
+        let at = 3 * (y * image.width + x) as usize;
+        let sample = |channel: usize| u16::from(image.rgb[at + channel]) << 8 | 0xff;
+        [sample(0), sample(1), sample(2), 0xffff]
+    }));
     assert_eq!(read(&interlaced).rgb, read(&straight).rgb[..3 * 64 * 32]);
     assert_ne!(read(&straight), image);
     // A colour key makes four channels of three.
