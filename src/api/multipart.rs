@@ -5,7 +5,7 @@ use axum::extract::multipart::{Field, MultipartError};
 use bytes::{Bytes, BytesMut};
 
 use super::extract::{no_nul, too_slow};
-use crate::service::{Limits, Receiving, Registration, Room, Upload};
+use crate::service::{Limits, Receiving, Registration, Room, Upload, image_fault};
 use coar_core::error::{Error, ErrorKind};
 
 /// The largest text field, in bytes.
@@ -43,11 +43,13 @@ async fn bytes(mut part: Field<'_>, limit: usize) -> Result<Option<Bytes>, Error
     Ok(Some(all.freeze()))
 }
 
-/// The part's bytes, as a file.
-async fn file(mut part: Field<'_>, limit: usize, mut receiving: Receiving) -> Result<Upload, Error> {
+/// The part's bytes, as a file: the image at `index`.
+async fn file(mut part: Field<'_>, limit: usize, mut receiving: Receiving, index: usize) -> Result<Upload, Error> {
     while let Some(chunk) = part.chunk().await.map_err(|error| broken(&error))? {
         if receiving.length() + chunk.len() > limit {
-            return Err(too_large("image_too_large", "images".to_owned(), limit).of_kind(ErrorKind::TooLarge));
+            let problem = format!("has more than {limit} bytes, the limit");
+            let fault = image_fault("image_too_large", index, receiving.file_name(), problem);
+            return Err(fault.of_kind(ErrorKind::TooLarge).limit(limit as u64));
         }
         receiving.write(&chunk).await?;
     }
@@ -98,7 +100,9 @@ pub(super) async fn registration(mut form: Multipart, limits: &Limits, room: Roo
                 .limit(limits.images as u64));
             }
             let limit = limits.image.bytes;
-            let image = file(part, limit, room.receive().await?).await?;
+            let file_name = part.file_name().unwrap_or_default().to_owned();
+            let receiving = room.receive(file_name).await?;
+            let image = file(part, limit, receiving, registration.images.len()).await?;
             registration.images.push(image);
             continue;
         }

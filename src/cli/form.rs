@@ -68,7 +68,10 @@ impl FormArgs {
             name: Some(self.name.clone()),
             kind: Some(self.kind.clone()),
             class: self.class.clone(),
-            images: images.into_iter().map(|(_, bytes)| Upload::of_bytes(bytes)).collect(),
+            images: images
+                .into_iter()
+                .map(|(file_name, bytes)| Upload::of_bytes(file_name, bytes))
+                .collect(),
             captions: self.captions.clone(),
             method: self.method.clone(),
             steps: self.steps,

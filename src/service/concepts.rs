@@ -142,9 +142,9 @@ impl Service {
         self.check_queue(caller).await?;
         new.uploads = uploads;
         let mut stored = self.registry.begin_storing();
-        for upload in images {
+        for (index, upload) in images.into_iter().enumerate() {
             let added = async {
-                let cleaned = self.clean(caller, upload).await?;
+                let cleaned = self.clean(caller, upload, index).await?;
                 new.bytes += cleaned.png.len() as u64;
                 addition.bytes = new.bytes;
                 new.quotas.check(self.registry.usage(caller.tenant).await?, addition)?;

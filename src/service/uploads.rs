@@ -11,6 +11,7 @@ use serde::{Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncWriteExt as _;
 
+use super::reference_images::image_error;
 use super::{Caller, Full, Service, Share};
 use crate::registry::blobs::content_hash;
 use coar_core::error::{Error, ErrorKind};
@@ -27,6 +28,8 @@ const AGAIN: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Upload {
     hash: String,
+    /// For messages; empty where it has none.
+    file_name: String,
     content: Content,
 }
 
@@ -42,9 +45,10 @@ enum Content {
 
 impl Upload {
     /// Of bytes that are in memory already.
-    pub fn of_bytes(bytes: Bytes) -> Self {
+    pub fn of_bytes(file_name: String, bytes: Bytes) -> Self {
         Self {
             hash: content_hash(&bytes),
+            file_name,
             content: Content::Memory(bytes),
         }
     }
@@ -88,6 +92,7 @@ fn read_all(file: &mut File) -> std::io::Result<Bytes> {
 #[derive(Debug)]
 pub struct Receiving {
     into: Target,
+    file_name: String,
     hash: Sha256,
     length: usize,
 }
@@ -100,6 +105,11 @@ enum Target {
 }
 
 impl Receiving {
+    /// As the client calls it; empty where it does not.
+    pub fn file_name(&self) -> &str {
+        &self.file_name
+    }
+
     /// Bytes so far.
     pub fn length(&self) -> usize {
         self.length
@@ -135,6 +145,7 @@ impl Receiving {
         };
         Ok(Upload {
             hash: hex::encode(self.hash.finalize()),
+            file_name: self.file_name,
             content,
         })
     }
@@ -151,11 +162,11 @@ pub enum Room<'a> {
 }
 
 impl Room<'_> {
-    /// Begins a file.
+    /// Begins a file of the name, which may be empty.
     ///
     /// # Errors
     /// When the disk fails.
-    pub async fn receive(self) -> Result<Receiving, Error> {
+    pub async fn receive(self, file_name: String) -> Result<Receiving, Error> {
         let into = match self {
             Self::Disk(service, space) => {
                 let shares = service.shares.clone();
@@ -170,6 +181,7 @@ impl Room<'_> {
         };
         Ok(Receiving {
             into,
+            file_name,
             hash: Sha256::new(),
             length: 0,
         })
@@ -210,22 +222,6 @@ enum Fault {
     Disk(#[from] std::io::Error),
 }
 
-fn image_error(error: &ImageError) -> Error {
-    let (code, kind, limit) = match error {
-        ImageError::UnknownFormat | ImageError::Heic => ("unknown_image_format", ErrorKind::Invalid, None),
-        ImageError::TooManyBytes { limit, .. } => ("image_too_large", ErrorKind::TooLarge, Some(*limit as u64)),
-        ImageError::TooManyPixels { pixels, .. } => ("image_too_many_pixels", ErrorKind::Invalid, Some(*pixels)),
-        ImageError::NoPixels { .. } | ImageError::Truncated { .. } | ImageError::Damaged(_) => {
-            ("damaged_image", ErrorKind::Invalid, None)
-        }
-    };
-    let told = Error::field(code, "images", error.to_string()).of_kind(kind);
-    match limit {
-        Some(limit) => told.limit(limit),
-        None => told,
-    }
-}
-
 /// An image as it is stored, and what it holds until it is.
 #[derive(Debug)]
 pub(super) struct Cleaned {
@@ -253,12 +249,13 @@ impl Service {
         memory.map_err(refused)
     }
 
-    /// Makes an uploaded file the image that is stored. Decoding goes on when the caller hangs up, and so does its hold on
-    /// the tenant's turn and on memory.
+    /// Makes an uploaded file, the image at `index` of its form, the image that is stored. Decoding goes on when the
+    /// caller hangs up, and so does its hold on the tenant's turn and on memory.
     ///
     /// # Errors
     /// What is wrong with the image; `too_many_uploads`, `overloaded`.
-    pub(super) async fn clean(&self, caller: &Caller, mut upload: Upload) -> Result<Cleaned, Error> {
+    pub(super) async fn clean(&self, caller: &Caller, mut upload: Upload, index: usize) -> Result<Cleaned, Error> {
+        let file_name = std::mem::take(&mut upload.file_name);
         let turn = self
             .shares
             .decodings
@@ -292,7 +289,7 @@ impl Service {
         });
         match decoding.await.map_err(Error::internal)? {
             Ok(cleaned) => Ok(cleaned),
-            Err(Fault::Image(error)) => Err(image_error(&error)),
+            Err(Fault::Image(error)) => Err(image_error(&error, index, &file_name)),
             Err(Fault::Disk(error)) => Err(Error::internal(error)),
         }
     }

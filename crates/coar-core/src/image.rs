@@ -1,10 +1,13 @@
 //! Images in memory: untrusted bytes are decoded under limits, and own images are encoded.
 
+mod colour;
 mod encode;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
 mod header;
+mod jpeg;
+mod unsupported;
 mod xmp;
 
 use std::io::Cursor;
@@ -14,7 +17,9 @@ use image::codecs::{jpeg::JpegDecoder, webp::WebPDecoder};
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder};
 
+use colour::Conversion;
 pub use encode::{OutputFormat, encode, encode_png_to};
+pub use unsupported::Unsupported;
 
 /// 8-bit RGB, row by row: `rgb.len() == 3 * width * height`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +43,7 @@ impl ImageFormat {
     pub fn of_bytes(bytes: &[u8]) -> Option<Self> {
         match bytes {
             [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => Some(Self::Png),
-            [0xff, 0xd8, 0xff, ..] => Some(Self::Jpeg),
+            [0xff, 0xd8, rest @ ..] if jpeg::begins(rest) => Some(Self::Jpeg),
             [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Some(Self::WebP),
             _ => None,
         }
@@ -109,11 +114,12 @@ pub enum ImageError {
     /// Not a supported format, by its first bytes.
     #[error("is not a JPEG, PNG or WebP image")]
     UnknownFormat,
-    /// HEIF brands, the default format of phone cameras; not supported.
-    #[error(
-        "is a HEIC image; convert it to JPEG (an iPhone writes JPEG with Settings > Camera > Formats > Most Compatible)"
-    )]
-    Heic,
+    /// A file without bytes.
+    #[error("is an empty file")]
+    EmptyFile,
+    /// A known kind that is not supported.
+    #[error("{0}")]
+    Unsupported(Unsupported),
     /// The file has too many bytes.
     #[error("has {actual} bytes, the limit is {limit}")]
     TooManyBytes { actual: usize, limit: usize },
@@ -140,9 +146,10 @@ impl ImageError {
     /// A stable error code.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::UnknownFormat | Self::Heic => "not_an_image",
+            Self::Unsupported(kind) if kind.is_jpeg() => "image_unsupported",
+            Self::UnknownFormat | Self::Unsupported(_) => "not_an_image",
             Self::TooManyBytes { .. } | Self::TooManyPixels { .. } => "image_too_large",
-            Self::NoPixels { .. } => "image_empty",
+            Self::NoPixels { .. } | Self::EmptyFile => "image_empty",
             Self::Truncated { .. } => "image_truncated",
             Self::Damaged(_) => "image_damaged",
         }
@@ -157,9 +164,9 @@ impl RgbImage {
 }
 
 /// Decodes a JPEG, PNG or WebP file, detected by its content, under `limits`. Of an animation the first frame is
-/// used; EXIF orientation is applied. The result is RGB as produced by the reference's pipeline: grey is copied to
-/// all channels, 16-bit samples lose the lower byte, transparency is blended onto white
-/// (`ItemProcessor._whiten_transparency`).
+/// used; EXIF orientation is applied, and colours of another space are converted to sRGB. The result is RGB as produced
+/// by the reference's pipeline: grey is copied to all channels, 16-bit samples lose the lower byte, transparency is
+/// blended onto white (`ItemProcessor._whiten_transparency`).
 ///
 /// # Errors
 /// When the bytes are not a supported image, are incomplete or damaged, or exceed a limit.
@@ -180,7 +187,7 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError
             side: limits.side,
         });
     }
-    if !header.complete {
+    if !header.complete && !header.jpeg.unmarked_end {
         return Err(ImageError::Truncated { format: header.format });
     }
     // The decoders are memory-safe, but they may panic on a malformed file, which must only fail this request.
@@ -197,17 +204,28 @@ pub fn working_memory(bytes: &[u8], limits: &ImageLimits) -> u64 {
         return 0;
     }
     // RGB, and as much again for what is made of it: an image that is turned, or a file that cannot be compressed.
-    let samples = match (header.format, header.progressive) {
+    let samples = match (header.format, header.jpeg.progressive) {
         // Its decoder returns RGB, or four channels beside what it decodes from.
         (ImageFormat::WebP, _) => 8,
         // All coefficients of three channels at once, of two bytes each.
         (ImageFormat::Jpeg, true) => 9,
         (ImageFormat::Jpeg, false) | (ImageFormat::Png, _) => 6,
     };
-    pixels * samples
+    let copies = match header.format {
+        // Read in place.
+        ImageFormat::Png => 0,
+        // The decoder's copy, and a repaired one.
+        ImageFormat::Jpeg => 1 + u64::from(header.jpeg.needs_repair()),
+        ImageFormat::WebP => 1,
+    };
+    let profile = match header.format {
+        ImageFormat::Png => header.colour.embedded_length(bytes),
+        ImageFormat::Jpeg | ImageFormat::WebP => header.profile,
+    };
+    pixels * samples + copies * bytes.len() as u64 + header.colour.memory(profile)
 }
 
-/// Limit for PNG's internal buffers (text, colour profiles); rows of the widest allowed image fit many times.
+/// Limit for PNG's internal buffers (metadata); rows of the widest allowed image fit many times.
 const PNG_BUFFERS: u64 = 64 << 20;
 
 fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageError> {
@@ -215,7 +233,14 @@ fn decode_pixels(bytes: &[u8], header: &header::Header) -> Result<RgbImage, Imag
     let fault = |error| decoding_fault(format, error);
     match format {
         ImageFormat::Png => decode_png(bytes, header),
-        ImageFormat::Jpeg => to_rgb(JpegDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
+        ImageFormat::Jpeg => {
+            if header.jpeg.unmarked_end && !jpeg::has_all_data(bytes) {
+                return Err(ImageError::Truncated { format });
+            }
+            let repaired = header.jpeg.needs_repair().then(|| jpeg::repaired(bytes, &[]));
+            let bytes = repaired.as_deref().unwrap_or(bytes);
+            to_rgb(JpegDecoder::new(Cursor::new(bytes)).map_err(fault)?, header)
+        }
         ImageFormat::WebP => to_rgb(WebPDecoder::new(Cursor::new(bytes)).map_err(fault)?, header),
     }
 }
@@ -225,8 +250,27 @@ fn decoding_fault(format: ImageFormat, error: image::ImageError) -> ImageError {
         image::ImageError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
             ImageError::Truncated { format }
         }
-        other => ImageError::Damaged(other.to_string()),
+        error @ image::ImageError::Limits(_) => damage(format, &error, Damage::Memory),
+        error @ image::ImageError::Unsupported(_) => damage(format, &error, Damage::Feature),
+        error => damage(format, &error, Damage::Data),
     }
+}
+
+/// What a decoder cannot do with a file.
+enum Damage {
+    Memory,
+    Feature,
+    Data,
+}
+
+/// In our own words; the decoder's are logged.
+fn damage(format: ImageFormat, error: &(dyn std::error::Error + 'static), damage: Damage) -> ImageError {
+    tracing::debug!(error, "an image cannot be decoded");
+    ImageError::Damaged(match damage {
+        Damage::Memory => format!("its {format} data needs more memory than allowed"),
+        Damage::Feature => format!("its {format} data uses a feature that is not supported"),
+        Damage::Data => format!("its {format} data cannot be read; save the image again"),
+    })
 }
 
 fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<RgbImage, ImageError> {
@@ -244,8 +288,12 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
     if usize::from(colour.bytes_per_pixel()) != channels {
         return Err(damaged("its samples have more than eight bits"));
     }
+    let conversion = Conversion::of(|| decoder.icc_profile().ok().flatten(), channels, &header.colour);
     let mut samples = vec![0; usize::try_from(decoder.total_bytes()).map_err(|_| damaged("it is too large"))?];
     decoder.read_image(&mut samples).map_err(fault)?;
+    if let Some(conversion) = conversion {
+        conversion.apply(&mut samples, channels);
+    }
     upright(
         into_rgb(samples, channels, header.opaque)?,
         (width, height),
@@ -257,16 +305,18 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
 fn decode_png(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageError> {
     let format = header.format;
     let fault = |error: png::DecodingError| match error {
-        png::DecodingError::IoError(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-            ImageError::Truncated { format }
-        }
-        other => ImageError::Damaged(other.to_string()),
+        png::DecodingError::IoError(error) => decoding_fault(format, image::ImageError::IoError(error)),
+        png::DecodingError::LimitsExceeded => damage(format, &error, Damage::Memory),
+        error => damage(format, &error, Damage::Data),
     };
     let damaged = |problem: &str| ImageError::Damaged(problem.to_owned());
     let limits = png::Limits {
         bytes: PNG_BUFFERS as usize,
     };
     let mut decoder = png::Decoder::new_with_limits(Cursor::new(bytes), limits);
+    // Texts are not used, and a profile is read under its own limit.
+    decoder.set_ignore_text_chunk(true);
+    decoder.set_ignore_iccp_chunk(true);
     // To eight bits and more, palettes and colour keys resolved.
     decoder.set_transformations(png::Transformations::EXPAND);
     let mut reader = decoder.read_info().map_err(fault)?;
@@ -283,6 +333,7 @@ fn decode_png(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageEr
         png::BitDepth::Sixteen => true,
         _ => return Err(damaged("its samples have an unknown size")),
     };
+    let conversion = Conversion::of(|| header.colour.embedded(bytes), channels, &header.colour);
     let stride = 3 * width as usize;
     let mut rgb = vec![0; stride * height as usize];
     let mut narrow = Vec::new();
@@ -293,6 +344,9 @@ fn decode_png(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageEr
             // Big-endian: the upper byte is the first.
             true => narrow.extend(row.data().iter().step_by(2)),
             false => narrow.extend_from_slice(row.data()),
+        }
+        if let Some(conversion) = &conversion {
+            conversion.apply(&mut narrow, channels);
         }
         narrow = into_rgb(narrow, channels, header.opaque)?;
         match row.interlace() {

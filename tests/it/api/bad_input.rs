@@ -1,7 +1,7 @@
 //! Every bad input gets its 4xx with a stable code, and leaves nothing behind.
 
 use coar_core::image::{OutputFormat, RgbImage, encode};
-use reqwest::multipart::Form;
+use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
 
 use crate::support::{REX, TestApp, answer, image_part, images};
@@ -186,35 +186,35 @@ async fn registrations() {
             form(&[]).part("images", image_part(b"<svg/>".to_vec())),
             400,
             "unknown_image_format",
-            Some("images"),
+            Some("images[0]"),
         ),
         (
             "a truncated image",
             form(&[]).part("images", image_part(png()[..200].to_vec())),
             400,
             "",
-            Some("images"),
+            Some("images[0]"),
         ),
         (
             "a decompression bomb",
             form(&[]).part("images", image_part(bomb())),
             400,
             "image_too_many_pixels",
-            Some("images"),
+            Some("images[0]"),
         ),
         (
             "an oversized image",
             form(&[]).part("images", image_part(vec![0; (20 << 20) + 1])),
             413,
             "image_too_large",
-            Some("images"),
+            Some("images[0]"),
         ),
         (
             "one good and one bad",
             with(&[]).part("images", image_part(b"GIF89a".to_vec())),
             400,
             "unknown_image_format",
-            Some("images"),
+            Some("images[1]"),
         ),
     ];
     for (what, form, status, code, field) in cases {
@@ -243,6 +243,48 @@ async fn registrations() {
     assert_eq!(answer(broken).await.0, 400);
     let (_, list) = app.get("/v1/concepts").await;
     assert_eq!(list, json!({"object": "list", "data": [], "has_more": false}));
+    assert!(app.blobs().is_empty(), "{:?}", app.blobs());
+}
+
+/// Of ten images the one that cannot be used, by its place and its file's name, with what to do about it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_refused_image_is_named() {
+    let app = TestApp::start().await;
+    let heic = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic".to_vec();
+    let arithmetic = include_bytes!("../../../crates/coar-core/tests/jpeg/arithmetic.jpg").to_vec();
+    let cut = png()[..200].to_vec();
+    let cases = [
+        (
+            heic,
+            "unknown_image_format",
+            "Settings > Camera > Formats > Most Compatible",
+        ),
+        (
+            b"GIF89a".to_vec(),
+            "unknown_image_format",
+            "is a GIF image; save it as PNG",
+        ),
+        (Vec::new(), "damaged_image", "is an empty file"),
+        (cut, "damaged_image", "is truncated"),
+        (arithmetic, "unsupported_image", "is an arithmetic-coded JPEG"),
+    ];
+    for (bytes, code, said) in cases {
+        let bad = Part::bytes(bytes).file_name("folder/IMG_7\u{202e}.jpg");
+        let with = (0..6).fold(form(&[]), |form, _| form.part("images", image_part(png())));
+        let with = (7..10).fold(with.part("images", bad), |form, _| {
+            form.part("images", image_part(png()))
+        });
+        let (status, body) = app.register(with).await;
+        let error = &body["error"];
+        assert_eq!(
+            (status, error["code"].as_str(), error["param"].as_str()),
+            (400, Some(code), Some("images[6]")),
+            "{body}"
+        );
+        let message = error["message"].as_str().unwrap();
+        assert!(message.starts_with("`images[6]` (IMG_7\\u{202e}.jpg) is "), "{message}");
+        assert!(message.contains(said), "{message}");
+    }
     assert!(app.blobs().is_empty(), "{:?}", app.blobs());
 }
 

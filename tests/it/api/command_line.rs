@@ -95,6 +95,37 @@ async fn refusals_are_shown_in_the_servers_words() {
     assert!(String::from_utf8_lossy(&without.stderr).contains("--server URL"));
 }
 
+/// In this process too, without a server.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_refused_image_is_named() {
+    let app = TestApp::start().await;
+    let good = app.dir.path().join("good.png");
+    std::fs::write(&good, images(&REX, 1).remove(0)).unwrap();
+    let bad = app.dir.path().join("holiday.jpg");
+    std::fs::write(&bad, b"GIF89a").unwrap();
+    let files = [good.to_str().unwrap(), bad.to_str().unwrap()];
+    let mut add = vec!["concept", "add", "rex", "--class", &REX.class];
+    add.extend(files);
+    let refused = complaint(&app, &add).await;
+    assert!(
+        refused.contains("`images[1]` (holiday.jpg) is a GIF image; save it as PNG")
+            && refused.contains("param images[1]"),
+        "{refused}"
+    );
+    let data = app.dir.path().join("local");
+    let local = Command::new(env!("CARGO_BIN_EXE_coar"))
+        .args(["train", "rex", "--class", &REX.class, "--data", data.to_str().unwrap()])
+        .args(files)
+        .env_remove("COAR_SERVER")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&local.stderr);
+    assert!(
+        !local.status.success() && said.contains("(holiday.jpg) is a GIF image"),
+        "{said}"
+    );
+}
+
 /// Where the server has the native generations.
 #[tokio::test(flavor = "multi_thread")]
 async fn images_are_written_by_seed_and_index() {

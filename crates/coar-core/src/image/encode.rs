@@ -31,6 +31,11 @@ impl From<OutputFormat> for ImageFormat {
     }
 }
 
+fn fault(error: impl std::fmt::Display) -> ImageError {
+    tracing::debug!(%error, "an image cannot be encoded");
+    ImageError::Damaged("it cannot be encoded".to_owned())
+}
+
 /// Encodes an image. `text` becomes international text chunks in PNG, with keys of 1 to 79 Latin-1 characters; in
 /// the other formats an XMP packet with a property for each, whose keys must be XML names.
 ///
@@ -48,14 +53,14 @@ pub fn encode(image: &RgbImage, format: OutputFormat, text: &[(&str, String)]) -
     let kind = ExtendedColorType::Rgb8;
     match format {
         OutputFormat::Png => {
-            encode_png(image, text, &mut file).map_err(|error| ImageError::Damaged(error.to_string()))?;
+            encode_png(image, text, &mut file).map_err(fault)?;
         }
         OutputFormat::Jpeg(quality) => JpegEncoder::new_with_quality(&mut file, quality.clamp(1, 100))
             .write_image(rgb, width, height, kind)
-            .map_err(|error| ImageError::Damaged(error.to_string()))?,
+            .map_err(fault)?,
         OutputFormat::WebP => WebPEncoder::new_lossless(&mut file)
             .write_image(rgb, width, height, kind)
-            .map_err(|error| ImageError::Damaged(error.to_string()))?,
+            .map_err(fault)?,
         OutputFormat::LossyWebP(quality) => file = encode_lossy_webp(image, quality)?,
     }
     match format {

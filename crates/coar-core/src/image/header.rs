@@ -1,6 +1,8 @@
 //! Parses a file's image header without decoding: format, maximum sides, and whether the file is complete.
 
-use super::{ImageError, ImageFormat};
+use super::colour::PngColour;
+use super::jpeg::{self, Jpeg};
+use super::{ImageError, ImageFormat, Unsupported};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
@@ -10,26 +12,40 @@ pub(super) struct Header {
     pub height: u32,
     /// Whether the file is complete. Decoders fill missing data with grey instead of failing.
     pub complete: bool,
-    /// Whether a JPEG file is decoded as a whole and not row by row.
-    pub progressive: bool,
     /// Whether the alpha channel comes from a colour key only, which the reference ignores in RGB files.
     pub opaque: bool,
+    /// Bytes of a JPEG or WebP file's colour profile.
+    pub profile: u64,
+    /// Of a JPEG file.
+    pub jpeg: Jpeg,
+    /// Of a PNG file.
+    pub colour: PngColour,
 }
 
-/// Whether the first box of a file names a HEIF brand with HEVC, or the generic one.
-fn is_heic(bytes: &[u8]) -> bool {
-    const BRANDS: [&[u8]; 6] = [b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1"];
-    bytes.get(4..8) == Some(b"ftyp") && bytes.get(8..12).is_some_and(|brand| BRANDS.contains(&brand))
+impl Header {
+    fn of(format: ImageFormat) -> Self {
+        Self {
+            format,
+            width: 0,
+            height: 0,
+            complete: false,
+            opaque: false,
+            profile: 0,
+            jpeg: Jpeg::default(),
+            colour: PngColour::default(),
+        }
+    }
 }
 
 pub(super) fn read(bytes: &[u8]) -> Result<Header, ImageError> {
-    let format = ImageFormat::of_bytes(bytes).ok_or(match is_heic(bytes) {
-        true => ImageError::Heic,
-        false => ImageError::UnknownFormat,
-    })?;
+    if bytes.is_empty() {
+        return Err(ImageError::EmptyFile);
+    }
+    let format = ImageFormat::of_bytes(bytes)
+        .ok_or_else(|| Unsupported::of_bytes(bytes).map_or(ImageError::UnknownFormat, ImageError::Unsupported))?;
     let found = match format {
         ImageFormat::Png => png(bytes),
-        ImageFormat::Jpeg => jpeg(bytes),
+        ImageFormat::Jpeg => jpeg_header(bytes)?,
         ImageFormat::WebP => webp(bytes),
     };
     // A header that ends before the sides means a truncated file.
@@ -41,10 +57,6 @@ pub(super) fn read(bytes: &[u8]) -> Result<Header, ImageError> {
         });
     }
     Ok(header)
-}
-
-fn be16(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?)))
 }
 
 fn be32(bytes: &[u8], at: usize) -> Option<u32> {
@@ -60,86 +72,63 @@ fn le(bytes: &[u8], at: usize, count: usize) -> Option<u32> {
 fn png(bytes: &[u8]) -> Option<Header> {
     const RGB: u8 = 2;
     Some(Header {
-        format: ImageFormat::Png,
         width: be32(bytes, 16)?,
         height: be32(bytes, 20)?,
         complete: true,
-        progressive: false,
         opaque: *bytes.get(25)? == RGB,
+        colour: png_colour(bytes),
+        ..Header::of(ImageFormat::Png)
     })
 }
 
-/// Walks the markers to the end of the image, past every scan.
-fn jpeg(bytes: &[u8]) -> Option<Header> {
-    let mut header = Header {
-        format: ImageFormat::Jpeg,
-        width: 0,
-        height: 0,
-        complete: false,
-        progressive: false,
-        opaque: false,
+/// See [`jpeg::read`].
+fn jpeg_header(bytes: &[u8]) -> Result<Option<Header>, ImageError> {
+    let Some(found) = jpeg::read(bytes) else {
+        return Ok(None);
     };
-    let (mut at, mut scanned) = (2, false);
-    loop {
-        // Any number of 0xff bytes may precede a marker.
-        while bytes.get(at) == Some(&0xff) && bytes.get(at + 1) == Some(&0xff) {
-            at += 1;
-        }
-        let (Some(0xff), Some(&marker)) = (bytes.get(at).copied(), bytes.get(at + 1)) else {
-            break;
-        };
-        at += 2;
-        match marker {
-            0xd9 => {
-                header.complete = true;
-                break;
-            }
-            // Restart markers and the rest without a length.
-            0x01 | 0xd0..=0xd8 => continue,
-            _ => {}
-        }
-        let Some(length) = be16(bytes, at) else { break };
-        // Every frame header but those of Huffman (c4), arithmetic (cc) tables and extensions (c8).
-        if matches!(marker, 0xc0..=0xcf) && !matches!(marker, 0xc4 | 0xc8 | 0xcc) {
-            let (Some(height), Some(width)) = (be16(bytes, at + 3), be16(bytes, at + 5)) else {
-                break;
-            };
-            header.width = header.width.max(width);
-            header.height = header.height.max(height);
-            header.progressive |= !matches!(marker, 0xc0 | 0xc1);
-        }
-        at += length.max(2) as usize;
-        if marker == 0xda {
-            // A second scan adds to the first one's image, which is kept as a whole until the last.
-            header.progressive |= scanned;
-            scanned = true;
-            at = end_of_scan(bytes, at);
-        }
+    if let Some(kind) = found.unsupported {
+        return Err(ImageError::Unsupported(kind));
     }
-    (header.width > 0 || header.complete).then_some(header)
+    Ok(Some(Header {
+        width: found.width,
+        height: found.height,
+        complete: found.complete,
+        profile: found.profile,
+        jpeg: found,
+        ..Header::of(ImageFormat::Jpeg)
+    }))
 }
 
-/// The next marker after entropy-coded data, in which `ff 00` is a stuffed byte and `ff d0..d7` a restart.
-fn end_of_scan(bytes: &[u8], mut at: usize) -> usize {
-    while let Some(pair) = bytes.get(at..at + 2) {
-        if pair[0] == 0xff && !matches!(pair[1], 0x00 | 0xd0..=0xd7 | 0xff) {
-            break;
+/// The chunks before the pixels that say what the samples mean.
+fn png_colour(bytes: &[u8]) -> PngColour {
+    let mut colour = PngColour::default();
+    let mut at = 8;
+    while let (Some(size), Some(name)) = (be32(bytes, at), bytes.get(at + 4..at + 8)) {
+        let data = at + 8;
+        match name {
+            b"cICP" => colour.cicp = bytes.get(data..data + 4).and_then(|code| code.try_into().ok()),
+            b"sRGB" => colour.srgb = true,
+            b"gAMA" => colour.gamma = be32(bytes, data),
+            b"cHRM" => {
+                let mut points = [0; 8];
+                for (index, point) in points.iter_mut().enumerate() {
+                    *point = be32(bytes, data + 4 * index).unwrap_or(0);
+                }
+                colour.chromaticities = Some(points);
+            }
+            b"iCCP" => colour.profile = colour.profile.or(Some((data, size as usize))),
+            b"IDAT" | b"IEND" => break,
+            _ => {}
         }
-        at += 1;
+        // Length, name and checksum.
+        at = data.saturating_add(size as usize).saturating_add(4);
     }
-    at
+    colour
 }
 
 /// RIFF chunks: the canvas (`VP8X`), the frames (`VP8 `, `VP8L`), and frames inside animations (`ANMF`).
 fn webp(bytes: &[u8]) -> Option<Header> {
-    let mut header = Header {
-        format: ImageFormat::WebP,
-        width: 0,
-        height: 0,
-        complete: false,
-        progressive: false,
-        opaque: false,
-    };
+    let mut header = Header::of(ImageFormat::WebP);
     let declared = (le(bytes, 4, 4)? as usize).saturating_add(8);
     header.complete = bytes.len() >= declared;
     webp_chunks(bytes, 12, true, &mut header);
@@ -152,6 +141,10 @@ fn webp_chunks(bytes: &[u8], mut at: usize, outermost: bool, header: &mut Header
     while let (Some(name), Some(size)) = (bytes.get(at..at + 4), le(bytes, at + 4, 4)) {
         let data = at + 8;
         let sides = match name {
+            b"ICCP" => {
+                header.profile = header.profile.max(size.into());
+                None
+            }
             b"VP8X" => le(bytes, data + 4, 3)
                 .zip(le(bytes, data + 7, 3))
                 .map(|(w, h)| (w + 1, h + 1)),

@@ -110,10 +110,13 @@ fn every_truncation_is_rejected() {
         } else {
             bytes.len()
         };
-        for length in 0..whole - 4 {
+        for length in 0..whole - 2 {
             let error = decode(&bytes[..length]).expect_err(&format!("{format:?} cut at {length}"));
             assert!(
-                matches!(error.code(), "image_truncated" | "not_an_image" | "image_damaged"),
+                matches!(
+                    error.code(),
+                    "image_truncated" | "image_empty" | "not_an_image" | "image_damaged"
+                ),
                 "{format:?} {length}: {error}"
             );
             if length > 64 {
@@ -229,12 +232,75 @@ fn frames_within_frames_do_not_use_up_the_stack() {
 
 #[test]
 fn other_bytes_are_not_an_image() {
-    for bytes in [&b""[..], b"GIF89a......", b"<svg/>", b"\x89PNG", &[0xff, 0xd8]] {
+    let others = [
+        &b"hello"[..],
+        b"\x89PNG",
+        &[0xff, 0xd8],
+        &[0xff, 0xd8, 0, 0, 0],
+        b"BM and so on, with no bitmap's header",
+        b"<note/>",
+    ];
+    for bytes in others {
         assert_eq!(decode(bytes), Err(ImageError::UnknownFormat));
     }
-    let heic = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic";
-    assert_eq!(decode(heic), Err(ImageError::Heic));
-    assert!(ImageError::Heic.to_string().contains("JPEG"));
+    assert_eq!(decode(b""), Err(ImageError::EmptyFile));
+    assert_eq!(ImageError::EmptyFile.to_string(), "is an empty file");
+}
+
+#[test]
+fn known_kinds_are_named_with_what_to_do() {
+    use Unsupported::*;
+
+    let boxes = |main: &[u8; 4], compatible: &[&[u8; 4]]| {
+        let size = 16 + 4 * compatible.len() as u32;
+        let brands: Vec<u8> = compatible.iter().flat_map(|brand| brand.iter().copied()).collect();
+        [&size.to_be_bytes(), &b"ftyp"[..], main, &[0; 4], &brands, &[0; 64]].concat()
+    };
+    let mut bitmap = b"BM\x46\0\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0".to_vec();
+    bitmap.resize(70, 0);
+    let files: Vec<(Unsupported, Vec<u8>)> = vec![
+        (Heic, boxes(b"heic", &[b"mif1", b"heic"])),
+        (Heic, boxes(b"mif1", &[b"mif1", b"heic"])),
+        (Heic, boxes(b"heix", &[])),
+        (Avif, boxes(b"avif", &[b"mif1", b"miaf"])),
+        (Avif, boxes(b"mif1", &[b"miaf", b"avif"])),
+        (CameraRaw, boxes(b"crx ", &[b"isom"])),
+        (Video, boxes(b"qt  ", &[b"qt  "])),
+        (Video, boxes(b"isom", &[b"mp41"])),
+        (Gif, b"GIF89a\x01\0\x01\0".to_vec()),
+        (Gif, b"GIF87a".to_vec()),
+        (Tiff, b"II*\0\x08\0\0\0".to_vec()),
+        (Tiff, b"MM\0*\0\0\0\x08".to_vec()),
+        (Bmp, bitmap),
+        (JpegXl, b"\xff\x0a\xfa\x7f".to_vec()),
+        (JpegXl, b"\0\0\0\x0cJXL \r\n\x87\n".to_vec()),
+        (Jpeg2000, b"\0\0\0\x0cjP  \r\n\x87\n".to_vec()),
+        (Psd, b"8BPS\0\x01".to_vec()),
+        (Icon, b"\0\0\x01\0\x01\0".to_vec()),
+        (Svg, b"<svg/>".to_vec()),
+        (
+            Svg,
+            b"\xef\xbb\xbf<?xml version=\"1.0\"?>\n<!-- drawn -->\n<SVG xmlns=\"x\">".to_vec(),
+        ),
+        (Pdf, b"%PDF-1.7\n".to_vec()),
+        (Html, b"\n<!DOCTYPE html><svg>".to_vec()),
+        (Zip, b"PK\x03\x04".to_vec()),
+        (
+            Pointer,
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00".to_vec(),
+        ),
+    ];
+    for (kind, bytes) in files {
+        let error = decode(&bytes).unwrap_err();
+        assert_eq!(error, ImageError::Unsupported(kind));
+        assert_eq!(error.code(), "not_an_image");
+        let sentence = error.to_string();
+        assert!(sentence.starts_with("is a") && sentence.contains("; "), "{sentence}");
+    }
+    assert!(
+        Heic.to_string()
+            .contains("Settings > Camera > Formats > Most Compatible")
+    );
 }
 
 #[test]
@@ -321,7 +387,7 @@ fn every_png_colour_type_becomes_rgb() {
 }
 
 /// A PNG whose rows come in seven passes: only the order in the file differs.
-fn interlaced(width: u32, height: u32, rgba16: impl Fn(u32, u32) -> [u16; 4]) -> Vec<u8> {
+pub(super) fn interlaced(width: u32, height: u32, rgba16: impl Fn(u32, u32) -> [u16; 4]) -> Vec<u8> {
     let mut rows = Vec::new();
     for (x0, y0, dx, dy) in [
         (0, 0, 8, 8),
@@ -397,18 +463,24 @@ fn working_memory_follows_from_the_header() {
     let limits = ImageLimits::default();
     let memory = |file: &[u8]| working_memory(file, &limits);
     let image = halves(64, 32);
-    for (format, each) in [
-        (OutputFormat::Png, 6),
-        (OutputFormat::Jpeg(90), 6),
-        (OutputFormat::WebP, 8),
+    for (format, each, copies) in [
+        (OutputFormat::Png, 6, 0),
+        (OutputFormat::Jpeg(90), 6, 1),
+        (OutputFormat::WebP, 8, 1),
     ] {
-        assert_eq!(memory(&file_of(&image, format)), 64 * 32 * each, "{format:?}");
+        let file = file_of(&image, format);
+        let expected = 64 * 32 * each + copies * file.len() as u64;
+        assert_eq!(memory(&file), expected, "{format:?}");
     }
     // A progressive frame header instead of the baseline's.
     let mut progressive = file_of(&image, OutputFormat::Jpeg(90));
     let at = progressive.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
     progressive[at + 1] = 0xc2;
-    assert_eq!(memory(&progressive), 64 * 32 * 9);
+    assert_eq!(memory(&progressive), 64 * 32 * 9 + progressive.len() as u64);
+    // One that is decoded from repaired bytes.
+    let mut junk = file_of(&image, OutputFormat::Jpeg(90));
+    junk.insert(2, 0);
+    assert_eq!(memory(&junk), 64 * 32 * 6 + 2 * junk.len() as u64);
     assert_eq!(memory(b"no image"), 0);
 }
 
