@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # with-postgres.sh CMD...: runs a command beside a PostgreSQL server and an S3 server of its own, on free ports of 127.0.0.1,
 # and ends them. PostgreSQL is the Debian package's, S3 is moto's (Python). COAR_TEST_DATABASE and COAR_TEST_BLOBS tell the
-# command where they are, the AWS_* variables how S3 is asked. Without PostgreSQL it says so and does not run the command:
+# command where they are, the AWS_* variables how S3 is asked. Without PostgreSQL a message replaces the command:
 # COAR_NEED_POSTGRES=1 makes that a failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,4 +1,4 @@
-//! Wires the rooms together, starts and stops them in order.
+//! Wires the modules together, starts and stops them in order.
 
 mod notify;
 mod parts;

@@ -1,4 +1,4 @@
-//! Requests that a foreign web page makes through the browser of somebody who runs a server without keys.
+//! Requests that a foreign web page makes through the browser of a person who runs a server without keys.
 //!
 //! Such a server answers whatever reaches it, and a browser on the same machine reaches it for every page that is open in
 //! it. Two headers that scripts cannot set tell these requests apart: `Host`, which names the page's own site where that

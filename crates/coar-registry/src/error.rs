@@ -1,4 +1,4 @@
-//! Why a registry operation failed, and what callers are told.
+//! Why a registry operation failed, and the error that callers get.
 
 use std::time::Duration;
 

@@ -358,7 +358,7 @@ mod tests {
         }
         assert!(
             registry
-                .rotate_webhook_secret("nobody", Duration::ZERO)
+                .rotate_webhook_secret("unknown", Duration::ZERO)
                 .await
                 .unwrap()
                 .is_none()

@@ -58,7 +58,7 @@ static ASSETS: LazyLock<HashMap<&'static str, Asset>> = LazyLock::new(|| {
     FILES.iter().map(asset).collect()
 });
 
-/// `/` and `/studio/*`. They need no service: they answer while the model is loading, and the page says so.
+/// `/` and `/studio/*`. They need no service: they answer while the model is loading, and the page shows that it is.
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
         .route("/", get(|headers: HeaderMap| async move { answer(INDEX, &headers) }))

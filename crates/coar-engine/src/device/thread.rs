@@ -256,7 +256,7 @@ impl Thread {
                         ticket,
                     } => self.generations.enqueue(&self.model, *request, events, ticket),
                     Command::Train { request, events, span } => {
-                        self.trainings.enqueue(&self.model, *request, events, span);
+                        self.trainings.enqueue(*request, events, span);
                     }
                     Command::EndTrainings { done } => {
                         self.trainings.close();

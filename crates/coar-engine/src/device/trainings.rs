@@ -27,6 +27,20 @@ struct Training {
     span: tracing::Span,
 }
 
+/// A training that has not had its first slice.
+struct Waiting {
+    request: TrainingRequest,
+    events: mpsc::Sender<TrainingEvent>,
+    span: tracing::Span,
+}
+
+/// Of the two stages the first costs nothing: a training that is cancelled before its turn uses no device time, and what
+/// opening one takes (its images are encoded) is charged to the trainings' share.
+enum Open {
+    Waiting(Waiting),
+    Running(Training),
+}
+
 /// Approximate length of a training slice, for which images pause. A piece of a step is not interrupted. On the CPU
 /// images and trainings evict each other's caches at every switch, so slices are longer (docs/performance.md).
 fn slice_time(device: Device) -> Duration {
@@ -52,7 +66,7 @@ fn slice(trainer: &mut Trainer, model: &LuminaMgpt) -> Result<Advance, ModelErro
 
 /// Open trainings.
 pub(super) struct Trainings {
-    open: VecDeque<Training>,
+    open: VecDeque<Open>,
     checkpoint_every: Duration,
     /// Memory for the graph of one step; trainings alternate, so only one graph exists at a time.
     bytes: Option<u64>,
@@ -86,14 +100,18 @@ impl Trainings {
 
     pub(super) fn enqueue(
         &mut self,
-        model: &LuminaMgpt,
         request: TrainingRequest,
         events: mpsc::Sender<TrainingEvent>,
         span: tracing::Span,
     ) {
-        if self.closed {
-            return;
+        if !self.closed {
+            self.open.push_back(Open::Waiting(Waiting { request, events, span }));
         }
+    }
+
+    /// Encodes the images and allocates what the training needs; `None` if that fails, which the events say.
+    fn begin(&self, model: &LuminaMgpt, waiting: Waiting) -> Option<Training> {
+        let Waiting { request, events, span } = waiting;
         let TrainingRequest {
             spec,
             images,
@@ -101,45 +119,52 @@ impl Trainings {
             previews,
         } = request;
         let device = model.transformer.device();
-        let opened = guarded(device, || match &checkpoint {
-            Some(bytes) => Trainer::resume(model, spec, &images, bytes),
-            None => Trainer::new(model, spec, &images),
+        let opened = span.in_scope(|| {
+            guarded(device, || match &checkpoint {
+                Some(bytes) => Trainer::resume(model, spec, &images, bytes),
+                None => Trainer::new(model, spec, &images),
+            })
         });
-        match opened {
-            Ok(mut trainer) => {
-                let free = || super::memory::free_bytes(device).map(|free| free / 2);
-                let estimate = trainer.estimate(model);
-                if let Some(budget) = self.bytes.or_else(free) {
-                    let graph = estimate.within(budget);
-                    tracing::info!(budget, kept = estimate.bytes(Graph::Kept), ?graph, "training started");
-                    trainer.set_graph(graph);
-                    trainer.set_class_batch(estimate.class_images_at_once(budget));
-                }
-                let now = Instant::now();
-                let first_step = trainer.step();
-                self.open.push_back(Training {
-                    trainer,
-                    events,
-                    checkpointed: now,
-                    started: now,
-                    first_step,
-                    in_step: Duration::ZERO,
-                    previews,
-                    span,
-                });
+        let mut trainer = match opened {
+            Ok(trainer) => trainer,
+            Err(error) => {
+                drop(events.try_send(TrainingEvent::Failed(error)));
+                return None;
             }
-            Err(error) => drop(events.try_send(TrainingEvent::Failed(error))),
+        };
+        let free = || super::memory::free_bytes(device).map(|free| free / 2);
+        let estimate = trainer.estimate(model);
+        if let Some(budget) = self.bytes.or_else(free) {
+            let graph = estimate.within(budget);
+            tracing::info!(budget, kept = estimate.bytes(Graph::Kept), ?graph, "training started");
+            trainer.set_graph(graph);
+            trainer.set_class_batch(estimate.class_images_at_once(budget));
         }
+        let now = Instant::now();
+        let first_step = trainer.step();
+        Some(Training {
+            trainer,
+            events,
+            checkpointed: now,
+            started: now,
+            first_step,
+            in_step: Duration::ZERO,
+            previews,
+            span,
+        })
     }
 
-    /// One slice of the next training.
+    /// One slice of the next training: its opening, or some of its steps.
     pub(super) fn run_slice(&mut self, model: &LuminaMgpt) {
-        let Some(mut training) = self.open.pop_front() else {
-            return;
+        let mut training = match self.open.pop_front() {
+            Some(Open::Waiting(waiting)) if !waiting.events.is_closed() => {
+                let training = self.begin(model, waiting);
+                self.open.extend(training.map(Open::Running));
+                return;
+            }
+            Some(Open::Running(training)) if !training.events.is_closed() => training,
+            _ => return,
         };
-        if training.events.is_closed() {
-            return;
-        }
         let (span, begun) = (
             tracing::info_span!(parent: &training.span, "train.slice"),
             Instant::now(),
@@ -172,17 +197,19 @@ impl Trainings {
                 if training.checkpointed.elapsed() >= self.checkpoint_every {
                     training.emit_checkpoint(device);
                 }
-                self.open.push_back(training);
+                self.open.push_back(Open::Running(training));
             }
             Err(error) => drop(training.events.try_send(TrainingEvent::Failed(error))),
         }
     }
 
-    /// Sends a last checkpoint of each; every later training ends at once, before it starts.
+    /// Sends a last checkpoint of each that runs; every later training ends at once, before it starts.
     pub(super) fn close(&mut self) {
         self.closed = true;
-        for mut training in self.open.drain(..) {
-            training.emit_checkpoint(self.device);
+        for open in self.open.drain(..) {
+            if let Open::Running(mut training) = open {
+                training.emit_checkpoint(self.device);
+            }
         }
     }
 }
@@ -245,4 +272,43 @@ fn report(training: &Training) -> serde_json::Value {
         "resumed_from_step": training.first_step,
         "losses": training.trainer.losses(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::lumina::CheckpointFiles;
+    use crate::pocket::unpack_shipped;
+    use coar_core::concept::ConceptKind;
+    use coar_core::training::{Preset, TrainingSpec};
+
+    /// Fails as soon as it is opened: it has no images.
+    fn request() -> TrainingRequest {
+        TrainingRequest {
+            spec: TrainingSpec::preset(Preset::Pocket, ConceptKind::Subject, "rex", Some("cat"), 6),
+            images: vec![],
+            checkpoint: None,
+            previews: vec![],
+        }
+    }
+
+    #[test]
+    fn a_training_is_opened_in_its_own_slice_and_not_at_all_once_it_is_cancelled() {
+        let cache = tempfile::tempdir().unwrap();
+        let files = CheckpointFiles::find(&unpack_shipped(cache.path()).unwrap(), None).unwrap();
+        let model = LuminaMgpt::load(&files, Device::Cpu, tch::Kind::Float, None).unwrap();
+        let mut trainings = Trainings::new(Device::Cpu, Duration::from_secs(60), None);
+        let (sender, mut events) = mpsc::channel(4);
+        trainings.enqueue(request(), sender, tracing::Span::none());
+        assert!(events.try_recv().is_err(), "queueing does no work");
+        trainings.run_slice(&model);
+        assert!(matches!(events.try_recv(), Ok(TrainingEvent::Failed(_))));
+        assert!(trainings.is_empty());
+        let (sender, events) = mpsc::channel(4);
+        let weak = sender.downgrade();
+        trainings.enqueue(request(), sender, tracing::Span::none());
+        drop(events);
+        trainings.run_slice(&model);
+        assert!(trainings.is_empty() && weak.upgrade().is_none());
+    }
 }

@@ -198,7 +198,7 @@ fn unsupported_kinds_are_named() {
     assert_eq!(none, Err(ImageError::Unsupported(Unsupported::JpegSampling)));
 }
 
-/// Damage is told in our own words: neither a decoder's name nor a marker's.
+/// Damage is described in our own words: neither a decoder's name nor a marker's.
 #[test]
 fn no_words_of_a_decoder_reach_an_answer() {
     let mut told = std::collections::BTreeSet::new();
