@@ -201,8 +201,12 @@ def test_a_trainings_events_begin_with_the_present_state(coar, rex_concept):
 
 
 def test_a_cancelled_training_is_a_failure_for_its_waiter_and_can_be_tried_again(coar):
+    asked = []
+
     def cancel(progress):
-        if progress.step == 1:
+        # Progress may skip steps.
+        if progress.step >= 1 and not asked:
+            asked.append(progress.step)
             coar.trainings.cancel(concept.training)
 
     concept = coar.concepts.add("cancelled", PICTURES, class_="cat", steps=5000)

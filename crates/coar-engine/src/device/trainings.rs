@@ -37,8 +37,8 @@ struct Waiting {
 /// Of the two stages the first costs nothing: a training that is cancelled before its turn uses no device time, and what
 /// opening one takes (its images are encoded) is charged to the trainings' share.
 enum Open {
-    Waiting(Waiting),
-    Running(Training),
+    Waiting(Box<Waiting>),
+    Running(Box<Training>),
 }
 
 /// Approximate length of a training slice, for which images pause. A piece of a step is not interrupted. On the CPU
@@ -105,7 +105,8 @@ impl Trainings {
         span: tracing::Span,
     ) {
         if !self.closed {
-            self.open.push_back(Open::Waiting(Waiting { request, events, span }));
+            self.open
+                .push_back(Open::Waiting(Box::new(Waiting { request, events, span })));
         }
     }
 
@@ -158,8 +159,9 @@ impl Trainings {
     pub(super) fn run_slice(&mut self, model: &LuminaMgpt) {
         let mut training = match self.open.pop_front() {
             Some(Open::Waiting(waiting)) if !waiting.events.is_closed() => {
-                let training = self.begin(model, waiting);
-                self.open.extend(training.map(Open::Running));
+                let training = self.begin(model, *waiting);
+                self.open
+                    .extend(training.map(|training| Open::Running(Box::new(training))));
                 return;
             }
             Some(Open::Running(training)) if !training.events.is_closed() => training,
