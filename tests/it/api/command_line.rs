@@ -114,7 +114,7 @@ async fn the_refused_image_is_named() {
     );
     let data = app.dir.path().join("local");
     let local = Command::new(env!("CARGO_BIN_EXE_coar"))
-        .args(["train", "rex", "--class", &REX.class, "--data", data.to_str().unwrap()])
+        .args(["train", "rex", "--class", REX.class, "--data", data.to_str().unwrap()])
         .args(files)
         .env_remove("COAR_SERVER")
         .output()
