@@ -52,7 +52,7 @@ bench-device: libtorch
 	$(or $(CARGO_TARGET_DIR),target)/debug/coar-lab bench device --device cpu --small --out $(or $(CARGO_TARGET_DIR),target)/bench-device
 
 # The registry's tests again on PostgreSQL and S3, and many callers at once on a server that uses them: servers of their own, ended
-# afterwards. Says so and passes where there is no PostgreSQL and none can be installed.
+# afterwards. Skipped, with a message, where there is no PostgreSQL and none can be installed.
 contract: libtorch
 	./scripts/with-postgres.sh sh -c 'cargo test -p coar-registry && cargo test -p coar --test it api::concurrency'
 
@@ -60,7 +60,7 @@ contract: libtorch
 operations: libtorch
 	tests/operations/run.sh
 
-# The page in a real browser (chromium), screenshots in target/ui. Says so and passes where there is none.
+# The page in a real browser (chromium), screenshots in target/ui. Skipped, with a message, where there is none.
 ui: libtorch
 	tests/ui/run.sh
 
@@ -131,12 +131,12 @@ deploy-check:
 	tests/deploy/run.sh
 
 # Studio, documentation, API and events behind a real nginx with the configurations of docs/howto/service.md, at the root and under a
-# path. Says so and passes where there is no nginx.
+# path. Skipped, with a message, where there is no nginx.
 proxy: libtorch
 	cargo build --bin coar
 	tests/proxy/run.sh
 
-# That a PgBouncer in transaction mode is refused, with a real one. Says so and passes where there is none.
+# That a PgBouncer in transaction mode is refused, with a real one. Skipped, with a message, where there is none.
 pgbouncer:
 	scripts/with-postgres.sh tests/pgbouncer/run.sh
 

@@ -6,7 +6,6 @@
 //! by itself.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::http::uri::Authority;
@@ -14,6 +13,7 @@ use axum::http::{HeaderMap, HeaderName, Method, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
+use super::health::is_health;
 use super::{ApiError, AppState};
 use crate::config::Config;
 use coar_core::error::{Error, ErrorKind};
@@ -96,10 +96,13 @@ impl OwnNames {
         }
     }
 
-    fn is_allowed_origin(&self, text: &str, host: Option<&Authority>) -> bool {
-        if self.cors_origin.iter().any(|allowed| allowed == "*" || allowed == text) {
-            return true;
-        }
+    /// Whether the operator has named the origin.
+    fn is_named_origin(&self, text: &str) -> bool {
+        self.cors_origin.iter().any(|allowed| allowed == "*" || allowed == text)
+    }
+
+    /// Whether the origin is the server's own.
+    fn is_own_origin(&self, text: &str, host: Option<&Authority>) -> bool {
         let Some((scheme, page)) = origin(text) else {
             return false;
         };
@@ -131,8 +134,8 @@ impl OwnNames {
             return refuse("more than one origin");
         }
         match text(&header::ORIGIN) {
-            Some(from) if !self.is_allowed_origin(from, host.as_ref()) => refuse(&format!("pages of `{from}`")),
-            Some(from) if self.cors_origin.iter().any(|allowed| allowed == "*" || allowed == from) => Ok(()),
+            Some(from) if self.is_named_origin(from) => Ok(()),
+            Some(from) if !self.is_own_origin(from, host.as_ref()) => refuse(&format!("pages of `{from}`")),
             _ if text(&SEC_FETCH_SITE).is_some_and(|site| site.eq_ignore_ascii_case("cross-site")) => {
                 refuse("pages of other sites")
             }
@@ -149,19 +152,14 @@ impl OwnNames {
     }
 }
 
-/// Probes name the server by its address in the cluster; their answers say nothing.
-fn is_probe(path: &str) -> bool {
-    matches!(path, "/livez" | "/readyz")
-}
-
 /// Refuses what foreign pages send, while callers need no key.
 pub(super) async fn own_pages_only(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    if is_probe(request.uri().path()) {
+    // Probes name the server by its address in the cluster, and their responses contain nothing.
+    if is_health(request.uri().path()) {
         return next.run(request).await;
     }
-    let names: Arc<OwnNames> = state.names.clone();
-    if let Err(refusal) = names.check(&request) {
-        // A database that does not answer does not open anything.
+    if let Err(refusal) = state.names.check(&request) {
+        // If the database does not answer, the request stays refused.
         let has_keys = state.keys.required().await.unwrap_or(false);
         if !has_keys {
             return ApiError(refusal).into_response();

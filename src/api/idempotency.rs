@@ -15,10 +15,10 @@
 //! streams included: the events go on to the caller as they come and are kept for the next one. Forms are compared by
 //! what was read of them: [`content_of`].
 //!
-//! Answers of success of up to 8 MiB are kept for a day, those with images in them no longer than images are kept; a refusal frees the
-//! key, since nothing was made. The answer of a generation goes with it when that is deleted. What is made has the key from the start: a process that dies before it
-//! answers makes nothing twice. The work of a request with a key goes on when its caller disconnects: a caller that
-//! sends a key intends to come back for the answer.
+//! Successful answers of up to 8 MiB are kept for a day, those with images in them no longer than images are kept. A
+//! refusal frees the key, since nothing was made. The answer of a generation is dropped when the generation is deleted.
+//! What is made has the key from the start: a process that dies before it answers makes nothing twice. The work of a
+//! request with a key goes on when its caller disconnects: a caller that sends a key intends to come back for the answer.
 
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;

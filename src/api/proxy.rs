@@ -28,10 +28,10 @@ fn is_forwarded_https(headers: &HeaderMap) -> bool {
 
 /// Completes redirects and addresses of new objects, which begin at the server's own root.
 pub(super) async fn behind_proxy(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    static TOLD: Once = Once::new();
+    static WARNED: Once = Once::new();
     let public_url = state.config().public_url.as_deref();
     if public_url.is_none() && is_forwarded_https(request.headers()) {
-        TOLD.call_once(|| {
+        WARNED.call_once(|| {
             tracing::warn!(
                 "a proxy forwards https requests, and no public URL is configured: addresses in responses begin with \
                  http://; start the server with --public-url https://HOST"

@@ -1,5 +1,5 @@
-//! `coar admin queue|jobs|replay|verify|gc|delete-tenant|rotate-secret|rotate-webhook-secret`: what an operator sees and sets right, over all tenants. Needs
-//! the database and the blob store, no running server and no model.
+//! `coar admin`: what an operator sees and repairs, over all tenants. Needs the database and the blob store, but neither a
+//! running server nor a model.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -378,15 +378,6 @@ impl Service {
                 format!("The concept file is refused: {error}."),
             )
         })?;
-        if file
-            .header
-            .class_noun
-            .iter()
-            .any(|noun| noun.contains(char::is_control))
-        {
-            let message = "The concept file is refused: its class noun has a control character.";
-            return Err(Error::new(ErrorKind::Invalid, "invalid_concept_file", message));
-        }
         let name = check_name(Some(name.unwrap_or_else(|| file.header.name.clone())))?;
         let addition = Usage {
             concepts: 1,

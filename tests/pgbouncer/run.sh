@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Beside scripts/with-postgres.sh: a PgBouncer in transaction mode is refused, and one in session mode passes. Says so and passes
-# where there is none.
+# Beside scripts/with-postgres.sh: a PgBouncer in transaction mode is refused, and one in session mode passes. Skipped,
+# with a message, where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH="$PATH:/usr/sbin"

@@ -203,9 +203,10 @@ pub(super) async fn open_postgres(url: &str, migrations: &Migrator, connections:
              add sslmode=verify-full to the database's address"
         );
     }
+    // Before everything else that connects: this waits for a server that is starting.
+    first_connection(&options, CONNECT).await?.close().await?;
     super::postgres::check_direct(&options).await?;
     // Without the limits below: a migration may take longer, and waits while another process migrates.
-    first_connection(&options, CONNECT).await?.close().await?;
     let unlimited = AnyPoolOptions::new()
         .max_connections(1)
         .acquire_timeout(CONNECT)
@@ -328,6 +329,20 @@ mod tests {
         assert!(error.contains("refused") && !error.contains("secret"), "{error}");
         let socket: AnyConnectOptions = "postgres:///coar?host=/run/postgresql".parse().unwrap();
         assert_eq!(server_name(&socket), "/run/postgresql");
+    }
+
+    #[tokio::test]
+    async fn opening_a_database_names_a_server_that_cannot_be_reached() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let url = format!("postgres://coar:secret@127.0.0.1:{port}/coar");
+        let opened = open_postgres(&url, &sqlx::migrate!("../../migrations/postgres"), 1).await;
+        assert!(
+            matches!(opened, Err(RegistryError::Unreachable(..))),
+            "{:?}",
+            opened.err()
+        );
     }
 
     #[tokio::test]

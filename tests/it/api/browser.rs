@@ -1,4 +1,4 @@
-//! Foreign web pages in the browser of somebody who runs a server without keys.
+//! Foreign web pages in the browser of a person who runs a server without keys.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;

@@ -139,7 +139,7 @@ async fn an_upload_has_its_room_before_it_is_read() {
     app.key = own;
     let (status, body) = app.register(form("third")).await;
     assert_eq!(status, 202, "{body}");
-    // A name that is taken is told of without a look at the images.
+    // A taken name is reported without decoding the images.
     let broken = reqwest::multipart::Form::new()
         .text("name", "third")
         .text("kind", "style")

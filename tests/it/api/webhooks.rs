@@ -129,7 +129,7 @@ async fn a_changed_secret_and_the_one_before_it_both_sign_for_a_while() {
     assert!(!one[1].0["webhook-signature"].to_str().unwrap().contains(' '));
     let (status, body) = app.post(path, json!({"keep_old_hours": 721})).await;
     assert_eq!((status, body["error"]["param"].as_str()), (400, Some("keep_old_hours")));
-    let missing = app.post("/v1/admin/tenants/nobody/webhook-secret", json!({})).await;
+    let missing = app.post("/v1/admin/tenants/unknown/webhook-secret", json!({})).await;
     assert_eq!(missing.1["error"]["code"], "tenant_not_found");
 }
 

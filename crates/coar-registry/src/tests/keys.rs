@@ -105,7 +105,7 @@ async fn the_last_valid_admin_key_stays() {
     assert!(registry.delete_tenant(globex, by(&admin)).await.unwrap());
     let other = add(&registry, hooli, "admin", Some(now() + 60_000)).await;
     assert!(registry.delete_tenant(acme, by(&other)).await.unwrap());
-    // The command line may, when it says so.
+    // The command line can override it.
     assert!(registry.delete_tenant(hooli, Deletion::default()).await.is_err());
     assert!(registry.delete_tenant(hooli, ALL).await.unwrap());
     // Without any administrator there is none to protect.
