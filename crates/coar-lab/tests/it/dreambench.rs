@@ -310,7 +310,7 @@ fn invalid_input_is_rejected_by_name() {
     std::fs::write(&file, b"GIF89a").unwrap();
     let refused = complaint(&data, &out, &SMALL);
     assert!(
-        refused.contains("my_house/2.png: is not a JPEG, PNG or WebP image"),
+        refused.contains("my_house/2.png: is a GIF image; save it as PNG"),
         "{refused}"
     );
     assert!(
