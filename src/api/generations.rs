@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 use super::auth::{Generate, Read};
 use super::drawing::{self, DrawRefusals};
 use super::extract::Fields;
-use super::idempotency::{Answers, IdempotencyHeader, Once};
+use super::idempotency::{Answers, IdempotencyHeader, OfGeneration, Once};
 use super::openapi::{ErrorBody, List, ServerEvent};
 use super::pagination::{PageQuery, invalid_query};
 use super::{ApiError, AppState};
@@ -106,25 +106,28 @@ async fn create(
             if validate_only {
                 return Ok(Json(plan_object(&plan)).into_response());
             }
-            match mode {
+            let (id, mut response) = match mode {
                 Mode::Async => {
                     let view = service.queue_generation(&caller, plan).await?;
-                    Ok(accepted(service, &view, &base))
+                    (view.generation.id, accepted(service, &view, &base))
                 }
                 Mode::Wait(seconds) => {
                     let begun = service.begin_generation(&caller, plan).await?;
                     let view = service.wait_begun(&caller, begun, Duration::from_secs(seconds)).await?;
-                    match view.generation.status.is_final() {
-                        true => Ok(Json(object(service, &view, &base)).into_response()),
-                        false => Ok(accepted(service, &view, &base)),
-                    }
+                    let response = match view.generation.status.is_final() {
+                        true => Json(object(service, &view, &base)).into_response(),
+                        false => accepted(service, &view, &base),
+                    };
+                    (view.generation.id, response)
                 }
                 Mode::Stream => {
                     let place = service.stream_place(&caller).await?;
                     let begun = service.begin_generation(&caller, plan).await?;
-                    Ok(streamed(service, caller, begun, base, place))
+                    (begun.view.generation.id, streamed(service, caller, begun, base, place))
                 }
-            }
+            };
+            response.extensions_mut().insert(OfGeneration(id));
+            Ok(response)
         }
     };
     if validate_only {

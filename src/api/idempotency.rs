@@ -96,6 +96,10 @@ impl Answers {
     }
 }
 
+/// An extension of a response that contains a generation, or its events: deleting the generation deletes the stored response.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OfGeneration(pub(super) GenerationId);
+
 /// The caller's key, if one was sent, and the route that it is for.
 #[derive(Debug)]
 pub(super) struct Once {
@@ -270,7 +274,7 @@ impl First {
             keep_ms,
             answer,
         } = self;
-        let keep = async |head, body| keep(&registry, &claim, (keep_ms, answers), head, body).await;
+        let keep = async |head, body| keep(&registry, &claim, keep_ms, head, body).await;
         let working = async {
             // What is made bears the key, unless a retry could not be answered with it.
             let outcome = match answers != Answers::Images {
@@ -281,9 +285,10 @@ impl First {
             // Below, a caller that is gone leaves its answer to the next one.
             match outcome {
                 Ok(response) if response.status().is_success() => {
-                    let head = head_of(&response);
+                    let generation = response.extensions().get().map(|OfGeneration(id)| *id);
+                    let head = (head_of(&response), generation);
                     let (parts, body) = response.into_parts();
-                    if is_stream(&head) {
+                    if is_stream(&head.0) {
                         let (pieces, mut onward) = mpsc::channel(PIECES);
                         let onward = futures::stream::poll_fn(move |context| onward.poll_recv(context));
                         let _ = answer.send(Ok(Response::from_parts(parts, Body::from_stream(onward))));
@@ -364,14 +369,6 @@ async fn pass_on(body: Body, onward: mpsc::Sender<Result<Bytes, axum::Error>>) -
     }
 }
 
-/// The generation that an answer contains: its identifier is the first in it, before anything of a caller's.
-fn generation_in(body: &[u8]) -> Option<GenerationId> {
-    const BEGIN: &[u8] = b"\"id\":\"";
-    let at = body.windows(BEGIN.len()).position(|bytes| bytes == BEGIN)? + BEGIN.len();
-    let length = body[at..].iter().position(|byte| *byte == b'"')?;
-    std::str::from_utf8(&body[at..at + length]).ok()?.parse().ok()
-}
-
 /// Stands for an answer that is not kept and that nothing can be answered with instead.
 async fn not_kept(bytes: usize) -> (StoredAnswer, Bytes) {
     let limit = ANSWER_LIMIT >> 20;
@@ -388,8 +385,8 @@ async fn not_kept(bytes: usize) -> (StoredAnswer, Bytes) {
 async fn keep(
     registry: &Registry,
     claim: &KeyClaim,
-    (keep_ms, answers): (i64, Answers),
-    head: StoredAnswer,
+    keep_ms: i64,
+    (head, generation): (StoredAnswer, Option<GenerationId>),
     body: Collected,
 ) {
     let (head, body) = match body {
@@ -407,7 +404,7 @@ async fn keep(
             }
         },
     };
-    if let (Answers::Generation, Some(id)) = (answers, generation_in(&body)) {
+    if let Some(id) = generation {
         match registry.note_made(claim, id).await {
             Ok(true) => {}
             // It was deleted meanwhile, and its answer with it.
@@ -511,19 +508,6 @@ mod tests {
         assert_eq!(kept.status, 409);
         let told = String::from_utf8(kept.body.to_vec()).unwrap();
         assert!(told.contains("idempotent_answer_not_kept"), "{told}");
-    }
-
-    #[test]
-    fn the_generation_of_an_answer_is_found() {
-        let id = GenerationId::new();
-        for body in [
-            format!("{{\"id\":\"{id}\",\"prompt\":\"x\"}}"),
-            format!("event: queued\ndata: {{\"generation\":{{\"id\":\"{id}\"}}}}\n\n"),
-        ] {
-            assert_eq!(generation_in(body.as_bytes()), Some(id));
-        }
-        assert_eq!(generation_in(b"{\"id\":\"generation_x\"}"), None);
-        assert_eq!(generation_in(b"{\"id\":\""), None);
     }
 
     #[tokio::test]

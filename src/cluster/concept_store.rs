@@ -49,10 +49,7 @@ impl ConceptStore {
         self.cache
             .get_or_insert_async(&concept.hash, async {
                 let limit = model.concept_limit() as u64;
-                let unusable = |problem: &dyn std::fmt::Display| {
-                    let message = format!("The concept `{}` cannot be used: {problem}.", concept.name);
-                    Error::new(ErrorKind::Conflict, "concept_unusable", message)
-                };
+                let unusable = |problem: &dyn std::fmt::Display| Error::concept_unusable(&concept.name, problem);
                 let bytes = match self.blobs.get_within(&concept.hash, limit).await {
                     Err(error @ BlobError::TooLarge(..)) => return Err(unusable(&error)),
                     Err(BlobError::Missing(_)) => {

@@ -25,6 +25,9 @@ pub async fn sweep(registry: Registry, age: Duration, stop: CancellationToken) {
         if let Err(error) = registry.expire_keys().await {
             tracing::warn!(%error, "could not remove expired idempotency keys");
         }
+        if let Err(error) = registry.expire_tallies().await {
+            tracing::warn!(%error, "could not remove outdated counts of rate limits");
+        }
         match registry.expire_holds().await {
             Ok(0) => {}
             Ok(blobs) => tracing::info!(blobs, "removed blobs of interrupted requests"),

@@ -212,15 +212,13 @@ impl Service {
     /// The context tokens of a version that an earlier release has stored, from its file; they are noted for the next time.
     async fn count_tokens(&self, concept: &Concept, version: u32, hash: &str) -> Result<ConceptTokens, Error> {
         let info = self.executor.info();
-        let unusable = |problem: &dyn std::fmt::Display| {
-            let message = format!("The concept `{}` cannot be used: {problem}.", concept.name);
-            Error::new(ErrorKind::Conflict, "concept_unusable", message)
-        };
         let bytes = match self.registry.blobs.get_within(hash, info.concept_limit() as u64).await {
-            Err(error @ BlobError::TooLarge(..)) => return Err(unusable(&error)),
+            Err(error @ BlobError::TooLarge(..)) => return Err(Error::concept_unusable(&concept.name, error)),
             read => read?,
         };
-        let file = info.read_concept(&bytes).map_err(|error| unusable(&error))?;
+        let file = info
+            .read_concept(&bytes)
+            .map_err(|error| Error::concept_unusable(&concept.name, error))?;
         let tokens = ConceptTokens::from(&file.tensors);
         self.registry.note_tokens(concept.id, version, tokens).await?;
         Ok(tokens)

@@ -267,7 +267,7 @@ impl Service {
         let counted = match self.registry.backend() {
             Backend::Postgres => {
                 let counted = self.registry.admit_request(caller.tenant, limit).await?;
-                counted.map_err(|full| (full.drawn, full.wait))
+                counted.map_err(|full| (full.count, full.wait))
             }
             Backend::Sqlite => {
                 let mut tallies = self.tallies.lock();
@@ -313,13 +313,13 @@ impl Service {
         if images > limit {
             return Err(too_many(images, limit));
         }
-        match self.registry.admit(tenant, images, per_minute).await? {
+        match self.registry.admit_images(tenant, images, limit).await? {
             Ok(second) => {
                 admitted.shared = Some((self.registry.clone(), second, images));
                 Ok(admitted)
             }
             Err(full) => {
-                let what = format!("{} images were admitted in the last minute", full.drawn);
+                let what = format!("{} images were admitted in the last minute", full.count);
                 Err(Error::quota_exceeded("pictures_per_minute", limit, full.wait, &what))
             }
         }

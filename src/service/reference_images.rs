@@ -24,7 +24,7 @@ pub(super) fn image_error(error: &ImageError, index: usize, file_name: &str) -> 
 /// An error of the image at `index`, from 0; the message has its file's name too.
 pub fn image_fault(code: &'static str, index: usize, file_name: &str, problem: impl AsRef<str>) -> Error {
     let problem = problem.as_ref();
-    let problem = match printable(file_name) {
+    let problem = match short_name(file_name) {
         name if name.is_empty() => problem.to_owned(),
         name => format!("({name}) {problem}"),
     };
@@ -33,7 +33,7 @@ pub fn image_fault(code: &'static str, index: usize, file_name: &str, problem: i
 
 /// A file's name without its folders, with escapes for what is not printable, and of bounded length: the beginning and
 /// the end, which has the extension.
-fn printable(file_name: &str) -> String {
+fn short_name(file_name: &str) -> String {
     const HEAD: usize = 40;
     const TAIL: usize = 20;
     let name = file_name.rsplit(['/', '\\']).next().unwrap_or_default();
@@ -92,10 +92,10 @@ mod tests {
             ("\u{202e}gnp.exe", "\\u{202e}gnp.exe"),
             ("folder/", ""),
         ] {
-            assert_eq!(printable(name), shown);
+            assert_eq!(short_name(name), shown);
         }
         let long = format!("{}.png", "x".repeat(300));
-        assert_eq!(printable(&long), format!("{}…{}.png", "x".repeat(40), "x".repeat(16)));
-        assert!(printable(&"\u{1b}".repeat(300)).len() < 500);
+        assert_eq!(short_name(&long), format!("{}…{}.png", "x".repeat(40), "x".repeat(16)));
+        assert!(short_name(&"\u{1b}".repeat(300)).len() < 500);
     }
 }

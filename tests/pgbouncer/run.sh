@@ -54,5 +54,5 @@ pooler transaction transaction
 pooler session session
 COAR_TEST_POOLER="postgres://coar@127.0.0.1:$(cat "$work/transaction.port")/postgres" \
     COAR_TEST_DATABASE="postgres://coar@127.0.0.1:$(cat "$work/session.port")/postgres" \
-    cargo test -q -p coar-registry --lib postgres::
+    scripts/crate-tests.sh coar-registry postgres::
 echo "ok       PgBouncer: transaction mode is refused, session mode passes"

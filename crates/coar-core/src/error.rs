@@ -101,6 +101,12 @@ impl Error {
         error.limit(limit).retry_after(wait)
     }
 
+    /// The stored file of a concept does not fit the model.
+    pub fn concept_unusable(name: &str, problem: impl std::fmt::Display) -> Self {
+        let message = format!("The concept `{name}` cannot be used: {problem}.");
+        Self::new(ErrorKind::Conflict, "concept_unusable", message)
+    }
+
     /// An internal error; its cause is logged here and not returned.
     pub fn internal(cause: impl std::fmt::Display) -> Self {
         tracing::error!(%cause, "internal error");

@@ -60,7 +60,7 @@ impl ServerSecrets {
 
 /// The secrets that this process knows, shared by all that use them.
 #[derive(Debug, Clone)]
-pub struct SharedSecrets(Arc<RwLock<ServerSecrets>>);
+pub struct SharedSecrets(Arc<RwLock<Arc<ServerSecrets>>>);
 
 impl SharedSecrets {
     /// One secret that does not change.
@@ -73,11 +73,11 @@ impl SharedSecrets {
 
     /// As they were read.
     pub fn new(secrets: ServerSecrets) -> Self {
-        Self(Arc::new(RwLock::new(secrets)))
+        Self(Arc::new(RwLock::new(Arc::new(secrets))))
     }
 
     /// What is known now.
-    pub fn get(&self) -> ServerSecrets {
+    pub fn get(&self) -> Arc<ServerSecrets> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -86,7 +86,7 @@ impl SharedSecrets {
     /// # Errors
     /// When the database fails; what was known stays.
     pub async fn refresh(&self, registry: &Registry) -> Result<(), RegistryError> {
-        let secrets = registry.server_secrets().await?;
+        let secrets = Arc::new(registry.server_secrets().await?);
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = secrets;
         Ok(())
     }

@@ -88,11 +88,19 @@ pub struct Usage {
     pub bytes: u64,
 }
 
-/// The tenant's images of the last minute leave no capacity for more.
+/// What a tenant's rate limits count, or the limits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Tally {
+    images: i64,
+    requests: i64,
+}
+
+/// The images or requests of the last minute leave no room for more under the tenant's rate limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MinuteFull {
-    pub drawn: u32,
-    /// Until enough of them are a minute old.
+    /// Images or requests of the last minute.
+    pub count: u32,
+    /// Until the oldest of them is a minute old.
     pub wait: Duration,
 }
 
@@ -370,48 +378,21 @@ impl Registry {
     ///
     /// # Errors
     /// When the database fails.
-    pub async fn admit(
+    pub async fn admit_images(
         &self,
         id: TenantId,
         images: u32,
-        per_minute: Option<u32>,
+        per_minute: u32,
     ) -> Result<Result<i64, MinuteFull>, RegistryError> {
-        let second = self.lease_time().await? / 1000;
-        let mut transaction = self.write().await?;
-        self.hold_name(&mut transaction, "tally", &id.to_string()).await?;
-        let (drawn, oldest): (i64, i64) = sqlx::query_as(
-            "SELECT CAST(coalesce(sum(pictures), 0) AS BIGINT), coalesce(min(second), $3) FROM picture_tallies
-             WHERE tenant_id = $1 AND second > $2 AND pictures > 0",
-        )
-        .bind(id.to_string())
-        .bind(second - 60)
-        .bind(second)
-        .fetch_one(&mut *transaction)
-        .await?;
-        if let Some(limit) = per_minute
-            && drawn + i64::from(images) > i64::from(limit)
-        {
-            return Ok(Err(MinuteFull {
-                drawn: u32::try_from(drawn).unwrap_or(u32::MAX),
-                wait: Duration::from_secs(u64::try_from(oldest + 60 - second).unwrap_or(1).max(1)),
-            }));
-        }
-        sqlx::query("DELETE FROM picture_tallies WHERE tenant_id = $1 AND second <= $2")
-            .bind(id.to_string())
-            .bind(second - 60)
-            .execute(&mut *transaction)
-            .await?;
-        sqlx::query(
-            "INSERT INTO picture_tallies (tenant_id, second, pictures) VALUES ($1, $2, $3)
-             ON CONFLICT (tenant_id, second) DO UPDATE SET pictures = picture_tallies.pictures + excluded.pictures",
-        )
-        .bind(id.to_string())
-        .bind(second)
-        .bind(i64::from(images))
-        .execute(&mut *transaction)
-        .await?;
-        transaction.commit().await?;
-        Ok(Ok(second))
+        let images = Tally {
+            images: images.into(),
+            requests: 0,
+        };
+        let limits = Tally {
+            images: per_minute.into(),
+            requests: i64::MAX,
+        };
+        self.count_within(id, images, limits).await
     }
 
     /// Rate-limits requests across all processes: counts one in the current second, unless that would exceed the
@@ -420,42 +401,78 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn admit_request(&self, id: TenantId, per_minute: u32) -> Result<Result<(), MinuteFull>, RegistryError> {
+        let request = Tally { images: 0, requests: 1 };
+        let limits = Tally {
+            images: i64::MAX,
+            requests: per_minute.into(),
+        };
+        Ok(self.count_within(id, request, limits).await?.map(|_| ()))
+    }
+
+    /// Adds to the counts of the current second, unless those of the last minute would then exceed a limit.
+    async fn count_within(
+        &self,
+        id: TenantId,
+        more: Tally,
+        limits: Tally,
+    ) -> Result<Result<i64, MinuteFull>, RegistryError> {
         let second = self.lease_time().await? / 1000;
         let mut transaction = self.write().await?;
         self.hold_name(&mut transaction, "tally", &id.to_string()).await?;
-        let (made, oldest): (i64, i64) = sqlx::query_as(
-            "SELECT CAST(coalesce(sum(requests), 0) AS BIGINT), coalesce(min(second), $3) FROM picture_tallies
-             WHERE tenant_id = $1 AND second > $2 AND requests > 0",
+        let counted = sqlx::query(
+            "INSERT INTO picture_tallies (tenant_id, second, pictures, requests)
+             SELECT $1, $2, $3, $4 FROM
+                 (SELECT CAST(coalesce(sum(pictures), 0) AS BIGINT) AS pictures,
+                         CAST(coalesce(sum(requests), 0) AS BIGINT) AS requests
+                  FROM picture_tallies WHERE tenant_id = $1 AND second > $5) AS minute
+             WHERE pictures <= $6 AND requests <= $7
+             ON CONFLICT (tenant_id, second) DO UPDATE SET pictures = picture_tallies.pictures + excluded.pictures,
+                 requests = picture_tallies.requests + excluded.requests",
+        )
+        .bind(id.to_string())
+        .bind(second)
+        .bind(more.images)
+        .bind(more.requests)
+        .bind(second - 60)
+        .bind(limits.images - more.images)
+        .bind(limits.requests - more.requests)
+        .execute(&mut *transaction)
+        .await?;
+        if counted.rows_affected() > 0 {
+            transaction.commit().await?;
+            return Ok(Ok(second));
+        }
+        let (count, oldest): (i64, i64) = sqlx::query_as(
+            "SELECT CAST(coalesce(sum(counted), 0) AS BIGINT), coalesce(min(second), $4) FROM
+                 (SELECT second, CASE WHEN $3 > 0 THEN requests ELSE pictures END AS counted FROM picture_tallies
+                  WHERE tenant_id = $1 AND second > $2) AS minute
+             WHERE counted > 0",
         )
         .bind(id.to_string())
         .bind(second - 60)
+        .bind(more.requests)
         .bind(second)
         .fetch_one(&mut *transaction)
         .await?;
-        if made >= i64::from(per_minute) {
-            return Ok(Err(MinuteFull {
-                drawn: u32::try_from(made).unwrap_or(u32::MAX),
-                wait: Duration::from_secs(u64::try_from(oldest + 60 - second).unwrap_or(1).max(1)),
-            }));
-        }
-        sqlx::query("DELETE FROM picture_tallies WHERE tenant_id = $1 AND second <= $2")
-            .bind(id.to_string())
-            .bind(second - 60)
-            .execute(&mut *transaction)
-            .await?;
-        sqlx::query(
-            "INSERT INTO picture_tallies (tenant_id, second, pictures, requests) VALUES ($1, $2, 0, 1)
-             ON CONFLICT (tenant_id, second) DO UPDATE SET requests = picture_tallies.requests + 1",
-        )
-        .bind(id.to_string())
-        .bind(second)
-        .execute(&mut *transaction)
-        .await?;
-        transaction.commit().await?;
-        Ok(Ok(()))
+        Ok(Err(MinuteFull {
+            count: u32::try_from(count).unwrap_or(u32::MAX),
+            wait: Duration::from_secs(u64::try_from(oldest + 60 - second).unwrap_or(1).max(1)),
+        }))
     }
 
-    /// Takes back what [`Self::admit`] counted in that second.
+    /// Removes counts that are older than any rate limit looks at.
+    ///
+    /// # Errors
+    /// When the database fails.
+    pub async fn expire_tallies(&self) -> Result<(), RegistryError> {
+        sqlx::query("DELETE FROM picture_tallies WHERE second <= $1")
+            .bind(self.lease_time().await? / 1000 - 60)
+            .execute(&self.pools.writes)
+            .await?;
+        Ok(())
+    }
+
+    /// Takes back what [`Self::admit_images`] counted in that second.
     ///
     /// # Errors
     /// When the database fails.

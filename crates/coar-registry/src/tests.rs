@@ -272,3 +272,35 @@ async fn schema_2_keeps_queued_and_running_jobs() {
     let refused = Registry::open(dir.path()).await;
     assert!(matches!(refused, Err(RegistryError::Newer(schema)) if schema == "99"));
 }
+
+#[tokio::test]
+async fn rate_limits_count_images_and_requests_apart() {
+    let (_dir, registry) = test_registry().await;
+    let one = TenantId::DEFAULT;
+    let two = registry.add_tenant("two", Quotas::default()).await.unwrap().id;
+    let second = registry.admit_images(one, 3, 5).await.unwrap().unwrap();
+    for _ in 0..2 {
+        registry.admit_request(one, 2).await.unwrap().unwrap();
+    }
+    let full = registry.admit_request(one, 2).await.unwrap().unwrap_err();
+    assert_eq!(full.count, 2);
+    assert!(full.wait <= std::time::Duration::from_secs(60), "{full:?}");
+    let full = registry.admit_images(one, 3, 5).await.unwrap().unwrap_err();
+    assert_eq!(full.count, 3);
+    registry.admit_images(one, 2, 5).await.unwrap().unwrap();
+    registry.take_back(one, second, 3).await.unwrap();
+    registry.admit_images(one, 3, 5).await.unwrap().unwrap();
+    registry.admit_request(two, 2).await.unwrap().unwrap();
+    // What is a minute old no longer counts, and is removed.
+    sqlx::query("UPDATE picture_tallies SET second = second - 60")
+        .execute(&registry.pools.writes)
+        .await
+        .unwrap();
+    registry.admit_request(one, 1).await.unwrap().unwrap();
+    registry.expire_tallies().await.unwrap();
+    let (left,): (i64,) = sqlx::query_as("SELECT count(*) FROM picture_tallies")
+        .fetch_one(&registry.pools.reads)
+        .await
+        .unwrap();
+    assert_eq!(left, 1);
+}

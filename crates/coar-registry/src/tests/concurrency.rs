@@ -238,7 +238,7 @@ impl Caller {
         let key = call!(self, add_key(&new))?;
         call!(self, note_key_use(&key));
         call!(self, revoke_key(key.id));
-        let second = call!(self, admit(tenant.id, 2, Some(3)))?;
+        let second = call!(self, admit_images(tenant.id, 2, 3))?;
         if let Ok(second) = second {
             call!(self, take_back(tenant.id, second, 2));
         }
