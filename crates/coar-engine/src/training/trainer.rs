@@ -251,6 +251,20 @@ impl Trainer {
         tch::with_grad(|| self.optimize(model))
     }
 
+    /// Advances until the next optimizer step is done. `None` if the training is finished.
+    ///
+    /// # Errors
+    /// As [`Self::advance`].
+    pub fn next_step(&mut self, model: &LuminaMgpt) -> Result<Option<StepLosses>, ModelError> {
+        loop {
+            match self.advance(model)? {
+                Advance::Step(losses) => return Ok(Some(losses)),
+                Advance::Finished => return Ok(None),
+                _ => {}
+            }
+        }
+    }
+
     /// An image of the next step whose tokens have no weights yet.
     fn unweighed(&self) -> Option<usize> {
         let emphasis = self.emphasis.as_ref()?;
