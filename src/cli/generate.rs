@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::local::{DataArgs, block_on, service};
 use super::progress::ProgressLines;
 use super::remote;
+use super::sampling::SamplingArgs;
 use crate::client::{Client, Draw};
 use crate::config::ModelArgs;
 use crate::jobs::DrawEvent;
@@ -25,24 +26,8 @@ use crate::service::{Caller, GenerateInput};
 pub(super) struct GenerateArgs {
     /// What to draw; concepts are written as <name>.
     prompt: String,
-    /// How many images.
-    #[arg(short = 'n', long, default_value_t = 1)]
-    count: u32,
-    /// WIDTHxHEIGHT in pixels, from the model's list (`coar inspect` prints it). Default: its square size.
-    #[arg(long)]
-    size: Option<String>,
-    /// Default: random; it is printed.
-    #[arg(long)]
-    seed: Option<u64>,
-    /// How strongly the prompt counts; 1 switches guidance off. Default: the model's (2 on the pocket model, 4 on a 7B).
-    #[arg(long)]
-    guidance_scale: Option<f64>,
-    /// 0 takes the most likely code every time. Default: the model's, 1.
-    #[arg(long)]
-    temperature: Option<f64>,
-    /// Codes to choose from at each step; 0: all. Default: the model's (20 on the pocket model, 2000 on a 7B).
-    #[arg(long)]
-    top_k: Option<u32>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// Lets concepts in one prompt see each other; to measure what the identity mask does.
     #[arg(long)]
     no_identity_mask: bool,
@@ -67,40 +52,31 @@ impl GenerateArgs {
     fn draw(&self) -> Draw {
         Draw {
             prompt: self.prompt.clone(),
-            n: self.count,
-            size: self.size.clone(),
-            seed: self.seed,
-            guidance_scale: self.guidance_scale,
-            temperature: self.temperature,
-            top_k: self.top_k,
+            n: self.sampling.count,
+            size: self.sampling.size.clone(),
+            seed: self.sampling.seed,
+            guidance_scale: self.sampling.guidance_scale,
+            temperature: self.sampling.temperature,
+            top_k: self.sampling.top_k,
             identity_mask: self.no_identity_mask.then_some(false),
             output_format: None,
         }
     }
 
-    fn size(&self) -> anyhow::Result<Option<(u32, u32)>> {
-        let Some(text) = &self.size else { return Ok(None) };
-        let size = text
-            .split_once('x')
-            .and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
-        size.map(Some)
-            .ok_or_else(|| anyhow::anyhow!("--size is `{text}`; expected WIDTHxHEIGHT, such as 96x96"))
-    }
-
     async fn generate(self) -> anyhow::Result<()> {
-        let size = self.size()?;
+        let size = self.sampling.size()?;
         let (service, _engine) = service(&self.data, &self.model).await?;
         let plan = service
             .plan(
                 &Caller::LOCAL,
                 GenerateInput {
                     prompt: self.prompt.clone(),
-                    count: Some(self.count),
+                    count: Some(self.sampling.count),
                     size,
-                    seed: self.seed,
-                    guidance_scale: self.guidance_scale,
-                    temperature: self.temperature,
-                    top_k: self.top_k,
+                    seed: self.sampling.seed,
+                    guidance_scale: self.sampling.guidance_scale,
+                    temperature: self.sampling.temperature,
+                    top_k: self.sampling.top_k,
                     identity_mask: Some(!self.no_identity_mask),
                     ..GenerateInput::default()
                 },

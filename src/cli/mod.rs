@@ -15,6 +15,8 @@ pub mod model;
 mod printable;
 mod progress;
 mod remote;
+/// The flags of commands that draw images.
+pub mod sampling;
 mod serve;
 mod train;
 

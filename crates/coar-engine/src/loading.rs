@@ -136,15 +136,21 @@ impl ModelSource {
         name.unwrap_or_else(|| "coar-pocket".to_owned())
     }
 
+    /// What the flags select.
+    fn resolve(&self) -> Result<(Device, CheckpointFiles, Kind), LoadError> {
+        let (device, files) = (self.device()?, self.files()?);
+        let kind = self.kind(device, &files)?;
+        Ok((device, files, kind))
+    }
+
     /// Loads the model on this thread.
     ///
     /// # Errors
     /// When a file or tensor is missing or misshapen.
     pub fn load(&self) -> Result<(LuminaMgpt, ModelInfo), LoadError> {
-        let device = self.device()?;
+        let (device, files, kind) = self.resolve()?;
         set_threads(self.threads);
-        let files = self.files()?;
-        let model = LuminaMgpt::load(&files, device, self.kind(device, &files)?, self.target_size)?;
+        let model = LuminaMgpt::load(&files, device, kind, self.target_size)?;
         // CUDA graphs cannot be captured on the default stream.
         synchronize(device)?;
         use_own_stream(device)?;
@@ -157,8 +163,8 @@ impl ModelSource {
     /// # Errors
     /// As [`Self::load`].
     pub fn start_engine(&self, mut options: EngineOptions) -> Result<EngineHandle, LoadError> {
-        let (device, files, id) = (self.device()?, self.files()?, self.id());
-        let (kind, target) = (self.kind(device, &files)?, self.target_size);
+        let (device, files, kind) = self.resolve()?;
+        let (id, target) = (self.id(), self.target_size);
         options.threads = self.threads;
         Ok(start(options, move || {
             let model = LuminaMgpt::load(&files, device, kind, target)?;
@@ -176,10 +182,13 @@ pub fn describe(model: &LuminaMgpt, id: String) -> ModelInfo {
         Some("designers") => Preset::Designers,
         _ => Preset::Paper,
     };
-    // Without guidance and slightly below the training temperature: the best quality in the designers' world, at
-    // half the cost.
+    // The defaults are constants because no checkpoint contains them: the reference passes its own as arguments of its
+    // inference script, and config.json of the two small models has only the preset's name. With a field for each,
+    // existing checkpoints would still need these values.
     let (guidance, temperature) = match preset {
         Preset::Pocket => (2.0, 1.0),
+        // Without guidance and slightly below the training temperature: the best quality in the designers' world, at
+        // half the cost.
         Preset::Designers => (1.0, 0.7),
         Preset::Paper => (4.0, 1.0),
     };

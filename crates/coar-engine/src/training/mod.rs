@@ -8,6 +8,7 @@ mod memory;
 /// The update rules of trainable tensors.
 pub mod optimizer;
 mod passes;
+mod prior;
 mod references;
 mod start;
 mod step;
@@ -16,8 +17,9 @@ mod trainer;
 pub use losses::next_token;
 pub use memory::{Estimate, StepSize};
 pub use passes::{Graph, Row, observed_logits, row_logits, rows, token_logits};
+pub use prior::PRIOR_SEED;
 pub use references::{Reference, References};
-pub use trainer::{Advance, PRIOR_SEED, Trainer};
+pub use trainer::{Advance, Trainer};
 
 #[cfg(test)]
 pub(crate) mod tests {

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -136,6 +137,23 @@ impl References {
         view.image = model.image_ids(&codes, self.size.0, self.size.1)?.1;
         view.codes = codes;
         Ok(other)
+    }
+
+    /// The views of one optimizer step.
+    pub(super) fn batch(&self, spec: &TrainingSpec, rng: &mut ChaCha8Rng) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.len()).collect();
+        order.shuffle(rng);
+        let count = spec.batch_size as usize;
+        (0..count)
+            .take(count.min(if spec.augment { count } else { self.len() }))
+            .map(|index| {
+                let views = self.views(order[index % order.len()]);
+                match spec.augment {
+                    true => views.start + rng.random_range(0..views.len()),
+                    false => views.start,
+                }
+            })
+            .collect()
     }
 
     /// Number of images.

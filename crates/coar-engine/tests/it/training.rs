@@ -25,7 +25,7 @@ fn references() -> Vec<RgbImage> {
 }
 
 fn finish(trainer: &mut Trainer, model: &LuminaMgpt) {
-    while trainer.advance(model).unwrap() != Advance::Finished {}
+    while trainer.next_step(model).unwrap().is_some() {}
 }
 
 #[test]

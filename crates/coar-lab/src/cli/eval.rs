@@ -3,13 +3,14 @@
 mod dreambench;
 mod methods;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
 use crate::eval::judge::Judge;
 use crate::eval::{EvalOptions, evaluate};
 use coar::config::ModelArgs;
+use coar_engine::model::ModelError;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum EvalCommand {
@@ -87,6 +88,14 @@ fn settings(text: Option<&str>) -> anyhow::Result<serde_json::Map<String, serde_
     )
 }
 
+/// The judge in `file`, or the one beside the checkpoint.
+fn read_judge(file: Option<&Path>, model: &ModelArgs) -> Result<Judge, ModelError> {
+    match file {
+        Some(file) => Judge::read(file),
+        None => Judge::read(&model.files()?.dir.join("judge.safetensors")),
+    }
+}
+
 impl PocketArgs {
     fn run(self) -> anyhow::Result<()> {
         for part in &self.without {
@@ -96,11 +105,7 @@ impl PocketArgs {
             );
         }
         let (model, info) = self.model.load()?;
-        let file = match &self.judge {
-            Some(file) => file.clone(),
-            None => self.model.files()?.dir.join("judge.safetensors"),
-        };
-        let judge = Judge::read(&file)?;
+        let judge = read_judge(self.judge.as_deref(), &self.model)?;
         let with = |part: &str| !self.quick && !self.without.iter().any(|other| other == part);
         let options = EvalOptions {
             seed: self.seed,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use coar::cli::sampling::SamplingArgs;
 use coar::config::ModelArgs;
 use coar_core::engine::SamplingParams;
 use coar_core::image::{ImageLimits, OutputFormat, RgbImage, decode, encode};
@@ -114,24 +115,8 @@ pub(super) struct GenerateArgs {
     file: PathBuf,
     /// The prompt; only the file's own <name> may be used in it.
     prompt: String,
-    /// Number of images.
-    #[arg(short = 'n', long, default_value_t = 1)]
-    count: u32,
-    /// WIDTHxHEIGHT in pixels, from the model's list (`coar inspect` prints it). Default: its square size.
-    #[arg(long)]
-    size: Option<String>,
-    /// Default: random; it is printed.
-    #[arg(long)]
-    seed: Option<u64>,
-    /// Guidance scale; 1 disables guidance. Default: the model's.
-    #[arg(long)]
-    guidance_scale: Option<f64>,
-    /// 0 always takes the most likely code. Default: the model's.
-    #[arg(long)]
-    temperature: Option<f64>,
-    /// Codes to sample from at each step. Default: the model's.
-    #[arg(long)]
-    top_k: Option<u32>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// Folder for the images.
     #[arg(short, long, default_value = ".", value_name = "DIR")]
     out: PathBuf,
@@ -140,38 +125,34 @@ pub(super) struct GenerateArgs {
 }
 
 impl GenerateArgs {
-    fn size(&self) -> anyhow::Result<Option<(u32, u32)>> {
-        let Some(text) = &self.size else { return Ok(None) };
-        let size = text
-            .split_once('x')
-            .and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
-        size.map(Some)
-            .ok_or_else(|| anyhow::anyhow!("--size is `{text}`; expected WIDTHxHEIGHT, such as 96x96"))
-    }
-
     fn run(self) -> anyhow::Result<()> {
-        anyhow::ensure!((1..=64).contains(&self.count), "-n is {}; expected 1 to 64", self.count);
+        let sampling = &self.sampling;
+        anyhow::ensure!(
+            (1..=64).contains(&sampling.count),
+            "-n is {}; expected 1 to 64",
+            sampling.count
+        );
         let (model, info) = self.model.load()?;
         let base = BaseWeights::read(&model, &self.model.files()?.dir)?;
         let (tuned, concept) = TuningFile::read(&self.file)?.apply(&model, &base)?;
-        let size = self.size()?.unwrap_or(info.sizes[0]);
+        let size = sampling.size()?.unwrap_or(info.sizes[0]);
         anyhow::ensure!(
             info.sizes.contains(&size),
             "--size is {}x{}, which this model does not support",
             size.0,
             size.1
         );
-        let seed = self.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
+        let seed = sampling.seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
         let settings = DrawSettings {
             sampling: SamplingParams {
                 width: size.0,
                 height: size.1,
-                guidance_scale: self.guidance_scale.unwrap_or(info.default_guidance_scale),
-                temperature: self.temperature.unwrap_or(info.default_temperature),
-                top_k: self.top_k.unwrap_or(info.default_top_k),
+                guidance_scale: sampling.guidance_scale.unwrap_or(info.default_guidance_scale),
+                temperature: sampling.temperature.unwrap_or(info.default_temperature),
+                top_k: sampling.top_k.unwrap_or(info.default_top_k),
                 ..info.sampling(seed)
             },
-            images: 0..u64::from(self.count),
+            images: 0..u64::from(sampling.count),
         };
         let images = draw_alone(&tuned, &self.prompt, &[&concept], &settings)?;
         std::fs::create_dir_all(&self.out)?;

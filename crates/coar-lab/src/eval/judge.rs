@@ -17,7 +17,7 @@ use coar_core::image::RgbImage;
 use coar_engine::model::lumina::pixels;
 use coar_engine::model::weights::{Checkpoint, Target, TensorSource};
 use coar_engine::model::{ModelError, Vqgan};
-use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
+use coar_engine::training::optimizer::{Optimizer, Rule};
 
 /// The judge's questions, with the number of answers.
 pub const HEADS: [(&str, i64); 7] = [
@@ -160,12 +160,7 @@ pub fn train_judge(vqgan: &Vqgan, steps: i64, file: &Path) -> Result<Vec<(String
     let parameters = Parameters::default();
     let judge = Judge::load(&parameters)?;
     let rule = Rule::AdamW { weight_decay: 0.02 };
-    let trained = parameters
-        .all()
-        .into_iter()
-        .map(|(name, tensor)| Parameter { name, tensor, rule })
-        .collect();
-    let mut optimizer = Optimizer::new(trained, (0.9, 0.99))?;
+    let mut optimizer = Optimizer::new(parameters.trained(|_, _| rule), (0.9, 0.99))?;
     while optimizer.steps() < steps {
         let step = optimizer.steps();
         let picked: Vec<usize> = (0..BATCH).map(|_| rng.random_range(held_back..PICTURES)).collect();

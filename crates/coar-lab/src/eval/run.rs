@@ -21,7 +21,7 @@ use coar_core::training::TrainingSpec;
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::plan::{DrawSettings, draw_together};
-use coar_engine::training::{Advance, Reference, Trainer, next_token, token_logits};
+use coar_engine::training::{Reference, Trainer, next_token, token_logits};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -176,7 +176,7 @@ impl Run<'_> {
                 }
             }
         }
-        while trainer.advance(self.model)? != Advance::Finished {}
+        while trainer.next_step(self.model)?.is_some() {}
         Ok(Trained {
             file: trainer.concept_file(self.model.fingerprint())?,
             seconds: begun.elapsed().as_secs_f64() + saved,

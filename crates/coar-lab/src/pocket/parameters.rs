@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use coar_engine::model::ModelError;
 use coar_engine::model::weights::TensorSource;
+use coar_engine::training::optimizer::{Parameter, Rule};
 
 /// f32 leaves by name; created on first use by a network.
 #[derive(Debug)]
@@ -39,6 +40,16 @@ impl Parameters {
             .iter()
             .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
             .collect()
+    }
+
+    /// Every leaf with its update rule, for an optimizer.
+    pub fn trained(&self, rule: impl Fn(&str, &Tensor) -> Rule) -> Vec<Parameter> {
+        let with_rule = |(name, tensor): (String, Tensor)| Parameter {
+            rule: rule(&name, &tensor),
+            name,
+            tensor,
+        };
+        self.all().into_iter().map(with_rule).collect()
     }
 
     /// Total number of values.

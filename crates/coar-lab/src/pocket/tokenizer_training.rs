@@ -16,7 +16,7 @@ use coar_core::image::RgbImage;
 use coar_engine::model::lumina::pixels;
 use coar_engine::model::vqgan::{EncoderDecoderConfig, VqganConfig, nearest};
 use coar_engine::model::{ModelError, Vqgan};
-use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
+use coar_engine::training::optimizer::{Optimizer, Rule};
 
 /// The settings that determine the trained tokenizer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -135,16 +135,8 @@ pub fn train_tokenizer(recipe: &TokenizerRecipe, dir: &Path) -> Result<(), Model
     let config = tokenizer_config();
     let parameters = Parameters::default();
     Vqgan::load(&config, &parameters)?;
-    let trained = parameters
-        .all()
-        .into_iter()
-        .filter(|(name, _)| name != CODEBOOK)
-        .map(|(name, tensor)| Parameter {
-            name,
-            tensor,
-            rule: Rule::AdamW { weight_decay: 1e-4 },
-        })
-        .collect();
+    let mut trained = parameters.trained(|_, _| Rule::AdamW { weight_decay: 1e-4 });
+    trained.retain(|parameter| parameter.name != CODEBOOK);
     let mut optimizer = Optimizer::new(trained, (0.9, 0.95))?;
     let mut codebook = Codebook::new(config.n_embed, config.embed_dim, Device::Cpu)?;
     let checkpoint = dir.join("tokenizer.checkpoint");

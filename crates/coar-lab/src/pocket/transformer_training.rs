@@ -15,7 +15,7 @@ use super::sequences::{Corpus, Sequence};
 use coar_engine::model::context::{ContextBatch, LayerContext};
 use coar_engine::model::transformer::LayerPoint;
 use coar_engine::model::{ModelConfig, ModelError, Transformer};
-use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
+use coar_engine::training::optimizer::{Optimizer, Rule};
 
 /// The settings that determine the trained transformer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -219,6 +219,14 @@ pub(super) fn statistics(network: &Transformer, batch: &Batch) -> Result<SlotSta
     })
 }
 
+/// Muon for the layers' matrices, AdamW for vectors and embeddings.
+pub(super) fn update_rule(name: &str, tensor: &Tensor) -> Rule {
+    match name.contains(".layers.") && tensor.dim() == 2 && !name.contains("norm") {
+        true => Rule::Muon { weight_decay: 0.05 },
+        false => Rule::AdamW { weight_decay: 0.0 },
+    }
+}
+
 /// Mean cross-entropy of image tokens, in nats.
 pub(super) fn loss(network: &Transformer, batch: &Batch, context: Option<&ContextBatch>) -> Result<Tensor, ModelError> {
     let hidden = network.forward(&batch.ids, context)?;
@@ -242,18 +250,7 @@ pub fn train_transformer(
     let parameters = Parameters::default();
     Transformer::load(config, &parameters)?;
     tracing::info!(parameters = parameters.count(), "transformer");
-    let trained = parameters
-        .all()
-        .into_iter()
-        .map(|(name, tensor)| {
-            let rule = match name.contains(".layers.") && tensor.dim() == 2 && !name.contains("norm") {
-                true => Rule::Muon { weight_decay: 0.05 },
-                false => Rule::AdamW { weight_decay: 0.0 },
-            };
-            Parameter { name, tensor, rule }
-        })
-        .collect();
-    let mut optimizer = Optimizer::new(trained, (0.9, 0.95))?;
+    let mut optimizer = Optimizer::new(parameters.trained(update_rule), (0.9, 0.95))?;
     let checkpoint = dir.join("transformer.checkpoint");
     if checkpoint.exists() {
         let saved = load(&checkpoint)?;

@@ -18,6 +18,9 @@ use clap::Subcommand;
 use serde_json::Value;
 use tch::{Device, Kind};
 
+use coar::config::{EngineArgs, ModelArgs};
+use coar_core::engine::EngineHandle;
+use coar_engine::device::EngineOptions;
 use coar_engine::model::weights::{Checkpoint, Target};
 use coar_engine::model::{ModelConfig, ModelError, Transformer, accelerator};
 
@@ -91,6 +94,16 @@ fn quantile(values: &mut [f64], at: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     let last = values.len().saturating_sub(1);
     values.get((at * last as f64).round() as usize).copied().unwrap_or(0.0)
+}
+
+/// An engine that refuses none of `requests` at once.
+async fn start_engine(model: &ModelArgs, engine: &EngineArgs, requests: usize) -> anyhow::Result<EngineHandle> {
+    let options = EngineOptions {
+        queue: engine.queue.max(2 * requests),
+        ..engine.options()
+    };
+    let source = model.source();
+    Ok(tokio::task::spawn_blocking(move || source.start_engine(options)).await??)
 }
 
 fn weight_kind(dtype: &str) -> anyhow::Result<Kind> {

@@ -15,7 +15,6 @@ use coar_core::engine::{
     TrainingRequest, TrainingStream,
 };
 use coar_core::training::TrainingSpec;
-use coar_engine::device::EngineOptions;
 
 /// Generate many images at once through the engine, as the server does: throughput and latency without concepts,
 /// with the same one and with all different ones; one after the other; and beside a training.
@@ -172,20 +171,12 @@ async fn training_speed(
 
 impl ServeBenchArgs {
     pub(in crate::cli) fn run(self) -> anyhow::Result<()> {
-        tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .build()?
-            .block_on(self.measure())
+        crate::cli::block_on(self.measure())
     }
 
     async fn measure(self) -> anyhow::Result<()> {
-        let options = EngineOptions {
-            queue: self.engine.queue.max(2 * self.requests),
-            ..self.engine.options()
-        };
-        let model = self.model.clone();
         let begun = Instant::now();
-        let engine = tokio::task::spawn_blocking(move || model.source().start_engine(options)).await??;
+        let engine = super::start_engine(&self.model, &self.engine, self.requests).await?;
         let loaded = begun.elapsed().as_secs_f64();
         let info = engine.info().clone();
         let requests = |of: fn(&ModelInfo, usize) -> Option<ConceptUse>| -> Vec<GenerateRequest> {

@@ -14,7 +14,6 @@ use super::{megabytes, resident_memory};
 use coar::config::{EngineArgs, ModelArgs};
 use coar_core::concept::ConceptKind;
 use coar_core::engine::{EngineHandle, GenerateRequest, GenerationEvent, ModelInfo, SamplingParams};
-use coar_engine::device::EngineOptions;
 
 /// Send requests of mixed sizes, concepts, guidance and counts through the engine, and cancel some of them while
 /// they wait or run; compare finished images with the same request alone; compare memory before and after. The exit
@@ -263,12 +262,7 @@ impl SoakArgs {
     }
 
     async fn soak(self) -> anyhow::Result<()> {
-        let options = EngineOptions {
-            queue: self.engine.queue.max(2 * self.at_once),
-            ..self.engine.options()
-        };
-        let model = self.model.clone();
-        let engine = tokio::task::spawn_blocking(move || model.source().start_engine(options)).await??;
+        let engine = super::start_engine(&self.model, &self.engine, self.at_once).await?;
         let (start, begun) = (resident_memory(), Instant::now());
         let mix = Mix {
             requests: self.requests,

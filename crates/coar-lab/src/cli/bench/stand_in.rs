@@ -40,18 +40,15 @@ impl StandInArgs {
             Role::Worker => config.worker_listen.into(),
             Role::All | Role::Api => config.listen.clone(),
         };
-        tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .build()?
-            .block_on(async move {
-                let listener = coar::app::Listener::bind(&address).await?;
-                let stop = CancellationToken::new();
-                tokio::spawn(coar::app::signalled(stop.clone()));
-                let load = move || {
-                    let (model, info) = model.load()?;
-                    Ok(stand_in(pace, &model, info)?)
-                };
-                coar::app::serve(config, listener, load, stop).await
-            })
+        crate::cli::block_on(async move {
+            let listener = coar::app::Listener::bind(&address).await?;
+            let stop = CancellationToken::new();
+            tokio::spawn(coar::app::signalled(stop.clone()));
+            let load = move || {
+                let (model, info) = model.load()?;
+                Ok(stand_in(pace, &model, info)?)
+            };
+            coar::app::serve(config, listener, load, stop).await
+        })
     }
 }

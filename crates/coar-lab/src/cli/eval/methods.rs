@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::settings;
-use crate::eval::judge::Judge;
+use super::{read_judge, settings};
 use crate::eval::methods::evidence::{table, write_report};
 use crate::eval::methods::{Evidence, MethodsOptions, evaluate_methods};
 use coar::config::ModelArgs;
@@ -113,12 +112,7 @@ impl MethodsArgs {
         let settings = settings(self.settings.as_deref())?;
         let (model, info) = self.model.load()?;
         let files = self.model.files()?;
-        let judge = Judge::read(
-            &self
-                .judge
-                .clone()
-                .unwrap_or_else(|| files.dir.join("judge.safetensors")),
-        )?;
+        let judge = read_judge(self.judge.as_deref(), &self.model)?;
         let seeds = self.seeds.unwrap_or(if self.quick { 1 } else { 3 });
         let count = match self.subjects.as_slice() {
             [only] => only.parse().ok(),

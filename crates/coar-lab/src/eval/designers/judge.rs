@@ -20,7 +20,7 @@ use coar_core::image::RgbImage;
 use coar_engine::model::ModelError;
 use coar_engine::model::lumina::pixels;
 use coar_engine::training::next_token;
-use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
+use coar_engine::training::optimizer::{Optimizer, Rule};
 
 /// The judge's questions, with the number of answers; the last colour is the designer's own, the last accessory
 /// none.
@@ -192,12 +192,7 @@ pub fn train_judge(
     let parameters = Parameters::default();
     let network = Classifier::load(&SHAPE, &parameters)?;
     let rule = Rule::AdamW { weight_decay: 0.02 };
-    let trained = parameters
-        .all()
-        .into_iter()
-        .map(|(name, tensor)| Parameter { name, tensor, rule })
-        .collect();
-    let mut optimizer = Optimizer::new(trained, (0.9, 0.99))?;
+    let mut optimizer = Optimizer::new(parameters.trained(|_, _| rule), (0.9, 0.99))?;
     if let Some(state) = &state {
         let find = |name: &str| state.get(name).map(Tensor::shallow_clone);
         parameters.restore(&find)?;

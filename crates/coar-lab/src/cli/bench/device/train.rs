@@ -21,7 +21,7 @@ use coar_core::training::TrainingSpec;
 use coar_engine::device::{EngineOptions, KvMemory};
 use coar_engine::model::kv_cache::KvCache;
 use coar_engine::model::{LuminaMgpt, accelerator};
-use coar_engine::training::{Advance, Graph, Trainer};
+use coar_engine::training::{Graph, Trainer};
 
 /// Maximum seconds of a thousand steps of the 7B at 512 pixels.
 const THOUSAND_STEPS: f64 = 300.0;
@@ -101,12 +101,9 @@ fn snapshot(model: &LuminaMgpt, spec: &TrainingSpec) -> anyhow::Result<Vec<u8>> 
 
 /// Runs until a step is done.
 fn step(trainer: &mut Trainer, model: &LuminaMgpt) -> anyhow::Result<()> {
-    loop {
-        match trainer.advance(model)? {
-            Advance::Step(_) => return Ok(()),
-            Advance::Finished => anyhow::bail!("the training ended before its step"),
-            _ => {}
-        }
+    match trainer.next_step(model)? {
+        Some(_) => Ok(()),
+        None => anyhow::bail!("the training ended before its step"),
     }
 }
 

@@ -4,14 +4,14 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::discriminator::Discriminator;
-use super::feed::Average;
 use super::measure::{Validation, measure};
 use super::pairs::{PairBatch, PairTensors};
 use super::run::{Budget, Run, Scale, State, is_moment, restore};
+use super::stage::{Pace, Stage, train};
 use super::tokenizer::{TrainedTokenizer, network_state, rounded, tokenizer_config, tokenizer_of};
 use crate::pocket::designers::World;
 use crate::pocket::parameters::Parameters;
@@ -76,8 +76,6 @@ impl DecoderRecipe {
 /// Share of the adversarial steps in which only the discriminator is trained.
 const HEAD_START: f64 = 0.08;
 const WARM_UP: f64 = 50.0;
-const LOG_EVERY: i64 = 100;
-const MEASURE_EVERY: i64 = 1000;
 
 /// The phase of a step, and the progress of the phase, 0 to 1.
 fn phase(recipe: &DecoderRecipe, step: i64, steps: i64) -> (bool, f64) {
@@ -154,6 +152,31 @@ impl<'a> Trainer<'a> {
         })
     }
 
+    fn tokenizer(&self) -> Result<Vqgan, ModelError> {
+        let state = network_state(&self.parameters, &self.codebook).into_iter().collect();
+        tokenizer_of(&self.recipe.network, &state, self.device)
+    }
+}
+
+impl Stage for Trainer<'_> {
+    type Batch = PairTensors;
+    type Outcome = Outcome;
+
+    const LOG_EVERY: i64 = 100;
+    const MEASURE_EVERY: i64 = 1000;
+
+    fn done(&self) -> i64 {
+        self.optimizer.steps()
+    }
+
+    fn steps(&self) -> i64 {
+        self.steps
+    }
+
+    fn set_steps(&mut self, steps: i64) {
+        self.steps = steps;
+    }
+
     fn step(&mut self, batch: &PairTensors) -> Result<Outcome, ModelError> {
         let step = self.optimizer.steps();
         let wanted = &batch.images;
@@ -190,16 +213,23 @@ impl<'a> Trainer<'a> {
         Ok(outcome)
     }
 
+    fn averaged(outcome: &Outcome) -> &Tensor {
+        &outcome.square
+    }
+
+    fn line(&self, outcome: &Outcome, average: f64, _: Pace) -> Result<Value, ModelError> {
+        let mut line = json!({"psnr": rounded(-10.0 * (average / 4.0).log10())});
+        if let Some(loss) = &outcome.discriminator {
+            line["discriminator"] = rounded(f64::try_from(loss)?).into();
+        }
+        Ok(line)
+    }
+
     fn state(&self) -> Vec<(String, Tensor)> {
         let mut state = network_state(&self.parameters, &self.codebook);
         state.extend(self.optimizer.state());
         state.extend(self.discriminator.state());
         state
-    }
-
-    fn tokenizer(&self) -> Result<Vqgan, ModelError> {
-        let state = network_state(&self.parameters, &self.codebook).into_iter().collect();
-        tokenizer_of(&self.recipe.network, &state, self.device)
     }
 }
 
@@ -238,30 +268,10 @@ pub fn tune_decoder(
     let first = trainer.optimizer.steps();
     tracing::info!(step = first, "decoder");
     std::thread::scope(|scope| {
-        let mut batches = PairBatch::feed(scope, device, world, first, recipe.seed, recipe.pairs);
-        let mut average = Average::default();
-        let mut done = first >= trainer.steps || run.over();
-        while !done {
-            let outcome = trainer.step(&*batches.next()?)?;
-            average.add(&outcome.square)?;
-            let step = trainer.optimizer.steps();
-            if step % LOG_EVERY == 0 {
-                trainer.steps = run.steps(step, recipe.steps);
-                let mut line = json!({"psnr": rounded(-10.0 * (average.get()? / 4.0).log10())});
-                if let Some(loss) = &outcome.discriminator {
-                    line["discriminator"] = rounded(f64::try_from(loss)?).into();
-                }
-                run.log(step, line)?;
-            }
-            done = step >= trainer.steps || run.over();
-            if step % MEASURE_EVERY == 0 || done {
-                run.log(step, measure(&trainer.tokenizer()?, &validation, device)?.summary())?;
-            }
-            if run.due() || done {
-                run.save(trainer.state())?;
-            }
-        }
-        Ok(trainer.optimizer.steps())
+        let batches = PairBatch::feed(scope, device, world, first, recipe.seed, recipe.pairs);
+        train(&mut run, &mut trainer, batches, |trainer| {
+            Ok(measure(&trainer.tokenizer()?, &validation, device)?.summary())
+        })
     })
 }
 

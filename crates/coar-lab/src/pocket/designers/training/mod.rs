@@ -14,6 +14,7 @@ mod pairs;
 /// A stage's folder, state and curve.
 pub mod run;
 mod sequences;
+mod stage;
 /// The tokenizer.
 pub mod tokenizer;
 /// The transformer.

@@ -10,20 +10,20 @@ use std::path::Path;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::feed::Average;
 use super::measure::{Validation, measure};
 use super::pairs::{Alignment, PairBatch, PairTensors};
 use super::run::{self, Budget, Run, Scale, State, saved_recipe, saved_state, take};
+use super::stage::{Pace, Stage, train};
 use crate::pocket::codebook::Codebook;
 use crate::pocket::designers::World;
 use crate::pocket::parameters::Parameters;
 use crate::pocket::tokenizer_training::{CODEBOOK, COMMITMENT, reconstruction_loss};
 use coar_engine::model::vqgan::{EncoderDecoderConfig, VqganConfig, nearest};
 use coar_engine::model::{ModelError, Vqgan};
-use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
+use coar_engine::training::optimizer::{Optimizer, Rule};
 
 /// The settings that determine the trained tokenizer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -101,8 +101,6 @@ const CLUSTERED_FROM: i64 = 1 << 40;
 /// Share of the steps after which unused codes are not reinitialised.
 const REVIVE_UNTIL: f64 = 0.85;
 const REVIVE_EVERY: i64 = 20;
-const LOG_EVERY: i64 = 100;
-const MEASURE_EVERY: i64 = 1000;
 const WARM_UP: f64 = 100.0;
 
 /// Warm-up, constant to 60 %, then linear to 2 %.
@@ -170,16 +168,8 @@ impl<'a> Trainer<'a> {
         let config = &recipe.network;
         let parameters = Parameters::on(device);
         Vqgan::load(config, &parameters)?;
-        let trained = parameters
-            .all()
-            .into_iter()
-            .filter(|(name, _)| name != CODEBOOK)
-            .map(|(name, tensor)| Parameter {
-                name,
-                tensor,
-                rule: Rule::AdamW { weight_decay: 1e-4 },
-            })
-            .collect();
+        let mut trained = parameters.trained(|_, _| Rule::AdamW { weight_decay: 1e-4 });
+        trained.retain(|parameter| parameter.name != CODEBOOK);
         let mut optimizer = Optimizer::new(trained, (0.9, 0.95))?;
         let mut codebook = Codebook::new(config.n_embed, config.embed_dim, device)?;
         if let Some(state) = state {
@@ -218,6 +208,34 @@ impl<'a> Trainer<'a> {
             })
             .collect::<Result<Vec<_>, ModelError>>()?;
         tch::no_grad(|| self.codebook.cluster(&Tensor::f_cat(&latents, 0)?, rng))
+    }
+
+    /// The current tokenizer, in f32.
+    fn tokenizer(&self) -> Result<Vqgan, ModelError> {
+        let state = network_state(&self.parameters, &self.codebook.rows)
+            .into_iter()
+            .collect();
+        tokenizer_of(&self.recipe.network, &state, self.device)
+    }
+}
+
+impl Stage for Trainer<'_> {
+    type Batch = PairTensors;
+    type Outcome = Outcome;
+
+    const LOG_EVERY: i64 = 100;
+    const MEASURE_EVERY: i64 = 1000;
+
+    fn done(&self) -> i64 {
+        self.optimizer.steps()
+    }
+
+    fn steps(&self) -> i64 {
+        self.steps
+    }
+
+    fn set_steps(&mut self, steps: i64) {
+        self.steps = steps;
     }
 
     fn step(&mut self, batch: &PairTensors) -> Result<Outcome, ModelError> {
@@ -264,6 +282,20 @@ impl<'a> Trainer<'a> {
         })
     }
 
+    fn averaged(outcome: &Outcome) -> &Tensor {
+        &outcome.square
+    }
+
+    fn line(&self, outcome: &Outcome, average: f64, pace: Pace) -> Result<Value, ModelError> {
+        Ok(json!({
+            "psnr": rounded(-10.0 * (average / 4.0).log10()),
+            "tie": rounded(f64::try_from(&outcome.tie)?),
+            "commitment": rounded(f64::try_from(&outcome.commitment)?),
+            "unused_codes": self.codebook.unused()?,
+            "steps_per_second": rounded(pace.steps as f64 / pace.seconds),
+        }))
+    }
+
     fn state(&self) -> Vec<(String, Tensor)> {
         let mut state = network_state(&self.parameters, &self.codebook.rows);
         state.extend(self.optimizer.state());
@@ -273,14 +305,6 @@ impl<'a> Trainer<'a> {
                 .map(|(name, tensor)| (name.to_owned(), tensor)),
         );
         state
-    }
-
-    /// The current tokenizer, in f32.
-    fn tokenizer(&self) -> Result<Vqgan, ModelError> {
-        let state = network_state(&self.parameters, &self.codebook.rows)
-            .into_iter()
-            .collect();
-        tokenizer_of(&self.recipe.network, &state, self.device)
     }
 }
 
@@ -367,34 +391,10 @@ pub fn train_tokenizer(
     let first = trainer.optimizer.steps();
     tracing::info!(parameters = trainer.parameters.count(), step = first, "tokenizer");
     std::thread::scope(|scope| {
-        let mut batches = PairBatch::feed(scope, device, world, first, recipe.seed, recipe.pairs);
-        let (mut average, started) = (Average::default(), run.seconds());
-        let mut done = first >= trainer.steps || run.over();
-        while !done {
-            let outcome = trainer.step(&*batches.next()?)?;
-            average.add(&outcome.square)?;
-            let step = trainer.optimizer.steps();
-            if step % LOG_EVERY == 0 {
-                trainer.steps = run.steps(step, recipe.steps);
-                let rate = (step - first) as f64 / (run.seconds() - started).max(1e-3);
-                let line = json!({
-                    "psnr": rounded(-10.0 * (average.get()? / 4.0).log10()),
-                    "tie": rounded(f64::try_from(&outcome.tie)?),
-                    "commitment": rounded(f64::try_from(&outcome.commitment)?),
-                    "unused_codes": trainer.codebook.unused()?,
-                    "steps_per_second": rounded(rate),
-                });
-                run.log(step, line)?;
-            }
-            done = step >= trainer.steps || run.over();
-            if step % MEASURE_EVERY == 0 || done {
-                run.log(step, measure(&trainer.tokenizer()?, &validation, device)?.summary())?;
-            }
-            if run.due() || done {
-                run.save(trainer.state())?;
-            }
-        }
-        Ok(trainer.optimizer.steps())
+        let batches = PairBatch::feed(scope, device, world, first, recipe.seed, recipe.pairs);
+        train(&mut run, &mut trainer, batches, |trainer| {
+            Ok(measure(&trainer.tokenizer()?, &validation, device)?.summary())
+        })
     })
 }
 

@@ -4,22 +4,23 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::feed::{Average, Feed};
+use super::feed::Feed;
 use super::run::{Budget, Run, Scale, State, restore, take};
 use super::sequences::{Encoder, Examples, Shares, draw, held_back, tokens};
+use super::stage::{Pace, Stage, train};
 use super::tokenizer::{TrainedTokenizer, rounded};
 use crate::pocket::designers::{IMAGE_SIDE, World, WorldError, words};
 use crate::pocket::parameters::Parameters;
 use crate::pocket::sequences::Sequence;
 use crate::pocket::transformer_training::{
-    Batch, SlotNoise, SlotNumbers, SlotStatistics, collate, loss, slot_contexts, slot_noise, statistics,
+    Batch, SlotNoise, SlotNumbers, SlotStatistics, collate, loss, slot_contexts, slot_noise, statistics, update_rule,
 };
 use crate::pocket::vocabulary::vocabulary_map_of;
 use coar_engine::model::{ModelConfig, ModelError, Transformer, Vqgan};
-use coar_engine::training::optimizer::{Optimizer, Parameter, Rule};
+use coar_engine::training::optimizer::Optimizer;
 
 /// The settings that determine the trained transformer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -99,8 +100,6 @@ impl TransformerRecipe {
 
 const STATISTICS_EVERY: i64 = 50;
 const WARM_UP: f64 = 150.0;
-const LOG_EVERY: i64 = 100;
-const MEASURE_EVERY: i64 = 1000;
 /// Images of the validation loss, and the batch size of its passes.
 const HELD_BACK: usize = 64;
 const HELD_BACK_BATCH: usize = 16;
@@ -141,7 +140,9 @@ struct Trainer<'a> {
     parameters: Parameters,
     optimizer: Optimizer,
     slots: Option<SlotStatistics>,
+    /// Tokens of all calls, and those before this one.
     tokens: i64,
+    tokens_before: i64,
     /// Steps of the whole stage, as far as is known.
     steps: i64,
 }
@@ -180,18 +181,7 @@ impl<'a> Trainer<'a> {
         let config = transformer_config(recipe, codes);
         let parameters = Parameters::on(device);
         let base = Transformer::load(&config, &parameters)?;
-        let trained = parameters
-            .all()
-            .into_iter()
-            .map(|(name, tensor)| {
-                let rule = match name.contains(".layers.") && tensor.dim() == 2 && !name.contains("norm") {
-                    true => Rule::Muon { weight_decay: 0.05 },
-                    false => Rule::AdamW { weight_decay: 0.0 },
-                };
-                Parameter { name, tensor, rule }
-            })
-            .collect();
-        let mut optimizer = Optimizer::new(trained, (0.9, 0.95))?;
+        let mut optimizer = Optimizer::new(parameters.trained(update_rule), (0.9, 0.95))?;
         let (mut slots, mut tokens) = (None, 0);
         if let Some(state) = state {
             let find = |name: &str| state.get(name).map(Tensor::shallow_clone);
@@ -214,12 +204,45 @@ impl<'a> Trainer<'a> {
             optimizer,
             slots,
             tokens,
+            tokens_before: tokens,
             steps: recipe.steps,
         })
     }
 
     fn network(&self) -> Result<Transformer, ModelError> {
         self.base.with_parameters(&self.parameters.cast(Kind::BFloat16, false))
+    }
+
+    /// Mean loss of held-back sequences, in nats per image token.
+    fn validate(&self, held_back: &[Sequence]) -> Result<f64, ModelError> {
+        let network = self.network()?;
+        let (mut sum, mut count) = (0.0, 0.0);
+        for chunk in held_back.chunks(HELD_BACK_BATCH) {
+            let value = tch::no_grad(|| loss(&network, &collate(chunk, self.device)?, None))?;
+            sum += f64::try_from(&value)? * chunk.len() as f64;
+            count += chunk.len() as f64;
+        }
+        Ok(sum / count)
+    }
+}
+
+impl Stage for Trainer<'_> {
+    type Batch = Material;
+    type Outcome = Tensor;
+
+    const LOG_EVERY: i64 = 100;
+    const MEASURE_EVERY: i64 = 1000;
+
+    fn done(&self) -> i64 {
+        self.optimizer.steps()
+    }
+
+    fn steps(&self) -> i64 {
+        self.steps
+    }
+
+    fn set_steps(&mut self, steps: i64) {
+        self.steps = steps;
     }
 
     /// One step; returns the loss in nats per image token, detached.
@@ -242,16 +265,17 @@ impl<'a> Trainer<'a> {
         Ok(loss.detach())
     }
 
-    /// Mean loss of held-back sequences, in nats per image token.
-    fn validate(&self, held_back: &[Sequence]) -> Result<f64, ModelError> {
-        let network = self.network()?;
-        let (mut sum, mut count) = (0.0, 0.0);
-        for chunk in held_back.chunks(HELD_BACK_BATCH) {
-            let value = tch::no_grad(|| loss(&network, &collate(chunk, self.device)?, None))?;
-            sum += f64::try_from(&value)? * chunk.len() as f64;
-            count += chunk.len() as f64;
-        }
-        Ok(sum / count)
+    fn averaged(loss: &Tensor) -> &Tensor {
+        loss
+    }
+
+    fn line(&self, _: &Tensor, average: f64, pace: Pace) -> Result<Value, ModelError> {
+        let rate = (self.tokens - self.tokens_before) as f64 / pace.seconds;
+        Ok(json!({
+            "loss": rounded(average),
+            "tokens": self.tokens,
+            "tokens_per_second": rate.round(),
+        }))
     }
 
     fn state(&self) -> Vec<(String, Tensor)> {
@@ -301,37 +325,16 @@ pub fn train_transformer(
     tracing::info!(parameters = trainer.parameters.count(), step = first, "transformer");
     std::thread::scope(|scope| {
         let recipe = &recipe;
-        let mut batches = Feed::new(
+        let batches = Feed::new(
             scope,
             device,
             first,
             move |step| recipe.draw(world, step),
             move |(examples, numbers)| Material::new(&encoder.sequences(&examples)?, &numbers, recipe, device),
         );
-        let (mut average, started, tokens_before) = (Average::default(), run.seconds(), trainer.tokens);
-        let mut done = first >= trainer.steps || run.over();
-        while !done {
-            average.add(&trainer.step(&*batches.next()?)?)?;
-            let step = trainer.optimizer.steps();
-            if step % LOG_EVERY == 0 {
-                trainer.steps = run.steps(step, recipe.steps);
-                let rate = (trainer.tokens - tokens_before) as f64 / (run.seconds() - started).max(1e-3);
-                let line = json!({
-                    "loss": rounded(average.get()?),
-                    "tokens": trainer.tokens,
-                    "tokens_per_second": rate.round(),
-                });
-                run.log(step, line)?;
-            }
-            done = step >= trainer.steps || run.over();
-            if step % MEASURE_EVERY == 0 || done {
-                run.log(step, json!({"validation": rounded(trainer.validate(&validation)?)}))?;
-            }
-            if run.due() || done {
-                run.save(trainer.state())?;
-            }
-        }
-        Ok(trainer.optimizer.steps())
+        train(&mut run, &mut trainer, batches, |trainer| {
+            Ok(json!({"validation": rounded(trainer.validate(&validation)?)}))
+        })
     })
 }
 

@@ -54,13 +54,9 @@ fn step(
 ) -> anyhow::Result<(StepLosses, Vec<(&'static str, Tensor)>)> {
     let mut trainer = Trainer::resume_with_references(model, spec.clone(), references.clone(), snapshot)?;
     trainer.set_graph(graph);
-    let losses = loop {
-        match trainer.advance(model)? {
-            Advance::Step(losses) => break losses,
-            Advance::Finished => anyhow::bail!("the training ended before its step"),
-            _ => {}
-        }
-    };
+    let losses = trainer
+        .next_step(model)?
+        .ok_or_else(|| anyhow::anyhow!("the training ended before its step"))?;
     let here = |(name, tensor): &(&'static str, Tensor)| {
         let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
         Ok((*name, tensor))
