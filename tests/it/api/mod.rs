@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod browser;
+mod clients;
 mod command_line;
 mod concepts;
 mod concurrency;
