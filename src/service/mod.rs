@@ -1,5 +1,6 @@
 //! The use cases, shared by HTTP and the command line. What may be said to whom and how much is decided here.
 
+mod archive;
 mod concepts;
 mod facts;
 #[cfg(feature = "fuzzing")]
@@ -7,6 +8,7 @@ mod facts;
 pub mod fuzzing;
 mod generate;
 mod generations;
+mod image_set;
 mod keys;
 mod links;
 mod placement;
@@ -16,6 +18,7 @@ mod shares;
 mod size;
 mod tenants;
 mod trainings;
+mod unpacking;
 mod uploads;
 
 use std::sync::Arc;
@@ -24,6 +27,7 @@ pub use concepts::{Change, ConceptView, Registered, Registration};
 pub use facts::read_metadata;
 pub use generate::{GenerateInput, INDEX_LIMIT, NamedConcept, Plan, SEED_LIMIT, Transient};
 pub use generations::{Begun, GenerationInput, GenerationView};
+pub use image_set::{ImageSet, caption_line};
 pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};
 pub use quota::{Admitted, Allowance, Standing, Tallies};
@@ -31,6 +35,7 @@ pub use reference_images::image_fault;
 pub use shares::{Full, Share, Shares};
 pub use tenants::QuotaChange;
 pub use trainings::{Queued, TrainingQuery, TrainingSettings};
+pub use unpacking::{Unpacked, too_many_images};
 pub use uploads::{Receiving, Room, Upload};
 
 use crate::cluster::Executor;

@@ -1,5 +1,6 @@
 //! What the server promises over HTTP, checked against the real server with the real pocket model.
 
+mod archives;
 mod bad_input;
 mod browser;
 mod clients;
