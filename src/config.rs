@@ -3,6 +3,7 @@
 //! variable over the file, the file over the default. The one secret is the password in the database's address, which is
 //! never shown: keys and signing secrets are in the database.
 
+mod images;
 mod listen;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use clap::{Args, Command, ValueEnum};
 use serde::Serialize;
 
+pub use images::{ImagesArgs, ModelAlias, ResponseFormat, SizePolicy};
 pub use listen::ListenAddress;
 
 /// The settings of `coar serve`.
@@ -61,9 +63,13 @@ pub struct Config {
     /// Lets web-hooks reach private, loopback and link-local addresses and any port: for tests and closed networks.
     #[arg(long, env = "COAR_WEBHOOK_ALLOW_PRIVATE", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub webhook_allow_private: Switch,
-    /// Origins whose pages may call the API from a browser (https://app.example.com), with commas between; `*`: all.
+    /// Origins whose pages may call the API from a browser (https://app.example.com, app://obsidian.md), with commas
+    /// between; `*`: all.
     #[arg(long, env = "COAR_CORS_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     pub cors_origin: Vec<String>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub images: ImagesArgs,
     /// Let anyone read /metrics; otherwise, once there are keys, those with the scope `metrics` or `admin` may.
     #[arg(long, env = "COAR_METRICS_OPEN", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub metrics_open: Switch,
@@ -362,6 +368,21 @@ fn is_origin(text: &str, path: bool) -> bool {
     !host.is_empty() && plain && (path || host == rest)
 }
 
+/// Whether it is `scheme://host[:port]`, as browsers send it. Pages of applications and of browser extensions have schemes
+/// of their own: `app://obsidian.md`, `tauri://localhost`, `chrome-extension://…`.
+fn is_page_origin(text: &str) -> bool {
+    let Some((scheme, host)) = text.split_once("://") else {
+        return false;
+    };
+    let letters = |byte: u8| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte);
+    scheme.starts_with(|first: char| first.is_ascii_alphabetic())
+        && scheme.bytes().all(letters)
+        && !host.is_empty()
+        && host
+            .bytes()
+            .all(|b| b.is_ascii_graphic() && !b"/?#@\"<>\\,".contains(&b))
+}
+
 impl Config {
     /// The settings that differ from their defaults, each as a line of TOML. Variables and files count as what they set.
     pub fn changed(&self) -> Vec<String> {
@@ -463,13 +484,8 @@ impl Config {
             );
         }
         for origin in &self.cors_origin {
-            let good = origin == "*" || is_origin(origin, false);
-            check(
-                "cors_origin",
-                good,
-                "http(s)://host[:port] without a path, or *",
-                origin,
-            );
+            let good = origin == "*" || is_page_origin(origin);
+            check("cors_origin", good, "scheme://host[:port] without a path, or *", origin);
         }
         let queues = &self.queues;
         for (key, number) in [

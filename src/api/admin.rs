@@ -280,7 +280,7 @@ async fn create_key(
         name: fields.text("name")?,
         scopes,
         expires_in_days: fields
-            .integer("expires_in_days", u32::MAX.into())?
+            .integer("expires_in_days", 0..=u32::MAX.into())?
             .map(|days| days as u32),
     };
     fields.finish()?;
@@ -454,7 +454,7 @@ async fn change_webhook_secret(
     MaybeFields(mut fields): MaybeFields,
 ) -> Result<impl IntoResponse, ApiError> {
     let hours = fields
-        .integer("keep_old_hours", KEEP_OLD_LIMIT)?
+        .integer("keep_old_hours", 0..=KEEP_OLD_LIMIT)?
         .unwrap_or(KEEP_OLD_HOURS);
     fields.finish()?;
     let tenant = state.service()?.rotate_webhook_secret(&name, hours as u32).await?;

@@ -200,7 +200,7 @@ async fn change(
         name: fields.text("name")?,
         description: fields.nullable_text("description")?,
         metadata: fields.take("metadata"),
-        version: fields.integer("version", u32::MAX.into())?.map(|number| number as u32),
+        version: fields.whole("version")?,
     };
     fields.finish()?;
     let view = state.service()?.change_concept(&caller, &name, change).await?;
@@ -314,8 +314,7 @@ async fn train(
     MaybeFields(mut fields): MaybeFields,
 ) -> Result<Response, ApiError> {
     let content = fields.content();
-    let small = u64::from(u32::MAX);
-    let mut number = |field| -> Result<Option<u32>, Error> { Ok(fields.integer(field, small)?.map(|n| n as u32)) };
+    let mut number = |field| fields.whole(field);
     let settings = TrainingSettings {
         method: None,
         steps: number("steps")?,
@@ -323,7 +322,7 @@ async fn train(
         text_tokens: number("text_tokens")?,
         image_tokens: number("image_tokens")?,
         learning_rate: fields.number("learning_rate")?,
-        seed: fields.integer("seed", u64::MAX)?,
+        seed: fields.integer("seed", 0..=u64::MAX)?,
         captions: fields.texts("captions")?,
     };
     let told = Queued {

@@ -7,10 +7,10 @@ use serde::Serialize;
 use utoipa::{IntoResponses, ToSchema};
 
 use super::AppState;
-use super::extract::Fields;
+use super::extract::{Fields, choices};
 use super::openapi::ErrorBody;
 use crate::registry::{GenerationConcept, TokenUsage};
-use crate::service::{GenerateInput, NamedConcept, PRIORITY_LIMIT};
+use crate::service::{COUNT_LIMIT, GenerateInput, INDEX_LIMIT, NamedConcept, PRIORITY_LIMIT, SEED_LIMIT};
 use coar_core::error::Error;
 use coar_core::image::{ImageFormat, OutputFormat, RgbImage, encode};
 
@@ -51,6 +51,7 @@ pub(super) struct UsageObject {
     #[schema(example = 144)]
     pub output_tokens: u64,
     pub input_tokens_details: InputTokens,
+    pub output_tokens_details: OutputTokens,
 }
 
 /// What the input tokens are of.
@@ -63,6 +64,16 @@ pub(super) struct InputTokens {
     pub image_tokens: u64,
 }
 
+/// What the output tokens are of.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct OutputTokens {
+    /// Always 0: the model writes no text.
+    #[schema(example = 0)]
+    pub text_tokens: u64,
+    #[schema(example = 144)]
+    pub image_tokens: u64,
+}
+
 impl From<TokenUsage> for UsageObject {
     fn from(usage: TokenUsage) -> Self {
         Self {
@@ -72,6 +83,10 @@ impl From<TokenUsage> for UsageObject {
             input_tokens_details: InputTokens {
                 text_tokens: usage.text_tokens,
                 image_tokens: 0,
+            },
+            output_tokens_details: OutputTokens {
+                text_tokens: 0,
+                image_tokens: usage.image_tokens,
             },
         }
     }
@@ -100,7 +115,7 @@ fn size(text: &str) -> Result<Option<(u32, u32)>, Error> {
         return Ok(None);
     }
     let sides = text
-        .split_once('x')
+        .split_once(['x', 'X'])
         .and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
     sides.map(Some).ok_or_else(|| {
         Error::field(
@@ -111,10 +126,25 @@ fn size(text: &str) -> Result<Option<(u32, u32)>, Error> {
     })
 }
 
+/// The seed; -1 asks for a random one, as leaving it out does.
+fn seed(fields: &mut Fields) -> Result<Option<u64>, Error> {
+    let Some(value) = fields.take("seed") else {
+        return Ok(None);
+    };
+    if value.as_f64() == Some(-1.0) {
+        return Ok(None);
+    }
+    let mut alone = Fields::of("seed", value);
+    alone.integer("seed", 0..=SEED_LIMIT).map_err(|error| Error {
+        message: format!("{}, or -1 for a random seed", error.message),
+        ..error
+    })
+}
+
 /// How urgent it is among those of its tenant.
 pub(super) fn priority(fields: &mut Fields) -> Result<i32, Error> {
     let most = PRIORITY_LIMIT.unsigned_abs().into();
-    Ok(fields.integer("priority", most)?.unwrap_or(0) as i32)
+    Ok(fields.integer("priority", 0..=most)?.unwrap_or(0) as i32)
 }
 
 /// A word out of a list of them.
@@ -123,23 +153,22 @@ pub(super) fn word<T: Copy>(
     name: &'static str,
     known: &[(&'static str, T)],
 ) -> Result<Option<T>, Error> {
-    let Some(text) = fields.text(name)? else {
+    let Some(text) = fields.filled_text(name)? else {
         return Ok(None);
     };
     let found = known.iter().find(|(word, _)| *word == text);
     found.map(|(_, value)| Some(*value)).ok_or_else(|| {
-        let words: Vec<String> = known.iter().map(|(word, _)| format!("`{word}`")).collect();
+        let words: Vec<&str> = known.iter().map(|(word, _)| *word).collect();
         Error::field(
             "invalid_value",
             name,
-            format!("is `{text}`; expected {}", words.join(" or ")),
+            format!("is `{text}`; expected {}", choices(&words)),
         )
     })
 }
 
 /// The parameters that both routes have.
 pub(super) fn input(fields: &mut Fields) -> Result<GenerateInput, Error> {
-    let small = u64::from(u32::MAX);
     let formats = [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP].map(|format| (format.as_str(), format));
     let named = |name| NamedConcept {
         name,
@@ -155,17 +184,23 @@ pub(super) fn input(fields: &mut Fields) -> Result<GenerateInput, Error> {
             .into_iter()
             .map(named)
             .collect(),
-        count: fields.integer("n", small)?.map(|n| n as u32),
-        size: fields.text("size")?.map(|text| size(&text)).transpose()?.flatten(),
-        seed: fields.integer("seed", u64::MAX)?,
-        first_index: fields.integer("first_index", small)?.map(|index| index as u32),
+        count: fields.integer("n", 1..=COUNT_LIMIT.into())?.map(|n| n as u32),
+        size: fields
+            .filled_text("size")?
+            .map(|text| size(&text))
+            .transpose()?
+            .flatten(),
+        seed: seed(fields)?,
+        first_index: fields
+            .integer("first_index", 0..=INDEX_LIMIT.into())?
+            .map(|index| index as u32),
         guidance_scale: fields.number("guidance_scale")?,
         temperature: fields.number("temperature")?,
-        top_k: fields.integer("top_k", small)?.map(|k| k as u32),
+        top_k: fields.whole("top_k")?,
         identity_mask: fields.boolean("identity_mask")?,
         output_format: word(fields, "output_format", &formats)?,
-        output_compression: fields.integer("output_compression", 100)?.map(|value| value as u8),
-        partial_images: fields.integer("partial_images", 3)?.map(|count| count as u32),
+        output_compression: fields.integer("output_compression", 0..=100)?.map(|value| value as u8),
+        partial_images: fields.integer("partial_images", 0..=3)?.map(|count| count as u32),
     })
 }
 

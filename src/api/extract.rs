@@ -1,5 +1,7 @@
 //! A JSON body, field by field: every wrong type names its field, and nothing unknown passes silently.
 
+use std::ops::RangeInclusive;
+
 use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderMap, header};
 use serde_json::{Map, Value};
@@ -76,6 +78,20 @@ pub(super) fn unread(error: &(dyn std::error::Error + 'static), limit: usize) ->
     .limit(limit as u64)
 }
 
+/// A body as text, without the byte order mark that PowerShell and .NET write before UTF-8.
+fn utf8(bytes: &[u8]) -> Result<&str, String> {
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    // JSON begins with ASCII: of UTF-16 one of the first two bytes is 0.
+    if let [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [0, _, ..] | [_, 0, ..] = bytes {
+        return Err("UTF-16; send it as UTF-8".to_owned());
+    }
+    std::str::from_utf8(bytes).map_err(|error| {
+        let at = error.valid_up_to();
+        let byte = bytes.get(at).copied().unwrap_or_default();
+        format!("not UTF-8: byte {at} is 0x{byte:02x}, perhaps Latin-1 or Windows-1252; send it as UTF-8")
+    })
+}
+
 impl Fields {
     /// The body of a request that says it is JSON.
     async fn bytes(request: Request, state: &AppState) -> Result<axum::body::Bytes, Error> {
@@ -93,13 +109,10 @@ impl Fields {
     }
 
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, Error> {
-        let value: Value = serde_json::from_slice(bytes).map_err(|error| {
-            Error::new(
-                ErrorKind::Invalid,
-                "invalid_json",
-                format!("The body is not JSON: {error}."),
-            )
-        })?;
+        let invalid = |message: String| Error::new(ErrorKind::Invalid, "invalid_json", message);
+        let text = utf8(bytes).map_err(|problem| invalid(format!("The body is {problem}.")))?;
+        let value: Value =
+            serde_json::from_str(text).map_err(|error| invalid(format!("The body is not JSON: {error}.")))?;
         match value {
             Value::Object(fields) => {
                 for (name, value) in &fields {
@@ -107,12 +120,13 @@ impl Fields {
                 }
                 Ok(Self(fields))
             }
-            _ => Err(Error::new(
-                ErrorKind::Invalid,
-                "invalid_json",
-                "The body must be a JSON object.",
-            )),
+            _ => Err(invalid("The body must be a JSON object.".to_owned())),
         }
+    }
+
+    /// One field.
+    pub(super) fn of(name: &str, value: Value) -> Self {
+        Self(Map::from_iter([(name.to_owned(), value)]))
     }
 
     /// Hash of all that was sent, whatever the order and the spaces: what an idempotency key is compared by.
@@ -143,16 +157,36 @@ impl Fields {
         Ok(self.text(name)?.map(Some))
     }
 
-    pub(super) fn integer(&mut self, name: &'static str, high: u64) -> Result<Option<u64>, Error> {
+    /// A text, absent where it is missing, null or empty: clients send `""` for what they leave out.
+    pub(super) fn filled_text(&mut self, name: &'static str) -> Result<Option<String>, Error> {
+        Ok(self.text(name)?.filter(|text| !text.is_empty()))
+    }
+
+    /// An integer within bounds.
+    pub(super) fn integer(&mut self, name: &'static str, bounds: RangeInclusive<u64>) -> Result<Option<u64>, Error> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        // To JSON 2.0 is as good an integer as 2.
-        let integral = |number: &f64| number.fract() == 0.0 && (0.0..=EXACT).contains(number);
-        let number = value
-            .as_u64()
-            .or_else(|| value.as_f64().filter(integral).map(|number| number as u64));
-        match number {
-            Some(number) if number <= high => Ok(Some(number)),
-            _ => Err(wrong_type(name, &format!("an integer from 0 to {high}"), &value)),
+        let (low, high) = (bounds.start(), bounds.end());
+        match integral(&value) {
+            Some(number) if bounds.contains(&number) => Ok(Some(number)),
+            Some(number) => {
+                let error = Error::field("invalid_value", name, format!("is {number}; expected {low} to {high}"));
+                Err(if number > *high { error.limit(*high) } else { error })
+            }
+            None => Err(wrong_type(name, &format!("an integer from {low} to {high}"), &value)),
+        }
+    }
+
+    /// An integer whose bounds are checked where they are known.
+    pub(super) fn whole(&mut self, name: &'static str) -> Result<Option<u32>, Error> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        match integral(&value).map(u32::try_from) {
+            Some(Ok(number)) => Ok(Some(number)),
+            Some(Err(_)) => Err(Error::field(
+                "invalid_value",
+                name,
+                format!("is {value}, which is too large"),
+            )),
+            None => Err(wrong_type(name, "an integer of 0 or more", &value)),
         }
     }
 
@@ -203,28 +237,28 @@ impl Fields {
             self.0.remove(name);
             return Ok(Some(None));
         }
-        let number = self.integer(name, high)?;
+        let number = self.integer(name, 0..=high)?;
         Ok(number.map(|number| T::try_from(number).ok()))
     }
 
     /// Accepts a field of another API only where it asks for what happens anyway.
-    pub(super) fn no_op(&mut self, name: &'static str, accepted: &[&str]) -> Result<(), Error> {
-        match self.text(name)? {
+    pub(super) fn no_op(&mut self, name: &'static str, accepted: &[&str]) -> Result<Option<String>, Error> {
+        match self.filled_text(name)? {
             Some(value) if !accepted.contains(&value.as_str()) => Err(Error::field(
                 "unsupported_value",
                 name,
                 format!(
                     "is `{value}`, which is not supported; leave it out or send {}",
-                    accepted.join(" or ")
+                    choices(accepted)
                 ),
             )),
-            _ => Ok(()),
+            value => Ok(value),
         }
     }
 
-    /// Refuses what is left.
+    /// Refuses what is left. A null says nothing: typed clients send one for every field that is not set.
     pub(super) fn finish(self) -> Result<(), Error> {
-        match self.0.into_iter().next() {
+        match self.0.into_iter().find(|(_, value)| !value.is_null()) {
             None => Ok(()),
             Some((name, _)) => Err(Error::field(
                 "unknown_parameter",
@@ -232,6 +266,23 @@ impl Fields {
                 "is not a parameter of this route",
             )),
         }
+    }
+}
+
+/// To JSON 2.0 is as good an integer as 2.
+fn integral(value: &Value) -> Option<u64> {
+    let exact = |number: &f64| number.fract() == 0.0 && (0.0..=EXACT).contains(number);
+    value
+        .as_u64()
+        .or_else(|| value.as_f64().filter(exact).map(|number| number as u64))
+}
+
+/// `` `a`, `b` or `c` ``
+pub(super) fn choices(words: &[&str]) -> String {
+    let quoted: Vec<String> = words.iter().map(|word| format!("`{word}`")).collect();
+    match quoted.split_last() {
+        Some((last, before)) if !before.is_empty() => format!("{} or {last}", before.join(", ")),
+        _ => quoted.concat(),
     }
 }
 
@@ -263,5 +314,78 @@ fn wrong_type(name: &'static str, expected: &str, value: &Value) -> Error {
     if shown.len() > 60 {
         shown = format!("{}…", shown.chars().take(60).collect::<String>());
     }
-    Error::field("invalid_value", name, format!("is {shown}; expected {expected}"))
+    let quoted = value.as_str().is_some_and(|text| text.trim().parse::<f64>().is_ok());
+    let hint = if quoted { ", without quotes" } else { "" };
+    Error::field("invalid_value", name, format!("is {shown}; expected {expected}{hint}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn fields(value: &Value) -> Fields {
+        Fields::parse(value.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn encodings_are_named() {
+        let message = |bytes: &[u8]| Fields::parse(bytes).map(|_| ()).map_err(|error| error.message);
+        assert_eq!(message(b"\xef\xbb\xbf{\"prompt\": \"a\"}"), Ok(()));
+        let utf16 = |bytes: fn(u16) -> [u8; 2], mark: bool| -> Vec<u8> {
+            let text = if mark { "\u{feff}{}" } else { "{}" };
+            text.encode_utf16().flat_map(bytes).collect()
+        };
+        for body in [
+            utf16(u16::to_le_bytes, true),
+            utf16(u16::to_be_bytes, true),
+            utf16(u16::to_le_bytes, false),
+            utf16(u16::to_be_bytes, false),
+        ] {
+            assert_eq!(
+                message(&body),
+                Err("The body is UTF-16; send it as UTF-8.".to_owned()),
+                "{body:?}"
+            );
+        }
+        let latin = message(b"{\"prompt\": \"caf\xe9\"}").unwrap_err();
+        assert!(latin.contains("byte 15 is 0xe9, perhaps Latin-1"), "{latin}");
+    }
+
+    #[test]
+    fn integers_have_one_bound() {
+        let told = |value: Value| {
+            let error = fields(&json!({"n": value})).integer("n", 1..=10).unwrap_err();
+            (error.message, error.limit)
+        };
+        assert_eq!(told(json!(11)), ("`n` is 11; expected 1 to 10".to_owned(), Some(10)));
+        assert_eq!(told(json!(0)), ("`n` is 0; expected 1 to 10".to_owned(), None));
+        assert_eq!(told(json!(-1)).0, "`n` is -1; expected an integer from 1 to 10");
+        assert_eq!(
+            told(json!("1")).0,
+            "`n` is \"1\"; expected an integer from 1 to 10, without quotes"
+        );
+        assert_eq!(fields(&json!({"n": 2.0})).integer("n", 1..=10).unwrap(), Some(2));
+        let steps = |value: Value| fields(&json!({"steps": value})).whole("steps").map_err(|e| e.message);
+        assert_eq!(steps(json!(7)), Ok(Some(7)));
+        assert_eq!(
+            steps(json!(-7)),
+            Err("`steps` is -7; expected an integer of 0 or more".to_owned())
+        );
+        assert_eq!(
+            steps(json!(5_000_000_000_u64)),
+            Err("`steps` is 5000000000, which is too large".to_owned())
+        );
+    }
+
+    #[test]
+    fn nulls_and_empty_words_are_absent() {
+        let mut body = fields(&json!({"style": "", "image": null, "size": "", "user": null}));
+        assert!(body.no_op("style", &["vivid"]).is_ok());
+        assert_eq!(body.filled_text("size").unwrap(), None);
+        assert!(body.finish().is_ok());
+        let left = fields(&json!({"image": null, "wings": 2})).finish().unwrap_err();
+        assert_eq!(left.field.as_deref(), Some("wings"));
+    }
 }

@@ -73,7 +73,7 @@ pub fn json_body(bytes: &[u8]) {
     let _ = fields.nullable_integer::<u32>("concepts", u64::from(u32::MAX));
     let _ = fields.no_op("background", &["auto"]);
     if let Ok(Some(mut inner)) = fields.object("quotas") {
-        assert!(inner.integer("images", 100).is_err() || inner.take("images").is_none());
+        assert!(inner.integer("images", 0..=100).is_err() || inner.take("images").is_none());
         let _ = inner.finish();
     }
     let _ = fields.finish();

@@ -25,6 +25,7 @@ mod multipart;
 mod openai;
 mod openapi;
 mod pagination;
+mod paths;
 mod proxy;
 mod quota;
 mod sse;
@@ -142,7 +143,7 @@ pub fn router(state: AppState) -> Router {
         .merge(images::routes());
     let (routes, document) = described.split_for_parts();
     let document = Arc::new(openapi::complete(document, state.config.public_url.as_deref()));
-    routes
+    let routes = routes
         .route("/openapi.json", get(move || openapi::serve(document)))
         .merge(SwaggerUi::new("/docs").config(
             // Relative to /docs/: a proxy may add a prefix.
@@ -166,7 +167,9 @@ pub fn router(state: AppState) -> Router {
         .layer(from_fn(guard::security_headers))
         .layer(from_fn(error::with_request_id))
         .layer(from_fn(access::observed))
-        .with_state(state)
+        .with_state(state);
+    // Before a route is looked for: layers of a router come after that.
+    Router::new().fallback_service(routes).layer(from_fn(paths::tidied))
 }
 
 /// Public routes answer always; the others when there is a service.
@@ -180,11 +183,10 @@ async fn when_ready(State(state): State<AppState>, request: Request, next: Next)
 }
 
 async fn not_found(request: Request) -> ApiError {
-    let path = request.uri().path().to_owned();
     ApiError(Error::new(
         ErrorKind::NotFound,
         "route_not_found",
-        format!("There is nothing at `{path}`."),
+        paths::nothing_at(request.uri().path()),
     ))
 }
 

@@ -39,7 +39,7 @@ struct ModelConcept {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Model)]
 struct ModelObject {
-    /// The base model's name, `coar`, `coar:<concept>`, or `coar:<subject>+<style>`.
+    /// The base model's name, `coar`, `coar:<concept>`, `coar:<subject>+<style>`, or another name of one of them.
     #[schema(example = "coar:rex")]
     id: String,
     #[schema(example = "model")]
@@ -105,9 +105,24 @@ struct ModelList {
     has_more: bool,
 }
 
+/// A model by the name that a request has for it: its own, or another one that the operator has given it.
+fn find(state: &AppState, info: &ModelInfo, ready: &[Concept], id: &str) -> Option<ModelObject> {
+    let aliases = &state.config().images.model_alias;
+    let alias = aliases.iter().find(|alias| alias.name == id);
+    let model = alias.map_or(id, |alias| alias.model.as_str());
+    if model == info.id || model == ALIAS {
+        return Some(ModelObject::base(info, id));
+    }
+    let names = model.strip_prefix(ALIAS).and_then(|rest| rest.strip_prefix(':'))?;
+    let named = |name: &str| ready.iter().find(|concept| concept.name == name);
+    let concepts: Vec<&Concept> = names.split('+').map(named).collect::<Option<_>>()?;
+    Some(ModelObject::with(info, id, &concepts))
+}
+
 /// List models
 ///
-/// The base model under both its names, and each concept that is ready. All of them, in one list.
+/// The base model under both its names, each concept that is ready, and the names that the operator has added of them. All
+/// of them, in one list.
 #[utoipa::path(
     get, path = "/v1/models", tag = "Models", operation_id = "listModels",
     responses((status = 200, description = "Models", body = ModelList)),
@@ -119,13 +134,21 @@ async fn list(State(state): State<AppState>, Read(caller): Read) -> Result<Json<
     if info.id != ALIAS {
         data.push(ModelObject::base(info, ALIAS));
     }
-    for concept in &service.ready_concepts(&caller).await? {
+    let ready = service.ready_concepts(&caller).await?;
+    for concept in &ready {
         data.push(ModelObject::with(
             info,
             &format!("{ALIAS}:{}", concept.name),
             &[concept],
         ));
     }
+    // One of concepts is listed for the tenants that have them.
+    let aliases = &state.config().images.model_alias;
+    data.extend(
+        aliases
+            .iter()
+            .filter_map(|alias| find(&state, info, &ready, &alias.name)),
+    );
     Ok(Json(ModelList {
         object: "list",
         data,
@@ -150,19 +173,11 @@ async fn show(
 ) -> Result<Json<ModelObject>, ApiError> {
     let service = state.service()?;
     let info = service.executor.info();
-    if id == info.id || id == ALIAS {
-        return Ok(Json(ModelObject::base(info, &id)));
-    }
-    let names = id.strip_prefix(ALIAS).and_then(|rest| rest.strip_prefix(':'));
     let ready = service.ready_concepts(&caller).await?;
-    let find = |name: &str| ready.iter().find(|concept| concept.name == name);
-    let concepts: Option<Vec<&Concept>> = names.and_then(|names| names.split('+').map(find).collect());
-    match concepts {
-        Some(concepts) => Ok(Json(ModelObject::with(info, &id, &concepts))),
-        None => {
-            let problem = format!("is `{id}`; `/v1/models` lists what this server has");
-            let error = Error::field("model_not_found", "model", problem);
-            Err(error.of_kind(ErrorKind::NotFound).into())
-        }
-    }
+    find(&state, info, &ready, &id).map(Json).ok_or_else(|| {
+        let problem = format!("is `{id}`; `/v1/models` lists what this server has");
+        Error::field("model_not_found", "model", problem)
+            .of_kind(ErrorKind::NotFound)
+            .into()
+    })
 }

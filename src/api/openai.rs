@@ -12,14 +12,14 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use futures::{StreamExt as _, stream};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::Generate;
-use super::drawing::{self, DrawRefusals, UsageObject, UsedConceptObject, partial, word};
+use super::drawing::{self, DrawRefusals, UsageObject, UsedConceptObject, partial};
 use super::error::{error_body, request_id};
 use super::extract::Fields;
 use super::idempotency::{Answers, IdempotencyHeader, Once};
@@ -27,10 +27,12 @@ use super::openapi::ServerEvent;
 use super::{ApiError, AppState, sse};
 use crate::jobs::DrawEvent;
 use crate::registry::{StoredImage, TokenUsage, now};
-use crate::service::{Admitted, Caller, GenerateInput, NamedConcept, Plan, Service, Transient};
-use coar_core::concept::is_slug;
+use crate::service::{Admitted, Caller, Plan, Service, Transient};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::image::RgbImage;
+use parameters::{Answer, Asked, CreateImages, Echo, read};
+
+mod parameters;
 
 pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
@@ -69,71 +71,6 @@ async fn variations(Generate(_): Generate, body: Body) -> ApiError {
     unsupported(body, instead).await
 }
 
-/// What is to be drawn. The handler reads it field by field; this is its description.
-#[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[allow(dead_code)]
-#[schema(example = json!({"model": "coar", "prompt": "a photo of <rex> cat on the beach", "n": 2, "seed": 7}))]
-struct CreateImages {
-    /// At most 4000 characters; `<name>` is a concept.
-    #[schema(example = "a photo of <rex> cat on the beach", max_length = 4000)]
-    prompt: String,
-    /// `coar`, the base model's own id, `coar:<concept>`, or `coar:<subject>+<style>`. Concepts that the prompt does not
-    /// name are placed in it: a subject goes before the first occurrence of its class noun, or into "a photo of <name>
-    /// class, " at the beginning; a style becomes " in <name> style" at the end.
-    #[schema(example = "coar:rex+ink")]
-    model: Option<String>,
-    /// As with `model`: concepts to place where the prompt does not name them.
-    concepts: Option<Vec<String>>,
-    #[schema(minimum = 1, maximum = 10, default = 1)]
-    n: Option<u32>,
-    /// `auto` or WIDTHxHEIGHT, one of the model's sizes (`GET /v1/models`).
-    #[schema(example = "auto")]
-    size: Option<String>,
-    /// `url` (default): stored as a generation. `b64_json`: not stored.
-    #[schema(example = "b64_json")]
-    response_format: Option<String>,
-    /// `png` (default), `jpeg` or `webp`.
-    #[schema(example = "png")]
-    output_format: Option<String>,
-    /// Quality of JPEG, default 90, and of WebP, default 100: without loss. With PNG only 100.
-    #[schema(minimum = 0, maximum = 100)]
-    output_compression: Option<u32>,
-    /// Server-sent events with unfinished images: `image_generation.partial_image`, `image_generation.completed`,
-    /// `error`. Not stored; disconnecting cancels.
-    stream: Option<bool>,
-    /// Unfinished images in a stream, of each image.
-    #[schema(minimum = 0, maximum = 3)]
-    partial_images: Option<u32>,
-    /// Image i is drawn from the stream of (seed, first_index + i). Random by default; the answer names it.
-    #[schema(minimum = 0, maximum = 9007199254740991_u64)]
-    seed: Option<u64>,
-    /// With `n` 1 draws one image of a larger request alone.
-    #[schema(minimum = 0, maximum = 1000000, default = 0)]
-    first_index: Option<u32>,
-    /// How strongly the prompt counts; 1 is off.
-    #[schema(minimum = 1, maximum = 20)]
-    guidance_scale: Option<f64>,
-    /// 0 takes the most likely code every time.
-    #[schema(minimum = 0, maximum = 5)]
-    temperature: Option<f64>,
-    /// Codes to choose from at each step; 0: all.
-    top_k: Option<u32>,
-    /// Blocks attention between different concepts.
-    #[schema(default = true)]
-    identity_mask: Option<bool>,
-    /// `auto`, `standard`, `low`, `medium`, `high` or `hd`; changes nothing.
-    quality: Option<String>,
-    /// `auto` or `opaque`; changes nothing.
-    background: Option<String>,
-    /// `auto` or `low`; changes nothing.
-    moderation: Option<String>,
-    /// `vivid` or `natural`; changes nothing.
-    style: Option<String>,
-    /// Changes nothing.
-    user: Option<String>,
-}
-
 /// Images.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Images)]
@@ -145,10 +82,14 @@ struct ImagesObject {
     size: String,
     #[schema(example = "png")]
     output_format: &'static str,
-    #[schema(example = "auto")]
+    /// The one that was asked for; `high` otherwise. It has no effect.
+    #[schema(example = "high")]
     quality: &'static str,
     #[schema(example = "opaque")]
     background: &'static str,
+    /// The request's `safety_identifier`, or else its `user`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    safety_identifier: Option<String>,
     usage: UsageObject,
     concepts: Vec<UsedConceptObject>,
     /// The base model.
@@ -187,12 +128,15 @@ pub(super) struct EventObject {
     created_at: i64,
     #[schema(example = "96x96")]
     size: String,
-    #[schema(example = "auto")]
+    #[schema(example = "high")]
     quality: &'static str,
     #[schema(example = "opaque")]
     background: &'static str,
     #[schema(example = "png")]
     output_format: &'static str,
+    /// Of finished ones: the request's `safety_identifier`, or else its `user`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    safety_identifier: Option<String>,
     /// Of this image; of finished ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<UsageObject>,
@@ -203,68 +147,11 @@ pub(super) struct EventObject {
 const PARTIAL: &str = "image_generation.partial_image";
 const COMPLETED: &str = "image_generation.completed";
 
-/// How the images are answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Answer {
-    Url,
-    Base64,
-    Stream,
-}
-
-/// The concepts that a model's name names.
-fn model_concepts(service: &Service, model: &str) -> Result<Vec<NamedConcept>, Error> {
-    let id = &service.executor.info().id;
-    if model == id || model == "coar" {
-        return Ok(vec![]);
-    }
-    let names = model.strip_prefix("coar:").map(|names| names.split('+'));
-    match names {
-        Some(names) if names.clone().all(is_slug) => Ok(names
-            .map(|name| NamedConcept {
-                name: name.to_owned(),
-                field: "model",
-            })
-            .collect()),
-        _ => Err(Error::field(
-            "model_not_found",
-            "model",
-            format!("is `{model}`; this server has `coar`, which is `{id}`, and `coar:<concept>`"),
-        )
-        .of_kind(ErrorKind::NotFound)),
-    }
-}
-
-fn read(service: &Service, mut fields: Fields) -> Result<(GenerateInput, Answer), Error> {
-    let model = fields.text("model")?;
-    let stream = fields.boolean("stream")?.unwrap_or(false);
-    let formats = [("url", Answer::Url), ("b64_json", Answer::Base64)];
-    let format = word(&mut fields, "response_format", &formats)?;
-    let mut input = drawing::input(&mut fields)?;
-    fields.no_op("quality", &["auto", "standard", "high", "medium", "low", "hd"])?;
-    fields.no_op("background", &["auto", "opaque"])?;
-    fields.no_op("moderation", &["auto", "low"])?;
-    fields.no_op("style", &["vivid", "natural"])?;
-    fields.text("user")?;
-    fields.finish()?;
-    if input.partial_images.is_some_and(|count| count > 0) && !stream {
-        let problem = "is above 0, and there is nothing to send them with; ask for `stream` too";
-        return Err(Error::field("unsupported_value", "partial_images", problem));
-    }
-    if let Some(model) = model {
-        input.concepts.extend(model_concepts(service, &model)?);
-    }
-    let answer = match stream {
-        true => Answer::Stream,
-        false => format.unwrap_or(Answer::Url),
-    };
-    Ok((input, answer))
-}
-
 /// Draw images
 ///
 /// OpenAI's request and answer. What it does not know (`seed`, `first_index`, `concepts`, `guidance_scale`,
-/// `temperature`, `top_k`, `identity_mask`) may be left out; unknown parameters are refused. The data of an event of a stream
-/// is an `ImageEvent`.
+/// `temperature`, `top_k`, `identity_mask`) may be left out; unknown parameters are refused, but for nulls. The data of an
+/// event of a stream is an `ImageEvent`.
 #[utoipa::path(
     post, path = "/v1/images/generations", tag = "Images", operation_id = "createImages",
     params(IdempotencyHeader),
@@ -289,12 +176,12 @@ async fn generate(
         let state = state.clone();
         async move {
             let service = state.service()?;
-            let (input, answer) = read(service, fields)?;
+            let Asked { input, answer, echo } = read(service, &state.config().images, fields)?;
             let plan = service.plan(&caller, input).await?;
             match answer {
-                Answer::Url => by_url(service, &caller, plan, &base).await,
-                Answer::Base64 => as_base64(service, &caller, plan).await,
-                Answer::Stream => streamed(service, &caller, plan).await,
+                Answer::Url => by_url(service, &caller, plan, &base, echo).await,
+                Answer::Base64 => as_base64(service, &caller, plan, echo).await,
+                Answer::Stream => streamed(service, &caller, plan, echo).await,
             }
         }
     };
@@ -302,7 +189,7 @@ async fn generate(
     once.run(&state, &caller, &content, work).await
 }
 
-fn answered(service: &Service, plan: &Plan, data: Vec<ImageData>) -> Response {
+fn answered(service: &Service, plan: &Plan, data: Vec<ImageData>, echo: Echo) -> Response {
     let settings = &plan.new.settings;
     let usage = TokenUsage {
         text_tokens: plan.cost.text,
@@ -313,8 +200,9 @@ fn answered(service: &Service, plan: &Plan, data: Vec<ImageData>) -> Response {
         data,
         size: format!("{}x{}", settings.sampling.width, settings.sampling.height),
         output_format: settings.output_format.as_str(),
-        quality: "auto",
+        quality: echo.quality,
         background: "opaque",
+        safety_identifier: echo.safety_identifier,
         usage: usage.into(),
         concepts: plan.new.concepts.iter().map(Into::into).collect(),
         model: service.executor.info().id.clone(),
@@ -343,7 +231,7 @@ struct Finished {
     stored: Option<StoredImage>,
 }
 
-async fn by_url(service: &Service, caller: &Caller, plan: Plan, base: &str) -> Result<Response, ApiError> {
+async fn by_url(service: &Service, caller: &Caller, plan: Plan, base: &str, echo: Echo) -> Result<Response, ApiError> {
     let mut begun = service.begin_generation(caller, plan.clone()).await?;
     let images = all(&mut begun.events).await?;
     let data = images
@@ -356,10 +244,10 @@ async fn by_url(service: &Service, caller: &Caller, plan: Plan, base: &str) -> R
             index: image.index,
         })
         .collect();
-    Ok(answered(service, &plan, data))
+    Ok(answered(service, &plan, data, echo))
 }
 
-async fn as_base64(service: &Service, caller: &Caller, plan: Plan) -> Result<Response, ApiError> {
+async fn as_base64(service: &Service, caller: &Caller, plan: Plan, echo: Echo) -> Result<Response, ApiError> {
     let mut admitted = service.admit(caller, plan.new.settings.n).await?;
     let mut drawing = service.draw(&plan).await?;
     admitted.drawing();
@@ -373,24 +261,26 @@ async fn as_base64(service: &Service, caller: &Caller, plan: Plan) -> Result<Res
             index: image.index,
         })
         .collect();
-    Ok(answered(service, &plan, data))
+    Ok(answered(service, &plan, data, echo))
 }
 
 /// A stream at work; dropping it cancels the drawing.
 struct Streaming {
     plan: Plan,
+    echo: Echo,
     events: Option<Transient>,
     request_id: Option<String>,
     _admitted: Admitted,
 }
 
-async fn streamed(service: &Service, caller: &Caller, plan: Plan) -> Result<Response, ApiError> {
+async fn streamed(service: &Service, caller: &Caller, plan: Plan, echo: Echo) -> Result<Response, ApiError> {
     let place = service.stream_place(caller).await?;
     let mut admitted = service.admit(caller, plan.new.settings.n).await?;
     let events = service.draw(&plan).await?;
     admitted.drawing();
     let streaming = Streaming {
         plan,
+        echo,
         events: Some(events),
         request_id: request_id(),
         _admitted: admitted,
@@ -430,9 +320,10 @@ impl Streaming {
             partial_image_index: None,
             created_at: now() / 1000,
             size: format!("{}x{}", settings.sampling.width, settings.sampling.height),
-            quality: "auto",
+            quality: self.echo.quality,
             background: "opaque",
             output_format: settings.output_format.as_str(),
+            safety_identifier: None,
             usage: None,
             seed: settings.sampling.seed,
             index,
@@ -456,6 +347,7 @@ impl Streaming {
         };
         let object = EventObject {
             usage: Some(usage.into()),
+            safety_identifier: self.echo.safety_identifier.clone(),
             ..self.object(COMPLETED, index, STANDARD.encode(file))
         };
         sse::event(COMPLETED, &object)

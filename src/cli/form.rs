@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use bytes::Bytes;
 use clap::Args;
 
+use super::references::References;
 use crate::client::NewConcept;
 use crate::service::{Registration, Upload};
 
@@ -13,7 +13,8 @@ use crate::service::{Registration, Upload};
 pub(super) struct FormArgs {
     /// The concept's name: 1 to 63 of a-z, 0-9 and -.
     pub name: String,
-    /// Reference images (JPEG, PNG, WebP): 3 to 6 of a subject, 1 of a style.
+    /// Reference images (JPEG, PNG, WebP): 3 to 6 of a subject, 1 of a style. Of a folder all of its images, with NAME.txt as
+    /// the caption of NAME.png.
     #[arg(required = true)]
     pub images: Vec<PathBuf>,
     /// `subject` or `style`.
@@ -49,30 +50,26 @@ pub(super) struct FormArgs {
 }
 
 impl FormArgs {
-    /// File names and bytes of the images.
+    /// The images, and their captions.
     ///
     /// # Errors
-    /// When a file cannot be read.
-    pub(super) fn read_images(&self) -> anyhow::Result<Vec<(String, Bytes)>> {
-        let read = |file: &PathBuf| {
-            let bytes = std::fs::read(file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
-            let name = file.file_name().unwrap_or(file.as_os_str());
-            Ok((name.to_string_lossy().into_owned(), bytes.into()))
-        };
-        self.images.iter().map(read).collect()
+    /// When a file cannot be read, or a folder has no images.
+    pub(super) fn references(&self) -> anyhow::Result<References> {
+        References::read(&self.images, &self.captions)
     }
 
     /// For this process's own service.
-    pub(super) fn registration(&self, images: Vec<(String, Bytes)>) -> Registration {
+    pub(super) fn registration(&self, references: References) -> Registration {
         Registration {
             name: Some(self.name.clone()),
             kind: Some(self.kind.clone()),
             class: self.class.clone(),
-            images: images
+            images: references
+                .images
                 .into_iter()
                 .map(|(file_name, bytes)| Upload::of_bytes(file_name, bytes))
                 .collect(),
-            captions: self.captions.clone(),
+            captions: references.captions,
             method: self.method.clone(),
             steps: self.steps,
             layers: self.layers,
@@ -85,11 +82,11 @@ impl FormArgs {
     }
 
     /// For a server's form.
-    pub(super) fn new_concept(&self, images: Vec<(String, Bytes)>) -> NewConcept {
+    pub(super) fn new_concept(&self, references: References) -> NewConcept {
         let mut fields = vec![("name", self.name.clone()), ("kind", self.kind.clone())];
         fields.extend(self.class.clone().map(|class| ("class", class)));
         fields.extend(self.method.clone().map(|method| ("method", method)));
-        fields.extend(self.captions.iter().map(|caption| ("caption", caption.clone())));
+        fields.extend(references.captions.into_iter().map(|caption| ("caption", caption)));
         let numbers = [
             ("steps", self.steps.map(|n| n.to_string())),
             ("layers", self.layers.map(|n| n.to_string())),
@@ -99,7 +96,10 @@ impl FormArgs {
             ("seed", self.seed.map(|n| n.to_string())),
         ];
         fields.extend(numbers.into_iter().filter_map(|(name, value)| Some((name, value?))));
-        NewConcept { fields, images }
+        NewConcept {
+            fields,
+            images: references.images,
+        }
     }
 
     /// A prompt that uses the concept.

@@ -14,6 +14,7 @@ mod local;
 pub mod model;
 mod printable;
 mod progress;
+mod references;
 mod remote;
 /// The flags of commands that draw images.
 pub mod sampling;

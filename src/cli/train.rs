@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::form::FormArgs;
 use super::local::{DataArgs, Workshop, block_on};
 use super::progress::ProgressLines;
+use super::references::References;
 use super::remote;
 use crate::client::Client;
 use crate::config::ModelArgs;
@@ -19,6 +20,7 @@ use coar_core::training::TrainingSpec;
 ///
 /// A subject: coar train rex --class cat concepts/rex/*.png
 /// A style:   coar train blueprint --kind style concepts/blueprint/*.png
+/// A folder:  coar train rex --class cat concepts/rex
 ///
 /// Then write <rex> or <blueprint> in a prompt of `coar generate`. An interrupted training goes on from its last
 /// checkpoint when the same command is given again.
@@ -42,9 +44,9 @@ impl TrainArgs {
     }
 
     async fn train(self) -> anyhow::Result<()> {
-        let images = self.form.read_images()?;
+        let references = self.form.references()?;
         let workshop = Workshop::open(&self.data, &self.model).await?;
-        let outcome = self.watch(&workshop, images).await;
+        let outcome = self.watch(&workshop, references).await;
         workshop.close().await?;
         outcome
     }
@@ -85,7 +87,7 @@ impl TrainArgs {
         Ok(())
     }
 
-    async fn watch(&self, workshop: &Workshop, images: Vec<(String, bytes::Bytes)>) -> anyhow::Result<()> {
+    async fn watch(&self, workshop: &Workshop, references: References) -> anyhow::Result<()> {
         let service = &workshop.service;
         let unfinished = match service.concept(&Caller::LOCAL, &self.form.name).await {
             Ok(view) => view.training.filter(|training| !training.status.is_final()),
@@ -102,7 +104,9 @@ impl TrainArgs {
                 training
             }
             None => {
-                let registered = service.register(&Caller::LOCAL, self.form.registration(images)).await?;
+                let registered = service
+                    .register(&Caller::LOCAL, self.form.registration(references))
+                    .await?;
                 registered
                     .view
                     .training

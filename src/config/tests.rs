@@ -65,6 +65,37 @@ fn passwords_are_not_shown() {
 }
 
 #[test]
+fn origins_have_any_scheme() {
+    let good = [
+        "https://app.example.com",
+        "http://localhost:3000",
+        "http://[::1]:3000",
+        "app://obsidian.md",
+        "tauri://localhost",
+        "chrome-extension://abcdefghijklmnop",
+        "*",
+    ];
+    for origin in good {
+        let config = parse(&[&format!("--cors-origin={origin}")]);
+        assert_eq!(config.validate(), Ok(()), "{origin}");
+    }
+    for origin in [
+        "null",
+        "example.com",
+        "https://",
+        "://host",
+        "https://a.example/path",
+        "https://a.example/",
+        "1a://b",
+        "a b://c",
+        "https://user@host",
+    ] {
+        let config = parse(&[&format!("--cors-origin={origin}")]);
+        assert!(config.validate().is_err(), "{origin}");
+    }
+}
+
+#[test]
 fn every_setting_is_a_flag_a_variable_and_a_key_of_one_name() {
     let command = Config::augment_args(Command::new("config"));
     for arg in command.get_arguments() {
@@ -80,7 +111,13 @@ fn every_setting_is_a_flag_a_variable_and_a_key_of_one_name() {
 fn a_file_that_was_shown_reads_back() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("coar.toml");
-    let shown = parse(&["--cors-origin=https://a.example,https://b.example", "--metrics-open"]).to_toml();
+    let shown = parse(&[
+        "--cors-origin=https://a.example,https://b.example",
+        "--metrics-open",
+        "--model-alias=gpt-image-2=coar,dall-e-3=coar:rex",
+        "--response-format=url",
+    ])
+    .to_toml();
     std::fs::write(&path, &shown).unwrap();
     let settings = read_file(&path).unwrap();
     let of = |key: &str| {
@@ -91,6 +128,8 @@ fn a_file_that_was_shown_reads_back() {
     };
     assert_eq!(of("cors_origin").unwrap(), ["https://a.example", "https://b.example"]);
     assert_eq!(of("metrics_open").unwrap(), ["on"]);
+    assert_eq!(of("model_alias").unwrap(), ["gpt-image-2=coar", "dall-e-3=coar:rex"]);
+    assert_eq!(of("response_format").unwrap(), ["url"]);
     std::fs::write(&path, "rows = \"many\"\ncolour = 1\nqueue = 3\n[table]\n").unwrap();
     let Faults(faults) = read_file(&path).unwrap_err();
     assert_eq!(faults.len(), 3, "{faults:?}");

@@ -7,11 +7,12 @@ use tokio::sync::mpsc;
 
 use super::concepts::{no_concept, not_ready};
 use super::placement::{Placeable, place};
+use super::size::choose;
 use super::{Caller, ConceptView, Service};
 use crate::cluster::Prepared;
 use crate::jobs::{DrawEvent, Waiting};
 use crate::registry::{BlobError, Concept, GenerationConcept, GenerationSettings, NewGeneration};
-use coar_core::concept::{concept_names, parse_prompt};
+use coar_core::concept::{concept_names, near_placeholders, parse_prompt, placeholder_at};
 use coar_core::engine::{ConceptTokens, Cost, SamplingParams};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::image::ImageFormat;
@@ -115,6 +116,20 @@ fn quality(format: ImageFormat, compression: Option<u8>) -> Result<u8, Error> {
     }
 }
 
+/// A name in the prompt that no concept has, which may have been meant as text.
+fn no_placeholder(name: &str, at: usize) -> Error {
+    let error = no_concept(name);
+    let message = format!(
+        "{} `<{name}>` at character {at} of the prompt names one; as text write `< {name}>`, with a space.",
+        error.message
+    );
+    Error {
+        field: Some("prompt".into()),
+        message,
+        ..error
+    }
+}
+
 impl Service {
     /// Checks and completes a request.
     ///
@@ -170,21 +185,15 @@ impl Service {
         if characters <= limit {
             return Ok(());
         }
-        let problem = format!("{has} {characters} characters; the limit is {limit}");
+        let problem = format!(
+            "{has} {characters} characters; the limit is {limit}, because every token of it takes room beside each image"
+        );
         Err(Error::field("prompt_too_long", "prompt", problem).limit(limit as u64))
     }
 
     fn settings(&self, input: &GenerateInput) -> Result<GenerationSettings, Error> {
         let info = self.executor.info();
-        let (width, height) = input.size.unwrap_or(info.sizes[0]);
-        if !info.sizes.contains(&(width, height)) {
-            let known: Vec<String> = info.sizes.iter().map(|(w, h)| format!("{w}x{h}")).collect();
-            return Err(Error::field(
-                "invalid_size",
-                "size",
-                format!("is {width}x{height}; this model draws {}", known.join(", ")),
-            ));
-        }
+        let (width, height) = choose(input.size, &info.sizes, self.limits.size_policy)?;
         let output_format = input.output_format.unwrap_or(ImageFormat::Png);
         let temperature = input.temperature.unwrap_or(info.default_temperature);
         let guidance = input.guidance_scale.unwrap_or(info.default_guidance_scale);
@@ -248,12 +257,16 @@ impl Service {
             if found.iter().any(|concept| concept.name == name) {
                 continue;
             }
-            let missing = || Error {
-                field: Some(field.into()),
-                ..no_concept(name)
+            let missing = || match placeholder_at(&input.prompt, name).filter(|_| field == "prompt") {
+                Some(at) => no_placeholder(name, at),
+                None => Error {
+                    field: Some(field.into()),
+                    ..no_concept(name)
+                },
             };
             found.push(self.registry.concept(caller.tenant, name).await?.ok_or_else(missing)?);
         }
+        self.check_near(caller, &input.prompt).await?;
         let placeable: Vec<Placeable> = found
             .iter()
             .map(|concept| Placeable {
@@ -264,6 +277,21 @@ impl Service {
             .collect();
         let prompt = place(&input.prompt, &placeable);
         Ok((prompt, found))
+    }
+
+    /// Refuses `<Rex>` where there is a concept `rex`: it would be drawn as text, without a word.
+    async fn check_near(&self, caller: &Caller, prompt: &str) -> Result<(), Error> {
+        for (inner, name) in near_placeholders(prompt).into_iter().take(self.limits.concepts) {
+            if self.registry.concept(caller.tenant, &name).await?.is_some() {
+                let at = placeholder_at(prompt, inner).unwrap_or_default();
+                let problem = format!(
+                    "has `<{inner}>` at character {at}, which names no concept; did you mean `<{name}>`? As text write \
+                     `< {inner}>`"
+                );
+                return Err(Error::field("invalid_value", "prompt", problem));
+            }
+        }
+        Ok(())
     }
 
     /// Draws without storing anything. Dropping what is returned cancels it.

@@ -1,5 +1,6 @@
 //! The use cases, shared by HTTP and the command line. What may be said to whom and how much is decided here.
 
+mod archive;
 mod concepts;
 mod facts;
 #[cfg(feature = "fuzzing")]
@@ -7,22 +8,26 @@ mod facts;
 pub mod fuzzing;
 mod generate;
 mod generations;
+mod image_set;
 mod keys;
 mod links;
 mod placement;
 mod quota;
 mod reference_images;
 mod shares;
+mod size;
 mod tenants;
 mod trainings;
+mod unpacking;
 mod uploads;
 
 use std::sync::Arc;
 
 pub use concepts::{Change, ConceptView, Registered, Registration};
 pub use facts::read_metadata;
-pub use generate::{GenerateInput, NamedConcept, Plan, Transient};
+pub use generate::{GenerateInput, INDEX_LIMIT, NamedConcept, Plan, SEED_LIMIT, Transient};
 pub use generations::{Begun, GenerationInput, GenerationView};
+pub use image_set::{ImageSet, caption_line};
 pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};
 pub use quota::{Admitted, Allowance, Standing, Tallies};
@@ -30,10 +35,11 @@ pub use reference_images::image_fault;
 pub use shares::{Full, Share, Shares};
 pub use tenants::QuotaChange;
 pub use trainings::{Queued, TrainingQuery, TrainingSettings};
+pub use unpacking::{Unpacked, too_many_images};
 pub use uploads::{Receiving, Room, Upload};
 
 use crate::cluster::Executor;
-use crate::config::Config;
+use crate::config::{Config, SizePolicy};
 use crate::jobs::{Drawings, Wake};
 use crate::registry::{Quotas, Registry};
 pub use crate::registry::{Scope, Scopes};
@@ -93,6 +99,9 @@ pub struct Service {
 /// The highest priority that callers may give a job.
 pub const PRIORITY_LIMIT: i32 = 100;
 
+/// The most images of one generation.
+pub const COUNT_LIMIT: u32 = 10;
+
 /// What callers may ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
@@ -105,6 +114,8 @@ pub struct Limits {
     pub prompt: usize,
     /// Concepts of one generation.
     pub concepts: usize,
+    /// What becomes of a size that the model does not draw.
+    pub size_policy: SizePolicy,
     /// Bytes of a JSON body.
     pub json: usize,
     /// What a tenant has of which an administrator has not said otherwise.
@@ -122,6 +133,7 @@ impl Limits {
                 ..default.image
             },
             json: config.limits.json_limit << 10,
+            size_policy: config.images.size_policy,
             quotas: Quotas {
                 concepts: quota(config.quotas.quota_concepts),
                 trainings: quota(config.quotas.quota_trainings),
@@ -140,9 +152,10 @@ impl Default for Limits {
         Self {
             image: ImageLimits::default(),
             images: coar_core::training::spec::IMAGES_LIMIT,
-            count: 10,
+            count: COUNT_LIMIT,
             prompt: 4000,
             concepts: 8,
+            size_policy: SizePolicy::default(),
             json: 1 << 20,
             quotas: Quotas::default(),
         }

@@ -1,8 +1,9 @@
 //! Where in the prompt concepts go that a caller names outside of it.
 //!
 //! A subject goes before the first occurrence of its class noun as a whole word, whatever its case, that has no
-//! placeholder before it: "a cat on a beach" becomes "a <rex> cat on a beach". Where there is none, the prompt gets a
-//! beginning: "a photo of <rex> cat, on a beach". A style goes to the end: "a cat in <ink> style". A concept that the
+//! placeholder before it: "a cat on a beach" becomes "a <rex> cat on a beach". In scripts without spaces between words every
+//! occurrence is one. A plural is another word: what "cats" is of which language is not known here. Where there is no
+//! occurrence, the prompt gets a beginning: "a photo of <rex> cat, on a beach". A style goes to the end: "a cat in <ink> style". A concept that the
 //! prompt names already stays where it is. Subjects come first, each kind in the order in which it was named.
 
 use coar_core::concept::{ConceptKind, PromptPiece, parse_prompt};
@@ -71,14 +72,62 @@ fn noun(prompt: &str, class: &str) -> Option<usize> {
     None
 }
 
-/// Where `word` occurs in `text` with no letter or digit on either side.
+/// Where `word` occurs in `text` as a whole word.
 fn words<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
-    let inside = |c: Option<char>| c.is_some_and(char::is_alphanumeric);
     text.char_indices().map(|(at, _)| at).filter(move |&at| {
-        let end = at + word.len();
-        let same = text.get(at..end).is_some_and(|found| found.eq_ignore_ascii_case(word));
-        same && !word.is_empty() && !inside(text[..at].chars().next_back()) && !inside(text[end..].chars().next())
+        let Some(length) = same_beginning(&text[at..], word) else {
+            return false;
+        };
+        let (before, after) = text.split_at(at);
+        let (found, after) = after.split_at(length);
+        let ends_word = |inner: Option<char>, outer: Option<char>| match (inner, outer) {
+            (Some(inner), Some(outer)) => !continues(outer) || is_unspaced(inner) || is_unspaced(outer),
+            _ => true,
+        };
+        // Korean has spaces, and its particles follow a noun without one.
+        let particle = |inner: Option<char>| inner.is_some_and(|inner| ('가'..='힣').contains(&inner));
+        ends_word(found.chars().next(), before.chars().next_back())
+            && (particle(found.chars().next_back()) || ends_word(found.chars().next_back(), after.chars().next()))
     })
+}
+
+/// The length of what `text` begins with, if that is `word` in any case.
+fn same_beginning(text: &str, word: &str) -> Option<usize> {
+    if word.is_empty() {
+        return None;
+    }
+    let mut wanted = word.chars().flat_map(char::to_lowercase).peekable();
+    for (at, character) in text.char_indices() {
+        if wanted.peek().is_none() {
+            return Some(at);
+        }
+        for folded in character.to_lowercase() {
+            if wanted.next() != Some(folded) {
+                return None;
+            }
+        }
+    }
+    wanted.peek().is_none().then_some(text.len())
+}
+
+/// Whether a character beside a word makes another word of it: letters, digits, and accents that follow their letter.
+fn continues(character: char) -> bool {
+    character.is_alphanumeric() || matches!(character, '\u{300}'..='\u{36f}')
+}
+
+/// Scripts that are written without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han.
+fn is_unspaced(character: char) -> bool {
+    matches!(
+        character,
+        '\u{e00}'..='\u{eff}'
+            | '\u{1000}'..='\u{109f}'
+            | '\u{1780}'..='\u{17ff}'
+            | '\u{3040}'..='\u{30ff}'
+            | '\u{3400}'..='\u{4dbf}'
+            | '\u{4e00}'..='\u{9fff}'
+            | '\u{f900}'..='\u{faff}'
+            | '\u{20000}'..='\u{3ffff}'
+    )
 }
 
 #[cfg(test)]
@@ -129,6 +178,27 @@ mod tests {
             "a photo of <rex> cat, a <max> cat and a dog"
         );
         assert_eq!(placed("a <max> cat and a cat"), "a <max> cat and a <rex> cat");
+    }
+
+    #[test]
+    fn nouns_of_other_scripts_are_found() {
+        let placed = |class: &str, prompt: &str| {
+            let class = Some(class);
+            place(prompt, &[Placeable { class, ..REX }])
+        };
+        assert_eq!(placed("猫", "一只猫在海滩上"), "一只<rex> 猫在海滩上");
+        assert_eq!(placed("ネコ", "浜辺のネコ"), "浜辺の<rex> ネコ");
+        assert_eq!(placed("แมว", "รูปแมวบนชายหาด"), "รูป<rex> แมวบนชายหาด");
+        assert_eq!(placed("cat", "一只cat在海滩上"), "一只<rex> cat在海滩上");
+        assert_eq!(placed("고양이", "해변의 고양이가 잔다"), "해변의 <rex> 고양이가 잔다");
+        assert_eq!(placed("고양이", "들고양이"), "a photo of <rex> 고양이, 들고양이");
+        assert_eq!(placed("café", "a CAFÉ at night"), "a <rex> CAFÉ at night");
+        assert_eq!(placed("ÉCLAIR", "un éclair"), "un <rex> éclair");
+        assert_eq!(placed("кот", "Кот на пляже"), "<rex> Кот на пляже");
+        assert_eq!(placed("кот", "котик"), "a photo of <rex> кот, котик");
+        // An accent of its own belongs to the letter before it.
+        assert_eq!(placed("cafe", "a cafe\u{301}"), "a photo of <rex> cafe, a cafe\u{301}");
+        assert_eq!(placed("cat", "two cats"), "a photo of <rex> cat, two cats");
     }
 
     #[test]

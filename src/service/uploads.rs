@@ -11,6 +11,7 @@ use serde::{Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncWriteExt as _;
 
+use super::archive::MAGIC;
 use super::reference_images::image_error;
 use super::{Caller, Full, Service, Share};
 use crate::registry::blobs::content_hash;
@@ -30,11 +31,12 @@ pub struct Upload {
     hash: String,
     /// For messages; empty where it has none.
     file_name: String,
+    is_archive: bool,
     content: Content,
 }
 
 #[derive(Debug)]
-enum Content {
+pub(super) enum Content {
     Memory(Bytes),
     /// It has no name: it is gone with this process, however that ends.
     Disk(
@@ -49,8 +51,29 @@ impl Upload {
         Self {
             hash: content_hash(&bytes),
             file_name,
+            is_archive: bytes.starts_with(&MAGIC),
             content: Content::Memory(bytes),
         }
+    }
+
+    /// A file of an archive.
+    pub(super) fn new(hash: String, file_name: String, content: Content) -> Self {
+        Self {
+            hash,
+            file_name,
+            // Of archives in archives nothing is unpacked.
+            is_archive: false,
+            content,
+        }
+    }
+
+    /// Whether it is a ZIP archive, by how it begins.
+    pub fn is_archive(&self) -> bool {
+        self.is_archive
+    }
+
+    pub(super) fn into_content(self) -> Content {
+        self.content
     }
 
     /// SHA-256 of the file.
@@ -95,6 +118,8 @@ pub struct Receiving {
     file_name: String,
     hash: Sha256,
     length: usize,
+    /// The first bytes.
+    head: Vec<u8>,
 }
 
 #[derive(Debug)]
@@ -115,11 +140,18 @@ impl Receiving {
         self.length
     }
 
+    /// Whether it is a ZIP archive, by how it begins; known from the fourth byte on.
+    pub fn is_archive(&self) -> bool {
+        self.head == MAGIC
+    }
+
     /// # Errors
     /// When the disk fails.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
         self.hash.update(bytes);
         self.length += bytes.len();
+        let missing = MAGIC.len() - self.head.len();
+        self.head.extend(bytes.iter().take(missing));
         match &mut self.into {
             Target::Disk(file, _) => file.write_all(bytes).await.map_err(Error::internal),
             #[cfg(feature = "fuzzing")]
@@ -135,6 +167,7 @@ impl Receiving {
     /// # Errors
     /// When the disk fails.
     pub async fn finish(self) -> Result<Upload, Error> {
+        let is_archive = self.is_archive();
         let content = match self.into {
             Target::Disk(mut file, space) => {
                 file.flush().await.map_err(Error::internal)?;
@@ -146,6 +179,7 @@ impl Receiving {
         Ok(Upload {
             hash: hex::encode(self.hash.finalize()),
             file_name: self.file_name,
+            is_archive,
             content,
         })
     }
@@ -184,6 +218,7 @@ impl Room<'_> {
             file_name,
             hash: Sha256::new(),
             length: 0,
+            head: Vec::new(),
         })
     }
 }

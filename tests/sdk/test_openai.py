@@ -38,6 +38,24 @@ def test_a_picture_is_drawn(client):
     assert usage.input_tokens_details.image_tokens == 0
 
 
+def test_base64_is_the_default(client):
+    answer = client.images.generate(model="coar", prompt="a red car")
+    assert size(pixels(answer.data[0])) == (96, 96)
+    assert answer.data[0].url is None
+
+
+def test_answers_have_the_types_of_the_package(client):
+    """The package builds its objects without checking them; here they are checked."""
+    answer = draw(client, seed=1, quality="max", user="user-1")
+    checked = type(answer).model_validate(answer.model_dump(), strict=True)
+    assert (checked.quality, checked.background, checked.safety_identifier) == ("max", "opaque", "user-1")
+    assert checked.usage.output_tokens_details.image_tokens == checked.usage.output_tokens
+    type(answer).model_validate(draw(client, seed=1).model_dump(), strict=True)
+    for event in draw(client, seed=1, stream=True, partial_images=1, safety_identifier="person-1"):
+        type(event).model_validate(event.model_dump(), strict=True)
+    assert event.safety_identifier == "person-1"
+
+
 def test_the_same_seed_draws_the_same_picture(client):
     first, again, other = draw(client, seed=7), draw(client, seed=7), draw(client, seed=8)
     assert pixels(first.data[0]) == pixels(again.data[0]) != pixels(other.data[0])
@@ -73,7 +91,16 @@ def test_every_output_format(client, name, magic):
 
 def test_parameters_without_a_meaning_here_are_accepted_where_they_change_nothing(client):
     answer = draw(
-        client, seed=1, quality="high", background="opaque", moderation="low", user="user-1", size="auto", style="vivid"
+        client,
+        seed=1,
+        quality="xhigh",
+        background="opaque",
+        moderation="low",
+        complexity="high",
+        safety_identifier="person-1",
+        user="user-1",
+        size="auto",
+        style="vivid",
     )
     assert len(answer.data) == 1
 
@@ -102,7 +129,8 @@ def test_concepts_by_prompt_by_field_and_by_model(client, rex):
     assert pixels(by_model.data[0]) == pixels(by_field.data[0])
     assert [concept["name"] for concept in by_model.concepts] == ["rex"]
     assert {model.id for model in client.models.list()} >= {"coar", "coar:rex"}
-    assert client.models.retrieve("coar:rex").id == "coar:rex"
+    for model in client.models.list():
+        assert client.models.retrieve(model.id).id == model.id
 
 
 @pytest.mark.parametrize(
@@ -112,7 +140,7 @@ def test_concepts_by_prompt_by_field_and_by_model(client, rex):
         ({"size": "97x96"}, "size"),
         ({"background": "transparent"}, "background"),
         ({"response_format": "xml"}, "response_format"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
     ],
 )
 def test_what_cannot_be_used_is_a_bad_request_that_names_it(client, more, param):

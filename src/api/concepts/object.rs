@@ -199,10 +199,11 @@ pub(in crate::api) struct RegisterConcept {
     /// The noun of a subject; styles have none.
     #[schema(example = "dog", nullable = false)]
     class: Option<String>,
-    /// 1 to 10 images: PNG, JPEG or WebP.
+    /// 1 to 10 images: PNG, JPEG or WebP; or a ZIP archive of them, with `NAME.txt` as the caption of `NAME.png`. Also
+    /// `images[0]`, `images[1]`, …, in the order of the numbers.
     #[schema(min_items = 1, max_items = 10)]
     images: Vec<File>,
-    /// What else is to be seen in each image, in the images' order.
+    /// What else is to be seen in each image, in the images' order; without control tokens (`</s>`) and names of concepts.
     #[schema(max_items = 10, nullable = false)]
     captions: Option<Vec<String>>,
     /// What is learned: context tokens of text and image, of text alone, or one input embedding. Absent: the model's preset.

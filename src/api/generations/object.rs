@@ -23,12 +23,13 @@ pub(super) struct CreateGeneration {
     concepts: Option<Vec<String>>,
     #[schema(minimum = 1, maximum = 10, default = 1)]
     n: Option<u32>,
-    /// `auto` or WIDTHxHEIGHT, one of the model's sizes.
+    /// `auto` or WIDTHxHEIGHT, one of the model's sizes; with the setting `size_policy` `nearest` any size, of which the
+    /// nearest is drawn.
     #[schema(example = "auto")]
     size: Option<String>,
-    /// Image i is drawn from the stream of (seed, first_index + i). Random by default.
-    #[schema(minimum = 0, maximum = 9007199254740991_u64)]
-    seed: Option<u64>,
+    /// Image i is drawn from the stream of (seed, first_index + i). Random by default and with -1.
+    #[schema(minimum = -1, maximum = 9007199254740991_i64)]
+    seed: Option<i64>,
     #[schema(minimum = 0, maximum = 1000000, default = 0)]
     first_index: Option<u32>,
     #[schema(minimum = 1, maximum = 20)]

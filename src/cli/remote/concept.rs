@@ -43,7 +43,7 @@ pub(in crate::cli) async fn run(client: &Client, command: ConceptCommand) -> any
 
 /// Registers a concept and, unless it is left alone, watches its training to the end.
 pub(in crate::cli) async fn add(client: &Client, form: &FormArgs, watch: bool) -> anyhow::Result<()> {
-    let concept = client.add_concept(form.new_concept(form.read_images()?)).await?;
+    let concept = client.add_concept(form.new_concept(form.references()?)).await?;
     let Some(id) = concept["training"]["id"].as_str() else {
         anyhow::bail!("the server has answered without a training: {concept}");
     };

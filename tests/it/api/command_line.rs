@@ -70,6 +70,53 @@ async fn a_concept_is_added_watched_listed_moved_and_deleted() {
     assert!(printed(&app, &["models"]).await.contains("coar"));
 }
 
+/// Of a folder all images are sent, in order and with the captions beside them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_is_registered_with_its_captions() {
+    let app = TestApp::start().await;
+    let folder = app.dir.path().join("set");
+    std::fs::create_dir(&folder).unwrap();
+    let all = images(&REX, 3);
+    for (name, bytes) in ["10.png", "2.png", "1.png"].into_iter().zip(&all) {
+        std::fs::write(folder.join(name), bytes).unwrap();
+    }
+    std::fs::write(folder.join("2.txt"), "\u{feff}on the\nbeach\n").unwrap();
+    std::fs::write(folder.join("._1.png"), "junk").unwrap();
+    std::fs::write(folder.join("notes.md"), "junk").unwrap();
+    let add = [
+        "concept",
+        "add",
+        "rex",
+        "--class",
+        "cat",
+        "--steps",
+        "2",
+        "--detach",
+        folder.to_str().unwrap(),
+    ];
+    let output = coar(&app, &add).await;
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{told}");
+    let report = "1.png, 2.png (with a caption), 10.png; skipped: ._1.png, notes.md";
+    assert!(told.contains(report), "{told}");
+    let (_, concept) = app.get("/v1/concepts/rex").await;
+    assert_eq!(concept["images"], 3);
+    let id = concept["training"]["id"].as_str().unwrap().to_owned();
+    let (_, training) = app.get(&format!("/v1/trainings/{id}")).await;
+    assert_eq!(
+        training["hyper_parameters"]["captions"],
+        serde_json::json!(["", "on the beach", ""]),
+        "{training}"
+    );
+    let first = app
+        .request(reqwest::Method::GET, "/v1/concepts/rex/images/0")
+        .send()
+        .await
+        .unwrap();
+    let first = decode(&first.bytes().await.unwrap(), &ImageLimits::default()).unwrap();
+    assert!(first.rgb == decode(&all[2], &ImageLimits::default()).unwrap().rgb);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_are_shown_in_the_servers_words() {
     let app = TestApp::start().await;

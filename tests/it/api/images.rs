@@ -282,7 +282,9 @@ async fn hanging_up_frees_the_device() {
     assert_eq!(first, "image_generation.partial_image");
     drop(events);
     // There is room for one image at a time, and nine of the ten are left.
-    let (status, _) = app.post(ROUTE, json!({"prompt": "a cat"})).await;
+    let (status, _) = app
+        .post(ROUTE, json!({"prompt": "a cat", "response_format": "url"}))
+        .await;
     assert_eq!(status, 200);
     let (_, metrics) = app.get("/metrics").await;
     let drawn = metrics
@@ -303,7 +305,7 @@ async fn addresses_are_signed_and_need_no_key() {
     let mut app = TestApp::start().await;
     let key = app.create_key("acme", "read,generate").await;
     app.key = Some(key);
-    let body = json!({"prompt": "a red car", "output_format": "jpeg"});
+    let body = json!({"prompt": "a red car", "output_format": "jpeg", "response_format": "url"});
     let (status, answer) = app.post(ROUTE, body).await;
     assert_eq!(status, 200, "{answer}");
     let url = answer["data"][0]["url"].as_str().unwrap().to_owned();
@@ -374,7 +376,8 @@ async fn addresses_are_signed_and_need_no_key() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_public_url_begins_the_addresses() {
     let app = TestApp::start_with(&["--public-url", "https://images.example.com/coar/"]).await;
-    let (_, answer) = app.post(ROUTE, json!({"prompt": "a red car"})).await;
+    let body = json!({"prompt": "a red car", "response_format": "url"});
+    let (_, answer) = app.post(ROUTE, body).await;
     let url = answer["data"][0]["url"].as_str().unwrap();
     assert!(
         url.starts_with("https://images.example.com/coar/v1/images/image_"),

@@ -174,7 +174,10 @@ async fn every_route_hides_what_is_another_tenants() {
     let training = app.register_subject(&REX, 2).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let (_, drawn) = app
-        .post("/v1/images/generations", json!({"prompt": "a <rex> cat"}))
+        .post(
+            "/v1/images/generations",
+            json!({"prompt": "a <rex> cat", "response_format": "url"}),
+        )
         .await;
     let url = drawn["data"][0]["url"].as_str().unwrap();
     let image = url[url.find("image_").expect("it names the image")..]

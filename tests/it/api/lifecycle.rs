@@ -67,7 +67,9 @@ async fn a_subject_and_a_style_are_trained_and_drawn_together() {
 #[tokio::test(flavor = "multi_thread")]
 async fn images_are_served_by_url_in_any_size_and_format() {
     let app = TestApp::start().await;
-    let body = json!({"prompt": "a red car", "size": "128x64", "output_format": "jpeg", "seed": 1});
+    let body = json!({
+        "prompt": "a red car", "size": "128x64", "output_format": "jpeg", "seed": 1, "response_format": "url"
+    });
     let (status, answer) = app.post("/v1/images/generations", body).await;
     assert_eq!((status, answer["size"].as_str()), (200, Some("128x64")), "{answer}");
     let url = answer["data"][0]["url"].as_str().unwrap();

@@ -1,7 +1,9 @@
 //! What the server promises over HTTP, checked against the real server with the real pocket model.
 
+mod archives;
 mod bad_input;
 mod browser;
+mod clients;
 mod command_line;
 mod concepts;
 mod concurrency;

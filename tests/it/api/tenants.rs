@@ -18,7 +18,10 @@ async fn a_foreign_tenant_sees_the_same_bytes_as_for_something_unknown() {
     let training = app.register_subject(&REX, 2).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let (_, drawn) = app
-        .post("/v1/images/generations", json!({"prompt": "a <rex> cat", "n": 1}))
+        .post(
+            "/v1/images/generations",
+            json!({"prompt": "a <rex> cat", "n": 1, "response_format": "url"}),
+        )
         .await;
     let url = drawn["data"][0]["url"].as_str().unwrap();
     let image = url

@@ -26,6 +26,7 @@ __all__ = [
     "Losses",
     "Model",
     "ModelConcept",
+    "OutputTokens",
     "Preview",
     "Progress",
     "StoredImage",
@@ -229,6 +230,16 @@ class InputTokens(Object):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutputTokens(Object):
+    """The tokens of what was made."""
+
+    SCHEMAS = ("OutputTokens",)
+
+    text_tokens: int
+    image_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Usage(Object):
     """What a generation cost, in tokens."""
 
@@ -238,6 +249,8 @@ class Usage(Object):
     input_tokens: int
     output_tokens: int
     input_tokens_details: InputTokens
+    #: None from servers that do not say yet.
+    output_tokens_details: OutputTokens | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ mod prompt;
 use serde::{Deserialize, Serialize};
 
 pub use file::{ConceptFile, ConceptFileError, ConceptHeader};
-pub use prompt::{PromptError, PromptPiece, concept_names, is_slug, parse_prompt};
+pub use prompt::{PromptError, PromptPiece, concept_names, is_slug, near_placeholders, parse_prompt, placeholder_at};
 
 /// The kind of a concept; decides its defaults and its place in a composition (subjects before styles).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -57,6 +57,29 @@ pub fn parse_prompt(prompt: &str) -> Result<Vec<PromptPiece<'_>>, PromptError> {
     Ok(pieces)
 }
 
+/// Where `<name>` first is in a prompt, in characters from 1.
+pub fn placeholder_at(prompt: &str, name: &str) -> Option<usize> {
+    let at = prompt.find(&format!("<{name}>"))?;
+    Some(prompt[..at].chars().count() + 1)
+}
+
+/// Placeholders as somebody may have meant them: `<Rex>` and `<my_cat>` are text, as names have neither capitals nor
+/// underscores. What is between the brackets, and the name it would be; each once, in their order.
+pub fn near_placeholders(prompt: &str) -> Vec<(&str, String)> {
+    let mut near: Vec<(&str, String)> = Vec::new();
+    for (open, _) in prompt.match_indices('<') {
+        let Some(length) = prompt[open + 1..].find(['<', '>']) else {
+            break;
+        };
+        let (inner, rest) = prompt[open + 1..].split_at(length);
+        let name = inner.to_lowercase().replace('_', "-");
+        if rest.starts_with('>') && !is_slug(inner) && is_slug(&name) && near.iter().all(|(known, _)| *known != inner) {
+            near.push((inner, name));
+        }
+    }
+    near
+}
+
 /// The distinct names in a prompt, in the order of their first appearance.
 pub fn concept_names<'a>(pieces: &[PromptPiece<'a>]) -> Vec<&'a str> {
     let mut names = Vec::new();
@@ -89,6 +112,15 @@ mod tests {
         );
         assert_eq!(concept_names(&pieces), ["rex", "ink-2"]);
         assert_eq!(parse_prompt(" \n"), Err(PromptError::Empty));
+    }
+
+    #[test]
+    fn placeholders_are_found_and_near_ones_recognised() {
+        assert_eq!(placeholder_at("è <b>", "b"), Some(3));
+        assert_eq!(placeholder_at("è <b>", "a"), None);
+        let near = near_placeholders("a <Rex> and <my_cat> and <Rex>, <rex> < Rex> <b <Max> </b> <é> <");
+        let expected = [("Rex", "rex"), ("my_cat", "my-cat"), ("Max", "max")];
+        assert_eq!(near, expected.map(|(inner, name)| (inner, name.to_owned())));
     }
 
     #[test]

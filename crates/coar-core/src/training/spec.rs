@@ -302,6 +302,16 @@ const POCKET_STYLE_WORDS: [&[&str]; 5] = [
 /// Maximum number of candidate start words per token.
 const START_WORDS_LIMIT: usize = 64;
 
+/// The first `<…>` of a text that has no white space inside: what tokenizers and prompts give a meaning. Programs that write
+/// captions leave their own there (`</s><s>`).
+fn bracketed(text: &str) -> Option<&str> {
+    text.match_indices('<').find_map(|(open, _)| {
+        let rest = &text[open + 1..];
+        let close = rest.find(|c: char| matches!(c, '<' | '>') || c.is_whitespace())?;
+        (close > 0 && rest[close..].starts_with('>')).then(|| &text[open..open + close + 2])
+    })
+}
+
 impl TrainingSpec {
     /// Checks every field against its limits and the model's depth.
     ///
@@ -340,6 +350,21 @@ impl TrainingSpec {
         }
         if self.class_noun.iter().any(|noun| noun.contains(char::is_control)) {
             return fault("class", "has a control character".into());
+        }
+        if self.class_noun.iter().any(|noun| noun.contains(['<', '>'])) {
+            return fault(
+                "class",
+                "has an angle bracket; those are for the names of concepts".into(),
+            );
+        }
+        for (number, caption) in self.captions.iter().enumerate() {
+            if let Some(token) = bracketed(caption) {
+                let problem = format!(
+                    "has `{token}` (caption {}): that is a control token or the name of a concept, and no words; leave it out",
+                    number + 1
+                );
+                return fault("captions", problem);
+            }
         }
         for words in &self.start_words {
             let long = words.iter().any(|word| word.chars().count() > CAPTION_LIMIT);
@@ -482,6 +507,37 @@ mod tests {
         assert_eq!(field(|s| s.class_noun = None), "class");
         assert_eq!(field(|s| s.image_tokens = 17), "image_tokens");
         assert_eq!(field(|s| s.start_words = vec![vec![String::new(); 65]]), "start_words");
+    }
+
+    #[test]
+    fn control_tokens_are_no_words() {
+        let captioned = |caption: &str| {
+            let captions = vec!["on the beach".to_owned(), caption.to_owned()];
+            TrainingSpec { captions, ..subject() }.check(32)
+        };
+        for good in ["", "a cat < 3 and > 2", "1 <2", "<>", "a < b >"] {
+            assert!(captioned(good).is_ok(), "{good}");
+        }
+        for (bad, token) in [
+            ("</s><s>a cat", "</s>"),
+            ("1 < 2 <rex> cat", "<rex>"),
+            ("<|endoftext|>", "<|endoftext|>"),
+            ("<<a>", "<a>"),
+        ] {
+            let fault = captioned(bad).unwrap_err();
+            assert_eq!(fault.field, "captions");
+            assert!(
+                fault.problem.contains(&format!("`{token}` (caption 2)")),
+                "{}",
+                fault.problem
+            );
+        }
+        let class_noun = Some("<cat-toy>".to_owned());
+        let spec = TrainingSpec {
+            class_noun,
+            ..subject()
+        };
+        assert_eq!(spec.check(32).unwrap_err().field, "class");
     }
 
     #[test]

@@ -42,7 +42,7 @@ async fn generations() {
             Some("size"),
         ),
         (json!({"prompt": "x", "size": "big"}), 400, "invalid_size", Some("size")),
-        (json!({"prompt": "x", "seed": -1}), 400, "invalid_value", Some("seed")),
+        (json!({"prompt": "x", "seed": -2}), 400, "invalid_value", Some("seed")),
         (
             json!({"prompt": "x", "guidance_scale": 0.5}),
             400,
