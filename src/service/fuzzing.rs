@@ -1,5 +1,8 @@
-//! Prompts and what is put into them.
+//! Prompts and what is put into them; archives.
 
+use std::io::Cursor;
+
+use super::archive;
 use super::placement::{Placeable, place};
 use coar_core::concept::{ConceptKind, concept_names, parse_prompt};
 
@@ -25,4 +28,22 @@ pub fn placement(prompt: &str, class: &str) {
         assert!(names.contains(&name), "{name} is lost in {placed:?}");
     }
     assert_eq!(place(&placed, &concepts), placed);
+}
+
+/// What an archive's directory says of a file holds for what is unpacked of it, within the limit.
+pub fn archive(bytes: &[u8]) {
+    const LIMIT: u64 = 1 << 16;
+    let mut archive = Cursor::new(bytes);
+    let Ok(entries) = archive::entries(&mut archive) else {
+        return;
+    };
+    for entry in &entries {
+        let mut length = 0;
+        let unpacked = archive::unpack(&mut archive, entry, LIMIT, |piece| {
+            length += piece.len() as u64;
+            Ok(())
+        });
+        assert!(length <= entry.size.min(LIMIT), "{length} bytes of {entry:?}");
+        assert!(unpacked.is_err() || length == entry.size, "{length} bytes of {entry:?}");
+    }
 }

@@ -40,7 +40,7 @@ const fn target(name: &'static str, memory: usize, run: fn(&[u8])) -> Target {
 const MIB: usize = 1 << 20;
 
 /// All of them.
-pub const TARGETS: [Target; 19] = [
+pub const TARGETS: [Target; 20] = [
     target("picture", 96 * MIB, coar_core::image::fuzzing::image),
     target("picture_header", 2 * MIB, coar_core::image::fuzzing::header),
     target("concept_file", 4 * MIB, concept_file),
@@ -55,6 +55,7 @@ pub const TARGETS: [Target; 19] = [
     target("settings", 16 * MIB, settings),
     target("training_spec", 4 * MIB, training_spec),
     target("prompt", 4 * MIB, prompt),
+    target("archive", 4 * MIB, coar::service::fuzzing::archive),
     target("form", 8 * MIB, coar::api::fuzzing::form),
     target("json_body", 4 * MIB, coar::api::fuzzing::json_body),
     target("head", 4 * MIB, coar::api::fuzzing::head),

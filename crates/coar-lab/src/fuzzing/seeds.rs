@@ -1,10 +1,13 @@
 //! Small well-formed inputs for each target: the initial corpus.
 
+use std::io::{Cursor, Write as _};
 use std::path::Path;
 
 use coar_core::concept::{ConceptFile, ConceptHeader, ConceptKind, ConceptTensors};
 use coar_core::image::{OutputFormat, RgbImage, encode};
 use coar_core::training::spec::{Preset, TrainingSpec};
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipWriter};
 
 /// Well-formed inputs of a target, the simplest first.
 pub fn seeds(target: &str) -> Vec<Vec<u8>> {
@@ -37,6 +40,7 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
             "A dog and a dog\0dog",
             " \n\0teddy bear",
         ]),
+        "archive" => vec![archive()],
         "form" => vec![form()],
         "json_body" => texts(&[
             r#"{"prompt": "a <rex> cat", "n": 2.0, "size": "256x256", "seed": 7, "guidance_scale": 3.5, "top_k": 200, "output_format": "webp", "output_compression": 80, "partial_images": 1, "concepts": ["ink"], "identity_mask": false, "metadata": {"a": "b"}, "webhook_url": "https://example.com/"}"#,
@@ -128,6 +132,23 @@ fn judge_configs() -> Vec<Vec<u8>> {
         [&[kind], text.as_bytes()].concat()
     };
     (0..).zip(files).map(seed).collect()
+}
+
+/// A deflated file, a stored one in a folder, and a comment.
+fn archive() -> Vec<u8> {
+    let mut writer = ZipWriter::new(Cursor::new(Vec::new()));
+    writer.set_comment("of two files");
+    for (name, method, bytes) in [
+        ("a.png", CompressionMethod::Deflated, [7; 300].as_slice()),
+        ("b/a.txt", CompressionMethod::Stored, b"on the beach"),
+    ] {
+        let options = SimpleFileOptions::default()
+            .compression_method(method)
+            .last_modified_time(zip::DateTime::default());
+        writer.start_file(name, options).expect("a name of its own");
+        writer.write_all(bytes).expect("memory takes what is written");
+    }
+    writer.finish().expect("memory takes what is written").into_inner()
 }
 
 fn form() -> Vec<u8> {
