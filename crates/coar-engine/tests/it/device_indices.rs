@@ -8,7 +8,7 @@ use coar_core::concept::{ConceptFile, ConceptKind, ConceptTensors};
 use coar_core::image::RgbImage;
 use coar_core::training::TrainingSpec;
 use coar_core::training::spec::Preset;
-use coar_engine::model::decoding::{BatchOptions, DecodeBatch, Decoding, DecodingRequest};
+use coar_engine::model::decoding::{BatchOptions, DecodeBatch, Decoding, DecodingRequest, Speculation};
 use coar_engine::model::lumina::CheckpointFiles;
 use coar_engine::model::weights::{Checkpoint, Target, TensorSource};
 use coar_engine::model::{LuminaMgpt, ModelConfig, ModelError, Transformer};
@@ -201,6 +201,7 @@ fn out_of_range_rows_and_positions_are_rejected_on_the_host() {
         rows: 2,
         max_seq: 64,
         fixed_shapes: false,
+        speculation: Speculation::Off,
     };
     let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, options).unwrap();
     let long = DecodingRequest {
