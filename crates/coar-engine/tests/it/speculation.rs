@@ -23,7 +23,7 @@ fn options(speculation: Speculation) -> EngineOptions {
 
 /// Requests of all sizes, guidance scales, temperatures, and top-k; some with concepts.
 fn mixed(engine: &EngineHandle) -> Vec<GenerateRequest> {
-    let mut requests: Vec<GenerateRequest> = (0..36).map(|index| request(engine.info(), index)).collect();
+    let mut requests: Vec<GenerateRequest> = (0..24).map(|index| request(engine.info(), index)).collect();
     for (index, one) in requests.iter_mut().enumerate() {
         one.sampling.temperature = [1.0, 0.7, 1.0, 0.0, 1.5][index % 5];
     }
@@ -62,7 +62,11 @@ fn images_are_the_same_for_every_window(kind: Kind) {
     for speculation in tokens.into_iter().chain([Speculation::Auto, Speculation::Off]) {
         let engine = engine_in(kind, options(speculation));
         for (index, found) in together(&engine, &requests).into_iter().enumerate() {
-            assert_eq!(found.unwrap(), alone[index], "{speculation:?} {kind:?}: request {index}");
+            assert_eq!(
+                found.unwrap(),
+                alone[index],
+                "{speculation:?} {kind:?}: request {index}"
+            );
         }
         for index in [0, 5, 10] {
             let found = images(engine.generate(requests[index].clone()).unwrap()).unwrap();
@@ -81,13 +85,9 @@ fn images_are_the_same_for_every_window_in_bf16() {
     images_are_the_same_for_every_window(Kind::BFloat16);
 }
 
-/// Codes per pass on the pocket model, and seconds per image, by window.
-#[test]
-fn a_window_of_sixteen_yields_three_codes_per_pass() {
-    let cache = tempfile::tempdir().unwrap();
-    let files = CheckpointFiles::find(&unpack_shipped(cache.path()).unwrap(), None).unwrap();
-    let model = LuminaMgpt::load(&files, Device::Cpu, Kind::Float, None).unwrap();
-    let _no_grad = tch::no_grad_guard();
+/// Draws eight images of four prompts, `together` of them at a time; returns codes per image and pass, and the seconds
+/// of this thread's processor per image.
+fn drawn(model: &LuminaMgpt, speculation: Speculation, together: u64) -> (f64, f64) {
     let size = model.sizes()[0];
     let prompts = [
         "a photo of a red cat on the beach",
@@ -95,47 +95,76 @@ fn a_window_of_sixteen_yields_three_codes_per_pass() {
         "a neon picture of a robot",
         "a photo of a green bird in the forest",
     ];
-    let mut three = false;
-    for images in [1, 4] {
-        for speculation in [1, 2, 4, 8, 16, 32, 64].map(Speculation::Tokens).into_iter().chain([Speculation::Auto]) {
-            let (mut codes, mut passes, mut seconds) = (0, 0, 0.0);
-            for (prompt, seed) in prompts.iter().flat_map(|prompt| [(prompt, 1), (prompt, 2)]) {
-                let sequence = plan_sequence(&model, prompt, &[], size).unwrap();
-                let settings = DrawSettings {
-                    sampling: SamplingParams {
-                        width: size.0,
-                        height: size.1,
-                        seed,
-                        guidance_scale: 2.0,
-                        temperature: 1.0,
-                        top_k: 20,
-                        identity_mask: true,
-                    },
-                    images: 0..images,
-                };
-                let requests = [sequence.request(&model, &[], &settings).unwrap()];
-                let mut decoding =
-                    Decoding::speculating(&model.transformer, &model.vocabulary, &requests, speculation).unwrap();
-                let begun = std::time::Instant::now();
-                while !decoding.is_done() {
-                    decoding.step(&model.transformer).unwrap();
-                }
-                seconds += begun.elapsed().as_secs_f64();
-                codes += decoding.passes().iter().map(|pass| pass.codes).sum::<usize>();
-                // Of all images together.
-                passes += decoding
-                    .passes()
-                    .iter()
-                    .map(|pass| pass.codes - pass.right)
-                    .sum::<usize>();
-            }
-            let per_pass = codes as f64 / passes as f64;
-            println!(
-                "{images} at once, {speculation:?}: {per_pass:.2} codes per pass, {:.1} ms per image",
-                seconds / 8.0 / images as f64 * 1e3
-            );
-            three |= speculation == Speculation::Tokens(16) && per_pass >= 3.0;
+    let (mut codes, mut passes, mut seconds) = (0, 0, 0.0);
+    for (prompt, seed) in prompts.iter().flat_map(|prompt| [(prompt, 1), (prompt, 2)]) {
+        let sequence = plan_sequence(model, prompt, &[], size).unwrap();
+        let settings = DrawSettings {
+            sampling: SamplingParams {
+                width: size.0,
+                height: size.1,
+                seed,
+                guidance_scale: 2.0,
+                temperature: 1.0,
+                top_k: 20,
+                identity_mask: true,
+            },
+            images: 0..together,
+        };
+        let requests = [sequence.request(model, &[], &settings).unwrap()];
+        let mut decoding =
+            Decoding::speculating(&model.transformer, &model.vocabulary, &requests, speculation).unwrap();
+        let begun = processor_seconds();
+        while !decoding.is_done() {
+            decoding.step(&model.transformer).unwrap();
         }
+        seconds += processor_seconds() - begun;
+        codes += decoding.passes().iter().map(|pass| pass.codes).sum::<usize>();
+        // Of each image.
+        passes += decoding
+            .passes()
+            .iter()
+            .map(|pass| pass.codes - pass.right)
+            .sum::<usize>();
     }
-    assert!(three);
+    (codes as f64 / passes as f64, seconds / (8 * together) as f64)
+}
+
+/// Time that this thread has run.
+fn processor_seconds() -> f64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    text.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e9
+}
+
+fn pocket() -> LuminaMgpt {
+    let cache = tempfile::tempdir().unwrap();
+    let files = CheckpointFiles::find(&unpack_shipped(cache.path()).unwrap(), None).unwrap();
+    LuminaMgpt::load(&files, Device::Cpu, Kind::Float, None).unwrap()
+}
+
+#[test]
+fn a_window_of_sixteen_yields_three_codes_per_pass() {
+    let _no_grad = tch::no_grad_guard();
+    let (codes, _) = drawn(&pocket(), Speculation::Tokens(16), 1);
+    assert!(codes >= 3.0, "{codes}");
+}
+
+#[test]
+#[ignore = "a measurement: run alone, with OMP_NUM_THREADS=1"]
+fn codes_and_seconds_by_window() {
+    let _no_grad = tch::no_grad_guard();
+    let model = pocket();
+    for together in [1, 4, 16] {
+        for window in [1, 2, 4, 8, 16, 32] {
+            let (codes, seconds) = drawn(&model, Speculation::Tokens(window), together);
+            println!(
+                "{together} at once, window {window}: {codes:.2} codes per pass, {:.1} ms per image",
+                1e3 * seconds
+            );
+        }
+        let (codes, seconds) = drawn(&model, Speculation::Auto, together);
+        println!(
+            "{together} at once, auto: {codes:.2} codes per pass, {:.1} ms per image",
+            1e3 * seconds
+        );
+    }
 }

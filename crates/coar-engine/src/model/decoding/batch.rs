@@ -4,9 +4,9 @@ use tch::Tensor;
 
 use super::DecodingRequest;
 use super::device::DeviceStep;
+use super::device_window::{self, DeviceScores};
 use super::host::{HostScores, HostStep};
 use super::speculation::{Pass, StepTimes, WindowChoice};
-use super::device_window::{self, DeviceScores};
 use super::step::{Feed, ImageDraw, Observe, Prediction, RowFeed, StepPart};
 use super::window::{Accepted, ImageCodes, Window};
 use crate::model::accelerator::upload;
@@ -188,9 +188,7 @@ impl Backend {
             (Self::Host(host), Some(decoder)) => {
                 host.advance((decoder, model.config()), feeds, row_end, cache, observe)
             }
-            (Self::Device(device), _) => {
-                device_window::advance(model, feeds, (device.ids(), row_end), cache, observe)
-            }
+            (Self::Device(device), _) => device_window::advance(model, feeds, (device.ids(), row_end), cache, observe),
             _ => Err(other_model()),
         }
     }
@@ -521,7 +519,9 @@ impl DecodeBatch {
         let mut order: Vec<i64> = (0..self.rows.len() as i64).collect();
         self.release(index, &mut order)?;
         if let Some(hidden) = self.hidden.take().filter(|_| !order.is_empty()) {
-            let kept = order.iter().flat_map(|&row| starts[row as usize]..starts[row as usize + 1]);
+            let kept = order
+                .iter()
+                .flat_map(|&row| starts[row as usize]..starts[row as usize + 1]);
             let kept: Vec<i64> = kept.map(|prediction| prediction as i64).collect();
             self.hidden = Some(hidden.f_index_select(0, &upload(&kept, hidden.device())?)?);
         }
@@ -602,7 +602,9 @@ impl DecodeBatch {
         }
         self.keep_first_predictions()?;
         if self.codes_on_host {
-            self.images.iter_mut().for_each(|image| image.codes.skip_to(codes as usize));
+            self.images
+                .iter_mut()
+                .for_each(|image| image.codes.skip_to(codes as usize));
         }
         if let Backend::Device(device) = &mut self.backend {
             device.members_changed();
@@ -613,7 +615,11 @@ impl DecodeBatch {
     /// Drops all hidden states but those that predict the next code of each row.
     fn keep_first_predictions(&mut self) -> Result<(), ModelError> {
         let starts: Vec<i64> = self.predictions().iter().map(|&at| at as i64).collect();
-        if let Some(hidden) = self.hidden.as_ref().filter(|hidden| hidden.size()[0] > self.rows.len() as i64) {
+        if let Some(hidden) = self
+            .hidden
+            .as_ref()
+            .filter(|hidden| hidden.size()[0] > self.rows.len() as i64)
+        {
             let first = upload(&starts[..self.rows.len()], hidden.device())?;
             self.hidden = Some(hidden.f_index_select(0, &first)?);
         }
@@ -768,7 +774,9 @@ impl DecodeBatch {
             row.written = row.written.max(row.next + window.tokens.len() as i64);
             row.next += 1 + i64::from(self.images[image].done % self.images[image].columns == 0);
         }
-        let hidden = self.backend.advance(model, &feeds, self.row_end, &mut self.cache, observe)?;
+        let hidden = self
+            .backend
+            .advance(model, &feeds, self.row_end, &mut self.cache, observe)?;
         self.hidden = Some(hidden);
         Ok(left)
     }

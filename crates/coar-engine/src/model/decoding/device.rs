@@ -547,8 +547,8 @@ mod tests {
 
     use tch::Device;
 
-    use super::*;
     use super::super::Speculation;
+    use super::*;
     use crate::model::ModelConfig;
     use crate::model::weights::{Checkpoint, Target};
     use coar_core::tokenizer::{TextTokenizer, Vocabulary};

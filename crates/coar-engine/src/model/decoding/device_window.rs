@@ -32,7 +32,11 @@ pub(super) fn draw(
             pack.floats(draws.iter().map(|one| one.guidance_scale)),
         )
     });
-    let sampler = DeviceSampler::plan(&draws.iter().map(|one| one.draw).collect::<Vec<_>>(), head.codes(), &mut pack);
+    let sampler = DeviceSampler::plan(
+        &draws.iter().map(|one| one.draw).collect::<Vec<_>>(),
+        head.codes(),
+        &mut pack,
+    );
     let keys = pack.ints(draws.iter().map(|one| one.draw.key.cast_signed()));
     let sent = pack.send(hidden.device())?;
     observe(StepPart::Upload)?;

@@ -17,8 +17,8 @@ mod window;
 use super::context::ContextBatch;
 use super::{ModelError, Transformer};
 pub use batch::{BatchImageId, BatchOptions, DecodeBatch, Drawn};
-use coar_core::tokenizer::Vocabulary;
 pub use coar_core::speculation::Speculation;
+use coar_core::tokenizer::Vocabulary;
 pub use speculation::Pass;
 pub use step::{Observe, StepPart};
 

@@ -185,7 +185,9 @@ impl ImageCodes {
             predicting: Vec::with_capacity(guesses + 1),
         };
         let last = self.codes.last().copied();
-        let fed = last.into_iter().chain(self.guesses[done..done + guesses].iter().copied());
+        let fed = last
+            .into_iter()
+            .chain(self.guesses[done..done + guesses].iter().copied());
         for (code, index) in fed.zip(done..) {
             window.tokens.push(Some(code.max(0)));
             if index.is_multiple_of(self.columns) {

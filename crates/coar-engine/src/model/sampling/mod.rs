@@ -112,7 +112,13 @@ mod tests {
         let threshold = sorted[sorted.len() - top_k];
         let weights: Vec<f64> = logits
             .iter()
-            .map(|&score| if score < threshold { 0.0 } else { (f64::from(score) / temperature).exp() })
+            .map(|&score| {
+                if score < threshold {
+                    0.0
+                } else {
+                    (f64::from(score) / temperature).exp()
+                }
+            })
             .collect();
         let total: f64 = weights.iter().sum();
         let keys: [fn(u64) -> u64; 3] = [
