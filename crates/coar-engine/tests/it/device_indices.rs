@@ -46,13 +46,18 @@ const INDEXED: &[(&str, usize, &str)] = &[
     ),
     (
         "model/decoding/batch.rs",
-        2,
-        "last positions of prompts, and orders of rows: made of their lengths",
+        3,
+        "last positions of prompts, and orders of rows and predictions: made of their lengths",
     ),
     (
         "model/decoding/device.rs",
         10,
         "rows, images and buffers of the batch; codes that were drawn, at least 0 (NO_CODE is clamped)",
+    ),
+    (
+        "model/decoding/device_window.rs",
+        4,
+        "predictions and tokens of the step, made of its windows; ids of codes are looked up on the host",
     ),
     (
         "model/kv_cache.rs",

@@ -272,7 +272,13 @@ impl DecodeBatch {
 
     /// Measures the time of a step by its number of tokens. The cache is empty, so what is written to it is never
     /// read.
+    ///
+    /// Where steps of one code run as graphs nothing is measured, so `auto` does not speculate: steps of several
+    /// tokens run eagerly, and what that costs has not been measured on such a device.
     fn measure_steps(&mut self, model: &Transformer) -> Result<(), ModelError> {
+        if matches!(&self.backend, Backend::Device(device) if device.has_graphs()) {
+            return Ok(());
+        }
         let (slots, room) = (self.cache.rows() as usize, self.cache.max_seq() as usize / 2);
         let widest = LARGEST_WINDOW.min(room).max(1);
         let draw = Draw {

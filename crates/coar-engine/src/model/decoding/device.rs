@@ -123,6 +123,11 @@ impl DeviceStep {
         Ok(place.f_copy_(&upload(codes, self.codes.device())?)?)
     }
 
+    /// Whether steps of one code may run as CUDA graphs.
+    pub fn has_graphs(&self) -> bool {
+        !matches!(self.graph, StepGraph::Off)
+    }
+
     /// Run steps eagerly from now on.
     pub fn disable_graphs(&mut self) {
         self.graph = StepGraph::Off;

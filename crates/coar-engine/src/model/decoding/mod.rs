@@ -1,8 +1,8 @@
 //! Autoregressive image decoding on the frozen model: any number of images of any prompts, sizes and settings
-//! advance together, one forward pass per code.
+//! advance together, by at least one code per forward pass (see `window` for more).
 //!
 //! The order of operations per code is the reference's (`inference_solver.py`): raw logits, guidance, grammar,
-//! top-k, temperature, softmax, one sample. Forced tokens need no extra step: image start and sizes are part of the
+//! top-k, temperature, one sample of the softmax. Forced tokens need no extra step: image start and sizes are part of the
 //! prompt, since the caller specifies a size; a row end is fed together with the code before it; the image end is
 //! never fed.
 
