@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Command, ValueEnum};
+use coar_core::speculation::Speculation;
 use serde::Serialize;
 
 pub use images::{ImagesArgs, ModelAlias, ResponseFormat, SizePolicy};
@@ -351,6 +352,10 @@ pub struct EngineArgs {
     /// AVX-512): every step has the shapes of the full batch, so choose --rows no larger than needed.
     #[arg(long, env = "COAR_DETERMINISTIC", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub deterministic: Switch,
+    /// Speculative decoding: tokens of each row in a decode step, up to 64. `auto` takes what pays at the current load, by
+    /// step times measured at the start; `off` takes one code at a time. Images are the same.
+    #[arg(long, env = "COAR_SPECULATE", default_value = "auto", value_name = "auto|off|N")]
+    pub speculate: Speculation,
 }
 
 /// Everything that is wrong with a configuration.

@@ -17,6 +17,8 @@ pub mod metrics;
 pub mod routing;
 /// Scheduling: which request is admitted next, and how device time is shared.
 pub mod scheduler;
+/// The setting of speculative decoding.
+pub mod speculation;
 /// Text tokens, image codes and special ids of a checkpoint's vocabulary.
 pub mod tokenizer;
 /// Training settings: hyper-parameters, presets, losses.

@@ -154,9 +154,17 @@ table! {
         metric("coar_batch_fill_ratio", "Rows in use over rows of the key/value cache, at each decode step.")
             .buckets(TENTHS);
     decode_step: Histogram =
-        metric("coar_decode_step_seconds", "Time of one decode step: one code for every image of the batch.")
+        metric("coar_decode_step_seconds", "Time of one decode step: at least one code for every image of the batch.")
             .buckets(STEP_SECONDS);
     codes: IntCounter = metric("coar_decode_codes_total", "Codes sampled, over all images.");
+    image_steps: IntCounter = metric(
+        "coar_decode_image_steps_total",
+        "Images in decode steps, over all steps: codes over this are the codes of an image per step.",
+    );
+    guesses: IntCounter = metric("coar_decode_guesses_total", "Codes that speculative decoding has guessed and tested.");
+    right_guesses: IntCounter = metric("coar_decode_guesses_accepted_total", "Guesses of codes that were right.");
+    window: IntGauge =
+        metric("coar_decode_window_tokens", "Tokens of a row in the last decode step; 1: no speculation.");
     token_rate: Gauge = metric(
         "coar_decode_tokens_per_second",
         "Tokens per second of all rows, smoothed over the last decode steps.",
@@ -195,6 +203,22 @@ table! {
     build: IntGaugeVec = metric("coar_build_info", "1, with the version as label.").labels(&["version"]);
 }
 
+/// A decode step, for [`Meters::decode_step`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DecodeStep {
+    pub seconds: f64,
+    /// Images in the batch, and codes that they got.
+    pub images: usize,
+    pub codes: usize,
+    /// Unused rows of the key/value cache.
+    pub free_rows: usize,
+    /// Tokens per row.
+    pub window: usize,
+    /// Guesses of codes that were tested, and right ones.
+    pub guesses: usize,
+    pub right: usize,
+}
+
 impl Meters {
     /// Renders all values in Prometheus' text format. Reads only memory and `/proc`; never blocks.
     pub fn render(&self) -> String {
@@ -210,15 +234,18 @@ impl Meters {
             })
     }
 
-    /// Records a decode step that generated one code for each of `images` images; `free_rows` of the cache's rows
-    /// were unused.
+    /// Records a decode step.
     ///
     /// Called by the device thread after every step: a few atomic additions.
-    pub fn decode_step(&self, seconds: f64, images: usize, free_rows: usize) {
-        self.decode_step.observe(seconds);
-        self.codes.inc_by(images as u64);
+    pub fn decode_step(&self, step: &DecodeStep) {
+        self.decode_step.observe(step.seconds);
+        self.codes.inc_by(step.codes as u64);
+        self.image_steps.inc_by(step.images as u64);
+        self.guesses.inc_by(step.guesses as u64);
+        self.right_guesses.inc_by(step.right as u64);
+        self.window.set(step.window as i64);
         self.batch_fill
-            .observe(1.0 - free_rows as f64 / self.kv_rows.get().max(1) as f64);
+            .observe(1.0 - step.free_rows as f64 / self.kv_rows.get().max(1) as f64);
     }
 
     /// Records an optimizer step.
@@ -287,11 +314,21 @@ mod tests {
         }
     }
 
+    const STEP: DecodeStep = DecodeStep {
+        seconds: 0.003,
+        images: 2,
+        codes: 5,
+        free_rows: 4,
+        window: 8,
+        guesses: 14,
+        right: 3,
+    };
+
     #[test]
     fn decode_step_updates_its_metrics() {
         let meters = Meters::new();
         meters.kv_rows.set(8);
-        meters.decode_step(0.003, 2, 4);
+        meters.decode_step(&STEP);
         meters.training_step(0.05, 1.5);
         let text = meters.render();
         for line in [
@@ -299,7 +336,11 @@ mod tests {
             "coar_decode_step_seconds_bucket{le=\"0.002\"} 0",
             "coar_decode_step_seconds_bucket{le=\"0.004\"} 1",
             "coar_batch_fill_ratio_sum 0.5",
-            "coar_decode_codes_total 2",
+            "coar_decode_codes_total 5",
+            "coar_decode_image_steps_total 2",
+            "coar_decode_guesses_total 14",
+            "coar_decode_guesses_accepted_total 3",
+            "coar_decode_window_tokens 8",
             "coar_training_steps_total 1",
             "coar_training_last_loss 1.5",
         ] {
@@ -315,7 +356,7 @@ mod tests {
         meters.kv_rows.set(8);
         let round = || {
             let begun = Instant::now();
-            (0..1_000).for_each(|_| meters.decode_step(0.003, 2, 4));
+            (0..1_000).for_each(|_| meters.decode_step(&STEP));
             begun.elapsed() / 1_000
         };
         // The best of many rounds, to exclude noise from other processes.

@@ -12,9 +12,9 @@ use coar_core::training::{Preset, TrainingSpec};
 use coar_engine::device::ConceptCache;
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::LuminaMgpt;
-use coar_engine::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest};
+use coar_engine::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest, Speculation};
 use coar_engine::model::lumina::CheckpointFiles;
-use coar_engine::model::sampling::{Draw, draw_codes};
+use coar_engine::model::sampling::{Draw, draw_codes, noise_key};
 use coar_engine::pocket::unpack_shipped;
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use tch::{Device, Kind, Tensor};
@@ -31,7 +31,7 @@ fn sampling(c: &mut Criterion) {
         .map(|index| Draw {
             top_k: 2000,
             temperature: 1.0,
-            uniform: f64::from(index) / 16.0,
+            key: noise_key(1, 0, index),
         })
         .collect();
     c.bench_function("draw 16 codes of 8192", |b| {
@@ -60,6 +60,7 @@ fn decoding(c: &mut Criterion) {
             rows,
             max_seq: request.tokens(),
             fixed_shapes: false,
+            speculation: Speculation::Off,
         };
         let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, options).unwrap();
         for _ in 0..rows / 2 {

@@ -19,6 +19,7 @@ impl EngineArgs {
             training_share: self.training_share,
             training_bytes: self.training_memory.bytes(),
             deterministic: self.deterministic.is_on(),
+            speculation: self.speculate,
             ..EngineOptions::default()
         }
     }

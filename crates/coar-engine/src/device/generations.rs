@@ -18,7 +18,7 @@ use crate::model::decoding::{BatchImageId, DecodeBatch, Drawn};
 use crate::model::{LuminaMgpt, ModelError};
 use crate::plan::{DrawSettings, PlannedConcept, PlannedSequence, plan_sequence};
 use coar_core::engine::{EngineError, GenerateRequest, GenerationEvent, Load, Ticket, Trace};
-use coar_core::metrics::meters;
+use coar_core::metrics::{DecodeStep, meters};
 use coar_core::scheduler::{Admission, Cost, JobId, Scheduler};
 
 /// Capacity of an event channel that progress leaves free for images, checkpoints and final events.
@@ -29,14 +29,23 @@ struct Job {
     plan: PlannedSequence,
     events: mpsc::Sender<GenerationEvent>,
     recipient: Arc<Recipient>,
-    /// Images in the batch, with their index in the request.
-    active: Vec<(BatchImageId, u32)>,
+    /// Images in the batch.
+    active: Vec<Active>,
     finished: u32,
     codes_per_image: u64,
     columns: i64,
     /// Held until every image has been admitted.
     ticket: Option<Ticket>,
     trace: Trace,
+}
+
+/// An image in the batch.
+struct Active {
+    image: BatchImageId,
+    /// Its index in the request.
+    index: u32,
+    /// Rows of codes that were complete after the last step.
+    rows: i64,
 }
 
 /// Queued and running requests.
@@ -171,9 +180,17 @@ impl Generations {
         match self.step(model) {
             Ok(drawn) => {
                 // Usually two rows per image; the unit only has to agree with the cost's.
-                let seconds = begun.elapsed().as_secs_f64();
-                self.speed.saw(2.0 * images as f64, seconds);
-                meters().decode_step(seconds, images, free);
+                let (seconds, pass) = (begun.elapsed().as_secs_f64(), self.batch.last_pass());
+                self.speed.saw(2.0 * pass.codes as f64, seconds);
+                meters().decode_step(&DecodeStep {
+                    seconds,
+                    images,
+                    codes: pass.codes,
+                    free_rows: free,
+                    window: pass.tokens,
+                    guesses: pass.guesses,
+                    right: pass.right,
+                });
                 drawn.into_iter().for_each(|drawn| self.leave(drawn));
                 self.emit_progress();
             }
@@ -220,8 +237,8 @@ impl Generations {
     fn end(&mut self, id: JobId) -> Option<Job> {
         self.scheduler.remove(id);
         let job = self.jobs.remove(&id)?;
-        for &(image, _) in &job.active {
-            if let Err(error) = guarded(self.device, || self.batch.remove(image)) {
+        for active in &job.active {
+            if let Err(error) = guarded(self.device, || self.batch.remove(active.image)) {
                 tracing::error!(%error, "cannot remove an image from the batch");
                 self.fail_active(&error);
                 break;
@@ -275,7 +292,8 @@ impl Generations {
         match started {
             Ok(ids) => {
                 job.trace.decode();
-                job.active.extend(ids.into_iter().zip(admission.first..));
+                let active = |(image, index)| Active { image, index, rows: 0 };
+                job.active.extend(ids.into_iter().zip(admission.first..).map(active));
             }
             Err(error) => self.fail(admission.job, &error),
         }
@@ -285,7 +303,7 @@ impl Generations {
         let owner = self
             .jobs
             .iter()
-            .find_map(|(&id, job)| Some((id, job.active.iter().position(|(p, _)| *p == drawn.id)?)));
+            .find_map(|(&id, job)| Some((id, job.active.iter().position(|active| active.image == drawn.id)?)));
         let Some((id, at)) = owner else { return };
         let codes = match drawn.codes {
             Ok(codes) => codes,
@@ -295,7 +313,7 @@ impl Generations {
             }
         };
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let (_, index) = job.active.swap_remove(at);
+        let index = job.active.swap_remove(at).index;
         job.finished += 1;
         let order = Order {
             recipient: job.recipient.clone(),
@@ -314,25 +332,33 @@ impl Generations {
     }
 
     fn emit_progress(&mut self) {
-        for (&id, job) in self.jobs.iter().filter(|(_, job)| !job.active.is_empty()) {
+        for (&id, job) in self.jobs.iter_mut().filter(|(_, job)| !job.active.is_empty()) {
             let room = job.events.capacity();
             // A partial image only takes capacity that nothing else needs: an image, a final event or a failure.
             let unfinished = (job.request.count - job.finished) as usize;
             let has_room = room > unfinished + 2 + job.active.len();
             let mut done = u64::from(job.finished) * job.codes_per_image;
-            for &(image, index) in &job.active {
-                let Some((drawn, total)) = self.batch.progress(image) else {
+            for active in &mut job.active {
+                let Some((drawn, total)) = self.batch.progress(active.image) else {
                     continue;
                 };
                 done += drawn as u64;
-                if has_room
-                    && let Some(number) = partial_due(job.request.partial_images, drawn, total, job.columns)
-                    && let Ok(codes) = self.batch.codes_so_far(image)
-                {
+                // A step may complete several rows.
+                let rows = drawn / job.columns;
+                let completed = std::mem::replace(&mut active.rows, rows) + 1..=rows;
+                let due = completed.filter_map(|row| {
+                    let number = partial_due(job.request.partial_images, row, total / job.columns)?;
+                    Some((row, number))
+                });
+                for (row, number) in due.filter(|_| has_room) {
+                    let Ok(mut codes) = self.batch.codes_so_far(active.image) else {
+                        continue;
+                    };
+                    codes.truncate((row * job.columns) as usize);
                     // If the image threads fall behind, partial images are dropped first.
                     let order = Order {
                         recipient: job.recipient.clone(),
-                        index,
+                        index: active.index,
                         codes,
                         partial: Some(number),
                     };
@@ -356,12 +382,8 @@ impl Generations {
     }
 }
 
-/// Which of `wanted` partial images is due when `drawn` of `total` codes are done: evenly spread, at row ends.
-fn partial_due(wanted: u32, drawn: i64, total: i64, columns: i64) -> Option<u32> {
-    if wanted == 0 || drawn % columns != 0 {
-        return None;
-    }
-    let (row, rows) = (drawn / columns, total / columns);
+/// Which of `wanted` partial images is due when `row` of `rows` rows of codes are done: evenly spread.
+fn partial_due(wanted: u32, row: i64, rows: i64) -> Option<u32> {
     (0..wanted).find(|&number| rows * i64::from(number + 1) / i64::from(wanted + 1) == row && row > 0)
 }
 
@@ -416,12 +438,12 @@ mod tests {
     #[test]
     fn partial_images_are_spread_over_the_rows() {
         let due = |wanted: u32| -> Vec<(i64, u32)> {
-            (1..144)
-                .filter_map(|drawn| Some((drawn, partial_due(wanted, drawn, 144, 12)?)))
+            (1..12)
+                .filter_map(|row| Some((row, partial_due(wanted, row, 12)?)))
                 .collect()
         };
         assert_eq!(due(0), []);
-        assert_eq!(due(1), [(72, 0)]);
-        assert_eq!(due(3), [(36, 0), (72, 1), (108, 2)]);
+        assert_eq!(due(1), [(6, 0)]);
+        assert_eq!(due(3), [(3, 0), (6, 1), (9, 2)]);
     }
 }

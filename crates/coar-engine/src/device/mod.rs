@@ -11,6 +11,7 @@ mod meters;
 mod thread;
 mod trainings;
 
+pub use crate::model::decoding::Speculation;
 pub use concept_cache::ConceptCache;
 pub use guard::DEVICE_LOST;
 pub use memory::{KvMemory, free_bytes, used_bytes};

@@ -15,7 +15,7 @@ use super::memory::{KvMemory, free_bytes, kv_rows};
 use super::meters::Published;
 use super::trainings::Trainings;
 use crate::cgroup::Limits;
-use crate::model::decoding::{BatchOptions, DecodeBatch};
+use crate::model::decoding::{BatchOptions, DecodeBatch, Speculation};
 use crate::model::kv_cache::KvCache;
 use crate::model::{LuminaMgpt, ModelError, accelerator};
 use crate::training::Estimate;
@@ -49,6 +49,8 @@ pub struct EngineOptions {
     /// Makes an image's codes independent of the rest of the batch even if libtorch's kernels depend on the batch
     /// size: every step has the shapes of the full batch. Not needed with the CPU's own decode step.
     pub deterministic: bool,
+    /// Codes per decode step.
+    pub speculation: Speculation,
     /// Measure device time spent on images and on trainings by the device's own clock: see [`super::Load`].
     pub measure_device_time: bool,
 }
@@ -66,6 +68,7 @@ impl Default for EngineOptions {
             checkpoint_every: Duration::from_secs(5),
             threads: 0,
             deterministic: false,
+            speculation: Speculation::Auto,
             measure_device_time: false,
         }
     }
@@ -197,6 +200,7 @@ impl Thread {
             rows,
             max_seq,
             fixed_shapes: options.deterministic,
+            speculation: options.speculation,
         };
         meters().kv_rows.set(rows as i64);
         meters().kv_bytes.set((row * rows as u64) as i64);

@@ -61,15 +61,15 @@ pub(super) enum Step<'a> {
     Plain,
     /// The whole prefix is written to these rows of the cache.
     Prefill { cache: &'a mut KvCache, rows: &'a [i64] },
-    /// One token per sequence `[tokens, 1]`, or two for rows with a forced token.
+    /// One token or several per sequence, `[tokens, 1]`.
     Decode {
         cache: &'a mut KvCache,
         tokens: &'a StepTokens,
     },
 }
 
-/// The tokens of one decode step, flattened: one for every sequence, and a second one for some. All tensors are i64
-/// on the model's device.
+/// The tokens of one decode step, flattened: one for every sequence, and more for some. All tensors are i64 on the
+/// model's device.
 #[derive(Debug)]
 pub(super) struct StepTokens {
     /// Number of sequences.
@@ -79,10 +79,10 @@ pub(super) struct StepTokens {
     /// `[tokens]`: cache row and position of each.
     pub slot: Tensor,
     pub position: Tensor,
-    /// `[sequences, queries]`: position of each query. A sequence with one token in a step with two queries has that
-    /// token's position twice.
+    /// `[sequences, queries]`: position of each query. A sequence with fewer tokens than others has the position of
+    /// one of them more than once.
     pub seen: Tensor,
-    /// Present if some sequences have two tokens: the mapping of queries to `[sequences, 2]` and back.
+    /// Present if tokens are not in the order of `seen`: the mapping to `[sequences, queries]` and back.
     pub pairs: Option<Pairs>,
     /// `i32`, for attention by row lengths: `[sequences + 1]` each, see [`Ranges`].
     pub starts: Option<Starts>,
@@ -108,10 +108,9 @@ impl Starts {
 /// See [`StepTokens::pairs`].
 #[derive(Debug)]
 pub(super) struct Pairs {
-    /// `[sequences * 2]`: index of the token that is the sequence's first and second query; the first again if there
-    /// is no second.
+    /// `[sequences * queries]`: index of the token of each query.
     pub query: Tensor,
-    /// `[tokens]`: index of each token's output in `sequences * 2`.
+    /// `[tokens]`: index of each token's output in `sequences * queries`.
     pub answer: Tensor,
 }
 

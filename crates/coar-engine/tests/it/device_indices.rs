@@ -8,7 +8,7 @@ use coar_core::concept::{ConceptFile, ConceptKind, ConceptTensors};
 use coar_core::image::RgbImage;
 use coar_core::training::TrainingSpec;
 use coar_core::training::spec::Preset;
-use coar_engine::model::decoding::{BatchOptions, DecodeBatch, Decoding, DecodingRequest};
+use coar_engine::model::decoding::{BatchOptions, DecodeBatch, Decoding, DecodingRequest, Speculation};
 use coar_engine::model::lumina::CheckpointFiles;
 use coar_engine::model::weights::{Checkpoint, Target, TensorSource};
 use coar_engine::model::{LuminaMgpt, ModelConfig, ModelError, Transformer};
@@ -46,13 +46,18 @@ const INDEXED: &[(&str, usize, &str)] = &[
     ),
     (
         "model/decoding/batch.rs",
-        2,
-        "last positions of prompts, and orders of rows: made of their lengths",
+        3,
+        "last positions of prompts, and orders of rows and predictions: made of their lengths",
     ),
     (
         "model/decoding/device.rs",
         10,
         "rows, images and buffers of the batch; codes that were drawn, at least 0 (NO_CODE is clamped)",
+    ),
+    (
+        "model/decoding/device_window.rs",
+        4,
+        "predictions and tokens of the step, made of its windows; ids of codes are looked up on the host",
     ),
     (
         "model/kv_cache.rs",
@@ -201,6 +206,7 @@ fn out_of_range_rows_and_positions_are_rejected_on_the_host() {
         rows: 2,
         max_seq: 64,
         fixed_shapes: false,
+        speculation: Speculation::Off,
     };
     let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, options).unwrap();
     let long = DecodingRequest {

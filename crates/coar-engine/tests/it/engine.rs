@@ -14,16 +14,16 @@ use coar_engine::model::lumina::CheckpointFiles;
 use coar_engine::pocket::unpack_shipped;
 use tch::{Device, Kind};
 
-fn engine(options: EngineOptions) -> EngineHandle {
+pub(crate) fn engine(options: EngineOptions) -> EngineHandle {
     engine_in(Kind::Float, options)
 }
 
-fn engine_in(kind: Kind, options: EngineOptions) -> EngineHandle {
+pub(crate) fn engine_in(kind: Kind, options: EngineOptions) -> EngineHandle {
     engine_with(kind, options, |_| {})
 }
 
 /// An engine that computes as on an accelerator, in f32, with attention by row lengths or dense.
-fn accelerator_engine(options: EngineOptions, dense: bool) -> EngineHandle {
+pub(crate) fn accelerator_engine(options: EngineOptions, dense: bool) -> EngineHandle {
     engine_with(
         Kind::Float,
         options,
@@ -37,7 +37,7 @@ fn accelerator_engine(options: EngineOptions, dense: bool) -> EngineHandle {
     )
 }
 
-fn engine_with(kind: Kind, options: EngineOptions, change: fn(&mut LuminaMgpt)) -> EngineHandle {
+pub(crate) fn engine_with(kind: Kind, options: EngineOptions, change: fn(&mut LuminaMgpt)) -> EngineHandle {
     start(options, move || {
         let cache = tempfile::tempdir().unwrap();
         let files = CheckpointFiles::find(&unpack_shipped(cache.path()).unwrap(), None)?;
@@ -84,7 +84,7 @@ fn concept(info: &ModelInfo, index: usize) -> ConceptUse {
     }
 }
 
-fn request(info: &ModelInfo, index: usize) -> GenerateRequest {
+pub(crate) fn request(info: &ModelInfo, index: usize) -> GenerateRequest {
     let size = info.sizes[index % 3];
     let concepts = match index % 4 {
         0 => vec![],
@@ -111,7 +111,7 @@ fn request(info: &ModelInfo, index: usize) -> GenerateRequest {
 }
 
 /// All images, in order; `None` if the request failed.
-fn images(mut stream: coar_core::engine::GenerationStream) -> Result<Vec<RgbImage>, EngineError> {
+pub(crate) fn images(mut stream: coar_core::engine::GenerationStream) -> Result<Vec<RgbImage>, EngineError> {
     let mut all = Vec::new();
     while let Some(event) = stream.blocking_next() {
         match event {

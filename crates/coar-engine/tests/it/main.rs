@@ -8,5 +8,6 @@ mod engine;
 mod golden;
 mod gpu_memory;
 mod model;
+mod speculation;
 mod support;
 mod training;

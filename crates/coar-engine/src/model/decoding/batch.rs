@@ -4,13 +4,17 @@ use tch::Tensor;
 
 use super::DecodingRequest;
 use super::device::DeviceStep;
-use super::host::HostStep;
-use super::step::{ImageDraw, Observe, RowFeed, StepPart};
+use super::device_window::{self, DeviceScores};
+use super::host::{HostScores, HostStep};
+use super::speculation::{Pass, StepTimes, WindowChoice};
+use super::step::{Feed, ImageDraw, Observe, Prediction, RowFeed, StepPart};
+use super::window::{Accepted, ImageCodes, Window};
 use crate::model::accelerator::upload;
 use crate::model::kv_cache::KvCache;
-use crate::model::sampling::{Draw, NO_CODE, uniform};
+use crate::model::sampling::{Draw, NO_CODE, noise_key};
 use crate::model::transformer::CodeHead;
 use crate::model::{ModelError, Transformer};
+use coar_core::speculation::{LARGEST_WINDOW, Speculation};
 use coar_core::tokenizer::Vocabulary;
 
 /// Identifies one image in a [`DecodeBatch`].
@@ -35,6 +39,8 @@ pub struct BatchOptions {
     /// Every step through libtorch has the shapes of the full batch, so its kernels are always the same ones. Steps
     /// that are computed natively on the CPU do not need this.
     pub fixed_shapes: bool,
+    /// Tokens of a row per pass. Codes do not depend on it, only how many of them a pass yields.
+    pub speculation: Speculation,
 }
 
 #[derive(Debug)]
@@ -48,9 +54,11 @@ struct BatchImage {
     temperature: f64,
     top_k: i64,
     stream: (u64, u64),
-    /// Codes sampled so far.
+    /// Final codes so far.
     done: i64,
-    /// Its code buffer.
+    /// The codes, if steps are computed on the host.
+    codes: ImageCodes,
+    /// Its code buffer on a device.
     buffer: usize,
     /// Its scores were not finite.
     broken: bool,
@@ -61,9 +69,42 @@ impl BatchImage {
         self.rows * self.columns
     }
 
-    /// The uniform number for sampling code `index`; the stream counts codes and row ends.
-    fn uniform(&self, index: i64) -> f64 {
-        uniform(self.stream.0, self.stream.1, (index + index / self.columns) as u64)
+    /// Where code `index` is in the sequence of codes and row ends.
+    fn position(&self, index: i64) -> i64 {
+        index + index / self.columns
+    }
+
+    /// The key of code `index`'s noise.
+    fn key(&self, index: i64) -> u64 {
+        noise_key(self.stream.0, self.stream.1, self.position(index) as u64)
+    }
+
+    /// How code `index` is sampled.
+    fn draw(&self, index: i64) -> Draw {
+        Draw {
+            top_k: self.top_k,
+            temperature: self.temperature,
+            key: self.key(index),
+        }
+    }
+
+    /// How the codes that the last pass predicts are sampled; `starts` is where each row's predictions start.
+    fn predictions(&self, starts: &[usize]) -> impl Iterator<Item = Prediction> {
+        let (conditional, unconditional) = (starts[self.conditional], self.unconditional.map(|row| starts[row]));
+        (0..self.codes.predicted()).map(move |at| Prediction {
+            conditional: conditional + at,
+            unconditional: unconditional.map(|row| row + at),
+            guidance_scale: self.guidance_scale,
+            draw: self.draw(self.done + at as i64),
+        })
+    }
+
+    /// Takes the codes drawn from the last pass's predictions.
+    fn accept(&mut self, drawn: &[i64]) -> Accepted {
+        let accepted = self.codes.accept(drawn);
+        self.done += accepted.codes as i64;
+        self.broken = drawn[..accepted.codes].contains(&NO_CODE);
+        accepted
     }
 
     fn own_rows(&self) -> impl Iterator<Item = usize> + use<> {
@@ -79,6 +120,16 @@ struct Row {
     slot: i64,
     /// Position of its next token.
     next: i64,
+    /// Tokens written so far, wrong guesses included.
+    written: i64,
+}
+
+impl Row {
+    /// One more token, and with fixed shapes one beyond it.
+    fn advance(&mut self) {
+        self.next += 1;
+        self.written = self.written.max(self.next + 1);
+    }
 }
 
 /// How steps are computed.
@@ -88,11 +139,63 @@ enum Backend {
     Device(Box<DeviceStep>),
 }
 
-/// Codes of one sampling step.
-enum Codes {
-    Host(Vec<i64>),
-    /// `[images]` i64 on the device, not synchronised.
-    Device(Tensor),
+/// Scores of one pass, to draw guesses from.
+enum Scores {
+    Host(HostScores),
+    Device(DeviceScores),
+}
+
+impl Backend {
+    /// Samples a code for each of `draws` from `hidden`.
+    fn draw(
+        &mut self,
+        head: &CodeHead,
+        hidden: &Tensor,
+        draws: &[Prediction],
+        observe: &mut Observe,
+    ) -> Result<(Vec<i64>, Scores), ModelError> {
+        match self {
+            Self::Host(host) => {
+                let (codes, scores) = host.draw(head, hidden, draws, observe)?;
+                Ok((codes, Scores::Host(scores)))
+            }
+            Self::Device(_) => {
+                let (codes, scores) = device_window::draw(head, hidden, draws, observe)?;
+                Ok((codes, Scores::Device(scores)))
+            }
+        }
+    }
+
+    /// Samples more codes from some of the same scores, each given by the index of its draw.
+    fn draw_again(&mut self, scores: &mut Scores, draws: &[(usize, Draw)]) -> Result<Vec<i64>, ModelError> {
+        match (self, scores) {
+            (Self::Host(host), Scores::Host(scores)) => Ok(host.draw_again(scores, draws)),
+            (_, Scores::Device(scores)) => device_window::draw_again(scores, draws),
+            _ => Err(other_model()),
+        }
+    }
+
+    /// Feeds every row its window; returns the hidden states of the predicting tokens, row after row.
+    fn advance(
+        &mut self,
+        model: &Transformer,
+        feeds: &[Feed],
+        row_end: i64,
+        cache: &mut KvCache,
+        observe: &mut Observe,
+    ) -> Result<Tensor, ModelError> {
+        match (self, model.cpu()) {
+            (Self::Host(host), Some(decoder)) => {
+                host.advance((decoder, model.config()), feeds, row_end, cache, observe)
+            }
+            (Self::Device(device), _) => device_window::advance(model, feeds, (device.ids(), row_end), cache, observe),
+            _ => Err(other_model()),
+        }
+    }
+}
+
+fn other_model() -> ModelError {
+    ModelError::invalid("batch", "belongs to another model")
 }
 
 /// Running images, and the cache that they share.
@@ -103,8 +206,13 @@ pub struct DecodeBatch {
     cache: KvCache,
     rows: Vec<Row>,
     images: Vec<BatchImage>,
-    /// `[rows, hidden]`: the hidden states that predict each row's next code.
+    /// `[predictions, hidden]`: the hidden states that predict each row's next code and, under speculation, those
+    /// after its guesses; row after row.
     hidden: Option<Tensor>,
+    window: WindowChoice,
+    /// The images' codes are on the host, as speculation needs them; otherwise in the device's buffers.
+    codes_on_host: bool,
+    last_pass: Pass,
     backend: Backend,
     /// A step reads the first rows of the cache, so rows in use must be the first ones.
     reads_first_rows: bool,
@@ -131,10 +239,16 @@ impl DecodeBatch {
             model.device(),
         )?;
         let backend = match model.cpu() {
-            Some(_) => Backend::Host(HostStep::new(&head, rows)?),
-            None => Backend::Device(Box::new(DeviceStep::new(model, options, cache.max_seq())?)),
+            Some(_) => Backend::Host(HostStep::new(&head)?),
+            None => Backend::Device(Box::new(DeviceStep::new(model, &head, options, cache.max_seq())?)),
         };
-        Ok(Self {
+        let codes_on_host = matches!(backend, Backend::Host(_));
+        // A window changes the shapes of a step.
+        let speculation = match options.fixed_shapes && !codes_on_host {
+            true => Speculation::Off,
+            false => options.speculation,
+        };
+        let mut batch = Self {
             reads_first_rows: model.cpu().is_none() && !model.reads_by_length(),
             backend,
             head,
@@ -143,10 +257,66 @@ impl DecodeBatch {
             rows: Vec::with_capacity(rows),
             images: vec![],
             hidden: None,
+            window: WindowChoice::new(speculation),
+            codes_on_host,
+            last_pass: Pass::default(),
             free_slots: (0..rows as i64).rev().collect(),
             free_buffers: (0..rows).rev().collect(),
             next_id: 0,
-        })
+        };
+        if batch.window.is_automatic() {
+            batch.measure_steps(model)?;
+        }
+        Ok(batch)
+    }
+
+    /// Measures the time of a step by its number of tokens. The cache is empty, so what is written to it is never
+    /// read.
+    ///
+    /// Where steps of one code run as graphs nothing is measured, so `auto` does not speculate: steps of several
+    /// tokens run eagerly, and what that costs has not been measured on such a device.
+    fn measure_steps(&mut self, model: &Transformer) -> Result<(), ModelError> {
+        if matches!(&self.backend, Backend::Device(device) if device.has_graphs()) {
+            return Ok(());
+        }
+        let (slots, room) = (self.cache.rows() as usize, self.cache.max_seq() as usize / 2);
+        let widest = LARGEST_WINDOW.min(room).max(1);
+        let draw = Draw {
+            top_k: self.head.codes() / 4,
+            temperature: 1.0,
+            key: 0,
+        };
+        let times = StepTimes::measure(slots * widest, |tokens| {
+            let rows = tokens.div_ceil(widest).max(2).min(slots);
+            let window = Window::unknown((tokens / rows).max(1));
+            let feeds: Vec<Feed> = (0..rows as i64)
+                .map(|slot| Feed {
+                    window: &window,
+                    slot,
+                    position: room as i64,
+                })
+                .collect();
+            let (backend, cache) = (&mut self.backend, &mut self.cache);
+            let hidden = backend.advance(model, &feeds, self.row_end, cache, &mut |_| Ok(()))?;
+            // Two rows of the cache are one image.
+            let images = (hidden.size()[0] as usize).div_ceil(2);
+            let draws: Vec<Prediction> = (0..images)
+                .map(|at| Prediction {
+                    conditional: at,
+                    unconditional: (hidden.size()[0] > 1).then_some(images - 1 + at),
+                    guidance_scale: 2.0,
+                    draw,
+                })
+                .collect();
+            let (codes, mut scores) = backend.draw(&self.head, &hidden, &draws, &mut |_| Ok(()))?;
+            // A guess for each code.
+            let again: Vec<(usize, Draw)> = (0..codes.len()).map(|at| (at, draw)).collect();
+            backend.draw_again(&mut scores, &again)?;
+            Ok::<_, ModelError>(())
+        })?;
+        tracing::debug!(?times, "time of decode steps by tokens");
+        self.window.measured(times);
+        Ok(())
     }
 
     /// Number of free rows.
@@ -182,8 +352,8 @@ impl DecodeBatch {
 
     fn codes_of(&self, image: &BatchImage) -> Result<Vec<i64>, ModelError> {
         let codes = match &self.backend {
-            Backend::Host(host) => host.codes(image.buffer),
-            Backend::Device(device) => device.codes(image.buffer, image.done)?,
+            Backend::Device(device) if !self.codes_on_host => device.codes(image.buffer, image.done)?,
+            _ => image.codes.codes().to_vec(),
         };
         match codes.contains(&NO_CODE) {
             true => Err(ModelError::invalid("scores", "had no finite largest one")),
@@ -200,7 +370,8 @@ impl DecodeBatch {
         let image = self.images.iter().find(|image| image.id == id);
         match image.zip(self.hidden.as_ref()) {
             Some((image, hidden)) => {
-                let rows = image.own_rows().map(|row| hidden.f_get(row as i64));
+                let starts = self.predictions();
+                let rows = image.own_rows().map(|row| hidden.f_get(starts[row] as i64));
                 Ok(Tensor::f_stack(&rows.collect::<Result<Vec<_>, _>>()?, 0)?)
             }
             None => Err(ModelError::invalid("image", "has left the batch")),
@@ -268,6 +439,7 @@ impl DecodeBatch {
                 top_k: request.top_k,
                 stream,
                 done: 0,
+                codes: ImageCodes::new(request.rows, request.columns),
                 buffer: self.free_buffers[self.free_buffers.len() - 1 - added.len()],
                 broken: false,
             });
@@ -286,6 +458,7 @@ impl DecodeBatch {
                 image: image.id,
                 slot,
                 next: own.len() as i64,
+                written: own.len() as i64,
             }));
         }
         let ids = added.iter().map(|image| image.id).collect();
@@ -295,14 +468,11 @@ impl DecodeBatch {
 
     /// Prepares the buffers of new images.
     fn begin(&mut self, added: &[BatchImage]) -> Result<(), ModelError> {
-        match &mut self.backend {
-            Backend::Host(host) => added.iter().for_each(|image| host.begin(image.buffer)),
-            Backend::Device(device) => {
-                for image in added {
-                    device.begin(image.buffer, (0..image.total()).map(|index| image.uniform(index)))?;
-                }
-                device.members_changed();
+        if let Backend::Device(device) = &mut self.backend {
+            for image in added {
+                device.begin(image.buffer, (0..image.total()).map(|index| image.key(index)))?;
             }
+            device.members_changed();
         }
         Ok(())
     }
@@ -351,10 +521,15 @@ impl DecodeBatch {
         let Some(index) = self.images.iter().position(|image| image.id == id) else {
             return Ok(());
         };
+        let starts = self.predictions();
         let mut order: Vec<i64> = (0..self.rows.len() as i64).collect();
         self.release(index, &mut order)?;
         if let Some(hidden) = self.hidden.take().filter(|_| !order.is_empty()) {
-            self.hidden = Some(hidden.f_index_select(0, &upload(&order, hidden.device())?)?);
+            let kept = order
+                .iter()
+                .flat_map(|&row| starts[row as usize]..starts[row as usize + 1]);
+            let kept: Vec<i64> = kept.map(|prediction| prediction as i64).collect();
+            self.hidden = Some(hidden.f_index_select(0, &upload(&kept, hidden.device())?)?);
         }
         Ok(())
     }
@@ -374,10 +549,10 @@ impl DecodeBatch {
             let (gone, mut moved) = (self.rows[hole], self.rows[last]);
             let mut free = gone.slot;
             if self.reads_first_rows {
-                self.cache.wipe(gone.slot, gone.next + 1)?;
+                self.cache.wipe(gone.slot, gone.written)?;
                 if hole != last {
                     self.cache.copy_row(moved.slot, gone.slot, moved.next)?;
-                    self.cache.wipe(moved.slot, moved.next + 1)?;
+                    self.cache.wipe(moved.slot, moved.written)?;
                     (free, moved.slot) = (moved.slot, gone.slot);
                 }
             }
@@ -430,9 +605,12 @@ impl DecodeBatch {
             let skipped = codes + codes / image.columns - image.done - image.done / image.columns;
             image.own_rows().for_each(|row| self.rows[row].next += skipped);
             image.done = codes;
-            if let Backend::Host(host) = &mut self.backend {
-                host.skip_to(image.buffer, codes);
-            }
+        }
+        self.keep_first_predictions()?;
+        if self.codes_on_host {
+            self.images
+                .iter_mut()
+                .for_each(|image| image.codes.skip_to(codes as usize));
         }
         if let Backend::Device(device) = &mut self.backend {
             device.members_changed();
@@ -440,15 +618,53 @@ impl DecodeBatch {
         Ok(())
     }
 
-    /// Samples one more code for every image; removes and returns those that are complete.
+    /// Drops all hidden states but those that predict the next code of each row.
+    fn keep_first_predictions(&mut self) -> Result<(), ModelError> {
+        let starts: Vec<i64> = self.predictions().iter().map(|&at| at as i64).collect();
+        if let Some(hidden) = self
+            .hidden
+            .as_ref()
+            .filter(|hidden| hidden.size()[0] > self.rows.len() as i64)
+        {
+            let first = upload(&starts[..self.rows.len()], hidden.device())?;
+            self.hidden = Some(hidden.f_index_select(0, &first)?);
+        }
+        self.images.iter_mut().for_each(|image| image.codes.drop_guesses());
+        Ok(())
+    }
+
+    /// Moves the codes to the host, or to the device's buffers.
+    fn move_codes(&mut self, to_host: bool) -> Result<(), ModelError> {
+        if self.codes_on_host == to_host {
+            return Ok(());
+        }
+        self.keep_first_predictions()?;
+        if let Backend::Device(device) = &mut self.backend {
+            for image in &mut self.images {
+                match to_host {
+                    true => image.codes.resume(device.codes(image.buffer, image.done)?),
+                    false => device.resume(image.buffer, image.codes.codes())?,
+                }
+            }
+            device.members_changed();
+            self.codes_on_host = to_host;
+        }
+        Ok(())
+    }
+
+    /// Samples at least one more code for every image; removes and returns those that are complete.
     ///
     /// # Errors
     /// When the device fails; the batch must be cleared then.
     pub fn step(&mut self, model: &Transformer) -> Result<Vec<Drawn>, ModelError> {
-        match self.step_by_graph(model)? {
-            true => Ok(vec![]),
-            false => self.step_observed(model, &mut |_| Ok(())),
+        let limit = self.window.tokens(self.rows.len());
+        if limit == 1 && matches!(self.backend, Backend::Device(_)) {
+            self.move_codes(false)?;
+            if self.step_by_graph(model)? {
+                return Ok(vec![]);
+            }
         }
+        self.step_within(model, limit, &mut |_| Ok(()))
     }
 
     /// For benchmarks: run steps eagerly from now on, never as a CUDA graph.
@@ -472,7 +688,8 @@ impl DecodeBatch {
             return Ok(false);
         };
         self.images.iter_mut().for_each(|image| image.done += 1);
-        self.rows.iter_mut().for_each(|row| row.next += 1);
+        self.last_pass = Pass::one_each(self.images.len());
+        self.rows.iter_mut().for_each(Row::advance);
         self.hidden = Some(next);
         Ok(true)
     }
@@ -482,17 +699,48 @@ impl DecodeBatch {
     /// # Errors
     /// As [`Self::step`], and what `observe` returns.
     pub fn step_observed(&mut self, model: &Transformer, observe: &mut Observe) -> Result<Vec<Drawn>, ModelError> {
+        let limit = self.window.tokens(self.rows.len());
+        self.step_within(model, limit, observe)
+    }
+
+    fn step_within(
+        &mut self,
+        model: &Transformer,
+        limit: usize,
+        observe: &mut Observe,
+    ) -> Result<Vec<Drawn>, ModelError> {
+        self.move_codes(limit > 1 || matches!(self.backend, Backend::Host(_)))?;
         let Some(hidden) = self.hidden.take().filter(|_| !self.images.is_empty()) else {
             return Ok(vec![]);
         };
-        let drawn = self.draw(model, &hidden, observe)?;
-        for (index, image) in self.images.iter_mut().enumerate() {
-            image.done += 1;
-            // On a device this would need a synchronisation: such an image continues to its end.
-            image.broken = matches!(&drawn, Codes::Host(codes) if codes[index] == NO_CODE);
+        match self.codes_on_host {
+            true => self.step_in_windows(model, (&hidden, limit), observe),
+            false => self.step_on_device(model, &hidden, observe),
         }
-        // The index of each remaining image in the sampled codes; images move when others leave.
-        let mut stayed: Vec<i64> = (0..self.images.len() as i64).collect();
+    }
+
+    /// The last step: its window, and what it yielded.
+    pub fn last_pass(&self) -> Pass {
+        self.last_pass
+    }
+
+    /// Where each row's predictions start in the hidden states, and their number.
+    fn predictions(&self) -> Vec<usize> {
+        let mut starts = vec![0; self.rows.len() + 1];
+        for image in &self.images {
+            image
+                .own_rows()
+                .for_each(|row| starts[row + 1] = image.codes.predicted());
+        }
+        for row in 0..self.rows.len() {
+            starts[row + 1] += starts[row];
+        }
+        starts
+    }
+
+    /// Removes images that are complete or broken; the rest is as before in `stayed`, which has an entry for each
+    /// image.
+    fn remove_done<T>(&mut self, stayed: &mut Vec<T>) -> Result<Vec<Drawn>, ModelError> {
         let mut left = Vec::new();
         while let Some(index) = self.images.iter().position(|p| p.broken || p.done == p.total()) {
             let codes = self.codes_of(&self.images[index]);
@@ -500,34 +748,110 @@ impl DecodeBatch {
             stayed.swap_remove(index);
             left.push(Drawn { id: image.id, codes });
         }
-        if self.rows.is_empty() {
-            return Ok(left);
-        }
-        self.hidden = Some(self.advance(model, drawn, &stayed, observe)?);
         Ok(left)
     }
 
-    /// Samples one code of every image from `hidden` `[rows, hidden]`.
-    fn draw(&mut self, model: &Transformer, hidden: &Tensor, observe: &mut Observe) -> Result<Codes, ModelError> {
+    /// Draws a code from every prediction, takes those that are final, and feeds every row its next window of `limit`
+    /// tokens.
+    fn step_in_windows(
+        &mut self,
+        model: &Transformer,
+        (hidden, limit): (&Tensor, usize),
+        observe: &mut Observe,
+    ) -> Result<Vec<Drawn>, ModelError> {
+        self.draw_in_windows(hidden, limit, observe)?;
+        let left = self.remove_done(&mut vec![(); self.images.len()])?;
+        if self.rows.is_empty() {
+            return Ok(left);
+        }
+        let windows: Vec<Window> = self.images.iter_mut().map(|image| image.codes.window(limit)).collect();
+        let mut image_of = vec![0; self.rows.len()];
+        for (index, image) in self.images.iter().enumerate() {
+            image.own_rows().for_each(|row| image_of[row] = index);
+        }
+        let mut feeds = Vec::with_capacity(self.rows.len());
+        for (row, &image) in self.rows.iter_mut().zip(&image_of) {
+            let window = &windows[image];
+            feeds.push(Feed {
+                window,
+                slot: row.slot,
+                position: row.next,
+            });
+            row.written = row.written.max(row.next + window.tokens.len() as i64);
+            row.next += 1 + i64::from(self.images[image].done % self.images[image].columns == 0);
+        }
+        let hidden = self
+            .backend
+            .advance(model, &feeds, self.row_end, &mut self.cache, observe)?;
+        self.hidden = Some(hidden);
+        Ok(left)
+    }
+
+    /// Draws a code from every prediction, takes those that are final, and draws guesses for the next window of
+    /// `limit` tokens.
+    fn draw_in_windows(&mut self, hidden: &Tensor, limit: usize, observe: &mut Observe) -> Result<(), ModelError> {
+        let starts = self.predictions();
+        let predictions = self.images.iter().flat_map(|image| image.predictions(&starts));
+        let predictions: Vec<Prediction> = predictions.collect();
+        let (drawn, mut scores) = self.backend.draw(&self.head, hidden, &predictions, observe)?;
+        let (mut pass, mut draws, mut targets) = (Pass::of(limit), vec![], vec![]);
+        let mut first = 0;
+        for (index, image) in self.images.iter_mut().enumerate() {
+            let accepted = image.accept(&drawn[first..first + image.codes.predicted()]);
+            let behind = image.position(image.done - 1) - image.position(accepted.first as i64);
+            image.own_rows().for_each(|row| self.rows[row].next += behind);
+            self.window.saw(accepted.codes, accepted.predicted);
+            pass.add(accepted.codes, accepted.predicted);
+            if limit > 1 && image.done < image.total() {
+                for guess in image.codes.wanted(accepted, limit) {
+                    draws.push((first + guess.from, image.draw(guess.target as i64)));
+                    targets.push((index, guess.target));
+                }
+            }
+            first += accepted.predicted;
+        }
+        let guessed = self.backend.draw_again(&mut scores, &draws)?;
+        for ((index, target), code) in targets.into_iter().zip(guessed) {
+            self.images[index].codes.guess(target, code);
+        }
+        self.last_pass = pass;
+        Ok(())
+    }
+
+    /// A step that draws one code for every image, on a device: its state is kept there, and nothing waits for it.
+    fn step_on_device(
+        &mut self,
+        model: &Transformer,
+        hidden: &Tensor,
+        observe: &mut Observe,
+    ) -> Result<Vec<Drawn>, ModelError> {
         let images: Vec<ImageDraw> = self.images.iter().map(ImageDraw::from).collect();
         let rows = self.feeds();
-        match &mut self.backend {
-            Backend::Host(host) => Ok(Codes::Host(host.draw(&self.head, hidden, &images, observe)?)),
-            Backend::Device(device) => {
-                let by_length = model.reads_by_length();
-                let batch = (&images[..], &rows[..]);
-                device.refresh(&self.head, batch, &self.free_slots, &self.cache, None, by_length)?;
-                observe(StepPart::Upload)?;
-                Ok(Codes::Device(device.draw(&self.head, hidden, observe)?))
-            }
+        let by_length = model.reads_by_length();
+        let Backend::Device(device) = &mut self.backend else {
+            return Err(ModelError::invalid("batch", "is on the host"));
+        };
+        let batch = (&images[..], &rows[..]);
+        device.refresh(&self.head, batch, &self.free_slots, &self.cache, None, by_length)?;
+        observe(StepPart::Upload)?;
+        let drawn = device.draw(&self.head, hidden, observe)?;
+        // Whether a code is one would need a synchronisation: a broken image continues to its end.
+        self.images.iter_mut().for_each(|image| image.done += 1);
+        self.last_pass = Pass::one_each(self.images.len());
+        // The index of each remaining image in the sampled codes; images move when others leave.
+        let mut stayed: Vec<i64> = (0..self.images.len() as i64).collect();
+        let left = self.remove_done(&mut stayed)?;
+        if !self.rows.is_empty() {
+            self.hidden = Some(self.advance(model, drawn, &stayed, observe)?);
         }
+        Ok(left)
     }
 
     /// Feeds every row the code sampled for its image; `stayed` are the indices of the remaining images.
     fn advance(
         &mut self,
         model: &Transformer,
-        drawn: Codes,
+        drawn: Tensor,
         stayed: &[i64],
         observe: &mut Observe,
     ) -> Result<Tensor, ModelError> {
@@ -539,26 +863,19 @@ impl DecodeBatch {
             .collect();
         forced.sort_unstable();
         let rows = self.feeds();
-        self.rows.iter_mut().for_each(|row| row.next += 1);
-        forced.iter().for_each(|&row| self.rows[row].next += 1);
+        self.rows.iter_mut().for_each(Row::advance);
+        forced.iter().for_each(|&row| self.rows[row].advance());
+        let images: Vec<ImageDraw> = self.images.iter().map(ImageDraw::from).collect();
+        let (batch, by_length) = ((&images[..], &rows[..]), model.reads_by_length());
+        let Backend::Device(device) = &mut self.backend else {
+            return Err(ModelError::invalid("batch", "is on the host"));
+        };
+        let drawn = Some((drawn, stayed));
+        let codes = device
+            .refresh(&self.head, batch, &self.free_slots, &self.cache, drawn, by_length)?
+            .ok_or_else(|| ModelError::invalid("batch", "has no sampled codes"))?;
         let forced = (&forced[..], self.row_end);
-        match (&mut self.backend, drawn, model.cpu()) {
-            (Backend::Host(host), Codes::Host(codes), Some(decoder)) => {
-                let codes: Vec<i64> = stayed.iter().map(|&draw| codes[draw as usize]).collect();
-                let decoder = (decoder, model.config());
-                host.advance(decoder, &codes, &rows, forced, &mut self.cache, observe)
-            }
-            (Backend::Device(device), Codes::Device(codes), _) => {
-                let images: Vec<ImageDraw> = self.images.iter().map(ImageDraw::from).collect();
-                let (batch, by_length) = ((&images[..], &rows[..]), model.reads_by_length());
-                let drawn = Some((codes, stayed));
-                let codes = device
-                    .refresh(&self.head, batch, &self.free_slots, &self.cache, drawn, by_length)?
-                    .ok_or_else(|| ModelError::invalid("batch", "has no sampled codes"))?;
-                device.advance(model, (&self.head, &codes), &rows, forced, &mut self.cache, observe)
-            }
-            _ => Err(ModelError::invalid("batch", "belongs to another model")),
-        }
+        device.advance(model, (&self.head, &codes), &rows, forced, &mut self.cache, observe)
     }
 
     /// The next token of every row.
@@ -582,11 +899,7 @@ impl From<&BatchImage> for ImageDraw {
             conditional: image.conditional,
             unconditional: image.unconditional,
             guidance_scale: image.guidance_scale,
-            draw: Draw {
-                top_k: image.top_k,
-                temperature: image.temperature,
-                uniform: image.uniform(image.done),
-            },
+            draw: image.draw(image.done),
             buffer: image.buffer,
             done: image.done,
         }

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::batch::BatchOptions;
 use super::step::{ImageDraw, Observe, RowFeed, StepPart};
-use crate::model::accelerator::{Graph, Pack, Sent, Span, has_own_stream};
+use crate::model::accelerator::{Graph, Pack, Sent, Span, has_own_stream, upload};
 use crate::model::attention::{Pairs, Starts, StepTokens};
 use crate::model::kv_cache::{KvCache, whole_blocks};
 use crate::model::sampling::{DeviceSampler, Draw, PlannedSampler};
@@ -14,10 +14,12 @@ use crate::model::{ModelError, Transformer};
 
 #[derive(Debug)]
 pub(super) struct DeviceStep {
+    /// The vocabulary's id of each code.
+    ids: Vec<i64>,
     /// `[buffers, codes]` i64: sampled codes.
     codes: Tensor,
-    /// `[buffers, codes]` f64: the uniform number for sampling each code.
-    uniforms: Tensor,
+    /// `[buffers, codes]` i64: the key of each code's noise.
+    keys: Tensor,
     /// With fixed shapes, the number of rows of every step: all of the cache.
     fixed_rows: Option<i64>,
     /// Images and rows of the next step; `None` after a change.
@@ -91,11 +93,12 @@ struct Planned {
 }
 
 impl DeviceStep {
-    pub fn new(model: &Transformer, options: BatchOptions, max_seq: i64) -> Result<Self, ModelError> {
+    pub fn new(model: &Transformer, head: &CodeHead, options: BatchOptions, max_seq: i64) -> Result<Self, ModelError> {
         let (buffers, device) = (options.rows as i64, model.device());
         Ok(Self {
+            ids: head.ids()?,
             codes: Tensor::f_zeros([buffers, max_seq], (Kind::Int64, device))?,
-            uniforms: Tensor::f_zeros([buffers, max_seq], (Kind::Double, device))?,
+            keys: Tensor::f_zeros([buffers, max_seq], (Kind::Int64, device))?,
             fixed_rows: options.fixed_shapes.then_some(buffers),
             members: None,
             graph: match graphs_wanted() && has_own_stream(device) {
@@ -106,17 +109,36 @@ impl DeviceStep {
         })
     }
 
+    /// The vocabulary's id of each code.
+    pub fn ids(&self) -> &[i64] {
+        &self.ids
+    }
+
+    /// Stores codes that were drawn elsewhere in a buffer.
+    pub fn resume(&mut self, buffer: usize, codes: &[i64]) -> Result<(), ModelError> {
+        if codes.is_empty() {
+            return Ok(());
+        }
+        let mut place = self.codes.f_get(buffer as i64)?.f_narrow(0, 0, codes.len() as i64)?;
+        Ok(place.f_copy_(&upload(codes, self.codes.device())?)?)
+    }
+
+    /// Whether steps of one code may run as CUDA graphs.
+    pub fn has_graphs(&self) -> bool {
+        !matches!(self.graph, StepGraph::Off)
+    }
+
     /// Run steps eagerly from now on.
     pub fn disable_graphs(&mut self) {
         self.graph = StepGraph::Off;
     }
 
-    /// Starts an image in a buffer; its codes are sampled by `uniforms`.
-    pub fn begin(&mut self, buffer: usize, uniforms: impl Iterator<Item = f64>) -> Result<(), ModelError> {
+    /// Starts an image in a buffer; its codes are sampled with the noise of `keys`.
+    pub fn begin(&mut self, buffer: usize, keys: impl Iterator<Item = u64>) -> Result<(), ModelError> {
         let mut pack = Pack::default();
-        let span = pack.floats(uniforms);
-        let numbers = pack.send(self.uniforms.device())?.get(&span)?;
-        let mut place = self.uniforms.f_get(buffer as i64)?.f_narrow(0, 0, numbers.size()[0])?;
+        let span = pack.ints(keys.map(u64::cast_signed));
+        let numbers = pack.send(self.keys.device())?.get(&span)?;
+        let mut place = self.keys.f_get(buffer as i64)?.f_narrow(0, 0, numbers.size()[0])?;
         Ok(place.f_copy_(&numbers)?)
     }
 
@@ -324,7 +346,7 @@ impl DeviceStep {
             }
         };
         let place = [Some(&members.buffer), Some(&members.done)];
-        let drawn = members.sampler.draw(&scores, &self.uniforms.f_index(&place)?)?;
+        let drawn = members.sampler.draw(&scores, &self.keys.f_index(&place)?)?;
         let of_images = |tensor: &Tensor| tensor.f_narrow(0, 0, members.images);
         let drawn = of_images(&drawn)?;
         let place = [Some(of_images(&members.buffer)?), Some(of_images(&members.done)?)];
@@ -530,6 +552,7 @@ mod tests {
 
     use tch::Device;
 
+    use super::super::Speculation;
     use super::*;
     use crate::model::ModelConfig;
     use crate::model::weights::{Checkpoint, Target};
@@ -554,8 +577,9 @@ mod tests {
             rows: ROWS,
             max_seq: 32,
             fixed_shapes,
+            speculation: Speculation::Off,
         };
-        let step = DeviceStep::new(&model, options, cache.max_seq()).unwrap();
+        let step = DeviceStep::new(&model, &head, options, cache.max_seq()).unwrap();
         (model, head, cache, step)
     }
 
@@ -567,7 +591,7 @@ mod tests {
             draw: Draw {
                 top_k: 0,
                 temperature: 1.0,
-                uniform: 0.5,
+                key: 5,
             },
             buffer,
             done: 0,
@@ -617,7 +641,7 @@ mod tests {
         let _no_grad = tch::no_grad_guard();
         let (model, head, mut cache, mut step) = parts(false);
         let (images, rows) = ([image(0, 0)], [row(0, 2, 5)]);
-        step.begin(0, [0.1, 0.2, 0.3].into_iter()).unwrap();
+        step.begin(0, [1, 2, 3].into_iter()).unwrap();
         step.refresh(&head, (&images, &rows), &[], &cache, None, true).unwrap();
         let mut parts = vec![];
         let mut observe = |part: StepPart| {

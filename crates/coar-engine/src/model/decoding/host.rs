@@ -2,59 +2,66 @@
 
 use tch::Tensor;
 
-use super::step::{ImageDraw, Observe, RowFeed, StepPart};
+use super::step::{Feed, Observe, Prediction, StepPart};
 use crate::model::cpu::{CpuDecoder, StepTokens, Workspace};
 use crate::model::kv_cache::KvCache;
-use crate::model::sampling::{HostDraw, draw_on_host};
+use crate::model::sampling::{Draw, HostDraw, draw_on_host};
 use crate::model::transformer::CodeHead;
 use crate::model::{ModelConfig, ModelError};
 
 #[derive(Debug)]
 pub(super) struct HostStep {
-    /// The sampled codes of each buffer's image.
-    codes: Vec<Vec<i64>>,
     /// The vocabulary's id of each code.
     ids: Vec<i64>,
     space: Box<Workspace>,
     scratch: Vec<f32>,
 }
 
+/// Scores of the codes that a pass predicts: `[predictions, codes]`, those of guided images with guidance.
+pub(super) struct HostScores {
+    logits: Tensor,
+    codes: usize,
+    /// The row of each draw.
+    rows: Vec<usize>,
+}
+
+/// Hidden states of which the head's product is taken at a time: few enough for the product whose sums do not depend
+/// on their number.
+const HEAD_TOKENS: i64 = 128;
+
 impl HostStep {
-    pub fn new(head: &CodeHead, buffers: usize) -> Result<Self, ModelError> {
+    pub fn new(head: &CodeHead) -> Result<Self, ModelError> {
         Ok(Self {
-            codes: vec![vec![]; buffers],
             ids: head.ids()?,
             space: Box::default(),
             scratch: vec![],
         })
     }
 
-    /// Starts an image in a buffer.
-    pub fn begin(&mut self, buffer: usize) {
-        self.codes[buffer].clear();
-    }
-
-    /// The codes of a buffer.
-    pub fn codes(&self, buffer: usize) -> Vec<i64> {
-        self.codes[buffer].clone()
-    }
-
-    /// Marks `count` codes of a buffer as sampled.
-    pub fn skip_to(&mut self, buffer: usize, count: i64) {
-        self.codes[buffer].resize(count as usize, 0);
-    }
-
-    /// Samples a code for each image from `hidden` `[rows, hidden]` and stores it.
+    /// Samples a code for each of `draws` from `hidden` `[predictions of all rows, hidden]`.
     pub fn draw(
         &mut self,
         head: &CodeHead,
         hidden: &Tensor,
-        images: &[ImageDraw],
+        draws: &[Prediction],
         observe: &mut Observe,
-    ) -> Result<Vec<i64>, ModelError> {
-        let logits = head.logits(hidden)?;
+    ) -> Result<(Vec<i64>, HostScores), ModelError> {
+        let parts = (0..hidden.size()[0]).step_by(HEAD_TOKENS as usize).map(|from| {
+            let count = (hidden.size()[0] - from).min(HEAD_TOKENS);
+            head.logits(&hidden.f_narrow(0, from, count)?)
+        });
+        let mut parts = parts.collect::<Result<Vec<_>, ModelError>>()?;
+        let logits = match parts.len() {
+            1 => parts.remove(0),
+            _ => Tensor::f_cat(&parts, 0)?,
+        };
         observe(StepPart::Head)?;
-        let draws: Vec<HostDraw> = images
+        let mut scores = HostScores {
+            logits: logits.f_contiguous()?,
+            codes: head.codes() as usize,
+            rows: draws.iter().map(|one| one.conditional).collect(),
+        };
+        let draws: Vec<HostDraw> = draws
             .iter()
             .map(|one| HostDraw {
                 conditional: one.conditional,
@@ -63,45 +70,57 @@ impl HostStep {
                 draw: one.draw,
             })
             .collect();
-        let logits = logits.f_contiguous()?;
-        // SAFETY: a contiguous f32 tensor in the CPU's memory with no other owner.
-        let numbers = unsafe { std::slice::from_raw_parts_mut(logits.data_ptr() as *mut f32, logits.numel()) };
-        let drawn = draw_on_host(numbers, head.codes() as usize, &draws, &mut self.scratch);
-        for (one, &code) in images.iter().zip(&drawn) {
-            self.codes[one.buffer].push(code);
-        }
+        let drawn = self.sample(&mut scores, &draws);
         observe(StepPart::Sampling)?;
-        Ok(drawn)
+        Ok((drawn, scores))
     }
 
-    /// Feeds the sampled codes, `codes` in the order of images; returns `[rows, hidden]`. Rows of `forced` get
-    /// `row_end` after their code.
+    /// Samples more codes from some of the same scores, each given by the index of its draw.
+    pub fn draw_again(&mut self, scores: &mut HostScores, draws: &[(usize, Draw)]) -> Vec<i64> {
+        // Guidance has been applied.
+        let draws: Vec<HostDraw> = draws
+            .iter()
+            .map(|&(index, draw)| HostDraw {
+                conditional: scores.rows[index],
+                unconditional: None,
+                guidance_scale: 1.0,
+                draw,
+            })
+            .collect();
+        self.sample(scores, &draws)
+    }
+
+    fn sample(&mut self, scores: &mut HostScores, draws: &[HostDraw]) -> Vec<i64> {
+        let (at, count) = (scores.logits.data_ptr() as *mut f32, scores.logits.numel());
+        // SAFETY: a contiguous f32 tensor in the CPU's memory with no other owner.
+        let numbers = unsafe { std::slice::from_raw_parts_mut(at, count) };
+        draw_on_host(numbers, scores.codes, draws, &mut self.scratch)
+    }
+
+    /// Feeds every row its window; returns the hidden states of the predicting tokens, row after row,
+    /// `[predictions, hidden]`.
     pub fn advance(
         &mut self,
         (decoder, config): (&CpuDecoder, &ModelConfig),
-        codes: &[i64],
-        rows: &[RowFeed],
-        (forced, row_end): (&[usize], i64),
+        feeds: &[Feed],
+        row_end: i64,
         cache: &mut KvCache,
         observe: &mut Observe,
     ) -> Result<Tensor, ModelError> {
-        let mut tokens: Vec<(i64, i64, i64)> = rows
-            .iter()
-            .map(|row| (self.ids[codes[row.image].max(0) as usize], row.slot, row.position))
-            .collect();
-        let mut wanted: Vec<i64> = (0..rows.len() as i64).collect();
-        for &row in forced {
-            wanted[row] = tokens.len() as i64;
-            tokens.push((row_end, rows[row].slot, rows[row].position + 1));
+        let (mut ids, mut rows, mut positions, mut wanted) = (vec![], vec![], vec![], vec![]);
+        for feed in feeds {
+            wanted.extend(feed.window.predicting.iter().map(|token| (ids.len() + token) as i64));
+            ids.extend(feed.window.ids(&self.ids, row_end));
+            rows.resize(ids.len(), feed.slot);
+            positions.extend(feed.position..feed.position + feed.window.tokens.len() as i64);
         }
-        check(&tokens, config, cache)?;
-        let column = |pick: fn(&(i64, i64, i64)) -> i64| tokens.iter().map(pick).collect::<Vec<_>>();
         let step = StepTokens {
-            ids: &column(|token| token.0),
-            rows: &column(|token| token.1),
-            positions: &column(|token| token.2),
+            ids: &ids,
+            rows: &rows,
+            positions: &positions,
             wanted: &wanted,
         };
+        check(&step, config, cache)?;
         let hidden = decoder.run(&step, cache, &mut self.space)?;
         observe(StepPart::Layers)?;
         Ok(hidden)
@@ -109,13 +128,11 @@ impl HostStep {
 }
 
 /// Preconditions of the CPU's step.
-fn check(tokens: &[(i64, i64, i64)], config: &ModelConfig, cache: &KvCache) -> Result<(), ModelError> {
+fn check(step: &StepTokens, config: &ModelConfig, cache: &KvCache) -> Result<(), ModelError> {
     let (vocabulary, rows) = (config.vocab_size, cache.rows());
     let positions = cache.max_seq().min(config.max_position_embeddings);
-    let inside = |&(id, row, position): &(i64, i64, i64)| {
-        (0..vocabulary).contains(&id) && (0..rows).contains(&row) && (0..positions).contains(&position)
-    };
-    match tokens.iter().all(inside) {
+    let inside = |numbers: &[i64], count: i64| numbers.iter().all(|number| (0..count).contains(number));
+    match inside(step.ids, vocabulary) && inside(step.rows, rows) && inside(step.positions, positions) {
         true => Ok(()),
         false => Err(ModelError::invalid(
             "sequence",

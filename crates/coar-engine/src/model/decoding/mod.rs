@@ -1,20 +1,25 @@
 //! Autoregressive image decoding on the frozen model: any number of images of any prompts, sizes and settings
-//! advance together, one forward pass per code.
+//! advance together, by at least one code per forward pass (see `window` for more).
 //!
 //! The order of operations per code is the reference's (`inference_solver.py`): raw logits, guidance, grammar,
-//! top-k, temperature, softmax, one sample. Forced tokens need no extra step: image start and sizes are part of the
+//! top-k, temperature, one sample of the softmax. Forced tokens need no extra step: image start and sizes are part of the
 //! prompt, since the caller specifies a size; a row end is fed together with the code before it; the image end is
 //! never fed.
 
 mod batch;
 mod device;
+mod device_window;
 mod host;
+mod speculation;
 mod step;
+mod window;
 
 use super::context::ContextBatch;
 use super::{ModelError, Transformer};
 pub use batch::{BatchImageId, BatchOptions, DecodeBatch, Drawn};
+pub use coar_core::speculation::Speculation;
 use coar_core::tokenizer::Vocabulary;
+pub use speculation::Pass;
 pub use step::{Observe, StepPart};
 
 /// The images to decode.
@@ -57,6 +62,7 @@ pub struct Decoding {
     codes: Vec<Vec<i64>>,
     total: i64,
     done: i64,
+    passes: Vec<Pass>,
 }
 
 impl Decoding {
@@ -69,11 +75,25 @@ impl Decoding {
         vocabulary: &Vocabulary,
         requests: &[DecodingRequest],
     ) -> Result<Self, ModelError> {
+        Self::speculating(model, vocabulary, requests, Speculation::Off)
+    }
+
+    /// As [`Self::start`], with several codes per step.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn speculating(
+        model: &Transformer,
+        vocabulary: &Vocabulary,
+        requests: &[DecodingRequest],
+        speculation: Speculation,
+    ) -> Result<Self, ModelError> {
         let each = |request: &DecodingRequest| request.streams.len() * request.rows_per_image();
         let options = BatchOptions {
             rows: requests.iter().map(each).sum(),
             max_seq: requests.iter().map(DecodingRequest::tokens).max().unwrap_or(0),
             fixed_shapes: false,
+            speculation,
         };
         let mut batch = DecodeBatch::new(model, vocabulary, options)?;
         let mut ids = Vec::new();
@@ -87,10 +107,11 @@ impl Decoding {
             batch,
             total: requests.iter().map(codes).max().unwrap_or(0),
             done: 0,
+            passes: vec![],
         })
     }
 
-    /// Codes of each image so far, and the total of the largest.
+    /// Codes of the most advanced unfinished image, and the total of the largest.
     pub fn progress(&self) -> (i64, i64) {
         (self.done, self.total)
     }
@@ -105,18 +126,25 @@ impl Decoding {
         &self.codes
     }
 
-    /// Samples one more code for every image.
+    /// The steps so far.
+    pub fn passes(&self) -> &[Pass] {
+        &self.passes
+    }
+
+    /// Samples one more code for every image, or several.
     ///
     /// # Errors
     /// When the device fails, or the model's scores are not finite.
     pub fn step(&mut self, model: &Transformer) -> Result<(), ModelError> {
-        self.done += 1;
         for drawn in self.batch.step(model)? {
             let codes = drawn.codes?;
             if let Some(index) = self.ids.iter().position(|&id| id == drawn.id) {
                 self.codes[index] = codes;
             }
         }
+        self.passes.push(self.batch.last_pass());
+        let progress = self.ids.iter().filter_map(|&id| self.batch.progress(id));
+        self.done = progress.map(|(done, _)| done).max().unwrap_or(self.total);
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! Shared parts of both implementations of a decode step.
 
+use super::window::Window;
 use crate::model::ModelError;
 use crate::model::sampling::Draw;
 
@@ -26,7 +27,7 @@ pub(super) struct ImageDraw {
     pub conditional: usize,
     pub unconditional: Option<usize>,
     pub guidance_scale: f64,
-    /// Its `uniform` is used on the host only.
+    /// Its key is used on the host only.
     pub draw: Draw,
     pub buffer: usize,
     /// Codes sampled so far.
@@ -41,5 +42,24 @@ pub(super) struct RowFeed {
     /// Row of the cache.
     pub slot: i64,
     /// Position of its next token.
+    pub position: i64,
+}
+
+/// How one prediction of an image is sampled.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Prediction {
+    /// The hidden states that predict it.
+    pub conditional: usize,
+    pub unconditional: Option<usize>,
+    pub guidance_scale: f64,
+    pub draw: Draw,
+}
+
+/// The tokens that one row is fed, and which of them predict a code.
+#[derive(Debug)]
+pub(super) struct Feed<'a> {
+    pub window: &'a Window,
+    /// Row of the cache, and position of the first token.
+    pub slot: i64,
     pub position: i64,
 }

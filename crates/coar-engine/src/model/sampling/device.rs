@@ -3,7 +3,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Draw, NO_CODE, keep_top_k};
+use super::{Draw, NO_CODE, keep_top_k, noise};
 use crate::model::ModelError;
 use crate::model::accelerator::{Pack, Sent, Span};
 
@@ -14,8 +14,8 @@ pub(in crate::model) struct DeviceSampler {
     /// Scores of a row.
     n: i64,
     top_k: TopK<Tensor>,
-    /// `[rows, 1]` f32, 1 for greedy rows; `None` if all rows are greedy.
-    temperature: Option<Tensor>,
+    /// `[rows, 1]` f64, 1 for greedy rows, and the codes' part of the noise; `None` if all rows are greedy.
+    temperature: Option<(Tensor, Tensor)>,
     greedy: Greedy<Tensor>,
 }
 
@@ -52,7 +52,7 @@ enum Greedy<T> {
 }
 
 impl DeviceSampler {
-    /// Adds the settings of `draws`, one for each row of `n` scores, to `pack`; their `uniform` is not used.
+    /// Adds the settings of `draws`, one for each row of `n` scores, to `pack`; their keys are not used.
     pub fn plan(draws: &[Draw], n: i64, pack: &mut Pack) -> PlannedSampler {
         let drops = |k: i64| k > 0 && k < n;
         let first = draws.first().map_or(0, |draw| draw.top_k);
@@ -85,12 +85,12 @@ impl DeviceSampler {
         }
     }
 
-    /// Samples one index per row of `scores` `[rows, n]` by `uniforms` `[rows]` f64, each in [0, 1): `[rows]` i64,
-    /// not synchronised.
+    /// Samples one index per row of `scores` `[rows, n]` with the noise of `keys` `[rows]` i64: `[rows]` i64, not
+    /// synchronised.
     ///
     /// # Errors
     /// When the shapes differ or the device fails.
-    pub fn draw(&self, scores: &Tensor, uniforms: &Tensor) -> Result<Tensor, ModelError> {
+    pub fn draw(&self, scores: &Tensor, keys: &Tensor) -> Result<Tensor, ModelError> {
         let n = self.n;
         if scores.size() != [self.rows, n] {
             let problem = format!("have shape {:?}; expected [{}, {n}]", scores.size(), self.rows);
@@ -103,19 +103,10 @@ impl DeviceSampler {
         };
         let drawn = match &self.temperature {
             None => None,
-            Some(temperature) => {
-                let total = self
-                    .kept(scores)?
-                    .f_div(temperature)?
-                    .f_softmax(1, Kind::Double)?
-                    .f_cumsum(1, Kind::Double)?;
-                let sums = total.f_narrow(1, n - 1, 1)?;
-                let at = uniforms.f_view([self.rows, 1])?.f_mul(&sums)?;
-                // The sampled index is the number of cumulative sums at or below the uniform number.
-                let below = total
-                    .f_le_tensor(&at)?
-                    .f_sum_dim_intlist([1i64].as_slice(), false, Kind::Int64)?;
-                Some(below.f_clamp_max(n - 1)?)
+            Some((temperature, offsets)) => {
+                let scaled = self.kept(scores)?.f_to_kind(Kind::Double)?.f_div(temperature)?;
+                let noisy = scaled.f_add(&noise::gumbel(keys, offsets)?)?;
+                Some(noisy.f_argmax(1, false)?)
             }
         };
         let codes = match (largest, drawn, &self.greedy) {
@@ -161,7 +152,11 @@ impl PlannedSampler {
                 },
             },
             temperature: match &self.temperature {
-                Some(span) => Some(column(span)?.f_to_kind(Kind::Float)?),
+                Some(span) => {
+                    let temperature = column(span)?;
+                    let offsets = noise::offsets(self.n, temperature.device())?;
+                    Some((temperature, offsets))
+                }
                 None => None,
             },
             greedy: match self.greedy {
@@ -186,7 +181,7 @@ mod tests {
         let draws = [2, 0, 1].map(|top_k| Draw {
             top_k,
             temperature: 1.0,
-            uniform: 0.0,
+            key: 0,
         });
         let mut pack = Pack::default();
         let planned = DeviceSampler::plan(&draws, 5, &mut pack);

@@ -1,5 +1,6 @@
 //! Guidance and sampling in the CPU's memory, one image per thread: the same order of operations as on tensors.
 
+use super::noise::Noise;
 use super::{Draw, NO_CODE};
 use crate::model::cpu;
 
@@ -19,30 +20,31 @@ struct Rows {
     drawn: *mut i64,
 }
 
-// SAFETY: every image has rows of its own.
+// SAFETY: a row that is written belongs to one draw.
 unsafe impl Sync for Rows {}
 
 impl Rows {
     /// # Safety
-    /// No other thread holds a row of the same image.
+    /// No other thread writes to the rows of this draw.
     unsafe fn draw(&self, index: usize, n: usize, one: &HostDraw) {
         // SAFETY: as documented; rows and the image's own scratch are in bounds.
         unsafe {
-            let row = |row: usize| std::slice::from_raw_parts_mut(self.logits.add(row * n), n);
-            let scores = row(one.conditional);
+            let row = |row: usize| self.logits.add(row * n);
             if let Some(other) = one.unconditional {
-                for (c, u) in scores.iter_mut().zip(row(other)) {
+                let scores = std::slice::from_raw_parts_mut(row(one.conditional), n);
+                for (c, u) in scores.iter_mut().zip(std::slice::from_raw_parts(row(other), n)) {
                     *c = *u + (*c - *u) * one.guidance_scale;
                 }
             }
+            let scores = std::slice::from_raw_parts(row(one.conditional).cast_const(), n);
             let scratch = std::slice::from_raw_parts_mut(self.scratch.add(index * n), n);
             *self.drawn.add(index) = draw(scores, scratch, &one.draw);
         }
     }
 }
 
-/// Samples one code for each image from `logits` `[rows, n]`, which it overwrites. No two images may share a row.
-/// `scratch` grows as needed and is reused.
+/// Samples one code for each of `draws` from `logits` `[rows, n]`. Guidance overwrites the conditional row; a row that
+/// is overwritten belongs to one draw only. `scratch` grows as needed and is reused.
 pub(in crate::model) fn draw_on_host(
     logits: &mut [f32],
     n: usize,
@@ -61,7 +63,7 @@ pub(in crate::model) fn draw_on_host(
         scratch: scratch.as_mut_ptr(),
         drawn: drawn.as_mut_ptr(),
     };
-    // SAFETY: rows are in bounds, and every image has its own.
+    // SAFETY: rows are in bounds, and one that is written belongs to one draw.
     cpu::for_each(draws.len(), |index| unsafe { pointers.draw(index, n, &draws[index]) });
     drawn
 }
@@ -113,28 +115,19 @@ fn draw(scores: &[f32], scratch: &mut [f32], draw: &Draw) -> i64 {
         scratch.copy_from_slice(scores);
         *scratch.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
     };
-    let warmth = draw.temperature as f32;
-    let most = f64::from(most / warmth);
-    let weight = |score: f32| (f64::from(score / warmth) - most).exp();
-    // The weights of the kept scores, in order; computed twice, once for the sum and once for sampling.
-    let mut kept = 0;
-    let mut total = 0.0f64;
+    let (mut best, mut code) = (f64::NEG_INFINITY, NO_CODE);
     for (index, &score) in scores.iter().enumerate() {
-        if score >= threshold && score > f32::NEG_INFINITY {
-            total += weight(score);
-            scratch[kept] = f32::from_bits(index as u32);
-            kept += 1;
+        if score < threshold || score == f32::NEG_INFINITY {
+            continue;
         }
-    }
-    let at = draw.uniform * total;
-    let mut sum = 0.0f64;
-    let mut code = NO_CODE;
-    for index in &scratch[..kept] {
-        let index = index.to_bits() as usize;
-        sum += weight(scores[index]);
-        code = index as i64;
-        if sum > at {
-            break;
+        let scaled = f64::from(score) / draw.temperature;
+        let noise = Noise::of(draw.key, index as u64);
+        // Few candidates can still win, so few logarithms are taken.
+        if scaled + noise.bound() > best {
+            let value = scaled + noise.gumbel();
+            if value > best {
+                (best, code) = (value, index as i64);
+            }
         }
     }
     code
@@ -144,7 +137,7 @@ fn draw(scores: &[f32], scratch: &mut [f32], draw: &Draw) -> i64 {
 mod tests {
     use tch::{Device, Kind, Tensor};
 
-    use super::super::{draw_codes, uniform};
+    use super::super::{draw_codes, noise_key};
     use super::*;
 
     #[test]
@@ -165,7 +158,7 @@ mod tests {
                 draw: Draw {
                     top_k: [0, 7, 300, 1][image % 4],
                     temperature: [1.0, 0.0, 0.4][image % 3],
-                    uniform: uniform(3, image as u64, 0),
+                    key: noise_key(3, image as u64, 0),
                 },
             });
         }

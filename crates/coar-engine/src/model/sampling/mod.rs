@@ -1,8 +1,11 @@
-//! From logits to sampled codes: top-k with ties, temperature, softmax, and one sample from the image's own random
-//! stream.
+//! From logits to sampled codes: top-k with ties, temperature, and one sample of the softmax by the Gumbel-max rule,
+//! the largest of `score / temperature + noise`. The noise is a function of seed, image, position and code, so with
+//! given scores a code is a function of the seed: it does not matter when, how often, or beside what it is computed.
+//! Speculative decoding relies on this.
 
 mod device;
 mod host;
+mod noise;
 
 use tch::Tensor;
 
@@ -10,6 +13,7 @@ use super::ModelError;
 use super::accelerator::Pack;
 pub(in crate::model) use device::{DeviceSampler, PlannedSampler};
 pub(in crate::model) use host::{HostDraw, draw_on_host};
+pub use noise::noise_key;
 
 /// How one code is sampled.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,8 +22,8 @@ pub struct Draw {
     pub top_k: i64,
     /// 0 is greedy.
     pub temperature: f64,
-    /// The random number, in [0, 1): see [`uniform`].
-    pub uniform: f64,
+    /// Selects the noise: see [`noise_key`].
+    pub key: u64,
 }
 
 /// Sets the scores `[rows, n]` below each row's k-th largest to -inf; ties with it are kept, and if fewer than k
@@ -37,19 +41,6 @@ pub fn keep_top_k(scores: &Tensor, k: i64) -> Result<Tensor, ModelError> {
     Ok(scores.f_masked_fill(&scores.f_lt_tensor(&threshold)?, f64::NEG_INFINITY)?)
 }
 
-/// A uniform number in [0, 1) that depends only on its three indices, so an image's stream is independent of the
-/// batch (SplitMix64 over the seed, the image's index and the position).
-pub fn uniform(seed: u64, image: u64, position: u64) -> f64 {
-    let mix = |mut x: u64| {
-        x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    };
-    let bits = mix(mix(mix(seed) ^ image.wrapping_mul(0xd1b5_4a32_d192_ed03)) ^ position);
-    (bits >> 11) as f64 / (1u64 << 53) as f64
-}
-
 /// The result for a row without a finite largest score.
 pub const NO_CODE: i64 = -1;
 
@@ -61,9 +52,9 @@ pub const NO_CODE: i64 = -1;
 pub fn draw_codes(scores: &Tensor, draws: &[Draw]) -> Result<Tensor, ModelError> {
     let mut pack = Pack::default();
     let planned = DeviceSampler::plan(draws, scores.size2()?.1, &mut pack);
-    let uniforms = pack.floats(draws.iter().map(|draw| draw.uniform));
+    let keys = pack.ints(draws.iter().map(|draw| draw.key.cast_signed()));
     let sent = pack.send(scores.device())?;
-    planned.on(&sent)?.draw(scores, &sent.get(&uniforms)?)
+    planned.on(&sent)?.draw(scores, &sent.get(&keys)?)
 }
 
 #[cfg(test)]
@@ -88,7 +79,7 @@ mod tests {
         let draw = |image| Draw {
             top_k: 0,
             temperature: 1.0,
-            uniform: uniform(7, image, 5),
+            key: noise_key(7, image, 5),
         };
         let mut counts = [0; 3];
         let alone: Vec<i64> = (0..3000).map(|image| codes(&scores, &[draw(image)])[0]).collect();
@@ -109,12 +100,64 @@ mod tests {
         }
     }
 
+    /// Chi-square of 20,000 samples against the softmax of what top-k keeps: over images, over positions and over
+    /// seeds, since each is a stream of its own.
+    #[test]
+    fn sampling_follows_the_softmax() {
+        const DRAWS: u64 = 20_000;
+        let logits: Vec<f32> = (0..40).map(|code| ((code * 37) % 40) as f32 * 0.12).collect();
+        let (top_k, temperature) = (20, 1.3);
+        let mut sorted = logits.clone();
+        sorted.sort_by(f32::total_cmp);
+        let threshold = sorted[sorted.len() - top_k];
+        let weights: Vec<f64> = logits
+            .iter()
+            .map(|&score| {
+                if score < threshold {
+                    0.0
+                } else {
+                    (f64::from(score) / temperature).exp()
+                }
+            })
+            .collect();
+        let total: f64 = weights.iter().sum();
+        let keys: [fn(u64) -> u64; 3] = [
+            |at| noise_key(11, at, 40),
+            |at| noise_key(11, 0, at),
+            |at| noise_key(at, 0, 40),
+        ];
+        for key in keys {
+            let mut counts = vec![0u64; logits.len()];
+            for first in (0..DRAWS).step_by(1000) {
+                let draws: Vec<Draw> = (first..first + 1000)
+                    .map(|at| Draw {
+                        top_k: top_k as i64,
+                        temperature,
+                        key: key(at),
+                    })
+                    .collect();
+                let rows = Tensor::from_slice(&logits).view([1, -1]).repeat([1000, 1]);
+                codes(&rows, &draws).iter().for_each(|&code| counts[code as usize] += 1);
+            }
+            let mut distance = 0.0;
+            for (&count, weight) in counts.iter().zip(&weights) {
+                let expected = DRAWS as f64 * weight / total;
+                match expected == 0.0 {
+                    true => assert_eq!(count, 0),
+                    false => distance += (count as f64 - expected).powi(2) / expected,
+                }
+            }
+            // 19 degrees of freedom: above 43.8 with probability 0.001.
+            assert!(distance < 43.8, "{distance}: {counts:?}");
+        }
+    }
+
     #[test]
     fn row_without_finite_scores_has_no_code() {
         let draw = Draw {
             top_k: 2,
             temperature: 1.0,
-            uniform: 0.5,
+            key: noise_key(1, 2, 3),
         };
         for bad in [f32::NEG_INFINITY, f32::NAN] {
             let scores = Tensor::from_slice(&[0.0f32, 9.0, bad, bad]).view([2, 2]);

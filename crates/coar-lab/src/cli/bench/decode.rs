@@ -12,7 +12,7 @@ use super::{mean, megabytes, peak_memory, print, quantile, settle, weight_kind};
 use coar_core::tokenizer::{PromptPart, TextTokenizer, Vocabulary, encode_prompt};
 use coar_engine::injection::{DeviceConcept, Placement, context_batch};
 use coar_engine::loading::device_named;
-use coar_engine::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest};
+use coar_engine::model::decoding::{BatchOptions, DecodeBatch, DecodingRequest, Speculation};
 use coar_engine::model::weights::{Checkpoint, Target};
 use coar_engine::model::{ModelConfig, Transformer, accelerator};
 
@@ -286,6 +286,7 @@ impl DecodeArgs {
             rows: pictures * each,
             max_seq: tokens,
             fixed_shapes: self.deterministic,
+            speculation: Speculation::Off,
         };
         let mut batch = DecodeBatch::new(model, vocabulary, options)?;
         settle(model.device())?;

@@ -10,7 +10,7 @@ use super::setup::Bench;
 use super::workload::{batch, median, peak_of, request};
 use coar_core::engine::ModelInfo;
 use coar_core::image::{OutputFormat, RgbImage, encode};
-use coar_engine::model::decoding::{BatchOptions, DecodeBatch};
+use coar_engine::model::decoding::{BatchOptions, DecodeBatch, Speculation};
 use coar_engine::model::{LuminaMgpt, accelerator};
 
 /// Maximum seconds of a whole image of the 7B at 768 pixels.
@@ -72,6 +72,7 @@ fn draw(model: &LuminaMgpt, info: &ModelInfo, findings: &Findings) -> anyhow::Re
         rows: request.rows_per_image(),
         max_seq: request.tokens(),
         fixed_shapes: false,
+        speculation: Speculation::Off,
     };
     let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, options)?;
     accelerator::synchronize(device)?;
@@ -100,6 +101,7 @@ fn prefill(model: &LuminaMgpt, info: &ModelInfo, findings: &Findings, small: boo
             rows: request.rows_per_image(),
             max_seq: request.tokens(),
             fixed_shapes: false,
+            speculation: Speculation::Off,
         };
         let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, options)?;
         let seconds = median(device, if small { 2 } else { 7 }, || {

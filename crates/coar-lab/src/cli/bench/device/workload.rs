@@ -9,7 +9,7 @@ use coar_core::concept::{ConceptKind, ConceptTensors};
 use coar_core::engine::{ModelInfo, SamplingParams};
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::accelerator::{self, Event};
-use coar_engine::model::decoding::{BatchImageId, BatchOptions, DecodeBatch, DecodingRequest};
+use coar_engine::model::decoding::{BatchImageId, BatchOptions, DecodeBatch, DecodingRequest, Speculation};
 use coar_engine::model::{LuminaMgpt, ModelError};
 use coar_engine::plan::{DrawSettings, PlannedConcept, plan_sequence};
 
@@ -91,6 +91,7 @@ pub(super) fn begin(
         rows: requests.iter().map(DecodingRequest::rows_per_image).sum(),
         max_seq: requests.iter().map(DecodingRequest::tokens).max().unwrap_or(0),
         fixed_shapes,
+        speculation: Speculation::Off,
     };
     let mut batch = DecodeBatch::new(&model.transformer, &model.vocabulary, options)?;
     let mut ids = vec![];

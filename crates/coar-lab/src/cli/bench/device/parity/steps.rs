@@ -7,7 +7,7 @@ use super::super::report::Findings;
 use super::Mode;
 use super::sequences::Sequences;
 use coar_core::tokenizer::{Vocabulary, image_block};
-use coar_engine::model::decoding::{BatchImageId, BatchOptions, DecodeBatch, DecodingRequest};
+use coar_engine::model::decoding::{BatchImageId, BatchOptions, DecodeBatch, DecodingRequest, Speculation};
 use coar_engine::model::{ModelError, Transformer};
 
 /// An image, and the step before which it joins the batch.
@@ -62,6 +62,7 @@ fn draw(
         rows: requests().map(DecodingRequest::rows_per_image).sum::<usize>() + 1,
         max_seq: requests().map(DecodingRequest::tokens).max().unwrap_or(0),
         fixed_shapes,
+        speculation: Speculation::Off,
     };
     let mut batch = DecodeBatch::new(model, vocabulary, options)?;
     let mut seen: Vec<Seen> = vec![];
