@@ -44,6 +44,7 @@ test-api:
 # Formatting and lints, warnings denied.
 check: libtorch
 	cargo fmt --check
+	cargo metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml > /dev/null
 	cargo clippy --workspace --all-targets -- -D warnings
 
 # Every part of the device benchmark on the CPU, with the accelerator's code path: docs/performance.md.

@@ -353,8 +353,8 @@ pub struct EngineArgs {
     #[arg(long, env = "COAR_DETERMINISTIC", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub deterministic: Switch,
     /// Speculative decoding: tokens of each row in a decode step, up to 64. `auto` takes what pays at the current load, by
-    /// step times measured at the start; `off` takes one code at a time. Images are the same.
-    #[arg(long, env = "COAR_SPECULATE", default_value = "auto", value_name = "auto|off|N")]
+    /// step times measured at startup; `off` takes one code at a time. Images are the same.
+    #[arg(long, env = "COAR_SPECULATE", default_value = "off", value_name = "auto|off|N")]
     pub speculate: Speculation,
 }
 

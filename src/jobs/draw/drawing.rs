@@ -79,6 +79,10 @@ pub(super) enum Ending {
     Deleted,
 }
 
+/// How codes are sampled. Another rule draws another image from the same seed, so it is part of the provenance; images without this
+/// entry were drawn by inverting the cumulative distribution.
+const SAMPLER: &str = "gumbel_max";
+
 /// Provenance for an image's metadata. The prompt is left out: it may be private, and images are shared.
 pub fn provenance(model: &str, settings: &GenerationSettings, concepts: &[GenerationConcept], index: u32) -> String {
     let concepts: Vec<Value> = concepts
@@ -94,6 +98,7 @@ pub fn provenance(model: &str, settings: &GenerationSettings, concepts: &[Genera
         "guidance_scale": settings.sampling.guidance_scale,
         "temperature": settings.sampling.temperature,
         "top_k": settings.sampling.top_k,
+        "sampler": SAMPLER,
     })
     .to_string()
 }

@@ -172,6 +172,7 @@ async fn concepts_are_placed_and_images_say_what_made_them() {
     assert_eq!((&said["seed"], &said["index"]), (&json!(3), &json!(0)));
     assert_eq!(said["concepts"], written["concepts"]);
     assert_eq!(said["model"], "coar-pocket");
+    assert_eq!(said["sampler"], "gumbel_max");
     assert!(said.get("prompt").is_none());
 
     let webp = bytes(&draw(json!({"prompt": "a cat", "output_format": "webp"})).await["data"][0]);

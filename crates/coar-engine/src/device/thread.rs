@@ -68,7 +68,7 @@ impl Default for EngineOptions {
             checkpoint_every: Duration::from_secs(5),
             threads: 0,
             deterministic: false,
-            speculation: Speculation::Auto,
+            speculation: Speculation::Off,
             measure_device_time: false,
         }
     }
