@@ -142,6 +142,8 @@ async fn serve_api(
     if registry.backend() == Backend::Sqlite {
         drawings.recover().await?;
     }
+    let shares = Arc::new(Shares::of(&config)?);
+    let memory = shares.memory.clone();
     let service = Service {
         keys,
         registry: registry.clone(),
@@ -149,7 +151,7 @@ async fn serve_api(
         wake: wakes.trainings.clone(),
         limits: Limits::of(&config).into(),
         tallies: Tallies::new(tracker.clone()),
-        shares: Arc::new(Shares::of(&config)?),
+        shares,
         drawings: drawings.clone(),
         links,
     };
@@ -164,7 +166,7 @@ async fn serve_api(
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
     parts::draw(drawings, engine.is_some(), &tracker, &stop);
     if let Some(engine) = &engine {
-        parts::train(&config, &registry, engine, &wakes, (&tracker, &stop));
+        parts::train(&config, &registry, engine, (&wakes, memory), (&tracker, &stop));
     }
     tracker.spawn(notify::watchdog(engine.clone(), ended.clone()));
     tracker.close();

@@ -17,6 +17,8 @@ pub mod cluster;
 pub mod config;
 /// The persistent job queue and its worker.
 pub mod jobs;
+/// Shares of memory, disk and places.
+pub mod pool;
 /// Everything that must survive: database and blobs.
 pub use coar_registry as registry;
 /// The use cases, shared by HTTP and the command line.

@@ -14,6 +14,7 @@ use crate::api;
 use crate::cluster::{Executor, Member, Streams, WarmConcepts};
 use crate::config::Config;
 use crate::jobs::{AddressPolicy, Drawings, Wakes, Webhooks, Worker, sweep};
+use crate::pool::Pool;
 use crate::registry::{
     Backend, DataLock, QueueLimits, Registry, SECRETS_REFRESH, SharedSecrets, Storage, network_filesystem,
 };
@@ -230,7 +231,7 @@ pub(super) fn train(
     config: &Config,
     registry: &Registry,
     engine: &EngineHandle,
-    wakes: &Wakes,
+    (wakes, memory): (&Wakes, Arc<Pool>),
     (tracker, stop): (&TaskTracker, &CancellationToken),
 ) {
     let worker = Worker {
@@ -239,6 +240,7 @@ pub(super) fn train(
         wake: wakes.trainings.clone(),
         stop: stop.clone(),
         previews: config.engine.training_previews,
+        memory,
     };
     for _ in 0..config.engine.training_slots {
         tracker.spawn(worker.clone().work());

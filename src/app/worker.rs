@@ -13,7 +13,7 @@ use super::{GRACE, HAND_BACK, notify};
 use crate::cluster::{Executor, Local, Streams, WorkerState, worker_router};
 use crate::config::Config;
 use crate::jobs::Wakes;
-use crate::service::Links;
+use crate::service::{Links, Shares};
 use coar_core::engine::EngineHandle;
 
 /// Where other processes reach this machine, without `--advertise`.
@@ -72,7 +72,8 @@ pub(super) async fn serve(
     parts::upkeep(&config, &registry, &secrets, (&tracker, &stop));
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
     parts::draw(drawings, true, &tracker, &stop);
-    parts::train(&config, &registry, &engine, &wakes, (&tracker, &stop));
+    let memory = Shares::memory_of(&config);
+    parts::train(&config, &registry, &engine, (&wakes, memory), (&tracker, &stop));
     tracker.spawn(notify::watchdog(Some(engine.clone()), ended.clone()));
     tracker.close();
     tracing::info!(model = engine.info().id, address, "ready");

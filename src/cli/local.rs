@@ -109,6 +109,7 @@ impl Workshop {
             wake: service.wake.clone(),
             stop: stop.clone(),
             previews: 0,
+            memory: service.shares.memory.clone(),
         };
         let worker = tokio::spawn(worker.work());
         Ok(Self {

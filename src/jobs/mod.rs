@@ -35,6 +35,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::pool::Pool;
 use crate::registry::{Backend, LOST_AFTER_MS, Registry, RegistryError};
 pub use address::AddressPolicy;
 use coar_core::engine::EngineHandle;
@@ -168,6 +169,8 @@ pub struct Worker {
     pub stop: CancellationToken,
     /// Preview images per training; 0: none.
     pub previews: u32,
+    /// Bytes in memory for images that are decoded.
+    pub memory: Arc<Pool>,
 }
 
 impl Worker {

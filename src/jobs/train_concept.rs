@@ -1,6 +1,7 @@
 //! One training, from claim to end.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,9 +11,11 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use super::previews::{Previews, preview_steps};
 use super::progress::{Meter, thin};
 use super::{LEASE_MS, Worker};
-use crate::registry::{Claimed, Progress, Registry, RegistryError};
+use crate::pool::Share;
+use crate::registry::{Claimed, Progress, RegistryError};
 use coar_core::engine::{ConceptTokens, EngineError, TrainingEvent, TrainingRequest, TrainingStream};
-use coar_core::image::{ImageLimits, RgbImage, decode};
+use coar_core::ids::TenantId;
+use coar_core::image::{ImageError, ImageLimits, decode, working_memory};
 use coar_core::training::StepLosses;
 
 /// How often progress is stored; also how soon a cancellation is noticed.
@@ -22,6 +25,9 @@ const CURVE_TICKS: u32 = 4;
 
 /// How long a registry that does not answer is retried; the training continues meanwhile.
 const RETRY_FOR: Duration = Duration::from_secs(600);
+
+/// How often a training that waits for memory says so.
+const MEMORY_WAIT: Duration = Duration::from_secs(60);
 
 /// How an attempt ended.
 enum End {
@@ -59,6 +65,70 @@ impl Worker {
         previews.cancel().await;
     }
 
+    /// Reads images and checkpoint. The inner error is permanent.
+    async fn open(&self, claimed: &Claimed) -> Result<Result<TrainingRequest, String>, RegistryError> {
+        let (registry, training) = (&self.registry, &claimed.training);
+        let plan = Arc::new(self.engine.info().crop_plan());
+        let mut images = Vec::new();
+        for (index, blob) in registry.reference_images(training.concept_id).await?.iter().enumerate() {
+            let bytes = match retry_transient!(RETRY_FOR, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
+                Ok(bytes) => bytes,
+                Err(error) if error.is_transient() => return Err(error),
+                Err(error) => return Ok(Err(format!("Reference image {index} cannot be read: {error}."))),
+            };
+            // One after another, and none is kept in its full size: ten of them may have more than a gigabyte of pixels.
+            let needed = working_memory(&bytes, &stored_limits()) + bytes.len() as u64;
+            let memory = self.memory(training.tenant, needed).await;
+            let plan = plan.clone();
+            let decoded = tokio::task::spawn_blocking(move || {
+                // Stored images are our own PNGs; only their pixel count is unchecked.
+                let image = decode(&bytes, &stored_limits())?;
+                drop(bytes);
+                let reduced = plan.reduce(image);
+                drop(memory);
+                Ok::<_, ImageError>(reduced)
+            });
+            match decoded.await {
+                Ok(Ok(image)) => images.push(image),
+                Ok(Err(error)) => return Ok(Err(format!("Reference image {index} {error}."))),
+                Err(error) => return Ok(Err(format!("Reference image {index} could not be decoded: {error}."))),
+            }
+        }
+        let checkpoint = match &training.checkpoint {
+            Some(blob) => {
+                match retry_transient!(RETRY_FOR, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
+                    Ok(bytes) => Some(bytes),
+                    Err(error) if error.is_transient() => return Err(error),
+                    Err(error) => {
+                        tracing::warn!(training = %training.id, %error, "checkpoint lost; restarting the training");
+                        None
+                    }
+                }
+            }
+            None => None,
+        };
+        Ok(Ok(TrainingRequest {
+            spec: training.spec.clone(),
+            images,
+            checkpoint,
+            previews: vec![],
+        }))
+    }
+
+    /// Waits for a share of the memory that uploads are decoded in, too. Those end, so there will be one.
+    async fn memory(&self, tenant: TenantId, bytes: u64) -> Share {
+        loop {
+            match self.memory.take(tenant, bytes, MEMORY_WAIT).await {
+                Ok(share) => return share,
+                Err(full) => tracing::info!(
+                    ?full,
+                    bytes,
+                    "a training waits for memory to decode its reference images"
+                ),
+            }
+        }
+    }
+
     /// Renews the lease, also while the work waits for a store that does not answer.
     async fn keep_lease(&self, claimed: &Claimed) -> Infallible {
         loop {
@@ -75,7 +145,7 @@ impl Worker {
     async fn run(&self, claimed: &Claimed, previews: &mut Previews) -> Result<(), RegistryError> {
         let registry = &self.registry;
         let total_steps = claimed.training.total_steps;
-        let mut request = match open(registry, claimed).await? {
+        let mut request = match self.open(claimed).await? {
             Ok(request) => request,
             Err(problem) => {
                 let body = json!({"code": "unreadable_input", "message": problem, "field": "images"});
@@ -189,43 +259,6 @@ impl Worker {
         tracing::info!(training = %training.id, name = training.spec.name, version, steps = training.total_steps, seconds, "training succeeded");
         Ok(())
     }
-}
-
-/// Reads images and checkpoint. The inner error is permanent.
-async fn open(registry: &Registry, claimed: &Claimed) -> Result<Result<TrainingRequest, String>, RegistryError> {
-    let training = &claimed.training;
-    let mut images: Vec<RgbImage> = Vec::new();
-    for (index, blob) in registry.reference_images(training.concept_id).await?.iter().enumerate() {
-        let bytes = match retry_transient!(RETRY_FOR, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
-            Ok(bytes) => bytes,
-            Err(error) if error.is_transient() => return Err(error),
-            Err(error) => return Ok(Err(format!("Reference image {index} cannot be read: {error}."))),
-        };
-        // Stored images are our own PNGs; only their pixel count is unchecked.
-        let decoded = tokio::task::spawn_blocking(move || decode(&bytes, &stored_limits())).await;
-        match decoded {
-            Ok(Ok(image)) => images.push(image),
-            Ok(Err(error)) => return Ok(Err(format!("Reference image {index} {error}."))),
-            Err(error) => return Ok(Err(format!("Reference image {index} could not be decoded: {error}."))),
-        }
-    }
-    let checkpoint = match &training.checkpoint {
-        Some(blob) => match retry_transient!(RETRY_FOR, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
-            Ok(bytes) => Some(bytes),
-            Err(error) if error.is_transient() => return Err(error),
-            Err(error) => {
-                tracing::warn!(training = %training.id, %error, "checkpoint lost; restarting the training");
-                None
-            }
-        },
-        None => None,
-    };
-    Ok(Ok(TrainingRequest {
-        spec: training.spec.clone(),
-        images,
-        checkpoint,
-        previews: vec![],
-    }))
 }
 
 fn stored_limits() -> ImageLimits {

@@ -32,7 +32,7 @@ pub use keys::{CreatedKey, KeyRequest, Keys};
 pub use links::{Links, Signed};
 pub use quota::{Admitted, Allowance, Standing, Tallies};
 pub use reference_images::image_fault;
-pub use shares::{Full, Share, Shares};
+pub use shares::{Full, Pool, Share, Shares};
 pub use tenants::QuotaChange;
 pub use trainings::{Queued, TrainingQuery, TrainingSettings};
 pub use unpacking::{Unpacked, too_many_images};

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// A module and the modules that it may use. `config` and `telemetry` may be used everywhere.
+/// A module and the modules that it may use. Those of [`EVERYWHERE`] may be used everywhere.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("cluster", &["registry"]),
     ("jobs", &["cluster", "registry"]),
@@ -16,9 +16,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("client", &[]),
     ("config", &[]),
+    ("pool", &[]),
     ("telemetry", &[]),
 ];
-const EVERYWHERE: &[&str] = &["config", "telemetry"];
+const EVERYWHERE: &[&str] = &["config", "pool", "telemetry"];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(dir).unwrap() {

@@ -7,6 +7,8 @@ mod encode;
 pub mod fuzzing;
 mod header;
 mod jpeg;
+/// Crop sizes, Pillow-exact resampling.
+pub mod preprocessing;
 mod unsupported;
 mod xmp;
 

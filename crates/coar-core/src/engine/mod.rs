@@ -12,6 +12,7 @@ use bytes::Bytes;
 
 use crate::concept::{ConceptFile, ConceptFileError, ConceptTensors};
 use crate::image::RgbImage;
+use crate::image::preprocessing::{CropPlan, ReducedImage};
 use crate::tokenizer::TokenizerError;
 use crate::training::{StepLosses, TrainingSpec};
 
@@ -79,8 +80,8 @@ pub enum GenerationEvent {
 #[derive(Debug, Clone)]
 pub struct TrainingRequest {
     pub spec: TrainingSpec,
-    /// The decoded reference images.
-    pub images: Vec<RgbImage>,
+    /// The decoded reference images, reduced by [`ModelInfo::crop_plan`].
+    pub images: Vec<ReducedImage>,
     /// The newest checkpoint, to resume from.
     pub checkpoint: Option<Bytes>,
     /// Steps after which a preview concept file is sent.
@@ -182,6 +183,11 @@ impl ModelInfo {
             top_k: self.default_top_k,
             identity_mask: true,
         }
+    }
+
+    /// How images are converted to one of the sizes.
+    pub fn crop_plan(&self) -> CropPlan {
+        CropPlan::of_sizes(self.sizes.clone())
     }
 
     /// The largest concept file of this model, in bytes.

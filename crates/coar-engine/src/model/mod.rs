@@ -21,8 +21,6 @@ pub mod kv_cache;
 mod layers;
 /// A whole checkpoint.
 pub mod lumina;
-/// Crop sizes, Pillow-exact resampling, colour conversion.
-pub mod preprocessing;
 mod rope;
 /// From logits to sampled codes.
 pub mod sampling;
@@ -35,6 +33,8 @@ pub mod vqgan;
 /// Tensors on disk: safetensors shards, and a pickle reader that executes nothing.
 pub mod weights;
 
+/// Crop sizes, Pillow-exact resampling.
+pub use coar_core::image::preprocessing;
 pub use config::ModelConfig;
 pub use error::ModelError;
 pub use lumina::LuminaMgpt;

@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use super::references::References;
 use super::trainer::Trainer;
 use crate::model::{LuminaMgpt, ModelError};
-use coar_core::image::RgbImage;
+use coar_core::image::preprocessing::Croppable;
 use coar_core::training::StepLosses;
 use coar_core::training::spec::TrainingSpec;
 
@@ -80,7 +80,7 @@ impl Trainer {
     pub fn resume(
         model: &LuminaMgpt,
         spec: TrainingSpec,
-        images: &[RgbImage],
+        images: &[impl Croppable],
         bytes: &[u8],
     ) -> Result<Self, ModelError> {
         Self::resume_as(model, spec, bytes, |spec| Self::new(model, spec, images))

@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::injection::SequenceLayout;
-use crate::model::preprocessing::CropOffset;
+use crate::model::preprocessing::{CropOffset, Croppable};
 use crate::model::{LuminaMgpt, ModelError};
 use coar_core::image::RgbImage;
 use coar_core::training::spec::TrainingSpec;
@@ -91,7 +91,7 @@ impl References {
     ///
     /// # Errors
     /// When there are no images, or the device fails.
-    pub fn encode(model: &LuminaMgpt, spec: &TrainingSpec, images: &[RgbImage]) -> Result<Self, ModelError> {
+    pub fn encode(model: &LuminaMgpt, spec: &TrainingSpec, images: &[impl Croppable]) -> Result<Self, ModelError> {
         if images.is_empty() {
             return Err(ModelError::invalid("images", "has no images; expected at least 1"));
         }
@@ -101,11 +101,11 @@ impl References {
         for (index, image) in images.iter().enumerate() {
             let from = views.len();
             let (before, after) = spec.reference_prompt(index);
-            let mut prepared = vec![model.crop.prepare(image, CropOffset::Centre)];
+            let mut prepared = vec![image.prepare(&model.crop, CropOffset::Centre)];
             if spec.augment {
                 prepared.push(mirrored(&prepared[0]));
                 for _ in 0..RANDOM_CROPS {
-                    let crop = model.crop.prepare(image, CropOffset::Random(&mut rng));
+                    let crop = image.prepare(&model.crop, CropOffset::Random(&mut rng));
                     prepared.push(if rng.random_bool(0.5) { mirrored(&crop) } else { crop });
                 }
             }

@@ -21,7 +21,7 @@ use super::step::{Objective, Progress, TrainingPass};
 use crate::injection::DeviceConcept;
 use crate::model::{LuminaMgpt, ModelError};
 use coar_core::concept::{ConceptFile, ConceptHeader};
-use coar_core::image::RgbImage;
+use coar_core::image::preprocessing::Croppable;
 use coar_core::training::StepLosses;
 use coar_core::training::spec::{IMAGES_LIMIT, Parametrisation, TrainingSpec};
 
@@ -103,7 +103,7 @@ impl Trainer {
     ///
     /// # Errors
     /// When the spec does not fit the model, or the device fails.
-    pub fn new(model: &LuminaMgpt, spec: TrainingSpec, images: &[RgbImage]) -> Result<Self, ModelError> {
+    pub fn new(model: &LuminaMgpt, spec: TrainingSpec, images: &[impl Croppable]) -> Result<Self, ModelError> {
         check(model, &spec)?;
         if images.len() > IMAGES_LIMIT {
             let problem = format!("has {} images; expected 1 to {IMAGES_LIMIT}", images.len());

@@ -135,7 +135,7 @@ pub(super) fn start_training(engine: &EngineHandle, info: &ModelInfo) -> anyhow:
             steps: 20_000,
             ..super::train::spec(info)
         },
-        images: super::train::pictures(width, height),
+        images: super::train::reduced(info, super::train::pictures(width, height)),
         checkpoint: None,
         previews: vec![],
     };

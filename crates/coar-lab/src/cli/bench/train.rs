@@ -16,6 +16,7 @@ use coar::config::ModelArgs;
 use coar_core::concept::ConceptKind;
 use coar_core::engine::ModelInfo;
 use coar_core::image::RgbImage;
+use coar_core::image::preprocessing::ReducedImage;
 use coar_core::training::TrainingSpec;
 use coar_engine::injection::DeviceConcept;
 use coar_engine::model::vqgan::VqganConfig;
@@ -73,6 +74,12 @@ pub(super) fn pictures(width: u32, height: u32) -> Vec<RgbImage> {
     [Scene::Grass, Scene::Room, Scene::Beach, Scene::White, Scene::City]
         .map(|scene| render(&subject.spec(scene, &mut rng), width, height))
         .to_vec()
+}
+
+/// As a training gets them.
+pub(super) fn reduced(info: &ModelInfo, images: Vec<RgbImage>) -> Vec<ReducedImage> {
+    let plan = info.crop_plan();
+    images.into_iter().map(|image| plan.reduce(image)).collect()
 }
 
 /// The default settings of a subject, without the search for start words.

@@ -9,7 +9,7 @@ use tch::{Kind, Tensor};
 use super::report::Findings;
 use super::setup::Bench;
 use crate::cli::bench::serve::request;
-use crate::cli::bench::train::{pictures, spec};
+use crate::cli::bench::train::{pictures, reduced, spec};
 use coar::config::ModelArgs;
 use coar_core::engine::{EngineHandle, GenerationEvent, TrainingEvent, TrainingRequest};
 use coar_core::training::TrainingSpec;
@@ -107,7 +107,7 @@ fn training(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     };
     let mut stream = engine.train(TrainingRequest {
         spec,
-        images: pictures(width, height),
+        images: reduced(engine.info(), pictures(width, height)),
         checkpoint: None,
         previews: vec![],
     })?;

@@ -12,7 +12,7 @@ use super::report::Findings;
 use super::setup::Bench;
 use super::workload::timed;
 use crate::cli::bench::serve::request;
-use crate::cli::bench::train::{pictures, spec};
+use crate::cli::bench::train::{pictures, reduced, spec};
 use crate::cli::bench::{mean, megabytes};
 use coar_core::engine::{
     EngineHandle, GenerationEvent, Load, ModelInfo, TrainingEvent, TrainingRequest, TrainingStream,
@@ -234,7 +234,7 @@ fn beside(bench: &Bench, findings: &Findings) -> anyhow::Result<f64> {
     let (width, height) = engine.info().sizes[0];
     let mut training = engine.train(TrainingRequest {
         spec,
-        images: pictures(width, height),
+        images: reduced(engine.info(), pictures(width, height)),
         checkpoint: Some(saved.into()),
         previews: vec![],
     })?;

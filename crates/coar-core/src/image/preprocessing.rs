@@ -2,7 +2,7 @@
 
 use rand::{Rng, RngCore};
 
-use coar_core::image::RgbImage;
+use super::RgbImage;
 
 /// Largest ratio of an image's sides.
 const MAX_RATIO: f64 = 4.0;
@@ -107,33 +107,88 @@ impl CropPlan {
     /// Halves, resizes and crops an image.
     pub fn prepare(&self, image: &RgbImage, offset: CropOffset) -> RgbImage {
         let steps = self.steps(image.width, image.height);
-        let mut halved = None;
-        for &(w, h) in &steps.halvings {
-            halved = Some(resize(halved.as_ref().unwrap_or(image), w, h, Filter::Box));
-        }
-        let (left, upper) = match offset {
-            CropOffset::Centre => (steps.room.0 / 2, steps.room.1 / 2),
-            CropOffset::Random(rng) => {
-                let left = rng.random_range(0..=steps.room.0);
-                (left, rng.random_range(0..=steps.room.1))
-            }
-            CropOffset::At(left, upper) => (left.min(steps.room.0), upper.min(steps.room.1)),
-        };
-        // Only the part that is kept is computed: otherwise an image one pixel wide would grow to gigabytes on the
-        // way.
-        let (w, h) = steps.size;
-        let columns = Span {
-            full: steps.resized.0,
-            from: left,
-            count: w,
-        };
-        let rows = Span {
-            full: steps.resized.1,
-            from: upper,
-            count: h,
-        };
-        resize_part(halved.as_ref().unwrap_or(image), columns, rows, Filter::Bicubic)
+        let halved = halved(image, &steps.halvings);
+        crop(halved.as_ref().unwrap_or(image), &steps, offset)
     }
+
+    /// Halves an image as often as [`Self::prepare`] does before it crops. Less than a fourth of a large image is left,
+    /// and the crops are the same.
+    pub fn reduce(&self, image: RgbImage) -> ReducedImage {
+        let size = (image.width, image.height);
+        let pixels = halved(&image, &self.steps(size.0, size.1).halvings).unwrap_or(image);
+        ReducedImage { pixels, size }
+    }
+}
+
+/// An image that was halved before it is cropped: [`CropPlan::reduce`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReducedImage {
+    pixels: RgbImage,
+    /// `(width, height)` before the halvings.
+    size: (u32, u32),
+}
+
+/// What crops are prepared from.
+pub trait Croppable {
+    /// [`CropPlan::prepare`]
+    fn prepare(&self, plan: &CropPlan, offset: CropOffset) -> RgbImage;
+}
+
+impl Croppable for RgbImage {
+    fn prepare(&self, plan: &CropPlan, offset: CropOffset) -> RgbImage {
+        plan.prepare(self, offset)
+    }
+}
+
+impl Croppable for ReducedImage {
+    fn prepare(&self, plan: &CropPlan, offset: CropOffset) -> RgbImage {
+        let steps = plan.steps(self.size.0, self.size.1);
+        let now = (self.pixels.width, self.pixels.height);
+        let done = match now == self.size {
+            true => Some(0),
+            false => steps.halvings.iter().position(|size| *size == now).map(|at| at + 1),
+        };
+        // Reduced for other sizes than those of the plan.
+        let Some(done) = done else {
+            return plan.prepare(&self.pixels, offset);
+        };
+        let halved = halved(&self.pixels, &steps.halvings[done..]);
+        crop(halved.as_ref().unwrap_or(&self.pixels), &steps, offset)
+    }
+}
+
+fn halved(image: &RgbImage, sizes: &[(u32, u32)]) -> Option<RgbImage> {
+    let mut halved = None;
+    for &(w, h) in sizes {
+        halved = Some(resize(halved.as_ref().unwrap_or(image), w, h, Filter::Box));
+    }
+    halved
+}
+
+/// The last steps, from an image that is halved.
+fn crop(halved: &RgbImage, steps: &CropSteps, offset: CropOffset) -> RgbImage {
+    let (left, upper) = match offset {
+        CropOffset::Centre => (steps.room.0 / 2, steps.room.1 / 2),
+        CropOffset::Random(rng) => {
+            let left = rng.random_range(0..=steps.room.0);
+            (left, rng.random_range(0..=steps.room.1))
+        }
+        CropOffset::At(left, upper) => (left.min(steps.room.0), upper.min(steps.room.1)),
+    };
+    // Only the part that is kept is computed: otherwise an image one pixel wide would grow to gigabytes on the
+    // way.
+    let (w, h) = steps.size;
+    let columns = Span {
+        full: steps.resized.0,
+        from: left,
+        count: w,
+    };
+    let rows = Span {
+        full: steps.resized.1,
+        from: upper,
+        count: h,
+    };
+    resize_part(halved, columns, rows, Filter::Bicubic)
 }
 
 /// Pillow's resampling filters that the pipeline uses.
@@ -386,14 +441,54 @@ mod tests {
 
     #[test]
     fn random_offsets_stay_inside_and_follow_the_seed() {
-        use rand::SeedableRng;
+        use rand::SeedableRng as _;
         let plan = CropPlan::new(96, 16);
         let source = noise(200, 96);
         let draw = |seed| {
-            let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+            let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
             plan.prepare(&source, CropOffset::Random(&mut rng))
         };
         assert_eq!(draw(1), draw(1));
         assert!((2..20).any(|seed| draw(seed) != draw(1)));
+    }
+
+    #[test]
+    fn reduced_images_give_the_same_crops() {
+        use rand::SeedableRng as _;
+
+        let plan = CropPlan::new(96, 32);
+        // Odd sides are rounded at each halving; the last two lie between two crop sizes.
+        for (width, height) in [
+            (90, 70),
+            (96, 96),
+            (640, 400),
+            (1001, 777),
+            (391, 1999),
+            (1030, 1031),
+            (899, 597),
+        ] {
+            let image = noise(width, height);
+            let reduced = plan.reduce(image.clone());
+            assert!(
+                reduced.pixels.rgb.len() <= 3 * (2 * 192) * (2 * 192),
+                "{width} x {height}"
+            );
+            assert_eq!(
+                reduced.prepare(&plan, CropOffset::Centre),
+                plan.prepare(&image, CropOffset::Centre),
+                "{width} x {height}"
+            );
+            let random = || rand::rngs::StdRng::seed_from_u64(7);
+            assert_eq!(
+                reduced.prepare(&plan, CropOffset::Random(&mut random())),
+                plan.prepare(&image, CropOffset::Random(&mut random())),
+                "{width} x {height}"
+            );
+            // For other sizes it is an image like any other.
+            let other = CropPlan::new(192, 32);
+            let size = other.steps(reduced.pixels.width, reduced.pixels.height).size;
+            let crop = reduced.prepare(&other, CropOffset::Centre);
+            assert!(other.sizes().contains(&(crop.width, crop.height)), "{size:?}");
+        }
     }
 }
