@@ -59,17 +59,23 @@ def concept(mode: str) -> bytes:
     running = system.make(mode)
     try:
         running.start()
-        client = Client(running.ports, running.keys["neighbour"])
-        body, content_type = form([("name", "ink"), ("kind", "style"), ("steps", 4), ("images", IMAGE)])
-        made = client.send("POST", "/v1/concepts", body, {"Content-Type": content_type})
-        assert made.status == 202, made.body
-        until = time.monotonic() + 120
-        while client.send("GET", "/v1/concepts/ink").json["status"] != "ready":
-            assert time.monotonic() < until, "the concept is not trained"
-            time.sleep(0.2)
+        client = trained(running, "ink")
         return client.send("GET", "/v1/concepts/ink/weights").body
     finally:
         system.remove(running)
+
+
+def trained(running, name: str) -> Client:
+    """Trains a style of one small image, of the neighbour's."""
+    client = Client(running.ports, running.keys["neighbour"])
+    body, content_type = form([("name", name), ("kind", "style"), ("steps", 4), ("images", IMAGE)])
+    made = client.send("POST", "/v1/concepts", body, {"Content-Type": content_type})
+    assert made.status == 202, made.body
+    until = time.monotonic() + 120
+    while client.send("GET", f"/v1/concepts/{name}").json["status"] != "ready":
+        assert time.monotonic() < until, "the concept is not trained"
+        time.sleep(0.2)
+    return client
 
 
 def quota(settings: dict) -> int:
@@ -85,6 +91,11 @@ def attacked(mode: str, name: str, seconds: float, file: bytes, settings: dict) 
     helpers = []
     try:
         running.start()
+        # A training takes `training_memory`, whoever has it trained: that is no growth. In a cluster each worker has one.
+        usual, idle = {}, system.Memory(running.processes)
+        for number in range(len(running.processes) if ATTACKS[name].trains else 0):
+            trained(running, f"usual-{number}").send("DELETE", f"/v1/concepts/usual-{number}")
+            usual = idle.after()
         shared = {"ports": running.ports, "file": base64.b64encode(file).decode()}
         neighbour = Helper("neighbour.py", {**shared, "key": running.keys["neighbour"], "concept": "ink"})
         attack = Helper("attacks.py", {**shared, "key": running.keys["attacker"], "attack": name, "seconds": seconds})
@@ -98,7 +109,7 @@ def attacked(mode: str, name: str, seconds: float, file: bytes, settings: dict) 
         trouble = [problem for problem in alone["problems"]]
         if trouble:
             raise RuntimeError(f"the neighbour has trouble alone: {trouble[:3]}")
-        disk, memory, load = running.disk(), system.Memory(running.processes), os.getloadavg()[0]
+        disk, memory, load = running.disk(), system.Memory(running.processes, usual), os.getloadavg()[0]
         attack.say("go")
         neighbour.say(str(seconds))
         beside = neighbour.hear(seconds + 180)

@@ -111,7 +111,8 @@ def remove(system) -> None:
 class Memory:
     """Resident memory of processes between two moments. The kernel keeps the peak; it can be told to forget an older one."""
 
-    def __init__(self, processes: list[Coar]):
+    def __init__(self, processes: list[Coar], usual: dict[str, dict] | None = None):
+        """`usual`: an earlier result; what it took is not growth."""
         self.processes = processes
         for process in processes:
             try:
@@ -119,6 +120,8 @@ class Memory:
             except OSError:
                 pass
         self.before = {process.name: self.read(process, "VmRSS") for process in processes}
+        for name, entry in (usual or {}).items():
+            self.before[name] = max(self.before[name], entry["peak"])
 
     @staticmethod
     def read(process: Coar, key: str) -> int:
