@@ -52,7 +52,9 @@ impl Noise {
         // (1 - u) * 2^52 is this plus 1/2.
         let rest = (1u64 << BITS) - 1 - self.steps;
         let zeros = rest.leading_zeros() - (64 - BITS);
-        f64::from(zeros + 1) * 0.693_147_2
+        // A bound also where the logarithms are rounded.
+        const LN_2: f64 = std::f64::consts::LN_2 * (1.0 + 1e-9);
+        f64::from(zeros + 1) * LN_2
     }
 }
 
