@@ -49,7 +49,7 @@ check: libtorch
 
 # Every part of the device benchmark on the CPU, with the accelerator's code path: docs/performance.md.
 bench-device: libtorch
-	cargo build --workspace --bins
+	scripts/build-for-tests.sh
 	$(or $(CARGO_TARGET_DIR),target)/debug/coar-lab bench device --device cpu --small --out $(or $(CARGO_TARGET_DIR),target)/bench-device
 
 # The registry's tests again on PostgreSQL and S3, and many callers at once on a server that uses them: servers of their own, ended
@@ -72,7 +72,7 @@ sdk: libtorch
 # Requests made from /openapi.json, against the real server, and fewer of them on PostgreSQL and S3, where there is PostgreSQL.
 # Installs the fuzzer into target/.
 fuzz: libtorch
-	cargo build --workspace --bins
+	scripts/build-for-tests.sh
 	tests/fuzz_api/run.sh
 	./scripts/with-postgres.sh tests/fuzz_api/run.sh 3
 
@@ -86,7 +86,7 @@ limits: libtorch
 
 # What one tenant's uploads and concepts can make a default server's memory grow by; fails above 256 MB.
 memory: libtorch
-	cargo build --workspace --bins
+	scripts/build-for-tests.sh
 	python3 tests/limits/memory.py
 
 # One tenant at its worst, in every way that its scopes allow, beside another that works: docs/howto/neighbours.md.
@@ -101,7 +101,7 @@ fuzz-parsers: libtorch
 # Every command of README, tutorial and how-tos, pasted as a user would, against a real server. Lists what needs a GPU, containers or a
 # cluster and was left out.
 docs-test: libtorch
-	cargo build --workspace --bins
+	scripts/build-for-tests.sh
 	tests/docs/run.sh
 
 # Every case of a golden directory, each with its largest difference: COAR_GOLDEN=DIR make golden
@@ -133,7 +133,7 @@ deploy-check:
 # Studio, documentation, API and events behind a real nginx with the configurations of docs/howto/service.md, at the root and under a
 # path. Skipped, with a message, where there is no nginx.
 proxy: libtorch
-	cargo build --workspace --bins
+	scripts/build-for-tests.sh
 	tests/proxy/run.sh
 
 # That a PgBouncer in transaction mode is refused, with a real one. Skipped, with a message, where there is none.

@@ -120,7 +120,7 @@ pack() {
     if [ ! -x "$built" ] && [ -n "$dry_run" ]; then
         build=debug
         built=$target/debug/coar-lab
-        [ -x "$built" ] || cargo build --workspace --bins >&2
+        [ -x "$built" ] || scripts/build-for-tests.sh >&2
     fi
     [ -x "$built" ] || make --no-print-directory build-lab >&2
     [ -x "$built" ] || die "$built is missing after the build"

@@ -19,7 +19,7 @@ cargo build --quiet -p coar --no-default-features
 program=$target/api-build/coar
 mkdir -p "$target/api-build"
 cp "$target/debug/coar" "$program"
-cargo build --quiet --workspace --bins
+scripts/build-for-tests.sh --quiet
 ! ldd "$program" | grep -i torch
 for role in all worker; do
     ! "$program" serve --role "$role" --listen 127.0.0.1:0 --worker-listen 127.0.0.1:0 2>"$COAR_DATA/said"

@@ -20,7 +20,7 @@ if ! ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1; then
     ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 ||
         echo "SKIPPED, clocks do not jump: faketime is not installed (Debian: apt-get install faketime)" >&2
 fi
-[ -n "${COAR_BIN:-}" ] || cargo build --quiet --workspace --bins
+[ -n "${COAR_BIN:-}" ] || scripts/build-for-tests.sh --quiet
 if [ $# -gt 0 ]; then
     exec python3 tests/faults/limits.py "$@"
 fi

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 modes=${MODES:-sqlite,cluster,keyless}
-[ -n "${COAR_BIN:-}" ] || cargo build --quiet --workspace --bins
+[ -n "${COAR_BIN:-}" ] || scripts/build-for-tests.sh --quiet
 export COAR_BIN=${COAR_BIN:-$PWD/target/debug/coar}
 failed=0
 

@@ -3,6 +3,6 @@
 # On SQLite and a folder, and on PostgreSQL and S3 (scripts/with-postgres.sh; skipped, loudly, where there is no PostgreSQL).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-cargo build --quiet --workspace --bins
+scripts/build-for-tests.sh --quiet
 python3 tests/operations/folder.py target/debug/coar
 scripts/with-postgres.sh target/s3-venv/bin/python tests/operations/cluster.py target/debug/coar

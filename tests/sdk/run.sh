@@ -9,7 +9,7 @@ scripts/venv.sh "$venv" tests/sdk/requirements.txt
 # As it is now, from what is in the environment: no package index is asked.
 "$venv/bin/pip" install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation ./clients/python
 if [ -z "${COAR_BIN:-}" ]; then
-    cargo build --workspace --bins
+    scripts/build-for-tests.sh
     COAR_BIN=target/debug/coar
 fi
 export COAR_BIN PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=tests/sdk

@@ -32,6 +32,6 @@ scripts/venv.sh "$VENV" tests/ui/requirements.txt
 SERVER=${COAR_BIN:-target/debug/coar}
 case " $* " in
   *" --url "*) ;;
-  *) [ -n "${COAR_BIN:-}" ] || cargo build --workspace --bins ;;
+  *) [ -n "${COAR_BIN:-}" ] || scripts/build-for-tests.sh ;;
 esac
 exec "$VENV/bin/python" tests/ui/studio.py --chromium "$CHROMIUM" --server "$SERVER" "$@"
