@@ -3,4 +3,4 @@
 # not compiled again.
 set -eu
 cd "$(dirname "$0")/.."
-exec cargo build "$@" --workspace --bins --features coar-lab/fuzzing
+exec cargo build "$@" --workspace --bins --features coar/fuzzing
