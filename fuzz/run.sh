@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # fuzz/run.sh [SECONDS] [TARGET...]: feeds each target for that long (20 seconds, all targets), beginning with the kept corpus.
 # New inputs go to fuzz/target/corpus, what fails to fuzz/target/failures. Ends with 1 where something has failed.
-# fuzz/run.sh keep: builds the kept corpus anew from both, with no more than leads somewhere.
+# fuzz/run.sh keep [TARGET...]: builds the kept corpus anew from both, with no more than leads somewhere.
 set -euo pipefail
 cd "$(dirname "$0")"
 [ "${BUILT:-}" ] || ./build.sh
@@ -11,7 +11,7 @@ shift || true
 all=$(ls corpus)
 failed=
 if [ "$seconds" = keep ]; then
-    for target in $all; do
+    for target in ${*:-$all}; do
         mkdir -p "target/corpus/$target" "target/kept/$target"
         COAR_FUZZ=$target target/debug/parsers -merge=1 -max_len=1024 "target/kept/$target" "corpus/$target" "target/corpus/$target" 2>/dev/null
         # The whole would be megabytes: a hundred of them, of all sizes, up to 40 KB, beside seeds and failures.

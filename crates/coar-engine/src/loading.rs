@@ -183,7 +183,7 @@ pub fn describe(model: &LuminaMgpt, id: String) -> ModelInfo {
         _ => Preset::Paper,
     };
     // The defaults are constants because no checkpoint contains them: the reference passes its own as arguments of its
-    // inference script, and config.json of the two small models has only the preset's name. With a field for each,
+    // inference code, and config.json of the two small models has only the preset's name. With a field for each,
     // existing checkpoints would still need these values.
     let (guidance, temperature) = match preset {
         Preset::Pocket => (2.0, 1.0),
