@@ -26,7 +26,7 @@ const CURVE_TICKS: u32 = 4;
 /// How long a registry that does not answer is retried; the training continues meanwhile.
 const RETRY_FOR: Duration = Duration::from_secs(600);
 
-/// How often a training that waits for memory says so.
+/// How often a training that waits for memory logs it.
 const MEMORY_WAIT: Duration = Duration::from_secs(60);
 
 /// How an attempt ended.
@@ -115,7 +115,7 @@ impl Worker {
         }))
     }
 
-    /// Waits for a share of the memory that uploads are decoded in, too. Those end, so there will be one.
+    /// Waits for a share of the memory that uploads are decoded in as well. Uploads end, so the wait does.
     async fn memory(&self, tenant: TenantId, bytes: u64) -> Share {
         loop {
             match self.memory.take(tenant, bytes, MEMORY_WAIT).await {

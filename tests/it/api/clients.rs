@@ -306,7 +306,7 @@ async fn text_that_looks_like_a_concept() {
     assert_eq!(as_text.0, 200, "{as_text:?}");
     assert_eq!(as_text.1["concepts"], json!([]));
 
-    // Nobody has a concept `rex` yet.
+    // There is no concept `rex` yet.
     let plain = app.post(plan, json!({"prompt": "a <Rex> cat"})).await;
     assert_eq!(plain.0, 200, "{plain:?}");
     let training = app.register_subject(&REX, 2).await;

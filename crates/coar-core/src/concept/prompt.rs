@@ -63,8 +63,8 @@ pub fn placeholder_at(prompt: &str, name: &str) -> Option<usize> {
     Some(prompt[..at].chars().count() + 1)
 }
 
-/// Placeholders as somebody may have meant them: `<Rex>` and `<my_cat>` are text, as names have neither capitals nor
-/// underscores. What is between the brackets, and the name it would be; each once, in their order.
+/// Text that resembles a placeholder: names have neither capitals nor underscores, so `<Rex>` and `<my_cat>` are text.
+/// Returns what is between the brackets and the name it resembles, without repetitions, in order of appearance.
 pub fn near_placeholders(prompt: &str) -> Vec<(&str, String)> {
     let mut near: Vec<(&str, String)> = Vec::new();
     for (open, _) in prompt.match_indices('<') {
