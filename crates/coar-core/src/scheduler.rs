@@ -1,4 +1,4 @@
-//! The scheduling policy: a plan without tensors or clocks.
+//! The scheduling policy, without tensors and clocks.
 //!
 //! Images are admitted one by one between decode steps, whenever rows are free: a request with several images
 //! neither waits for all its rows nor blocks others. Tenants share by cost in tokens (start-time fair queueing);
@@ -49,7 +49,7 @@ pub struct Admission {
 #[derive(Debug, Default)]
 pub struct Scheduler {
     tenants: BTreeMap<String, Tenant>,
-    /// `served` of the tenant admitted last: where newcomers start, so idling accumulates no credit.
+    /// `served` of the tenant admitted last: new tenants start there, so idle tenants accumulate no credit.
     clock: u64,
 }
 
@@ -63,7 +63,7 @@ impl Scheduler {
         tenant.queue.push_back(Waiting { job, cost, admitted: 0 });
     }
 
-    /// Admits the next images, as many of one job as fit into `free_rows`. If the first in turn does not fit,
+    /// Admits the next images, as many of one job as fit into `free_rows`. If the first one in order does not fit,
     /// nothing is admitted: small images must not starve a large one.
     pub fn admit(&mut self, free_rows: usize) -> Option<Admission> {
         let (_, tenant) = self
@@ -125,13 +125,17 @@ pub enum Turn {
 #[derive(Debug, Clone)]
 pub struct DeviceShare {
     training_share: f64,
-    /// Time used by each since both have wanted the device.
+    /// Device time used by each since both have wanted the device.
     generation: Duration,
     training: Duration,
+    /// Length of training slices: of the last one, or of earlier ones that were longer.
+    slice: Duration,
 }
 
 /// Half-life of earlier device use.
 const MEMORY: Duration = Duration::from_secs(2);
+/// Longer slices count as this long, so that they do not dominate [`MEMORY`].
+const LONGEST_SLICE: Duration = Duration::from_millis(500);
 
 impl DeviceShare {
     /// `training_share` is the fraction of time for training while images wait, 0..=1.
@@ -140,7 +144,15 @@ impl DeviceShare {
             training_share: training_share.clamp(0.0, 1.0),
             generation: Duration::ZERO,
             training: Duration::ZERO,
+            slice: Duration::ZERO,
         }
+    }
+
+    /// Training time after which the device changes to generations. A slice cannot be divided, so it starts when at least
+    /// half of it is due: one that starts as soon as anything is due would often give a short image twice its share of
+    /// waiting.
+    fn trained(&self) -> f64 {
+        (self.training + self.slice.min(LONGEST_SLICE) / 2).as_secs_f64()
     }
 
     pub fn turn(&self, generation: bool, training: bool) -> Turn {
@@ -150,7 +162,7 @@ impl DeviceShare {
             (false, true) => Turn::Training,
             (true, true) => {
                 let share = self.training_share;
-                let behind = self.training.as_secs_f64() * (1.0 - share) < self.generation.as_secs_f64() * share;
+                let behind = self.trained() * (1.0 - share) < self.generation.as_secs_f64() * share;
                 // In the initial tie decoding goes first, since callers wait for it.
                 if behind || share >= 1.0 {
                     Turn::Training
@@ -164,12 +176,16 @@ impl DeviceShare {
     /// How long decoding may continue before training falls behind, if both want the device; `None`: without limit.
     pub fn generation_left(&self) -> Option<Duration> {
         let share = self.training_share;
-        let due = self.training.as_secs_f64() * (1.0 - share) / share;
+        let due = self.trained() * (1.0 - share) / share;
         (share > 0.0).then(|| Duration::from_secs_f64((due - self.generation.as_secs_f64()).max(0.0)))
     }
 
     /// Records the duration of a slice; `contended` if both wanted the device.
     pub fn spent(&mut self, turn: Turn, time: Duration, contended: bool) {
+        if turn == Turn::Training {
+            // A slice that was interrupted is shorter.
+            self.slice = time.max(self.slice * 3 / 4);
+        }
         if !contended {
             (self.generation, self.training) = (Duration::ZERO, Duration::ZERO);
             return;
@@ -289,5 +305,29 @@ mod tests {
         assert_eq!(device.turn(false, true), Turn::Training);
         assert_eq!(device.turn(true, false), Turn::Generation);
         assert_eq!(device.turn(false, false), Turn::Idle);
+    }
+
+    #[test]
+    fn short_images_wait_for_their_share_of_training() {
+        let (slice, step) = (Duration::from_millis(150), Duration::from_millis(1));
+        let mut device = DeviceShare::new(0.5);
+        device.spent(Turn::Training, slice, false);
+        let (mut images, mut training) = (0, Duration::ZERO);
+        // Images of 170 ms, with a pause after each, in which the training continues.
+        for _ in 0..10 {
+            let mut left = 170;
+            while left > 0 {
+                let turn = device.turn(true, true);
+                let time = if turn == Turn::Training { slice } else { step };
+                match turn {
+                    Turn::Training => training += time,
+                    _ => left -= 1,
+                }
+                device.spent(turn, time, true);
+            }
+            images += 1;
+            device.spent(Turn::Training, slice, false);
+        }
+        assert_eq!((images, training), (10, 10 * slice));
     }
 }

@@ -100,7 +100,7 @@ pub fn start(
             match thread {
                 Ok((thread, loaded)) => {
                     health_sender.send_replace(Health::Ready);
-                    // If the receiver is gone, the closed channel ends the loop below.
+                    // If the receiver was dropped, the closed channel ends the loop below.
                     let _ = loaded_sender.send(Ok(loaded));
                     thread.run();
                     health_sender.send_replace(Health::Stopped("the engine has stopped".to_owned()));
@@ -126,8 +126,8 @@ pub fn start(
     Ok(thread.into())
 }
 
-/// Sets libtorch's number of threads; 0: its own choice, which is the machine's cores, but no more than the quota of a
-/// container admits.
+/// Sets libtorch's number of threads. 0 means its default, the machine's cores, but not more than a container's quota
+/// allows.
 pub(crate) fn set_threads(threads: i32) {
     let limits = Limits::current();
     let quota = limits.threads().and_then(|quota| i32::try_from(quota).ok());
@@ -231,7 +231,7 @@ impl Thread {
         let Self {
             generations, images, ..
         } = self;
-        // Their queues end with the sender; images in progress are delivered.
+        // The threads' queues close when the sender is dropped; images in progress are still delivered.
         drop(generations);
         for thread in images {
             if thread.join().is_err() {
@@ -271,14 +271,14 @@ impl Thread {
                 command = self.inbox.try_recv().ok();
             }
             let training = !self.trainings.is_empty();
-            // On the CPU images are decoded on the same cores. That counts as generation time: if generation is
-            // behind, a training waits for it instead of competing with it.
+            // On the CPU, images are decoded on the same cores as trainings run. Decoding counts as generation time: if
+            // generation is behind, a training waits for it instead of competing with it.
             let on_cpu = self.model.transformer.device() == tch::Device::Cpu;
             let decoding = on_cpu && training && self.generations.only_decodes();
             let drawing = decoding || !self.generations.is_empty();
             let turn = self.share.turn(drawing, training);
             if turn == Turn::Training {
-                // Work that the device still has to do for images counts as image time.
+                // Submitted work for images that the device has not completed counts as image time.
                 let begun = Instant::now();
                 self.generations.settle();
                 self.share.spent(Turn::Generation, begun.elapsed(), drawing && training);
@@ -288,7 +288,11 @@ impl Thread {
             match turn {
                 Turn::Generation if decoding => std::thread::sleep(POLL),
                 Turn::Generation => self.generations.run_slice(&self.model),
-                Turn::Training => self.trainings.run_slice(&self.model),
+                // Without images that wait, a slice ends as soon as one arrives.
+                Turn::Training => {
+                    let inbox = &self.inbox;
+                    self.trainings.run_slice(&self.model, &|| !drawing && !inbox.is_empty());
+                }
                 Turn::Idle => {}
             }
             let spent = begun.elapsed();
@@ -309,7 +313,7 @@ impl Thread {
     fn drain(&mut self, done: oneshot::Sender<()>) {
         self.trainings.close();
         self.generations.stop();
-        // The requester may have been dropped.
+        // The caller may have stopped waiting.
         let _ = done.send(());
     }
 }

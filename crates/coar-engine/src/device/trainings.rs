@@ -1,4 +1,4 @@
-//! The training half of the device thread: slices of the open trainings, round-robin.
+//! Trainings on the device thread: slices of the open trainings, round-robin.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -34,31 +34,32 @@ struct Waiting {
     span: tracing::Span,
 }
 
-/// Of the two stages the first costs nothing: a training that is cancelled before its turn uses no device time, and what
-/// opening one takes (its images are encoded) is charged to the trainings' share.
+/// The state of an open training. A waiting one costs nothing: if it is cancelled before its first slice, it uses no
+/// device time. Opening it (its images are encoded) is charged to the trainings' share.
 enum Open {
     Waiting(Box<Waiting>),
     Running(Box<Training>),
 }
 
-/// Approximate length of a training slice, for which images pause. A piece of a step is not interrupted. On the CPU
-/// images and trainings evict each other's caches at every switch, so slices are longer (docs/performance.md).
+/// Approximate length of a training slice while images wait. On the CPU images and trainings evict each other's caches
+/// at every switch, so slices are longer (docs/performance.md).
 fn slice_time(device: Device) -> Duration {
     match device {
-        Device::Cpu => Duration::from_millis(250),
+        Device::Cpu => Duration::from_millis(100),
         _ => Duration::from_millis(20),
     }
 }
 
-/// Runs pieces of a training until the slice is over, or something other than a piece is done. On an accelerator
-/// each piece is waited for: otherwise a slice would end while the device still computes, and its time would be
-/// charged to the next unit of work.
-fn slice(trainer: &mut Trainer, model: &LuminaMgpt) -> Result<Advance, ModelError> {
+/// Runs pieces of a training until the slice is over, or something other than a piece is done, or `interrupted` returns
+/// true, as when a request has arrived. A piece is not interrupted. On an accelerator it
+/// waits for each piece: otherwise a slice would end while the device still computes, and its time would be charged to
+/// the next unit of work.
+fn slice(trainer: &mut Trainer, model: &LuminaMgpt, interrupted: &dyn Fn() -> bool) -> Result<Advance, ModelError> {
     let (device, begun) = (model.transformer.device(), Instant::now());
     loop {
         let advance = trainer.advance(model)?;
         accelerator::synchronize(device)?;
-        if advance != Advance::Piece || begun.elapsed() >= slice_time(device) {
+        if advance != Advance::Piece || begun.elapsed() >= slice_time(device) || interrupted() {
             return Ok(advance);
         }
     }
@@ -93,7 +94,7 @@ impl Trainings {
         self.open.len()
     }
 
-    /// Whether none is open.
+    /// Whether there is no open training.
     pub(super) fn is_empty(&self) -> bool {
         self.open.is_empty()
     }
@@ -110,7 +111,7 @@ impl Trainings {
         }
     }
 
-    /// Encodes the images and allocates what the training needs; `None` if that fails, which the events say.
+    /// Encodes the images and allocates what the training needs; `None` if that fails, which is reported as an event.
     fn begin(&self, model: &LuminaMgpt, waiting: Waiting) -> Option<Training> {
         let Waiting { request, events, span } = waiting;
         let TrainingRequest {
@@ -155,8 +156,8 @@ impl Trainings {
         })
     }
 
-    /// One slice of the next training: its opening, or some of its steps.
-    pub(super) fn run_slice(&mut self, model: &LuminaMgpt) {
+    /// Runs one slice of the next training: its opening, or some of its steps; `interrupted` ends it early.
+    pub(super) fn run_slice(&mut self, model: &LuminaMgpt, interrupted: &dyn Fn() -> bool) {
         let mut training = match self.open.pop_front() {
             Some(Open::Waiting(waiting)) if !waiting.events.is_closed() => {
                 let training = self.begin(model, *waiting);
@@ -172,7 +173,7 @@ impl Trainings {
             Instant::now(),
         );
         let device = model.transformer.device();
-        let advanced = span.in_scope(|| guarded(device, || slice(&mut training.trainer, model)));
+        let advanced = span.in_scope(|| guarded(device, || slice(&mut training.trainer, model, interrupted)));
         training.in_step += begun.elapsed();
         match advanced {
             Ok(Advance::Finished) => {
@@ -205,7 +206,7 @@ impl Trainings {
         }
     }
 
-    /// Sends a last checkpoint of each that runs; every later training ends at once, before it starts.
+    /// Sends a last checkpoint of each running training. Later trainings end at once, before they start.
     pub(super) fn close(&mut self) {
         self.closed = true;
         for open in self.open.drain(..) {
@@ -303,14 +304,14 @@ mod tests {
         let (sender, mut events) = mpsc::channel(4);
         trainings.enqueue(request(), sender, tracing::Span::none());
         assert!(events.try_recv().is_err(), "queueing does no work");
-        trainings.run_slice(&model);
+        trainings.run_slice(&model, &|| false);
         assert!(matches!(events.try_recv(), Ok(TrainingEvent::Failed(_))));
         assert!(trainings.is_empty());
         let (sender, events) = mpsc::channel(4);
         let weak = sender.downgrade();
         trainings.enqueue(request(), sender, tracing::Span::none());
         drop(events);
-        trainings.run_slice(&model);
+        trainings.run_slice(&model, &|| false);
         assert!(trainings.is_empty() && weak.upgrade().is_none());
     }
 }
