@@ -1,4 +1,4 @@
-//! Wires the modules together, starts and stops them in order.
+//! Connects the modules, starts and stops them in order.
 
 mod notify;
 mod parts;
@@ -24,18 +24,18 @@ pub use crate::api::Listener;
 
 /// Running generations get this long to finish when the server stops.
 const GRACE: Duration = Duration::from_secs(20);
-/// Trainings get this long to hand out a last checkpoint: one slice, and its way to the store.
+/// Trainings get this long to store a last checkpoint: one slice, and the upload to the store.
 const HAND_BACK: Duration = Duration::from_secs(10);
 
-/// Serves until `stop`: the listener answers at once, requests are served when `load` has brought the engine, or workers
-/// are there that draw.
+/// Serves until `stop`. The listener responds at once; generations are served when `load` has returned the engine, or
+/// when there are workers.
 ///
-/// Stop, in order: new requests are refused, trainings hand out a last checkpoint and give their lease back, running
+/// On `stop`, in order: new requests are refused, trainings store a last checkpoint and release their leases, running
 /// requests finish, the engine ends.
 ///
 /// # Errors
-/// When the data folder is in use or unusable, the database cannot be reached, the model cannot be loaded, or the listener
-/// fails.
+/// When the data folder is in use or unusable, the database cannot be reached, the model cannot be loaded, or the
+/// listener fails.
 pub async fn serve(
     config: Config,
     listener: Listener,
@@ -53,14 +53,14 @@ pub async fn serve(
     }
 }
 
-/// How often an API process looks whether there is a key by now.
+/// How often an API process checks whether there is a key.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// Without keys only loopback is served. An API process waits for the first key: until then it answers health routes only.
+/// Without keys only loopback is served. An API process waits for the first key; until then only health routes respond.
 async fn check_keys(registry: &Registry, role: Role, (address, local): (&str, bool)) -> anyhow::Result<()> {
-    let mut told = false;
+    let mut logged = false;
     while role == Role::Api && !local && !registry.keys_required().await? {
-        if !std::mem::replace(&mut told, true) {
+        if !std::mem::replace(&mut logged, true) {
             tracing::warn!("waiting for the first key: `coar keys create --tenant NAME` with this --database");
         }
         tokio::time::sleep(LOOK).await;
@@ -88,7 +88,7 @@ async fn serve_api(
     let Opened { registry, lock } = opened;
     let keys = Keys::new(registry.clone());
     let (address, local) = (listener.url()?, listener.is_local()?);
-    // Others reach it: whatever the database says, now or later, no caller is served without a key.
+    // Other machines can reach it: a key is required even if the database has none.
     if !local {
         keys.require();
     }
@@ -97,7 +97,7 @@ async fn serve_api(
     }
     // Tests and scripts that ask for port 0 read the address from this line.
     println!("listening on {address}");
-    // Web-hooks name images by it: there is no request whose Host header could be used.
+    // Webhooks contain URLs of images that begin with it: there is no request whose Host header could be used.
     let own_address = match &config.public_url {
         Some(url) => url.trim_end_matches('/').to_owned(),
         None if address.starts_with("unix:") => String::new(),
@@ -143,7 +143,7 @@ async fn serve_api(
         drawings.recover().await?;
     }
     let shares = Arc::new(Shares::of(&config)?);
-    let memory = shares.memory.clone();
+    let decoders = shares.decoders.clone();
     let service = Service {
         keys,
         registry: registry.clone(),
@@ -166,7 +166,7 @@ async fn serve_api(
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
     parts::draw(drawings, engine.is_some(), &tracker, &stop);
     if let Some(engine) = &engine {
-        parts::train(&config, &registry, engine, (&wakes, memory), (&tracker, &stop));
+        parts::train(&config, &registry, engine, (&wakes, decoders), (&tracker, &stop));
     }
     tracker.spawn(notify::watchdog(engine.clone(), ended.clone()));
     tracker.close();
@@ -182,7 +182,7 @@ async fn serve_api(
     if let Some(engine) = &engine
         && tokio::time::timeout(HAND_BACK, engine.end_trainings()).await.is_err()
     {
-        tracing::error!("the device does not answer; trainings go on from their last checkpoint");
+        tracing::error!("the device does not respond; trainings resume from their last checkpoint");
     }
     if tokio::time::timeout(GRACE, http).await.is_err() {
         tracing::warn!("some requests did not finish in time");
@@ -201,7 +201,7 @@ async fn serve_api(
     Ok(())
 }
 
-/// Cancels when the process is asked to end.
+/// Cancels `stop` when the process receives a signal to end.
 pub async fn signalled(stop: CancellationToken) {
     let mut terminate = match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
         Ok(signal) => signal,

@@ -5,21 +5,25 @@
 
 /// HTTP only: routes, extractors, errors as JSON.
 pub mod api;
-/// Wires the modules together, starts and stops them in order.
+/// Connects the modules, starts and stops them in order.
 pub mod app;
 /// The command line: one file per command.
 pub mod cli;
 /// A client of the server's HTTP API, for the command line.
 pub mod client;
-/// Where generations are drawn: here, or by workers over the network.
+/// Where generations run: in this process, or on workers over the network.
 pub mod cluster;
-/// What the operator decides: flags, variables, file.
+/// The operator's configuration: flags, variables, file.
 pub mod config;
+/// Memory and threads for decoding images.
+pub mod decoders;
 /// The persistent job queue and its worker.
 pub mod jobs;
-/// Shares of memory, disk and places.
+/// Fair shares of memory, disk and places.
 pub mod pool;
-/// Everything that must survive: database and blobs.
+/// Scheduling priorities of threads.
+pub mod priority;
+/// Everything that must survive a restart: database and blobs.
 pub use coar_registry as registry;
 /// The use cases, shared by HTTP and the command line.
 pub mod service;

@@ -1,4 +1,4 @@
-//! Memory, disk space and places that all tenants of a process share, and how much of it each may hold at once.
+//! Memory, disk space and connections that all tenants of a process share, with a limit for each tenant.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,27 +8,27 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use coar_core::ids::TenantId;
 
-/// Why there was no share in time.
+/// Why no share could be taken in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Full {
-    /// The tenant holds all that it may.
+    /// The tenant's limit is reached.
     Tenant,
-    /// All tenants together hold everything.
+    /// The process's limit is reached.
     Process,
 }
 
-/// Units of something, bounded for the process and for each tenant. Requests for it are served in their order.
+/// An amount of a resource, limited for the process and for each tenant. Requests are served in order.
 #[derive(Debug)]
 pub struct Pool {
     all: Arc<Semaphore>,
     tenants: Mutex<HashMap<TenantId, Arc<Semaphore>>>,
     total: u64,
     each: u64,
-    /// So many bytes are one permit: a semaphore counts in 32 bits.
+    /// Bytes per permit: a semaphore counts in 32 bits.
     unit: u64,
 }
 
-/// Held until dropped.
+/// A part of a [`Pool`], held until dropped.
 #[derive(Debug)]
 pub struct Share {
     _tenant: OwnedSemaphorePermit,
@@ -58,13 +58,13 @@ impl Pool {
         }
     }
 
-    /// What a tenant may hold; of bytes, in pages of 4096.
+    /// The limit of a tenant; of bytes, in pages of 4096.
     pub fn each(&self) -> u64 {
         self.each
     }
 
-    /// Takes so much of it, waiting for at most `within`. More than a tenant may hold counts as all that it may hold, and
-    /// more than there is as all there is: whatever is allowed at all is allowed alone.
+    /// Takes `amount`, waiting for at most `within`. An amount above the tenant's or the process's limit is reduced to that
+    /// limit: such a request succeeds when nothing else is held.
     ///
     /// # Errors
     /// [`Full`]
@@ -87,7 +87,7 @@ impl Pool {
         })
     }
 
-    /// The tenant's part; parts that are not in use are forgotten.
+    /// The tenant's semaphore. Those that are not in use are removed.
     fn of(&self, tenant: TenantId) -> Arc<Semaphore> {
         let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
         let each = self.each as usize;

@@ -10,7 +10,7 @@ use coar_core::error::{Error, ErrorKind};
 
 /// The largest text field, in bytes.
 const TEXT_LIMIT: usize = 4096;
-/// The largest metadata, in bytes: whatever is within its limits, as JSON.
+/// The largest metadata, in bytes of JSON: enough for everything within its own limits.
 const METADATA_LIMIT: usize = 64 << 10;
 
 fn broken(error: &MultipartError) -> Error {
@@ -154,51 +154,45 @@ async fn text(part: Field<'_>, name: &str, limit: usize) -> Result<String, Error
     Ok(text)
 }
 
-/// Text parts that are given at most once.
-const SETTINGS: [&str; 14] = [
-    "name",
-    "kind",
-    "class",
-    "method",
-    "steps",
-    "layers",
-    "learning_rate",
-    "text_tokens",
-    "image_tokens",
-    "seed",
-    "description",
-    "metadata",
-    "webhook_url",
-    "priority",
-];
+/// Stores the text of a part; whether there was one before.
+type Store = fn(&mut Registration, String) -> Result<bool, Error>;
 
-async fn setting(r: &mut Registration, part: Field<'_>, name: String) -> Result<(), Error> {
-    if !SETTINGS.contains(&name.as_str()) {
+/// How a part that is given at most once is stored; `None`: there is no such parameter.
+fn store(name: &str) -> Option<Store> {
+    let store: Store = match name {
+        "name" => |r, text| Ok(r.name.replace(text).is_some()),
+        "kind" => |r, text| Ok(r.kind.replace(text).is_some()),
+        "class" => |r, text| Ok(r.class.replace(text).is_some()),
+        "method" => |r, text| Ok(r.method.replace(text).is_some()),
+        "steps" => |r, text| Ok(r.steps.replace(number("steps", &text)?).is_some()),
+        "layers" => |r, text| Ok(r.layers.replace(number("layers", &text)?).is_some()),
+        "learning_rate" => |r, text| Ok(r.learning_rate.replace(number("learning_rate", &text)?).is_some()),
+        "text_tokens" => |r, text| Ok(r.text_tokens.replace(number("text_tokens", &text)?).is_some()),
+        "image_tokens" => |r, text| Ok(r.image_tokens.replace(number("image_tokens", &text)?).is_some()),
+        "seed" => |r, text| Ok(r.seed.replace(number("seed", &text)?).is_some()),
+        "description" => |r, text| Ok(r.description.replace(text).is_some()),
+        "metadata" => |r, text| Ok(r.metadata.replace(json("metadata", &text)?).is_some()),
+        "webhook_url" => |r, text| Ok(r.webhook_url.replace(text).is_some()),
+        "priority" => |r, text| Ok(r.priority.replace(number("priority", &text)?).is_some()),
+        _ => return None,
+    };
+    Some(store)
+}
+
+async fn setting(registration: &mut Registration, part: Field<'_>, name: String) -> Result<(), Error> {
+    let Some(store) = store(&name) else {
         let problem = match part.file_name() {
             Some(_) => "is not a parameter of this route; files are sent as `images`",
             None => "is not a parameter of this route",
         };
         return Err(Error::field("unknown_parameter", name, problem));
-    }
+    };
     let limit = if name == "metadata" { METADATA_LIMIT } else { TEXT_LIMIT };
     let text = text(part, &name, limit).await?;
-    let again = match name.as_str() {
-        "name" => r.name.replace(text).is_some(),
-        "kind" => r.kind.replace(text).is_some(),
-        "class" => r.class.replace(text).is_some(),
-        "method" => r.method.replace(text).is_some(),
-        "steps" => r.steps.replace(number("steps", &text)?).is_some(),
-        "layers" => r.layers.replace(number("layers", &text)?).is_some(),
-        "learning_rate" => r.learning_rate.replace(number("learning_rate", &text)?).is_some(),
-        "text_tokens" => r.text_tokens.replace(number("text_tokens", &text)?).is_some(),
-        "image_tokens" => r.image_tokens.replace(number("image_tokens", &text)?).is_some(),
-        "seed" => r.seed.replace(number("seed", &text)?).is_some(),
-        "description" => r.description.replace(text).is_some(),
-        "metadata" => r.metadata.replace(json("metadata", &text)?).is_some(),
-        "webhook_url" => r.webhook_url.replace(text).is_some(),
-        _ => r.priority.replace(number("priority", &text)?).is_some(),
-    };
-    if again { Err(repeated(name)) } else { Ok(()) }
+    if store(registration, text)? {
+        return Err(repeated(name));
+    }
+    Ok(())
 }
 
 /// Parts that are given several times.

@@ -1,5 +1,5 @@
-//! systemd's notification protocol (sd_notify(3)): datagrams to the socket that `NOTIFY_SOCKET` names. Without it, or on a
-//! failure, nothing happens: a service that is not notified is the manager's to judge.
+//! systemd's notification protocol (sd_notify(3)): datagrams to the socket in `NOTIFY_SOCKET`. Without it, or on a
+//! failure, nothing is sent, and the service manager decides what to do.
 
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -24,7 +24,7 @@ pub(super) fn notify(state: &str) {
     }
 }
 
-/// `@` begins the name of a socket without a file.
+/// A leading `@` denotes an abstract socket.
 fn send(socket: &[u8], state: &str) -> std::io::Result<()> {
     let address = match socket.strip_prefix(b"@") {
         Some(name) => SocketAddr::from_abstract_name(name)?,
@@ -34,13 +34,13 @@ fn send(socket: &[u8], state: &str) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Twice in the time after which the manager kills a silent process, as systemd recommends.
+/// Half of the watchdog's timeout, as systemd recommends.
 fn interval(microseconds: &str) -> Option<Duration> {
     let time = Duration::from_micros(microseconds.parse().ok()?) / 2;
     (!time.is_zero()).then_some(time)
 }
 
-/// Says until `ended` that the process works, where the manager wants that: not while the device does not answer.
+/// Sends systemd's watchdog signal until `ended`, if it is configured; not while the device does not respond.
 pub(super) async fn watchdog(engine: Option<EngineHandle>, ended: CancellationToken) {
     let Some(every) = std::env::var("WATCHDOG_USEC").ok().and_then(|time| interval(&time)) else {
         return;

@@ -1,4 +1,4 @@
-//! What the roles have in common.
+//! Common to all roles.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -13,8 +13,8 @@ use super::GRACE;
 use crate::api;
 use crate::cluster::{Executor, Member, Streams, WarmConcepts};
 use crate::config::Config;
+use crate::decoders::Decoders;
 use crate::jobs::{AddressPolicy, Drawings, Wakes, Webhooks, Worker, sweep};
-use crate::pool::Pool;
 use crate::registry::{
     Backend, DataLock, QueueLimits, Registry, SECRETS_REFRESH, SharedSecrets, Storage, network_filesystem,
 };
@@ -22,8 +22,8 @@ use crate::service::Links;
 use coar_core::engine::EngineHandle;
 use coar_core::metrics::meters;
 
-/// Background generations take a quarter of the engine's queue, at most so many of its places: the rest is for requests
-/// that wait.
+/// Background generations use a quarter of the engine's queue, at most this many places: the rest is for requests whose
+/// callers wait.
 const BACKGROUND_LIMIT: usize = 32;
 /// How often jobs are counted for the metrics: a scrape reads the last count and never the database.
 const JOB_COUNT: Duration = Duration::from_secs(2);
@@ -70,7 +70,7 @@ pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
     if released > 0 {
         tracing::info!(
             trainings = released,
-            "a previous server left trainings behind; they go on from their checkpoints"
+            "a previous server left unfinished trainings; they resume from their checkpoints"
         );
     }
     let freed = registry.release_keys().await?;
@@ -91,7 +91,7 @@ pub(super) async fn open(config: &Config) -> anyhow::Result<Opened> {
     })
 }
 
-/// Asks the bucket, if there is one, so that a fault in its address or credentials is named at the start.
+/// Lists the bucket, if there is one, so that a wrong address or missing credentials are reported at startup.
 async fn probe(storage: &Storage, registry: &Registry) -> anyhow::Result<()> {
     let Some(blobs) = &storage.blobs else { return Ok(()) };
     registry.blobs.probe().await.map_err(|error| {
@@ -159,7 +159,7 @@ pub(super) fn drawings(
     .with_wakes(wakes)
 }
 
-/// What this process announces in its heartbeats.
+/// The state that this process reports in its heartbeats.
 pub(super) fn member(config: &Config, address: Option<String>, engine: Option<&EngineHandle>) -> Member {
     Member {
         role: config.role.as_str(),
@@ -170,7 +170,7 @@ pub(super) fn member(config: &Config, address: Option<String>, engine: Option<&E
     }
 }
 
-/// Says that this process lives: once, and where there may be others until `ended`.
+/// Registers this process: once, or with heartbeats until `ended` if there may be other processes.
 pub(super) async fn announce(
     registry: &Registry,
     member: &Member,
@@ -184,12 +184,12 @@ pub(super) async fn announce(
     Ok(())
 }
 
-/// The server's secrets as they are now; [`upkeep`] follows their changes.
+/// The server's present secrets; [`upkeep`] follows their changes.
 pub(super) async fn secrets(registry: &Registry) -> anyhow::Result<SharedSecrets> {
     Ok(SharedSecrets::new(registry.server_secrets().await?))
 }
 
-/// Follows changes of the server's secret.
+/// Follows changes of the server's secrets.
 async fn follow_secrets(registry: Registry, secrets: SharedSecrets, stop: CancellationToken) {
     let mut tick = tokio::time::interval(SECRETS_REFRESH);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -204,7 +204,7 @@ async fn follow_secrets(registry: Registry, secrets: SharedSecrets, stop: Cancel
     }
 }
 
-/// Removal of what has expired, counting, and changes of the secret.
+/// Removes expired data, counts jobs, and follows changes of the secrets.
 pub(super) fn upkeep(
     config: &Config,
     registry: &Registry,
@@ -216,7 +216,7 @@ pub(super) fn upkeep(
     tracker.spawn(count_jobs(registry.clone(), stop.clone()));
 }
 
-/// Generations: those of the queue where this process draws, and all of its own where others may take them.
+/// Runs generations: those of the queue if this process has a device (`here`), otherwise only its own.
 pub(super) fn draw(drawings: Drawings, here: bool, tracker: &TaskTracker, stop: &CancellationToken) {
     tracker.spawn(drawings.clone().watch_over(stop.clone()));
     if here {
@@ -226,12 +226,12 @@ pub(super) fn draw(drawings: Drawings, here: bool, tracker: &TaskTracker, stop: 
     }
 }
 
-/// Trainings, as many at once as the operator wants.
+/// Starts a worker for each training slot.
 pub(super) fn train(
     config: &Config,
     registry: &Registry,
     engine: &EngineHandle,
-    (wakes, memory): (&Wakes, Arc<Pool>),
+    (wakes, decoders): (&Wakes, Arc<Decoders>),
     (tracker, stop): (&TaskTracker, &CancellationToken),
 ) {
     let worker = Worker {
@@ -240,14 +240,14 @@ pub(super) fn train(
         wake: wakes.trainings.clone(),
         stop: stop.clone(),
         previews: config.engine.training_previews,
-        memory,
+        decoders,
     };
     for _ in 0..config.engine.training_slots {
         tracker.spawn(worker.clone().work());
     }
 }
 
-/// Publishes how many jobs there are in each status.
+/// Publishes the number of jobs in each status.
 async fn count_jobs(registry: Registry, stop: CancellationToken) {
     let mut tick = tokio::time::interval(JOB_COUNT);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -256,33 +256,33 @@ async fn count_jobs(registry: Registry, stop: CancellationToken) {
             () = stop.cancelled() => return,
             _ = tick.tick() => {}
         }
-        let tell = |kind, status, count| meters().jobs.with_label_values(&[kind, status]).set(count);
+        let set = |kind, status, count| meters().jobs.with_label_values(&[kind, status]).set(count);
         match tokio::try_join!(registry.training_counts(), registry.generation_counts()) {
             Ok((trainings, generations)) => {
                 trainings
                     .iter()
-                    .for_each(|(status, count)| tell("training", status.as_str(), *count));
+                    .for_each(|(status, count)| set("training", status.as_str(), *count));
                 generations
                     .iter()
-                    .for_each(|(status, count)| tell("generation", status.as_str(), *count));
+                    .for_each(|(status, count)| set("generation", status.as_str(), *count));
             }
             Err(error) => tracing::debug!(%error, "jobs cannot be counted"),
         }
     }
 }
 
-/// What a process ends with.
+/// What is shut down at the end of a process.
 pub(super) struct Device {
     pub engine: Option<EngineHandle>,
     pub member: Member,
-    /// From then on it does not say any more that it lives.
+    /// Ends the heartbeats.
     pub ended: CancellationToken,
-    /// Events of generations on their way between processes.
+    /// Event streams of generations between processes.
     pub streams: Streams,
 }
 
 impl Device {
-    /// Ends the engine and the background work, and signs the process off.
+    /// Ends the engine and the background work, and unregisters the process.
     pub(super) async fn end(self, registry: &Registry, tracker: &TaskTracker) -> anyhow::Result<()> {
         let Self {
             engine,
@@ -294,7 +294,7 @@ impl Device {
         if let Some(engine) = &engine
             && tokio::time::timeout(GRACE, engine.drain()).await.is_err()
         {
-            tracing::error!("the device does not answer; trainings go on from their last checkpoint");
+            tracing::error!("the device does not respond; trainings resume from their last checkpoint");
         }
         ended.cancel();
         if tokio::time::timeout(GRACE, tracker.wait()).await.is_err() {
@@ -304,7 +304,7 @@ impl Device {
         if let Err(error) = registry.leave().await {
             tracing::warn!(%error, "this process cannot be signed off; the others declare it dead when its heartbeats are missing");
         }
-        // Waits for the device thread, which must not hold up the runtime's own.
+        // Blocks until the device thread has ended, which must not block a thread of the runtime.
         tokio::task::spawn_blocking(move || drop(engine)).await?;
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! The worker's role: no API, but a device; it draws for API processes, and takes generations and trainings from the queue.
+//! The worker role: a device without an API. It runs generations for API processes, and generations and trainings from
+//! the queue.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use crate::jobs::Wakes;
 use crate::service::{Links, Shares};
 use coar_core::engine::EngineHandle;
 
-/// Where other processes reach this machine, without `--advertise`.
+/// The address at which other processes reach this machine, without `--advertise`.
 fn own_address(listens: SocketAddr) -> String {
     if !listens.ip().is_unspecified() {
         return format!("http://{listens}");
@@ -58,10 +59,10 @@ pub(super) async fn serve(
     let executor = Executor::Local(local.clone());
     let wakes = Wakes::shared(&registry, &stop, &tracker);
     let links = Arc::new(Links::new(secrets.clone(), config.keep_images()));
-    // Web-hooks of what this worker draws name images by the API's address, which only the operator knows.
+    // Webhooks of this worker's generations contain the API's URL, which only the operator knows.
     let public = config.public_url.as_deref().unwrap_or("").trim_end_matches('/');
     if public.is_empty() {
-        tracing::warn!("without --public-url web-hooks name images by their paths alone");
+        tracing::warn!("without --public-url webhooks name images by their paths alone");
     }
     let webhooks = parts::webhooks(&config, &registry, &links, public);
     let drawings = parts::drawings(&config, &registry, &executor, &webhooks, &wakes);
@@ -72,8 +73,8 @@ pub(super) async fn serve(
     parts::upkeep(&config, &registry, &secrets, (&tracker, &stop));
     tracker.spawn(crate::jobs::deliver(webhooks, wakes.trainings.clone(), stop.clone()));
     parts::draw(drawings, true, &tracker, &stop);
-    let memory = Shares::memory_of(&config);
-    parts::train(&config, &registry, &engine, (&wakes, memory), (&tracker, &stop));
+    let decoders = Shares::decoders_of(&config)?;
+    parts::train(&config, &registry, &engine, (&wakes, decoders), (&tracker, &stop));
     tracker.spawn(notify::watchdog(Some(engine.clone()), ended.clone()));
     tracker.close();
     tracing::info!(model = engine.info().id, address, "ready");
@@ -86,7 +87,7 @@ pub(super) async fn serve(
         tracing::warn!(%error, "the draining state cannot be announced");
     }
     if tokio::time::timeout(HAND_BACK, engine.end_trainings()).await.is_err() {
-        tracing::error!("the device does not answer; trainings go on from their last checkpoint");
+        tracing::error!("the device does not respond; trainings resume from their last checkpoint");
     }
     closing.cancel();
     if tokio::time::timeout(GRACE, http).await.is_err() {

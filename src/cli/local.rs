@@ -10,13 +10,13 @@ use crate::cluster::Executor;
 use crate::config::ModelArgs;
 use crate::jobs::{AddressPolicy, Drawings, Wake, Webhooks, Worker};
 use crate::registry::{DataLock, Registry, SharedSecrets, Storage};
-use crate::service::{Keys, Limits, Links, Service, Tallies};
+use crate::service::{Keys, Limits, Links, Service, Shares, Tallies};
 use coar_core::engine::EngineHandle;
 
 /// Where concepts are kept: the same that `coar serve` uses.
 pub(super) type DataArgs = crate::config::StorageArgs;
 
-/// As the registry takes it.
+/// The same for the registry.
 pub(super) fn storage(data: &DataArgs) -> Storage {
     Storage {
         data: data.data.clone(),
@@ -25,7 +25,7 @@ pub(super) fn storage(data: &DataArgs) -> Storage {
     }
 }
 
-/// Runs async work on a runtime of its own.
+/// Runs async work on its own runtime.
 pub(super) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -33,7 +33,7 @@ pub(super) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyh
         .block_on(work)
 }
 
-/// Opens what must be there already.
+/// Opens a registry that must already exist.
 pub(super) async fn existing_registry(data: &DataArgs) -> anyhow::Result<Registry> {
     anyhow::ensure!(
         data.database.is_some() || data.data.join("coar.sqlite").exists(),
@@ -43,7 +43,7 @@ pub(super) async fn existing_registry(data: &DataArgs) -> anyhow::Result<Registr
     Ok(Registry::connect(&storage(data)).await?)
 }
 
-/// How long addresses of images last, of which the command line makes none.
+/// Lifetime of image URLs, of which the command line creates none.
 const KEEP: Duration = Duration::from_secs(3600);
 
 /// Memory for concepts that one command uses, in bytes.
@@ -55,7 +55,7 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
     let model = model.clone();
     let engine = tokio::task::spawn_blocking(move || start_engine(&model, None)).await??;
     let links = Arc::new(Links::new(SharedSecrets::new(registry.server_secrets().await?), KEEP));
-    // Without a server nothing is stored and no web-hook sent.
+    // Without a server nothing is stored and no webhook is sent.
     let webhooks = Webhooks::new(
         registry.clone(),
         crate::api::describe(links.clone(), ""),
@@ -71,18 +71,18 @@ pub(super) async fn service(data: &DataArgs, model: &ModelArgs) -> anyhow::Resul
         wake: Wake::default(),
         limits: Limits::default().into(),
         tallies: Tallies::default(),
-        shares: Arc::default(),
+        shares: Arc::new(Shares::local()?),
     };
     Ok((service, engine))
 }
 
-/// From here on, files that the process makes are for its user alone: database, images and concepts are of people.
+/// Makes all files of the process private to its user: database, images and concepts are personal data.
 pub(super) fn keep_files_private() {
-    // SAFETY: it only sets a number of the process.
+    // SAFETY: umask only sets the file mode creation mask of the process.
     unsafe { libc::umask(0o077) };
 }
 
-/// A service with a worker that trains what is queued, while this is held.
+/// A service with a worker that runs queued trainings until this is dropped.
 pub(super) struct Workshop {
     pub service: Service,
     engine: EngineHandle,
@@ -109,7 +109,7 @@ impl Workshop {
             wake: service.wake.clone(),
             stop: stop.clone(),
             previews: 0,
-            memory: service.shares.memory.clone(),
+            decoders: service.shares.decoders.clone(),
         };
         let worker = tokio::spawn(worker.work());
         Ok(Self {
@@ -124,7 +124,7 @@ impl Workshop {
     /// Ends the worker; a running training keeps its last checkpoint.
     pub(super) async fn close(self) -> anyhow::Result<()> {
         self.stop.cancel();
-        // A device that hangs is left behind.
+        // A device that does not respond is abandoned.
         let _ = tokio::time::timeout(Duration::from_secs(20), self.engine.drain()).await;
         Ok(self.worker.await?)
     }

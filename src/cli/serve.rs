@@ -1,11 +1,15 @@
 //! `coar serve`
 
+use std::sync::mpsc;
+
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
 use super::local::keep_files_private;
 use super::model::start_engine;
 use crate::config::{Config, Role};
+use crate::priority::Priority;
+use coar_core::engine::EngineHandle;
 
 /// Serve the HTTP API.
 #[derive(Debug, Args)]
@@ -27,7 +31,11 @@ impl ServeArgs {
         for line in config.changed() {
             tracing::info!(target: "coar::config", "{line}");
         }
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let load = loader(&config);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .on_thread_start(|| Priority::Api.apply())
+            .build()?;
         runtime.block_on(async move {
             let (address, flag) = match config.role {
                 Role::Worker => (config.worker_listen.into(), "--worker-listen"),
@@ -38,8 +46,26 @@ impl ServeArgs {
             })?;
             let stop = CancellationToken::new();
             tokio::spawn(crate::app::signalled(stop.clone()));
-            let (model, engine) = (config.model.clone(), config.engine.clone());
-            crate::app::serve(config, listener, move || start_engine(&model, Some(&engine)), stop).await
+            crate::app::serve(config, listener, load, stop).await
         })
+    }
+}
+
+/// Starts the engine when it is called, on a thread of its own: the device's threads inherit the priority of the thread
+/// that starts them, which must not be that of the API's.
+fn loader(config: &Config) -> impl FnOnce() -> anyhow::Result<EngineHandle> + Send + 'static {
+    let (model, engine) = (config.model.clone(), config.engine.clone());
+    let (start, started) = mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || match started.recv() {
+        Ok(()) => start_engine(&model, Some(&engine)).map(Some),
+        // The server ends before it needs an engine, or needs none.
+        Err(_) => Ok(None),
+    });
+    move || {
+        start.send(())?;
+        let engine = thread
+            .join()
+            .map_err(|_| anyhow::anyhow!("loading the model panicked"))??;
+        engine.ok_or_else(|| anyhow::anyhow!("no engine was started"))
     }
 }

@@ -1,4 +1,4 @@
-//! Which addresses web-hooks may have. A caller names the address and the server connects to it, so this must not
+//! Which addresses webhooks may have. A caller names the address and the server connects to it, so this must not
 //! open a way into the server's own network.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
-/// The longest web-hook address, in bytes.
+/// The longest webhook address, in bytes.
 const URL_LIMIT: usize = 2048;
 
 /// Which addresses are allowed.
@@ -23,8 +23,8 @@ fn within(address: u32, network: [u8; 4], bits: u32) -> bool {
 
 /// Whether the address is globally routable.
 fn is_public_v4(address: Ipv4Addr) -> bool {
-    // The special-purpose registry of RFC 6890 and its updates, multicast, and reserved ranges; and the address at which
-    // each virtual machine of Azure reaches its host, which is not in the registry.
+    // The special-purpose registry of RFC 6890 and its updates, multicast, and reserved ranges; and the address at
+    // which virtual machines of Azure reach their host, which is not in the registry.
     const SPECIAL: [([u8; 4], u32); 19] = [
         ([0, 0, 0, 0], 8),
         ([10, 0, 0, 0], 8),
@@ -107,7 +107,7 @@ impl AddressPolicy {
     }
 }
 
-/// The host of an address, with its port unless that is the usual one of http or https.
+/// The host of an address, with its port unless that is the default port of http or https.
 pub fn host_of(url: &str) -> String {
     let Ok(url) = Url::parse(url) else { return String::new() };
     let host = url.host_str().unwrap_or_default().to_ascii_lowercase();
@@ -262,7 +262,7 @@ mod tests {
         ] {
             assert!(STRICT.check(good).is_ok(), "{good}");
         }
-        // What could end a line of the request is not part of an address any more.
+        // Characters that could end a line of the request are no longer part of a parsed address.
         let split = STRICT
             .check("http://example.com/\r\nX-Injected: 1?a=\r\nHost: b#\n")
             .unwrap();

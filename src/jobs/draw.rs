@@ -221,7 +221,7 @@ impl Drawings {
         }
     }
 
-    /// Web-hook deliveries.
+    /// Webhook deliveries.
     pub fn webhooks(&self) -> &Webhooks {
         &self.webhooks
     }

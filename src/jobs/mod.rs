@@ -1,4 +1,4 @@
-//! Work that outlives a request: trainings, generations, web-hooks, and the removal of expired data. This module
+//! Work that outlives a request: trainings, generations, webhooks, and the removal of expired data. This module
 //! holds no tensors; it uses the engine through its handle.
 
 /// Retries a registry operation until it succeeds, fails permanently, or has failed for the given time. A macro,
@@ -35,7 +35,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::pool::Pool;
+use crate::decoders::Decoders;
 use crate::registry::{Backend, LOST_AFTER_MS, Registry, RegistryError};
 pub use address::AddressPolicy;
 use coar_core::engine::EngineHandle;
@@ -169,8 +169,8 @@ pub struct Worker {
     pub stop: CancellationToken,
     /// Preview images per training; 0: none.
     pub previews: u32,
-    /// Bytes in memory for images that are decoded.
-    pub memory: Arc<Pool>,
+    /// Where reference images are decoded.
+    pub decoders: Arc<Decoders>,
 }
 
 impl Worker {

@@ -1,4 +1,4 @@
-//! Removes expired images, generations, web-hook deliveries and idempotency keys.
+//! Removes expired images, generations, webhook deliveries and idempotency keys.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::registry::{Registry, RegistryError};
 
 /// Sweep interval.
 const PERIOD: Duration = Duration::from_secs(600);
-/// How long ended web-hook deliveries are kept, without their bodies: a training that ended within a day and has no
+/// How long ended webhook deliveries are kept, without their bodies: a training that ended within a day and has no
 /// delivery gets one.
 const KEEP_DELIVERIES: Duration = Duration::from_secs(25 * 3600);
 

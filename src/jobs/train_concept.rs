@@ -26,6 +26,9 @@ const CURVE_TICKS: u32 = 4;
 /// How long a registry that does not answer is retried; the training continues meanwhile.
 const RETRY_FOR: Duration = Duration::from_secs(600);
 
+/// The first bytes of a PNG file, which have its size in pixels.
+const PNG_HEADER: usize = 64;
+
 /// How often a training that waits for memory logs it.
 const MEMORY_WAIT: Duration = Duration::from_secs(60);
 
@@ -48,7 +51,7 @@ impl Worker {
             ended = self.run(&claimed, &mut previews) => ended,
             never = self.keep_lease(&claimed) => match never {},
         };
-        // Web-hooks and other subscribers are notified now.
+        // Webhooks and other subscribers are notified now.
         self.wake.now();
         match ended {
             Ok(()) => return previews.finish(&self.stop).await,
@@ -70,17 +73,31 @@ impl Worker {
         let (registry, training) = (&self.registry, &claimed.training);
         let plan = Arc::new(self.engine.info().crop_plan());
         let mut images = Vec::new();
+        let unreadable = |index: usize, error| match error {
+            error if RegistryError::is_transient(&error) => Err(error),
+            error => Ok(Err(format!("Reference image {index} cannot be read: {error}."))),
+        };
         for (index, blob) in registry.reference_images(training.concept_id).await?.iter().enumerate() {
-            let bytes = match retry_transient!(RETRY_FOR, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
-                Ok(bytes) => bytes,
-                Err(error) if error.is_transient() => return Err(error),
-                Err(error) => return Ok(Err(format!("Reference image {index} cannot be read: {error}."))),
+            let head = async || {
+                registry
+                    .blobs
+                    .first_bytes(blob, PNG_HEADER)
+                    .await
+                    .map_err(RegistryError::from)
+            };
+            let (header, size) = match retry_transient!(RETRY_FOR, head().await) {
+                Ok(found) => found,
+                Err(error) => return unreadable(index, error),
             };
             // One after another, and none is kept in its full size: ten of them may have more than a gigabyte of pixels.
-            let needed = working_memory(&bytes, &stored_limits()) + bytes.len() as u64;
+            let needed = working_memory(&header, &stored_limits()) + size;
             let memory = self.memory(training.tenant, needed).await;
+            let bytes = match retry_transient!(RETRY_FOR, registry.blobs.get(blob).await.map_err(RegistryError::from)) {
+                Ok(bytes) => bytes,
+                Err(error) => return unreadable(index, error),
+            };
             let plan = plan.clone();
-            let decoded = tokio::task::spawn_blocking(move || {
+            let decoded = self.decoders.run(move || {
                 // Stored images are our own PNGs; only their pixel count is unchecked.
                 let image = decode(&bytes, &stored_limits())?;
                 drop(bytes);
@@ -118,7 +135,7 @@ impl Worker {
     /// Waits for a share of the memory that uploads are decoded in as well. Uploads end, so the wait does.
     async fn memory(&self, tenant: TenantId, bytes: u64) -> Share {
         loop {
-            match self.memory.take(tenant, bytes, MEMORY_WAIT).await {
+            match self.decoders.memory(tenant, bytes, MEMORY_WAIT).await {
                 Ok(share) => return share,
                 Err(full) => tracing::info!(
                     ?full,

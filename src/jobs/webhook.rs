@@ -1,4 +1,4 @@
-//! Web-hooks (standardwebhooks.com): the end of a training or generation is posted to the address that the request
+//! Webhooks (standardwebhooks.com): the end of a training or generation is posted to the address that the request
 //! named. Each delivery is a row until it succeeds or is given up, so a restart loses none; receivers may get one
 //! twice, with the same id.
 
@@ -86,7 +86,7 @@ impl Webhooks {
     }
 
     /// Queues deliveries for ended trainings that have none yet. It relies on the stored end, whichever process
-    /// wrote it and whatever happened to that process afterwards.
+    /// wrote it, and also if that process has ended since.
     ///
     /// # Errors
     /// When the database fails.
@@ -102,7 +102,7 @@ impl Webhooks {
     }
 
     /// The delivery for a generation's end, to be stored in the transaction that writes the end; `None` if no
-    /// web-hook was requested. Call [`Self::stored`] after it.
+    /// webhook was requested. Call [`Self::stored`] after it.
     pub(super) fn of_generation(&self, ended: &Generation, images: &[StoredImage]) -> Option<NewDelivery> {
         let url = ended.new.webhook_url.as_deref()?;
         let event = format!("generation.{}", ended.status.as_str());
@@ -165,7 +165,7 @@ fn client(policy: AddressPolicy) -> reqwest::Result<Client> {
             .timeout(TIME)
     };
     builder().build().or_else(|error| {
-        tracing::warn!(%error, "no root certificates found: web-hooks to https addresses will fail");
+        tracing::warn!(%error, "no root certificates found: webhooks to https addresses will fail");
         builder().tls_certs_only([]).build()
     })
 }
@@ -197,7 +197,7 @@ impl Pauses {
 pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToken) {
     let client = match client(webhooks.policy) {
         Ok(client) => client,
-        Err(error) => return tracing::error!(%error, "cannot send web-hooks"),
+        Err(error) => return tracing::error!(%error, "cannot send webhooks"),
     };
     let registry = &webhooks.registry;
     let (mut sending, mut pauses) = (JoinSet::new(), Pauses::default());
@@ -205,7 +205,7 @@ pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToke
         // Subscribe before reading the rows, so no notification is missed.
         let (woken, ended) = (webhooks.wake.woken(), trainings.woken());
         if let Err(error) = webhooks.queue_training_deliveries().await {
-            tracing::error!(%error, "cannot queue web-hooks for ended trainings");
+            tracing::error!(%error, "cannot queue webhooks for ended trainings");
         }
         let free = AT_ONCE - sending.len();
         match registry
@@ -217,7 +217,7 @@ pub async fn deliver(webhooks: Webhooks, trainings: Wake, stop: CancellationToke
                     sending.spawn(send(client.clone(), webhooks.clone(), delivery));
                 }
             }
-            Err(error) => tracing::error!(%error, "cannot read web-hook deliveries"),
+            Err(error) => tracing::error!(%error, "cannot read webhook deliveries"),
         }
         let mut wait = POLL;
         if sending.len() < AT_ONCE {
@@ -275,13 +275,13 @@ async fn send(client: Client, webhooks: Webhooks, delivery: Delivery) -> Option<
         problem,
     };
     match &outcome.problem {
-        None => tracing::debug!(delivery = %delivery.id, "web-hook delivered"),
+        None => tracing::debug!(delivery = %delivery.id, "webhook delivered"),
         Some(problem) => {
-            tracing::info!(delivery = %delivery.id, attempt = delivery.attempt, again = outcome.again_after.is_some(), problem, "web-hook failed");
+            tracing::info!(delivery = %delivery.id, attempt = delivery.attempt, again = outcome.again_after.is_some(), problem, "webhook failed");
         }
     }
     if let Err(error) = webhooks.registry.record_attempt(delivery.id, &outcome).await {
-        tracing::error!(%error, "cannot store the outcome of a web-hook");
+        tracing::error!(%error, "cannot store the outcome of a webhook");
     }
     late.then_some(delivery.receiver)
 }

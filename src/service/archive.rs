@@ -1,17 +1,17 @@
-//! ZIP archives of reference images, read under limits: few entries, each of a bounded size, stored or deflated.
+//! ZIP archives of reference images, read under limits: few entries, each of bounded size, stored or deflated.
 
 use std::io::{self, Read, Seek, SeekFrom};
 
 use flate2::Crc;
 use flate2::read::DeflateDecoder;
 
-/// What every archive with something in it begins with.
+/// The first bytes of every archive that is not empty.
 pub(super) const MAGIC: [u8; 4] = *b"PK\x03\x04";
-/// Files and folders of an archive.
+/// Maximum number of files and folders in an archive.
 const ENTRIES: usize = 256;
-/// Bytes of its directory.
+/// Maximum size of its directory in bytes.
 const DIRECTORY: u64 = 128 << 10;
-/// The record at its end, without the comment that may follow.
+/// Size in bytes of the record at the end, without the comment that may follow.
 const END: usize = 22;
 
 /// Why an archive cannot be used.
@@ -23,7 +23,7 @@ pub(super) enum ArchiveFault {
     TooManyEntries,
     #[error("is an encrypted ZIP archive; send it without a password")]
     Encrypted,
-    #[error("is a ZIP archive whose `{0}` is packed in another way than Deflate; pack it anew")]
+    #[error("is a ZIP archive whose `{0}` is compressed with another method than Deflate; pack it again")]
     Method(String),
     #[error("is a ZIP archive whose `{name}` has more than {limit} bytes, the limit")]
     TooLarge { name: String, limit: u64 },
@@ -43,11 +43,11 @@ impl From<io::Error> for ArchiveFault {
     }
 }
 
-/// A file of an archive, or a folder, whose name ends with `/`.
+/// A file of an archive, or a folder if its name ends with `/`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {
     pub name: String,
-    /// Bytes, as the directory has it.
+    /// Size in bytes, according to the directory.
     pub size: u64,
     packed: u64,
     crc: u32,
@@ -63,7 +63,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// Number of entries, and place and length of the directory.
+/// The number of entries, and the offset and length of the directory.
 fn end(archive: &mut (impl Read + Seek)) -> Result<(usize, u64, u64), ArchiveFault> {
     let length = archive.seek(SeekFrom::End(0))?;
     let tail = length.min((END + usize::from(u16::MAX)) as u64);
@@ -136,7 +136,7 @@ pub(super) fn entries(archive: &mut (impl Read + Seek)) -> Result<Vec<Entry>, Ar
 /// Unpacks a file, piece by piece.
 ///
 /// # Errors
-/// [`ArchiveFault`]: more than `limit` bytes, or not what the directory says. [`io::Error`] of `keep`.
+/// [`ArchiveFault`] if it has more than `limit` bytes, or does not match the directory; [`io::Error`] of `keep`.
 pub(super) fn unpack(
     archive: &mut (impl Read + Seek),
     entry: &Entry,
@@ -170,7 +170,7 @@ pub(super) fn unpack(
             break;
         }
         length += read as u64;
-        // Whatever the directory says: a file of a few bytes may unpack to any length.
+        // The directory may be wrong: a few bytes may unpack to any length.
         if length > entry.size {
             return Err(ArchiveFault::Damaged("a file in it is longer than it says"));
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::{Caller, Service};
 use crate::config::Config;
+use crate::decoders::Decoders;
 pub use crate::pool::{Full, Pool, Share};
 use coar_core::error::{Error, ErrorKind};
 
@@ -22,8 +23,8 @@ pub struct Shares {
     pub preparations: Pool,
     /// Images that are decoded: one at a time of each tenant.
     pub decodings: Pool,
-    /// Bytes in memory of what is uploaded and decoded, also by trainings.
-    pub memory: Arc<Pool>,
+    /// Memory for what is uploaded and decoded, also by trainings, and threads to decode it.
+    pub decoders: Arc<Decoders>,
     /// Bytes on disk of forms.
     pub space: Pool,
     /// Event streams, and requests that wait for a generation's end.
@@ -31,21 +32,28 @@ pub struct Shares {
     folder: PathBuf,
 }
 
-/// A process's memory for what is uploaded and decoded, in bytes.
-fn decoding_memory(bytes: u64) -> Pool {
-    Pool::bytes(bytes, bytes / 2)
-}
-
 impl Shares {
-    /// The memory of a process that receives no uploads, for its trainings.
-    pub fn memory_of(config: &Config) -> Arc<Pool> {
-        Arc::new(decoding_memory(u64::from(config.limits.upload_memory) << 20))
+    /// The decoders of a process that receives no uploads, for its trainings.
+    ///
+    /// # Errors
+    /// When their threads cannot be started.
+    pub fn decoders_of(config: &Config) -> std::io::Result<Arc<Decoders>> {
+        Ok(Arc::new(Decoders::new(u64::from(config.limits.upload_memory) << 20)?))
+    }
+
+    /// Those of a command that works without a server.
+    ///
+    /// # Errors
+    /// When threads cannot be started.
+    pub fn local() -> std::io::Result<Self> {
+        let decoders = Arc::new(Decoders::new(256 << 20)?);
+        Ok(Self::new(decoders, 1 << 30, 64, std::env::temp_dir()))
     }
 
     /// As the operator decided. The folder for what is uploaded is made.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When it cannot be made, or threads cannot be started.
     pub fn of(config: &Config) -> std::io::Result<Self> {
         // A process that keeps its files elsewhere may have no data folder that it can write to.
         let folder = match config.storage.database.is_some() && config.storage.blobs.is_some() {
@@ -58,18 +66,18 @@ impl Shares {
         let mebibytes = |number: u32| u64::from(number) << 20;
         let limits = &config.limits;
         Ok(Self::new(
-            mebibytes(limits.upload_memory),
+            Self::decoders_of(config)?,
             mebibytes(limits.upload_space),
             u64::from(limits.tenant_streams),
             folder,
         ))
     }
 
-    fn new(memory: u64, space: u64, streams: u64, folder: PathBuf) -> Self {
+    fn new(decoders: Arc<Decoders>, space: u64, streams: u64, folder: PathBuf) -> Self {
         Self {
             preparations: Pool::places(u64::MAX, PREPARATIONS),
             decodings: Pool::places(u64::MAX, 1),
-            memory: Arc::new(decoding_memory(memory)),
+            decoders,
             space: Pool::bytes(space, space / 2),
             streams: Pool::places(u64::MAX, streams),
             folder,
@@ -82,14 +90,8 @@ impl Shares {
     }
 }
 
-impl Default for Shares {
-    fn default() -> Self {
-        Self::new(256 << 20, 1 << 30, 64, std::env::temp_dir())
-    }
-}
-
 impl Service {
-    /// A place for an event stream or for a wait, held as long as that goes on.
+    /// A place for an event stream or for a wait, held until that ends.
     ///
     /// # Errors
     /// `too_many_streams`

@@ -1,22 +1,17 @@
-//! An archive that was uploaded becomes the images in it, with their captions.
-
-use std::fs::File;
-use std::io::{Cursor, Read, Seek, Write as _};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+//! The images in an uploaded archive, with their captions.
 
 use sha2::{Digest as _, Sha256};
 
+use super::Limits;
 use super::archive::{ArchiveFault, Entry, entries, unpack};
 use super::image_set::{ImageSet, caption_line};
-use super::uploads::{Content, Room, Upload};
-use super::{Limits, Share};
+use super::uploads::{Content, Reader, Room, Upload};
 use coar_core::error::Error;
 
 /// The largest caption file, in bytes.
 const CAPTION_LIMIT: u64 = 4096;
-/// Files of images are compressed already, so what is unpacked is hardly larger than the archive. More than this many times
-/// its bytes, and a mebibyte, is an attack on the disk.
+/// Image files are compressed already, so an archive unpacks to hardly more than its size. More than this many times its
+/// size, plus 1 MiB, is an attack.
 const GROWTH: u64 = 2;
 
 /// An image of an archive, with the caption beside it.
@@ -26,83 +21,63 @@ pub struct Unpacked {
     pub caption: Option<String>,
 }
 
-/// Where unpacked files are kept: under the share of the archive, or in memory.
-struct Place {
-    disk: Option<(PathBuf, Arc<Share>)>,
+/// Every image of an archive. Images are unpacked to be checked and hashed, and are not stored: each is unpacked again when
+/// it is decoded.
+///
+/// # Errors
+/// `invalid_archive`, `too_many_images`
+fn images_of(archive: &Content, limits: &Limits) -> Result<Vec<Unpacked>, Error> {
+    let mut reader = archive.reader().map_err(Error::internal)?;
+    let all = entries(&mut reader).map_err(archive_error)?;
+    let names: Vec<String> = all.iter().map(|entry| entry.name.clone()).collect();
+    let set = ImageSet::of(&names);
+    if set.images.is_empty() {
+        return Err(invalid("is a ZIP archive without images"));
+    }
+    if set.images.len() > limits.images {
+        return Err(too_many_images(limits));
+    }
+    let unpacked_bytes: u64 = set.images.iter().map(|(image, _)| all[*image].size).sum();
+    if unpacked_bytes > reader.length().saturating_mul(GROWTH).saturating_add(1 << 20) {
+        return Err(invalid("is a ZIP archive that unpacks to many times its size"));
+    }
+    let mut images = Vec::new();
+    for (image, caption) in set.images {
+        let caption = caption
+            .map(|caption| read_caption(&mut reader, &all[caption]))
+            .transpose()?;
+        let (entry, mut hash) = (&all[image], Sha256::new());
+        unpack(&mut reader, entry, limits.image.bytes as u64, |piece| {
+            hash.update(piece);
+            Ok(())
+        })
+        .map_err(archive_error)?;
+        let image = Upload::of_archive(hex::encode(hash.finalize()), entry.clone(), archive.clone());
+        images.push(Unpacked { image, caption });
+    }
+    Ok(images)
 }
 
-impl Place {
-    fn keep(&self, archive: &mut (impl Read + Seek), entry: &Entry, limit: u64) -> Result<Upload, ArchiveFault> {
-        let mut hash = Sha256::new();
-        let content = match &self.disk {
-            Some((folder, space)) => {
-                let mut file: File = tempfile::tempfile_in(folder).map_err(ArchiveFault::Io)?;
-                unpack(archive, entry, limit, |piece| {
-                    hash.update(piece);
-                    file.write_all(piece)
-                })?;
-                Content::Disk(file, space.clone())
-            }
-            None => {
-                let mut bytes = Vec::new();
-                unpack(archive, entry, limit, |piece| {
-                    hash.update(piece);
-                    bytes.extend_from_slice(piece);
-                    Ok(())
-                })?;
-                Content::Memory(bytes.into())
-            }
-        };
-        Ok(Upload::new(hex::encode(hash.finalize()), entry.name.clone(), content))
-    }
-
-    /// Everything of an archive of `length` bytes that is an image or its caption.
-    fn images(&self, archive: &mut (impl Read + Seek), length: u64, limits: &Limits) -> Result<Vec<Unpacked>, Error> {
-        let all = entries(archive).map_err(told)?;
-        let names: Vec<String> = all.iter().map(|entry| entry.name.clone()).collect();
-        let set = ImageSet::of(&names);
-        let refused = |problem: &str| Err(Error::field("invalid_archive", "images", problem));
-        if set.images.is_empty() {
-            return refused("is a ZIP archive without images");
-        }
-        if set.images.len() > limits.images {
-            return Err(too_many_images(limits));
-        }
-        let whole: u64 = set.images.iter().map(|(image, _)| all[*image].size).sum();
-        if whole > length.saturating_mul(GROWTH).saturating_add(1 << 20) {
-            return refused("is a ZIP archive that unpacks to many times its size");
-        }
-        let mut unpacked = Vec::new();
-        for (image, caption) in set.images {
-            let caption = match caption {
-                None => None,
-                Some(text) => {
-                    let mut bytes = Vec::new();
-                    let keep = |piece: &[u8]| {
-                        bytes.extend_from_slice(piece);
-                        Ok(())
-                    };
-                    unpack(archive, &all[text], CAPTION_LIMIT, keep).map_err(told)?;
-                    let text = String::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
-                    let Some(text) = text else {
-                        return refused("has a caption that is not UTF-8 text");
-                    };
-                    Some(caption_line(&text))
-                }
-            };
-            let image = self
-                .keep(archive, &all[image], limits.image.bytes as u64)
-                .map_err(told)?;
-            unpacked.push(Unpacked { image, caption });
-        }
-        Ok(unpacked)
-    }
+fn read_caption(archive: &mut Reader, entry: &Entry) -> Result<String, Error> {
+    let mut bytes = Vec::new();
+    let keep = |piece: &[u8]| {
+        bytes.extend_from_slice(piece);
+        Ok(())
+    };
+    unpack(archive, entry, CAPTION_LIMIT, keep).map_err(archive_error)?;
+    let text = String::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
+    let text = text.ok_or_else(|| invalid("has a caption that is not UTF-8 text"))?;
+    Ok(caption_line(&text))
 }
 
-fn told(fault: ArchiveFault) -> Error {
+fn invalid(problem: impl AsRef<str>) -> Error {
+    Error::field("invalid_archive", "images", problem)
+}
+
+fn archive_error(fault: ArchiveFault) -> Error {
     match fault {
         ArchiveFault::Io(error) => Error::internal(error),
-        other => Error::field("invalid_archive", "images", other.to_string()),
+        other => invalid(other.to_string()),
     }
 }
 
@@ -112,23 +87,8 @@ pub fn too_many_images(limits: &Limits) -> Error {
     Error::field("too_many_images", "images", problem).limit(limits.images as u64)
 }
 
-fn images_of(content: Content, folder: Option<&Path>, limits: &Limits) -> Result<Vec<Unpacked>, Error> {
-    match (content, folder) {
-        (Content::Disk(mut file, space), Some(folder)) => {
-            let length = file.metadata().map_err(Error::internal)?.len();
-            let disk = Some((folder.to_owned(), space));
-            Place { disk }.images(&mut file, length, limits)
-        }
-        (Content::Disk(..), None) => Err(Error::internal("a file on disk was received without a folder")),
-        (Content::Memory(bytes), _) => {
-            let length = bytes.len() as u64;
-            Place { disk: None }.images(&mut Cursor::new(bytes), length, limits)
-        }
-    }
-}
-
 impl Room<'_> {
-    /// Unpacks an archive: each of its images becomes an upload of its own.
+    /// The images of an archive, each as an upload.
     ///
     /// # Errors
     /// `invalid_archive`, `too_many_images`
@@ -136,67 +96,43 @@ impl Room<'_> {
         let content = archive.into_content();
         match self {
             Self::Disk(service, _) => {
-                let (folder, limits) = (service.shares.folder().to_owned(), limits.clone());
-                let unpacking = tokio::task::spawn_blocking(move || images_of(content, Some(&folder), &limits));
+                let limits = limits.clone();
+                let unpacking = service.shares.decoders.run(move || images_of(&content, &limits));
                 unpacking.await.map_err(Error::internal)?
             }
             #[cfg(feature = "fuzzing")]
-            Self::Memory => images_of(content, None, limits),
+            Self::Memory => images_of(&content, limits),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
+    use std::io::{Cursor, Write as _};
 
-    use flate2::Compression;
-    use flate2::write::DeflateEncoder;
+    use zip::CompressionMethod;
+    use zip::write::{SimpleFileOptions, ZipWriter};
 
     use super::*;
 
-    /// An archive of files, deflated where that is said.
+    /// An archive of files, each either deflated or stored.
     fn zip(files: &[(&str, &[u8], bool)]) -> Vec<u8> {
-        let (mut all, mut directory) = (Vec::new(), Vec::new());
+        let mut archive = ZipWriter::new(Cursor::new(Vec::new()));
         for (name, bytes, deflated) in files {
-            let mut packed = bytes.to_vec();
-            if *deflated {
-                let mut encoder = DeflateEncoder::new(Vec::new(), Compression::best());
-                encoder.write_all(bytes).unwrap();
-                packed = encoder.finish().unwrap();
-            }
-            let mut crc = flate2::Crc::new();
-            crc.update(bytes);
-            let mut fields = Vec::new();
-            fields.extend([20, 0, 0, 0, if *deflated { 8 } else { 0 }, 0, 0, 0, 0, 0]);
-            fields.extend(crc.sum().to_le_bytes());
-            fields.extend((packed.len() as u32).to_le_bytes());
-            fields.extend((bytes.len() as u32).to_le_bytes());
-            fields.extend((name.len() as u16).to_le_bytes());
-            fields.extend([0, 0]);
-            directory.extend(b"PK\x01\x02\x14\x00");
-            directory.extend(&fields);
-            directory.extend([0; 10]);
-            directory.extend((all.len() as u32).to_le_bytes());
-            directory.extend(name.as_bytes());
-            all.extend(b"PK\x03\x04");
-            all.extend(&fields);
-            all.extend(name.as_bytes());
-            all.extend(&packed);
+            let method = match deflated {
+                true => CompressionMethod::Deflated,
+                false => CompressionMethod::Stored,
+            };
+            let options = SimpleFileOptions::default().compression_method(method);
+            archive.start_file(*name, options).unwrap();
+            archive.write_all(bytes).unwrap();
         }
-        let (offset, count) = (all.len() as u32, (files.len() as u16).to_le_bytes());
-        all.extend(&directory);
-        all.extend(b"PK\x05\x06\0\0\0\0");
-        all.extend([count, count].concat());
-        all.extend((directory.len() as u32).to_le_bytes());
-        all.extend(offset.to_le_bytes());
-        all.extend([0, 0]);
-        all
+        archive.finish().unwrap().into_inner()
     }
 
     fn read(archive: Vec<u8>) -> Result<Vec<(String, Option<String>)>, Error> {
         let content = Content::Memory(archive.into());
-        let unpacked = images_of(content, None, &Limits::default())?;
+        let unpacked = images_of(&content, &Limits::default())?;
         let shown = |one: Unpacked| (one.image.hash().to_owned(), one.caption);
         Ok(unpacked.into_iter().map(shown).collect())
     }
@@ -205,7 +141,6 @@ mod tests {
     fn images_are_unpacked_with_their_captions() {
         let hash = |bytes: &[u8]| hex::encode(Sha256::digest(bytes));
         let archive = zip(&[
-            ("set/", b"", false),
             ("set/10.png", b"ten", true),
             ("set/2.png", b"two", false),
             ("set/2.txt", b" on the\nbeach ", true),
@@ -248,9 +183,10 @@ mod tests {
         let many: Vec<(&str, &[u8], bool)> = names.iter().map(|name| (name.as_str(), &b"x"[..], false)).collect();
         assert_eq!(code(zip(&many)).0, "too_many_images");
         assert!(code(zip(&[("notes.txt", b"x", false)])).1.contains("without images"));
-        let many: Vec<(&str, &[u8], bool)> = (0..300).map(|_| ("a", &b""[..], false)).collect();
+        let names: Vec<String> = (0..300).map(|number| number.to_string()).collect();
+        let many: Vec<(&str, &[u8], bool)> = names.iter().map(|name| (name.as_str(), &b""[..], false)).collect();
         assert!(code(zip(&many)).1.contains("more than 256 files"));
-        // A file that says to be shorter than it is.
+        // An entry whose size in the directory is too small.
         let mut lying = zip(&[("1.png", b"some bytes", true)]);
         let directory = lying.windows(4).position(|bytes| bytes == b"PK\x01\x02").unwrap();
         lying[directory + 24] = 4;

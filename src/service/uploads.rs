@@ -1,7 +1,8 @@
 //! Files that are uploaded: received to disk under a budget, decoded one after another.
 
 use std::fs::File;
-use std::io::{Read as _, Seek as _};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use serde::{Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 use tokio::io::AsyncWriteExt as _;
 
-use super::archive::MAGIC;
+use super::archive::{Entry, MAGIC, unpack};
 use super::reference_images::image_error;
 use super::{Caller, Full, Service, Share};
 use crate::registry::blobs::content_hash;
@@ -32,17 +33,75 @@ pub struct Upload {
     /// For messages; empty where it has none.
     file_name: String,
     is_archive: bool,
+    /// The file is this entry of the archive that `content` is.
+    entry: Option<Entry>,
     content: Content,
 }
 
-#[derive(Debug)]
+/// The bytes of an upload, shared by the entries of an archive.
+#[derive(Debug, Clone)]
 pub(super) enum Content {
     Memory(Bytes),
-    /// It has no name: it is gone with this process, however that ends.
+    /// A file without a name, which the kernel removes with this process.
     Disk(
-        File,
+        Arc<File>,
         #[allow(dead_code, reason = "held until the file is closed")] Arc<Share>,
     ),
+}
+
+impl Content {
+    pub(super) fn reader(&self) -> std::io::Result<Reader<'_>> {
+        let length = match self {
+            Self::Memory(bytes) => bytes.len() as u64,
+            Self::Disk(file, _) => file.metadata()?.len(),
+        };
+        Ok(Reader {
+            content: self,
+            length,
+            position: 0,
+        })
+    }
+}
+
+/// A reader with a position of its own: the entries of an archive share its file.
+#[derive(Debug)]
+pub(super) struct Reader<'a> {
+    content: &'a Content,
+    length: u64,
+    position: u64,
+}
+
+impl Reader<'_> {
+    /// Length of the content in bytes.
+    pub(super) fn length(&self) -> u64 {
+        self.length
+    }
+}
+
+impl Read for Reader<'_> {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        let read = match self.content {
+            Content::Memory(bytes) => {
+                let start = usize::try_from(self.position.min(self.length)).unwrap_or(usize::MAX);
+                bytes.get(start..).unwrap_or_default().read(into)?
+            }
+            Content::Disk(file, _) => file.read_at(into, self.position)?,
+        };
+        self.position += read as u64;
+        Ok(read)
+    }
+}
+
+impl Seek for Reader<'_> {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        let position = match to {
+            SeekFrom::Start(position) => Some(position),
+            SeekFrom::End(offset) => self.length.checked_add_signed(offset),
+            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
+        };
+        self.position = position.ok_or(std::io::ErrorKind::InvalidInput)?;
+        Ok(self.position)
+    }
 }
 
 impl Upload {
@@ -52,22 +111,24 @@ impl Upload {
             hash: content_hash(&bytes),
             file_name,
             is_archive: bytes.starts_with(&MAGIC),
+            entry: None,
             content: Content::Memory(bytes),
         }
     }
 
-    /// A file of an archive.
-    pub(super) fn new(hash: String, file_name: String, content: Content) -> Self {
+    /// A file of an archive. It is unpacked when it is read.
+    pub(super) fn of_archive(hash: String, entry: Entry, archive: Content) -> Self {
         Self {
             hash,
-            file_name,
-            // Of archives in archives nothing is unpacked.
+            file_name: entry.name.clone(),
+            // Archives in archives are not unpacked.
             is_archive: false,
-            content,
+            entry: Some(entry),
+            content: archive,
         }
     }
 
-    /// Whether it is a ZIP archive, by how it begins.
+    /// Whether it is a ZIP archive, by its first bytes.
     pub fn is_archive(&self) -> bool {
         self.is_archive
     }
@@ -84,17 +145,41 @@ impl Upload {
     /// Bytes of the file, where it is in memory.
     #[cfg(feature = "fuzzing")]
     pub fn length(&self) -> usize {
-        match &self.content {
-            Content::Memory(bytes) => bytes.len(),
-            Content::Disk(..) => 0,
+        match (&self.content, &self.entry) {
+            (Content::Memory(_), Some(entry)) => usize::try_from(entry.size).unwrap_or(usize::MAX),
+            (Content::Memory(bytes), None) => bytes.len(),
+            (Content::Disk(..), _) => 0,
         }
     }
 
-    fn read(&mut self) -> std::io::Result<Bytes> {
-        match &mut self.content {
-            Content::Memory(bytes) => Ok(bytes.clone()),
-            Content::Disk(file, _) => read_all(file),
+    /// Length of the file in bytes.
+    fn size(&self) -> std::io::Result<u64> {
+        match &self.entry {
+            Some(entry) => Ok(entry.size),
+            None => Ok(self.content.reader()?.length()),
         }
+    }
+
+    fn read(&self) -> std::io::Result<Bytes> {
+        if let (Content::Memory(bytes), None) = (&self.content, &self.entry) {
+            return Ok(bytes.clone());
+        }
+        let mut reader = self.content.reader()?;
+        let mut bytes = Vec::with_capacity(usize::try_from(self.size()?).unwrap_or(0));
+        match &self.entry {
+            Some(entry) => {
+                // It was unpacked once for its hash: what fails now is the disk.
+                let unpacked = unpack(&mut reader, entry, entry.size, |piece| {
+                    bytes.extend_from_slice(piece);
+                    Ok(())
+                });
+                unpacked.map_err(std::io::Error::other)?;
+            }
+            None => {
+                reader.read_to_end(&mut bytes)?;
+            }
+        }
+        Ok(bytes.into())
     }
 }
 
@@ -171,7 +256,7 @@ impl Receiving {
         let content = match self.into {
             Target::Disk(mut file, space) => {
                 file.flush().await.map_err(Error::internal)?;
-                Content::Disk(file.into_std().await, space)
+                Content::Disk(Arc::new(file.into_std().await), space)
             }
             #[cfg(feature = "fuzzing")]
             Target::Memory(all) => Content::Memory(all.freeze()),
@@ -180,6 +265,7 @@ impl Receiving {
             hash: hex::encode(self.hash.finalize()),
             file_name: self.file_name,
             is_archive,
+            entry: None,
             content,
         })
     }
@@ -237,7 +323,7 @@ fn refused(full: Full) -> Error {
     Error::new(ErrorKind::Overloaded, code, message).retry_after(AGAIN)
 }
 
-/// Decodes a foreign image under `limits` and encodes it anew: what is stored carries none of the original's bytes.
+/// Decodes an untrusted image under `limits` and encodes it again: none of the original's bytes are stored.
 /// The new file is written to disk first: it and the pixels are not in memory at once.
 fn clean(bytes: Bytes, limits: &ImageLimits, folder: &Path) -> Result<Bytes, Fault> {
     let image = decode(&bytes, limits)?;
@@ -280,12 +366,11 @@ impl Service {
     /// # Errors
     /// `too_many_uploads`, `overloaded`
     pub async fn upload_memory(&self, caller: &Caller, bytes: u64) -> Result<Share, Error> {
-        let memory = self.shares.memory.take(caller.tenant, bytes, UPLOADING).await;
-        memory.map_err(refused)
+        self.image_memory(caller, bytes, UPLOADING).await
     }
 
-    /// Makes an uploaded file, the image at `index` of its form, the image that is stored. Decoding goes on when the
-    /// caller hangs up, and so does its hold on the tenant's turn and on memory.
+    /// Makes an uploaded file, the image at `index` of its form, the image that is stored. Decoding continues when the
+    /// client disconnects, and keeps the tenant's turn and its memory until it ends.
     ///
     /// # Errors
     /// What is wrong with the image; `too_many_uploads`, `overloaded`.
@@ -298,21 +383,23 @@ impl Service {
             .await
             .map_err(refused)?;
         let limits = self.limits.image;
-        let reading = tokio::task::spawn_blocking(move || {
+        // The file is read twice. Keeping it while waiting for the memory of its pixels would exceed the budget, and
+        // taking the budget in two parts could let two tenants wait for each other.
+        let length = upload.size().map_err(Error::internal)?;
+        let share = self.image_memory(caller, length, DECODING).await?;
+        let decoders = &self.shares.decoders;
+        let reading = decoders.run(move || {
             let bytes = upload.read()?;
-            let memory = working_memory(&bytes, &limits) + bytes.len() as u64;
-            Ok::<_, std::io::Error>((bytes, memory, turn, upload))
+            let needed = working_memory(&bytes, &limits) + length;
+            drop((bytes, share));
+            Ok::<_, std::io::Error>((needed, turn, upload))
         });
         let read = reading.await.map_err(Error::internal)?;
-        let (bytes, memory, turn, upload) = read.map_err(Error::internal)?;
-        let memory = self
-            .shares
-            .memory
-            .take(caller.tenant, memory, DECODING)
-            .await
-            .map_err(refused)?;
+        let (needed, turn, upload) = read.map_err(Error::internal)?;
+        let memory = self.image_memory(caller, needed, DECODING).await?;
         let shares = self.shares.clone();
-        let decoding = tokio::task::spawn_blocking(move || {
+        let decoding = decoders.run(move || {
+            let bytes = upload.read()?;
             // A copy in memory would outlive what is decoded from it.
             drop(upload);
             let png = clean(bytes, &limits, shares.folder())?;
@@ -327,5 +414,10 @@ impl Service {
             Err(Fault::Image(error)) => Err(image_error(&error, index, &file_name)),
             Err(Fault::Disk(error)) => Err(Error::internal(error)),
         }
+    }
+
+    async fn image_memory(&self, caller: &Caller, bytes: u64, within: Duration) -> Result<Share, Error> {
+        let memory = self.shares.decoders.memory(caller.tenant, bytes, within).await;
+        memory.map_err(refused)
     }
 }

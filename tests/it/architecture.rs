@@ -1,9 +1,9 @@
-//! Which module of the server may use which. What lies in other crates is held apart by the compiler.
+//! Which module of the server may use which. The boundaries of crates are enforced by the compiler.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// A module and the modules that it may use. Those of [`EVERYWHERE`] may be used everywhere.
+/// A module and the modules that it may use. Those in [`EVERYWHERE`] may be used everywhere.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("cluster", &["registry"]),
     ("jobs", &["cluster", "registry"]),
@@ -16,10 +16,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("client", &[]),
     ("config", &[]),
+    ("decoders", &[]),
     ("pool", &[]),
+    ("priority", &[]),
     ("telemetry", &[]),
 ];
-const EVERYWHERE: &[&str] = &["config", "pool", "telemetry"];
+const EVERYWHERE: &[&str] = &["config", "decoders", "pool", "priority", "telemetry"];
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(dir).unwrap() {
@@ -32,7 +34,7 @@ fn sources(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The code without the items that are for tests alone. What follows such an item counts.
+/// The code without test-only items. Code after such an item is kept.
 fn without_tests(text: &str) -> String {
     let mut code = String::new();
     let mut lines = text.lines();
@@ -43,8 +45,8 @@ fn without_tests(text: &str) -> String {
             code.push('\n');
             continue;
         }
-        // rustfmt's form: the item goes on with deeper lines, and ends with a line at its own depth that ends a statement or a
-        // block.
+        // In rustfmt's format the item continues with lines of deeper indentation, and ends with a line of its own
+        // indentation that ends a statement or a block.
         for line in lines.by_ref() {
             let depth = &line[..line.len() - line.trim_start().len()];
             let attribute = line.trim_start().starts_with("#[") || line.trim_start().starts_with("//");
@@ -63,7 +65,7 @@ fn code_after_a_test_item_is_checked() {
                 #[cfg(test)]\nmod m {\n    fn n() {\n        o();\n    }\n}\nfn p() {}\n";
     let kept = "use a;\nfn b() {\n    d();\n}\nstruct H {\n    k: L,\n}\nfn p() {}\n";
     assert_eq!(without_tests(text), kept);
-    // In the files themselves: nothing but what the attribute stands before is left out.
+    // In the real files, nothing but the items with the attribute is left out.
     for (file, code) in modules().into_values().flatten() {
         let text = std::fs::read_to_string(&file).unwrap();
         if !text.contains("#[cfg(test)]") {
@@ -140,7 +142,7 @@ fn modules_use_only_what_the_table_allows() {
     let mut faults = Vec::new();
     for (module, files) in modules() {
         if module == "registry" {
-            // The compiler sees to it: its crate depends on `coar-core` alone.
+            // The compiler enforces this: its crate depends only on `coar-core`.
             continue;
         }
         let allowed = MAY_USE
@@ -168,7 +170,7 @@ fn only_http_names_status_codes() {
     for (module, files) in modules() {
         for (file, code) in files {
             let named = |what: &str| {
-                // As a whole word: `watch::` is not `tch::`.
+                // Whole words only: `watch::` is not `tch::`.
                 let whole = |line: &str| {
                     line.match_indices(what)
                         .any(|(at, _)| !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_'))
@@ -176,7 +178,7 @@ fn only_http_names_status_codes() {
                 code.lines()
                     .any(|line| !line.trim_start().starts_with("//") && whole(line))
             };
-            // `cluster` has a listener of its own, between processes.
+            // `cluster` has a listener of its own for other processes.
             if named("StatusCode::") && !matches!(module.as_str(), "api" | "cluster") {
                 faults.push(format!("{}: names HTTP status codes", file.display()));
             }
@@ -185,12 +187,12 @@ fn only_http_names_status_codes() {
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
 }
 
-/// Lines of a function that ask for a second connection, or for the blob store, while a transaction is open.
+/// Lines of a function that use a second connection or the blob store while a transaction is open.
 fn outside_of_transaction(code: &str) -> Vec<&str> {
     let (mut open, mut found) = (false, Vec::new());
     for line in code.lines() {
         open |= line.contains("self.write().await");
-        // Committed, given up, or the end of the function.
+        // Committed, rolled back, or the end of the function.
         if line.contains("transaction.commit()") || line.contains("drop(transaction)") || line == "    }" {
             open = false;
         }
@@ -212,5 +214,5 @@ fn what_is_read_inside_a_transaction_is_read_through_it() {
         let found = outside_of_transaction(code);
         assert!(found.is_empty(), "{}: {found:#?}", file.display());
     }
-    assert!(transactions > 20, "the registry's way to begin one has another name");
+    assert!(transactions > 20, "transactions are no longer found by this name");
 }

@@ -34,7 +34,7 @@ pub enum BlobError {
     NoCredentials { profile: bool },
 }
 
-/// What names the credentials of S3, in this order. Without any of them, the metadata service of the cloud's machine is asked.
+/// Variables that name credentials for S3, in this order. Without any of them, the cloud's metadata service is used.
 const CREDENTIALS: &[&[&str]] = &[
     &["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"],
     &["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN"],
@@ -219,6 +219,26 @@ impl Blobs {
         }
     }
 
+    /// The first bytes of a blob, `length` at most, and the size of the whole in bytes. They are not verified.
+    ///
+    /// # Errors
+    /// When it is absent.
+    pub async fn first_bytes(&self, hash: &str, length: usize) -> Result<(Bytes, u64), BlobError> {
+        // A range would be refused for a blob that was truncated to nothing; a stream that is dropped reads no further.
+        let found = match self.store.get(&self.key(hash)).await {
+            Ok(found) => found,
+            Err(object_store::Error::NotFound { .. }) => return Err(BlobError::Missing(hash.to_owned())),
+            Err(error) => return Err(error.into()),
+        };
+        let size = found.meta.size;
+        let (mut first, mut stream) = (Vec::with_capacity(length), found.into_stream());
+        while first.len() < length {
+            let Some(chunk) = stream.try_next().await? else { break };
+            first.extend(chunk.iter().take(length - first.len()));
+        }
+        Ok((first.into(), size))
+    }
+
     /// The size of a blob; `None` if it is absent.
     ///
     /// # Errors
@@ -285,10 +305,13 @@ mod tests {
             blobs.get_within(&hash, 2).await,
             Err(BlobError::TooLarge(_, 3))
         ));
+        assert_eq!(blobs.first_bytes(&hash, 2).await.unwrap(), ("ab".into(), 3));
+        assert_eq!(blobs.first_bytes(&hash, 64).await.unwrap(), ("abc".into(), 3));
         std::fs::write(dir.path().join("ba").join(&hash), b"abd").unwrap();
         assert!(matches!(blobs.get(&hash).await, Err(BlobError::Damaged(_))));
         blobs.remove(&hash).await.unwrap();
         blobs.remove(&hash).await.unwrap();
         assert!(matches!(blobs.get(&hash).await, Err(BlobError::Missing(_))));
+        assert!(matches!(blobs.first_bytes(&hash, 2).await, Err(BlobError::Missing(_))));
     }
 }

@@ -79,8 +79,8 @@ pub(super) enum Ending {
     Deleted,
 }
 
-/// How codes are sampled. Another rule draws another image from the same seed, so it is part of the provenance; images without this
-/// entry were drawn by inverting the cumulative distribution.
+/// How codes are sampled. Another method draws another image from the same seed, so it is part of the provenance.
+/// Images without this entry were sampled by inverting the cumulative distribution.
 const SAMPLER: &str = "gumbel_max";
 
 /// Provenance for an image's metadata. The prompt is left out: it may be private, and images are shared.
@@ -162,7 +162,7 @@ impl Drawings {
                 None => end.await,
             };
             if matches!(ended, Err(RegistryError::LeaseLost)) {
-                // The caller has retried meanwhile, and another process owns the key.
+                // The caller has retried in the meantime, and another process owns the key.
                 let again = Ending::Failed(RegistryError::LeaseLost.into());
                 ended = self.end(generation, &running.images, again).await;
             }
@@ -215,7 +215,7 @@ impl Drawings {
                     let index = running.drawn.request().settings.first_index + index;
                     match self.finish_image(running, index, image).await {
                         Ok(()) => {}
-                        // The row was deleted meanwhile, or another process owns it.
+                        // The row was deleted in the meantime, or another process owns it.
                         Err(_) if live.cancel.is_cancelled() => return Ok(Ending::Deleted),
                         Err(error) if error.code == LEASE_LOST => return Ok(Ending::Deleted),
                         Err(error) => return Ok(Ending::Failed(error)),
@@ -327,7 +327,7 @@ impl Drawings {
         }
         generation.finished_at = Some(retry_transient!(RETRY_LONG_FOR, self.registry.lease_time().await)?);
         let delivery = self.webhooks.of_generation(generation, images);
-        // Retries for a long time: a row must not stay `running` for ever.
+        // Retries for a long time: a row must not stay `running` forever.
         let ended = retry_transient!(
             RETRY_LONG_FOR,
             self.registry.end_generation(generation, delivery.as_ref()).await

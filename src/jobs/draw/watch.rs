@@ -42,9 +42,9 @@ impl Drawings {
         Ok(())
     }
 
-    /// Supervises shared generations until `stop`: cancels those that another process owns or has ended, reports the
-    /// progress of its own, and recovers those of dead processes and those that carry this process's name although
-    /// it does not know them, because an answer of the database was lost.
+    /// Supervises shared generations until `stop`. Cancels those that another process owns or has ended, reports the
+    /// progress of its own, and recovers those of dead processes. Also recovers those that carry this process's name
+    /// but are unknown to it, because a response of the database was lost.
     pub async fn watch_over(self, stop: CancellationToken) {
         let shared = self.registry.backend() == Backend::Postgres;
         let mut tick = tokio::time::interval(WATCH);
@@ -75,7 +75,7 @@ impl Drawings {
     }
 
     /// Requeues generations that carry this process's name and have been unknown to it for [`UNKNOWN_FOR`];
-    /// `unknown` says since when.
+    /// `unknown` has the time since when.
     async fn requeue_unknown(&self, unknown: &mut HashMap<GenerationId, Instant>) -> Result<(), RegistryError> {
         let own = self.registry.own_generations().await?;
         let taken = *self.taken.lock().unwrap_or_else(PoisonError::into_inner);
