@@ -197,7 +197,7 @@ class Queue(Attack):
 
 
 class Silent:
-    """Takes web-hooks and never answers."""
+    """Takes webhooks and never answers."""
 
     def __init__(self):
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -211,7 +211,7 @@ class Silent:
 
 
 class Webhooks(Attack):
-    """Web-hooks without end for a receiver that takes them and never answers."""
+    """Webhooks without end for a receiver that takes them and never answers."""
 
     draws = True
 
@@ -407,7 +407,7 @@ ATTACKS = {
     "partials": Partials,
     "waits": Waits,
     "queue": Queue,
-    "web-hooks": Webhooks,
+    "webhooks": Webhooks,
     "lists": Lists,
     "prompts": Prompts,
     "cancellations": Cancellations,

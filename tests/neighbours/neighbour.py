@@ -22,13 +22,13 @@ GENERATION_PAUSE = 0.5
 OTHER_PAUSE = 0.2
 # What has not been answered then counts as not answered.
 PATIENCE = 20.0
-# For web-hooks that are still on their way when the time is over.
+# For webhooks that are still on their way when the time is over.
 HOOKS = 3.0
 IMAGE = (ROOT / "concepts/rex/1.png").read_bytes()
 
 
 class Hooks:
-    """Receives this tenant's web-hooks: when the one for a generation came."""
+    """Receives this tenant's webhooks: when the one for a generation came."""
 
     def __init__(self):
         self.lock, self.came, self.sent = threading.Lock(), {}, {}
@@ -55,7 +55,7 @@ class Hooks:
             self.sent[generation] = time.monotonic()
 
     def times(self) -> tuple[list[float], int]:
-        """Seconds from a generation's answer to its web-hook, and how many have not come. One that has not come has taken at least
+        """Seconds from a generation's answer to its webhook, and how many have not come. One that has not come has taken at least
         until now."""
         until = time.monotonic() + HOOKS
         while time.monotonic() < until and not self.sent.keys() <= self.came.keys():
@@ -154,7 +154,7 @@ class Neighbour:
             thread.start()
         for thread in threads:
             thread.join()
-        self.times["web-hook"], missing = self.hooks.times()
+        self.times["webhook"], missing = self.hooks.times()
         return {"times": self.times, "counts": {**self.counts, "hooks missing": missing}, "problems": self.problems}
 
 

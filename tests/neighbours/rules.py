@@ -7,13 +7,13 @@ MIB = 1 << 20
 # Of what is fair, and of a request that needs no device: for the noise of a machine with few cores.
 TOLERANCE, SLOWER = 1.1, 1.5
 # Reads wait for the processor alone, writes for the disk as well.
-FLOOR = {"generation": 0.025, "list": 0.025, "read": 0.025, "upload": 0.1, "cancel": 0.1, "delete": 0.1, "web-hook": 0.25}
+FLOOR = {"generation": 0.025, "list": 0.025, "read": 0.025, "upload": 0.1, "cancel": 0.1, "delete": 0.1, "webhook": 0.25}
 # A median hides a server that answers no more: no request but a generation may take so long.
 STALLED = 5.0
 MEMORY = 256 * MIB
 # Where the server has no quota of bytes.
 DISK = int(os.environ.get("DISK", "256")) * MIB
-KINDS = ("generation", "list", "read", "upload", "cancel", "delete", "web-hook")
+KINDS = ("generation", "list", "read", "upload", "cancel", "delete", "webhook")
 
 
 def fair(draws: bool, trains: bool, training_share: float) -> float:
@@ -47,7 +47,7 @@ def judge(attack, alone: dict, beside: dict, memory: dict, disk: int, quota: int
         }
         if now > most:
             exceeded.append(f"{kind} {now * 1000:.0f} ms, limit {most * 1000:.0f}")
-        if kind not in ("generation", "web-hook") and max(during) > STALLED:
+        if kind not in ("generation", "webhook") and max(during) > STALLED:
             exceeded.append(f"{kind}: one took {max(during):.1f} s, limit {STALLED:.0f}")
     counts = beside["counts"]
     for what, count in counts.items():
@@ -77,7 +77,7 @@ def attacker(counts: dict) -> str:
 
 
 HEAD = (
-    f"{'attack':14} {'generation':>12} {'list':>9} {'read':>9} {'upload':>11} {'cancel':>9} {'delete':>9} {'web-hook':>10}"
+    f"{'attack':14} {'generation':>12} {'list':>9} {'read':>9} {'upload':>11} {'cancel':>9} {'delete':>9} {'webhook':>10}"
     f" {'5xx':>4} {'ref.':>4} {'none':>4} {'peak':>6} {'+MiB':>6} {'disk':>6}  attacker"
 )
 
@@ -89,6 +89,6 @@ def line(name: str, row: dict) -> str:
     growth = max(entry["growth"] for entry in row["memory"].values()) // MIB
     return (
         f"{name:14} {cell('generation', 12)} {cell('list', 9)} {cell('read', 9)} {cell('upload', 11)} {cell('cancel', 9)}"
-        f" {cell('delete', 9)} {cell('web-hook', 10)} {counts['5xx']:>4} {counts['refused'] + counts['wrong']:>4}"
+        f" {cell('delete', 9)} {cell('webhook', 10)} {counts['5xx']:>4} {counts['refused'] + counts['wrong']:>4}"
         f" {counts['unanswered']:>4} {peak:>6} {growth:>6} {row['disk'] // MIB:>6}  {attacker(row['attacker']['counts'])}"
     )

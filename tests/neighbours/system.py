@@ -17,7 +17,7 @@ MIB = 1 << 20
 # One image at a time. On a CPU a step takes longer the more rows it has: with the default of 64 an image beside another tenant's takes
 # as long as a full batch, and no figure says whether turns are taken fairly.
 SERVE = shlex.split(os.environ.get("SERVE", "--rows 2"))
-# The attacker's web-hooks go to a receiver on this machine.
+# The attacker's webhooks go to a receiver on this machine.
 OPTIONS = ("--webhook-allow-private", *SERVE)
 
 
