@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# scripts/crate-tests.sh CRATE [ARGUMENT...]: the unit tests of one crate, as `make test` builds them. `cargo test -p CRATE` selects
-# fewer features of shared dependencies, and so compiles them again.
+# scripts/crate-tests.sh CRATE [ARGUMENT...]: runs the unit tests of one crate, as `make test` builds them. `cargo test -p CRATE` selects
+# fewer features of shared dependencies, and so recompiles them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 crate=$1

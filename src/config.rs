@@ -1,7 +1,7 @@
-//! What the operator decides. Every field is a `--flag`, a `COAR_*` variable and a key of the TOML file that `--config`
-//! names, all of one name: `--training-share`, `COAR_TRAINING_SHARE`, `training_share`. A flag wins over a variable, a
-//! variable over the file, the file over the default. The one secret is the password in the database's address, which is
-//! never shown: keys and signing secrets are in the database.
+//! The operator's configuration. Every field is a `--flag`, a `COAR_*` variable and a key of the TOML file in
+//! `--config`, under the same name: `--training-share`, `COAR_TRAINING_SHARE`, `training_share`. A flag has precedence
+//! over a variable, a variable over the file, the file over the default. The only secret is the password in the
+//! database's URL, which is never shown: keys and signing secrets are in the database.
 
 mod images;
 mod listen;
@@ -26,21 +26,21 @@ pub struct Config {
     #[arg(long = "config", env = "COAR_CONFIG", value_name = "FILE")]
     #[serde(skip)]
     pub file: Option<PathBuf>,
-    /// Address to listen on: HOST:PORT, [IPV6]:PORT, :PORT for all addresses, or unix:/PATH. Anything but loopback and a
-    /// Unix socket needs API keys: `coar keys create`.
+    /// Address to listen on: HOST:PORT, [IPV6]:PORT, :PORT for all addresses, or unix:/PATH. Any address but loopback
+    /// and a Unix socket requires an API key: `coar keys create`.
     #[arg(long, env = "COAR_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
     pub listen: ListenAddress,
-    /// `all`: everything in one process. `api`: answers HTTP and lets workers draw; needs --database and no device.
-    /// `worker`: draws and trains for all processes of one database, listens for them alone.
+    /// `all`: everything in one process. `api`: serves HTTP and sends generations to workers; needs --database and no
+    /// device. `worker`: generates and trains for the API processes that share its database, and serves only them.
     #[arg(long, env = "COAR_ROLE", default_value = "all")]
     pub role: Role,
     #[command(flatten)]
     #[serde(flatten)]
     pub storage: StorageArgs,
-    /// Let SQLite's database be on a network file system (NFS, SMB, 9p, …), where it can lose data.
+    /// Allow SQLite's database on a network file system (NFS, SMB, 9p, …), where it can lose data.
     #[arg(long, env = "COAR_DATA_ON_NETWORK", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub data_on_network: Switch,
-    /// Address on which a worker listens for API processes. They show a secret that is in the database.
+    /// Address on which a worker listens for API processes. They authenticate with a secret from the database.
     #[arg(
         long,
         env = "COAR_WORKER_LISTEN",
@@ -48,30 +48,32 @@ pub struct Config {
         value_name = "ADDRESS"
     )]
     pub worker_listen: SocketAddr,
-    /// How API processes reach this worker: http://10.0.0.7:8081. Default: this machine's name and --worker-listen's port.
+    /// Address at which API processes reach this worker, such as http://10.0.0.7:8081. Default: this machine's name and
+    /// the port of --worker-listen.
     #[arg(long, env = "COAR_ADVERTISE", value_name = "URL")]
     pub advertise: Option<String>,
-    /// How callers reach the server, where a proxy is in front of it: https://images.example.com. Begins the addresses
-    /// of images. Without it, the Host header of each request does.
+    /// Address at which clients reach the server, if it is behind a proxy: https://images.example.com. The addresses of
+    /// images begin with it. Default: http:// and the Host header of each request.
     #[arg(long, env = "COAR_PUBLIC_URL", value_name = "URL")]
     pub public_url: Option<String>,
     /// Hours for which generated images are kept.
     #[arg(long, env = "COAR_KEEP_IMAGES", default_value_t = 24, value_name = "HOURS")]
     pub keep_images: u32,
-    /// Whether images say in their metadata what made them: model, concepts, seed, settings; never the prompt.
+    /// Write into the metadata of images how they were made: model, concepts, seed, settings; never the prompt.
     #[arg(long, env = "COAR_PROVENANCE", default_value = "on")]
     pub provenance: Switch,
-    /// Lets web-hooks reach private, loopback and link-local addresses and any port: for tests and closed networks.
+    /// Allow webhooks to private, loopback and link-local addresses and to any port, for tests and closed networks.
     #[arg(long, env = "COAR_WEBHOOK_ALLOW_PRIVATE", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub webhook_allow_private: Switch,
-    /// Origins whose pages may call the API from a browser (https://app.example.com, app://obsidian.md), with commas
-    /// between; `*`: all.
+    /// Origins whose pages may call the API from a browser (https://app.example.com, app://obsidian.md), separated by
+    /// commas; `*`: all.
     #[arg(long, env = "COAR_CORS_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
     pub cors_origin: Vec<String>,
     #[command(flatten)]
     #[serde(flatten)]
     pub images: ImagesArgs,
-    /// Let anyone read /metrics; otherwise, once there are keys, those with the scope `metrics` or `admin` may.
+    /// Allow everyone to read /metrics. Otherwise, once there are keys, it needs one with the scope `metrics` or
+    /// `admin`.
     #[arg(long, env = "COAR_METRICS_OPEN", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub metrics_open: Switch,
     #[command(flatten)]
@@ -101,7 +103,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// The word.
+    /// The role's name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::All => "all",
@@ -117,7 +119,7 @@ pub struct StorageArgs {
     /// Folder of the database, images and concepts.
     #[arg(long, env = "COAR_DATA", default_value = "data", value_name = "DIR")]
     pub data: PathBuf,
-    /// postgres://user:password@host/database, for many processes. Default: SQLite in --data, for one.
+    /// postgres://user:password@host/database, for many processes. Default: SQLite in --data, for one process.
     #[arg(long, env = "COAR_DATABASE", value_name = "URL", hide_env_values = true)]
     #[serde(serialize_with = "without_password")]
     pub database: Option<String>,
@@ -127,7 +129,7 @@ pub struct StorageArgs {
     pub blobs: Option<String>,
 }
 
-/// An address as it may be shown.
+/// Serializes a URL without its password.
 fn without_password<S: serde::Serializer>(url: &Option<String>, serializer: S) -> Result<S::Ok, S::Error> {
     match url {
         None => serializer.serialize_none(),
@@ -135,12 +137,12 @@ fn without_password<S: serde::Serializer>(url: &Option<String>, serializer: S) -
     }
 }
 
-/// The same address with stars for the password; of what is no address only that it is there.
+/// A URL with stars in place of its password; a text that is no URL is replaced entirely.
 fn shown(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else {
         return "***".to_owned();
     };
-    // Parameters may hold a password too.
+    // Parameters may contain a password too.
     let rest = rest.split('?').next().unwrap_or("");
     match rest.rsplit_once('@') {
         None => format!("{scheme}://{rest}"),
@@ -151,7 +153,7 @@ fn shown(url: &str) -> String {
     }
 }
 
-/// A number of MiB, or what the program finds best.
+/// A number of MiB, or automatic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Memory {
@@ -161,7 +163,7 @@ pub enum Memory {
 }
 
 impl Memory {
-    /// Bytes, where the operator has said how many.
+    /// The size in bytes; `None` if it is automatic.
     pub fn bytes(self) -> Option<u64> {
         match self {
             Self::Auto => None,
@@ -207,19 +209,19 @@ impl Switch {
 /// How much each tenant may have and do at once; an administrator may say otherwise for one.
 #[derive(Debug, Clone, Copy, Args, Serialize)]
 pub struct QuotaArgs {
-    /// Concepts of each tenant; 0: any number.
+    /// Concepts of each tenant; 0: unlimited.
     #[arg(long, env = "COAR_QUOTA_CONCEPTS", default_value_t = 1000, value_name = "N")]
     pub quota_concepts: u32,
-    /// Trainings of each tenant that are queued or running; 0: any number.
+    /// Trainings of each tenant that are queued or running; 0: unlimited.
     #[arg(long, env = "COAR_QUOTA_TRAININGS", default_value_t = 100, value_name = "N")]
     pub quota_trainings: u32,
-    /// Generations of each tenant that are queued or running; 0: any number.
+    /// Generations of each tenant that are queued or running; 0: unlimited.
     #[arg(long, env = "COAR_QUOTA_REQUESTS_IN_FLIGHT", default_value_t = 64, value_name = "N")]
     pub quota_requests_in_flight: u32,
-    /// Images of each tenant in a minute; 0: any number.
+    /// Images per minute of each tenant; 0: unlimited.
     #[arg(long, env = "COAR_QUOTA_PICTURES_PER_MINUTE", default_value_t = 0, value_name = "N")]
     pub quota_pictures_per_minute: u32,
-    /// Requests of each tenant in a minute that make, start, check or cancel something; 0: any number.
+    /// Requests per minute of each tenant that create, start, check or cancel something; 0: unlimited.
     #[arg(
         long,
         env = "COAR_QUOTA_REQUESTS_PER_MINUTE",
@@ -227,8 +229,8 @@ pub struct QuotaArgs {
         value_name = "N"
     )]
     pub quota_requests_per_minute: u32,
-    /// MiB of reference images, concept files and kept images of each tenant beyond which it uploads nothing more; 0: any
-    /// number.
+    /// MiB of reference images, concept files and stored images of each tenant, above which its uploads are refused; 0:
+    /// unlimited.
     #[arg(long, env = "COAR_QUOTA_STORAGE", default_value_t = 10_240, value_name = "MIB")]
     pub quota_storage: u32,
 }
@@ -236,11 +238,11 @@ pub struct QuotaArgs {
 /// How much of all tenants together may wait. Many times what one of them may have.
 #[derive(Debug, Clone, Copy, Args, Serialize)]
 pub struct QueueArgs {
-    /// Trainings of all tenants that may wait. When so many do, only the tenant with the most is refused, with 429; at
-    /// twice as many, everybody.
+    /// Trainings of all tenants that may wait. At this limit, only the tenant with the most waiting trainings is
+    /// refused, with 429; at twice the limit, every tenant.
     #[arg(long, env = "COAR_QUEUED_TRAININGS", default_value_t = 1000, value_name = "N")]
     pub queued_trainings: u32,
-    /// Generations of all tenants that may wait without a client; refused in the same order.
+    /// Generations of all tenants that may wait without a client; refused by the same rule.
     #[arg(long, env = "COAR_QUEUED_GENERATIONS", default_value_t = 10_000, value_name = "N")]
     pub queued_generations: u32,
 }
@@ -248,41 +250,42 @@ pub struct QueueArgs {
 /// What one request may be, and how long it may take.
 #[derive(Debug, Clone, Copy, Args, Serialize)]
 pub struct LimitArgs {
-    /// The largest JSON body, in KiB.
+    /// Maximum size of a JSON body, in KiB.
     #[arg(long, env = "COAR_JSON_LIMIT", default_value_t = 1024, value_name = "KIB")]
     pub json_limit: usize,
-    /// The largest uploaded image, in MiB.
+    /// Maximum size of an uploaded image, in MiB.
     #[arg(long, env = "COAR_PICTURE_LIMIT", default_value_t = 20, value_name = "MIB")]
     pub picture_limit: usize,
-    /// The largest head of a request (method, path, headers), in KiB.
+    /// Maximum size of a request's head (method, path, headers), in KiB.
     #[arg(long, env = "COAR_HEADER_LIMIT", default_value_t = 32, value_name = "KIB")]
     pub header_limit: usize,
-    /// Seconds for which a connection may take to send the head of a request.
+    /// Seconds for a connection to send the head of a request.
     #[arg(long, env = "COAR_HEADER_TIMEOUT", default_value_t = 30, value_name = "SECONDS")]
     pub header_timeout: u64,
-    /// Seconds for which a connection may lie idle between two requests. Longer than a load balancer in front of the
-    /// server keeps its connections, most often 60.
+    /// Seconds for which a connection may be idle between two requests. Keep it above the time for which a load
+    /// balancer keeps idle connections, often 60.
     #[arg(long, env = "COAR_IDLE_TIMEOUT", default_value_t = 75, value_name = "SECONDS")]
     pub idle_timeout: u64,
     /// Seconds between two pieces of a body.
     #[arg(long, env = "COAR_BODY_TIMEOUT", default_value_t = 30, value_name = "SECONDS")]
     pub body_timeout: u64,
-    /// Seconds from a request's head to its answer's head, body and drawing included. Streams go on beyond it.
+    /// Seconds from the head of a request to the head of its response, including the request's body and the generation.
+    /// Streams may take longer.
     #[arg(long, env = "COAR_REQUEST_TIMEOUT", default_value_t = 600, value_name = "SECONDS")]
     pub request_timeout: u64,
-    /// Seconds for which a client may read nothing of an answer that is being sent to it.
+    /// Seconds for which a client may read nothing of a response that is being sent.
     #[arg(long, env = "COAR_WRITE_TIMEOUT", default_value_t = 60, value_name = "SECONDS")]
     pub write_timeout: u64,
-    /// Connections at once. A few more are accepted for health checks alone.
+    /// Concurrent connections. A few more are accepted for health checks.
     #[arg(long, env = "COAR_CONNECTIONS", default_value_t = 1024, value_name = "N")]
     pub connections: usize,
-    /// Event streams of each tenant at once, requests that wait for a generation's end included.
+    /// Concurrent event streams of each tenant, including requests that wait for the end of a generation.
     #[arg(long, env = "COAR_TENANT_STREAMS", default_value_t = 64, value_name = "N")]
     pub tenant_streams: u32,
-    /// Memory in MiB for what is uploaded and for decoding it. A tenant has at most half of it.
+    /// Memory in MiB for uploads and for decoding them. One tenant gets at most half.
     #[arg(long, env = "COAR_UPLOAD_MEMORY", default_value_t = 256, value_name = "MIB")]
     pub upload_memory: u32,
-    /// Disk space in MiB for forms that are being received. A tenant has at most half of it.
+    /// Disk space in MiB for forms that are being received. One tenant gets at most half.
     #[arg(long, env = "COAR_UPLOAD_SPACE", default_value_t = 1024, value_name = "MIB")]
     pub upload_space: u32,
 }
@@ -293,26 +296,28 @@ pub struct ModelArgs {
     /// Checkpoint folder (config.json, safetensors, tokenizer files). Default: the pocket model inside this binary.
     #[arg(long, env = "COAR_MODEL", value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Folder of text_tokenizer.json, vqgan.yaml and vqgan.ckpt where they lie apart from the checkpoint.
+    /// Folder of text_tokenizer.json, vqgan.yaml and vqgan.ckpt, if they are not in the checkpoint folder.
     #[arg(long, env = "COAR_TOKENIZER", value_name = "DIR")]
     pub tokenizer: Option<PathBuf>,
-    /// Image size in pixels that the checkpoint was trained for (512, 768, 1024). Default: what config.json says, or 512.
+    /// Image size in pixels that the checkpoint was trained for (512, 768, 1024). Default: the value in config.json, or
+    /// 512.
     #[arg(long, env = "COAR_TARGET_SIZE", value_name = "PIXELS")]
     pub target_size: Option<u32>,
     /// `auto`, `cpu` or `cuda:N`.
     #[arg(long, env = "COAR_DEVICE", default_value = "auto")]
     pub device: String,
-    /// `auto` (bf16 on an accelerator, and on a CPU with bf16 instructions for bf16 checkpoints; else f32), `f32`, `bf16` or `f16`.
+    /// `f32`, `bf16`, `f16` or `auto`: bf16 on an accelerator, and for bf16 checkpoints on a CPU with bf16
+    /// instructions; otherwise f32.
     #[arg(long, env = "COAR_DTYPE", default_value = "auto")]
     pub dtype: String,
-    /// Let a GPU round f32 to TF32 in image encoding and decoding: faster, but image codes and pixels are then not exactly
-    /// the CPU's.
+    /// Let a GPU round f32 to TF32 in image encoding and decoding: faster, but image codes and pixels then differ
+    /// slightly from the CPU's.
     #[arg(long, env = "COAR_TF32", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub tf32: Switch,
-    /// Threads for libtorch on the CPU; 0: as many as cores.
+    /// Threads for libtorch on the CPU; 0: one per core, but no more than the CPU quota of its control groups.
     #[arg(long, env = "COAR_THREADS", default_value_t = 0)]
     pub threads: i32,
-    /// Where the pocket model's files are unpacked. Default: the user's cache folder.
+    /// Folder for the unpacked files of the pocket model. Default: the user's cache folder.
     #[arg(long, env = "COAR_CACHE", value_name = "DIR")]
     pub cache: Option<PathBuf>,
 }
@@ -320,13 +325,13 @@ pub struct ModelArgs {
 /// How the device is shared among requests and trainings.
 #[derive(Debug, Clone, Args, Serialize)]
 pub struct EngineArgs {
-    /// Share of the device's time for trainings while images wait, 0 to 1. Without images they have all of it.
+    /// Share of the device's time for trainings while images wait, 0 to 1. If no images wait, trainings get all of it.
     #[arg(long, env = "COAR_TRAINING_SHARE", default_value_t = 0.5)]
     pub training_share: f64,
-    /// Trainings at once; more wait. They share the device's time, and each takes memory of its own.
+    /// Concurrent trainings; further ones wait. They share the device's time, and each needs memory of its own.
     #[arg(long, env = "COAR_TRAINING_SLOTS", default_value_t = 1, value_name = "N")]
     pub training_slots: usize,
-    /// Images that a training draws on its way, evenly spread over its steps, the last at its end; 0: none.
+    /// Images that are generated during a training, evenly spaced, the last at its end; 0: none.
     #[arg(long, env = "COAR_TRAINING_PREVIEWS", default_value_t = 4, value_name = "N")]
     pub training_previews: u32,
     /// Memory in MiB for the graph of one training step, or `auto`: half of what is free when a training begins. A
@@ -334,36 +339,38 @@ pub struct EngineArgs {
     /// same concept.
     #[arg(long, env = "COAR_TRAINING_MEMORY", default_value = "auto", value_name = "MIB", value_parser = mebibytes)]
     pub training_memory: Memory,
-    /// Memory for keys and values in MiB, taken once at the start: it bounds how many images are drawn at once. `auto` takes
-    /// what is free on a GPU when the model is loaded, less what image decoding and a training step that recomputes layers
-    /// need, but no more than `--rows` can use; on the CPU 2048.
+    /// Memory for keys and values in MiB, allocated once at startup. It limits how many images are generated
+    /// concurrently. `auto`: on a GPU, the memory that is free after the model is loaded, less what image decoding and
+    /// a training step that recomputes layers need, but no more than --rows can use; on the CPU 2048.
     #[arg(long, env = "COAR_KV_MEMORY", default_value = "auto", value_name = "MIB", value_parser = mebibytes)]
     pub kv_memory: Memory,
-    /// The most rows of the batch, whatever the memory admits; an image with guidance takes two.
+    /// Maximum rows of the batch, even if there is memory for more; an image with guidance takes two.
     #[arg(long, env = "COAR_ROWS", default_value_t = 64)]
     pub rows: usize,
-    /// Requests that may wait for rows; more are refused with 429.
+    /// Requests that may wait for rows; further ones are refused with 429.
     #[arg(long, env = "COAR_QUEUE", default_value_t = 512)]
     pub queue: usize,
-    /// Memory in MiB for concepts that stay on the device while they are not in use; as much again for parsed files on the host.
+    /// Memory in MiB for concepts that stay on the device while no request uses them, and as much again for parsed
+    /// concept files on the host.
     #[arg(long, env = "COAR_CONCEPT_MEMORY", default_value_t = 256, value_name = "MIB")]
     pub concept_memory: usize,
-    /// Images do not depend on who shares their batch even where libtorch's kernels would (a GPU, or a CPU without
-    /// AVX-512): every step has the shapes of the full batch, so choose --rows no larger than needed.
+    /// Make images independent of the other images in the batch, also where libtorch's kernels are not (on a GPU, or on
+    /// a CPU without AVX-512). Every step then has the shapes of the full batch, so choose --rows no larger than
+    /// needed.
     #[arg(long, env = "COAR_DETERMINISTIC", default_value = "off", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     pub deterministic: Switch,
-    /// Speculative decoding: tokens of each row in a decode step, up to 64. `auto` takes what pays at the current load, by
-    /// step times measured at startup; `off` takes one code at a time. Images are the same.
+    /// Speculative decoding: tokens of each row in a decode step, 2 to 64. `auto`: what pays at the current load, by
+    /// step times measured at startup. `off`: one code per step. Images do not depend on it.
     #[arg(long, env = "COAR_SPECULATE", default_value = "off", value_name = "auto|off|N")]
     pub speculate: Speculation,
 }
 
-/// Everything that is wrong with a configuration.
+/// All faults of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the configuration cannot be used:\n  {}", .0.join("\n  "))]
 pub struct Faults(pub Vec<String>);
 
-/// Whether it is `http(s)://host[:port]`, with a path where `path` admits one.
+/// Whether it is `http(s)://host[:port]`, with a path only if `path` is set.
 fn is_origin(text: &str, path: bool) -> bool {
     let Some(rest) = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://")) else {
         return false;
@@ -373,8 +380,8 @@ fn is_origin(text: &str, path: bool) -> bool {
     !host.is_empty() && plain && (path || host == rest)
 }
 
-/// Whether it is `scheme://host[:port]`, as browsers send it. Pages of applications and of browser extensions have schemes
-/// of their own: `app://obsidian.md`, `tauri://localhost`, `chrome-extension://…`.
+/// Whether it is `scheme://host[:port]`, as browsers send it. Applications and browser extensions have schemes of their
+/// own: `app://obsidian.md`, `tauri://localhost`, `chrome-extension://…`.
 fn is_page_origin(text: &str) -> bool {
     let Some((scheme, host)) = text.split_once("://") else {
         return false;
@@ -389,7 +396,8 @@ fn is_page_origin(text: &str) -> bool {
 }
 
 impl Config {
-    /// The settings that differ from their defaults, each as a line of TOML. Variables and files count as what they set.
+    /// The settings that differ from their defaults, each as a line of TOML, including those from variables and the
+    /// file.
     pub fn changed(&self) -> Vec<String> {
         let known = Self::augment_args(clap::Command::new("serve"));
         let is_default = |line: &str| {
@@ -499,7 +507,7 @@ impl Config {
         ] {
             check(key, (1..=1_000_000).contains(&number), "1 to 1000000", &number);
         }
-        // A hundred years of hours still fit into milliseconds.
+        // A hundred years in hours, which still fit into milliseconds.
         check(
             "keep_images",
             (1..=876_000).contains(&self.keep_images),
@@ -546,7 +554,7 @@ impl Config {
         if faults.is_empty() { Ok(()) } else { Err(Faults(faults)) }
     }
 
-    /// As a TOML file: what holds now, defaults included. Unset fields are absent.
+    /// The effective configuration as TOML, defaults included. Unset fields are absent.
     pub fn to_toml(&self) -> String {
         toml::to_string(self).unwrap_or_else(|error| format!("# cannot be shown: {error}\n"))
     }
@@ -557,15 +565,15 @@ impl Config {
     }
 }
 
-/// The settings of a TOML file, as texts that a flag would take. They become the defaults of the command line.
+/// The settings of a TOML file, as texts in the form of flags' values. They become the defaults of the command line.
 ///
 /// # Errors
-/// [`Faults`]: the file cannot be read, keys that are no settings, values of another type.
+/// [`Faults`]: the file cannot be read, unknown keys, values of another type.
 pub fn read_file(path: &Path) -> Result<Vec<(String, Vec<String>)>, Faults> {
-    let told = |problem: &dyn std::fmt::Display| Faults(vec![format!("{}: {problem}", path.display())]);
-    let text = std::fs::read_to_string(path).map_err(|error| told(&error))?;
-    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| told(&error))?;
-    // Variables are left out of the check: it is the file's.
+    let fault = |problem: &dyn std::fmt::Display| Faults(vec![format!("{}: {problem}", path.display())]);
+    let text = std::fs::read_to_string(path).map_err(|error| fault(&error))?;
+    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| fault(&error))?;
+    // Variables are ignored: only the file is checked.
     let command = Config::augment_args(Command::new("config").no_binary_name(true))
         .mut_args(|arg| arg.env(clap::builder::Resettable::Reset));
     let (mut settings, mut faults) = (Vec::new(), Vec::new());
@@ -594,7 +602,7 @@ pub fn read_file(path: &Path) -> Result<Vec<(String, Vec<String>)>, Faults> {
     }
 }
 
-/// A value as a flag would take it; a list as several.
+/// A value in the form of a flag's value; a list as several.
 fn texts(value: &toml::Value) -> Option<Vec<String>> {
     Some(match value {
         toml::Value::String(text) => vec![text.clone()],

@@ -4,7 +4,7 @@ fn main() -> std::process::ExitCode {
     #[cfg(feature = "device")]
     coar_engine::environment::with_library_settings();
     coar::client::install_tls();
-    // Answers the shell and ends, where the shell asks for completions.
+    // Prints completions and ends, if the shell requests them.
     coar::cli::complete();
     let outcome = coar::cli::Cli::read().map_err(Into::into).and_then(|cli| {
         let _telemetry = coar::telemetry::start(cli.log_format, cli.log_level());

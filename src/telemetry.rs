@@ -1,7 +1,7 @@
 //! Log lines and spans.
 //!
-//! Spans are opened at the boundaries of modules only: `http.request`, `service.generate`, `engine.queue`, `engine.prefill`,
-//! `engine.decode`, `vqgan.decode`, `job.run`, `train.slice`. A prompt or a key is never logged.
+//! Spans are opened only at the boundaries of modules: `http.request`, `service.generate`, `engine.queue`,
+//! `engine.prefill`, `engine.decode`, `vqgan.decode`, `job.run`, `train.slice`. A prompt or a key is never logged.
 
 #[cfg(feature = "otel")]
 mod otel;
@@ -22,7 +22,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// Held until the process ends: what is not exported yet is exported when it goes.
+/// Held until the process ends: remaining spans are exported when it is dropped.
 #[derive(Debug)]
 #[must_use = "spans are lost when it is dropped early"]
 pub struct Telemetry {
@@ -39,8 +39,8 @@ impl Drop for Telemetry {
     }
 }
 
-/// What COAR_LOG or RUST_LOG selects, else `level` and above. PostgreSQL's notices say at every start that the table of
-/// migrations exists.
+/// The filter in COAR_LOG or RUST_LOG, otherwise `level` and above. sqlx is limited to warnings, since PostgreSQL notes
+/// at every start that the table of migrations exists.
 fn filter(level: &str) -> EnvFilter {
     EnvFilter::try_from_env("COAR_LOG")
         .or_else(|_| EnvFilter::try_from_default_env())
@@ -64,16 +64,16 @@ fn lines(format: LogFormat, level: &str) -> Box<dyn Layer<Registry> + Send + Syn
     }
 }
 
-/// Starts logging to standard error; `COAR_LOG` (or `RUST_LOG`) chooses what, without it `level` does. Built with the feature `otel`, and where
-/// `OTEL_EXPORTER_OTLP_ENDPOINT` names a collector, spans go there too.
+/// Starts logging to standard error. `COAR_LOG` (or `RUST_LOG`) sets the filter, otherwise `level` does. With the
+/// feature `otel`, and if `OTEL_EXPORTER_OTLP_ENDPOINT` is set, spans are exported too.
 pub fn start(format: LogFormat, level: &str) -> Telemetry {
-    // The clock of the uptime starts here.
+    // The uptime is counted from here.
     let _ = coar_core::metrics::meters();
     let subscriber = tracing_subscriber::registry().with(lines(format, level));
     #[cfg(feature = "otel")]
     {
         let export = otel::Export::start();
-        // A second start (tests) is harmless: the first one stays.
+        // A second start (in tests) has no effect: the first one is kept.
         let _ = subscriber
             .with(export.as_ref().map(|export| export.layer().with_filter(filter(level))))
             .try_init();

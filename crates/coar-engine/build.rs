@@ -1,4 +1,4 @@
-//! Compiles what tch does not bind of libtorch, and tells the packages with binaries where libtorch was linked.
+//! Compiles the bindings to libtorch that tch lacks, and passes libtorch's location on to the packages with binaries.
 
 use std::path::{Path, PathBuf};
 
@@ -19,14 +19,14 @@ fn main() {
         .cpp(true)
         .std("c++17")
         .file(SOURCE)
-        // They are not ours: their warnings tell us nothing.
+        // Warnings in libtorch's headers are not ours to fix.
         .flag(format!("-isystem{}", include.display()))
         .flag(format!("-isystem{}", include.join("torch/csrc/api/include").display()))
         .warnings(true)
         .compile("coar_libtorch");
 }
 
-/// libtorch's headers: where `LIBTORCH_INCLUDE` says, as torch-sys has it, else beside its libraries.
+/// The folder of libtorch's headers: below `LIBTORCH_INCLUDE` as in torch-sys, otherwise beside the libraries.
 fn headers(lib: &Path) -> PathBuf {
     println!("cargo:rerun-if-changed={}", lib.display());
     let root = std::env::var_os("LIBTORCH_INCLUDE").map(PathBuf::from);

@@ -1,4 +1,4 @@
-//! A new migration is compiled in at the next build.
+//! Rebuilds the crate when a migration is added.
 
 fn main() {
     println!("cargo:rerun-if-changed=../../migrations");

@@ -1,5 +1,5 @@
-//! One program for all targets: `COAR_FUZZ` names the one that is fed. It counts what is allocated, and ends like a
-//! crash where a run takes more than its target may.
+//! One program for all targets: `COAR_FUZZ` selects one. Allocations are counted, and a run that exceeds its target's
+//! memory limit aborts, like a crash.
 #![no_main]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -15,7 +15,7 @@ static MOST: AtomicUsize = AtomicUsize::new(0);
 
 struct Counting;
 
-// SAFETY: everything is the system's; only sizes are added up.
+// SAFETY: every call is forwarded to the system allocator; only sizes are counted.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         MOST.fetch_max(NOW.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
@@ -44,12 +44,12 @@ static TARGET: LazyLock<&Target> = LazyLock::new(|| {
 });
 
 thread_local! {
-    /// What the last panic said, and where.
+    /// Message and location of the last panic.
     static SAID: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-// libFuzzer's own hook ends the process at every panic. Some are caught, where a decoder of others' is known to have them:
-// those that reach this far count.
+// libFuzzer's own hook aborts the process at every panic. Panics of third-party decoders that are known to panic are
+// caught in the code under test; only those that reach `catch_unwind` below are failures.
 libfuzzer_sys::fuzz_target!(
     init: {
         std::panic::set_hook(Box::new(|panic| SAID.with_borrow_mut(|said| *said = panic.to_string())));

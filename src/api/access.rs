@@ -1,6 +1,6 @@
-//! What is recorded of every request: one line in the log, its time and bytes in the metrics, a span around its handler.
+//! What is recorded for every request: one log line, its duration and bytes in the metrics, a span around its handler.
 //!
-//! The line is written when the answer's body has ended: it has the length and duration of streams, too.
+//! The line is written when the response body has ended, so that it includes the length and duration of streams.
 
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -18,18 +18,18 @@ use tracing::Instrument;
 use super::error::REQUEST_ID;
 use coar_core::metrics::meters;
 
-/// Who a request is from, once that is known. The key's identifier, never its secret.
+/// The authenticated caller of a request: the key's identifier, never its secret.
 #[derive(Debug)]
 struct Who {
     tenant: String,
     key: Option<String>,
 }
 
-/// A place in the request's extensions for the caller, once it is authenticated.
+/// A request extension that receives the caller after authentication.
 #[derive(Debug, Clone, Default)]
 struct Asker(Arc<OnceLock<Who>>);
 
-/// Names the tenant, and the identifier of the key, in the request's log lines and span.
+/// Records the tenant and the key's identifier in the request's log line and span.
 pub(super) fn identify(request: &Extensions, tenant: &str, key: Option<&str>) {
     let span = tracing::Span::current();
     span.record("tenant", tenant);
@@ -37,7 +37,7 @@ pub(super) fn identify(request: &Extensions, tenant: &str, key: Option<&str>) {
         span.record("key", key);
     }
     if let Some(Asker(place)) = request.get() {
-        // Known already: the first answer stays.
+        // Already set: the first value is kept.
         let _ = place.set(Who {
             tenant: tenant.to_owned(),
             key: key.map(str::to_owned),
@@ -45,7 +45,7 @@ pub(super) fn identify(request: &Extensions, tenant: &str, key: Option<&str>) {
     }
 }
 
-/// Methods that have a series of their own; anybody can invent others.
+/// Methods with a time series of their own. Clients can send any other token as a method.
 fn method_label(method: &Method) -> &'static str {
     match method.as_str() {
         "GET" => "GET",
@@ -69,13 +69,13 @@ fn status_class(status: u16) -> &'static str {
     }
 }
 
-/// Probes, scrapes and the files of the page are logged at debug level only.
+/// Probes, scrapes and Studio's files are logged at debug level only.
 const QUIET: [&str; 4] = ["/livez", "/readyz", "/metrics", "/studio/{file}"];
 
-/// The client has closed the connection (nginx's number).
+/// The client has closed the connection (nginx's status code).
 const CLIENT_CLOSED: u16 = 499;
 
-/// A request from its head to the end of its answer; the end is the drop.
+/// The log line of a request, begun with its head and written when it is dropped.
 #[derive(Debug)]
 struct Line {
     begun: Instant,
@@ -132,7 +132,7 @@ impl Drop for Line {
     }
 }
 
-/// A body that is counted while it passes.
+/// A body whose bytes are counted.
 struct Counted {
     body: Body,
     line: Line,
@@ -171,7 +171,7 @@ impl HttpBody for Counted {
 /// The outermost layer.
 pub(super) async fn observed(mut request: Request, next: Next) -> Response {
     let method = method_label(request.method());
-    // The template, not the path: paths hold names and identifiers of customers, and there is no end of them.
+    // The template, not the path: paths contain names and identifiers of customers, and their number is unbounded.
     let matched = request.extensions().get::<MatchedPath>();
     let route = matched.map_or("unmatched", MatchedPath::as_str).to_owned();
     let asker = Asker::default();
@@ -193,7 +193,7 @@ pub(super) async fn observed(mut request: Request, next: Next) -> Response {
         .and_then(|id| id.to_str().ok())
         .map(str::to_owned);
     let (parts, body) = response.into_parts();
-    // The answer to a HEAD has a length and no body.
+    // The response to a HEAD request has a length and no body.
     line.complete = body.is_end_stream() || method == "HEAD";
     Response::from_parts(parts, Body::new(Counted { body, line }))
 }

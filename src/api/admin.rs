@@ -52,7 +52,7 @@ impl From<Scope> for ScopeName {
     }
 }
 
-/// An API key, without its text.
+/// An API key, without its secret.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Key)]
 struct KeyObject {
@@ -60,23 +60,23 @@ struct KeyObject {
     id: String,
     #[schema(example = "key")]
     object: &'static str,
-    /// Name of the tenant that it belongs to.
+    /// Name of the tenant that the key belongs to.
     #[schema(example = "acme")]
     tenant: String,
-    /// What it is for.
+    /// What the key is for.
     #[schema(example = "web shop")]
     name: String,
-    /// How its text begins, to recognise it.
+    /// The beginning of the secret, to recognise the key.
     #[schema(example = "coar_k3v9x2ab")]
     prefix: String,
     scopes: Vec<ScopeName>,
     /// Unix seconds.
     created_at: i64,
-    /// Unix seconds; null: never.
+    /// Unix seconds; null: it never expires.
     expires_at: Option<i64>,
     /// Unix seconds; null: not revoked.
     revoked_at: Option<i64>,
-    /// Unix seconds, exact to a minute; null: never used.
+    /// Unix seconds, to within a minute; null: never used.
     last_used_at: Option<i64>,
 }
 
@@ -103,26 +103,26 @@ impl From<&ApiKey> for KeyObject {
 struct NewKeyObject {
     #[serde(flatten)]
     key: KeyObject,
-    /// The text to send as `Authorization: Bearer …`. It is shown here and never again.
+    /// The secret to send as `Authorization: Bearer …`. It is returned only once.
     #[schema(example = "coar_k3v9x2ab_0000000000000000000000000000000000000000000")]
     secret: String,
 }
 
-/// What a new key is to be. The handler reads it field by field; this is its description.
+/// A new key.
 #[derive(ToSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 struct CreateKey {
-    /// Name of a tenant that exists.
+    /// Name of an existing tenant.
     #[schema(example = "acme", pattern = "^[a-z0-9][a-z0-9-]{0,62}$")]
     tenant: String,
-    /// What it is for; at most 100 characters, none of them a control character.
+    /// What the key is for; at most 100 characters, without control characters.
     #[schema(example = "web shop", max_length = 100, pattern = r"^[^\x00-\x1f\x7f-\x9f]*$")]
     name: Option<String>,
     /// Default: read, generate, train.
     #[schema(min_items = 1)]
     scopes: Option<Vec<ScopeName>>,
-    /// Days after which it ends, 1 to 3650; default: never.
+    /// Days after which the key expires, 1 to 3650; default: never.
     #[schema(minimum = 1, maximum = 3650)]
     expires_in_days: Option<u32>,
 }
@@ -137,14 +137,14 @@ struct TenantObject {
     object: &'static str,
     #[schema(example = "acme")]
     name: String,
-    /// Signs this tenant's web-hooks (Standard Webhooks).
+    /// Secret that signs this tenant's webhooks (Standard Webhooks).
     webhook_secret: String,
     quotas: QuotasObject,
     /// Unix seconds.
     created_at: i64,
 }
 
-/// How much a tenant may have and do at once; null: the server's default; 0: any number.
+/// Quotas of a tenant. Null: the server's default; 0: unlimited.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Quotas)]
 struct QuotasObject {
@@ -155,9 +155,9 @@ struct QuotasObject {
     /// Generations that are queued or running.
     requests_in_flight: Option<u32>,
     pictures_per_minute: Option<u32>,
-    /// Requests that make, start, check or cancel something.
+    /// Requests that create, start, check or cancel something.
     requests_per_minute: Option<u32>,
-    /// Of reference images, concept files and kept images; beyond it nothing more is uploaded.
+    /// Bytes of reference images, concept files and stored images, above which uploads are refused.
     bytes: Option<u64>,
 }
 
@@ -181,7 +181,7 @@ impl From<&Tenant> for TenantObject {
     }
 }
 
-/// What a new tenant is to be.
+/// A new tenant.
 #[derive(ToSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
@@ -193,7 +193,7 @@ struct CreateTenant {
     quotas: Option<ChangeQuotas>,
 }
 
-/// What is to change.
+/// Changes to a tenant.
 #[derive(ToSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
@@ -202,7 +202,7 @@ struct ChangeTenant {
     quotas: Option<ChangeQuotas>,
 }
 
-/// Absent: stays. Null: the server's default. 0: any number.
+/// Changes to quotas. Absent: unchanged; null: the server's default; 0: unlimited.
 #[derive(ToSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
@@ -218,15 +218,15 @@ struct ChangeQuotas {
     requests_in_flight: Option<u32>,
     #[schema(maximum = 4294967295u64, example = 60)]
     pictures_per_minute: Option<u32>,
-    /// Requests that make, start, check or cancel something.
+    /// Requests that create, start, check or cancel something.
     #[schema(maximum = 4294967295u64, example = 600)]
     requests_per_minute: Option<u32>,
-    /// Of reference images, concept files and kept images; beyond it nothing more is uploaded.
+    /// Bytes of reference images, concept files and stored images, above which uploads are refused.
     #[schema(maximum = 9007199254740991u64, example = 10737418240u64)]
     bytes: Option<u64>,
 }
 
-/// More is not exact in every JSON reader.
+/// Many JSON parsers do not represent larger integers exactly.
 const BYTES_LIMIT: u64 = (1 << 53) - 1;
 
 fn quotas(fields: &mut Fields) -> Result<QuotaChange, Error> {
@@ -245,21 +245,21 @@ fn quotas(fields: &mut Fields) -> Result<QuotaChange, Error> {
     Ok(change)
 }
 
-/// Answers with secrets stay out of caches.
+/// Responses with secrets must not be cached.
 const NO_STORE: [(header::HeaderName, &str); 1] = [(header::CACHE_CONTROL, "no-store")];
 
 fn missing(name: &'static str) -> Error {
     Error::field("missing_parameter", name, "is missing")
 }
 
-/// Make a key
+/// Create a key
 ///
 /// Its secret is returned once and not stored. From the first key on, every request needs one.
 #[utoipa::path(
     post, path = "/v1/admin/keys", tag = "Administration", operation_id = "createKey",
     request_body = CreateKey,
     responses(
-        (status = 201, description = "The key with its text", body = NewKeyObject),
+        (status = 201, description = "The key with its secret", body = NewKeyObject),
         (status = 404, description = "`tenant_not_found`", body = ErrorBody),
     ),
 )]
@@ -294,7 +294,7 @@ async fn create_key(
 
 /// List keys
 ///
-/// Of all tenants, newest first, revoked and expired ones included.
+/// Keys of all tenants, newest first, including revoked and expired ones.
 #[utoipa::path(
     get, path = "/v1/admin/keys", tag = "Administration", operation_id = "listKeys",
     params(super::pagination::PageQuery),
@@ -311,7 +311,7 @@ async fn list_keys(
 
 /// Revoke a key
 ///
-/// It opens nothing from a second later on. It stays in the list.
+/// The key is refused after at most one second. It stays in the list.
 #[utoipa::path(
     delete, path = "/v1/admin/keys/{id}", tag = "Administration", operation_id = "revokeKey",
     params(("id" = String, Path, description = "The key's id")),
@@ -329,7 +329,7 @@ async fn revoke_key(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Make a tenant
+/// Create a tenant
 #[utoipa::path(
     post, path = "/v1/admin/tenants", tag = "Administration", operation_id = "createTenant",
     params(IdempotencyHeader), request_body = CreateTenant,
@@ -421,23 +421,24 @@ async fn change_tenant(
     Ok((NO_STORE, Json(TenantObject::from(&tenant))))
 }
 
-/// What a new web-hook secret is asked with.
+/// A request for a new webhook secret.
 #[derive(ToSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 struct ChangeWebhookSecret {
-    /// Hours for which the present secret signs beside the new one, 0 to 720.
+    /// Hours for which webhooks are signed with both the old and the new secret, 0 to 720.
     #[schema(minimum = 0, maximum = 720, default = 24)]
     keep_old_hours: Option<u32>,
 }
 
-/// Hours for which a web-hook secret signs beside its successor: unless the caller says otherwise, and at most.
+/// Hours for which a webhook secret still signs beside its successor: the default and the maximum.
 const KEEP_OLD_HOURS: u64 = 24;
 const KEEP_OLD_LIMIT: u64 = 720;
 
-/// Change a tenant's web-hook secret
+/// Change a tenant's webhook secret
 ///
-/// The answer has the new one. For a while web-hooks are signed with both, so that receivers can change theirs.
+/// The response contains the new secret. For `keep_old_hours`, webhooks are signed with both, so that receivers can
+/// change theirs.
 #[utoipa::path(
     post, path = "/v1/admin/tenants/{name}/webhook-secret", tag = "Administration", operation_id = "changeWebhookSecret",
     params(("name" = String, Path, description = "The tenant's name")),
@@ -463,8 +464,8 @@ async fn change_webhook_secret(
 
 /// Delete a tenant
 ///
-/// With its keys, concepts, trainings, generations and images. `default`, the caller's own tenant and the one with the
-/// last valid key of an administrator stay.
+/// Also deletes its keys, concepts, trainings, generations and images. `default`, the caller's own tenant and the
+/// tenant with the last valid key of an administrator cannot be deleted.
 #[utoipa::path(
     delete, path = "/v1/admin/tenants/{name}", tag = "Administration", operation_id = "deleteTenant",
     params(("name" = String, Path, description = "The tenant's name")),

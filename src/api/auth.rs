@@ -1,7 +1,7 @@
-//! Who asks, and whether they may: `Authorization: Bearer coar_…` becomes a [`Caller`].
+//! Authentication: `Authorization: Bearer coar_…` becomes a [`Caller`].
 //!
-//! The middleware refuses requests without a valid key, on every route that is not public. A handler then names the
-//! scope that it needs by taking [`Read`], [`Generate`], [`Train`] or [`Admin`]: there is no other way to a caller.
+//! The middleware refuses requests without a valid key on every route that is not public. A handler states the scope
+//! that it needs by taking [`Read`], [`Generate`], [`Train`] or [`Admin`]; there is no other way to get a caller.
 
 use axum::body::Body;
 use axum::extract::{FromRequestParts, Request, State};
@@ -17,27 +17,27 @@ use super::{ApiError, AppState};
 use crate::service::{Caller, Scope};
 use coar_core::error::Error;
 
-/// Public paths. Their answers contain nothing of any tenant.
+/// Public paths. Their responses contain no tenant's data.
 pub(super) fn is_public(path: &str) -> bool {
     matches!(
         path,
         "/" | "/livez" | "/readyz" | "/metrics" | "/openapi.json" | "/docs" | "/studio"
     )
-        // Signed addresses.
+        // Signed URLs.
         || path.starts_with("/v1/images/image_")
         || path.starts_with("/docs/")
         || path.starts_with("/studio/")
 }
 
-/// The text after `Bearer`, whose case does not matter.
+/// The token after `Bearer`, which is case-insensitive.
 pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, text) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| text.trim())
 }
 
-/// Adds the caller to the request's extensions, or refuses the request. A request that takes long, and a stream of events,
-/// end when the caller's key does.
+/// Adds the caller to the request's extensions, or refuses the request. Long requests and event streams end when the
+/// caller's key expires or is revoked.
 pub(super) async fn authenticate(State(state): State<AppState>, mut request: Request, next: Next) -> Response {
     if is_public(request.uri().path()) {
         return next.run(request).await;
@@ -54,7 +54,7 @@ pub(super) async fn authenticate(State(state): State<AppState>, mut request: Req
     identify(request.extensions(), &caller.tenant.to_string(), key.as_deref());
     request.extensions_mut().insert(caller);
     let response = match caller.key {
-        // The request that makes the first key has to get its answer.
+        // The request that creates the first key has to get its response.
         None => next.run(request).await,
         Some(_) => tokio::select! {
             biased;

@@ -1,9 +1,9 @@
-//! Requests that a foreign web page makes through the browser of a person who runs a server without keys.
+//! Requests that a foreign web page makes through the browser of a user who runs a server without keys.
 //!
-//! Such a server answers whatever reaches it, and a browser on the same machine reaches it for every page that is open in
-//! it. Two headers that scripts cannot set tell these requests apart: `Host`, which names the page's own site where that
-//! site's name was made to resolve to 127.0.0.1, and `Origin`. With keys none of this is needed: a browser sends no key
-//! by itself.
+//! Such a server answers every request that reaches it, and every page that is open in a browser on the same machine
+//! can reach it. Two headers that scripts cannot set identify these requests: `Host`, which contains the page's own
+//! site if that site's name was made to resolve to 127.0.0.1 (DNS rebinding), and `Origin`. With keys none of this is
+//! needed: a browser does not send a key on its own.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -20,24 +20,24 @@ use coar_core::error::{Error, ErrorKind};
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// What pages may be from, and what the server may be called.
+/// The allowed origins of pages, and the names of this server.
 #[derive(Debug)]
 pub(super) struct OwnNames {
-    /// `None`: a Unix socket.
+    /// `None` for a Unix socket.
     listens: Option<IpAddr>,
     /// Scheme and authority of `public_url`.
     public: Option<(String, Authority)>,
     cors_origin: Vec<String>,
 }
 
-/// An authority without the port that its scheme has anyway.
+/// Compares two authorities; a missing port is the default port of `scheme`.
 fn same_authority(one: &Authority, other: &Authority, scheme: &str) -> bool {
     let usual = if scheme.eq_ignore_ascii_case("https") { 443 } else { 80 };
     let port = |authority: &Authority| authority.port_u16().unwrap_or(usual);
     one.host().eq_ignore_ascii_case(other.host()) && port(one) == port(other)
 }
 
-/// `scheme://host[:port]`; `None` for `null` and whatever else is no origin of a page.
+/// `scheme://host[:port]`; `None` for `null` and everything else that is not the origin of a page.
 fn origin(text: &str) -> Option<(&str, Authority)> {
     let (scheme, rest) = text.split_once("://")?;
     Some((scheme, rest.parse().ok()?))
@@ -71,8 +71,8 @@ impl OwnNames {
         host.eq_ignore_ascii_case("localhost") || public.is_some_and(|public| public.eq_ignore_ascii_case(host))
     }
 
-    /// The names that a request has for the server are all its own. One without any is no browser's: those always send
-    /// `Host`.
+    /// Checks that every name by which the request addresses the server is one of its own. A request without a name
+    /// does not come from a browser: browsers always send `Host`.
     fn check_host(&self, uri: &Uri, headers: &HeaderMap) -> Result<(), Error> {
         let refuse = |name: &str| {
             let message = format!(
@@ -90,13 +90,13 @@ impl OwnNames {
         let Some(host) = sent.next() else { return Ok(()) };
         let text = host.to_str().unwrap_or("");
         match text.parse::<Authority>() {
-            // `user@host` is no Host header.
+            // `user@host` is not a valid Host header.
             Ok(authority) if sent.next().is_none() && !text.contains('@') && self.is_own_host(&authority) => Ok(()),
             _ => refuse(text),
         }
     }
 
-    /// Whether the operator has named the origin.
+    /// Whether the operator has allowed the origin.
     fn is_named_origin(&self, text: &str) -> bool {
         self.cors_origin.iter().any(|allowed| allowed == "*" || allowed == text)
     }
@@ -106,7 +106,7 @@ impl OwnNames {
         let Some((scheme, page)) = origin(text) else {
             return false;
         };
-        // The scheme of the page is not compared with the server's own: a proxy may speak TLS before it.
+        // The page's scheme is not compared with the server's own: TLS may end at a proxy.
         let own = host.is_some_and(|host| same_authority(host, &page, scheme));
         let public = self.public.as_ref().is_some_and(|(public_scheme, public)| {
             public_scheme.eq_ignore_ascii_case(scheme) && same_authority(public, &page, scheme)
@@ -114,11 +114,11 @@ impl OwnNames {
         own || public
     }
 
-    /// A request that changes something does not come from a foreign page.
+    /// Checks that a request that changes something does not come from a foreign page.
     fn check_origin(&self, headers: &HeaderMap) -> Result<(), Error> {
         let text = |name: &HeaderName| {
             let value = headers.get(name)?;
-            // What cannot be read is no origin that is allowed.
+            // A value that is not readable text is not an allowed origin.
             Some(value.to_str().unwrap_or("null"))
         };
         let host = text(&header::HOST).and_then(|host| host.parse().ok());
@@ -152,9 +152,9 @@ impl OwnNames {
     }
 }
 
-/// Refuses what foreign pages send, while callers need no key.
+/// Refuses requests of foreign pages while callers need no key.
 pub(super) async fn own_pages_only(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    // Probes name the server by its address in the cluster, and their responses contain nothing.
+    // Probes use the server's address in the cluster, and their responses contain no data.
     if is_health(request.uri().path()) {
         return next.run(request).await;
     }
@@ -233,7 +233,7 @@ mod tests {
         assert_eq!(verdict(&local, "GET", "/", &twice), "host_not_allowed");
         let absolute = verdict(&local, "GET", "http://evil.example/v1/models", &[("host", "localhost")]);
         assert_eq!(absolute, "host_not_allowed");
-        // Neither a browser nor a proxy before one leaves the name out.
+        // Browsers, and proxies in front of them, always send the name.
         assert_eq!(verdict(&local, "POST", "/", &[]), "");
         let forwarded = [("host", "evil.example"), ("x-forwarded-host", "localhost")];
         assert_eq!(verdict(&local, "GET", "/", &forwarded), "host_not_allowed");
@@ -266,7 +266,7 @@ mod tests {
                 &[("origin", "null")],
                 &[("origin", "")],
                 &[("origin", "file://")],
-                // Another program on the same machine, whatever page it shows.
+                // Another program on the same machine.
                 &[("origin", "http://localhost:3000"), ("sec-fetch-site", "same-site")],
                 &[("origin", "http://127.0.0.1:8080")],
                 &[("sec-fetch-site", "cross-site")],

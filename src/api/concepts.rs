@@ -39,7 +39,7 @@ fn form_limit(limits: &Limits) -> usize {
     limits.images * limits.image.bytes + FORM_EXTRA
 }
 
-/// How long a body says it is; one that does not say so may have `limit` bytes.
+/// The body's `Content-Length`; `limit` bytes without one.
 fn declared_length(headers: &HeaderMap, limit: usize) -> usize {
     let length = headers
         .get(header::CONTENT_LENGTH)
@@ -60,7 +60,7 @@ pub(super) fn routes(config: &Config) -> OpenApiRouter<AppState> {
         .routes(routes!(weights))
 }
 
-/// The answer of a route that makes a concept.
+/// The response of a route that creates a concept.
 pub(super) fn created(status: StatusCode, concept: ConceptObject, name: &str) -> Response {
     let location = [(header::LOCATION, format!("/v1/concepts/{name}"))];
     (status, location, Json(concept)).into_response()
@@ -68,7 +68,7 @@ pub(super) fn created(status: StatusCode, concept: ConceptObject, name: &str) ->
 
 /// Register a concept
 ///
-/// Stores the images and queues a training. The concept can be drawn with when its `status` is `ready`.
+/// Stores the images and queues a training. The concept can be used when its `status` is `ready`.
 #[utoipa::path(
     post, path = "/v1/concepts", tag = "Concepts", operation_id = "registerConcept",
     params(IdempotencyHeader),
@@ -104,7 +104,7 @@ async fn register(
         )
     })?;
     let registration = multipart::registration(form, &service.limits, Room::Disk(&service, &space)).await?;
-    // Each file keeps it as long as it is there.
+    // Each file keeps its share as long as it exists.
     drop(space);
     let content = content_of(&registration)?;
     let work = async move {
@@ -116,7 +116,7 @@ async fn register(
     once.run(&state, &caller, &content, work).await
 }
 
-/// Which concepts.
+/// Filters for concepts.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct ConceptQuery {
@@ -128,7 +128,7 @@ struct ConceptQuery {
     status: Option<String>,
 }
 
-/// A word of a query, parsed.
+/// An enumerated value of a query, parsed.
 pub(super) fn word<T: std::str::FromStr<Err = String>>(
     field: &'static str,
     text: Option<&String>,
@@ -179,7 +179,7 @@ async fn show(
 
 /// Change a concept
 ///
-/// Another name, description or metadata; or another of its versions to draw with, from the next request on.
+/// Changes its name, description, metadata or active version. Another version is used from the next request on.
 #[utoipa::path(
     patch, path = "/v1/concepts/{name}", tag = "Concepts", operation_id = "changeConcept",
     params(("name" = String, Path, description = "The concept's name or id", example = "rex")),
@@ -209,8 +209,7 @@ async fn change(
 
 /// Delete a concept
 ///
-/// With its images, all its versions, trainings and previews. A running training ends; a generation that has begun
-/// finishes.
+/// Also deletes its images, versions, trainings and previews. A running training ends; running generations finish.
 #[utoipa::path(
     delete, path = "/v1/concepts/{name}", tag = "Concepts", operation_id = "deleteConcept",
     params(("name" = String, Path, description = "The concept's name or id", example = "rex")),
@@ -228,15 +227,15 @@ async fn delete(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Which part of the versions.
+/// A page of versions.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 #[allow(dead_code)]
 struct VersionsQuery {
-    /// How many at most.
+    /// Maximum number of versions.
     #[param(minimum = 1, maximum = 100, default = 20)]
     limit: Option<u32>,
-    /// The last number of the part before.
+    /// The last number of the previous page.
     #[param(minimum = 0)]
     #[param(value_type = Option<u64>, maximum = 4_294_967_295_u32)]
     after: Option<u32>,
@@ -265,12 +264,12 @@ async fn versions(
 
 /// Show a reference image
 ///
-/// As it was stored: decoded, stripped of its metadata, and encoded anew.
+/// The image as it is stored: re-encoded, without metadata.
 #[utoipa::path(
     get, path = "/v1/concepts/{name}/images/{index}", tag = "Concepts", operation_id = "showReferenceImage",
     params(
         ("name" = String, Path, description = "The concept's name or id", example = "rex"),
-        ("index" = u32, Path, description = "From 0, below the concept's `images`", example = 0),
+        ("index" = u32, Path, description = "0 to the concept's `images` minus 1", example = 0),
     ),
     responses(
         (status = 200, description = "The image", body = File, content_type = "image/png"),
@@ -285,7 +284,7 @@ async fn image(
     Ok(png(state.service()?.reference_image(&caller, &name, &index).await?))
 }
 
-/// A PNG as an answer. Only its tenant may see it: shared caches must not store it.
+/// A PNG as a response. Only its tenant may see it: shared caches must not store it.
 pub(super) fn png(bytes: Bytes) -> Response {
     let headers = [(header::CONTENT_TYPE, "image/png"), (header::CACHE_CONTROL, "private")];
     (headers, bytes).into_response()
@@ -293,7 +292,8 @@ pub(super) fn png(bytes: Bytes) -> Response {
 
 /// Train a concept again
 ///
-/// Makes another version from the same images. Until it is there, and if it fails, the present one goes on serving.
+/// Makes another version from the same images. Until it is ready, and if the training fails, the current version stays
+/// active.
 #[utoipa::path(
     post, path = "/v1/concepts/{name}/trainings", tag = "Concepts", operation_id = "trainConcept",
     params(("name" = String, Path, description = "The concept's name or id", example = "rex"), IdempotencyHeader),
@@ -325,31 +325,31 @@ async fn train(
         seed: fields.integer("seed", 0..=u64::MAX)?,
         captions: fields.texts("captions")?,
     };
-    let told = Queued {
+    let queued = Queued {
         webhook_url: fields.text("webhook_url")?,
         priority: super::drawing::priority(&mut fields)?,
     };
     fields.finish()?;
     let service = state.service()?.clone();
     let work = async move {
-        let training = service.retrain(&caller, &name, settings, told).await?;
+        let training = service.retrain(&caller, &name, settings, queued).await?;
         Ok(super::trainings::accepted(&training))
     };
     once.run(&state, &caller, &content, work).await
 }
 
-/// Which version.
+/// A version.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct WeightsQuery {
-    /// Number of the version; without it, the one in use.
+    /// Number of the version. Default: the active version.
     #[param(value_type = Option<u32>, minimum = 1)]
     version: Option<String>,
 }
 
 /// Download a concept
 ///
-/// The concept file: safetensors with a described header. It can be imported on any server with the same base model.
+/// The response is a concept file in the safetensors format. It can be imported on any server with the same base model.
 #[utoipa::path(
     get, path = "/v1/concepts/{name}/weights", tag = "Concepts", operation_id = "downloadConcept",
     params(("name" = String, Path, description = "The concept's name or id", example = "rex"), WeightsQuery),
@@ -391,8 +391,8 @@ async fn weights(
     Ok((headers, bytes).into_response())
 }
 
-/// The file that is imported. Of one that is too large the rest is read as well, up to what any model's file may have: a
-/// client that still sends does not see an answer.
+/// Receives an imported file. If it is too large, the rest is read as well, up to the limit for any model: a client
+/// that is still sending would not read the response.
 async fn concept_file(body: Body, limit: usize) -> Result<Bytes, Error> {
     let (mut pieces, mut file, mut length) = (body.into_data_stream(), BytesMut::new(), 0);
     while let Some(piece) = pieces.next().await {
@@ -413,18 +413,18 @@ async fn concept_file(body: Body, limit: usize) -> Result<Bytes, Error> {
     Ok(file.freeze())
 }
 
-/// How an import is to be called.
+/// Options of an import.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct ImportQuery {
-    /// Name of the new concept; without it, the one in the file.
+    /// Name of the new concept. Default: the name in the file.
     #[param(example = "rex")]
     name: Option<String>,
 }
 
 /// Import a concept
 ///
-/// Makes a concept of a concept file. It is ready at once, and has no reference images.
+/// Creates a concept from a concept file. It is ready at once and has no reference images.
 #[utoipa::path(
     post, path = "/v1/concepts/import", tag = "Concepts", operation_id = "importConcept",
     params(ImportQuery, IdempotencyHeader),
@@ -452,7 +452,7 @@ async fn import(
     let bytes = 2 * declared_length(request.headers(), limit);
     let memory = service.upload_memory(&caller, bytes as u64).await?;
     let body = concept_file(request.into_body(), limit).await?;
-    // The route that is compared has the name: it is in the query.
+    // The concept's name is in the query, and so part of the route that is compared.
     let content = content_hash(&body);
     let work = async move {
         let _memory = memory;

@@ -1,4 +1,4 @@
-//! Objects as receivers of web-hooks get them: as the API answers them.
+//! Objects in webhooks, in the form of the API's responses.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::jobs::Describe;
 use crate::registry::{Generation, StoredImage, Training};
 use crate::service::Links;
 
-/// Addresses begin with `base`: there is no request whose Host header could be used.
+/// URLs begin with `base`: there is no request whose Host header could be used.
 #[derive(Debug)]
 struct Described {
     links: Arc<Links>,
@@ -20,7 +20,7 @@ struct Described {
 impl Describe for Described {
     fn generation(&self, generation: &Generation, images: &[StoredImage]) -> Value {
         let object = generation_object(generation, images, None, (&self.links, &self.base));
-        // Has no map with keys that are no strings, which is what could fail.
+        // Serialization fails only for maps with keys that are not strings, and there are none.
         serde_json::to_value(object).unwrap_or(Value::Null)
     }
 
@@ -29,7 +29,7 @@ impl Describe for Described {
     }
 }
 
-/// How web-hooks show objects; `base` is the server's own address, without a slash at its end.
+/// Describes objects for webhooks; `base` is the server's own URL, without a trailing slash.
 pub fn describe(links: Arc<Links>, base: &str) -> Arc<dyn Describe> {
     Arc::new(Described {
         links,

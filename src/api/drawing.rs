@@ -38,36 +38,36 @@ impl From<&GenerationConcept> for UsedConceptObject {
     }
 }
 
-/// What it cost, in tokens.
+/// Tokens that a request took.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Usage)]
 pub(super) struct UsageObject {
     #[schema(example = 168)]
     pub total_tokens: u64,
-    /// Of the prompt.
+    /// Tokens of the prompt.
     #[schema(example = 24)]
     pub input_tokens: u64,
-    /// Of the images.
+    /// Tokens of the images.
     #[schema(example = 144)]
     pub output_tokens: u64,
     pub input_tokens_details: InputTokens,
     pub output_tokens_details: OutputTokens,
 }
 
-/// What the input tokens are of.
+/// Input tokens by kind.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct InputTokens {
     #[schema(example = 24)]
     pub text_tokens: u64,
-    /// Always 0: images are no input.
+    /// Always 0: the model takes no images as input.
     #[schema(example = 0)]
     pub image_tokens: u64,
 }
 
-/// What the output tokens are of.
+/// Output tokens by kind.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct OutputTokens {
-    /// Always 0: the model writes no text.
+    /// Always 0: the model outputs no text.
     #[schema(example = 0)]
     pub text_tokens: u64,
     #[schema(example = 144)]
@@ -92,14 +92,14 @@ impl From<TokenUsage> for UsageObject {
     }
 }
 
-/// What both routes refuse.
+/// Errors of both routes.
 #[derive(IntoResponses)]
 #[allow(dead_code)]
 pub(super) enum DrawRefusals {
-    /// A parameter cannot be used: `param` names it
+    /// An invalid parameter, which `param` names
     #[response(status = 400)]
     Invalid(ErrorBody),
-    /// `concept_not_found`; in OpenAI's shape also `model_not_found`
+    /// `concept_not_found`; in OpenAI's format also `model_not_found`
     #[response(status = 404)]
     NotFound(ErrorBody),
     /// `concept_not_ready`
@@ -126,7 +126,7 @@ fn size(text: &str) -> Result<Option<(u32, u32)>, Error> {
     })
 }
 
-/// The seed; -1 asks for a random one, as leaving it out does.
+/// The seed; -1 or no value means a random one.
 fn seed(fields: &mut Fields) -> Result<Option<u64>, Error> {
     let Some(value) = fields.take("seed") else {
         return Ok(None);
@@ -141,13 +141,13 @@ fn seed(fields: &mut Fields) -> Result<Option<u64>, Error> {
     })
 }
 
-/// How urgent it is among those of its tenant.
+/// The priority among the tenant's own requests.
 pub(super) fn priority(fields: &mut Fields) -> Result<i32, Error> {
     let most = PRIORITY_LIMIT.unsigned_abs().into();
     Ok(fields.integer("priority", 0..=most)?.unwrap_or(0) as i32)
 }
 
-/// A word out of a list of them.
+/// One of the words in `known`.
 pub(super) fn word<T: Copy>(
     fields: &mut Fields,
     name: &'static str,
@@ -167,7 +167,7 @@ pub(super) fn word<T: Copy>(
     })
 }
 
-/// The parameters that both routes have.
+/// Reads the parameters that both routes have.
 pub(super) fn input(fields: &mut Fields) -> Result<GenerateInput, Error> {
     let formats = [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP].map(|format| (format.as_str(), format));
     let named = |name| NamedConcept {
@@ -204,7 +204,7 @@ pub(super) fn input(fields: &mut Fields) -> Result<GenerateInput, Error> {
     })
 }
 
-/// What the addresses of images begin with: what the operator says, or else how this caller reached the server.
+/// The base of image URLs: the configured public URL, otherwise the one by which this caller reached the server.
 pub(super) fn base(state: &AppState, headers: &HeaderMap) -> String {
     let host = || headers.get(header::HOST).and_then(|host| host.to_str().ok());
     match (&state.config().public_url, host()) {

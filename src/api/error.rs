@@ -1,4 +1,4 @@
-//! The one place that knows status codes, and the one JSON shape of errors: the OpenAI envelope with more facts in it.
+//! Status codes and the JSON form of errors: OpenAI's envelope with additional fields.
 
 use axum::extract::Request;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::openapi::{ErrorBody, ErrorFacts};
 use coar_core::error::{Error, ErrorKind};
 
-/// An error as an answer.
+/// An error as an HTTP response.
 #[derive(Debug)]
 pub(crate) struct ApiError(pub Error);
 
@@ -21,9 +21,9 @@ impl<E: Into<Error>> From<E> for ApiError {
 
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
-/// Seconds after which an overloaded or starting server is worth another try.
+/// Default `Retry-After` in seconds, for an overloaded or starting server.
 const RETRY_AFTER: u64 = 2;
-/// No answer sends its caller away for longer.
+/// Upper limit of `Retry-After` in seconds.
 const RETRY_AFTER_LIMIT: u64 = 120;
 
 fn status(kind: ErrorKind) -> (StatusCode, &'static str) {
@@ -48,7 +48,7 @@ tokio::task_local! {
     static REQUEST: String;
 }
 
-/// The id of the request at hand, while its answer is not begun.
+/// The id of the current request; `None` once its response has begun.
 pub(super) fn request_id() -> Option<String> {
     REQUEST.try_with(Clone::clone).ok()
 }
@@ -86,24 +86,24 @@ impl IntoResponse for ApiError {
                 drop(wait.map(|wait| headers.insert(header::RETRY_AFTER, wait.into())));
             }
             ErrorKind::Internal => {}
-            // The same request would be refused again; clients that retry 408 and 409 by default would wait for nothing.
+            // The same request would be refused again. Without this header some clients retry 408 and 409 by default.
             _ => drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"))),
         }
         response
     }
 }
 
-/// Work that is begun for this request and outlives it, under the same request id.
+/// Runs work that may outlive the current request, under the same request id.
 pub(super) fn in_request<F: Future>(work: F) -> impl Future<Output = F::Output> {
     let id = REQUEST.try_with(Clone::clone).unwrap_or_default();
     REQUEST.scope(id, work)
 }
 
-/// Bytes of a foreign error message that are passed on.
+/// Maximum length in bytes of an error message of the framework that is passed on.
 const FOREIGN_LIMIT: usize = 1024;
 
-/// Refusals of the framework's own (a path that is not UTF-8, an unreadable query) have their sentence as plain text;
-/// callers get all errors in one shape.
+/// The framework's own refusals (a path that is not UTF-8, an unreadable query) are plain text. This converts them to
+/// JSON, so that all errors have one form.
 async fn in_our_shape(response: Response) -> Response {
     let status = response.status();
     let is_json = response
@@ -137,7 +137,7 @@ async fn in_our_shape(response: Response) -> Response {
     ours
 }
 
-/// Takes over the caller's request id where it is plain, else makes one; answers carry it, errors name it.
+/// Uses the caller's request id if it has only safe characters, otherwise creates one. Responses and errors contain it.
 pub(super) async fn with_request_id(request: Request, next: Next) -> Response {
     let given = request.headers().get(&REQUEST_ID).and_then(|value| value.to_str().ok());
     let plain = |id: &&str| {

@@ -1,4 +1,4 @@
-//! A JSON body, field by field: every wrong type names its field, and nothing unknown passes silently.
+//! A JSON body, read field by field: a wrong type is reported with its field's name, and unknown fields are refused.
 
 use std::ops::RangeInclusive;
 
@@ -10,7 +10,7 @@ use super::{ApiError, AppState};
 use crate::registry::blobs::content_hash;
 use coar_core::error::{Error, ErrorKind};
 
-/// Up to here a 64-bit float is exact.
+/// Integers up to this limit are exact as 64-bit floats.
 const EXACT: f64 = 9_007_199_254_740_992.0;
 
 /// A JSON object whose fields are taken one by one.
@@ -33,7 +33,7 @@ impl FromRequest<AppState> for Fields {
     }
 }
 
-/// As [`Fields`], of a body that may be left out or null.
+/// Like [`Fields`], for a body that may be missing or null.
 pub(super) struct MaybeFields(pub Fields);
 
 impl FromRequest<AppState> for MaybeFields {
@@ -58,7 +58,7 @@ impl FromRequest<AppState> for MaybeFields {
     }
 }
 
-/// The error of a body that paused for too long, if that was it.
+/// `request_timeout` if reading the body failed because it paused for too long.
 pub(super) fn too_slow(error: &(dyn std::error::Error + 'static)) -> Option<Error> {
     let mut causes = std::iter::successors(Some(error), |cause| cause.source());
     let slow = causes.any(<dyn std::error::Error>::is::<tower_http::timeout::TimeoutError>);
@@ -81,7 +81,7 @@ pub(super) fn unread(error: &(dyn std::error::Error + 'static), limit: usize) ->
 /// A body as text, without the byte order mark that PowerShell and .NET write before UTF-8.
 fn utf8(bytes: &[u8]) -> Result<&str, String> {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    // JSON begins with ASCII: of UTF-16 one of the first two bytes is 0.
+    // JSON begins with an ASCII character: in UTF-16 one of the first two bytes is 0.
     if let [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [0, _, ..] | [_, 0, ..] = bytes {
         return Err("UTF-16; send it as UTF-8".to_owned());
     }
@@ -93,7 +93,7 @@ fn utf8(bytes: &[u8]) -> Result<&str, String> {
 }
 
 impl Fields {
-    /// The body of a request that says it is JSON.
+    /// The body of a request with a JSON content type.
     async fn bytes(request: Request, state: &AppState) -> Result<axum::body::Bytes, Error> {
         if !media_type(request.headers()).eq_ignore_ascii_case("application/json") {
             let message = "The body must be JSON, sent with `Content-Type: application/json`.";
@@ -124,18 +124,18 @@ impl Fields {
         }
     }
 
-    /// One field.
+    /// A body of one field.
     pub(super) fn of(name: &str, value: Value) -> Self {
         Self(Map::from_iter([(name.to_owned(), value)]))
     }
 
-    /// Hash of all that was sent, whatever the order and the spaces: what an idempotency key is compared by.
+    /// Hash of all parameters, independent of their order and of white space, by which idempotency keys are compared.
     pub(super) fn content(&self) -> String {
-        // A map of serde_json is sorted.
+        // The maps of serde_json are sorted.
         content_hash(Value::Object(self.0.clone()).to_string().as_bytes())
     }
 
-    /// A field, absent where it is missing or null.
+    /// Takes a field; `None` if it is missing or null.
     pub(super) fn take(&mut self, name: &'static str) -> Option<Value> {
         self.0.remove(name).filter(|value| !value.is_null())
     }
@@ -148,7 +148,7 @@ impl Fields {
         }
     }
 
-    /// As [`Self::text`], with null distinguished from absence: `Some(None)`.
+    /// Like [`Self::text`], but null is distinguished from absence: `Some(None)`.
     pub(super) fn nullable_text(&mut self, name: &'static str) -> Result<Option<Option<String>>, Error> {
         if self.0.get(name).is_some_and(Value::is_null) {
             self.0.remove(name);
@@ -157,7 +157,7 @@ impl Fields {
         Ok(self.text(name)?.map(Some))
     }
 
-    /// A text, absent where it is missing, null or empty: clients send `""` for what they leave out.
+    /// A text; `None` if it is missing, null or empty: some clients send `""` for a field that is not set.
     pub(super) fn filled_text(&mut self, name: &'static str) -> Result<Option<String>, Error> {
         Ok(self.text(name)?.filter(|text| !text.is_empty()))
     }
@@ -176,7 +176,7 @@ impl Fields {
         }
     }
 
-    /// An integer whose bounds are checked where they are known.
+    /// An integer whose bounds are checked later.
     pub(super) fn whole(&mut self, name: &'static str) -> Result<Option<u32>, Error> {
         let Some(value) = self.take(name) else { return Ok(None) };
         match integral(&value).map(u32::try_from) {
@@ -206,7 +206,7 @@ impl Fields {
             .ok_or_else(|| wrong_type(name, "true or false", &value))
     }
 
-    /// Words of a list.
+    /// A list of texts.
     pub(super) fn texts(&mut self, name: &'static str) -> Result<Option<Vec<String>>, Error> {
         let Some(value) = self.take(name) else { return Ok(None) };
         let words = value
@@ -218,7 +218,7 @@ impl Fields {
         }
     }
 
-    /// Fields of an object within.
+    /// The fields of a nested object.
     pub(super) fn object(&mut self, name: &'static str) -> Result<Option<Self>, Error> {
         match self.take(name) {
             None => Ok(None),
@@ -227,7 +227,7 @@ impl Fields {
         }
     }
 
-    /// As [`Self::integer`], with null distinguished from absence: `Some(None)`.
+    /// Like [`Self::integer`], but null is distinguished from absence: `Some(None)`.
     pub(super) fn nullable_integer<T: TryFrom<u64>>(
         &mut self,
         name: &'static str,
@@ -241,7 +241,7 @@ impl Fields {
         Ok(number.map(|number| T::try_from(number).ok()))
     }
 
-    /// Accepts a field of another API only where it asks for what happens anyway.
+    /// Accepts a field of another API only with the value that describes what coar does anyway.
     pub(super) fn no_op(&mut self, name: &'static str, accepted: &[&str]) -> Result<Option<String>, Error> {
         match self.filled_text(name)? {
             Some(value) if !accepted.contains(&value.as_str()) => Err(Error::field(
@@ -256,7 +256,7 @@ impl Fields {
         }
     }
 
-    /// Refuses what is left. A null says nothing: typed clients send one for every field that is not set.
+    /// Refuses unknown fields. Nulls are ignored: typed clients send one for every field that is not set.
     pub(super) fn finish(self) -> Result<(), Error> {
         match self.0.into_iter().find(|(_, value)| !value.is_null()) {
             None => Ok(()),
@@ -269,7 +269,7 @@ impl Fields {
     }
 }
 
-/// To JSON 2.0 is as good an integer as 2.
+/// An integer, also when it is written as 2.0.
 fn integral(value: &Value) -> Option<u64> {
     let exact = |number: &f64| number.fract() == 0.0 && (0.0..=EXACT).contains(number);
     value

@@ -1,4 +1,4 @@
-//! Bodies and heads of requests.
+//! Fuzz targets: bodies and heads of requests.
 
 use axum::body::Body;
 use axum::extract::{FromRequest as _, FromRequestParts as _, Multipart};
@@ -16,13 +16,13 @@ use crate::service::{Limits, Links, Room, Signed};
 use coar_core::ids::ConceptId;
 use coar_core::image::ImageLimits;
 
-/// What is needed of a future that waits for nothing.
+/// The result of a future that never waits.
 fn done<T>(future: impl Future<Output = T>) -> T {
-    future.now_or_never().expect("everything is there already")
+    future.now_or_never().expect("the future is ready")
 }
 
-/// A form with the boundary `x`, in pieces of a length that its first byte says. It is refused, or within its limits,
-/// and says the same in other pieces.
+/// A form with the boundary `x`, received in pieces whose length the first byte determines. It is refused, or is within
+/// its limits, and is read the same in other pieces.
 pub fn form(bytes: &[u8]) {
     let Some((&first, bytes)) = bytes.split_first() else {
         return;
@@ -43,7 +43,7 @@ pub fn form(bytes: &[u8]) {
             .header(header::CONTENT_TYPE, "multipart/form-data; boundary=x")
             .body(Body::from_stream(futures::stream::iter(pieces)))
             .expect("the request is well formed");
-        let form = done(Multipart::from_request(request, &())).expect("it is a form");
+        let form = done(Multipart::from_request(request, &())).expect("the request has a form");
         done(multipart::registration(form, &limits, Room::Memory))
     };
     let whole = read(bytes.len().max(1));
@@ -58,17 +58,17 @@ pub fn form(bytes: &[u8]) {
     }
 }
 
-/// The JSON body of a generation, and of everything that is read field by field.
+/// The JSON body of a generation, and everything else that is read field by field.
 pub fn json_body(bytes: &[u8]) {
     let Ok(mut fields) = Fields::parse(bytes) else { return };
     let content = fields.content();
     assert_eq!(content.len(), 64);
-    if let Ok(input) = generations::read(Fields::parse(bytes).expect("it was read before")) {
+    if let Ok(input) = generations::read(Fields::parse(bytes).expect("it was parsed before")) {
         assert!(input.draw.output_compression.is_none_or(|percent| percent <= 100));
         assert!(input.draw.partial_images.is_none_or(|count| count <= 3));
     }
     let _ = drawing::input(&mut fields);
-    let mut fields = Fields::parse(bytes).expect("it was read before");
+    let mut fields = Fields::parse(bytes).expect("it was parsed before");
     let _ = fields.nullable_text("description");
     let _ = fields.nullable_integer::<u32>("concepts", u64::from(u32::MAX));
     let _ = fields.no_op("background", &["auto"]);
@@ -79,8 +79,8 @@ pub fn json_body(bytes: &[u8]) {
     let _ = fields.finish();
 }
 
-/// A request's head: lines of it are `Idempotency-Key`, `Prefer`, `Accept`, `Content-Type`, the query, and an image's
-/// file name with its signature.
+/// A request's head. Its lines are `Idempotency-Key`, `Prefer`, `Accept`, `Content-Type`, `Host`, the query, and an
+/// image's file name with its signature.
 pub fn head(bytes: &[u8]) {
     let mut lines = bytes.split(|byte| *byte == b'\n');
     let mut next = || lines.next().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! `/v1/generations`: images that are kept; waited for, streamed, or fetched later.
+//! `/v1/generations`: images that are stored. Callers wait for them, stream them, or fetch them later.
 
 use std::time::Duration;
 
@@ -53,29 +53,30 @@ pub(super) fn read(mut fields: Fields) -> Result<GenerationInput, Error> {
     Ok(input)
 }
 
-/// What a new generation is asked with.
+/// The body of a request for a generation.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct CreateQuery {
-    /// `true`: only check the request, resolve its settings and count its cost.
+    /// `true`: only check the request, resolve its settings and count its tokens.
     #[param(value_type = Option<bool>)]
     validate_only: Option<String>,
 }
 
-/// Draw images and keep them
+/// Generate and store images
 ///
-/// Waits for the end, at most 60 seconds, unless `Prefer` says otherwise; with `Accept: text/event-stream` sends events:
-/// `queued`, `progress`, `partial_image`, `image`, and last `completed`, `failed` or `cancelled`. Who disconnects while
-/// waiting or listening cancels. What was answered with 202 goes on, also after a restart of the server.
+/// Waits for the end, for at most 60 seconds unless `Prefer` says otherwise. With `Accept: text/event-stream` it sends
+/// events: `queued`, `progress`, `partial_image`, `image`, and last `completed`, `failed` or `cancelled`. Disconnecting
+/// while waiting or listening cancels the generation. A generation that was answered with 202 continues, also after a
+/// restart of the server.
 #[utoipa::path(
     post, path = "/v1/generations", tag = "Generations", operation_id = "createGeneration",
     params(CreateQuery, PreferHeader, IdempotencyHeader),
     request_body = CreateGeneration,
     responses(
-        (status = 200, description = "It has ended; or events; or with `validate_only` what it would be", content(
+        (status = 200, description = "It has ended; or events; or with `validate_only` the checked request", content(
             (AnswerObject = "application/json"), (ServerEvent = "text/event-stream"),
         )),
-        (status = 202, description = "It goes on; `Location` is where to ask", body = GenerationObject),
+        (status = 202, description = "It continues; poll the address in `Location`", body = GenerationObject),
         DrawRefusals,
     ),
 )]
@@ -131,14 +132,14 @@ async fn create(
         }
     };
     if validate_only {
-        // Nothing is made, so there is nothing to replay.
+        // Nothing is created, so there is nothing to replay.
         return work.await;
     }
     let once = once.answering(Answers::Generation);
     once.run(&state, &caller, &content, work).await
 }
 
-/// The answer of a generation that goes on without its caller.
+/// The response for a generation that continues without its caller.
 pub(super) fn accepted(service: &Service, view: &GenerationView, base: &str) -> Response {
     let location = format!("/v1/generations/{}", view.generation.id);
     let mut response = (StatusCode::ACCEPTED, Json(object(service, view, base))).into_response();
@@ -148,7 +149,7 @@ pub(super) fn accepted(service: &Service, view: &GenerationView, base: &str) -> 
     response
 }
 
-/// Which generations.
+/// Filters for generations.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct ListQuery {
@@ -159,7 +160,7 @@ struct ListQuery {
 
 /// List generations
 ///
-/// Newest first, with their images. What was drawn through `/v1/images/generations` with `url` is among them.
+/// Newest first, with their images. The list includes requests to `/v1/images/generations` with `url`.
 #[utoipa::path(
     get, path = "/v1/generations", tag = "Generations", operation_id = "listGenerations",
     params(PageQuery, ListQuery),
@@ -196,7 +197,7 @@ async fn list(
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct WaitQuery {
-    /// Seconds to wait for its end, 0 to 60.
+    /// Seconds to wait for the end of the generation, 0 to 60.
     #[param(value_type = Option<u64>, minimum = 0, maximum = 60, default = 0)]
     wait: Option<String>,
 }
@@ -240,7 +241,7 @@ async fn show(
 
 /// Cancel a generation
 ///
-/// The device is free again at the next token. Images that are finished stay.
+/// Frees the device at the next token. Finished images are kept.
 #[utoipa::path(
     post, path = "/v1/generations/{id}/cancel", tag = "Generations", operation_id = "cancelGeneration",
     params(("id" = String, Path, description = "The generation's id")),
@@ -263,7 +264,7 @@ async fn cancel(
 
 /// Delete a generation
 ///
-/// With its images. One that has not ended is cancelled first.
+/// Also deletes its images. A generation that has not ended is cancelled first.
 #[utoipa::path(
     delete, path = "/v1/generations/{id}", tag = "Generations", operation_id = "deleteGeneration",
     params(("id" = String, Path, description = "The generation's id")),

@@ -1,4 +1,4 @@
-//! What every answer carries and every request is bound by: security headers, CORS, time limits.
+//! Common to all responses and requests: security headers, CORS, time limits.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use super::{ApiError, AppState};
 use coar_core::error::{Error, ErrorKind};
 
-/// Nothing that the API answers is a page.
+/// For API responses, none of which is a page.
 const API_POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
-/// The server's own pages: scripts and everything else from the server alone; `data:` and `blob:` images, and styles
-/// in attributes, which the documentation page has.
+/// For the server's own pages: scripts and everything else from the server alone, and what the documentation page
+/// needs: `data:` and `blob:` images, and style attributes.
 const PAGE_POLICY: &str = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; \
                            object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'";
 
@@ -22,7 +22,7 @@ fn is_page(path: &str) -> bool {
     path == "/" || ["/docs", "/studio"].iter().any(|page| path.starts_with(page))
 }
 
-/// Headers that keep browsers from doing more with an answer than showing it.
+/// Headers that restrict what browsers do with a response.
 pub(super) async fn security_headers(request: Request, next: Next) -> Response {
     let policy = if is_page(request.uri().path()) {
         PAGE_POLICY
@@ -44,7 +44,7 @@ pub(super) async fn security_headers(request: Request, next: Next) -> Response {
     response
 }
 
-/// Ends requests whose answer does not begin in time. Dropping the handler cancels its drawing.
+/// Ends requests whose response does not begin in time. Dropping the handler cancels its generation.
 pub(super) async fn time_limit(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let limit = state.config().limits.request_timeout;
     match tokio::time::timeout(Duration::from_secs(limit), next.run(request)).await {
@@ -56,7 +56,7 @@ pub(super) async fn time_limit(State(state): State<AppState>, request: Request, 
     }
 }
 
-/// The origins that may call from a browser; without any, browsers of other origins get nothing.
+/// The origins that may call from a browser; without any, other origins are not allowed.
 pub(super) fn cors(origins: &[String]) -> CorsLayer {
     let layer = CorsLayer::new();
     if origins.is_empty() {
@@ -77,8 +77,7 @@ pub(super) fn cors(origins: &[String]) -> CorsLayer {
     layer
         .allow_origin(origin)
         .allow_methods([Method::GET, Method::POST, Method::PATCH, Method::DELETE])
-        // Whatever is asked for: SDKs send headers of their own (`x-stainless-…`), and who may call is decided by origin
-        // and key.
+        // All headers: SDKs send headers of their own (`x-stainless-…`), and access is decided by origin and key.
         .allow_headers(AllowHeaders::mirror_request())
         .expose_headers(exposed.map(HeaderName::from_static).collect::<Vec<_>>())
         .max_age(Duration::from_secs(600))

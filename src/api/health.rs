@@ -1,4 +1,4 @@
-//! `/livez` says that the process runs, `/readyz` that requests are served. Neither asks the device.
+//! `/livez`: the process is running. `/readyz`: it serves requests. Neither uses the device.
 
 use axum::Json;
 use axum::extract::State;
@@ -16,12 +16,12 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(live)).routes(routes!(ready))
 }
 
-/// Whether a path is one of these.
+/// Whether a path is one of these two.
 pub(super) fn is_health(path: &str) -> bool {
     matches!(path, "/livez" | "/readyz")
 }
 
-/// How the server is.
+/// State of the server.
 #[derive(Debug, Serialize, ToSchema)]
 struct HealthStatus {
     /// `live` or `ready`.
@@ -32,7 +32,7 @@ struct HealthStatus {
 /// Is the process alive?
 #[utoipa::path(
     get, path = "/livez", tag = "Health", operation_id = "live", security(()),
-    responses((status = 200, description = "It is", body = HealthStatus)),
+    responses((status = 200, description = "The process is alive", body = HealthStatus)),
 )]
 async fn live() -> Json<HealthStatus> {
     Json(HealthStatus { status: "live" })
@@ -42,7 +42,7 @@ async fn live() -> Json<HealthStatus> {
 #[utoipa::path(
     get, path = "/readyz", tag = "Health", operation_id = "ready", security(()),
     responses(
-        (status = 200, description = "They are", body = HealthStatus),
+        (status = 200, description = "Requests are served", body = HealthStatus),
         (status = 503, description = "`loading`, `stopping`, `engine_stuck` or `engine_stopped`", body = ErrorBody),
     ),
 )]

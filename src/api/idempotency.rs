@@ -1,6 +1,6 @@
-//! `Idempotency-Key`: a POST that is sent again makes nothing again, it gets the first answer.
+//! `Idempotency-Key`: repeating a POST creates nothing again; it gets the first response.
 //!
-//! A handler takes [`Once`] and hands [`Once::run`] what was sent and the work:
+//! A handler takes [`Once`] and passes the request's content and the work to [`Once::run`]:
 //!
 //! ```ignore
 //! async fn create(State(state): State<AppState>, Generate(caller): Generate, once: Once, fields: Fields)
@@ -11,14 +11,15 @@
 //! }
 //! ```
 //!
-//! and its description names [`IdempotencyHeader`] among the `params(…)`. Routes that draw use it like that, event
-//! streams included: the events go on to the caller as they come and are kept for the next one. Forms are compared by
-//! what was read of them: [`content_of`].
+//! and its description names [`IdempotencyHeader`] among the `params(…)`. Routes that draw use it like this, including
+//! those with event streams: events are forwarded as they arrive and kept for a retry. Forms are compared by their
+//! parsed content: [`content_of`].
 //!
-//! Successful answers of up to 8 MiB are kept for a day, those with images in them no longer than images are kept. A
-//! refusal frees the key, since nothing was made. The answer of a generation is dropped when the generation is deleted.
-//! What is made has the key from the start: a process that dies before it answers makes nothing twice. The work of a
-//! request with a key goes on when its caller disconnects: a caller that sends a key intends to come back for the answer.
+//! Successful responses of up to 8 MiB are kept for a day, those with images no longer than images are kept. A refusal
+//! frees the key, since nothing was created. The response of a generation is dropped when the generation is deleted.
+//! Created objects carry the key from the start: if a process dies before it responds, a retry creates nothing twice.
+//! The work of a request with a key continues when its caller disconnects: a caller that sends a key intends to come
+//! back for the response.
 
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
@@ -46,21 +47,21 @@ use coar_core::ids::GenerationId;
 
 const KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
-/// The header as callers write it, in errors.
+/// The header's name in errors.
 const PARAM: &str = "Idempotency-Key";
-/// Characters of a key.
+/// Maximum length of a key.
 const KEY_LIMIT: usize = 255;
-/// First answers are kept for a day.
+/// Responses are kept for a day.
 const KEPT_MS: i64 = 24 * 60 * 60 * 1000;
-/// A request whose process died frees its key after so long at the latest.
+/// The key of a request whose process died is free after at most this time.
 const LEASE_MS: i64 = 15_000;
 const RENEWAL: Duration = Duration::from_secs(4);
-/// A database that does not take an answer is asked again for so long, so often.
+/// How long and how often storing a response is retried when the database fails.
 const PATIENCE: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_millis(300);
-/// Larger answers are given, but not kept: a retry learns what has happened.
+/// Larger responses are sent, but not kept: a retry gets the created object, or an error.
 const ANSWER_LIMIT: usize = 8 << 20;
-/// Pieces of an event stream that wait for a slow caller.
+/// Capacity in pieces of an event stream's buffer for a slow caller.
 const PIECES: usize = 16;
 
 /// For a route's description.
@@ -68,26 +69,26 @@ const PIECES: usize = 16;
 #[into_params(parameter_in = Header)]
 #[allow(dead_code)]
 pub(super) struct IdempotencyHeader {
-    /// 1 to 255 printable ASCII characters of the caller's choice. The same key with the same content gets the first
-    /// answer again, for 24 hours, with `idempotency-replayed: true`; with other content 422 `idempotency_key_reused`;
-    /// while the first still runs 409 `idempotency_in_progress`.
+    /// 1 to 255 printable ASCII characters. For 24 hours, the same key with the same content returns the first response
+    /// again, with `idempotency-replayed: true`. With other content it is refused with 422 `idempotency_key_reused`;
+    /// while the first request is running, with 409 `idempotency_in_progress`.
     #[param(rename = "Idempotency-Key", min_length = 1, max_length = 255, pattern = "^[ -~]+$")]
     key: Option<String>,
 }
 
-/// What a route answers with, where it succeeds.
+/// What a successful response of a route contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answers {
-    /// With what it has made, by its identifier.
+    /// The object that was created, which has an identifier.
     Resource,
-    /// With a generation, or with its events, which may have images in them.
+    /// A generation or its events, which may contain images.
     Generation,
-    /// With images that nothing refers to: there is no identifier that a retry could be answered with.
+    /// Only images, without an identifier by which a retry could be answered.
     Images,
 }
 
 impl Answers {
-    /// How long a first answer is kept, where images are kept for `images`: one that has them in it no longer than they.
+    /// How long a response is kept if images are kept for `images`: one that may contain images no longer than they.
     fn keep_ms(self, images: Duration) -> i64 {
         match self {
             Self::Resource => KEPT_MS,
@@ -96,11 +97,11 @@ impl Answers {
     }
 }
 
-/// An extension of a response that contains a generation, or its events: deleting the generation deletes the stored response.
+/// A response extension for a generation or its events: deleting the generation deletes the stored response.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct OfGeneration(pub(super) GenerationId);
 
-/// The caller's key, if one was sent, and the route that it is for.
+/// The caller's key, if one was sent, and the route that it applies to.
 #[derive(Debug)]
 pub(super) struct Once {
     key: Option<String>,
@@ -141,27 +142,27 @@ fn plain(value: &HeaderValue) -> Result<String, Error> {
     Err(Error::field("invalid_value", PARAM, problem).limit(KEY_LIMIT as u64))
 }
 
-/// The hash of something parsed, for comparison.
+/// The hash of a parsed body, for comparison.
 ///
 /// # Errors
-/// When it cannot be written as JSON, which would be a mistake of ours.
+/// When it cannot be serialized, which would be a bug.
 pub(super) fn content_of(parsed: &impl Serialize) -> Result<String, Error> {
     let text = serde_json::to_vec(parsed).map_err(Error::internal)?;
     Ok(content_hash(&text))
 }
 
 impl Once {
-    /// Says what the route answers with; without it [`Answers::Resource`].
+    /// Sets how the route answers; the default is [`Answers::Resource`].
     pub(super) fn answering(mut self, answers: Answers) -> Self {
         self.answers = answers;
         self
     }
 
-    /// Does the work, unless it was done before under the caller's key with the same content. Without a key, just does
-    /// it; dropping the future cancels it then.
+    /// Does the work, unless it was already done under the caller's key with the same content. Without a key it only
+    /// does the work, and dropping the future cancels it.
     ///
     /// # Errors
-    /// `idempotency_key_reused`, `idempotency_in_progress`; as the work.
+    /// `idempotency_key_reused`, `idempotency_in_progress`; those of the work.
     pub(super) async fn run<F>(
         self,
         state: &AppState,
@@ -206,7 +207,7 @@ impl Once {
     }
 }
 
-/// What a process has made that died before it answered, in its present state.
+/// The response for an object whose process died before it responded: the object in its current state.
 async fn made_before(state: &AppState, caller: &Caller, headers: &HeaderMap, made: Made) -> Result<Response, ApiError> {
     let service = state.service()?;
     let mut response = match made {
@@ -226,7 +227,7 @@ async fn made_before(state: &AppState, caller: &Caller, headers: &HeaderMap, mad
     Ok(response)
 }
 
-/// A stored answer as an answer.
+/// A stored response as a response.
 fn again(stored: StoredAnswer) -> Result<Response, Error> {
     let mut response = Response::new(Body::from(stored.body));
     *response.status_mut() = StatusCode::from_u16(stored.status).map_err(Error::internal)?;
@@ -243,7 +244,7 @@ fn again(stored: StoredAnswer) -> Result<Response, Error> {
     Ok(response)
 }
 
-/// What is kept of an answer, without its body.
+/// The stored part of a response, without its body.
 fn head_of(response: &Response) -> StoredAnswer {
     let text = |headers: &HeaderMap, name| headers.get(name)?.to_str().ok().map(str::to_owned);
     StoredAnswer {
@@ -254,18 +255,18 @@ fn head_of(response: &Response) -> StoredAnswer {
     }
 }
 
-/// A request that is the first with its key.
+/// The first request with its key.
 struct First {
     registry: Registry,
     claim: KeyClaim,
     answers: Answers,
-    /// How long the answer is kept.
+    /// How long the response is kept, in milliseconds.
     keep_ms: i64,
     answer: oneshot::Sender<Result<Response, ApiError>>,
 }
 
 impl First {
-    /// Works while keeping the lease.
+    /// Does the work while renewing the lease.
     async fn work(self, work: impl Future<Output = Result<Response, ApiError>> + Send) {
         let Self {
             registry,
@@ -276,13 +277,13 @@ impl First {
         } = self;
         let keep = async |head, body| keep(&registry, &claim, keep_ms, head, body).await;
         let working = async {
-            // What is made bears the key, unless a retry could not be answered with it.
+            // What is created carries the key, unless a retry could not be answered with it.
             let outcome = match answers != Answers::Images {
                 true => AssertUnwindSafe(claim.clone().under(work)).catch_unwind().await,
                 false => AssertUnwindSafe(work).catch_unwind().await,
             };
             let outcome = outcome.unwrap_or_else(|_| Err(Error::internal("a handler panicked").into()));
-            // Below, a caller that is gone leaves its answer to the next one.
+            // From here on, the response is kept for a retry if the caller has disconnected.
             match outcome {
                 Ok(response) if response.status().is_success() => {
                     let generation = response.extensions().get().map(|OfGeneration(id)| *id);
@@ -328,23 +329,24 @@ async fn keep_lease(registry: &Registry, claim: &KeyClaim) -> Infallible {
         tokio::time::sleep(RENEWAL).await;
         match registry.renew_key(claim, LEASE_MS).await {
             Ok(()) => {}
-            // The answer is just being stored, or another has begun anew; what this one stores is without effect then.
+            // The response is already being stored, or another request has acquired the key; this one's response will
+            // not be stored then.
             Err(RegistryError::LeaseLost) => std::future::pending().await,
             Err(error) => tracing::warn!(%error, "the lease of an idempotency key could not be renewed"),
         }
     }
 }
 
-/// What there is of an answer's body when it has ended.
+/// What was collected of a response body.
 #[derive(Debug, PartialEq, Eq)]
 enum Collected {
     Whole(Bytes),
-    /// So many bytes, at least.
+    /// The length in bytes, at least.
     TooLarge(usize),
     Broken,
 }
 
-/// Hands every piece to the caller, as long as there is one, and collects them.
+/// Forwards every piece to the caller, while it is connected, and collects them.
 async fn pass_on(body: Body, onward: mpsc::Sender<Result<Bytes, axum::Error>>) -> Collected {
     let mut pieces = body.into_data_stream();
     let (mut all, mut length, mut broken) = (Vec::new(), 0, false);
@@ -359,7 +361,7 @@ async fn pass_on(body: Body, onward: mpsc::Sender<Result<Bytes, axum::Error>>) -
             }
             Err(_) => broken = true,
         }
-        // A caller that is gone does not end the work.
+        // The work continues when its caller disconnects.
         let _ = onward.send(piece).await;
     }
     match length {
@@ -369,7 +371,7 @@ async fn pass_on(body: Body, onward: mpsc::Sender<Result<Bytes, axum::Error>>) -
     }
 }
 
-/// Stands for an answer that is not kept and that nothing can be answered with instead.
+/// The error in place of a response that was not kept and has no substitute.
 async fn not_kept(bytes: usize) -> (StoredAnswer, Bytes) {
     let limit = ANSWER_LIMIT >> 20;
     let problem = format!(
@@ -407,13 +409,13 @@ async fn keep(
     if let Some(id) = generation {
         match registry.note_made(claim, id).await {
             Ok(true) => {}
-            // It was deleted meanwhile, and its answer with it.
+            // The generation was deleted in the meantime, and its response with it.
             Ok(false) => return release(registry, claim).await,
             Err(error) => tracing::warn!(%error, "an answer could not be bound to its generation"),
         }
     }
     let (answer, since) = (StoredAnswer { body, ..head }, Instant::now());
-    // The work is done: an answer that is not kept would have it done twice.
+    // The work is done: without a stored response, a retry would do it again.
     while let Err(error) = registry.store_answer(claim, &answer, keep_ms).await {
         if !error.is_transient() || since.elapsed() > PATIENCE {
             return tracing::error!(%error, "an answer could not be kept for its idempotency key");

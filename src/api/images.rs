@@ -1,4 +1,4 @@
-//! `/v1/images/{file}`: stored images at their signed addresses.
+//! `/v1/images/{file}`: stored images at their signed URLs.
 
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -18,7 +18,7 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(download))
 }
 
-/// What signs an address.
+/// The signature of an address.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct SignedQuery {
@@ -32,8 +32,8 @@ struct SignedQuery {
 
 /// Fetch an image
 ///
-/// At the address that a generation's answer names; it needs no key, and works until it expires. Nothing at it changes:
-/// it may be cached until then.
+/// Use the address in a response. It needs no key and is valid until it expires. Its content never changes, so it may
+/// be cached until then.
 #[utoipa::path(
     get, path = "/v1/images/{file}", tag = "Images", operation_id = "fetchImage", security(()),
     params(
@@ -45,9 +45,9 @@ struct SignedQuery {
         (status = 200, description = "The file", content(
             (Vec<u8> = "image/png"), (Vec<u8> = "image/jpeg"), (Vec<u8> = "image/webp"),
         )),
-        (status = 304, description = "The caller has it"),
+        (status = 304, description = "Not modified"),
         (status = 403, description = "`address_expired`", body = ErrorBody),
-        (status = 404, description = "`image_not_found`: no such image, or not so signed", body = ErrorBody),
+        (status = 404, description = "`image_not_found`: no such image, or a wrong signature", body = ErrorBody),
     ),
 )]
 async fn download(

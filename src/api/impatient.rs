@@ -1,4 +1,4 @@
-//! A connection that breaks off when its client reads nothing for too long.
+//! A connection that fails when its client reads nothing for too long.
 
 use std::io::{Error, ErrorKind, IoSlice, Result};
 use std::pin::Pin;
@@ -85,7 +85,7 @@ mod tests {
     #[tokio::test]
     async fn only_a_reader_that_reads_nothing_is_given_up() {
         let (ours, mut theirs) = tokio::io::duplex(16);
-        // It has to be waited for again and again, but it reads.
+        // The writer has to wait repeatedly, but the peer keeps reading.
         let mut ours = Impatient::new(ours, Duration::from_secs(3600));
         let reading = tokio::spawn(async move {
             for _ in 0..16 {
@@ -96,7 +96,7 @@ mod tests {
         });
         ours.write_all(&[0; 16 * 8]).await.unwrap();
         let _theirs = reading.await.unwrap();
-        assert!(ours.until.is_none(), "what was written ends the wait");
+        assert!(ours.until.is_none(), "a completed write ends the wait");
         ours.patience = Duration::from_millis(1);
         ours.write_all(&[0; 16]).await.unwrap();
         let error = ours.write_all(&[0; 1]).await.unwrap_err();

@@ -1,4 +1,4 @@
-//! Connections: accepted up to a number, under time limits that slow clients cannot stretch.
+//! Connections: accepted up to a limit, with timeouts that slow clients cannot extend.
 
 mod activity;
 mod socket;
@@ -31,12 +31,12 @@ use coar_core::error::{Error, ErrorKind};
 pub use socket::Listener;
 use socket::Stream;
 
-/// After a failure to accept (no more file descriptors) the next attempt waits for so long.
+/// The pause after a failed accept (such as too many open files).
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Connections beyond the limit on which only health is answered: a full server is not a dead one.
+/// Connections beyond the limit that only answer health routes, so that a full server does not look dead.
 const RESERVED: usize = 16;
-/// How long such a connection may take to send a head.
+/// Time for a reserved connection to send a request's head.
 const RESERVED_HEAD: Duration = Duration::from_secs(3);
 
 /// How connections are served.
@@ -45,13 +45,13 @@ struct Serving {
     http: http1::Builder,
     router: Router,
     phases: PhaseLimits,
-    /// How long a client may read nothing.
+    /// How long a client may read nothing of a response.
     patience: Duration,
     connections: usize,
     closing: CancellationToken,
 }
 
-/// The answer to everything but health on a connection beyond the limit.
+/// The response to everything but health routes on a connection beyond the limit.
 fn full(connections: usize) -> Response {
     let message = format!("All {connections} connections are in use; try again soon.");
     let error = Error::new(ErrorKind::Unavailable, "too_many_connections", message);
@@ -59,10 +59,10 @@ fn full(connections: usize) -> Response {
     ApiError(error).into_response()
 }
 
-/// Serves `router` on `listener` until `closing`; returns when the requests that run then have ended. Handlers find the
+/// Serves `router` on `listener` until `closing`; returns when the running requests have ended. Handlers find the
 /// peer's address as `ConnectInfo<SocketAddr>`.
 ///
-/// `axum::serve` has no limit for the time that a request's head may take, nor for its size.
+/// `axum::serve` limits neither the time for a request's head nor its size.
 pub async fn listen(listener: Listener, router: Router, limits: &LimitArgs, closing: CancellationToken) {
     let mut http = http1::Builder::new();
     // hyper's own limit also ends idle connections: see `activity`.
@@ -83,7 +83,7 @@ pub async fn listen(listener: Listener, router: Router, limits: &LimitArgs, clos
     let tasks = TaskTracker::new();
     loop {
         let accepted = async {
-            // An ordinary slot where there is one. The semaphores are never closed.
+            // An ordinary slot if there is one. The semaphores are never closed.
             let (slot, reserved) = tokio::select! {
                 biased;
                 slot = slots.clone().acquire_owned() => (slot.ok()?, false),
@@ -103,7 +103,7 @@ pub async fn listen(listener: Listener, router: Router, limits: &LimitArgs, clos
                 None => break,
             },
         };
-        // A slot may have become free while this one waited for its connection.
+        // A slot may have become free while this one waited for a connection.
         if reserved && let Ok(free) = slots.clone().try_acquire_owned() {
             (slot, reserved) = (free, false);
         }
@@ -121,8 +121,8 @@ pub async fn listen(listener: Listener, router: Router, limits: &LimitArgs, clos
 }
 
 impl Serving {
-    /// Serves one connection until it ends, expires, or `closing` and its last answer has been sent. A reserved one has
-    /// one request, for health.
+    /// Serves one connection until it ends or expires, or until `closing`, after its last response. A reserved
+    /// connection serves one request, for a health route.
     async fn serve(self, stream: Stream, peer: SocketAddr, reserved: bool) -> hyper::Result<()> {
         let phases = match reserved {
             true => PhaseLimits {
@@ -165,7 +165,7 @@ impl Serving {
                     if phase != Phase::Idle {
                         return Ok(());
                     }
-                    // Ends an idle connection at once, and lets a request go on that has come in this moment.
+                    // Closes an idle connection at once; a request that has just arrived is completed.
                     connection.as_mut().graceful_shutdown();
                     activity.enter(Phase::Head);
                 }

@@ -1,4 +1,4 @@
-//! `/metrics`: Prometheus' text format. Asks no device, and answers while the model is loading.
+//! `/metrics` in Prometheus' text format. It does not use the device and works while the model is loading.
 
 use axum::Router;
 use axum::extract::State;
@@ -15,8 +15,8 @@ pub(super) fn routes() -> Router<AppState> {
     Router::new().route("/metrics", get(scrape))
 }
 
-/// The numbers are those of all tenants: with keys, reading them needs the scope `metrics` or `admin`, unless the operator
-/// opens them. From loopback too: a proxy on the same machine calls from there for everybody.
+/// The numbers cover all tenants: if there are keys, reading them needs the scope `metrics` or `admin`, unless the
+/// operator makes them public. Loopback is no exception: a proxy on the same machine calls from there for all clients.
 async fn scrape(State(state): State<AppState>, headers: HeaderMap) -> Result<impl IntoResponse, ApiError> {
     if !state.config().metrics_open.is_on() {
         let caller = state.keys.authenticate(bearer(&headers)).await?;

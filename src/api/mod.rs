@@ -57,22 +57,22 @@ pub use describe::describe;
 pub(crate) use error::ApiError;
 pub use listen::{Listener, listen};
 
-/// What handlers share. The service appears when the model is loaded; until then only the health routes answer.
+/// State that handlers share. The service is set when the model is loaded; until then only the health routes respond.
 #[derive(Debug, Clone)]
 pub struct AppState {
     config: Arc<Config>,
     keys: Keys,
-    /// What the server may be called while callers need no key.
+    /// The server's allowed names while callers need no key.
     names: Arc<browser::OwnNames>,
     service: Arc<std::sync::OnceLock<Service>>,
     draining: Arc<AtomicBool>,
-    /// Work that goes on without its caller.
+    /// Work that continues after its caller has disconnected.
     tasks: TaskTracker,
     followed: trainings::Followed,
 }
 
 impl AppState {
-    /// Without a service yet.
+    /// State without a service yet.
     pub fn new(config: Arc<Config>, keys: Keys, listens: Option<SocketAddr>) -> Self {
         Self {
             names: Arc::new(browser::OwnNames::new(&config, listens)),
@@ -89,14 +89,14 @@ impl AppState {
         &self.config
     }
 
-    /// From now on requests are served.
+    /// Starts to serve requests.
     pub fn ready(&self, service: Service) {
-        // A second call would be a mistake of the caller; the first service stays.
+        // A second call would be a bug of the caller; the first service is kept.
         let _ = self.service.set(service);
         meters().ready.set(1);
     }
 
-    /// Where work is begun that goes on when its caller disconnects; the server's stop waits for it.
+    /// Tasks that continue when their caller disconnects; the server waits for them when it stops.
     fn tasks(&self) -> &TaskTracker {
         &self.tasks
     }
@@ -106,13 +106,13 @@ impl AppState {
         &self.followed
     }
 
-    /// Waits for the work that goes on without its caller.
+    /// Waits for the work of callers that have disconnected.
     pub async fn finish(&self) {
         self.tasks.close();
         self.tasks.wait().await;
     }
 
-    /// From now on new requests are refused.
+    /// Refuses new requests from now on.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
         meters().ready.set(0);
@@ -168,11 +168,11 @@ pub fn router(state: AppState) -> Router {
         .layer(from_fn(error::with_request_id))
         .layer(from_fn(access::observed))
         .with_state(state);
-    // Before a route is looked for: layers of a router come after that.
+    // Runs before routing; the layers of a router run after it.
     Router::new().fallback_service(routes).layer(from_fn(paths::tidied))
 }
 
-/// Public routes answer always; the others when there is a service.
+/// Public routes always respond, the others once there is a service.
 async fn when_ready(State(state): State<AppState>, request: Request, next: Next) -> Response {
     if !auth::is_public(request.uri().path())
         && let Err(error) = state.service()
@@ -186,7 +186,7 @@ async fn not_found(request: Request) -> ApiError {
     ApiError(Error::new(
         ErrorKind::NotFound,
         "route_not_found",
-        paths::nothing_at(request.uri().path()),
+        paths::not_found_message(request.uri().path()),
     ))
 }
 

@@ -1,4 +1,4 @@
-//! `/v1/models`: what a request's `model` may be.
+//! `/v1/models`: the values of a request's `model`.
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -19,7 +19,7 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new().routes(routes!(list)).routes(routes!(show))
 }
 
-/// The base model under its name that does not change.
+/// The stable alias of the base model.
 const ALIAS: &str = "coar";
 
 /// A concept of a model.
@@ -35,7 +35,7 @@ struct ModelConcept {
     version: Option<InUse>,
 }
 
-/// Something that images can be drawn with: the base model alone, or with concepts.
+/// A model for requests: the base model alone, or with concepts.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Model)]
 struct ModelObject {
@@ -44,19 +44,19 @@ struct ModelObject {
     id: String,
     #[schema(example = "model")]
     object: &'static str,
-    /// Unix seconds: when its newest part was made; 0 for the base model.
+    /// Unix seconds: when its newest concept version was created; 0 for the base model.
     created: i64,
-    /// `coar`, or the tenant whose concepts it has.
+    /// `coar`, or the tenant that owns its concepts.
     #[schema(example = "coar")]
     owned_by: String,
-    /// Of the base model: concepts fit models with the same one.
+    /// Fingerprint of the base model. Concepts work only with the base model that they were trained on.
     fingerprint: String,
-    /// Sizes that it draws, the default first.
+    /// Supported sizes, the default first.
     #[schema(example = json!(["96x96", "128x64"]))]
     sizes: Vec<String>,
     layers: usize,
     hidden_size: usize,
-    /// None: the base model.
+    /// Concepts of the model; empty for the base model.
     concepts: Vec<ModelConcept>,
 }
 
@@ -94,7 +94,7 @@ impl ModelObject {
     }
 }
 
-/// Everything that can be drawn with.
+/// All models.
 #[derive(Debug, Serialize, ToSchema)]
 struct ModelList {
     /// Always `list`.
@@ -105,7 +105,7 @@ struct ModelList {
     has_more: bool,
 }
 
-/// A model by the name that a request has for it: its own, or another one that the operator has given it.
+/// Finds a model by the name in a request: its own, or an alias that the operator has configured.
 fn find(state: &AppState, info: &ModelInfo, ready: &[Concept], id: &str) -> Option<ModelObject> {
     let aliases = &state.config().images.model_alias;
     let alias = aliases.iter().find(|alias| alias.name == id);
@@ -121,8 +121,8 @@ fn find(state: &AppState, info: &ModelInfo, ready: &[Concept], id: &str) -> Opti
 
 /// List models
 ///
-/// The base model under both its names, each concept that is ready, and the names that the operator has added of them. All
-/// of them, in one list.
+/// The base model under both its names, each concept that is ready, and the aliases that the operator has configured.
+/// The list has no further pages.
 #[utoipa::path(
     get, path = "/v1/models", tag = "Models", operation_id = "listModels",
     responses((status = 200, description = "Models", body = ModelList)),
@@ -142,7 +142,7 @@ async fn list(State(state): State<AppState>, Read(caller): Read) -> Result<Json<
             &[concept],
         ));
     }
-    // One of concepts is listed for the tenants that have them.
+    // An alias of concepts is listed only for tenants that have them.
     let aliases = &state.config().images.model_alias;
     data.extend(
         aliases

@@ -1,4 +1,4 @@
-//! `/v1/images/generations`: OpenAI's request and response shape, with a little more in both.
+//! `/v1/images/generations`: OpenAI's request and response format, with a few additional fields.
 
 use axum::Json;
 use axum::body::Body;
@@ -38,13 +38,13 @@ pub(super) fn routes(state: &AppState) -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(generate))
         .layer(from_fn_with_state(state.clone(), super::quota::rate_headers))
-        // Not described: the document says what can be done here.
+        // Not part of the API description, which lists only supported routes.
         .route("/v1/images/edits", post(edits))
         .route("/v1/images/variations", post(variations))
 }
 
-/// Bytes of an unused image that are still read: a client in the middle of sending would take an
-/// early end of the connection for a failure of the network, and try again.
+/// Maximum number of bytes of an unsupported upload that are still read: a client that is still sending would take an
+/// early end of the connection for a network failure and retry.
 const UNREAD_LIMIT: usize = 64 << 20;
 
 async fn unsupported(body: Body, instead: &str) -> ApiError {
@@ -82,12 +82,12 @@ struct ImagesObject {
     size: String,
     #[schema(example = "png")]
     output_format: &'static str,
-    /// The one that was asked for; `high` otherwise. It has no effect.
+    /// The requested value, otherwise `high`. It has no effect.
     #[schema(example = "high")]
     quality: &'static str,
     #[schema(example = "opaque")]
     background: &'static str,
-    /// The request's `safety_identifier`, or else its `user`.
+    /// The request's `safety_identifier`, otherwise its `user`.
     #[serde(skip_serializing_if = "Option::is_none")]
     safety_identifier: Option<String>,
     usage: UsageObject,
@@ -100,14 +100,14 @@ struct ImagesObject {
 /// One image.
 #[derive(Debug, Serialize, ToSchema)]
 struct ImageData {
-    /// Needs no key; expires with the image.
+    /// Needs no key. Expires with the image.
     #[serde(skip_serializing_if = "Option::is_none")]
     url: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     b64_json: Option<String>,
     #[schema(example = 7)]
     seed: u64,
-    /// Which image of the seed: `{"seed": seed, "first_index": index, "n": 1}` draws it alone.
+    /// Index of the image under its seed: `{"seed": seed, "first_index": index, "n": 1}` generates it alone.
     #[schema(example = 0)]
     index: u32,
 }
@@ -121,7 +121,7 @@ pub(super) struct EventObject {
     #[schema(example = "image_generation.completed")]
     kind: &'static str,
     b64_json: String,
-    /// From 0; of unfinished images.
+    /// Only for partial images; from 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     partial_image_index: Option<u32>,
     /// Unix seconds.
@@ -134,10 +134,10 @@ pub(super) struct EventObject {
     background: &'static str,
     #[schema(example = "png")]
     output_format: &'static str,
-    /// Of finished ones: the request's `safety_identifier`, or else its `user`.
+    /// Only for finished images: the request's `safety_identifier`, otherwise its `user`.
     #[serde(skip_serializing_if = "Option::is_none")]
     safety_identifier: Option<String>,
-    /// Of this image; of finished ones.
+    /// Only for finished images: the tokens of this image.
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<UsageObject>,
     seed: u64,
@@ -147,17 +147,17 @@ pub(super) struct EventObject {
 const PARTIAL: &str = "image_generation.partial_image";
 const COMPLETED: &str = "image_generation.completed";
 
-/// Draw images
+/// Generate images
 ///
-/// OpenAI's request and answer. What it does not know (`seed`, `first_index`, `concepts`, `guidance_scale`,
-/// `temperature`, `top_k`, `identity_mask`) may be left out; unknown parameters are refused, but for nulls. The data of an
-/// event of a stream is an `ImageEvent`.
+/// Request and response have OpenAI's format. Parameters that OpenAI does not have (`seed`, `first_index`, `concepts`,
+/// `guidance_scale`, `temperature`, `top_k`, `identity_mask`) are optional. Unknown parameters are refused unless they
+/// are null. The data of a stream's event is an `ImageEvent`.
 #[utoipa::path(
     post, path = "/v1/images/generations", tag = "Images", operation_id = "createImages",
     params(IdempotencyHeader),
     request_body = CreateImages,
     responses(
-        (status = 200, description = "The images; with `stream` events", content(
+        (status = 200, description = "The images, or with `stream` events", content(
             (ImagesObject = "application/json"), (ServerEvent = "text/event-stream"),
         )),
         DrawRefusals,
@@ -210,7 +210,7 @@ fn answered(service: &Service, plan: &Plan, data: Vec<ImageData>, echo: Echo) ->
     .into_response()
 }
 
-/// Waits for every image; in order of their index.
+/// Waits for all images; returns them in the order of their index.
 async fn all(events: &mut mpsc::Receiver<DrawEvent>) -> Result<Vec<Finished>, Error> {
     let mut images = Vec::new();
     loop {
@@ -264,7 +264,7 @@ async fn as_base64(service: &Service, caller: &Caller, plan: Plan, echo: Echo) -
     Ok(answered(service, &plan, data, echo))
 }
 
-/// A stream at work; dropping it cancels the drawing.
+/// A running stream; dropping it cancels the generation.
 struct Streaming {
     plan: Plan,
     echo: Echo,

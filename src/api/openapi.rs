@@ -1,4 +1,4 @@
-//! The description of the API at `/openapi.json`, built from the handlers, and the shapes that all of them share.
+//! The description of the API at `/openapi.json`, built from the handlers, and the schemas that all of them share.
 
 use axum::Json;
 use serde::Serialize;
@@ -17,12 +17,12 @@ pub(super) struct List<T: ToSchema> {
     #[schema(example = "list")]
     object: &'static str,
     data: Vec<T>,
-    /// Whether `?after=` with the last id brings more.
+    /// Whether there are more: request them with `?after=` and the last id.
     has_more: bool,
 }
 
 impl<T: ToSchema> List<T> {
-    /// Rows as objects.
+    /// Converts rows to objects.
     pub(super) fn of<R>(listed: &Listed<R>, object: impl for<'a> Fn(&'a R) -> T) -> Self {
         Self {
             object: "list",
@@ -35,15 +35,15 @@ impl<T: ToSchema> List<T> {
 /// One event of a stream of server-sent events; comments keep the connection open between them.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ServerEvent {
-    /// What has happened.
+    /// Name of the event.
     #[schema(example = "progress")]
     pub event: String,
-    /// A JSON object as text.
+    /// A JSON object, serialized.
     #[schema(example = "{\"step\": 12, \"total_steps\": 60}")]
     pub data: String,
 }
 
-/// A caller's own notes on a thing: at most 16 pairs, keys of 1 to 64 characters, values of at most 512.
+/// Metadata of the caller: at most 16 pairs, keys of 1 to 64 characters, values of at most 512.
 pub(super) fn metadata_schema() -> Schema {
     let text = |fewest, most| {
         ObjectBuilder::new()
@@ -62,24 +62,25 @@ pub(super) fn metadata_schema() -> Schema {
     Schema::Object(object)
 }
 
-/// Every error.
+/// The form of all errors.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Error)]
 pub(super) struct ErrorBody {
     pub error: ErrorFacts,
 }
 
-/// What went wrong.
+/// Details of an error.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ErrorFacts {
-    /// The kind: `invalid_request_error`, `authentication_error`, `permission_error`, `rate_limit_error`, `server_error`.
+    /// Kind of error: `invalid_request_error`, `authentication_error`, `permission_error`, `rate_limit_error` or
+    /// `server_error`.
     #[serde(rename = "type")]
     #[schema(example = "invalid_request_error")]
     pub kind: &'static str,
-    /// Stable, to be compared with.
+    /// Stable identifier for programs.
     #[schema(example = "invalid_value")]
     pub code: &'static str,
-    /// A sentence for people.
+    /// Explanation for people. Its wording may change.
     #[schema(example = "`limit` is `0`; expected 1 to 100")]
     pub message: String,
     /// The parameter that is wrong.
@@ -88,7 +89,7 @@ pub(super) struct ErrorFacts {
     /// The limit that was exceeded.
     #[schema(example = 100)]
     pub limit: Option<u64>,
-    /// The server's log has the request under this id.
+    /// Id of the request in the server's log.
     pub request_id: Option<String>,
 }
 
@@ -102,33 +103,33 @@ pub(super) struct ErrorFacts {
     components(schemas(ErrorBody, super::openai::EventObject)),
     security(("key" = [])),
     tags(
-        (name = "Concepts", description = "Subjects and styles that the model is taught"),
-        (name = "Trainings", description = "How they are taught"),
-        (name = "Generations", description = "Images, natively: queued, streamed, kept"),
-        (name = "Images", description = "Images, in OpenAI's shape"),
-        (name = "Models", description = "What can be drawn with"),
+        (name = "Concepts", description = "Subjects and styles that the model has learned"),
+        (name = "Trainings", description = "Runs that make versions of concepts"),
+        (name = "Generations", description = "Images, with coar's own API: queued, streamed, stored"),
+        (name = "Images", description = "Images, in OpenAI's format"),
+        (name = "Models", description = "Models that requests can name"),
         (name = "Administration", description = "Keys and tenants; scope `admin`"),
-        (name = "Health", description = "Without a key"),
+        (name = "Health", description = "Probes; no key required"),
     ),
     modifiers(&Common),
 )]
 pub(super) struct Api;
 
-/// What every route has: the key, and the one shape of errors.
+/// Common to all routes: the key, and the form of errors.
 struct Common;
 
 impl Modify for Common {
     fn modify(&self, document: &mut Document) {
         let bearer = HttpBuilder::new()
             .scheme(HttpAuthScheme::Bearer)
-            .description(Some("`coar_…`; not needed while the server has no keys"))
+            .description(Some("`coar_…`; not required while no key has ever existed"))
             .build();
         let components = document.components.get_or_insert_default();
         components.add_security_scheme("key", SecurityScheme::Http(bearer));
     }
 }
 
-/// Says of a list's `after` which identifiers it takes: those of the things listed, whose name the path ends with.
+/// Describes a list's `after`: an identifier of the listed objects, whose type follows from the path's last segment.
 fn describe_after(path: &str, operation: &mut Operation) {
     let Some(thing) = path.rsplit('/').next().and_then(|last| last.strip_suffix('s')) else {
         return;
@@ -146,7 +147,8 @@ fn describe_after(path: &str, operation: &mut Operation) {
     }
 }
 
-/// Adds the server's address, where the operator has named it, and to every operation the answers that any may give.
+/// Adds the server's URL, if the operator has configured it, and to every operation the responses that any route can
+/// give.
 pub(super) fn complete(mut document: Document, public_url: Option<&str>) -> Document {
     document.servers = public_url.map(|url| vec![Server::new(url.trim_end_matches('/'))]);
     let error = |description: &str| {
@@ -161,7 +163,7 @@ pub(super) fn complete(mut document: Document, public_url: Option<&str>) -> Docu
         )
     };
     for (name, path) in &mut document.paths.paths {
-        // Versions go by their numbers.
+        // Versions are identified by their numbers.
         if let Some(list) = path.get.as_mut().filter(|_| !name.ends_with("/versions")) {
             describe_after(name, list);
         }
@@ -174,7 +176,7 @@ pub(super) fn complete(mut document: Document, public_url: Option<&str>) -> Docu
         ];
         for operation in operations.into_iter().flatten() {
             let responses = &mut operation.responses.responses;
-            // Routes that declare `security(())` answer without a key.
+            // Routes that declare `security(())` need no key.
             if operation.security.is_none() {
                 responses
                     .entry("401".into())

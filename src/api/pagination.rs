@@ -14,19 +14,19 @@ use coar_core::error::{Error, ErrorKind};
 const LIMIT: u32 = 100;
 const DEFAULT: u32 = 20;
 
-/// Which part of a list.
+/// A page of a list.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 pub(super) struct PageQuery {
-    /// How many at most.
+    /// Maximum number of objects.
     #[param(value_type = Option<u32>, minimum = 1, maximum = 100, default = 20)]
     limit: Option<String>,
-    /// The last id of the part before.
+    /// The last id of the previous page.
     after: Option<String>,
 }
 
 impl PageQuery {
-    /// With identifiers of that type.
+    /// The page for identifiers of type `I`.
     ///
     /// # Errors
     /// A limit out of range, or an identifier of another type.
@@ -57,7 +57,7 @@ pub(super) fn invalid_query(problem: &dyn std::fmt::Display) -> Error {
     )
 }
 
-/// A part of a list, out of the query. Routes with more parameters flatten a [`PageQuery`] into their own.
+/// A page of a list, from the query. Routes with more parameters flatten a [`PageQuery`] into their own.
 #[derive(Debug)]
 pub(super) struct Paged<I>(pub Page<I>);
 

@@ -1,4 +1,4 @@
-//! Paths as clients put them together: a base URL that ends with `/` makes `/v1//images/generations`.
+//! Normalises paths that clients build: a base URL that ends with `/` makes `/v1//images/generations`.
 
 use axum::extract::Request;
 use axum::http::Uri;
@@ -15,8 +15,8 @@ fn tidy(path: &str) -> Option<String> {
     (tidied != path).then_some(tidied)
 }
 
-/// OpenAI's routes, whose addresses are put together by programs. A path to another route stays as it is: what a proxy allows
-/// or forbids by its rules on paths is what is served.
+/// OpenAI's routes, whose URLs client libraries build. Paths of other routes are not changed, so that a proxy's path rules
+/// apply to exactly what is served.
 fn is_openai(path: &str) -> bool {
     let model = path.strip_prefix("/v1/models/");
     matches!(path, "/v1/images/edits" | "/v1/images/variations" | "/v1/models")
@@ -35,7 +35,7 @@ fn tidied_uri(uri: &Uri) -> Option<Uri> {
     Uri::from_parts(parts).ok()
 }
 
-/// Serves OpenAI's routes at addresses with doubled or trailing slashes, too.
+/// Also serves OpenAI's routes at paths with doubled or trailing slashes.
 pub(super) async fn tidied(mut request: Request, next: Next) -> Response {
     if let Some(uri) = tidied_uri(request.uri()) {
         *request.uri_mut() = uri;
@@ -43,13 +43,13 @@ pub(super) async fn tidied(mut request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
-/// What to say of a path at which there is nothing.
-pub(super) fn nothing_at(path: &str) -> String {
+/// The message of a 404 for an unknown path; names the route that was probably meant.
+pub(super) fn not_found_message(path: &str) -> String {
     let tidied = tidy(path);
     let plain = tidied.as_deref().unwrap_or(path);
     if plain.ends_with("/images/generations") && plain != GENERATIONS {
         return format!(
-            "There is nothing at `{path}`; images are at `{GENERATIONS}`, so the base URL of a client ends with `/v1`."
+            "There is nothing at `{path}`; images are at `{GENERATIONS}`: let the client's base URL end with `/v1`."
         );
     }
     match tidied {
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_addresses_of_openai_are_tidied() {
+    fn only_openai_paths_are_normalised() {
         let tidied = |uri: &'static str| tidied_uri(&Uri::from_static(uri)).map(|uri| uri.to_string());
         for (from, to) in [
             ("/v1//images/generations", Some("/v1/images/generations")),
@@ -82,15 +82,15 @@ mod tests {
     }
 
     #[test]
-    fn the_address_that_was_meant_is_named() {
-        assert_eq!(nothing_at("/v1/nothing"), "There is nothing at `/v1/nothing`.");
-        assert!(nothing_at("/v1/concepts/").ends_with("it is `/v1/concepts`."));
+    fn not_found_names_the_probable_route() {
+        assert_eq!(not_found_message("/v1/nothing"), "There is nothing at `/v1/nothing`.");
+        assert!(not_found_message("/v1/concepts/").ends_with("it is `/v1/concepts`."));
         for path in [
             "/images/generations",
             "/v1/v1/images/generations",
             "/api//images/generations/",
         ] {
-            assert!(nothing_at(path).contains("`/v1/images/generations`"), "{path}");
+            assert!(not_found_message(path).contains("`/v1/images/generations`"), "{path}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What a server behind a proxy needs: the path that clients see before its own, and a hint where TLS ends at a proxy of
-//! which the server knows nothing.
+//! Support for servers behind a proxy: a path prefix that only clients see, and a hint if TLS ends at a proxy for which
+//! the server is not configured.
 
 use std::sync::Once;
 
@@ -10,7 +10,7 @@ use axum::response::Response;
 
 use super::AppState;
 
-/// The path of a public address, without a slash at its end: empty, or `/coar`. The proxy removes it.
+/// The path of a public URL, without a trailing slash: empty, or for example `/coar`. The proxy removes it.
 pub(super) fn prefix(public_url: Option<&str>) -> &str {
     let Some(url) = public_url else { return "" };
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
@@ -18,7 +18,7 @@ pub(super) fn prefix(public_url: Option<&str>) -> &str {
     path.trim_end_matches('/')
 }
 
-/// Whether a proxy says that the client used TLS.
+/// Whether a proxy's headers state that the client used TLS.
 fn is_forwarded_https(headers: &HeaderMap) -> bool {
     let value = headers.get("x-forwarded-proto").and_then(|value| value.to_str().ok());
     // With several proxies, the first is the client's.
@@ -26,7 +26,7 @@ fn is_forwarded_https(headers: &HeaderMap) -> bool {
     first.is_some_and(|first| first.trim().eq_ignore_ascii_case("https"))
 }
 
-/// Completes redirects and addresses of new objects, which begin at the server's own root.
+/// Completes redirects and `Location` headers, which are relative to the server's own root.
 pub(super) async fn behind_proxy(State(state): State<AppState>, request: Request, next: Next) -> Response {
     static WARNED: Once = Once::new();
     let public_url = state.config().public_url.as_deref();

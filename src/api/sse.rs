@@ -1,4 +1,4 @@
-//! Streams of server-sent events, as all routes answer them.
+//! Streams of server-sent events, common to all routes.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -9,13 +9,13 @@ use axum::response::{IntoResponse, Response};
 use futures::{Stream, StreamExt as _};
 use serde::Serialize;
 
-/// Streams say at least this often that they live.
+/// The longest time without an event or a comment in a stream.
 const HEARTBEAT: Duration = Duration::from_secs(10);
 
-/// An event with JSON in it.
+/// An event with JSON data.
 pub(super) fn event(name: &str, data: &impl Serialize) -> Event {
     let event = Event::default().event(name);
-    // Our objects have no maps with keys that are no strings, which is what could fail.
+    // Serialization fails only for maps with keys that are not strings, and there are none.
     serde_json::to_string(data).map_or_else(|_| Event::default(), |text| event.data(text))
 }
 
@@ -30,12 +30,12 @@ pub(super) fn holding<H: Send + 'static>(
     })
 }
 
-/// A stream of events, with comments in between where there are none for a while.
+/// A stream of events, with comments to keep it alive while there are none.
 pub(super) fn stream(events: impl Stream<Item = Event> + Send + 'static) -> Response {
     let events = events.map(Ok::<_, Infallible>);
     let keep_alive = KeepAlive::new().interval(HEARTBEAT).text("working");
     let mut response = Sse::new(events).keep_alive(keep_alive).into_response();
-    // Proxies that collect answers would hold the events back.
+    // Proxies that buffer responses would delay the events.
     response
         .headers_mut()
         .insert("x-accel-buffering", HeaderValue::from_static("no"));

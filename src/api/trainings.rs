@@ -36,7 +36,7 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(preview))
 }
 
-/// Which trainings.
+/// Filters for trainings.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 struct ListQuery {
@@ -99,7 +99,7 @@ async fn show(
 
 /// Cancel a training
 ///
-/// It ends within a step. Its checkpoint goes, its previews stay. Cancelling it again changes nothing.
+/// It ends within a step. Its saved state is deleted; its previews are kept. Cancelling it again has no effect.
 #[utoipa::path(
     post, path = "/v1/trainings/{id}/cancel", tag = "Trainings", operation_id = "cancelTraining",
     params(("id" = String, Path, description = "The training's id")),
@@ -117,9 +117,10 @@ async fn cancel(
     Ok(Json((&state.service()?.cancel_training(&caller, &id).await?).into()))
 }
 
-/// Try a training again
+/// Retry a training
 ///
-/// Queues one that failed or was cancelled: from its checkpoint where it has one, else from the beginning.
+/// Requeues a training that failed or was cancelled. It resumes from its saved state if it has one, otherwise it starts
+/// from the beginning.
 #[utoipa::path(
     post, path = "/v1/trainings/{id}/retry", tag = "Trainings", operation_id = "retryTraining",
     params(("id" = String, Path, description = "The training's id"), IdempotencyHeader),
@@ -146,7 +147,7 @@ async fn retry(
     once.run(&state, &caller, "", work).await
 }
 
-/// The answer of a route that queues a training.
+/// The response of a route that queues a training.
 pub(super) fn accepted(training: &crate::registry::Training) -> Response {
     let location = [(header::LOCATION, format!("/v1/trainings/{}", training.id))];
     (StatusCode::ACCEPTED, location, Json(TrainingObject::from(training))).into_response()
@@ -154,17 +155,17 @@ pub(super) fn accepted(training: &crate::registry::Training) -> Response {
 
 /// Follow a training
 ///
-/// Server-sent events: the present state first, then what changes. `progress` has `status`, `step`, `total_steps`,
-/// `loss`, `steps_per_second` and `eta_seconds`; `preview` has `step` and `url`; `ended` has the training and is the last.
-/// A comment comes at least every 15 seconds. `Last-Event-ID` is not needed: a client that reconnects gets the present
-/// state. Every preview that is stored when the training's end is seen comes before `ended`; one that is drawn more
-/// slowly is only in the training's `previews`. When the server stops or the training is deleted the stream ends without
-/// `ended`.
+/// Server-sent events: the current state first, then changes. `progress` has `status`, `step`, `total_steps`, `loss`,
+/// `steps_per_second` and `eta_seconds`; `preview` has `step` and `url`; `ended` has the training and is the last
+/// event. A comment is sent every 10 seconds if there is no event. `Last-Event-ID` is not needed: a client that
+/// reconnects gets the current state. Every preview that is stored when the training ends is sent before `ended`; a
+/// later one appears only in the training's `previews`. If the server stops or the training is deleted, the stream ends
+/// without `ended`.
 #[utoipa::path(
     get, path = "/v1/trainings/{id}/events", tag = "Trainings", operation_id = "followTraining",
     params(
         ("id" = String, Path, description = "The training's id"),
-        ("Last-Event-ID" = Option<String>, Header, description = "Accepted, and not needed"),
+        ("Last-Event-ID" = Option<String>, Header, description = "Accepted and ignored"),
     ),
     responses(
         (status = 200, description = "Events", body = ServerEvent, content_type = "text/event-stream",
@@ -188,9 +189,10 @@ async fn follow(
     )))
 }
 
-/// Show a training's image
+/// Show a training's preview
 ///
-/// Drawn after that step with the concept as it stood, always with the same prompt and seed.
+/// An image that was generated after this step with the concept at that time. The prompt and the seed are always the
+/// same.
 #[utoipa::path(
     get, path = "/v1/trainings/{id}/previews/{step}", tag = "Trainings", operation_id = "showPreview",
     params(

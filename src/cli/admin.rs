@@ -1,5 +1,5 @@
-//! `coar admin`: what an operator sees and repairs, over all tenants. Needs the database and the blob store, but neither a
-//! running server nor a model.
+//! `coar admin`: inspection and repair by the operator, across all tenants. It needs the database and the blob store,
+//! but neither a running server nor a model.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,30 +13,30 @@ use coar_core::concept::ConceptFile;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum AdminCommand {
-    /// What waits and runs, by tenant, and the processes that share the database.
+    /// Show the queued and running jobs by tenant, and the processes that share the database.
     Queue {
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Jobs of all tenants in one status; without --status the dead letters.
+    /// List the jobs of all tenants that have one status. Default: the dead letters.
     Jobs {
         /// queued, running, succeeded, failed or cancelled.
         #[arg(long, default_value = "failed")]
         status: JobStatus,
-        /// At most this many, newest first.
+        /// Maximum number of jobs, newest first.
         #[arg(long, default_value_t = 50, value_name = "N")]
         limit: u32,
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Queue a failed job again: a training from its checkpoint, a generation, a web-hook.
+    /// Requeue a failed job: a training, which resumes from its saved state, a generation or a webhook.
     Replay {
         /// As `coar admin jobs` shows it: training_…, generation_… or delivery_…
         id: JobId,
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Read everything that is stored and compare it with its checksum; concept files are read as their users would.
+    /// Read everything that is stored and compare it with its checksum. Concept files are parsed too.
     Verify {
         /// Check only concept files.
         #[arg(long)]
@@ -44,39 +44,39 @@ pub(super) enum AdminCommand {
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Remove blobs that nothing refers to. Safe beside running processes of one --database; with SQLite the server has to
-    /// be stopped, and does it itself when it starts.
+    /// Remove blobs that nothing refers to. Safe while processes that share a --database run. With SQLite, stop the
+    /// server first; it also removes such blobs at startup.
     Gc {
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Change the secret that signs image addresses and authenticates API processes to workers. Works while servers run;
-    /// they follow within seconds.
+    /// Change the secret that signs image addresses and authenticates API processes to workers. It takes effect on
+    /// running servers within seconds.
     RotateSecret {
-        /// Hours for which the present secret is accepted: as long as images are kept, or their addresses end earlier.
-        /// 0 after a leak: every address that was handed out ends at once.
+        /// Hours for which the old secret is still accepted. If images are kept for longer, their addresses expire
+        /// earlier. After a leak use 0: all existing addresses become invalid at once.
         #[arg(long, default_value_t = 24, value_name = "HOURS")]
         accept_old_for: u32,
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Change the secret that signs a tenant's web-hooks, and print the new one.
+    /// Change the secret that signs a tenant's webhooks, and print the new one.
     RotateWebhookSecret {
         tenant: String,
-        /// Hours for which the present secret signs beside the new one.
+        /// Hours for which webhooks are signed with both the old and the new secret.
         #[arg(long, default_value_t = 24, value_name = "HOURS")]
         keep_old_for: u32,
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Remove a tenant with all that is its: keys, concepts, trainings, generations, images, web-hooks.
+    /// Delete a tenant with everything that belongs to it: keys, concepts, trainings, generations, images, webhooks.
     DeleteTenant {
         name: String,
-        /// Really delete; without it the command only says what would be removed.
+        /// Delete. Without it, the command only shows what would be deleted.
         #[arg(long)]
         yes: bool,
-        /// Also where the tenant has the last valid key with the scope `admin`. Callers still need a key afterwards: make
-        /// one with `coar keys create`.
+        /// Delete the tenant even if it has the last valid key with the scope `admin`. Requests still need a key
+        /// afterwards: create one with `coar keys create`.
         #[arg(long)]
         including_the_last_admin_key: bool,
         #[command(flatten)]
@@ -108,7 +108,7 @@ impl AdminCommand {
                     let changed = registry.rotate_webhook_secret(&tenant, hours(keep_old_for)).await?;
                     let changed = changed.ok_or_else(|| anyhow::anyhow!("there is no tenant `{tenant}`"))?;
                     eprintln!(
-                        "web-hooks of {tenant} are signed with both secrets for {keep_old_for} hours; the new one:"
+                        "webhooks of {tenant} are signed with both secrets for {keep_old_for} hours; the new one:"
                     );
                     println!("{}", changed.webhook_secret);
                     Ok(())
@@ -164,7 +164,7 @@ async fn queue(registry: &Registry) -> anyhow::Result<()> {
     );
     for process in registry.processes().await? {
         let load: serde_json::Value = serde_json::from_str(&process.load).unwrap_or_default();
-        let told = |key: &str| load[key].as_f64().unwrap_or(0.0);
+        let number = |key: &str| load[key].as_f64().unwrap_or(0.0);
         println!(
             "{:<41} {:<7} {:<9} {:<28} {:<9} {:.0} images, {:.0} tokens wait, {:.0} tokens/s",
             process.id,
@@ -172,9 +172,9 @@ async fn queue(registry: &Registry) -> anyhow::Result<()> {
             process.version,
             process.address.as_deref().unwrap_or("-"),
             if process.draining { "draining" } else { "live" },
-            told("images"),
-            told("waiting_tokens"),
-            told("tokens_per_second"),
+            number("images"),
+            number("waiting_tokens"),
+            number("tokens_per_second"),
         );
     }
     Ok(())
@@ -215,7 +215,7 @@ async fn replay(registry: &Registry, id: JobId) -> anyhow::Result<()> {
         registry.replay(id).await?,
         "there is no such job that has failed, or images of it were kept; `coar admin jobs` shows what there is"
     );
-    // Workers are notified at once where the database can.
+    // Notifies workers at once, if the database supports it.
     for what in ["trainings", "generations"] {
         registry.signal(what).await?;
     }
@@ -259,7 +259,7 @@ async fn verify(registry: &Registry, concepts_only: bool) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// In a folder no other process may store while something is removed.
+/// Locks the data folder: no other process may store blobs during garbage collection. A shared database needs no lock.
 fn alone(data: &DataArgs) -> anyhow::Result<Option<DataLock>> {
     match data.database {
         Some(_) => Ok(None),

@@ -1,4 +1,4 @@
-//! `coar completions SHELL`, and what the shell then asks for.
+//! `coar completions SHELL`, and the completions that the shell then requests.
 
 use std::ffi::OsStr;
 use std::time::Duration;
@@ -12,9 +12,9 @@ use super::Cli;
 use super::local::{DataArgs, block_on, existing_registry};
 use crate::client::Client;
 
-/// The variable by which the shell asks.
+/// The variable with which the shell requests completions.
 const ASKED: &str = "COAR_COMPLETE";
-/// A completion must not take longer.
+/// Time limit for completing names.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -24,13 +24,13 @@ enum Shell {
     Fish,
 }
 
-/// Print what makes a shell complete commands, flags, and the names of concepts.
+/// Print a script with which a shell completes commands, flags, and the names of concepts.
 ///
 /// bash: source <(coar completions bash)
 /// zsh:  source <(coar completions zsh)
 /// fish: coar completions fish | source
 ///
-/// Put the line into the shell's start file. Names come from COAR_SERVER where it is set, else from the data folder.
+/// Put the line into the shell's start file. Names come from COAR_SERVER if it is set, otherwise from the data folder.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct CompletionsArgs {
@@ -60,12 +60,12 @@ impl CompletionsArgs {
     }
 }
 
-/// Answers the shell and ends the process, where the shell asks; else nothing.
+/// If the shell requests completions, prints them and ends the process.
 pub fn complete() {
     CompleteEnv::with_factory(Cli::command).var(ASKED).complete();
 }
 
-/// Names of concepts that begin as `current` does. Whatever fails: no names.
+/// Names of concepts that begin as `current` does. No names if anything fails.
 pub(super) fn concept_names(current: &OsStr) -> Vec<CompletionCandidate> {
     let begun = current.to_string_lossy();
     let looked = block_on(async { tokio::time::timeout(PATIENCE, names()).await? });

@@ -20,7 +20,7 @@ use coar_core::ids::TenantId;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConceptCommand {
-    /// Register a concept with a server and follow its training; `coar train` does it without one.
+    /// Register a concept with a server and follow its training. Without a server, use `coar train`.
     Add {
         #[command(flatten)]
         form: Box<FormArgs>,
@@ -28,33 +28,33 @@ pub(super) enum ConceptCommand {
         #[arg(long)]
         detach: bool,
     },
-    /// Every concept of the data folder or the server.
+    /// List the concepts of the data folder or the server.
     List {
         #[command(flatten)]
         data: DataArgs,
     },
-    /// What one concept is: its header, its size, how it was trained. Takes a name, or a file.
+    /// Show a concept: its header, its size, how it was trained.
     Show {
-        /// Name of a concept, or without a server path of a concept file.
+        /// Name of a concept or, without --server, path of a concept file.
         #[arg(add = ArgValueCompleter::new(concept_names))]
         concept: String,
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Write a concept's file, to keep it or to give it away.
+    /// Write a concept to a file, to keep or to share it.
     Export {
         #[arg(add = ArgValueCompleter::new(concept_names))]
         name: String,
         /// Default: NAME.safetensors
         #[arg(short, long, value_name = "FILE")]
         out: Option<PathBuf>,
-        /// A version other than the one in use; with a server only.
+        /// Version to export. Only with a server. Default: the active version.
         #[arg(id = "concept_version", long = "version", value_name = "NUMBER")]
         version: Option<u64>,
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Take a concept file into the data folder. It must have been trained on the same base model.
+    /// Import a concept file, which must have been trained on the same base model.
     Import {
         file: PathBuf,
         /// Default: the name in the file.
@@ -65,28 +65,28 @@ pub(super) enum ConceptCommand {
         #[command(flatten)]
         model: ModelArgs,
     },
-    /// Read every concept back: file present, undamaged, well-formed.
+    /// Check that the file of every concept is present, undamaged and well-formed.
     Verify {
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Remove a concept with its images and tensors.
+    /// Delete a concept with its images and tensors.
     Delete {
         #[arg(add = ArgValueCompleter::new(concept_names))]
         name: String,
         #[command(flatten)]
         data: DataArgs,
     },
-    /// The versions of a concept on a server, newest first.
+    /// List the versions of a concept on a server, newest first.
     Versions {
         #[arg(add = ArgValueCompleter::new(concept_names))]
         name: String,
     },
-    /// Use another version of a concept on a server from now on.
+    /// Make another version of a concept on a server the active one.
     Rollback {
         #[arg(add = ArgValueCompleter::new(concept_names))]
         name: String,
-        /// Its number, as `coar concept versions` has it.
+        /// Number of the version, as `coar concept versions` shows it.
         #[arg(id = "concept_version", value_name = "VERSION")]
         version: u64,
     },

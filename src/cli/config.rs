@@ -6,12 +6,12 @@ use crate::config::Config;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ConfigCommand {
-    /// Tell everything that is wrong with the settings that `coar serve` would take.
+    /// Check the settings that `coar serve` would use, and report all errors at once.
     Check {
         #[command(flatten)]
         config: Box<Config>,
     },
-    /// Print the settings that `coar serve` would take, as a TOML file.
+    /// Print the settings that `coar serve` would use, as a TOML file.
     Show {
         #[command(flatten)]
         config: Box<Config>,

@@ -13,8 +13,8 @@ use crate::service::{Registration, Upload};
 pub(super) struct FormArgs {
     /// The concept's name: 1 to 63 of a-z, 0-9 and -.
     pub name: String,
-    /// Reference images (JPEG, PNG, WebP): 3 to 6 of a subject, 1 of a style. Of a folder all of its images, with NAME.txt as
-    /// the caption of NAME.png.
+    /// Reference images (JPEG, PNG, WebP): 3 to 6 for a subject, 1 for a style. For a folder, all its images, with
+    /// NAME.txt as the caption of NAME.png.
     #[arg(required = true)]
     pub images: Vec<PathBuf>,
     /// `subject` or `style`.
@@ -23,16 +23,17 @@ pub(super) struct FormArgs {
     /// What a subject is, in one noun: cat, mug, car.
     #[arg(long, value_name = "NOUN")]
     pub class: Option<String>,
-    /// What else each image shows ("on the beach"), in the order of the images; may be given fewer times.
+    /// What else an image shows ("on the beach"), once per image, in the order of the images. Trailing ones may be
+    /// omitted.
     #[arg(long = "caption", value_name = "TEXT")]
     pub captions: Vec<String>,
-    /// How it is learned: coar, coar-text or textual-inversion. Default: the model's preset of coar.
+    /// Training method: coar, coar-text or textual-inversion. Default: the model's preset of coar.
     #[arg(long)]
     pub method: Option<String>,
     /// Optimizer steps. Default: the model's preset.
     #[arg(long)]
     pub steps: Option<u32>,
-    /// N: decoder layers that the concept reaches, from the first.
+    /// N: number of decoder layers, from the first, that get context tokens.
     #[arg(long)]
     pub layers: Option<u32>,
     /// Step size of the optimizer. Default: the model's preset.
@@ -41,7 +42,7 @@ pub(super) struct FormArgs {
     /// T: text context tokens per layer.
     #[arg(long)]
     pub text_tokens: Option<u32>,
-    /// K: image context tokens per layer; 0 leaves them out.
+    /// K: image context tokens per layer; 0: none.
     #[arg(long)]
     pub image_tokens: Option<u32>,
     /// Seed of initialisation and order. Default: 0.
@@ -58,7 +59,7 @@ impl FormArgs {
         References::read(&self.images, &self.captions)
     }
 
-    /// For this process's own service.
+    /// The registration for this process's own service.
     pub(super) fn registration(&self, references: References) -> Registration {
         Registration {
             name: Some(self.name.clone()),
@@ -81,7 +82,7 @@ impl FormArgs {
         }
     }
 
-    /// For a server's form.
+    /// The form for a server.
     pub(super) fn new_concept(&self, references: References) -> NewConcept {
         let mut fields = vec![("name", self.name.clone()), ("kind", self.kind.clone())];
         fields.extend(self.class.clone().map(|class| ("class", class)));

@@ -14,21 +14,21 @@ use crate::config::ModelArgs;
 use crate::jobs::DrawEvent;
 use crate::service::{Caller, GenerateInput};
 
-/// Draw images, here or with --server there.
+/// Generate images, on this machine or, with --server, on a server.
 ///
 /// A plain prompt:     coar generate "a photo of a red cat in the snow"
 /// With a subject:     coar generate "a photo of <rex> cat on the beach"
 /// Subject and style:  coar generate "a picture of <rex> cat in <sepia> style"
 ///
-/// The same seed and settings draw the same image.
+/// The same seed and settings give the same image.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct GenerateArgs {
-    /// What to draw; concepts are written as <name>.
+    /// What to generate; concepts are written as <name>.
     prompt: String,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// Lets concepts in one prompt see each other; to measure what the identity mask does.
+    /// Let concepts in one prompt attend to each other, to measure what the identity mask does.
     #[arg(long)]
     no_identity_mask: bool,
     /// Folder for the images.
@@ -48,7 +48,7 @@ impl GenerateArgs {
         }
     }
 
-    /// For a server.
+    /// The request for a server.
     fn draw(&self) -> Draw {
         Draw {
             prompt: self.prompt.clone(),

@@ -8,18 +8,18 @@ use super::printable::printable;
 use coar_engine::inspect::inspect;
 use coar_engine::pocket::unpack;
 
-/// Tell what a checkpoint is, without loading it: parameters, dtype, layers, sizes, memory, what is missing.
+/// Describe a checkpoint without loading it: parameters, dtype, layers, sizes, memory, missing tensors and files.
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
     /// Checkpoint folder. Default: the pocket model inside this binary.
     dir: Option<PathBuf>,
-    /// Folder of the tokenizer files where they lie apart from the checkpoint.
+    /// Folder of the tokenizer files, if they are not in the checkpoint folder.
     #[arg(long, value_name = "DIR")]
     tokenizer: Option<PathBuf>,
-    /// Image size that the checkpoint was trained for, where config.json does not say it.
+    /// Image size that the checkpoint was trained for, if config.json does not contain it.
     #[arg(long, value_name = "PIXELS")]
     target_size: Option<u32>,
-    /// Where the pocket model's files are unpacked.
+    /// Folder for the unpacked files of the pocket model.
     #[arg(long, env = "COAR_CACHE", value_name = "DIR")]
     cache: Option<PathBuf>,
 }

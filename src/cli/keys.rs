@@ -10,23 +10,23 @@ use coar_core::ids::KeyId;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum KeysCommand {
-    /// Make a key and print it, once. From the first key on, every request needs one.
+    /// Create a key and print it, once. From the first key on, every request needs one.
     ///
-    /// Works while the server runs. The tenant is made where it does not exist.
+    /// Works while the server runs. If the tenant does not exist, it is created.
     Create {
-        /// Whose concepts and images the key opens: 1 to 63 of a-z, 0-9 and -.
+        /// Tenant whose concepts and images the key gives access to: 1 to 63 of a-z, 0-9 and -.
         #[arg(long)]
         tenant: String,
-        /// What it is for.
+        /// What the key is for.
         #[arg(long)]
         name: Option<String>,
-        /// What it allows, with commas between: read, generate, train, admin, metrics.
+        /// What the key allows, separated by commas: read, generate, train, admin, metrics.
         #[arg(long, default_value_t)]
         scopes: Scopes,
-        /// Also print the secret that signs the tenant's web-hooks; printed anyway when the tenant is made.
+        /// Also print the secret that signs the tenant's webhooks. It is always printed for a new tenant.
         #[arg(long)]
         show_webhook_secret: bool,
-        /// Days after which it ends; without this, never.
+        /// Days after which the key expires. Default: never.
         #[arg(long, value_name = "DAYS")]
         expires: Option<u32>,
         #[command(flatten)]
@@ -37,7 +37,7 @@ pub(super) enum KeysCommand {
         #[command(flatten)]
         data: DataArgs,
     },
-    /// Revoke a key, for good. A running server follows within a second.
+    /// Revoke a key permanently. It takes effect on a running server within a second.
     Revoke {
         /// As `coar keys list` shows it: key_…
         id: String,
@@ -78,7 +78,7 @@ impl KeysCommand {
                     );
                     println!("{}", created.text);
                     if is_new || show_webhook_secret {
-                        eprintln!("web-hooks of this tenant are signed with {}", owner.webhook_secret);
+                        eprintln!("webhooks of this tenant are signed with {}", owner.webhook_secret);
                     }
                     Ok(())
                 }

@@ -38,7 +38,7 @@ pub use printable::printable_lines;
 #[derive(Debug, Parser)]
 #[command(name = "coar", version, about, long_about = None)]
 pub struct Cli {
-    /// How log lines are written; COAR_LOG says which, such as `warn` or `info,coar::api=debug`.
+    /// Format of log lines. COAR_LOG sets the level, such as `warn` or `info,coar::api=debug`.
     #[arg(
         long,
         global = true,
@@ -56,7 +56,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve the HTTP API: register concepts, train them, draw images.
+    /// Serve the HTTP API: register concepts, train them, generate images.
     Serve(Box<serve::ServeArgs>),
     Train(train::TrainArgs),
     Generate(generate::GenerateArgs),
@@ -66,23 +66,23 @@ enum Command {
     /// Check or show the settings of `coar serve`.
     #[command(subcommand)]
     Config(config::ConfigCommand),
-    /// Make, list and revoke API keys.
+    /// Create, list and revoke API keys.
     #[command(subcommand)]
     Keys(keys::KeysCommand),
-    /// Look after a database: the queue, dead letters, checksums, garbage, a tenant's removal.
+    /// Maintain a database: queue, dead letters, checksums, unused blobs, secrets, removal of tenants.
     #[command(subcommand)]
     Admin(admin::AdminCommand),
     /// List, follow, cancel or retry the trainings of a server.
     #[command(subcommand)]
     Training(remote::training::TrainingCommand),
-    /// The models of a server: its base model and every concept that is ready.
+    /// List the models of a server: its base model and every concept that is ready.
     Models,
     Completions(completions::CompletionsArgs),
     #[cfg(feature = "device")]
     Inspect(inspect::InspectArgs),
 }
 
-/// The file that `--config` or `COAR_CONFIG` names, for the commands that know it.
+/// The file in `--config` or `COAR_CONFIG`, for the commands that support it.
 fn config_file(arguments: &[OsString]) -> Option<PathBuf> {
     let command = arguments.get(1)?.to_str()?;
     if !matches!(command, "serve" | "config") {
@@ -102,7 +102,7 @@ fn config_file(arguments: &[OsString]) -> Option<PathBuf> {
     })
 }
 
-/// Makes the file's settings the defaults of a command that takes them.
+/// Makes the file's settings the defaults of a command.
 fn with_defaults(command: Clap, settings: &[(String, Vec<String>)]) -> Clap {
     settings.iter().fold(command, |command, (key, values)| {
         command.mut_arg(key, |arg| arg.default_values(values.clone()))
@@ -139,11 +139,11 @@ fn end_with_the_reader() {
 }
 
 impl Cli {
-    /// Reads the arguments, and beneath them the file that `--config` names. Ends the process where they are wrong, as
+    /// Reads the arguments, with defaults from the file in `--config`. Ends the process on invalid arguments, as
     /// `--help` does.
     ///
     /// # Errors
-    /// Everything that is wrong with the file.
+    /// All faults of the file.
     pub fn read() -> Result<Self, Faults> {
         let arguments: Vec<_> = std::env::args_os().collect();
         let mut command = Self::command();
@@ -164,7 +164,7 @@ impl Cli {
         Ok(Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
     }
 
-    /// What is logged without COAR_LOG: of a command that ends, warnings alone.
+    /// The log level without COAR_LOG: only warnings for commands that are not servers.
     pub fn log_level(&self) -> &'static str {
         match self.command {
             Command::Serve(_) => "info",

@@ -17,7 +17,7 @@ pub(super) fn start_engine(model: &ModelArgs, engine: Option<&EngineArgs>) -> an
     Ok(model.source().start_engine(options)?)
 }
 
-/// As with the feature `device`: says that this build has none.
+/// As with the feature `device`; fails because this build has none.
 #[cfg(not(feature = "device"))]
 pub(super) fn start_engine(_: &ModelArgs, _: Option<&EngineArgs>) -> anyhow::Result<EngineHandle> {
     anyhow::bail!(

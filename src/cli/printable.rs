@@ -1,8 +1,8 @@
-//! Text that others have written, as it may go to a terminal: names and nouns of foreign files, sentences of a server.
+//! Makes text from other sources safe for a terminal: names and nouns of imported files, messages of a server.
 
 use std::borrow::Cow;
 
-/// Control characters, which a terminal obeys, and those that change the direction of what follows.
+/// Control characters, which a terminal interprets, and those that change the direction of text.
 fn is_obeyed(c: char) -> bool {
     c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
@@ -18,7 +18,7 @@ fn escaped(text: &str, kept: &[char]) -> String {
     out
 }
 
-/// A text on one line, with `\u{1b}` in place of such a character.
+/// A text on one line, with control characters escaped, as in `\u{1b}`.
 pub(super) fn printable(text: &str) -> Cow<'_, str> {
     match text.contains(is_obeyed) {
         true => escaped(text, &[]).into(),
@@ -26,7 +26,7 @@ pub(super) fn printable(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// The same, of a text that has lines.
+/// The same for a text of several lines.
 pub fn printable_lines(text: &str) -> String {
     escaped(text, &['\n'])
 }

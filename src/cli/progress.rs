@@ -1,4 +1,4 @@
-//! Progress where standard error is no terminal, so that a log or a pipe is not silent for minutes.
+//! Progress lines for when standard error is not a terminal, so that a log or a pipe is not silent for minutes.
 
 use std::time::{Duration, Instant};
 
@@ -7,21 +7,21 @@ use indicatif::ProgressBar;
 /// How often a line is written.
 const EVERY: Duration = Duration::from_secs(10);
 
-/// Writes the state of a bar that no terminal shows as a line, every ten seconds.
+/// Writes the state of a hidden progress bar as a line, every ten seconds.
 #[derive(Debug)]
 pub(super) struct ProgressLines {
     next: Instant,
 }
 
 impl ProgressLines {
-    /// The first line is due after ten seconds: what is done by then needs none.
+    /// The first line is due after ten seconds: shorter work needs none.
     pub(super) fn new() -> Self {
         Self {
             next: Instant::now() + EVERY,
         }
     }
 
-    /// A line, if one is due.
+    /// Writes a line if one is due.
     pub(super) fn show(&mut self, bar: &ProgressBar) {
         if bar.is_hidden() && self.next <= Instant::now() {
             eprintln!("{}", line(bar));

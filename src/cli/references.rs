@@ -1,4 +1,4 @@
-//! Reference images and their captions, from files and from folders of them.
+//! Reference images and their captions, from files and folders.
 
 use std::path::{Path, PathBuf};
 
@@ -13,26 +13,26 @@ use coar_core::training::spec::IMAGES_LIMIT;
 pub(super) struct References {
     /// File names and bytes.
     pub images: Vec<(String, Bytes)>,
-    /// One for each image, empty where it has none; or fewer.
+    /// The images' captions in their order, empty for an image without one; there may be fewer.
     pub captions: Vec<String>,
 }
 
-/// What a folder has.
+/// The content of a folder.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Folder {
     images: Vec<PathBuf>,
-    /// Of each image.
+    /// Of each image, in their order.
     captions: Vec<Option<PathBuf>>,
-    /// Names of what is left out.
+    /// Names of files that are skipped.
     skipped: Vec<String>,
 }
 
 impl References {
-    /// Reads files, and of each folder its images, with `NAME.txt` as the caption of `NAME.png`. What is read of a folder is
-    /// reported.
+    /// Reads files, and the images of folders, with `NAME.txt` as the caption of `NAME.png`. Reports what is read from
+    /// each folder.
     ///
     /// # Errors
-    /// When a file cannot be read, a folder has no images, or captions are `given` beside those of a folder.
+    /// When a file cannot be read, a folder has no images, or captions are `given` in addition to those of a folder.
     pub(super) fn read(paths: &[PathBuf], given: &[String]) -> anyhow::Result<Self> {
         let (mut files, mut captions) = (Vec::new(), Vec::new());
         for path in paths {

@@ -5,19 +5,19 @@ use clap::Args;
 /// How many images, and how they are sampled.
 #[derive(Debug, Args)]
 pub struct SamplingArgs {
-    /// How many images.
+    /// Number of images.
     #[arg(short = 'n', long, default_value_t = 1)]
     pub count: u32,
-    /// WIDTHxHEIGHT in pixels, from the model's list (`coar inspect` prints it). Default: its square size.
+    /// WIDTHxHEIGHT in pixels, one of the model's sizes (`coar inspect` lists them). Default: the model's square size.
     #[arg(long)]
     pub size: Option<String>,
-    /// Default: random; it is printed.
+    /// Default: a random seed, which is printed.
     #[arg(long)]
     pub seed: Option<u64>,
-    /// How strongly the prompt counts; 1 switches guidance off. Default: the model's (2 on the pocket model, 4 on a 7B).
+    /// How strongly the prompt counts; 1 disables guidance. Default: the model's (2 on the pocket model, 4 on a 7B).
     #[arg(long)]
     pub guidance_scale: Option<f64>,
-    /// 0 takes the most likely code every time. Default: the model's, 1.
+    /// Randomness of sampling; 0 always takes the most likely code. Default: the model's, 1.
     #[arg(long)]
     pub temperature: Option<f64>,
     /// Codes to choose from at each step; 0: all. Default: the model's (20 on the pocket model, 2000 on a 7B).

@@ -16,14 +16,14 @@ use crate::registry::TrainingStatus;
 use crate::service::{Caller, Service};
 use coar_core::training::TrainingSpec;
 
-/// Train a concept from images, here or with --server there.
+/// Train a concept from images, on this machine or, with --server, on a server.
 ///
 /// A subject: coar train rex --class cat concepts/rex/*.png
 /// A style:   coar train blueprint --kind style concepts/blueprint/*.png
 /// A folder:  coar train rex --class cat concepts/rex
 ///
-/// Then write <rex> or <blueprint> in a prompt of `coar generate`. An interrupted training goes on from its last
-/// checkpoint when the same command is given again.
+/// Then write <rex> or <blueprint> in a prompt of `coar generate`. To resume an interrupted training from its saved
+/// state, give the same command again.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct TrainArgs {
@@ -51,7 +51,7 @@ impl TrainArgs {
         outcome
     }
 
-    /// Trainings of this folder that were interrupted are finished first.
+    /// Reports interrupted trainings of this folder, which are finished first.
     async fn name_those_before(&self, service: &Service) -> anyhow::Result<()> {
         let concepts = service.registry.concepts(Caller::LOCAL.tenant).await?;
         let ids: Vec<_> = concepts.iter().map(|concept| concept.id).collect();
@@ -67,7 +67,7 @@ impl TrainArgs {
         Ok(())
     }
 
-    /// An interrupted training continues with the settings that it has.
+    /// Checks that the given settings are those of an interrupted training, which continues with its own.
     fn same_settings(&self, spec: &TrainingSpec) -> anyhow::Result<()> {
         let form = &self.form;
         let given = [
@@ -79,7 +79,7 @@ impl TrainArgs {
         for (flag, given, is) in given {
             anyhow::ensure!(
                 given.is_none_or(|given| given == is),
-                "{} has an unfinished training with {flag} {is}: give that or leave {flag} out, or begin anew after \
+                "{} has an unfinished training with {flag} {is}: give that or leave {flag} out, or start over after \
                  `coar concept delete {0}`",
                 form.name
             );
@@ -98,7 +98,7 @@ impl TrainArgs {
             Some(training) => {
                 self.same_settings(&training.spec)?;
                 println!(
-                    "{} goes on from step {} of {}",
+                    "{} resumes from step {} of {}",
                     self.form.name, training.step, training.total_steps
                 );
                 training

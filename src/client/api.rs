@@ -1,4 +1,4 @@
-//! The routes that the command line uses. Answers stay JSON: a newer server may say more, and all of it can be shown.
+//! The routes that the command line uses. Responses stay JSON, so that fields of newer servers can be shown too.
 
 use bytes::Bytes;
 use reqwest::Method;
@@ -38,11 +38,11 @@ pub struct Draw {
     pub output_format: Option<&'static str>,
 }
 
-/// The largest page of a list.
+/// The largest page size of a list.
 const PAGE: &str = "100";
 
-/// A name or identifier as one segment of a path: every other character is escaped: no name reaches
-/// another route.
+/// A name or identifier as one segment of a path. All other characters are escaped, so that no name reaches another
+/// route.
 fn segment(name: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte);
     let escaped = |byte: u8| match plain(byte) {
@@ -50,8 +50,8 @@ fn segment(name: &str) -> String {
         false => format!("%{byte:02X}"),
     };
     match name {
-        // These two would be resolved as folders, also when their dots are escaped; escaped twice they are names that nothing
-        // has.
+        // These two would be resolved as relative segments, even with escaped dots. Escaped twice they are names that
+        // do not exist.
         "." | ".." => name.replace('.', "%252E"),
         _ => name.bytes().map(escaped).collect(),
     }
@@ -89,7 +89,7 @@ impl Client {
         self.all("/v1/models", &[]).await
     }
 
-    /// Registers a concept and queues its training; the concept, with its `training`.
+    /// Registers a concept and queues its training; returns the concept, with its `training`.
     pub async fn add_concept(&self, new: NewConcept) -> Result<Value, ClientError> {
         let mut form = Form::new();
         for (name, value) in new.fields {
@@ -117,7 +117,7 @@ impl Client {
         self.all(&format!("/v1/concepts/{}/versions", segment(name)), &[]).await
     }
 
-    /// Makes an earlier or later version the one that is used; the concept.
+    /// Puts another version to use; returns the concept.
     pub async fn roll_back(&self, name: &str, version: u64) -> Result<Value, ClientError> {
         let path = format!("/v1/concepts/{}", segment(name));
         self.json(self.request(Method::PATCH, &path).json(&json!({"version": version})))
@@ -140,7 +140,7 @@ impl Client {
         answer.bytes().await.map_err(|error| ClientError::broken(&error))
     }
 
-    /// Takes a concept file in, under its own name or another; the concept.
+    /// Imports a concept file, under its own name or another; returns the concept.
     pub async fn import_concept(&self, file: Bytes, name: Option<&str>) -> Result<Value, ClientError> {
         let mut request = self.request(Method::POST, "/v1/concepts/import").body(file);
         if let Some(name) = name {
@@ -166,26 +166,27 @@ impl Client {
         self.events(self.request(Method::GET, &path)).await
     }
 
-    /// Cancels a training; the training.
+    /// Cancels a training; returns it.
     pub async fn cancel_training(&self, id: &str) -> Result<Value, ClientError> {
         let path = format!("/v1/trainings/{}/cancel", segment(id));
         self.json(self.request(Method::POST, &path)).await
     }
 
-    /// Queues a training that failed or was cancelled again; the training.
+    /// Queues a failed or cancelled training again; returns it.
     pub async fn retry_training(&self, id: &str) -> Result<Value, ClientError> {
         let path = format!("/v1/trainings/{}/retry", segment(id));
         self.json(self.request(Method::POST, &path)).await
     }
 
-    /// Draws images: `queued`, `progress`, `image`, and one of `completed`, `failed` and `cancelled`. Dropping the stream cancels.
+    /// Draws images. Events: `queued`, `progress`, `image`, and one of `completed`, `failed` and `cancelled`. Dropping
+    /// the stream cancels.
     pub async fn draw(&self, draw: &Draw) -> Result<Events, ClientError> {
         self.events(self.request(Method::POST, "/v1/generations").json(draw))
             .await
     }
 
-    /// An image by its address, which may be relative to the server's. The key is not sent: addresses are signed, and may
-    /// belong to another caller.
+    /// Fetches an image by its URL, which may be relative to the server's. The key is not sent: URLs are signed, and
+    /// may belong to another caller.
     pub async fn image(&self, url: &str) -> Result<Bytes, ClientError> {
         let url = match url.starts_with('/') {
             true => format!("{}{url}", self.base),

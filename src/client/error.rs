@@ -1,4 +1,4 @@
-//! Why a request has failed, in the server's own words where it has any.
+//! Why a request has failed, with the server's message if there is one.
 
 use serde_json::Value;
 
@@ -19,21 +19,21 @@ pub enum ClientError {
         message: String,
         param: Option<String>,
         request_id: Option<String>,
-        /// Seconds.
+        /// In seconds.
         retry_after: Option<u64>,
     },
-    /// The answer broke off.
+    /// The connection was closed before the response ended.
     #[error("the connection broke off: {0}")]
     Broken(String),
-    /// The answer is not what the API promises.
+    /// The response does not match the API.
     #[error("the server's answer cannot be read: {0}")]
     Answer(String),
-    /// A file of this machine.
+    /// A local file cannot be read or written.
     #[error("{file}: {problem}")]
     File { file: String, problem: String },
 }
 
-/// The server's sentence, with what helps to find the fault.
+/// The server's message, with details that help to find the cause.
 fn refusal(
     message: &str,
     code: &str,
@@ -48,7 +48,7 @@ fn refusal(
     format!("{message} ({})", facts.join(", "))
 }
 
-/// The innermost cause says what happened; the outer ones that a request was sent.
+/// The innermost cause, which describes the problem; the outer ones only state that a request failed.
 fn innermost(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(inner) = cause.source() {
@@ -69,7 +69,7 @@ impl ClientError {
         Self::Broken(innermost(error))
     }
 
-    /// From the API's envelope, `{"error": {code, message, param, request_id}}`; anything else is shown as it is.
+    /// Parses the API's envelope, `{"error": {code, message, param, request_id}}`; anything else is shown as it is.
     pub(super) fn refused(status: u16, body: &[u8], retry_after: Option<u64>) -> Self {
         let parsed: Value = serde_json::from_slice(body).unwrap_or_default();
         let mut refused = Self::of_envelope(&parsed["error"], status);
@@ -91,7 +91,7 @@ impl ClientError {
         refused
     }
 
-    /// From the object inside the envelope, as answers and `error` events have it.
+    /// Parses the object inside the envelope, as in responses and `error` events.
     pub(super) fn of_envelope(error: &Value, status: u16) -> Self {
         let text = |field: &str| error[field].as_str().map(str::to_owned);
         Self::Refused {
@@ -115,12 +115,12 @@ impl ClientError {
         error
     }
 
-    /// Whether the server does not know the route: an older one.
+    /// Whether the server is too old to know the route.
     pub fn is_missing_route(&self) -> bool {
         matches!(self, Self::Refused { code, .. } if code == "route_not_found" || code == "method_not_allowed")
     }
 
-    /// Whether asking again may help.
+    /// Whether a retry may help.
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::Broken(_) => true,

@@ -1,10 +1,10 @@
-//! What a server sends to the command line.
+//! Fuzz targets: what a server sends to the command line.
 
 use std::collections::VecDeque;
 
 use super::sse::Parser;
 
-/// Events are the same however their bytes are cut.
+/// Parsing does not depend on how the bytes are split.
 pub fn events(bytes: &[u8]) {
     let read = |pieces: &[&[u8]]| {
         let (mut parser, mut events) = (Parser::default(), VecDeque::new());

@@ -1,4 +1,4 @@
-//! A client of the server's HTTP API, for the command line. It knows the API's words and nothing of the server's rooms.
+//! A client of the server's HTTP API, for the command line. It uses no other module of the server.
 
 mod api;
 mod error;
@@ -16,23 +16,23 @@ pub use api::{Draw, NewConcept};
 pub use error::ClientError;
 pub use sse::{Event, Events};
 
-/// A server that does not take the connection in this time is not there.
+/// A server that does not accept the connection in this time is considered unreachable.
 const CONNECT: Duration = Duration::from_secs(10);
-/// A server that says nothing for this long is gone: event streams carry a comment at least every 15 seconds. Images that
-/// are waited for without a stream may take longer, so this is generous.
+/// A server that sends nothing for this long is considered unreachable. Event streams carry a comment at least every 15
+/// seconds; waiting for images without a stream may take longer, so this is generous.
 const SILENCE: Duration = Duration::from_secs(300);
 
-/// Chooses the TLS implementation of this process; a second call is harmless.
+/// Installs the TLS implementation of this process; a second call has no effect.
 pub fn install_tls() {
-    // Refused where one is chosen already, which then stays.
+    // Fails if a provider is already installed, which is then kept.
     let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
-/// One server, and the key that its requests carry.
+/// A server, and the key for its requests.
 #[derive(Debug, Clone)]
 pub struct Client {
     http: reqwest::Client,
-    /// Without a slash at its end.
+    /// Without a trailing slash.
     base: String,
     key: Option<String>,
 }
@@ -63,7 +63,7 @@ impl Client {
             .connect_timeout(CONNECT)
             .read_timeout(SILENCE);
         if url.scheme() == "http" {
-            // Without TLS no certificates are needed, and a machine without any is no reason to fail.
+            // Without TLS no certificates are needed: a machine without any must not cause a failure.
             http = http.tls_certs_only([]);
         }
         Ok(Self {
@@ -73,7 +73,7 @@ impl Client {
         })
     }
 
-    /// A URL of an answer, which is a path alone where the server has no `public_url`.
+    /// Completes a URL of a response, which is only a path if the server has no `public_url`.
     pub fn absolute(&self, url: &str) -> String {
         match url.starts_with('/') {
             true => format!("{}{url}", self.base),
@@ -90,7 +90,7 @@ impl Client {
         }
     }
 
-    /// Sends a request; any answer but a success is an error.
+    /// Sends a request; any response but a success is an error.
     async fn send(&self, request: RequestBuilder) -> Result<Response, ClientError> {
         let answer = request
             .send()
@@ -108,14 +108,14 @@ impl Client {
         Err(ClientError::refused(status.as_u16(), &body, retry_after))
     }
 
-    /// Sends a request and reads its JSON.
+    /// Sends a request and parses its response as JSON.
     async fn json(&self, request: RequestBuilder) -> Result<Value, ClientError> {
         let answer = self.send(request).await?;
         let bytes = answer.bytes().await.map_err(|error| ClientError::broken(&error))?;
         serde_json::from_slice(&bytes).map_err(|error| ClientError::Answer(error.to_string()))
     }
 
-    /// Sends a request that is answered by an event stream.
+    /// Sends a request whose response is an event stream.
     async fn events(&self, request: RequestBuilder) -> Result<Events, ClientError> {
         let answer = self.send(request.header(header::ACCEPT, "text/event-stream")).await?;
         let kind = answer

@@ -1,4 +1,4 @@
-//! Server-sent events, as the HTML standard has them: lines of `field: value`, an empty line ends an event.
+//! Server-sent events as in the HTML standard: lines of `field: value`; an empty line ends an event.
 
 use std::collections::VecDeque;
 
@@ -10,7 +10,7 @@ use super::ClientError;
 /// One event.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Event {
-    /// `message` where the server gives none.
+    /// `message` if the server sends none.
     pub name: String,
     pub data: String,
 }
@@ -19,22 +19,22 @@ impl Event {
     /// The data as JSON.
     ///
     /// # Errors
-    /// When it is none.
+    /// When it is not JSON.
     pub fn json(&self) -> Result<Value, ClientError> {
         serde_json::from_str(&self.data)
             .map_err(|error| ClientError::Answer(format!("the event `{}` is not JSON: {error}", self.name)))
     }
 }
 
-/// An event larger than this is none of ours: the largest carries one image.
+/// The largest event that is accepted: the largest that the server sends contains one image.
 const EVENT_LIMIT: usize = 256 << 20;
 
-/// Bytes in, events out; bytes may be cut anywhere.
+/// Parses events from bytes, which may be split anywhere.
 #[derive(Debug, Default)]
 pub(super) struct Parser {
-    /// Bytes of a line that has not ended.
+    /// Bytes of an incomplete line.
     line: Vec<u8>,
-    /// The last byte was a carriage return: a line feed after it belongs to it.
+    /// The last byte was a carriage return: a line feed that follows belongs to it.
     after_return: bool,
     name: String,
     data: Option<String>,
@@ -67,10 +67,10 @@ impl Parser {
         Ok(())
     }
 
-    /// Takes a whole line; an event where it was the empty one after its fields.
+    /// Parses a whole line; returns an event at the empty line that ends it.
     fn line(&mut self, line: &str) -> Option<Event> {
         let line = match std::mem::replace(&mut self.begun, true) {
-            // A byte order mark may stand before the first line.
+            // A byte order mark may precede the first line.
             false => line.trim_start_matches('\u{feff}'),
             true => line,
         };
@@ -92,7 +92,7 @@ impl Parser {
                 }
                 None => self.data = Some(value.to_owned()),
             },
-            // Comments, which keep the connection alive, `id`, `retry`, and what later versions may add.
+            // Comments, which keep the connection alive, `id`, `retry`, and fields of newer servers.
             _ => {}
         }
         None
@@ -159,7 +159,7 @@ mod tests {
             parse(&[text]),
             [event("progress", "{\"done\": 1}"), event("message", "a\nb\n")]
         );
-        // Without its empty line an event has not ended.
+        // An event without its empty line has not ended.
         assert_eq!(parse(&[b"data: a\n"]), []);
     }
 

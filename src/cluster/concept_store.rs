@@ -43,7 +43,7 @@ impl ConceptStore {
     /// read.
     ///
     /// # Errors
-    /// `concept_not_found` if the file is gone, `concept_unusable` if it does not fit the model; when the store
+    /// `concept_not_found` if the file was deleted, `concept_unusable` if it does not fit the model; when the store
     /// fails.
     pub async fn get(&self, model: &ModelInfo, concept: &GenerationConcept) -> Result<Arc<ConceptTensors>, Error> {
         self.cache

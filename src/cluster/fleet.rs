@@ -25,7 +25,7 @@ const REFRESH: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(6);
 /// How long a worker may take to accept a request.
 const ACCEPT: Duration = Duration::from_secs(4);
-/// A worker that did not answer is avoided for this long if there are others. If it is dead, it is off the list by
+/// A worker that did not respond is avoided for this long if there are others. If it is dead, it is off the list by
 /// then.
 const SUSPECT_FOR: Duration = Duration::from_secs(7);
 /// How long a generation that has lost its worker waits for another.
@@ -47,7 +47,7 @@ struct Shared {
     client: Client,
     secrets: SharedSecrets,
     workers: RwLock<Vec<Worker>>,
-    /// Workers that did not answer, and since when.
+    /// Workers that did not respond, and since when.
     suspects: Mutex<HashMap<ProcessId, Instant>>,
     streams: Streams,
 }
@@ -105,7 +105,7 @@ fn token(secrets: &SharedSecrets) -> String {
     worker_token(secrets.get().signing(now()))
 }
 
-/// What is needed to count tokens the same way as the worker at `address`.
+/// Fetches the data for counting tokens the same way as the worker at `address`.
 async fn tokenizer_of(client: &Client, address: &str, token: &str) -> Result<TokenCounter, String> {
     let url = format!("{}{}", address.trim_end_matches('/'), super::worker::TOKENIZER);
     let file = async {
@@ -138,7 +138,7 @@ fn no_worker() -> Error {
     .retry_after(Duration::from_secs(2))
 }
 
-/// Picks one of several workers: see [`choose_worker`].
+/// Chooses one of several workers: see [`choose_worker`].
 fn choose<'a>(
     workers: impl Iterator<Item = &'a Worker>,
     hashes: &[String],
@@ -297,7 +297,7 @@ impl Fleet {
         }
     }
 
-    /// Asks workers one after another until one accepts.
+    /// Offers the request to one worker after another until one accepts it.
     async fn submit(
         &self,
         path: &str,
@@ -313,7 +313,7 @@ impl Fleet {
                         Ok(refusal) => Error::from(refusal),
                         Err(error) => Error::internal(error),
                     };
-                    // Another worker would give the same answer.
+                    // Another worker would refuse it too.
                     if !matches!(error.kind, ErrorKind::Overloaded | ErrorKind::Unavailable) {
                         return Err(error);
                     }

@@ -123,7 +123,7 @@ impl Executor {
     /// Starts a generation.
     ///
     /// # Errors
-    /// `overloaded`, `stopping`; if a concept's file is gone or does not fit; on a fleet, `no_worker`.
+    /// `overloaded`, `stopping`; if a concept's file was deleted or does not fit; on a fleet, `no_worker`.
     pub async fn draw(&self, request: Arc<GenerationRequest>) -> Result<EventStream, Error> {
         match self {
             Self::Local(local) => Ok(EventStream::Local(local.draw(&request).await?)),
@@ -142,7 +142,7 @@ impl Local {
     /// Starts a generation.
     ///
     /// # Errors
-    /// `overloaded`, `stopping`; if a concept's file is gone or does not fit.
+    /// `overloaded`, `stopping`; if a concept's file was deleted or does not fit.
     pub async fn draw(&self, request: &GenerationRequest) -> Result<GenerationStream, Error> {
         let mut concepts = Vec::with_capacity(request.concepts.len());
         for concept in &request.concepts {

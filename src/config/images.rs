@@ -1,4 +1,4 @@
-//! How OpenAI's route answers clients that were written for other servers.
+//! Compatibility of OpenAI's route with clients that were written for other servers.
 
 use std::str::FromStr;
 
@@ -6,24 +6,24 @@ use clap::{Args, ValueEnum};
 use coar_core::concept::is_slug;
 use serde::{Serialize, Serializer};
 
-/// What a request for images means where it does not say, or where it says what this server does not have.
+/// Defaults of image requests, and how unsupported values are handled.
 #[derive(Debug, Clone, Args, Serialize)]
 pub struct ImagesArgs {
-    /// How `/v1/images/generations` answers a request without `response_format`. `b64_json`, as OpenAI does: the images are
-    /// in the answer and are not stored. `url`: they are stored, and the answer has their addresses.
+    /// How `/v1/images/generations` answers a request without `response_format`. `b64_json`, as OpenAI does: the images
+    /// are in the response and are not stored. `url`: they are stored, and the response has their addresses.
     #[arg(long, env = "COAR_RESPONSE_FORMAT", default_value = "b64_json")]
     pub response_format: ResponseFormat,
-    /// More names of models, for clients with a fixed list of them: gpt-image-2=coar, dall-e-3=coar:rex; with commas
-    /// between.
+    /// Further names of models, separated by commas, for clients with a fixed list of them: gpt-image-2=coar,
+    /// dall-e-3=coar:rex.
     #[arg(long, env = "COAR_MODEL_ALIAS", value_delimiter = ',', value_name = "NAME=MODEL")]
     pub model_alias: Vec<ModelAlias>,
-    /// What becomes of a size that the model does not draw. `exact`: it is refused. `nearest`: the size with the nearest
-    /// aspect ratio is drawn, and the answer says which.
+    /// What happens to a size that the model does not support. `exact`: it is refused. `nearest`: the size with the
+    /// nearest aspect ratio is used, and the response says which.
     #[arg(long, env = "COAR_SIZE_POLICY", default_value = "exact")]
     pub size_policy: SizePolicy,
 }
 
-/// How images are answered.
+/// How images are returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 pub enum ResponseFormat {
     #[value(name = "b64_json")]
@@ -34,7 +34,7 @@ pub enum ResponseFormat {
     Url,
 }
 
-/// What becomes of a size that the model does not draw.
+/// What happens to a size that the model does not support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SizePolicy {
@@ -51,7 +51,7 @@ pub struct ModelAlias {
     pub model: String,
 }
 
-/// The longest name.
+/// Maximum length of a name.
 const NAME_LIMIT: usize = 100;
 
 impl FromStr for ModelAlias {

@@ -1,4 +1,4 @@
-//! The address that `--listen` names.
+//! The address in `--listen`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 /// Where the server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ListenAddress {
-    /// A name or an address, and a port. An empty name: all addresses of the machine.
+    /// A host name or an address, and a port. An empty name means all addresses of the machine.
     Tcp(String, u16),
     /// A Unix socket's path.
     Unix(PathBuf),
@@ -30,7 +30,7 @@ impl FromStr for ListenAddress {
         let port = port.parse().map_err(|_| expected())?;
         let inner = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
         let host = inner.unwrap_or(host);
-        // More colons belong into brackets: otherwise the port could be a part of the address.
+        // An address with colons needs brackets: otherwise the port could be a part of it.
         let known = match inner {
             Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
             None => !host.contains([':', '/', '[', ']', '@']) && !host.chars().any(char::is_whitespace),

@@ -5,7 +5,7 @@ use clap::FromArgMatches;
 use super::*;
 
 fn parse(arguments: &[&str]) -> Config {
-    // Variables of whatever runs the tests do not count.
+    // The environment of the test run must have no effect.
     let command = Config::augment_args(Command::new("config").no_binary_name(true))
         .mut_args(|arg| arg.env(clap::builder::Resettable::Reset));
     Config::from_arg_matches(&command.get_matches_from(arguments)).unwrap()

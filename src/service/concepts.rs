@@ -16,7 +16,7 @@ use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ConceptId;
 use coar_core::training::{TokenMethod, TrainingSpec};
 
-/// What a caller wants to register, as parsed; values are checked here.
+/// A registration as parsed; its values are checked here.
 #[derive(Debug, Default, Serialize)]
 pub struct Registration {
     pub name: Option<String>,
@@ -24,7 +24,7 @@ pub struct Registration {
     pub class: Option<String>,
     pub images: Vec<Upload>,
     pub captions: Vec<String>,
-    /// `coar`, `coar-text`, `textual-inversion`; `None`: the preset's.
+    /// `coar`, `coar-text`, `textual-inversion`; `None`: that of the preset.
     pub method: Option<String>,
     pub steps: Option<u32>,
     pub layers: Option<u32>,
@@ -36,23 +36,23 @@ pub struct Registration {
     /// A JSON object of strings.
     pub metadata: Option<serde_json::Value>,
     pub webhook_url: Option<String>,
-    /// Of the training, 0 to [`PRIORITY_LIMIT`](super::PRIORITY_LIMIT).
+    /// Priority of the training, 0 to [`PRIORITY_LIMIT`](super::PRIORITY_LIMIT).
     pub priority: Option<i32>,
 }
 
-/// What a caller wants changed; `None` stays.
+/// Changes to a concept; `None` keeps the value.
 #[derive(Debug, Clone, Default)]
 pub struct Change {
     pub name: Option<String>,
-    /// `Some(None)`: none any more.
+    /// `Some(None)` removes it.
     pub description: Option<Option<String>>,
-    /// A JSON object of strings that takes the present one's place.
+    /// A JSON object of strings that replaces the present one.
     pub metadata: Option<serde_json::Value>,
     /// Number of the version to use.
     pub version: Option<u32>,
 }
 
-/// What a registration has led to.
+/// The result of a registration.
 #[derive(Debug, Clone)]
 pub struct Registered {
     pub view: ConceptView,
@@ -68,7 +68,7 @@ pub struct ConceptView {
 }
 
 impl ConceptView {
-    /// Whether it can be used, or what its training says.
+    /// Whether it can be used, otherwise the status of its training.
     pub fn status(&self) -> ConceptStatus {
         let training = self.training.as_ref().map(|training| training.status);
         match (&self.concept.version, training) {
@@ -80,7 +80,7 @@ impl ConceptView {
     }
 }
 
-/// Names that routes have.
+/// Names that routes use.
 const RESERVED: [&str; 1] = ["import"];
 
 fn check_name(name: Option<String>) -> Result<String, Error> {
@@ -111,7 +111,7 @@ fn check_priority(priority: Option<i32>) -> Result<i32, Error> {
 }
 
 impl Service {
-    /// Checks a registration, stores its images, and queues its training. Nothing is left of a refused one.
+    /// Checks a registration, stores its images, and queues its training. A refused one stores nothing.
     ///
     /// # Errors
     /// The first value that cannot be used; a name that is taken.
@@ -136,8 +136,8 @@ impl Service {
             trainings: 1,
             bytes: 1,
         };
-        // Before the images are decoded and stored. What counts is asked again where the concept is added: no lock is
-        // held meanwhile.
+        // Checked before the images are decoded and stored, and again when the concept is added: no lock is held in
+        // between.
         new.quotas = self.check_room(caller, addition).await?;
         self.check_queue(caller).await?;
         new.uploads = uploads;
@@ -159,7 +159,7 @@ impl Service {
         new.images = stored.hashes().to_vec();
         let input = input_fingerprint(&new.images, &spec)?;
         let added = self.registry.add_concept(caller.tenant, &new, &spec).await;
-        // Where another request took the name or the last place in between, the images of this one go.
+        // If another request took the name or the last place in the meantime, this one's images are removed.
         self.registry.settle(stored, added.is_ok()).await;
         let (concept, training) = added?;
         self.wake.now();
@@ -171,7 +171,7 @@ impl Service {
         })
     }
 
-    /// Everything of a registration but its images.
+    /// Checks everything of a registration but its images.
     fn check(&self, registration: Registration) -> Result<(NewConcept, TrainingSpec), Error> {
         let name = check_name(registration.name)?;
         let kind = registration
@@ -214,7 +214,8 @@ impl Service {
         Ok((new, spec))
     }
 
-    /// The conflict with a concept that has the name, and whether it is the very same: no image is decoded for that.
+    /// The conflict with a concept of the same name. Detects without decoding an image whether the registration is
+    /// identical.
     async fn name_taken(&self, taken: &Concept, uploads: &[String], spec: &TrainingSpec) -> Error {
         let conflict = Error::from(RegistryError::NameTaken(taken.name.clone()));
         let same = async {
@@ -237,7 +238,7 @@ impl Service {
         }
     }
 
-    /// A part of the concepts of the caller's tenant, newest first.
+    /// A page of the concepts of the caller's tenant, newest first.
     ///
     /// # Errors
     /// When the registry fails.
@@ -261,7 +262,7 @@ impl Service {
         Ok(Listed { rows, has_more })
     }
 
-    /// Every concept of the caller's tenant that can be drawn with, oldest first.
+    /// Every concept of the caller's tenant that is ready, oldest first.
     ///
     /// # Errors
     /// When the registry fails.
@@ -286,7 +287,7 @@ impl Service {
         Ok(ConceptView { concept, training })
     }
 
-    /// Renames, describes, or puts another version to use.
+    /// Renames or describes a concept, or puts another version to use.
     ///
     /// # Errors
     /// When there is no such concept or version, a value cannot be used, or the name is taken.
@@ -304,7 +305,7 @@ impl Service {
         Ok(ConceptView { concept, training })
     }
 
-    /// A part of a concept's versions, newest first.
+    /// A page of a concept's versions, newest first.
     ///
     /// # Errors
     /// When there is no such concept, or the registry fails.
@@ -328,8 +329,8 @@ impl Service {
         Ok(self.registry.blobs.get(blob).await?)
     }
 
-    /// Deletes a concept with its images, versions, trainings and previews; a running training ends, a generation that
-    /// has begun goes on with the tensors that it has.
+    /// Deletes a concept with its images, versions, trainings and previews. A running training ends; a generation that
+    /// has begun continues with the tensors that it has loaded.
     ///
     /// # Errors
     /// When there is none, or the registry fails.
@@ -361,7 +362,7 @@ impl Service {
         Ok((hash, bytes))
     }
 
-    /// Takes in a concept file, under the name that its header has or another.
+    /// Imports a concept file, under the name in its header or another.
     ///
     /// # Errors
     /// When the file is refused, or the name is taken.

@@ -1,4 +1,4 @@
-//! What callers attach to their objects: description, metadata, web-hook address.
+//! What callers attach to their objects: description, metadata, webhook address.
 
 use serde_json::Value;
 
@@ -54,10 +54,10 @@ pub fn read_metadata(value: Value) -> Result<Metadata, Error> {
     Ok(metadata)
 }
 
-/// An address that can be sent to, as far as its form shows; where it may lead is decided when it is connected to.
+/// Checks the form of a webhook's URL. Whether it may be used is decided when it is connected to.
 ///
 /// # Errors
-/// When it is no `http(s)://host…`, or has a user in it.
+/// When it is not `http(s)://host…`, or contains a user.
 pub(super) fn webhook_form(url: Option<String>) -> Result<Option<String>, Error> {
     let Some(url) = url else { return Ok(None) };
     let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));

@@ -1,4 +1,4 @@
-//! Prompts and what is put into them; archives.
+//! Fuzz targets: placement of concepts in prompts, and archives.
 
 use std::io::Cursor;
 
@@ -6,8 +6,8 @@ use super::archive;
 use super::placement::{Placeable, place};
 use coar_core::concept::{ConceptKind, concept_names, parse_prompt};
 
-/// Every concept that is placed is found in the prompt afterwards, with those that were there, and placing again
-/// changes nothing.
+/// Every placed concept is found in the prompt afterwards, with those that were there before, and placing again changes
+/// nothing.
 pub fn placement(prompt: &str, class: &str) {
     let before = parse_prompt(prompt)
         .map(|pieces| concept_names(&pieces).join(" "))
@@ -30,7 +30,7 @@ pub fn placement(prompt: &str, class: &str) {
     assert_eq!(place(&placed, &concepts), placed);
 }
 
-/// What an archive's directory says of a file holds for what is unpacked of it, within the limit.
+/// An unpacked file has the size in the archive's directory, within the limit.
 pub fn archive(bytes: &[u8]) {
     const LIMIT: u64 = 1 << 16;
     let mut archive = Cursor::new(bytes);

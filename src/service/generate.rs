@@ -1,4 +1,4 @@
-//! What a caller wants drawn becomes what the engine draws: concepts resolved and placed, limits checked, costs counted.
+//! From a caller's input to the engine's request: resolves and places concepts, checks limits, counts costs.
 
 use std::time::Duration;
 
@@ -17,18 +17,18 @@ use coar_core::engine::{ConceptTokens, Cost, SamplingParams};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::image::ImageFormat;
 
-/// A concept that is named outside of the prompt, and the parameter that names it.
+/// A concept that is named outside the prompt, and the parameter that names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedConcept {
     pub name: String,
     pub field: &'static str,
 }
 
-/// What a caller wants drawn; absent values take the model's defaults.
+/// The input of a generation; absent values take the model's defaults.
 #[derive(Debug, Clone, Default)]
 pub struct GenerateInput {
     pub prompt: String,
-    /// Where the prompt does not name them, they are placed in it: see `placement`.
+    /// Concepts that are placed in the prompt unless it names them: see `placement`.
     pub concepts: Vec<NamedConcept>,
     pub count: Option<u32>,
     pub size: Option<(u32, u32)>,
@@ -40,37 +40,37 @@ pub struct GenerateInput {
     pub identity_mask: Option<bool>,
     /// PNG by default.
     pub output_format: Option<ImageFormat>,
-    /// 0 to 100; of JPEG files the quality.
+    /// 0 to 100; for JPEG files the quality.
     pub output_compression: Option<u8>,
     pub partial_images: Option<u32>,
 }
 
-/// A request that can be drawn.
+/// A request that was checked and can be drawn.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// As it would be stored; the prompt has every concept in it.
+    /// In the form in which it would be stored; the prompt contains every concept.
     pub new: NewGeneration,
     pub prepared: Prepared,
     pub cost: Cost,
 }
 
-/// A generation that is drawn for its reader alone; dropping it cancels it.
+/// A generation that is not stored. Dropping it cancels it.
 #[derive(Debug)]
 pub struct Transient {
-    /// Until [`DrawEvent::Ended`].
+    /// Ends with [`DrawEvent::Ended`].
     pub events: mpsc::Receiver<DrawEvent>,
     _waiting: Waiting,
 }
 
-/// Seeds beyond this are not exact in every JSON reader.
+/// Many JSON parsers do not represent larger integers exactly.
 pub const SEED_LIMIT: u64 = (1 << 53) - 1;
-/// Images of one seed.
+/// Maximum number of images of one seed.
 pub const INDEX_LIMIT: u32 = 1_000_000;
 const GUIDANCE_LIMIT: f64 = 20.0;
 const TEMPERATURE_LIMIT: f64 = 5.0;
-/// How long a request waits until another one of its tenant has been checked.
+/// How long a request waits while other requests of its tenant are checked.
 const PREPARING: Duration = Duration::from_secs(10);
-/// Where a caller says nothing of it.
+/// The quality if none is given.
 const JPEG_QUALITY: u8 = 90;
 
 fn within(field: &'static str, value: f64, low: f64, high: f64) -> Result<f64, Error> {
@@ -96,7 +96,7 @@ fn at_most<T: Copy + PartialOrd + std::fmt::Display + Into<u64>>(
     Err(error.limit(high.into()))
 }
 
-/// Quality of JPEG, and of WebP below 100; the rest loses nothing, and PNG says so.
+/// Quality of JPEG, and of WebP below 100; WebP at 100 and PNG are lossless.
 fn quality(format: ImageFormat, compression: Option<u8>) -> Result<u8, Error> {
     match (format, compression) {
         (_, Some(above)) if above > 100 => {
@@ -116,7 +116,7 @@ fn quality(format: ImageFormat, compression: Option<u8>) -> Result<u8, Error> {
     }
 }
 
-/// A name in the prompt that no concept has, which may have been meant as text.
+/// The error for a name in the prompt that is no concept, and may have been meant as text.
 fn no_placeholder(name: &str, at: usize) -> Error {
     let error = no_concept(name);
     let message = format!(
@@ -144,7 +144,7 @@ impl Service {
             Error::new(ErrorKind::Overloaded, "overloaded", message).retry_after(Duration::from_secs(1))
         })?;
         let (prompt, found) = self.placed(caller, &input).await?;
-        // A class noun is not the caller's text, but it is tokenized as well.
+        // The placed class nouns are not the caller's text, but they are tokenized as well.
         self.check_length(&prompt, "with its concepts has")?;
         let (mut concepts, mut tokens) = (Vec::new(), Vec::new());
         for concept in found {
@@ -218,7 +218,7 @@ impl Service {
         })
     }
 
-    /// The context tokens of a version that an earlier release has stored, from its file; they are noted for the next time.
+    /// Counts the context tokens of a version that an earlier release has stored, from its file, and stores the count.
     async fn count_tokens(&self, concept: &Concept, version: u32, hash: &str) -> Result<ConceptTokens, Error> {
         let info = self.executor.info();
         let bytes = match self.registry.blobs.get_within(hash, info.concept_limit() as u64).await {
@@ -279,7 +279,7 @@ impl Service {
         Ok((prompt, found))
     }
 
-    /// Refuses `<Rex>` where there is a concept `rex`: it would be drawn as text, without a word.
+    /// Refuses `<Rex>` if there is a concept `rex`: it would silently be drawn as text.
     async fn check_near(&self, caller: &Caller, prompt: &str) -> Result<(), Error> {
         for (inner, name) in near_placeholders(prompt).into_iter().take(self.limits.concepts) {
             if self.registry.concept(caller.tenant, &name).await?.is_some() {
@@ -294,7 +294,7 @@ impl Service {
         Ok(())
     }
 
-    /// Draws without storing anything. Dropping what is returned cancels it.
+    /// Draws without storing anything. Dropping the result cancels it.
     ///
     /// # Errors
     /// When the engine is overloaded or stopping.

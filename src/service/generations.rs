@@ -1,4 +1,4 @@
-//! Generations: begun for a client that waits, or queued; looked up, cancelled, deleted.
+//! Generations: started for a client that waits, or queued; looked up, cancelled, deleted.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::registry::{Backend, Generation, GenerationStatus, Listed, Page, Store
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::{GenerationId, TenantId};
 
-/// A generation that another process may end is looked at this often.
+/// Poll interval for a generation that another process may end.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// A generation in its present state.
@@ -21,11 +21,11 @@ const LOOK: Duration = Duration::from_secs(1);
 pub struct GenerationView {
     pub generation: Generation,
     pub images: Vec<StoredImage>,
-    /// Queued ones of all tenants that are before it, while it is queued.
+    /// The number of queued generations of all tenants before it, while it is queued.
     pub queue_position: Option<u32>,
 }
 
-/// What a caller wants drawn and kept.
+/// The input of a generation that is stored.
 #[derive(Debug, Clone, Default)]
 pub struct GenerationInput {
     pub draw: GenerateInput,
@@ -36,12 +36,12 @@ pub struct GenerationInput {
     pub priority: i32,
 }
 
-/// A generation whose client waits for it.
+/// A generation that was started for a client that waits.
 #[derive(Debug)]
 pub struct Begun {
     pub view: GenerationView,
     pub events: mpsc::Receiver<DrawEvent>,
-    /// Dropping it cancels the generation, unless that has ended.
+    /// Dropping it cancels the generation, unless it has ended.
     pub waiting: Waiting,
 }
 
@@ -51,10 +51,10 @@ fn no_generation(id: &str) -> Error {
 }
 
 impl Service {
-    /// An address that a web-hook may go to.
+    /// Checks the URL of a webhook.
     ///
     /// # Errors
-    /// What is wrong with the address: its form, or that it leads where this server must not go.
+    /// What is wrong with it: its form, or a destination that is not allowed.
     pub(super) fn webhook_url(&self, url: Option<String>) -> Result<Option<String>, Error> {
         let Some(url) = webhook_form(url)? else { return Ok(None) };
         let checked = self.drawings.webhooks().policy().check(&url);
@@ -79,7 +79,7 @@ impl Service {
         Ok(plan)
     }
 
-    /// Counts what an earlier process has queued as in flight. Before the queue is worked on.
+    /// Counts generations that an earlier process has queued as in flight. Call it before the queue is processed.
     ///
     /// # Errors
     /// When the registry fails.
@@ -99,7 +99,7 @@ impl Service {
         let mut new = plan.new;
         new.background = true;
         admitted.drawing();
-        // Of a shared database another process may draw it: it counts by its row.
+        // In a shared database another process may draw it, so it counts by its row.
         let held: Held = match self.registry.backend() {
             Backend::Sqlite => Box::new(admitted),
             Backend::Postgres => Box::new(()),
@@ -108,7 +108,7 @@ impl Service {
         self.view(generation).await
     }
 
-    /// Begins a generation for a client that waits.
+    /// Starts a generation for a client that waits.
     ///
     /// # Errors
     /// `quota_exceeded`; `overloaded`: the engine's queue is full.
@@ -122,10 +122,10 @@ impl Service {
         Ok(Begun { view, events, waiting })
     }
 
-    /// Waits for a generation's end, at most for so long; the waiting is over then, and it goes on without.
+    /// Waits for a generation's end for a limited time. The generation continues after that.
     ///
     /// # Errors
-    /// When it is gone or the registry fails.
+    /// When it was deleted or the registry fails.
     pub async fn wait_begun(
         &self,
         caller: &Caller,
@@ -134,7 +134,7 @@ impl Service {
     ) -> Result<GenerationView, Error> {
         let id = begun.view.generation.id;
         let ended = async { while !matches!(begun.events.recv().await, None | Some(DrawEvent::Ended(_))) {} };
-        // Either way the row has the present state.
+        // In both cases the row has the present state.
         let _ = tokio::time::timeout(within, ended).await;
         let view = self.view(self.row(caller, id).await?).await?;
         if !view.generation.status.is_final() {
@@ -152,13 +152,13 @@ impl Service {
         let until = Instant::now() + within;
         let interest = self.drawings.interest(id);
         loop {
-            // Subscribe before looking: no end in between is missed.
+            // Subscribe before reading the row, so no notification is missed.
             let woken = interest.woken();
             let generation = self.row(caller, id).await?;
             if generation.status.is_final() || Instant::now() >= until {
                 return self.view(generation).await;
             }
-            // Another process may end it, and a signal of that may be lost.
+            // Another process may end it, and its notification may be lost.
             let look = match self.registry.backend() {
                 Backend::Sqlite => until,
                 Backend::Postgres => until.min(Instant::now() + LOOK),
@@ -170,7 +170,7 @@ impl Service {
         }
     }
 
-    /// A generation, with its images and its place.
+    /// A generation with its images and its position in the queue.
     async fn view(&self, generation: Generation) -> Result<GenerationView, Error> {
         let mut views = self.views(generation.new.tenant, vec![generation]).await?;
         views
@@ -178,7 +178,7 @@ impl Service {
             .ok_or_else(|| Error::internal("a generation has no details"))
     }
 
-    /// Generations of one tenant, each with its images and its place.
+    /// Generations of one tenant, each with its images and its position in the queue.
     async fn views(&self, tenant: TenantId, generations: Vec<Generation>) -> Result<Vec<GenerationView>, Error> {
         let details = self.registry.generation_details(tenant, &generations).await?;
         let view = |(mut generation, (images, queue_position)): (Generation, (Vec<StoredImage>, Option<u32>))| {
@@ -194,7 +194,7 @@ impl Service {
         Ok(generations.into_iter().zip(details).map(view).collect())
     }
 
-    /// A generation in its present state, or in that when it has ended or `within` has passed.
+    /// A generation in its present state; waits for its end, at most `within`.
     ///
     /// # Errors
     /// When there is none.
@@ -220,7 +220,7 @@ impl Service {
         })
     }
 
-    /// Cancels a generation; one that has ended stays as it is, and that is a conflict, unless it was cancelled.
+    /// Cancels a generation. One that has ended is not changed; unless it was cancelled, that is a conflict.
     ///
     /// # Errors
     /// When there is none, or it has ended already.

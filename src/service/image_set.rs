@@ -1,24 +1,24 @@
-//! Which files of a folder or an archive are reference images, and which are captions beside them.
+//! Which files of a folder or an archive are reference images, and which are their captions.
 
 use std::cmp::Ordering;
 
-/// What has the name of an image. Kinds that are not read are among them: their refusal says what to do.
+/// Extensions of image files. Unsupported kinds are included: their error message explains what to do.
 const IMAGES: [&str; 12] = [
     "png", "jpg", "jpeg", "jfif", "webp", "heic", "heif", "avif", "gif", "tif", "tiff", "bmp",
 ];
-/// What operating systems and archivers leave behind, beside what begins with a dot.
+/// Files that operating systems and archivers leave behind, in addition to those that begin with a dot.
 const SYSTEM: [&str; 3] = ["thumbs.db", "desktop.ini", "__macosx"];
 
-/// Places in the list of names that a set was made of.
+/// The images of a list of names. Files are indices into the list.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct ImageSet {
-    /// Images in the order of their names, `2.png` before `10.png`, each with its caption: `NAME.txt` is that of `NAME.png`.
+    /// Images ordered by name, `2.png` before `10.png`, each with its caption: `NAME.txt` is that of `NAME.png`.
     pub images: Vec<(usize, Option<usize>)>,
     /// Everything else: hidden and system files, folders, files of other kinds, and texts without an image.
     pub skipped: Vec<usize>,
 }
 
-/// The name without its extension, and the extension in small letters.
+/// The name without its extension, and the extension in lower case.
 fn split(name: &str) -> (&str, String) {
     let file = name.rfind('/').map_or(0, |slash| slash + 1);
     match name[file..].rfind('.').filter(|dot| *dot > 0) {
@@ -33,7 +33,7 @@ fn is_hidden(name: &str) -> bool {
 }
 
 impl ImageSet {
-    /// Sorts names of files, with `/` between folders and at the end of a folder's own.
+    /// Sorts file names; `/` separates folders, and ends a folder's own name.
     pub fn of(names: &[String]) -> Self {
         let mut order: Vec<usize> = (0..names.len()).collect();
         order.sort_by(|&one, &other| natural(&names[one], &names[other]));
@@ -64,7 +64,7 @@ pub fn caption_line(text: &str) -> String {
     words.join(" ")
 }
 
-/// Numbers by their value: `2.png` comes before `10.png`.
+/// Orders numbers by their value: `2.png` comes before `10.png`.
 fn natural(one: &str, other: &str) -> Ordering {
     let (mut one, mut other) = (one, other);
     loop {

@@ -1,4 +1,4 @@
-//! API keys: made, shown once, checked, revoked. Needs no engine: the command line uses it too.
+//! API keys: created, shown once, checked, revoked. They need no engine: the command line uses them too.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -16,20 +16,20 @@ use coar_core::concept::is_slug;
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::KeyId;
 
-/// What was read from the database is believed for so long: a revocation acts within a second.
+/// How long entries of the cache are valid: a revocation takes effect within a second.
 const BELIEVED: Duration = Duration::from_millis(500);
-/// Keys that are remembered; beyond it all are forgotten.
+/// Maximum number of cached keys; when it is reached, all are evicted.
 const REMEMBERED: usize = 4096;
-/// Characters of a key that it is looked up by.
+/// Length of a key's public part, by which it is looked up.
 const PUBLIC: usize = 8;
-/// Characters of 32 random bytes in base64.
+/// Length of the secret part: 32 random bytes in base64.
 const SECRET: usize = 43;
-/// Characters of a key's name.
+/// Maximum length of a key's name.
 const NAME_LIMIT: usize = 100;
-/// Days after which a key may expire at the latest.
+/// Latest expiry of a key, in days.
 const DAYS_LIMIT: u32 = 3650;
 
-/// The checker of keys, and its short memory.
+/// Checks keys, with a short-lived cache.
 #[derive(Debug, Clone)]
 pub struct Keys {
     registry: Registry,
@@ -38,30 +38,31 @@ pub struct Keys {
 
 #[derive(Debug, Default)]
 struct Memory {
-    /// There has been a key, or this process must not serve anyone without one. Never goes back.
+    /// There has been a key, or this process must not serve callers without one. Never reset.
     required: bool,
-    /// When there was none yet.
+    /// When the database was last read without a key.
     none_at: Option<Instant>,
-    /// By their public part, and those that requests wait with by their identifier: one has an underscore, the other none.
+    /// Keys by public part, and for requests that wait by identifier. They do not collide: only the identifiers contain
+    /// an underscore.
     keys: HashMap<String, (Instant, ApiKey)>,
 }
 
-/// A key that is wanted.
+/// The parameters of a new key.
 #[derive(Debug, Clone, Default)]
 pub struct KeyRequest {
     /// Name of the tenant.
     pub tenant: String,
-    /// What it is for.
+    /// Its purpose.
     pub name: Option<String>,
     pub scopes: Scopes,
     pub expires_in_days: Option<u32>,
 }
 
-/// A new key with its text, which is nowhere else and never shown again.
+/// A new key with its text, which is not stored and never shown again.
 #[derive(Debug, Clone)]
 pub struct CreatedKey {
     pub key: ApiKey,
-    /// `coar_` and 8 characters to find it by, `_` and 43 that prove it.
+    /// `coar_` and 8 characters by which it is looked up, `_` and 43 secret characters.
     pub text: String,
 }
 
@@ -115,7 +116,7 @@ pub(super) fn check_tenant_name(name: &str) -> Result<(), Error> {
 }
 
 impl Keys {
-    /// Over that database.
+    /// Keys of this database.
     pub fn new(registry: Registry) -> Self {
         Self {
             registry,
@@ -124,22 +125,21 @@ impl Keys {
     }
 
     fn memory(&self) -> std::sync::MutexGuard<'_, Memory> {
-        // Nothing in it can be half-written.
+        // No operation leaves the cache half-written.
         self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// From now on callers need a key in this process, whatever the database says.
+    /// Makes this process require keys, independent of the database.
     pub fn require(&self) {
         self.memory().required = true;
     }
 
-    /// Drops what is remembered of keys: they are read again.
+    /// Clears the cache: keys are read again.
     pub(super) fn forget(&self) {
         self.memory().keys.clear();
     }
 
-    /// Whether callers need a key: as soon as there has been one, and then for as long as the process lives. Half a
-    /// second late at most.
+    /// Whether callers need a key: as soon as there has been one, until the process ends. At most half a second late.
     ///
     /// # Errors
     /// When the database fails.
@@ -161,7 +161,7 @@ impl Keys {
         Ok(memory.required)
     }
 
-    /// The owner of that key, or the default tenant where there are no keys at all.
+    /// The owner of a key, or the default tenant if there are no keys at all.
     ///
     /// # Errors
     /// `invalid_api_key`: missing, malformed, unknown, expired, revoked; these are not distinguished.
@@ -183,8 +183,8 @@ impl Keys {
         })
     }
 
-    /// Waits until the caller's key is revoked, expired or deleted; without keys, until there is one. Returns the refusal
-    /// that the next request would get. About half a second late; a database that does not answer ends nothing.
+    /// Waits until the caller's key is revoked, expired or deleted; without keys, until there is one. Returns the
+    /// refusal that the next request would get. About half a second late; a failure of the database ends nothing.
     pub async fn ended(&self, caller: Caller) -> Error {
         loop {
             tokio::time::sleep(BELIEVED).await;
@@ -198,8 +198,8 @@ impl Keys {
         }
     }
 
-    /// Whether that key is valid now, out of memory where it was looked at within half a second: all that wait with one
-    /// key read its row once.
+    /// Whether a key is valid now. Uses the cache if it was read within half a second, so all requests that wait with
+    /// one key read its row once.
     async fn is_valid(&self, id: KeyId) -> Result<bool, RegistryError> {
         let name = id.to_string();
         let remembered = self.memory().keys.get(&name).cloned();
@@ -226,7 +226,8 @@ impl Keys {
         memory.keys.insert(name.to_owned(), (at, key.clone()));
     }
 
-    /// A key out of memory or the database. Its use is noted when it is read; a failure of that is no failure.
+    /// A key from the cache or the database. Its use is recorded when it is read from the database; a failure to do so
+    /// is only logged.
     async fn known(&self, public: &str) -> Result<Option<ApiKey>, RegistryError> {
         if let Some((at, key)) = self.memory().keys.get(public)
             && at.elapsed() < BELIEVED
@@ -245,7 +246,7 @@ impl Keys {
         Ok(Some(key))
     }
 
-    /// Makes a key for a tenant.
+    /// Creates a key for a tenant.
     ///
     /// # Errors
     /// A value that cannot be used; a tenant that does not exist.
@@ -288,7 +289,7 @@ impl Keys {
         Ok(CreatedKey { key, text })
     }
 
-    /// The tenant of that name, made where there is none, and whether it was.
+    /// The tenant of that name, created if there is none, and whether it was created.
     ///
     /// # Errors
     /// When the name is malformed, or the database fails.
@@ -356,7 +357,7 @@ mod tests {
         assert!(noted.rows[0].last_used_at.is_some());
         keys.revoke(&created.key.id.to_string()).await.unwrap();
         assert_eq!(refused(keys.authenticate(Some(&created.text)).await), "invalid_api_key");
-        // The last key is gone, and the door stays closed.
+        // The last key is deleted, and keys are still required.
         assert_eq!(refused(keys.authenticate(None).await), "invalid_api_key");
         let absent = KeyRequest {
             tenant: "absent".into(),
@@ -385,11 +386,11 @@ mod tests {
         assert!(registry.delete_tenant(acme.id, all).await.unwrap());
         let page = Page { limit: 1, after: None };
         assert!(keys.list(page).await.unwrap().rows.is_empty());
-        // In a process that has seen a key, and in one that starts now.
+        // In a process that has seen a key, and in a new one.
         for keys in [keys, Keys::new(registry)] {
             assert_eq!(refused(keys.authenticate(None).await), "invalid_api_key");
         }
-        // A process that others can reach needs keys even where the database knows of none.
+        // A process that others can reach requires keys even if the database has none.
         let empty = tempfile::tempdir().unwrap();
         let keys = Keys::new(Registry::open(empty.path()).await.unwrap());
         assert_eq!(keys.authenticate(None).await.unwrap(), Caller::LOCAL);
@@ -397,8 +398,8 @@ mod tests {
         assert_eq!(refused(keys.authenticate(None).await), "invalid_api_key");
     }
 
-    /// Half of the wrong keys differ in their first secret character, half in their last: were texts or hashes compared
-    /// byte by byte, a guess with more that is right would take longer. Bounds are wide, for a loaded machine.
+    /// Half of the wrong keys differ in their first secret character, half in their last. If texts or hashes were
+    /// compared byte by byte, a longer correct prefix would take longer. The bounds are wide, for a loaded machine.
     #[tokio::test]
     async fn a_wrong_key_takes_as_long_wherever_it_is_wrong() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Signed addresses of images: they need no key and work until they expire.
+//! Signed URLs of images: they need no key and are valid until they expire.
 
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
@@ -7,11 +7,11 @@ use crate::registry::{SharedSecrets, StoredImage, now};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::ImageId;
 
-/// Signs addresses, and checks them.
+/// Signs and checks URLs.
 #[derive(Clone)]
 pub struct Links {
     secrets: SharedSecrets,
-    /// How long images, and so their addresses, last, in milliseconds.
+    /// How long images, and so their URLs, are valid, in milliseconds.
     lifetime: i64,
 }
 
@@ -23,7 +23,7 @@ impl std::fmt::Debug for Links {
     }
 }
 
-/// What a caller sent with an image's address.
+/// The signed part of an image's URL.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Signed<'a> {
     /// Unix seconds, as text.
@@ -37,7 +37,7 @@ fn absent(image: &str) -> Error {
 }
 
 impl Links {
-    /// With the server's secrets; addresses last as long as images are kept.
+    /// Signs with the server's secrets; URLs are valid as long as images are kept.
     pub fn new(secrets: SharedSecrets, lifetime: std::time::Duration) -> Self {
         Self {
             secrets,
@@ -47,12 +47,12 @@ impl Links {
 
     fn mac(secret: &str, id: ImageId, expires: &str) -> Hmac<Sha256> {
         let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes keys of any length");
-        // No part holds a line feed, so no two pairs are the same text.
+        // No part contains a line feed, so different pairs give different texts.
         mac.update(format!("image\n{id}\n{expires}").as_bytes());
         mac
     }
 
-    /// When an image and its address expire, in Unix seconds.
+    /// When an image and its URL expire, in Unix seconds.
     pub fn expires(&self, image: &StoredImage) -> i64 {
         let at = image
             .expires_at
@@ -60,7 +60,7 @@ impl Links {
         at / 1000
     }
 
-    /// The address below the server's own: the same every time while the secret stays, so it can be cached.
+    /// The URL without the server's base. It stays the same until the secret changes, so it can be cached.
     pub fn path(&self, image: &StoredImage) -> String {
         let expires = self.expires(image).to_string();
         let secrets = self.secrets.get();
@@ -73,10 +73,10 @@ impl Links {
         )
     }
 
-    /// The image that an address names. Compares in constant time.
+    /// The image that a URL refers to. Compares in constant time.
     ///
     /// # Errors
-    /// `image_not_found` for whatever this server has not signed; `address_expired`.
+    /// `image_not_found` for URLs that this server has not signed; `address_expired`.
     pub fn check(&self, file: &str, signed: Signed<'_>) -> Result<ImageId, Error> {
         let id: ImageId = file.split('.').next().unwrap_or("").parse().map_err(|_| absent(file))?;
         let signature = hex::decode(signed.signature).map_err(|_| absent(file))?;
@@ -95,10 +95,10 @@ impl Links {
 }
 
 impl super::Service {
-    /// The image at a signed address, with its bytes.
+    /// The image at a signed URL, with its bytes.
     ///
     /// # Errors
-    /// As [`Links::check`]; when the image is gone.
+    /// As [`Links::check`]; when the image was deleted.
     pub async fn image(&self, file: &str, signed: Signed<'_>) -> Result<(StoredImage, bytes::Bytes), Error> {
         let id = self.links.check(file, signed)?;
         let image = self.registry.signed_image(id).await?.ok_or_else(|| absent(file))?;
@@ -167,7 +167,7 @@ mod tests {
             check(&Links::new(SharedSecrets::of("other"), Duration::from_secs(60)), &path),
             Err("image_not_found")
         );
-        // What callers see signed is another secret than the one between processes.
+        // URLs are not signed with the secret that authenticates processes to each other.
         let signature = path.rsplit('=').next().unwrap();
         assert_ne!(signature, crate::cluster::worker_token("secret"));
         let old = image(now() - 61_000);

@@ -1,4 +1,4 @@
-//! The use cases, shared by HTTP and the command line. What may be said to whom and how much is decided here.
+//! The use cases, shared by HTTP and the command line. Access and limits are decided here.
 
 mod archive;
 mod concepts;
@@ -47,17 +47,17 @@ use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::{KeyId, TenantId};
 use coar_core::image::ImageLimits;
 
-/// Who asks. Every use case takes one, and nothing of another tenant's is seen through it.
+/// The caller of a use case. Objects of other tenants are invisible to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caller {
     pub tenant: TenantId,
-    /// `None`: there are no keys, or it is the command line.
+    /// `None`: there are no keys, or the caller is the command line.
     pub key: Option<KeyId>,
     pub scopes: Scopes,
 }
 
 impl Caller {
-    /// The tenant `default` with every scope: the command line, and every caller where there are no keys.
+    /// The tenant `default` with every scope: the command line, and every caller if there are no keys.
     pub const LOCAL: Self = Self {
         tenant: TenantId::DEFAULT,
         key: None,
@@ -82,7 +82,7 @@ impl Caller {
     }
 }
 
-/// Everything that a use case needs.
+/// The dependencies of the use cases.
 #[derive(Debug, Clone)]
 pub struct Service {
     pub registry: Registry,
@@ -99,31 +99,31 @@ pub struct Service {
 /// The highest priority that callers may give a job.
 pub const PRIORITY_LIMIT: i32 = 100;
 
-/// The most images of one generation.
+/// Maximum number of images of one generation.
 pub const COUNT_LIMIT: u32 = 10;
 
-/// What callers may ask for.
+/// Limits for callers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     pub image: ImageLimits,
-    /// Reference images of one concept.
+    /// Maximum number of reference images of one concept.
     pub images: usize,
-    /// Images of one generation.
+    /// Maximum number of images of one generation.
     pub count: u32,
-    /// Characters of a prompt, also with its concepts placed in it.
+    /// Maximum characters of a prompt, before and after its concepts are placed in it.
     pub prompt: usize,
-    /// Concepts of one generation.
+    /// Maximum number of concepts of one generation.
     pub concepts: usize,
-    /// What becomes of a size that the model does not draw.
+    /// What happens with a size that the model does not support.
     pub size_policy: SizePolicy,
-    /// Bytes of a JSON body.
+    /// Maximum size of a JSON body in bytes.
     pub json: usize,
-    /// What a tenant has of which an administrator has not said otherwise.
+    /// Quotas of a tenant for which an administrator has not set others.
     pub quotas: Quotas,
 }
 
 impl Limits {
-    /// As the operator decided.
+    /// The limits of a configuration.
     pub fn of(config: &Config) -> Self {
         let default = Self::default();
         let quota = |number: u32| (number > 0).then_some(number);

@@ -1,10 +1,11 @@
-//! Where in the prompt concepts go that a caller names outside of it.
+//! Placement of concepts in a prompt that does not name them.
 //!
-//! A subject goes before the first occurrence of its class noun as a whole word, whatever its case, that has no
-//! placeholder before it: "a cat on a beach" becomes "a <rex> cat on a beach". In scripts without spaces between words every
-//! occurrence is one. A plural is another word: what "cats" is of which language is not known here. Where there is no
-//! occurrence, the prompt gets a beginning: "a photo of <rex> cat, on a beach". A style goes to the end: "a cat in <ink> style". A concept that the
-//! prompt names already stays where it is. Subjects come first, each kind in the order in which it was named.
+//! A subject is placed before the first occurrence of its class noun as a whole word, in any case, without a
+//! placeholder before it: "a cat on a beach" becomes "a <rex> cat on a beach". In scripts without spaces between words
+//! every occurrence counts. A plural is another word, since the language of the prompt is not known. Without an
+//! occurrence, the concept is placed at the beginning: "a photo of <rex> cat, on a beach". A style is placed at the
+//! end: "a cat in <ink> style". A concept that the prompt already names is not placed. Subjects come first, each kind
+//! in the order in which it was given.
 
 use coar_core::concept::{ConceptKind, PromptPiece, parse_prompt};
 
@@ -13,11 +14,11 @@ use coar_core::concept::{ConceptKind, PromptPiece, parse_prompt};
 pub(super) struct Placeable<'a> {
     pub name: &'a str,
     pub kind: ConceptKind,
-    /// A subject's class noun.
+    /// The class noun of a subject.
     pub class: Option<&'a str>,
 }
 
-/// The prompt with every concept in it.
+/// The prompt with all concepts placed in it.
 pub(super) fn place(prompt: &str, concepts: &[Placeable<'_>]) -> String {
     let mut prompt = prompt.to_owned();
     let mut before = Vec::new();
@@ -84,14 +85,14 @@ fn words<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
             (Some(inner), Some(outer)) => !continues(outer) || is_unspaced(inner) || is_unspaced(outer),
             _ => true,
         };
-        // Korean has spaces, and its particles follow a noun without one.
+        // Korean is written with spaces, but its particles follow a noun without one.
         let particle = |inner: Option<char>| inner.is_some_and(|inner| ('가'..='힣').contains(&inner));
         ends_word(found.chars().next(), before.chars().next_back())
             && (particle(found.chars().next_back()) || ends_word(found.chars().next_back(), after.chars().next()))
     })
 }
 
-/// The length of what `text` begins with, if that is `word` in any case.
+/// The length of the beginning of `text` that equals `word` in any case.
 fn same_beginning(text: &str, word: &str) -> Option<usize> {
     if word.is_empty() {
         return None;
@@ -110,7 +111,7 @@ fn same_beginning(text: &str, word: &str) -> Option<usize> {
     wanted.peek().is_none().then_some(text.len())
 }
 
-/// Whether a character beside a word makes another word of it: letters, digits, and accents that follow their letter.
+/// Whether a character next to a word makes it another word: letters, digits, and combining accents.
 fn continues(character: char) -> bool {
     character.is_alphanumeric() || matches!(character, '\u{300}'..='\u{36f}')
 }
@@ -196,7 +197,7 @@ mod tests {
         assert_eq!(placed("ÉCLAIR", "un éclair"), "un <rex> éclair");
         assert_eq!(placed("кот", "Кот на пляже"), "<rex> Кот на пляже");
         assert_eq!(placed("кот", "котик"), "a photo of <rex> кот, котик");
-        // An accent of its own belongs to the letter before it.
+        // A combining accent belongs to the letter before it.
         assert_eq!(placed("cafe", "a cafe\u{301}"), "a photo of <rex> cafe, a cafe\u{301}");
         assert_eq!(placed("cat", "two cats"), "a photo of <rex> cat, two cats");
     }

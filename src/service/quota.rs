@@ -1,5 +1,5 @@
-//! How much each tenant may have and do at once. What it has is counted in the database; what it does in memory, and where
-//! several processes share a database, there too.
+//! Quotas of tenants. What a tenant has is counted in the database. What it does at present is counted in memory, and
+//! also in the database if several processes share one.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -15,24 +15,24 @@ use coar_core::ids::TenantId;
 /// The window of `pictures_per_minute`.
 const MINUTE: Duration = Duration::from_secs(60);
 const SECOND: Duration = Duration::from_secs(1);
-/// When a request that found too many others in flight may try again.
+/// Retry delay for a request that was refused because too many are in flight.
 const NEXT_REQUEST: Duration = Duration::from_secs(1);
 
-/// What every tenant does at the moment.
+/// The current activity of every tenant.
 #[derive(Debug, Clone, Default)]
 pub struct Tallies {
     all: Arc<Mutex<HashMap<TenantId, Tally>>>,
-    /// Where images are given back that were counted in the database; the server's stop waits for it.
+    /// Tasks that release images that were counted in the database; the server waits for them when it stops.
     tasks: TaskTracker,
 }
 
 #[derive(Debug, Default)]
 struct Tally {
     in_flight: u32,
-    /// Admissions of the last minute, oldest first: at most as many as the quota, each has an image.
+    /// Admissions of the last minute, oldest first: at most as many as the quota, since each has an image.
     admitted: VecDeque<Admission>,
     next: u64,
-    /// Requests of the last minute: how many came within a second from an instant on, oldest first.
+    /// Requests of the last minute, oldest first: the beginning of a second, and the number of requests in it.
     made: VecDeque<(Instant, u32)>,
 }
 
@@ -48,30 +48,31 @@ struct Admission {
 pub struct Allowance {
     pub limit: u32,
     pub remaining: u32,
-    /// Until all of it is there again; for requests in flight that is unknown, so a second.
+    /// Time until all of it is available again; for requests in flight that is unknown, so one second.
     pub reset: Duration,
 }
 
-/// What a tenant may still do; `None`: any number.
+/// A tenant's remaining quotas; `None`: unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Standing {
     pub requests: Option<Allowance>,
     pub images: Option<Allowance>,
 }
 
-/// A request that counts as in flight until this is dropped. Its images are given back then, unless they were drawn.
+/// A request that counts as in flight until this is dropped. Its images are then released, unless they were drawn.
 #[derive(Debug)]
 pub struct Admitted {
     tallies: Tallies,
     tenant: TenantId,
-    /// `None`: no images were counted, or they are drawn.
+    /// `None`: no images were counted, or they have been drawn.
     images: Option<u64>,
-    /// The same, of processes that share a database: where they were counted, and how many.
+    /// The same for processes that share a database: the registry, the second and the number of images that were
+    /// counted.
     shared: Option<(Registry, i64, u32)>,
 }
 
 impl Admitted {
-    /// The engine has the request: the images count, whatever becomes of them.
+    /// The engine has accepted the request: from now on its images count, even if it fails.
     pub fn drawing(&mut self) {
         self.images = None;
         self.shared = None;
@@ -88,7 +89,7 @@ impl Drop for Admitted {
         drop(tallies);
         if let Some((registry, second, images)) = self.shared.take() {
             let tenant = self.tenant;
-            // Without a runtime the process ends; the count is a minute's.
+            // Without a runtime the process is ending; the count expires after a minute.
             if let Ok(runtime) = tokio::runtime::Handle::try_current() {
                 let give_back = async move {
                     if let Err(error) = registry.take_back(tenant, second, images).await {
@@ -107,7 +108,7 @@ fn too_many(images: u32, limit: u32) -> Error {
 }
 
 impl Tally {
-    /// Counts a request, or says how many there were in the last minute and how long to wait.
+    /// Counts a request. Over the limit: the number of requests in the last minute, and the time to wait.
     fn count_request(&mut self, limit: u32, now: Instant) -> Result<(), (u32, Duration)> {
         while self
             .made
@@ -142,7 +143,7 @@ impl Tally {
         self.admitted.iter().map(|admission| admission.images).sum()
     }
 
-    /// Until so many images are free again.
+    /// Time until this many images are available again.
     fn wait(&self, mut missing: u32, now: Instant) -> Duration {
         for admission in &self.admitted {
             missing = missing.saturating_sub(admission.images);
@@ -178,7 +179,7 @@ impl Tally {
 }
 
 impl Tallies {
-    /// What is done later is done by one of `tasks`.
+    /// Spawns background work on `tasks`.
     pub fn new(tasks: TaskTracker) -> Self {
         Self {
             all: Arc::default(),
@@ -187,7 +188,7 @@ impl Tallies {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TenantId, Tally>> {
-        // Nothing in it can be half-written.
+        // No operation leaves the map half-written.
         self.all.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -204,7 +205,7 @@ impl Tallies {
         let mut id = None;
         if let Some(limit) = quotas.pictures_per_minute {
             if images > limit {
-                // No wait helps: it is the request that is too large.
+                // Waiting does not help: the request itself is too large.
                 return Err(too_many(images, limit));
             }
             let over = (tally.drawn() + images).saturating_sub(limit);
@@ -237,14 +238,14 @@ impl Tallies {
 }
 
 impl Service {
-    /// The quotas that hold for a tenant; `None`: any number.
+    /// The effective quotas of a tenant; `None`: unlimited.
     ///
     /// # Errors
     /// When the registry fails.
     pub async fn quotas(&self, tenant: TenantId) -> Result<Quotas, Error> {
         let own = self.registry.tenant_by_id(tenant).await?.map(|tenant| tenant.quotas);
         let quotas = own.unwrap_or_default().or(self.limits.quotas);
-        // As in the configuration: an administrator's 0 means any number.
+        // As in the configuration, an administrator's 0 means unlimited.
         let any = |quota: Option<u32>| quota.filter(|number| *number > 0);
         Ok(Quotas {
             requests_per_minute: any(quotas.requests_per_minute),
@@ -256,7 +257,7 @@ impl Service {
         })
     }
 
-    /// Counts a request that makes, starts, checks or cancels something; whatever becomes of it.
+    /// Counts a request that creates, starts, checks or cancels something, even if it fails.
     ///
     /// # Errors
     /// `quota_exceeded`; when the registry fails.
@@ -283,8 +284,8 @@ impl Service {
         })
     }
 
-    /// Lets a generation in, with so many images, or says which quota is exceeded and until when. The guard goes where
-    /// the drawing goes: into the stream of events, or to the background.
+    /// Admits a generation of this many images. The guard belongs to the generation: to its stream of events, or to its
+    /// background task.
     ///
     /// # Errors
     /// `quota_exceeded`; when the registry fails.
@@ -296,8 +297,8 @@ impl Service {
         self.tallies.admit(caller.tenant, quotas, images, Instant::now())
     }
 
-    /// The same among all processes of a database. Requests in flight that are stored count everywhere, those that are
-    /// answered without being stored at the process that answers them.
+    /// The same for all processes of a database. Stored requests in flight count everywhere, others only in the process
+    /// that responds to them.
     async fn admit_shared(&self, tenant: TenantId, mut quotas: Quotas, images: u32) -> Result<Admitted, Error> {
         let per_minute = quotas.pictures_per_minute.take();
         if let Some(limit) = quotas.requests_in_flight {
@@ -325,7 +326,7 @@ impl Service {
         }
     }
 
-    /// Counts a generation as in flight that was admitted before the server started anew.
+    /// Counts a generation as in flight that was admitted before a restart of the server.
     pub(super) fn readmit(&self, tenant: TenantId) -> Admitted {
         self.tallies.lock().entry(tenant).or_default().in_flight += 1;
         Admitted {
@@ -336,7 +337,7 @@ impl Service {
         }
     }
 
-    /// What a tenant may still do.
+    /// A tenant's remaining quotas.
     ///
     /// # Errors
     /// When the registry fails.
@@ -361,8 +362,8 @@ impl Service {
         Ok(standing)
     }
 
-    /// Checks that what a tenant has leaves room for the addition; the quotas that hold for it. The registry checks them again
-    /// in the transaction that adds: of two requests for the last place the second is refused there.
+    /// Checks that a tenant's quotas allow the addition; returns the effective quotas. The registry checks them again
+    /// in the transaction that adds it: of two requests for the last place the second is refused there.
     ///
     /// # Errors
     /// `quota_exceeded`; when the registry fails.

@@ -1,9 +1,9 @@
-//! Which of a registration's images is refused: by its place and its file's name.
+//! Errors of a registration's images, with the index and the file's name.
 
 use coar_core::error::{Error, ErrorKind};
 use coar_core::image::ImageError;
 
-/// What is wrong with the image at `index`, from 0, whose file has the name; empty: not known.
+/// The error of the image at `index`, from 0; `file_name` is empty if it is not known.
 pub(super) fn image_error(error: &ImageError, index: usize, file_name: &str) -> Error {
     let (code, kind, limit) = match error {
         ImageError::Unsupported(kind) if kind.is_jpeg() => ("unsupported_image", ErrorKind::Invalid, None),
@@ -14,14 +14,14 @@ pub(super) fn image_error(error: &ImageError, index: usize, file_name: &str) -> 
             ("damaged_image", ErrorKind::Invalid, None)
         }
     };
-    let told = image_fault(code, index, file_name, error.to_string()).of_kind(kind);
+    let fault = image_fault(code, index, file_name, error.to_string()).of_kind(kind);
     match limit {
-        Some(limit) => told.limit(limit),
-        None => told,
+        Some(limit) => fault.limit(limit),
+        None => fault,
     }
 }
 
-/// An error of the image at `index`, from 0; the message has its file's name too.
+/// An error of the image at `index`, from 0; the message contains its file's name.
 pub fn image_fault(code: &'static str, index: usize, file_name: &str, problem: impl AsRef<str>) -> Error {
     let problem = problem.as_ref();
     let problem = match short_name(file_name) {
@@ -31,8 +31,8 @@ pub fn image_fault(code: &'static str, index: usize, file_name: &str, problem: i
     Error::field(code, format!("images[{index}]"), problem)
 }
 
-/// A file's name without its folders, with escapes for what is not printable, and of bounded length: the beginning and
-/// the end, which has the extension.
+/// A file's name without its folders, with unprintable characters escaped, and of bounded length: its beginning, and
+/// its end with the extension.
 fn short_name(file_name: &str) -> String {
     const HEAD: usize = 40;
     const TAIL: usize = 20;
@@ -48,9 +48,9 @@ fn short_name(file_name: &str) -> String {
     characters
         .into_iter()
         .map(|character| match character {
-            // Accents of their own, as macOS writes names.
+            // Combining accents, as macOS writes names.
             '"' | '\'' | '\u{300}'..='\u{36f}' | '\u{3099}' | '\u{309a}' => character.to_string(),
-            // Control characters, and those that turn the direction of text.
+            // Control characters, and those that change the direction of text.
             other => other.escape_debug().to_string(),
         })
         .collect()

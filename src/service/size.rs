@@ -1,19 +1,19 @@
-//! Which size is drawn.
+//! Chooses the size of images.
 
 use crate::config::SizePolicy;
 use coar_core::error::Error;
 
-/// Sizes that a refusal names.
+/// Number of sizes in an error message.
 const NAMED: usize = 6;
 
-/// How far a size is from the one that was asked for: first in its aspect ratio, then in its area.
+/// The distance of a size from the requested one: first in aspect ratio, then in area.
 fn distance(asked: (u32, u32), size: (u32, u32)) -> (f64, f64) {
     let ratio = |(width, height): (u32, u32)| (f64::from(width) / f64::from(height)).ln();
     let area = |(width, height): (u32, u32)| (f64::from(width) * f64::from(height)).ln();
     ((ratio(asked) - ratio(size)).abs(), (area(asked) - area(size)).abs())
 }
 
-/// The size to draw; of `sizes` the first is the default.
+/// The size to draw; the first of `sizes` is the default.
 ///
 /// # Errors
 /// `invalid_size`, with the nearest sizes first.
@@ -72,7 +72,7 @@ mod tests {
         assert_eq!(nearest((1024, 1536)), (72, 112));
         assert_eq!(nearest((u32::MAX, 1)), (128, 64));
         assert_eq!(nearest((64, 128)), (64, 128));
-        // Of equal ratios the one of the nearest area.
+        // Among equal ratios the one with the nearest area.
         let sizes = [(96, 96), (48, 48), (192, 192)];
         assert_eq!(
             choose(Some((180, 180)), &sizes, SizePolicy::Nearest).unwrap(),

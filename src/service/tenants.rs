@@ -8,7 +8,7 @@ use crate::registry::{Deletion, Listed, Page, Quotas, Tenant};
 use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::TenantId;
 
-/// A change of quotas: absent ones stay, `Some(None)` goes back to the server's default.
+/// A change of quotas: `None` keeps a quota, `Some(None)` resets it to the server's default.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct QuotaChange {
     pub concepts: Option<Option<u32>>,
@@ -33,7 +33,7 @@ impl QuotaChange {
 }
 
 impl Service {
-    /// Makes a tenant.
+    /// Creates a tenant.
     ///
     /// # Errors
     /// When the name is malformed or taken.
@@ -68,7 +68,7 @@ impl Service {
         changed.ok_or_else(|| no_tenant(name))
     }
 
-    /// Gives a tenant a new web-hook secret; the present one signs beside it for so many hours.
+    /// Gives a tenant a new webhook secret; the present one also signs for this many hours.
     ///
     /// # Errors
     /// When there is none.
@@ -78,11 +78,11 @@ impl Service {
         changed.ok_or_else(|| no_tenant(name))
     }
 
-    /// Deletes a tenant with everything that is its. The tenant `default` and the caller's own stay, and the one with the
-    /// last valid key of an administrator: the server would be left without one.
+    /// Deletes a tenant with everything that it has. The tenant `default` and the caller's own cannot be deleted, nor
+    /// the one with the last valid key of an administrator: the server would be left without one.
     ///
     /// # Errors
-    /// When there is none, or it has to stay.
+    /// When there is none, or it cannot be deleted.
     pub async fn delete_tenant(&self, caller: &Caller, name: &str) -> Result<(), Error> {
         let tenant = self.tenant(name).await?;
         if tenant.id == TenantId::DEFAULT || tenant.id == caller.tenant {

@@ -1,4 +1,4 @@
-//! Trainings of concepts: queued anew, listed, cancelled, retried, looked at.
+//! Trainings of concepts: queue, list, cancel, retry, read.
 
 use bytes::Bytes;
 
@@ -11,10 +11,10 @@ use coar_core::error::{Error, ErrorKind};
 use coar_core::ids::TrainingId;
 use coar_core::training::{StepLosses, TokenMethod, TrainingSpec};
 
-/// Settings of a training; `None` leaves what holds otherwise.
+/// Settings of a training; `None` keeps the default.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct TrainingSettings {
-    /// Sets what the method leaves out, before the other settings.
+    /// Applied before the other settings, with the defaults of the method.
     pub method: Option<TokenMethod>,
     pub captions: Option<Vec<String>>,
     pub steps: Option<u32>,
@@ -48,13 +48,13 @@ impl TrainingSettings {
 /// How a training is queued.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Queued {
-    /// Told of its end.
+    /// Notified when it ends.
     pub webhook_url: Option<String>,
     /// 0 to [`PRIORITY_LIMIT`](super::PRIORITY_LIMIT).
     pub priority: i32,
 }
 
-/// Which trainings a caller wants to see.
+/// A filter for the list of trainings.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TrainingQuery {
     /// Name or identifier.
@@ -62,7 +62,7 @@ pub struct TrainingQuery {
     pub status: Option<TrainingStatus>,
 }
 
-/// What a training adds to what its tenant has.
+/// What a training adds to its tenant's usage.
 const ONE: Usage = Usage {
     concepts: 0,
     trainings: 1,
@@ -78,13 +78,13 @@ fn no_training(id: &str) -> Error {
 }
 
 impl Service {
-    /// Refuses when too many trainings wait.
+    /// Refuses if too many trainings are queued.
     pub(super) async fn check_queue(&self, caller: &Caller) -> Result<(), Error> {
         Ok(self.registry.check_queue(Queue::Trainings, caller.tenant).await?)
     }
 
-    /// Queues another training of a concept from its reference images, with the settings of its newest training but for
-    /// those given. The version in use stays so until the new one is there.
+    /// Queues another training of a concept from its reference images, with the settings of its newest training except
+    /// for those given. The version in use stays active until the new one is ready.
     ///
     /// # Errors
     /// When there is no such concept, it has no images, it is in training, or a setting cannot be used.
@@ -131,7 +131,7 @@ impl Service {
         queued.ok_or_else(|| no_concept(name))
     }
 
-    /// A part of the trainings of the caller's tenant, newest first.
+    /// A page of the trainings of the caller's tenant, newest first.
     ///
     /// # Errors
     /// When there is no such concept, or the registry fails.
@@ -168,7 +168,7 @@ impl Service {
         found.ok_or_else(|| no_training(id))
     }
 
-    /// The loss curve of a training, thinned out where it is long.
+    /// The loss curve of a training, thinned if it is long.
     ///
     /// # Errors
     /// When the registry fails.
@@ -176,7 +176,7 @@ impl Service {
         Ok(self.registry.losses(caller.tenant, training.id).await?)
     }
 
-    /// The image that a training drew after that step, as PNG.
+    /// The preview image of a training after that step, as PNG.
     ///
     /// # Errors
     /// When there is no such training or image.
@@ -193,7 +193,7 @@ impl Service {
         Ok(self.registry.blobs.get(&blob).await?)
     }
 
-    /// Cancels a training; one that has ended stays as it is, and that is a conflict.
+    /// Cancels a training. One that has ended is not changed, which is a conflict.
     ///
     /// # Errors
     /// When there is none, it has ended already, or the registry fails.

@@ -1,4 +1,4 @@
-//! Spans to an OpenTelemetry collector: OTLP over HTTP, set by the standard `OTEL_*` variables.
+//! Export of spans to an OpenTelemetry collector: OTLP over HTTP, configured by the standard `OTEL_*` variables.
 
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::SpanExporter;
@@ -8,7 +8,7 @@ use tracing::Subscriber;
 use tracing_opentelemetry::OpenTelemetryLayer;
 use tracing_subscriber::registry::LookupSpan;
 
-/// Either of them switches the export on.
+/// Either of them enables the export.
 const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
 
 /// The exporter with its own thread.
@@ -16,7 +16,7 @@ const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP
 pub(super) struct Export(SdkTracerProvider);
 
 impl Export {
-    /// `None` where no collector is named, or it cannot be used; the latter is reported.
+    /// `None` if no collector is configured, or it cannot be used; the latter is reported.
     pub fn start() -> Option<Self> {
         ENDPOINTS.iter().find_map(std::env::var_os)?;
         let exporter = match SpanExporter::builder().with_http().build() {
@@ -38,7 +38,7 @@ impl Export {
         tracing_opentelemetry::layer().with_tracer(self.0.tracer("coar"))
     }
 
-    /// Sends what is left; a collector that does not answer costs a few seconds.
+    /// Exports the remaining spans; a collector that does not respond delays this by a few seconds.
     pub fn finish(self) {
         if let Err(error) = self.0.shutdown() {
             eprintln!("the last spans were not exported: {error}");

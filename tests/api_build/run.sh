@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The build without the feature `device`: it is not linked to libtorch, reports an error where a device is needed, passes
-# the server's unit tests, and serves in the role `api` beside a worker (skipped, loudly, where there is no PostgreSQL).
+# Tests the build without the feature `device`: it is not linked to libtorch, reports an error if a device is needed, passes
+# the server's unit tests, and serves in the role `api` with a worker (skipped with a message if there is no PostgreSQL).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 target=${CARGO_TARGET_DIR:-target}
@@ -13,7 +13,7 @@ tree=$(cargo tree -p coar --no-default-features -e normal)
 core=$(cargo tree -p coar-core -e normal -f '{p} {f}')
 ! grep -E '\b(tch|torch-sys|sqlx|axum) v|tokio v.*\brt\b' <<<"$core"
 
-# The same folder: dependencies are shared, and the whole program is put back at the end.
+# Builds in the same target folder, to share dependencies; the full program is rebuilt at the end.
 cargo test --quiet -p coar -p coar-registry --no-default-features --lib
 cargo build --quiet -p coar --no-default-features
 program=$target/api-build/coar

@@ -24,7 +24,7 @@ image, _ = draw(api, "a photo of <rex> cat in the snow", 7)
 assert image.startswith(b"\x89PNG"), image[:16]
 said("an API process without libtorch registers, trains and draws through a worker")
 
-# It counts tokens itself, the concept's too: no file is read for it.
+# The API process counts tokens itself, including the concept's, without reading the concept's file.
 validate = "/v1/generations?validate_only=true"
 status, answer = api.request("POST", validate, {"prompt": "a cat " * 300})
 assert status == 400 and answer["error"]["param"] == "prompt", (status, answer)

@@ -1,6 +1,6 @@
 """A server that answers /200 with 200, /503 with 503 and everything else with 404, and one that never answers.
 
-Prints both ports on one line and runs until it is ended.
+Prints both ports on one line and runs until it is killed.
 """
 
 import http.server

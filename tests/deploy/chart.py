@@ -1,6 +1,6 @@
-"""Renders the Helm chart as users would and checks what comes out: schemas, and what a schema does not say.
+"""Renders the Helm chart as users would and checks the result: schemas, and properties that a schema cannot express.
 
-`python chart.py CHART`; every case is a set of values. Exits with 1 and a list where something does not hold.
+`python chart.py CHART`; every case is a set of values. Exits with 1 and a list of faults if a check fails.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject, TriggerAuthentication
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor
 
-# What the program refuses as a web-hook's address, the policy does too.
+# The addresses that the program rejects for webhooks; the network policy must reject them too.
 ADDRESSES = (pathlib.Path(__file__).parents[2] / "src/jobs/address.rs").read_text()
 V4 = re.findall(r"\(\[(\d+), (\d+), (\d+), (\d+)\], (\d+)\)", ADDRESSES)
 REFUSED_ADDRESSES = {
@@ -24,7 +24,7 @@ REFUSED_ADDRESSES = {
 }
 assert len(V4) > 15, V4
 KUBERNETES = ["1.30", "1.33", "1.37"]
-# Kinds of others' controllers.
+# Kinds of third-party controllers.
 FOREIGN = {"ScaledObject": ScaledObject, "TriggerAuthentication": TriggerAuthentication, "PodMonitor": PodMonitor}
 DRAIN_PHASES = 4 * 20
 
@@ -64,7 +64,7 @@ CASES = {
     },
 }
 
-# Values that must be refused, and a word of why.
+# Values that must be rejected, each with a word that the error must contain.
 REFUSED = {
     "replicaz": {"api": {"replicaz": 3}},
     "existingSecret": {"database": {"existingSecret": ""}},
@@ -79,7 +79,7 @@ REFUSED = {
 
 
 def merged(below, above):
-    """`above` over `below`, as Helm puts values over the chart's own."""
+    """`above` merged over `below`, as Helm merges values over the chart's own."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     return {key: merged(below[key], above[key]) if key in below and key in above else above.get(key, below.get(key))
@@ -87,7 +87,7 @@ def merged(below, above):
 
 
 def render(path, values):
-    """Kind and name of each object, and the object."""
+    """The rendered objects by kind and name."""
     chart = helm_python.Chart.load(path)
     own = yaml.safe_load(open(f"{path}/values.yaml"))
     chart.validate_schema(merged(own, values))
@@ -104,7 +104,7 @@ def render(path, values):
 
 
 def unknown(given, known, path=""):
-    """Where `given` has what its model has dropped or changed."""
+    """Paths in `given` that its model has dropped or changed."""
     if isinstance(given, dict) and isinstance(known, dict):
         return [fault for key in given for fault in unknown(given[key], known.get(key), f"{path}/{key}")]
     if isinstance(given, list) and isinstance(known, list) and len(given) == len(known):
@@ -113,7 +113,7 @@ def unknown(given, known, path=""):
 
 
 def foreign(found):
-    """What is wrong with an object of another's controller."""
+    """Faults of an object of a third-party controller."""
     try:
         known = FOREIGN[found["kind"]].model_validate(found).model_dump(by_alias=True, exclude_none=True, mode="json")
     except pydantic.ValidationError as error:
@@ -131,7 +131,7 @@ def containers(objects):
 
 
 def check(case, objects, values):
-    """What is wrong, as lines."""
+    """Faults, one per line."""
     faults = []
 
     def hold(good, what):
@@ -148,7 +148,7 @@ def check(case, objects, values):
             except kubernetes_validate.ValidationError as error:
                 hold(False, f"{kind}/{name} under {version}: {error.message} at {list(error.path)}")
     for name, spec, container in containers(objects):
-        # The restricted Pod Security Standard, and a root file system that cannot be written.
+        # The restricted Pod Security Standard, and a read-only root file system.
         pod, own = spec.get("securityContext", {}), container.get("securityContext", {})
         hold(pod.get("runAsNonRoot") is True, f"{name} may run as root")
         hold(pod.get("seccompProfile", {}).get("type") == "RuntimeDefault", f"{name} has no seccomp profile")
@@ -202,7 +202,7 @@ def check(case, objects, values):
 
 
 def everything(objects):
-    """The case in which each switch is on: the values arrive."""
+    """The case with every option enabled: its values must appear in the objects."""
     data = objects[("ConfigMap", "coar-worker")]["data"]
     api = objects[("ConfigMap", "coar-api")]["data"]
     expected = {"COAR_QUOTA_PICTURES_PER_MINUTE": "120", "COAR_CORS_ORIGIN": "https://a.example,https://b.example",
@@ -212,7 +212,7 @@ def everything(objects):
     image = objects[("Deployment", "coar-api")]["spec"]["template"]["spec"]["containers"][0]["image"]
     assert image == "coar@sha256:" + "0" * 64, image
     scaled = objects[("ScaledObject", "coar-worker")]
-    # That a fault would be found.
+    # A fault would be found.
     assert foreign(scaled) == [] and foreign(merged(scaled, {"spec": {"nonsense": 1}})) == ["unknown: /spec/nonsense"]
     triggers = scaled["spec"]["triggers"]
     assert [trigger["type"] for trigger in triggers] == ["postgresql", "postgresql", "cron"], triggers
@@ -220,7 +220,7 @@ def everything(objects):
         metadata = trigger["metadata"]
         assert all(isinstance(value, str) for value in metadata.values()), metadata
         assert set(metadata) == {"query", "targetQueryValue"}, metadata
-    # The tables and columns that they count by are those of the migrations.
+    # The queries only use tables and columns that the migrations create.
     database = sqlite3.connect(":memory:")
     for migration in sorted(pathlib.Path("migrations/sqlite").glob("*.sql")):
         database.executescript(migration.read_text())
@@ -232,7 +232,7 @@ def everything(objects):
     policy = objects[("NetworkPolicy", "coar-worker")]["spec"]
     assert len(policy["ingress"][0]["from"]) == 2, policy
     assert {"ipBlock": {"cidr": "10.1.2.3/32"}} in policy["egress"][1]["to"], policy
-    # Nobody but API processes and the monitoring reaches a worker, which takes no caller's key.
+    # Only API processes and the monitoring can reach a worker; callers' API keys are not accepted there.
     assert all("from" in rule for rule in policy["ingress"]), policy
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Copies what .dockerignore lets through of the tracked files into a folder: context.sh FOLDER. It knows the form that our
-# .dockerignore has: `*` first, then paths that are let through.
+# Copies the tracked files that .dockerignore admits into a folder: context.sh FOLDER. It only supports the form of this
+# repository's .dockerignore: `*` first, then the admitted paths.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 grep -vE '^(#|$)' .dockerignore | head -1 | grep -qx '\*' || { echo ".dockerignore does not begin with *" >&2; exit 1; }

@@ -1,4 +1,5 @@
-"""Prints a service's entry point of docker/compose.yaml as the engine gets it, a NUL after each part: `entrypoint.py SERVICE`."""
+"""Prints a service's entry point in docker/compose.yaml as the container engine receives it, with a NUL after each part:
+`entrypoint.py SERVICE`."""
 
 import sys
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Checks what is in docker/ with everything that needs neither a container engine nor a cluster, and says what it left out.
-# Tools come from Python's packages, into target/deploy-venv; promtool from Debian's package `prometheus`, where it is there.
-# With NO_SKIP=1 whatever is left out is a failure.
+# Runs every check of docker/ that needs neither a container engine nor a cluster, and lists the skipped ones.
+# Tools are Python packages in target/deploy-venv; promtool is from Debian's package `prometheus`, if it is installed.
+# With NO_SKIP=1 a skipped check is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work="$(mktemp -d)"
@@ -71,7 +71,7 @@ if command -v systemd-analyze > /dev/null; then
     sed 's#^ExecStart=[^ ]*#ExecStart=/bin/true#' docker/coar.service > "$work/coar.service"
     systemd-analyze verify --man=no "$work/coar.service" > "$work/unit.txt" 2>&1 || { cat "$work/unit.txt"; exit 1; }
     [ ! -s "$work/unit.txt" ] || fail "systemd-analyze verify: $(cat "$work/unit.txt")"
-    # In tenths of systemd's figure, which is 9.6 for a unit without any hardening.
+    # The threshold is in tenths of systemd's score, which is 9.6 for a unit without hardening.
     systemd-analyze security --offline=true --threshold=20 --no-pager "$work/coar.service" > "$work/unit.txt" 2>&1 ||
         fail "systemd-analyze security: $(tail -1 "$work/unit.txt")"
     pass "the systemd unit: $(tail -1 "$work/unit.txt" | sed 's/^[^O]*//')"
@@ -89,7 +89,7 @@ docker/env.sh "$work/passwords" 2> /dev/null
 cmp -s "$work/passwords" "$work/before" || fail "docker/env.sh: passwords that were there have changed"
 pass "docker/env.sh"
 
-# ---- the workers' entry point: it tells its own address, and hands its arguments on as they are
+# ---- the workers' entry point: it sets its own address, and passes its arguments on unchanged
 mkdir "$work/bin"
 cat > "$work/bin/coar" <<'STUB'
 #!/bin/sh
@@ -104,7 +104,7 @@ for service in worker worker-gpu; do
 done
 pass "the workers' entry point"
 
-# ---- the health check, against a server that answers what its path says, and one that never answers
+# ---- the health check, against a server that answers with the status in the path, and one that never answers
 python3 tests/deploy/answer.py > "$work/ports" &
 children+=($!)
 until [ "$(wc -w < "$work/ports")" = 2 ]; do
@@ -123,7 +123,7 @@ docker/healthcheck.sh /200 127.0.0.1 "$port" || fail "health check: another host
 ! healthy "COAR_LISTEN=0.0.0.0:$mute" /200 || fail "health check: a server that hangs is not healthy"
 pass "health check: 200, 503, 404, nobody, a server that hangs, either role"
 
-# ---- what the builder is sent is enough for cargo, and has nothing of the machine's
+# ---- the build context is sufficient for cargo, and contains nothing private
 tests/deploy/context.sh "$work/context"
 (cd "$work/context" && cargo metadata --no-deps --offline --format-version 1 > /dev/null) || fail "the builder's context lacks something"
 for private in data runs target .git .libtorch docker/.env; do

@@ -3,25 +3,25 @@
     tests/docs/run.sh                            every page
     tests/docs/run.sh docs/howto/curl.md         one page
 
-Each page runs in one shell (`set -Eeuo pipefail`), in a fresh folder with links to the repository's files and a home folder of its own.
-```sh blocks go to that shell, ```python blocks to one Python per page; other blocks are text. A block that talks to 127.0.0.1:8080 finds a
-server there: ports are rewritten to free ones, and a page that starts no server itself gets one, with the page's own `data` folder.
-Small stand-ins come first on PATH:
+Each page runs in one shell (`set -Eeuo pipefail`), in a new folder with links to the repository's files and a new home folder.
+```sh blocks run in that shell, ```python blocks in one Python process per page; other blocks are not run. Ports are rewritten to free
+ones. A page with a block that talks to 127.0.0.1:8080, but without a command that starts a server, gets one, with the page's own `data`
+folder. Small stand-ins come first on PATH:
 
-    coar, coar-lab      COAR_BIN and COAR_LAB_BIN (target/debug); `coar serve` goes to the background and ends the server before it
+    coar, coar-lab      COAR_BIN and COAR_LAB_BIN (target/debug); `coar serve` runs in the background and stops the previous server
     make                `serve` as above; `build`, `build-lab` and `test` do nothing; any other target is an error
-    curl                with `--fail-with-body`: an error of the server is one of the command
-    python3             `-m venv DIR` makes DIR of target/docs-venv; examples/python/webhook_receiver.py goes to the background
-    pip of such a DIR   builds packages of this repository with what is in target/docs-venv: no package index is asked
+    curl                with `--fail-with-body`: an error response makes the command fail
+    python3             `-m venv DIR` creates DIR from target/docs-venv; examples/python/webhook_receiver.py runs in the background
+    pip of such a DIR   builds packages of this repository with the packages in target/docs-venv, without a package index
 
 HTML comments before a block change how it is run:
 
     <!-- docs-test: skip, REASON -->             not run; listed at the end
     <!-- docs-test: fails -->                    must fail
     <!-- docs-test: start the server -->         for a block that does not name its address
-    <!-- docs-test: stop the server -->          what a reader does with Ctrl-C in the other terminal
-    <!-- docs-test: data, rex, sepia -->         `data` has these concepts when the page begins
-    <!-- docs-test: replace `A` with `B` -->     A is what a reader fills in
+    <!-- docs-test: stop the server -->          as if a reader pressed Ctrl-C in the other terminal
+    <!-- docs-test: data, rex, sepia -->         `data` has these concepts when the page starts
+    <!-- docs-test: replace `A` with `B` -->     A is a placeholder that a reader fills in
 """
 
 import argparse
@@ -43,18 +43,18 @@ import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 VENV = pathlib.Path(os.environ.get("DOCS_VENV", ROOT / "target/docs-venv"))
-#: Ports that the pages name; each page gets free ones in their place.
+#: Ports that the pages name; each page gets free ones instead.
 PORTS = (8080, 8081, 9000, 9090)
 BLOCK_SECONDS = 150
 START_SECONDS = 90
-#: Commands that pages may start in the foreground and that go on until they are stopped.
+#: A program that pages start in the foreground and that runs until it is stopped.
 RECEIVER = "webhook_receiver.py"
 NOTHING_TO_DO = {"build", "build-lab", "libtorch", "test"}
 CONCEPTS = {
     "rex": ["--class", "cat", *(f"concepts/rex/{i}.png" for i in range(1, 6))],
     "sepia": ["--kind", "style", "--caption", "a picture of a house on the grass", "concepts/sepia/1.png"],
 }
-#: Steps of the concepts that a page finds in its data folder: enough to draw with, not to look at.
+#: Training steps of the concepts in a page's data folder: enough to generate images, but not good ones.
 CONCEPT_STEPS = "10"
 TALKS = re.compile(r"\$\{?COAR\b|127\.0\.0\.1:8080|COAR_SERVER|examples/python/\w+\.py")
 
@@ -94,7 +94,7 @@ class Block:
         return f"{self.page}:{self.line}"
 
     def prepared(self, ports: dict[int, int]) -> str:
-        """The text as it is run: line numbers of the page, placeholders filled in, free ports."""
+        """The text to run: with the page's line numbers, placeholders filled in, and free ports."""
         text = self.text
         for old, new in self.replacements:
             if old not in text:
@@ -148,7 +148,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; one that has ended and waits for its parent does not."""
+    """Whether the process is running; a zombie is not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -159,7 +159,7 @@ def alive(pid: int) -> bool:
 
 
 def end(pidfile: pathlib.Path) -> None:
-    """Ends what `background` has started, as Ctrl-C does."""
+    """Stops a process started by `background`, as Ctrl-C does."""
     if not pidfile.exists():
         return
     pid = int(pidfile.read_text())
@@ -175,7 +175,7 @@ def end(pidfile: pathlib.Path) -> None:
 
 
 def background(state: pathlib.Path, name: str, command: list[str], env: dict[str, str], port: int) -> int:
-    """Starts a program that serves and waits until it answers. Its status where it ends before."""
+    """Starts a server program and waits until it answers. Returns its exit status if it exits before."""
     end(state / f"{name}.pid")
     log = state / f"{name}.log"
     with log.open("wb") as output:
@@ -252,7 +252,7 @@ def stand_in(name: str, arguments: list[str]) -> int:
     if name == "pip":
         alone = ["--no-build-isolation"] if arguments[:1] == ["install"] else []
         os.execv(VENV / "bin/pip", ["pip", *arguments, *alone])
-    # python3 of the system, or python of the page's venv.
+    # The system's python3, or python of the page's venv.
     python = sys.executable if name == "python3" else str(VENV / "bin/python")
     if arguments[:2] == ["-m", "venv"]:
         folder = pathlib.Path(arguments[2]) / "bin"
@@ -276,7 +276,7 @@ def write_stand_in(path: pathlib.Path, name: str) -> None:
 # ---- one page
 
 
-#: Reads names of files, one a line, runs each in one namespace and answers `0` or `1`.
+#: Reads file names, one per line, runs each file in the same namespace and answers `0` or `1`.
 PYTHON_DRIVER = """
 import os, sys, traceback
 answers = os.fdopen(int(os.environ["DOCS_ANSWERS"]), "w")
@@ -294,7 +294,7 @@ for line in sys.stdin:
     answers.flush()
 """
 
-#: Every failing command is reported with its line; then the shell ends.
+#: Every failing command is reported with its line; then the shell exits.
 SHELL_START = r"""
 exec 9>&"$DOCS_ANSWERS"
 set -Eeuo pipefail
@@ -307,7 +307,7 @@ class Failure(Exception):
 
 
 class Interpreter:
-    """A shell or a Python that runs one file after another; what they print goes to a file."""
+    """A shell or Python process that runs one file after another; their output goes to a file."""
 
     def __init__(self, command: list[str], folder: pathlib.Path, env: dict[str, str], output: pathlib.Path):
         read, write = os.pipe()
@@ -322,7 +322,7 @@ class Interpreter:
         self.mark = 0
 
     def ask(self, line: str) -> list[list[str]]:
-        """What is reported until the file is done, or until the interpreter ends."""
+        """Runs a file; returns the reports until it is done, or until the interpreter exits."""
         self.mark = self.output.stat().st_size
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(line + "\n")
@@ -382,7 +382,7 @@ class Page:
         self.serves = False
 
     def run(self) -> int:
-        """How many blocks were run."""
+        """Runs the page; returns the number of blocks that were run."""
         ran = 0
         try:
             if concepts := [name for block in self.blocks for name in block.data]:
@@ -459,7 +459,7 @@ def indented(text: str) -> str:
 
 
 def environment(home: pathlib.Path) -> dict[str, str]:
-    """A reader's environment: nothing of this machine's settings of coar, and a home folder of its own."""
+    """A reader's environment: without this machine's coar settings, and with a separate home folder."""
     kept = {key: value for key, value in os.environ.items()
             if not key.startswith(("COAR", "AWS_", "OTEL_", "XDG_", "RUST_")) and key not in ("BASH_ENV", "PYTHONPATH")}
     if "COAR_THREADS" in os.environ:
@@ -468,7 +468,7 @@ def environment(home: pathlib.Path) -> dict[str, str]:
 
 
 class Template:
-    """Data folders with trained concepts: each is made once and copied."""
+    """Data folders with trained concepts: each is created once and copied."""
 
     def __init__(self, base: pathlib.Path):
         self.base = base
@@ -500,7 +500,7 @@ def main() -> None:
         if not os.access(tool, os.X_OK):
             raise SystemExit(f"{tool} is not there: run tests/docs/run.sh")
     for name in pages:
-        blocks(name)  # What is wrong in a page's directives shows before anything runs.
+        blocks(name)  # Report invalid directives before anything runs.
     base = pathlib.Path(tempfile.mkdtemp(prefix="coar-docs-"))
     template = Template(base)
     skipped, failures, total, begun = [], [], 0, time.monotonic()

@@ -1,4 +1,4 @@
-"""What must be true, read from database and store directly, past the program under test."""
+"""Invariants, checked directly in the database and the store, bypassing the program under test."""
 
 import collections
 import hashlib
@@ -13,7 +13,7 @@ LOST = "a process that lives"
 
 
 def living(cluster) -> set[str]:
-    """Names, as the database knows them, of processes that run and are not stopped. Each tells its own in its log."""
+    """Names in the database of the processes that are running and not stopped. Each process logs its own name."""
     names = set()
     for process in cluster.processes:
         if process.alive() and not getattr(process, "stopped", False):
@@ -24,7 +24,7 @@ def living(cluster) -> set[str]:
 
 
 def orphans(cluster) -> list[dict]:
-    """Jobs that somebody should be doing who is not there."""
+    """Jobs whose owner is not a running process."""
     here = ", ".join(f"'{name}'" for name in living(cluster)) or "''"
     return cluster.postgres.query(
         f"""SELECT id, status, owner FROM generations WHERE status IN ('queued', 'running')
@@ -34,7 +34,7 @@ def orphans(cluster) -> list[dict]:
 
 
 def always(cluster) -> list[str]:
-    """What is true at every moment, whatever goes on."""
+    """Violations of the invariants that hold at any time."""
     rules = {
         "a generation has two pictures of one index": "SELECT generation_id, idx FROM images GROUP BY 1, 2 HAVING count(*) > 1",
         "a training has made two versions": "SELECT training_id FROM concept_versions WHERE training_id IS NOT NULL GROUP BY 1 HAVING count(*) > 1",
@@ -75,7 +75,7 @@ REFERENCES = (
 
 
 def settled(cluster, seconds: float) -> list[str]:
-    """Waits until nothing is queued or running; what still is."""
+    """Waits until nothing is queued or running; returns the jobs that still are at the timeout."""
     until = time.monotonic() + seconds
     rows = []
     while time.monotonic() < until:
@@ -90,7 +90,7 @@ def settled(cluster, seconds: float) -> list[str]:
 
 
 def store(cluster) -> tuple[list[str], list[str]]:
-    """(what is missing or damaged, blobs that no row names)"""
+    """(missing or damaged blobs, blobs that no row references)"""
     wanted = {row["blob"] for row in cluster.postgres.query(REFERENCES)}
     objects = cluster.objects()
     wrong = [f"a row names a blob that is not there: {blob}" for blob in wanted - objects.keys()]
@@ -101,7 +101,7 @@ def store(cluster) -> tuple[list[str], list[str]]:
 
 
 def ledger(cluster, load) -> tuple[list[str], dict]:
-    """(acknowledged things that are lost, what there was), at the end, when nothing is at work any more."""
+    """(acknowledged work that is lost, counts of all work). Called at the end, when nothing is running."""
     book, lost, facts = load.ledger, [], collections.Counter()
     rows = {row["id"]: row for row in cluster.postgres.query("SELECT id, status, error, background, attempt FROM generations")}
     images = collections.defaultdict(dict)
@@ -158,7 +158,7 @@ def ledger(cluster, load) -> tuple[list[str], dict]:
 
 
 def twice(cluster, load) -> list[str]:
-    """Trainings that nobody asked for. An import that was done twice is a name that is taken."""
+    """Trainings that no client requested. A repeated import needs no check: its name is already taken."""
     found = []
     counts = cluster.postgres.query("SELECT c.id, c.name, count(t.id) AS n FROM concepts c JOIN trainings t ON t.concept_id = c.id GROUP BY 1, 2")
     for row in counts:
@@ -169,7 +169,7 @@ def twice(cluster, load) -> list[str]:
 
 
 def drawn_again(cluster, load, count: int, generator: random.Random) -> tuple[list[str], int]:
-    """Draws some acknowledged pictures once more: a seed's picture is the same for ever."""
+    """Generates some acknowledged images again: the same seed must give the same image."""
     wrong, done = [], 0
     ports = [api.port for api in cluster.apis]
     known = [(id, g) for id, g in load.ledger.generations.items() if g["images"] and not g.get("deleting") and g["ended"] == "succeeded"]
@@ -185,11 +185,11 @@ def drawn_again(cluster, load, count: int, generator: random.Random) -> tuple[li
             continue
         rows = cluster.postgres.query(f"SELECT concepts FROM generations WHERE id = '{id}'")
         if not rows:
-            continue  # said already, among the lost
+            continue  # already reported as lost
         before = rows[0]["concepts"]
         versions = lambda listed: [(c["name"], c["version"]) for c in listed]
         if versions(json.loads(before)) != versions(answer.json["concepts"]):
-            continue  # the concept was trained again meanwhile
+            continue  # the concept has been retrained since
         again = {image["index"]: image["content_hash"] for image in answer.json["images"]}
         if again != entry["images"]:
             wrong.append(f"{id} is drawn differently: {again} {entry['images']}")

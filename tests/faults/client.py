@@ -1,5 +1,5 @@
-"""A client that behaves as the documentation tells clients to: it tries again, with the same idempotency key, at whichever API
-process answers, and believes what it was told."""
+"""A client that behaves as the documentation recommends: it retries with the same idempotency key, on any API process that
+answers, and trusts every acknowledgement."""
 
 import http.client
 import json
@@ -26,19 +26,19 @@ class Answer:
             return ""
 
 
-# An answer may be lost, but not for longer than this.
+# Seconds for which a request is retried.
 PATIENCE = 120.0
 
 
 class Client:
-    """One tenant's, over all API processes."""
+    """The client of one tenant, over all API processes."""
 
     def __init__(self, ports: list[int], key: str | None, timeout: float = 60.0):
         self.ports, self.key, self.timeout = list(ports), key, timeout
         self.local = threading.local()
 
     def once(self, port: int, method: str, path: str, body=None, headers=None, timeout=None) -> Answer:
-        """One attempt. OSError and HTTPException where there is no answer."""
+        """One attempt. Raises OSError or HTTPException if there is no answer."""
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout or self.timeout)
         try:
             connection.connect()
@@ -55,7 +55,7 @@ class Client:
             connection.close()
 
     def send(self, method: str, path: str, body=None, headers=None, patience: float = PATIENCE, stop=None) -> Answer | None:
-        """Tries until there is an answer that trying again would not change; None: there was none in time."""
+        """Retries until the answer is final. At the timeout returns the last answer, or None if there was none."""
         until, last = time.monotonic() + patience, None
         ports = random.sample(self.ports, len(self.ports))
         while time.monotonic() < until:
@@ -78,7 +78,7 @@ def key() -> str:
 
 
 def form(fields: list[tuple[str, object]]) -> tuple[bytes, str]:
-    """multipart/form-data; bytes are files."""
+    """A multipart/form-data body and its content type; values of type bytes are files."""
     boundary = uuid.uuid4().hex
     parts = []
     for name, value in fields:

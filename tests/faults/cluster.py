@@ -17,7 +17,6 @@ from proxy import Network, free_ports, wait_for_port
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BINARY = os.environ.get("COAR_BIN", str(ROOT / "target/debug/coar"))
-# Few steps: a training of a style takes a few seconds.
 LOG = os.environ.get("COAR_LOG", "info")
 
 
@@ -29,7 +28,7 @@ def postgres_bin() -> str:
 
 
 class Process:
-    """One process that can be killed, stopped, continued and started again."""
+    """A process that can be killed, stopped, continued and restarted."""
 
     def __init__(self, name: str, folder: pathlib.Path, command: list[str], env: dict | None = None, user: str | None = None):
         self.name, self.command, self.env, self.user = name, command, env or {}, user
@@ -65,14 +64,14 @@ class Process:
                 self.child.send_signal(number)
 
     def kill(self) -> None:
-        """`kill -9`, and waits."""
+        """Sends SIGKILL and waits for the process to exit."""
         with self.lock:
             self.signal(signal.SIGKILL)
             if self.child:
                 self.child.wait()
 
     def terminate(self, seconds: float) -> float:
-        """SIGTERM; how long it took. Killed after `seconds`."""
+        """Sends SIGTERM, and SIGKILL after `seconds`; returns the time until the process exited."""
         begun = time.monotonic()
         self.signal(signal.SIGTERM)
         try:
@@ -90,7 +89,7 @@ class Process:
 
 
 class Postgres(Process):
-    """Kills reach every process of the server."""
+    """A PostgreSQL server; `kill` kills all of its processes."""
 
     def __init__(self, folder: pathlib.Path, port: int, fsync: bool = True):
         self.bin, self.data, self.port = postgres_bin(), folder / "postgres", port
@@ -106,7 +105,7 @@ class Postgres(Process):
 
     def kill(self) -> None:
         with self.lock:
-            # Backends too: they would notice the postmaster's death by themselves, a little later.
+            # Backends too: on their own they would notice the postmaster's death only a little later.
             children = subprocess.run(["pgrep", "-P", str(self.child.pid)], capture_output=True, text=True).stdout.split()
             self.child.send_signal(signal.SIGKILL)
             for child in children:
@@ -122,14 +121,14 @@ class Postgres(Process):
         command = [f"{self.bin}/pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port), "-U", "coar"]
         while subprocess.run(command).returncode != 0:
             if not self.alive():
-                # Shared memory of the killed one may be held for a moment.
+                # The shared memory of the killed server may still be held for a moment.
                 self.start()
             if time.monotonic() > until:
                 raise TimeoutError("PostgreSQL does not come up")
             time.sleep(0.1)
 
     def query(self, sql: str) -> list[dict]:
-        """Rows of a SELECT."""
+        """The rows of a SELECT."""
         command = [f"{self.bin}/psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "coar", "-d", "postgres", "-XqAt", "-v", "ON_ERROR_STOP=1"]
         wrapped = f"SELECT coalesce(json_agg(t), '[]') FROM ({sql}) t"
         done = subprocess.run([*command, "-c", wrapped], capture_output=True, text=True, timeout=60)
@@ -173,7 +172,7 @@ class Coar(Process):
 
 
 def run(command: list[str], env: dict) -> str:
-    """The output of coar's own commands."""
+    """Runs a coar command; returns its output."""
     done = subprocess.run([BINARY, *command], env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise RuntimeError(f"coar {' '.join(command)}: {done.stderr}")
@@ -181,7 +180,7 @@ def run(command: list[str], env: dict) -> str:
 
 
 class Cluster:
-    """Two API processes, two workers, and some tenants. Without `links`, processes reach each other with no proxy in between."""
+    """Two API processes, two workers, and some tenants. Without `links`, processes connect directly, without a proxy."""
 
     def __init__(
         self, folder: pathlib.Path, more_api=(), more_worker=(), apis=2, workers=2, tenants=("north", "south"), links=True
@@ -199,7 +198,7 @@ class Cluster:
         self.s3 = Process("s3", folder, ["python3", str(HERE / "s3.py"), str(folder / "s3"), str(s3_port)])
         self.s3.port = s3_port
         self.s3.start()
-        # Nothing is left running, however this ends.
+        # No process is left running, even if the run fails.
         atexit.register(self.stop)
         wait_for_port(s3_port)
         self.links: dict = {}
@@ -231,7 +230,7 @@ class Cluster:
         }
 
     def linked(self, name: str, database: int, blobs: int) -> dict:
-        """Environment of a process that reaches both stores over links of its own."""
+        """Environment of a process that connects to both stores over its own links."""
         self.links[f"{name}-postgres"] = self.network.link(f"{name}-postgres", database, self.postgres.port)
         self.links[f"{name}-s3"] = self.network.link(f"{name}-s3", blobs, self.s3.port)
         return self.environment(database, blobs)
@@ -251,7 +250,7 @@ class Cluster:
         urllib.request.urlopen(request, timeout=5).close()
 
     def objects(self) -> dict[str, pathlib.Path]:
-        """Every object by the last part of its key, which is its hash."""
+        """All objects by the last part of their keys, which is their hash."""
         folder = self.folder / "s3" / "objects"
         return {path.name.rsplit("%2F", 1)[-1]: path for path in folder.iterdir()}
 

@@ -1,4 +1,4 @@
-"""What goes wrong. Each fault begins, lasts, and is over; from then on the time to recovery counts."""
+"""The faults. Each one starts, lasts for some time, and ends; recovery is timed from its end."""
 
 import hashlib
 import http.client
@@ -17,7 +17,7 @@ class Context:
         self.cluster, self.load, self.random = cluster, load, generator
 
     def later(self, process, seconds: float) -> None:
-        """A supervisor starts a process again."""
+        """Restarts a process after a delay, as a supervisor would."""
         threading.Timer(seconds, process.start).start()
 
     def link(self, *ends: str):
@@ -48,7 +48,7 @@ def kill_both_workers(c: Context) -> str:
 
 
 def kill_everything(c: Context) -> str:
-    """As a power cut: nobody says goodbye."""
+    """A power cut: no process shuts down cleanly."""
     for process in [*c.cluster.processes, c.cluster.postgres, c.cluster.s3]:
         process.kill()
     c.cluster.postgres.start()
@@ -79,7 +79,7 @@ def kill_s3(c: Context) -> str:
 
 
 def terminate(c: Context, process) -> str:
-    """SIGTERM and a successor, as a rolling upgrade does it."""
+    """SIGTERM, then a new process, as in a rolling upgrade."""
     took = process.terminate(100)
     process.start()
     return f"{process.name}, ended after {took:.1f} s"
@@ -94,7 +94,7 @@ def term_api(c: Context) -> str:
 
 
 def pause(c: Context, process) -> str:
-    """SIGSTOP; the others take over what it had; then it wakes up and believes that nothing has happened."""
+    """SIGSTOP; other processes take over its work; then it continues, unaware of that."""
     seconds = c.random.uniform(8, 20)
     process.stopped = True
     process.signal(signal.SIGSTOP)
@@ -142,7 +142,7 @@ def cut_link(c: Context) -> str:
 
 
 def silent_link(c: Context) -> str:
-    """Nothing gets through and nobody is told; afterwards packets go on, or the connections are unknown."""
+    """All packets are dropped silently; afterwards the connections continue, or are reset."""
     link, resets = c.link(), c.random.random() < 0.5
     link.silent = True
     seconds = c.random.uniform(3, 15)
@@ -154,14 +154,14 @@ def silent_link(c: Context) -> str:
 
 
 def half_open(c: Context) -> str:
-    """Connections that are open at one end alone: nothing ever comes, new ones are well."""
+    """Half-open connections: they never carry data again, but new ones work."""
     link = c.link()
     link.freeze()
     return link.name
 
 
 def broken_off(c: Context) -> str:
-    """Answers end in the middle."""
+    """Responses are cut off in the middle."""
     link = c.link()
     link.truncate = 0.2
     time.sleep(c.random.uniform(2, 6))
@@ -186,7 +186,7 @@ def s3_slow(c: Context) -> str:
 
 
 def flip(path) -> bytes:
-    """Damages a file; what it was."""
+    """Damages a file; returns its original bytes."""
     whole = path.read_bytes()
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 0x40]) + whole[middle + 1:])
@@ -194,7 +194,7 @@ def flip(path) -> bytes:
 
 
 def damaged_image(c: Context) -> str:
-    """A byte of a stored picture changes: reading it says so, and never gives other bytes."""
+    """A byte of a stored image changes: reading it must fail, and must never return other bytes."""
     with c.load.ledger.lock:
         known = [(id, g) for id, g in c.load.ledger.generations.items() if g["ended"] == "succeeded" and g["images"] and not g.get("deleting")]
     if not known:
@@ -225,7 +225,7 @@ def damaged_image(c: Context) -> str:
 
 
 def damaged_checkpoint(c: Context) -> str:
-    """A training's checkpoint is damaged and its worker dies: it begins anew, or fails and says why."""
+    """A training's checkpoint is damaged and its worker dies: the training restarts, or fails with a reason."""
     until = time.monotonic() + 4
     while time.monotonic() < until:
         rows = c.cluster.postgres.query("SELECT id, checkpoint, worker FROM trainings WHERE status = 'running' AND checkpoint IS NOT NULL")
@@ -245,7 +245,7 @@ def damaged_checkpoint(c: Context) -> str:
 
 
 def slow_clients(c: Context) -> str:
-    """Connections that send a head and no body, half a head, or read a byte now and then."""
+    """Connections that send headers without a body, or half of the headers, or read single bytes."""
     held = []
     port = c.random.choice(c.cluster.apis).port
     for number in range(60):
@@ -278,7 +278,7 @@ def slow_clients(c: Context) -> str:
 
 
 def overload(c: Context) -> str:
-    """Ten times as many requests as there is room for, for some seconds."""
+    """Ten times as many requests as the cluster has capacity for, for some seconds."""
     statuses: dict = {}
     stop = time.monotonic() + c.random.uniform(3, 6)
 
@@ -302,13 +302,13 @@ def overload(c: Context) -> str:
 
 
 def clock_jump(c: Context) -> str:
-    """A process comes back with a clock that is a day off; the others' and the database's are right."""
+    """A process restarts with a clock that is a day off; all other clocks are correct."""
     process = c.random.choice(c.cluster.processes)
     hours = c.random.choice([-26, 26])
     if not FAKETIME:
         return "SKIPPED: faketime is not installed"
     process.kill()
-    # The monotonic clock stays as it is: what jumps is the time of day.
+    # Only the wall clock jumps, not the monotonic clock.
     before, process.env = process.env, {**process.env, "LD_PRELOAD": FAKETIME, "FAKETIME": f"{hours:+d}h", "DONT_FAKE_MONOTONIC": "1"}
     process.start()
     process.env = before

@@ -1,6 +1,7 @@
-"""Single questions with a figure each: `limits.py NAME...`, or all of them without a name. Each prints one line of JSON.
+"""Single measurements: `limits.py NAME...`, or all of them without a name. Each prints one line of JSON.
 
-MINUTES scales what lasts (5 for overload, 60 s for writers), REQUESTS and TRAININGS the day (20000, 500), CONCEPTS the registry.
+MINUTES sets the duration (5 for overload, 60 s for writers), REQUESTS and TRAININGS the size of the day (20000, 500), CONCEPTS that
+of the registry.
 """
 
 import http.client
@@ -31,7 +32,7 @@ def folder() -> pathlib.Path:
 
 
 def wait(what, seconds: float, pause: float = 0.1):
-    """The first true answer of `what`; TimeoutError after so long."""
+    """The first true result of `what`; raises TimeoutError after `seconds`."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if found := what():
@@ -54,7 +55,7 @@ def cluster(**more) -> tuple[Cluster, Client]:
 
 
 def trains(system: Cluster, training: str):
-    """The worker that trains it, once there is a checkpoint."""
+    """The row of the running training, once it has a checkpoint."""
     rows = system.postgres.query(
         f"SELECT worker, step, checkpoint_step FROM trainings WHERE id = '{training}' AND status = 'running' AND checkpoint IS NOT NULL"
     )
@@ -66,7 +67,7 @@ def process_of(system: Cluster, name: str):
 
 
 def lost_training() -> dict:
-    """A worker is killed in the midst of a training: when does another go on, and is the concept the one that it would have been?"""
+    """A worker is killed during a training: when does another one resume it, and is the resulting concept the same?"""
     system, client = cluster()
     try:
         made = register(client, "lost", 60, seed=7).json
@@ -98,7 +99,7 @@ def lost_training() -> dict:
 
 
 def same_tensors(one: bytes, two: bytes) -> bool:
-    """Of two safetensors files, without what their headers say beside the tensors."""
+    """Whether two safetensors files have equal tensors; other metadata is ignored."""
     def parts(data):
         length = int.from_bytes(data[:8], "little")
         head = json.loads(data[8:8 + length])
@@ -109,7 +110,7 @@ def same_tensors(one: bytes, two: bytes) -> bool:
 
 
 def paused_worker() -> dict:
-    """A worker is stopped for 60 s in the midst of a training and of generations, and wakes up: nothing that it writes then counts."""
+    """A worker is stopped for 60 s during a training and generations, and continues: its later writes must have no effect."""
     system, client = cluster()
     try:
         made = register(client, "paused", 40).json
@@ -146,7 +147,7 @@ def paused_worker() -> dict:
 
 
 def handed_back() -> dict:
-    """SIGTERM to a worker that trains: how long until its training is free and another has it?"""
+    """SIGTERM to a worker with a training: how long until the training is released, and until another worker resumes it?"""
     times, taken = [], []
     system, client = cluster()
     try:
@@ -181,7 +182,7 @@ def alone(name: str, *more, env=None, data=None) -> tuple[Coar, Client, pathlib.
 
 
 def sqlite_writers() -> dict:
-    """50 clients write for a minute to one process with SQLite."""
+    """50 clients write to one process with SQLite for a minute."""
     process, client, place = alone("writers", "--quota-requests-in-flight", "0", "--quota-concepts", "0")
     seconds = 60 * float(os.environ.get("MINUTES", "1"))
     stop, lock = time.monotonic() + seconds, threading.Lock()
@@ -231,7 +232,7 @@ def sqlite_writers() -> dict:
 
 
 def offered(client: Client, rate: float, seconds: float) -> tuple[list, list]:
-    """Open loop: so many requests per second whatever comes back. ([(status, seconds)], [what was too late to send])"""
+    """Open loop: a fixed number of requests per second, regardless of the answers. ([(status, seconds)], [requests sent too late])"""
     results, lock, late = [], threading.Lock(), []
     threads: list = []
 
@@ -265,7 +266,7 @@ def overload() -> dict:
     process, client, place = alone("overload", "--quota-requests-in-flight", "0", "--queue", "16", "--rows", "16")
     minutes = float(os.environ.get("MINUTES", "5"))
     try:
-        # Capacity: as many at work as fit, none refused.
+        # Capacity: as many concurrent requests as fit, with none rejected.
         done, stop = [], time.monotonic() + 30
         def loop():
             while time.monotonic() < stop:
@@ -303,7 +304,7 @@ def overload() -> dict:
 
 
 def disk_full() -> dict:
-    """A small disk fills up under one process with SQLite: nothing acknowledged is lost, and it goes on when there is room."""
+    """A small disk fills up under one process with SQLite: nothing acknowledged is lost, and it recovers once there is space."""
     place = folder()
     disk = place / "disk"
     disk.mkdir()
@@ -365,7 +366,8 @@ def disk_full() -> dict:
 
 
 def out_of_memory() -> dict:
-    """A worker may not take more address space while it trains: it dies or fails the step; another goes on, or it itself, later."""
+    """A worker's address space is limited during a training: it dies, or the step fails; the training is resumed later by it or
+    another worker."""
     system, client = cluster()
     try:
         made = register(client, "memory", 40).json
@@ -389,7 +391,7 @@ def out_of_memory() -> dict:
 
 
 def day() -> dict:
-    """20 000 requests and 500 trainings of few steps: memory, files and connections stay as they are."""
+    """20 000 requests and 500 trainings of few steps: memory, open files and connections must not grow."""
     requests, trainings = int(os.environ.get("REQUESTS", "20000")), int(os.environ.get("TRAININGS", "500"))
     system, client = cluster(more_api=("--quota-requests-in-flight", "0", "--quota-concepts", "0", "--quota-trainings", "0"), more_worker=("--training-previews", "0"))
     samples: list = []
@@ -447,7 +449,7 @@ def day() -> dict:
 
 
 def fill(execute, count: int) -> None:
-    """Concepts with a version each, in the shape in which coar stores them, of the tenant `default`."""
+    """Inserts concepts of the tenant `default` with one version each, as coar stores them."""
     execute(
         f"""INSERT INTO concepts (id, tenant_id, name, kind, class_noun, metadata, version, version_number, created_at, updated_at)
             WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})
@@ -460,7 +462,7 @@ def fill(execute, count: int) -> None:
 
 
 def timed(client: Client) -> dict:
-    """Medians in ms, warm: two lists, a look-up, and the way to the first event of a drawing."""
+    """Medians in ms after warm-up: two lists, a look-up, and the time to the first event of a generation."""
     def median(ask, times=60):
         taken = []
         for _ in range(times):
@@ -531,7 +533,7 @@ def fill_text(count: int) -> str:
 
 
 def slow_clients() -> dict:
-    """200 connections that send nothing, or half a head, or read nothing: others are served as if they were not there."""
+    """200 connections that send nothing, or half of the headers, or read nothing: other clients are not affected."""
     process, client, place = alone("slow", "--header-timeout", "5", "--body-timeout", "5")
     try:
         before = [draw(client) for _ in range(10)]
@@ -575,7 +577,7 @@ def main() -> int:
         if question.__name__ in wanted:
             try:
                 answer = question()
-            except Exception as error:  # one question must not take the others with it
+            except Exception as error:  # a failed measurement must not prevent the others
                 answer = {"error": f"{type(error).__name__}: {error}", "ok": False}
             failed += not answer["ok"]
             print(json.dumps({question.__name__: answer}), flush=True)

@@ -1,4 +1,4 @@
-"""Clients at work, and the ledger of everything that they were told."""
+"""The clients, and the ledger of everything that was acknowledged to them."""
 
 import collections
 import hashlib
@@ -10,18 +10,18 @@ import time
 
 from client import Client, form, key
 
-# Pictures of these concepts are in the repository; a style trains fastest.
+# Training steps: few, so that a training takes seconds.
 STEPS = 4
 
 
 class Ledger:
-    """What was acknowledged: a status of 2xx, or an event, that a client has read to its end."""
+    """What was acknowledged: by a 2xx response or an event that a client has read completely."""
 
     def __init__(self):
         self.lock = threading.RLock()
         self.generations: dict[str, dict] = {}
         self.concepts: dict[str, dict] = {}
-        # By the client's own word for a request, which is in its metadata: how often it was meant to happen is once.
+        # By the client's own identifier of a request, which is in its metadata: each must be executed once.
         self.requests: dict[str, dict] = {}
         self.retrainings: dict[str, int] = collections.Counter()  # by the concept's id
         self.counts: dict[str, int] = collections.Counter()
@@ -36,7 +36,7 @@ class Ledger:
             self.surprises.append(what)
 
     def generation(self, body: dict, tenant: str, asked: dict) -> None:
-        """A generation's object as a client has read it."""
+        """Records a generation object that a client has read."""
         with self.lock:
             known = self.generations.setdefault(body["id"], {"tenant": tenant, "asked": asked, "images": {}, "ended": None})
             if body["status"] not in ("queued", "running"):
@@ -55,13 +55,13 @@ class Ledger:
                 self.surprise(f"picture {image['index']} of {generation} has changed")
 
     def mark(self, generation: str, word: str) -> None:
-        """`cancelling`, `deleting`: asked for, outcome unknown; `deleted`: acknowledged."""
+        """`cancelling`, `deleting`: requested, with unknown outcome; `deleted`: acknowledged."""
         with self.lock:
             self.generations[generation][word] = True
 
 
 class Load:
-    """Some clients of all tenants that do whatever clients do."""
+    """Clients of all tenants, with a random mix of operations."""
 
     def __init__(self, ports: list[int], keys: dict[str, str], pictures: list[bytes], seed: int, clients: int = 5):
         self.ledger, self.pictures = Ledger(), pictures
@@ -152,7 +152,7 @@ class Load:
                 self.ledger.generation(seen.json, tenant, asked)
 
     def duplicate(self, tenant, generator) -> None:
-        """The same POST to both API processes at once, with one key."""
+        """Concurrent identical POSTs with one idempotency key."""
         asked = self.asked(tenant, generator)
         headers = {"Idempotency-Key": key(), "Prefer": generator.choice(["respond-async", "wait=20"])}
         answers = []
@@ -206,7 +206,7 @@ class Load:
                 if event == "queued":
                     generation = data["generation"]["id"]
                     with self.ledger.lock:
-                        # Not acknowledged: who listens and breaks off has cancelled.
+                        # Not acknowledged: disconnecting from the stream cancels the generation.
                         self.ledger.generations[generation] = {
                             "tenant": tenant, "asked": asked, "images": {}, "ended": None, "listened": True,
                         }
@@ -252,7 +252,7 @@ class Load:
                 self.ledger.mark(id, "deleted")
 
     def look(self, tenant, generator) -> None:
-        """What was acknowledged can be read, at any time, or an error says that it cannot for now."""
+        """Acknowledged results can be read at any time, unless an error says that they are temporarily unavailable."""
         id = self.some(tenant, generator, lambda g: g["ended"] == "succeeded" and g["images"] and not g.get("deleting"))
         if id is None:
             return
@@ -269,7 +269,7 @@ class Load:
             if file is None or file.status >= 500:
                 continue
             if file.status == 403:
-                # A process whose clock is ahead takes addresses for old.
+                # A process whose clock is ahead considers links expired.
                 self.ledger.count(f"picture {file.code}")
                 continue
             digest = hashlib.sha256(file.body).hexdigest()
@@ -306,7 +306,7 @@ class Load:
         return None
 
     def follow(self, tenant: str, entry: dict, generator) -> None:
-        """Until its training has ended, or this run has."""
+        """Polls the concept until its training, or this run, has ended."""
         while not self.stop.is_set():
             seen = self.clients[tenant].send("GET", f"/v1/concepts/{entry['name']}", stop=self.stop)
             if seen is not None and seen.status == 404:
@@ -314,7 +314,7 @@ class Load:
             if seen is not None and seen.status == 200 and seen.json["training"]["status"] not in ("queued", "running"):
                 status = seen.json["training"]["status"]
                 if status == "succeeded" and seen.json["version"] is None:
-                    # Concept and training are two reads: the end came in between.
+                    # Concept and training are read separately: the training ended in between.
                     continue
                 self.ledger.count(f"training {status}")
                 if status == "succeeded":
@@ -329,7 +329,7 @@ class Load:
         return None
 
     def concept(self, generator, want=lambda entry: True) -> tuple[str, dict] | None:
-        """A concept that can be used and that no other client is changing, of any tenant; it is taken until `give_back`."""
+        """A ready concept of any tenant that no other client is changing; it is reserved until `give_back`."""
         with self.ledger.lock:
             found = [
                 (id, entry)
@@ -378,7 +378,7 @@ class Load:
             entry["deleted"] = True
 
     def change(self, tenant, generator) -> None:
-        """PATCH: a description, for imported ones a name as well. Of a change without an answer both outcomes are right."""
+        """PATCH of the description, and of the name for imported concepts. Without an answer, both outcomes are valid."""
         taken = self.concept(generator)
         if taken is None:
             return
@@ -389,7 +389,7 @@ class Load:
             if entry.get("imported"):
                 wanted["name"] = f"r{generator.randrange(10**12)}"
             before = {"name": entry["name"], "description": entry.get("described", [None])[-1]}
-            # Both are possible from the moment that it is sent.
+            # From the time of sending, both values are possible.
             with self.ledger.lock:
                 entry["described"] = [before["description"], wanted["description"]]
                 entry["named"] = [before["name"], wanted.get("name", before["name"])]
@@ -400,7 +400,7 @@ class Load:
                 if now["description"] != wanted["description"] or now["name"] != entry["named"][1]:
                     self.ledger.surprise(f"change of {id} was answered with {now['name']}, {now['description']}")
             elif answer is None or answer.status >= 500 or answer.status == 404:
-                # An answer was lost: under the new name it has happened, and a second try does not find the old one.
+                # An answer was lost: if the rename succeeded, the retry did not find the old name.
                 now = self.read_back(tenant, id, reversed(entry["named"]))
                 if now is None:
                     entry["ready"] = False
@@ -420,7 +420,7 @@ class Load:
         return None
 
     def import_concept(self, tenant, generator) -> None:
-        """A trained concept's file comes back under another name."""
+        """Imports the file of a trained concept under another name."""
         taken = self.concept(generator)
         if taken is None:
             return

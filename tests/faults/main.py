@@ -1,6 +1,6 @@
-"""Starts the system, lets clients work, makes things go wrong, and looks whether anything was lost.
+"""Starts the system and its clients, injects faults, and checks that nothing was lost.
 
-SEED (1), FAULTS (200), MINUTES (0: as long as it takes), ONLY (names of faults, with commas), KEEP=1 (leaves the folder).
+SEED (1), FAULTS (200), MINUTES (0: no limit), ONLY (names of faults, separated by commas), KEEP=1 (keeps the folder).
 """
 
 import collections
@@ -21,15 +21,15 @@ from client import Client, key
 from cluster import ROOT, Cluster, run
 from load import Load
 
-# What recovery may take, in seconds.
+# Maximum time to recovery, in seconds.
 RECOVERY = 10.0
-# All of them share two workers.
+# All tenants share two workers.
 TENANTS = ("north", "south", *(f"tenant-{number:02}" for number in range(3, 17)))
 GIVE_UP = 90.0
 
 
 def probe(cluster, seconds: float) -> bool:
-    """Whether a new picture can be drawn now: the balancer's view, both API processes at once."""
+    """Whether a new image can be generated now through either API process, as a load balancer would see it."""
     drawn = threading.Event()
 
     def ask(port: int):
@@ -40,7 +40,7 @@ def probe(cluster, seconds: float) -> bool:
                 drawn.set()
         except (OSError, ValueError, KeyError):
             pass
-        except Exception:  # http.client's
+        except Exception:  # http.client's exceptions
             pass
 
     threads = [threading.Thread(target=ask, args=(api.port,), daemon=True) for api in cluster.apis]
@@ -54,7 +54,7 @@ def probe(cluster, seconds: float) -> bool:
 
 
 def recover(cluster) -> tuple[float, str]:
-    """Seconds until a picture can be drawn and every job has somebody who does it; what is missing after GIVE_UP."""
+    """Seconds until an image can be generated and every job has a live owner, with details; after GIVE_UP, what is missing."""
     begun = time.monotonic()
     drawn, left = None, None
     probing: list = []
@@ -90,19 +90,19 @@ def choose(count: int, seed: int) -> list:
 
 
 def watch(cluster, log: list) -> None:
-    """Starts processes again that ended by themselves, as a supervisor would, and remembers that they did."""
+    """Restarts processes that have exited on their own, as a supervisor would, and logs unexpected exits."""
     for process in cluster.processes:
         if process.child is not None and not process.alive() and process.child.returncode not in (0, -9, -15):
             text = process.log.read_text(errors="replace")
             served = ": ready " in text[text.rindex("--- start"):]
-            # One that cannot reach its database when it starts says so and ends; from then on it must live through that.
+            # At startup a process exits if it cannot reach its database; later it must survive that.
             if served or process.child.returncode != 1:
                 log.append(f"{process.name} ended with {process.child.returncode}")
             process.start()
 
 
 def main() -> int:
-    # A background process of a shell ignores it otherwise.
+    # In a background process of a shell, SIGINT is ignored by default.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     seed, count = int(os.environ.get("SEED", "1")), int(os.environ.get("FAULTS", "200"))
     minutes = float(os.environ.get("MINUTES", "0"))
@@ -153,7 +153,7 @@ def report(cluster, load, results, problems, seconds, seed) -> int:
     lost, facts = checks.ledger(cluster, load)
     twice = checks.twice(cluster, load) + [line for line in wrong if "twice" in line or "two" in line]
     again, redrawn = checks.drawn_again(cluster, load, 30, random.Random(seed))
-    # What a process had stored when it was killed is held for half an hour, so that the collector spares it. That time is over.
+    # Blobs that a process had stored when it was killed are held for half an hour, so the collector keeps them. End the holds now.
     cluster.postgres.execute("UPDATE blob_holds SET expires_at = 1")
     removed = run(["admin", "gc"], cluster.direct) if "gc" in commands() else "coar admin gc is not there"
     damaged, orphans = checks.store(cluster)

@@ -1,6 +1,6 @@
-"""A TCP proxy between two parties, with faults: latency, a narrow line, refused and reset connections, silence, broken-off answers.
+"""A TCP proxy with faults: latency, low bandwidth, refused and reset connections, dropped packets, truncated responses.
 
-One asyncio loop in a thread of its own serves every link. Faults are set from outside by plain assignment: `link.delay = 0.2`.
+One asyncio loop in a separate thread serves all links. Faults are set from outside by plain assignment: `link.delay = 0.2`.
 """
 
 import asyncio
@@ -34,13 +34,13 @@ class Link:
         self.heal()
 
     def heal(self) -> None:
-        """As a network should be."""
-        self.delay = 0.0  # seconds for each piece
+        """Removes all faults."""
+        self.delay = 0.0  # seconds per piece
         self.jitter = 0.0
-        self.rate = 0  # bytes per second; 0: any
+        self.rate = 0  # bytes per second; 0: unlimited
         self.refuse = False  # new connections are reset
-        self.silent = False  # nothing gets through, nobody is told
-        self.truncate = 0.0  # chance that a piece is cut and the connection reset
+        self.silent = False  # all data is held back, without an error
+        self.truncate = 0.0  # probability that a piece is cut and the connection reset
 
     async def listen(self) -> None:
         self.server = await asyncio.start_server(self.serve, "127.0.0.1", self.port)
@@ -54,7 +54,7 @@ class Link:
             reset(stream)
 
     def freeze(self) -> None:
-        """Every present connection stays open and is never heard of again, as behind a router that forgot it; new ones are well."""
+        """Existing connections stay open but carry no more data, as behind a router that has lost its state; new ones work."""
         self.network.loop.call_soon_threadsafe(self._freeze)
 
     def _freeze(self) -> None:
@@ -76,7 +76,7 @@ class Link:
             self.streams.add(stream)
         try:
             pumps = [asyncio.create_task(self.pump(reader, onward)), asyncio.create_task(self.pump(onward_reader, writer))]
-            # Either side's end is passed on; the rest flows off until the other side ends too, or breaks.
+            # The end of one direction is forwarded; the other direction continues until it ends or fails.
             await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
             for pump in pumps:
                 pump.cancel()
@@ -108,7 +108,7 @@ class Link:
 
 
 def reset(stream) -> None:
-    """Ends a connection without politeness: the other side reads ECONNRESET."""
+    """Resets a connection: the other side gets ECONNRESET."""
     try:
         raw = stream.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -118,7 +118,7 @@ def reset(stream) -> None:
 
 
 def wait_for_port(port: int, seconds: float = 30.0) -> None:
-    """Until somebody listens there."""
+    """Waits until a process listens on the port."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -131,7 +131,7 @@ def wait_for_port(port: int, seconds: float = 30.0) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
+    """Distinct ports that are not in use."""
     held = [socket.socket() for _ in range(count)]
     for one in held:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# run.sh: faults at random moments (SEED, FAULTS, MINUTES, ONLY). run.sh NAME...: single questions of limits.py.
-# Needs PostgreSQL (Debian: apt-get install postgresql) and Python 3.10; faketime for the jumps of clocks. COAR_BIN names another
-# binary than target/debug/coar. Without PostgreSQL it says so and passes, unless COAR_NEED_POSTGRES=1.
+# run.sh: faults at random times (SEED, FAULTS, MINUTES, ONLY). run.sh NAME...: single measurements of limits.py.
+# Needs PostgreSQL (Debian: apt-get install postgresql) and Python 3.10; faketime for clock jumps. COAR_BIN selects a binary other
+# than target/debug/coar. Without PostgreSQL it is skipped with a message, unless COAR_NEED_POSTGRES=1.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -1,8 +1,8 @@
-"""A small S3 server that keeps its promises: an object that was acknowledged is on the disk, so that `kill -9` loses nothing by
-itself (moto keeps objects in memory). One process, one folder: `s3.py FOLDER PORT`; it prints its address, so that port 0 may be asked for.
+"""A small durable S3 server: an acknowledged object is on disk, so `kill -9` loses nothing (moto keeps objects in memory). One
+process, one folder: `s3.py FOLDER PORT`; it prints its address, so PORT may be 0.
 
-It knows what coar's client asks for: PUT, GET, HEAD, DELETE of objects, ListObjectsV2, and the multi-object delete. Keys are not
-checked. Faults are asked for over HTTP: `POST /-/faults` with {"errors": share of requests that get 500, "delay": seconds}.
+It supports what coar's client uses: PUT, GET, HEAD, DELETE of objects, ListObjectsV2, and the multi-object delete. Keys are not
+checked. Faults are set over HTTP: `POST /-/faults` with {"errors": share of requests that get 500, "delay": seconds}.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ RANDOM = random.Random(1)
 
 
 def path_of(key: str) -> str:
-    """A file for a key: names keep their slashes escaped, so that no key is another's folder."""
+    """The file of a key: slashes are escaped, so that no key is a folder of another one."""
     return os.path.join(FOLDER, "objects", urllib.parse.quote(key, safe=""))
 
 
 def write(key: str, data: bytes) -> None:
-    """All or nothing, and on the disk before it returns."""
+    """Writes atomically; the data is on disk when it returns."""
     temporary = os.path.join(FOLDER, "parts", f"{threading.get_ident()}-{time.monotonic_ns()}")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -86,7 +86,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bucket, key, urllib.parse.parse_qs(url.query, keep_blank_values=True)
 
     def trouble(self) -> bool:
-        """Whether this request was answered with a fault."""
+        """Answers the request with a fault, if one is due; returns whether it did."""
         if FAULTS["delay"]:
             time.sleep(FAULTS["delay"])
         if RANDOM.random() < FAULTS["errors"]:

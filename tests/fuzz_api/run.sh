@@ -1,25 +1,24 @@
 #!/usr/bin/env bash
-# Sends requests made from /openapi.json to a real server, all checks on: no 5xx, nothing that the document does not say.
+# Sends requests generated from /openapi.json to a real server, with all checks: no 5xx, nothing that the document does not allow.
 # Usage: tests/fuzz_api/run.sh [EXAMPLES] [SCHEMATHESIS ARGUMENT...]
-#   tests/fuzz_api/run.sh                                        what every change is checked with
-#   tests/fuzz_api/run.sh 300                                    2 000 cases and more
+#   tests/fuzz_api/run.sh                                        the check for every change
+#   tests/fuzz_api/run.sh 300                                    more than 2 000 cases
 #   tests/fuzz_api/run.sh 50 --include-path-regex admin          one part of the API
-# On PostgreSQL and S3 beside scripts/with-postgres.sh, which sets COAR_TEST_DATABASE and COAR_TEST_BLOBS; else on SQLite and files.
-# COAR names the binary (default: target/debug/coar), FUZZ_VENV where the fuzzer is installed, SEED the run.
+# Under scripts/with-postgres.sh, which sets COAR_TEST_DATABASE and COAR_TEST_BLOBS, on PostgreSQL and S3; otherwise on SQLite and files.
+# COAR selects the binary (default: target/debug/coar), FUZZ_VENV the fuzzer's environment, SEED the random seed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 examples=${1:-10}
 [ $# -eq 0 ] || shift
-# Two generations draw at the same time on a CPU that others use too: how long that takes is a finding about the machine, and nothing
-# that the document says. With the fuzzer's own limit of 10 seconds such findings came and went from run to run, as they did with examples
-# that it had kept from earlier runs.
+# Two generations run concurrently on a shared CPU: their duration depends on the machine, and the document does not limit it. With the
+# fuzzer's default limit of 10 seconds, findings differed from run to run, as they did with examples that it had kept from earlier runs.
 patience=180
 coar=${COAR:-target/debug/coar} venv=${FUZZ_VENV:-target/fuzz-venv}
 scripts/venv.sh "$venv" tests/fuzz_api/requirements.txt
 work=$(mktemp -d)
 storage=(--data "$work/data")
 if [ -n "${COAR_TEST_DATABASE:-}" ]; then
-    # The server's own database is empty: nothing else of this script's caller uses it.
+    # The database is empty and used by this server only.
     storage+=(--database "$COAR_TEST_DATABASE" --blobs "$COAR_TEST_BLOBS/fuzz")
 fi
 "$coar" keys create --tenant fuzz --scopes read,generate,train,admin "${storage[@]}" >"$work/key" 2>"$work/log"
@@ -50,5 +49,5 @@ done
     --header "Authorization: Bearer $(cat "$work/key")" \
     --checks all --max-examples "$examples" --seed "${SEED:-1}" --workers 2 --suppress-health-check all \
     --max-response-time "$patience" --request-timeout "$patience" --generation-database none "$@"
-# It is still there, and well.
+# The server is still running and ready.
 "$venv/bin/python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1] + "/readyz")' "$url"

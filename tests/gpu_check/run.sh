@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# scripts/gpu-check.sh without a GPU: packs the program, then runs it in a copy of the tracked files, as on the machine that it
-# is carried to. COAR_BIN, where set, is packed in place of the built program.
+# Tests scripts/gpu-check.sh without a GPU: packs the program, then runs it in a copy of the tracked files, as on the machine that
+# it is carried to. If COAR_BIN is set, it is packed instead of the built program.
 # shellcheck disable=SC2016  # the stand-ins' bodies are expanded when they run
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,7 +23,7 @@ has() {
     shift
     for text in "$@"; do grep -qF -- "$text" "$file" || fail "\`$text\` is missing in:" "$file"; done
 }
-# refuses NAME TEXT... -- COMMAND: the command fails, and says each text.
+# refuses NAME TEXT... -- COMMAND: the command fails, and prints every text.
 refuses() {
     local name=$1 texts=()
     shift
@@ -33,7 +33,7 @@ refuses() {
     has "$work/refusal" "${texts[@]}"
     pass "$name"
 }
-# A program for the cases that are about the script: `stand_in BODY` writes it to $work/stand-in. $out is the report's folder.
+# stand_in BODY: writes a program to $work/stand-in, for the cases that test only the script. $out is the report's folder.
 stand_in() {
     {
         echo '#!/usr/bin/env bash'
@@ -50,7 +50,7 @@ cp scripts/gpu-check.sh "$copy/scripts/"
 mkdir "$copy/.libtorch"
 ln -s "$libtorch" "$copy/.libtorch/torch"
 unset LIBTORCH OUT PYTHON
-# pack sees the caller's COAR_BIN; run must take what was packed.
+# pack uses the caller's COAR_BIN; run must use the packed program.
 pack() { scripts/gpu-check.sh pack --dry-run --out "$copy/.gpu"; }
 run=(env --unset=COAR_BIN "$check" run)
 
@@ -60,7 +60,7 @@ has "$copy/.gpu/manifest.txt" version= build= commit= libtorch=2. sha256=
 cp -r "$copy/.gpu" "$work/good"
 pass "pack: $(grep 'in all' "$work/packed" | tr -s ' ')"
 
-# From another folder, with a folder of the caller's in LD_LIBRARY_PATH, without a GPU.
+# From another folder, with the caller's own LD_LIBRARY_PATH, without a GPU.
 (cd / && LD_LIBRARY_PATH=/caller/lib "${run[@]}" --dry-run --seconds 240 --out "$work/report") >"$work/table" 2>"$work/messages" ||
     fail "run" "$work/messages" "$work/table"
 [ -s "$work/report/report.jsonl" ] || fail "run: there is no report.jsonl" "$work/messages"
@@ -71,7 +71,7 @@ for part in env parity decode image train concepts soak faults serve load micro;
 done
 pass "run: every part, a table of $(wc -l <"$work/table") lines, $(find "$work/report" -type f | wc -l) files"
 
-# What the program is started with.
+# The program's environment and output.
 stand_in 'for line in $(seq 35); do echo "row $line"; done; echo "LD_LIBRARY_PATH=$LD_LIBRARY_PATH"'
 (cd "$work" && LD_LIBRARY_PATH=/caller/lib:/driver COAR_BIN=stand-in "$check" run --dry-run --out relative --parts env --tf32) >"$work/table" 2>"$work/messages" ||
     fail "arguments" "$work/messages"
@@ -81,7 +81,7 @@ stand_in 'for line in $(seq 35); do echo "row $line"; done; echo "LD_LIBRARY_PAT
 has "$work/relative/log.txt" "row 1" "--device cpu --small --seconds 500 --out $work/relative --parts env --tf32"
 pass "LD_LIBRARY_PATH is extended, arguments are passed on"
 
-# A PyTorch with its neighbours, without a library that could be loaded.
+# A PyTorch folder with its neighbouring packages, without loadable libraries.
 torch() {
     rm -rf "$work/site"
     mkdir -p "$work/site/torch/lib" "$work/site/nvidia/cu13/lib"
@@ -125,7 +125,7 @@ cp "$work/good"/* "$copy/.gpu/"
 truncate -s 41M "$copy/.gpu/weights.bin"
 refuses "more than 40 MiB" "weights.bin" "at most 40 MiB" -- pack
 
-# A program that hangs is ended; what it has reported stays.
+# A program that hangs is killed; its report is kept.
 stand_in 'echo "the part began" >&2; exec sleep 600'
 status=0
 COAR_BIN=$work/stand-in GPU_CHECK_GRACE=1 "$check" run --dry-run --seconds 1 --out "$work/hung" >"$work/table" 2>"$work/messages" || status=$?

@@ -1,6 +1,6 @@
 //! The one integration-test binary.
 
-// Helpers of tests fail as tests do.
+// Test helpers may panic.
 #![allow(clippy::unwrap_used)]
 
 mod api;

@@ -1,4 +1,4 @@
-//! What an attacker would try that no other test tries: secrets in the log, addresses of others, paths, bombs, headers.
+//! Attacks that no other test tries: secrets in the log, other tenants' URLs, paths, bombs, headers.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -12,12 +12,12 @@ use serde_json::json;
 
 use crate::support::{REX, TestApp, answer, form_named, image_part, images};
 
-/// Sends bytes as they are, which a client would not; the whole answer.
+/// Sends raw bytes, as no client would; returns the whole response.
 fn raw(app: &TestApp, request: &[u8]) -> String {
     let mut stream = TcpStream::connect(app.url.trim_start_matches("http://")).unwrap();
     stream.write_all(request).unwrap();
     let mut answer = Vec::new();
-    // A server that has refused may close before everything is read.
+    // A server that refuses may close the connection before everything is read.
     let _ = stream.read_to_end(&mut answer);
     String::from_utf8_lossy(&answer).into_owned()
 }
@@ -27,17 +27,17 @@ fn get_raw(app: &TestApp, path: &str, headers: &str) -> String {
     raw(app, request.as_bytes())
 }
 
-/// The part of an address behind the server's own.
+/// The path of a URL.
 fn path_of(url: &str) -> &str {
-    &url[url.find("/v1/").expect("it is an address of ours")..]
+    &url[url.find("/v1/").expect("it is a URL of this server")..]
 }
 
-/// Does what callers do, well and badly, with everything that is a secret in it; returns the secrets.
+/// Sends valid and invalid requests that contain every secret; returns the secrets.
 async fn use_every_secret(app: &mut TestApp) -> Vec<String> {
     let admin = app.create_key("default", "read,generate,train,admin").await;
     let customer = app.create_key("acme", "read,generate,train").await;
     let mut secrets = vec![admin.clone(), customer.clone()];
-    // A key that a typing mistake has made invalid is nearly one.
+    // A mistyped key is close to a valid one.
     for wrong in [
         format!("{}x", &customer[..customer.len() - 1]),
         format!("{customer}typo"),
@@ -65,7 +65,7 @@ async fn use_every_secret(app: &mut TestApp) -> Vec<String> {
     app.key = Some(customer.clone());
     let prompt = "a red car of the confidential zebra";
     secrets.push("confidential zebra".to_owned());
-    // No listener there: the delivery fails, and its failure is logged.
+    // Nothing listens there: the delivery fails, and the failure is logged.
     let hook = "http://127.0.0.1:9/hook?token=hookhookhook";
     secrets.push("hookhookhook".to_owned());
     let request = json!({"prompt": prompt, "webhook_url": hook});
@@ -93,7 +93,7 @@ async fn use_every_secret(app: &mut TestApp) -> Vec<String> {
         .request(reqwest::Method::POST, "/v1/generations")
         .header("content-type", "application/json");
     assert_eq!(answer(broken.body(format!("{{\"prompt\": \"{prompt}"))).await.0, 400);
-    // Where a key does not belong.
+    // Keys in the wrong places.
     assert_eq!(app.get(&format!("/v1/models/{customer}")).await.0, 404);
     assert_eq!(app.get(&format!("/v1/models?api_key={customer}")).await.0, 200);
     let form = form_named(&REX, "rex").text("steps", "2").text("webhook_url", hook);
@@ -103,7 +103,7 @@ async fn use_every_secret(app: &mut TestApp) -> Vec<String> {
     assert_eq!(ended["status"], "succeeded", "{ended}");
     app.until("an attempt to deliver", || async {
         let log = std::fs::read_to_string(app.dir.path().join("server.log")).unwrap();
-        log.contains("web-hook failed").then_some(())
+        log.contains("webhook failed").then_some(())
     })
     .await;
     secrets
@@ -128,7 +128,7 @@ async fn no_secret_gets_into_the_log_or_the_metrics() {
     let server = registry.server_secret().await.unwrap();
     secrets.push(coar::cluster::worker_token(&server));
     secrets.push(server);
-    // It is the log of all that: one line of each request at least, and more than the plain level tells.
+    // The log covers all of that: at least one line for each request, and more than the default level.
     assert!(log.contains("/v1/generations") && log.contains("TRACE") && log.lines().count() > 100);
     for secret in secrets {
         let line = log.lines().chain(metrics.lines()).find(|line| line.contains(&secret));
@@ -187,7 +187,7 @@ async fn an_address_opens_no_other_image_no_longer_and_nothing_else() {
     let later = expires.parse::<i64>().unwrap() + 3600;
     assert_eq!(app.get(&urls[0]).await.0, 200);
     for forged in [
-        // The other tenant's image by the first one's signature, and the other way round.
+        // The other tenant's image with the first one's signature, and vice versa.
         format!("{other}?{query}"),
         format!("{one}?{foreign}"),
         format!("{one}?expires={later}&signature={signature}"),
@@ -207,7 +207,7 @@ async fn an_address_opens_no_other_image_no_longer_and_nothing_else() {
         let (status, body) = app.get(&forged).await;
         assert!(matches!(status, 400 | 401 | 404), "{status} {forged} {body}");
     }
-    // It is no key either.
+    // A signature is no key either.
     for path in ["/v1/generations", "/v1/models", "/v1/admin/tenants"] {
         assert_eq!(app.get(&format!("{path}?{query}")).await.0, 401, "{path}");
     }
@@ -256,7 +256,7 @@ async fn paths_lead_nowhere_else() {
             );
         }
     }
-    // Names that would be paths, wherever a name is taken.
+    // Names that look like paths, wherever a name is accepted.
     let training = app.register_subject(&REX, 1).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let file = app
@@ -296,7 +296,7 @@ async fn paths_lead_nowhere_else() {
     assert_eq!(app.blobs().len(), stored);
 }
 
-/// Sent as they are, and answered before they have cost anything.
+/// They are refused before they use resources.
 #[tokio::test(flavor = "multi_thread")]
 async fn bombs_are_refused_and_take_no_memory() {
     let app = TestApp::start().await;
@@ -318,7 +318,7 @@ async fn bombs_are_refused_and_take_no_memory() {
             "{body}"
         );
     }
-    // A million parts: the first that is too many ends it.
+    // A million parts: the first one beyond the limit ends it.
     let part = b"--x\r\nContent-Disposition: form-data; name=\"captions\"\r\n\r\n\r\n";
     let parts = [&part.repeat(1_000_000)[..], b"--x--\r\n"].concat();
     let length = parts.len();
@@ -329,7 +329,7 @@ async fn bombs_are_refused_and_take_no_memory() {
     let status = tokio::task::spawn_blocking(move || {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.write_all(head.as_bytes()).unwrap();
-        // It answers and closes while there is more to be sent.
+        // The server responds and closes while the client is still sending.
         let sent = stream.write_all(&parts);
         let mut answer = [0; 12];
         let _ = stream.read_exact(&mut answer);
@@ -338,7 +338,7 @@ async fn bombs_are_refused_and_take_no_memory() {
     .await
     .unwrap();
     assert!(!status.0 || status.1 == "HTTP/1.1 400", "{status:?}");
-    // A part whose head never ends, and images that unpack to more than they may.
+    // A part whose head never ends, and images that decompress to more than the limit.
     let endless = [
         &b"--x\r\nContent-Disposition: form-data; name=\""[..],
         &vec![b'a'; 8 << 20],
@@ -375,9 +375,9 @@ fn png_chunk(kind: &[u8; 4], data: &[u8]) -> Vec<u8> {
     [&(data.len() as u32).to_be_bytes()[..], &body, &(!crc).to_be_bytes()].concat()
 }
 
-/// A PNG of one pixel's header with a colour profile of 128 MiB of zeros, deflated by hand to 800 KiB, and no pixels.
+/// A PNG header of one pixel with a colour profile of 128 MiB of zeros, deflated by hand to 800 KiB, and no pixels.
 fn compressed_text() -> Vec<u8> {
-    // One block of fixed codes: a zero, then runs of 258 at distance 1 (code 285 is 11000101, distance 0 is 00000).
+    // One block with fixed codes: a zero, then runs of 258 at distance 1 (code 285 is 11000101, distance 0 is 00000).
     let mut bits: Vec<bool> = Vec::new();
     bits.extend([true, true, false]);
     bits.extend([false, false, true, true, false, false, false, false]);
@@ -401,7 +401,7 @@ fn compressed_text() -> Vec<u8> {
     .concat()
 }
 
-/// A WebP animation of frames within frames.
+/// A WebP animation with nested frames.
 fn frames_in_frames() -> Vec<u8> {
     let depth = 200_000u32;
     let frame = |level: u32| [&b"ANMF"[..], &(24 * (depth - level) - 8).to_le_bytes(), &[0; 16]].concat();
@@ -429,7 +429,7 @@ async fn headers_are_not_made_of_what_callers_send() {
         let answer = get_raw(&app, "/livez", &format!("X-Request-Id: {id}\r\n"));
         assert!(uuid::Uuid::try_parse(&id_of(&answer)).is_ok(), "{id:?}: {answer}");
     }
-    // A header within a value, in the ways that some servers undo.
+    // A header inside a value, in encodings that some servers decode.
     for line_end in ["%0d%0a", "%0a", "%0d", "%E5%98%8A%E5%98%8D", "\\r\\n"] {
         let inject = format!("x{line_end}X-Injected:%201");
         for path in [
@@ -447,7 +447,7 @@ async fn headers_are_not_made_of_what_callers_send() {
             );
         }
     }
-    // A file's name in `Content-Disposition` is the concept's, whatever it was asked by.
+    // The file name in `Content-Disposition` is the concept's name, also if it was requested by its id.
     let training = app.register_subject(&REX, 1).await;
     assert_eq!(app.until_ended(&training).await["status"], "succeeded");
     let (_, concept) = app.get(&format!("/v1/concepts/{}", REX.name)).await;
@@ -493,7 +493,7 @@ async fn the_data_folder_is_its_owners_alone() {
     for (path, mode) in &found {
         assert_eq!(mode & 0o077, 0, "{path} {mode:o}");
     }
-    // Also in a folder that was there, with the permissions that it has.
+    // Also in a folder that already existed with wider permissions.
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");
     std::fs::create_dir(&data).unwrap();
@@ -509,7 +509,7 @@ async fn the_data_folder_is_its_owners_alone() {
     assert!(found.iter().all(|(_, mode)| mode & 0o077 == 0), "{found:?}");
 }
 
-/// Keys are compared by hash and in constant time; a comparison that is not would pass every other test.
+/// Keys are compared by hash and in constant time; no other test would notice a different comparison.
 #[test]
 fn secrets_are_compared_in_constant_time() {
     let source = |file: &str| {

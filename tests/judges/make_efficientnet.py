@@ -1,12 +1,13 @@
-"""What EfficientNet-Lite makes of images, by NumPy in f64: the expected values of `crates/coar-lab/src/eval/judges/efficientnet.rs`.
+"""EfficientNet-Lite's outputs for test images, computed with NumPy in f64: the expected values of
+`crates/coar-lab/src/eval/judges/efficientnet.rs`.
 
     python3 -m venv V && V/bin/pip install numpy pillow==10.4.0
     V/bin/python tests/judges/make_efficientnet.py [WEIGHTS]       # writes tests/judges/efficientnet
 
-Nothing is shared with the Rust code: convolutions are sums of shifted images, batch norm is a step of its own, and the
-weights' file is read by Python's unpickler with all but two names refused. A small network has weights by a formula, so that
-the expected values are all that is stored. With WEIGHTS (the `.pth` that `scripts/fetch-judge.sh` fetches) the published
-network's values are written, too.
+Nothing is shared with the Rust code: convolutions are sums of shifted images, batch norm is a separate step, and the weights
+file is read by Python's unpickler with only two names allowed. The small network's weights are computed by a formula, so only
+the expected values are stored. With WEIGHTS (the `.pth` that `scripts/fetch-judge.sh` fetches) the published network's values
+are written, too.
 """
 
 import collections
@@ -36,7 +37,7 @@ EPSILON = 1e-3
 
 
 def same(size, kernel, stride):
-    """TensorFlow's padding: what makes ceil(size / stride) outputs, the larger half behind."""
+    """TensorFlow's `SAME` padding: for ceil(size / stride) outputs, with the larger half at the end."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
@@ -113,7 +114,7 @@ def shapes(shape):
 
 
 def formula(name, count):
-    """Numbers in -1..1 that depend on the name and the place alone."""
+    """Numbers in -1..1 that depend only on the name and the index."""
     seed = 2166136261
     for byte in name.encode():
         seed = ((seed ^ byte) * 16777619) % 2**32
@@ -174,7 +175,7 @@ KINDS = {"FloatStorage": np.float32, "LongStorage": np.int64}
 
 
 def images(count, height, width):
-    """8-bit images by a formula: slow waves with noise, another one for each index."""
+    """8-bit images by a formula: slow waves with noise, different for each index."""
     x, y, c = np.meshgrid(np.arange(width), np.arange(height), np.arange(3))
     for n in range(count):
         noise = formula(f"image {n}", height * width * 3).reshape(height, width, 3)
@@ -199,7 +200,7 @@ def main():
         tensors = published(sys.argv[1])
         expected = shapes(LITE0)
         assert all(tensors[name].shape == size for name, size in expected.items())
-        # Images of the world's size, enlarged as the judge enlarges them.
+        # Images of the world's size, resized as the judge does.
         own = [np.asarray(Image.fromarray(image).resize((224, 224), Image.BICUBIC), np.float64) for image in images(2, 128, 128)]
         x = ((np.stack(own) - 127) / 128).transpose(0, 3, 1, 2)
         write("lite0", Network(LITE0, lambda name: tensors[name]).run(x), height=128, width=128)

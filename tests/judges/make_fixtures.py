@@ -28,7 +28,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 OPENAI = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-# Wide, tall, of the size itself, and with an odd number of pixels too many after DreamBooth's resize.
+# Wide, tall, of exactly the input size, and with an odd margin after DreamBooth's resize.
 PICTURES = [(40, 31), (13, 50), (28, 28), (61, 37)]
 TEXTS = [
     "a dog in the jungle",
@@ -51,7 +51,7 @@ RESIZES = [
 
 
 def noise(width, height, state=7):
-    """The picture that the tests make with the same numbers."""
+    """The image that the tests generate with the same numbers."""
     out = bytearray()
     for _ in range(3 * width * height):
         state = (state * 1664525 + 1013904223) & 0xFFFFFFFF
@@ -64,7 +64,7 @@ def write_json(path, value):
 
 
 def vocabulary():
-    """A byte-pair vocabulary of its own, in which the end token is not the largest id."""
+    """A separate byte-pair vocabulary, in which the end token is not the largest id."""
     letters = list(bytes_to_unicode())
     words = [tuple(word[:-1]) + (word[-1] + "</w>",) for word in CORPUS.split()]
     merges = []
@@ -89,14 +89,14 @@ def merged(word, pair):
 
 
 def bytes_to_unicode():
-    """The printable letters that stand for bytes, in the order of OpenAI's vocabularies."""
+    """The printable characters that represent bytes, in the order of OpenAI's vocabularies."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
 def randomised(model, seed, half):
-    """Every parameter random, biases and norms too, and exactly representable where it is stored in half precision."""
+    """Randomises every parameter, including biases and norms; with `half`, values are exactly representable in half precision."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -131,12 +131,12 @@ def folder(path, model, preprocessor, half, config=None):
 
 
 def as_pickle(source, path):
-    """The same folder with the other form of weights."""
+    """The same folder with the weights in the other format."""
     from safetensors.torch import load_file
     path.mkdir()
     tensors = load_file(source / "model.safetensors")
     state = collections.OrderedDict((name, tensor.clone()) for name, tensor in tensors.items())
-    # As `Module.state_dict` has it, and so every published file.
+    # `Module.state_dict` adds this attribute, so every published file has it.
     state._metadata = collections.OrderedDict([("", {"version": 1}), ("layernorm", {"version": 1})])
     torch.save(state, path / "pytorch_model.bin")
     for name in ("config.json", "preprocessor_config.json"):
@@ -144,7 +144,7 @@ def as_pickle(source, path):
 
 
 def make(out, dino_config, clip_config, half, pictures):
-    """Both folders and what is expected of them."""
+    """Writes both folders and their expected outputs."""
     expected, told = {}, {"transformers": transformers.__version__, "torch": torch.__version__, "pillow": Image.__version__}
     torch.manual_seed(0)
     images = [noise(*size) for size in pictures]
@@ -182,7 +182,7 @@ def make(out, dino_config, clip_config, half, pictures):
         batch = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
         told["ids"] = [ids[:length] for ids, length in zip(batch.input_ids.tolist(), batch.attention_mask.sum(1).tolist())]
         expected["clip.texts"] = model.get_text_features(**batch).pooler_output
-        # The published file's eos_token_id is 2, for which the largest id counts.
+        # The published file's eos_token_id is 2, for which the largest id is used.
         model.text_model.eos_token_id = 2
         expected["clip.texts.legacy"] = model.get_text_features(**batch).pooler_output
     told["texts"], told["pictures"] = TEXTS, pictures
@@ -191,7 +191,7 @@ def make(out, dino_config, clip_config, half, pictures):
 
 
 def resizes():
-    """What Pillow's two filters make of several sizes: digests of the bytes."""
+    """Digests of the output of Pillow's two filters for several sizes."""
     rows = []
     for source, size in RESIZES:
         for filter in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC):

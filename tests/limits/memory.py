@@ -1,9 +1,9 @@
-"""What one tenant can make the memory of a default server grow by: `memory.py [MIB]`, the limit, 256 without it.
+"""By how much one tenant can increase the memory of a default server: `memory.py [MIB]`, with the limit in MiB (default 256).
 
-A real server with its defaults (one thread, a small KV memory) is attacked in the ways that once took gigabytes: concept files grown far
-beyond what a training makes, requests that name many concepts, images of 40 million pixels with 16-bit samples at once, forms that are
-held open. One line of JSON for each attack: by how many MB resident memory was higher at its peak than before. Needs Python 3.10 and
-nothing else. COAR_BIN names another binary than target/debug/coar.
+A real server with its defaults (one thread, a small KV memory) is attacked in ways that once took gigabytes: concept files far larger
+than those of a training, requests that name many concepts, concurrent images of 40 million pixels with 16-bit samples, forms that are
+held open. Prints one line of JSON for each attack: the increase of peak resident memory in MB. Needs only Python 3.10. COAR_BIN selects
+a binary other than target/debug/coar.
 """
 
 import concurrent.futures
@@ -36,7 +36,7 @@ class Server:
             time.sleep(0.2)
 
     def send(self, method: str, path: str, body=None, kind: str | None = None):
-        """Status and JSON of an answer; a connection that breaks off has the status 0."""
+        """Status and JSON of an answer; the status is 0 if the connection breaks."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         if isinstance(body, dict):
             body, kind = json.dumps(body).encode(), "application/json"
@@ -58,7 +58,7 @@ class Server:
         return next(int(row.split()[1]) for row in text.splitlines() if row.startswith(line)) * 1024
 
     def grown(self, attack) -> dict:
-        # The peak so far is forgotten.
+        # Resets the peak.
         pathlib.Path(f"/proc/{self.child.pid}/clear_refs").write_text("5")
         before, begun = self.memory("VmRSS"), time.monotonic()
         told = attack(self)
@@ -80,7 +80,7 @@ def register(server: Server, name: str, image: bytes):
 
 
 def png(side: int) -> bytes:
-    """RGBA with 16 bits, all zeros: some hundred kilobytes."""
+    """An RGBA image with 16-bit samples, all zeros: a few hundred kilobytes."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -91,7 +91,7 @@ def png(side: int) -> bytes:
 
 
 def inflated(file: bytes, size: int) -> bytes:
-    """The concept file with as many text tokens as make `size` bytes."""
+    """The concept file with enough text tokens for about `size` bytes."""
     length = struct.unpack("<Q", file[:8])[0]
     header = json.loads(file[8 : 8 + length])
     layers, _, hidden = header["text"]["shape"]
@@ -112,7 +112,7 @@ def together(calls) -> list[int]:
 
 
 def concept_files(server: Server) -> list:
-    """Eight at once of 62 MiB, and 40 names in a request."""
+    """Eight concurrent imports of 62 MiB, and requests with 40 concept names."""
     _, weights = server.send("GET", "/v1/concepts/seed/weights")
     big = inflated(weights, 62 << 20)
     told = together([(server.send, "POST", f"/v1/concepts/import?name=big{n}", big, "application/octet-stream") for n in range(8)])
@@ -121,14 +121,14 @@ def concept_files(server: Server) -> list:
 
 
 def bombs(server: Server) -> list:
-    """Four at once, for a name that is taken and for new ones."""
+    """Four concurrent registrations, for a name that is already taken and for new names."""
     bomb = png(SIDE)
     taken = together([(register, server, "seed", bomb) for _ in range(4)])
     return [*taken, *together([(register, server, f"bomb{n}", bomb) for n in range(4)])]
 
 
 def held_forms(server: Server) -> list:
-    """Six of 190 MB whose last byte does not come."""
+    """Six forms of 190 MB without their last byte."""
     body, kind = form([("name", "held"), ("kind", "style"), *[("images", bytes(19_900_000)) for _ in range(9)], ("images", bytes(10_000_000))])
 
     def hold():
@@ -159,7 +159,7 @@ def main() -> int:
         while server.send("GET", "/v1/concepts/seed")[1]["status"] != "ready":
             assert time.monotonic() < until, "the training does not end"
             time.sleep(0.2)
-        # The only slot for trainings is taken: what is measured is uploads alone. A training holds its own images in memory.
+        # Occupy the only slot for trainings, so that only uploads are measured: a training holds its own images in memory.
         body, kind = form([("name", "busy"), ("kind", "style"), ("steps", 20_000), ("images", (ROOT / "concepts/rex/2.png").read_bytes())])
         assert server.send("POST", "/v1/concepts", body, kind)[0] == 202
         while server.send("GET", "/v1/concepts/busy")[1]["training"]["status"] != "running":

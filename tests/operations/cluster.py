@@ -1,4 +1,4 @@
-"""API processes and workers on PostgreSQL and S3: restarts one by one, backup and restore, checksums, garbage."""
+"""API processes and workers on PostgreSQL and S3: rolling restart, backup and restore, checksums, garbage collection."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ before, path = draw(apis[1], "a photo of <rex> cat in the snow", 7)
 assert draw(apis[0], "a photo of <rex> cat in the snow", 7)[0] == before
 said("a concept registered at one API process is used through another; the picture is the same")
 
-# Rolling restart: callers ask whichever API process answers, as a balancer would let them.
+# Rolling restart: callers use any API process that answers, as behind a load balancer.
 stop, answered, failed = threading.Event(), [], []
 
 
@@ -61,7 +61,7 @@ def ask():
                 body = {"prompt": "a dog", "seed": seed, "response_format": "b64_json"}
                 status, answer = server.request("POST", "/v1/images/generations", body)
             except OSError:
-                # Nobody listens there any more: a balancer asks the other.
+                # This process no longer listens: a load balancer would try the other one.
                 time.sleep(0.05)
                 continue
             if status == 503:
@@ -99,7 +99,7 @@ said(f"every process restarted one by one: {len(answered)} requests, none failed
      f"(attempt {attempts['attempt']}, from step {attempts['resumed_from_step']}); workers ended in "
      f"{', '.join(f'{seconds:.1f} s' for seconds in handed_back)}")
 
-# Backup: bucket, database, bucket; restored elsewhere.
+# Backup in the order bucket, database, bucket; restored elsewhere.
 second = database("restored")
 
 
@@ -123,7 +123,7 @@ queue = run(coar, "admin", "queue", env=second)
 assert "worker" in queue and "api" in queue, queue
 said("a dump and a copy of the bucket, restored: the same concept, pictures and addresses")
 
-# The collector beside running processes.
+# Garbage collection while processes are running.
 s3.put_object(Bucket=bucket, Key=f"restored/ab/{'ab' * 32}", Body=b"left by a crash")
 assert run(coar, "admin", "gc", env=second).startswith("1 blobs removed")
 for server in servers:

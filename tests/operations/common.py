@@ -1,4 +1,4 @@
-"""Processes and requests for the tests of operation."""
+"""Processes and requests for the operations tests."""
 
 import hashlib
 import http.client
@@ -19,7 +19,7 @@ def free_port():
 
 
 class Server:
-    """A running `coar serve`; what it says goes to a file."""
+    """A running `coar serve`; its output goes to a file."""
 
     def __init__(self, coar, arguments, env=None, port_flag="--listen"):
         self.port = free_port()
@@ -103,7 +103,7 @@ def wait_concept(server, name, key=None, seconds=120):
 
 
 def draw(server, prompt, seed, key=None):
-    """The picture's bytes and its address' path."""
+    """The image's bytes and the path of its URL."""
     body = {"prompt": prompt, "seed": seed, "response_format": "url"}
     status, answer = server.request("POST", "/v1/images/generations", body, key=key)
     assert status == 200, (status, answer)

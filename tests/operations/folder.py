@@ -1,4 +1,4 @@
-"""One process, SQLite and a folder: backup while it works, restore, checksums, a tenant's removal."""
+"""One process, SQLite and a folder: backup under load, restore, checksums, removal of a tenant."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ register(server, "rex", 4)
 wait_concept(server, "rex")
 before, path = draw(server, "a photo of <rex> cat in the snow", 7)
 
-# Backup while it works, as docs/howto/backup.md says.
+# Backup under load, as described in docs/howto/backup.md.
 stop, drawn = threading.Event(), []
 
 
@@ -76,7 +76,7 @@ assert run(coar, "admin", "gc", "--data", data).startswith("1 blobs removed")
 assert not os.path.exists(orphan)
 said("what nothing refers to is removed")
 
-# A tenant goes, complete.
+# A tenant is removed completely.
 key = run(coar, "keys", "create", "--tenant", "acme", "--data", data).splitlines()
 key = next(line for line in key if line.startswith("coar_"))
 other = run(coar, "keys", "create", "--tenant", "default", "--data", data).splitlines()

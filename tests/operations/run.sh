@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What an operator does, on real processes: backup and restore, checksums, garbage, a tenant's removal, restarts one by one.
-# On SQLite and a folder, and on PostgreSQL and S3 (scripts/with-postgres.sh; skipped, loudly, where there is no PostgreSQL).
+# An operator's tasks on real processes: backup and restore, checksums, garbage collection, removal of a tenant, rolling restart.
+# On SQLite and a folder, and on PostgreSQL and S3 (scripts/with-postgres.sh; skipped with a message if there is no PostgreSQL).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 scripts/build-for-tests.sh --quiet

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Beside scripts/with-postgres.sh: a PgBouncer in transaction mode is refused, and one in session mode passes. Skipped,
-# with a message, where there is none.
+# Run under scripts/with-postgres.sh: PgBouncer in transaction mode is rejected, and in session mode accepted. Skipped
+# with a message if PgBouncer is not installed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH="$PATH:/usr/sbin"
@@ -26,7 +26,7 @@ if [ "$(id -u)" = 0 ]; then
 fi
 server="${COAR_TEST_DATABASE##*:}"
 server="${server%%/*}"
-# pooler NAME MODE: starts one, and writes its port to a file.
+# pooler NAME MODE: starts a PgBouncer and writes its port to a file.
 pooler() {
     port="$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     cat > "$work/$1.ini" <<INI

@@ -1,6 +1,6 @@
-"""Starts coar and nginx as docs/howto/service.md says, without TLS, and uses the server through the proxy.
+"""Starts coar and nginx as described in docs/howto/service.md, without TLS, and uses the server through the proxy.
 
-`python3 behind.py COAR`. Exits with a message where something is not reachable at the address that clients see.
+`python3 behind.py COAR`. Exits with a message if something is not reachable at the address that clients use.
 """
 
 import http.client
@@ -38,7 +38,7 @@ def nginx_conf(work, block, port, upstream):
     block = re.sub(r"\s*ssl_certificate\S*\s[^;]*;", "", block)
     block = re.sub(r"server_name [^;]*;", "server_name localhost;", block)
     block = re.sub(r"proxy_pass http://127\.0\.0\.1:8080", f"proxy_pass {upstream}", block)
-    # The browser's address has a port here.
+    # Here the client's URL has a port.
     block = block.replace("Host $host;", "Host $http_host;")
     temp = "".join(f"{kind}_temp_path {work}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     return (f"daemon off;\nworker_processes 1;\npid {work}/pid;\nerror_log stderr;\nevents {{}}\n"
@@ -50,7 +50,7 @@ class Clients:
         self.base = base
 
     def open(self, path, data=None, headers=None, method=None):
-        """Status, headers and body at an address relative to the base; redirects are followed as a browser does."""
+        """Status, URL, headers and body for a URL relative to the base; redirects are followed, as in a browser."""
         url = urljoin(self.base + "/", path)
         request = urllib.request.Request(url, data=data, headers=headers or {}, method=method)
         try:
@@ -67,7 +67,7 @@ class Clients:
 
 
 def links(page):
-    """What a page loads, relative to it."""
+    """The relative URLs of everything that a page loads."""
     return [link for link in re.findall(r'(?:src|href)="([^"#]+)"', page) if not link.startswith("data:")]
 
 
@@ -79,7 +79,7 @@ def check(base):
         time.sleep(0.2)
     prefix = urlsplit(base).path
     assert clients.open("metrics")[0] == 404, "the metrics are public"
-    # Studio, with all its parts, also from its old address and without the slash.
+    # Studio, with all its files, also at its old address and without the slash.
     for start in ("", "studio") + (() if not prefix else (base,)):
         status, url, _, page = clients.open(start)
         assert status == 200 and url.startswith(base), (start, status, url)
@@ -93,7 +93,7 @@ def check(base):
             assert status == 200 and found.startswith(base), (part, status, found)
             modules |= {urljoin(found, name) for name in re.findall(r'from "(\./[^"]+)"', text.decode())}
         assert modules and all(clients.open(module)[0] == 200 for module in modules), modules
-    # The documentation's page, its parts, and what it shows.
+    # The documentation page, its files, and its content.
     status, url, _, page = clients.open("docs")
     assert status == 200 and url == f"{base}/docs/", (status, url)
     for part in links(page.decode()):
@@ -104,20 +104,20 @@ def check(base):
     server = document.get("servers", [{"url": base}])[0]["url"]
     assert server == base, server
     assert clients.open(server + "/v1/models")[0] == 200
-    # Addresses in answers.
+    # URLs in responses.
     made = clients.json("v1/generations", {"prompt": "a red car"})
     image = made["images"][0]["url"]
     assert image.startswith(base + "/v1/images/"), image
     status, _, headers, _ = clients.open(image)
     assert (status, headers["content-type"]) == (200, "image/png"), (status, headers)
-    # Events arrive while the work goes on: the first one before the last one is sent.
+    # Events of a stream pass through the proxy.
     body = json.dumps({"prompt": "a red car", "n": 2}).encode()
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
     request = urllib.request.Request(f"{base}/v1/generations", data=body, headers=headers)
     with urllib.request.urlopen(request, timeout=PATIENCE) as stream:
         events = [line.decode() for line in stream if line.startswith(b"event:")]
     assert len(events) > 2, events
-    # Two requests on one connection, and one that is turned away.
+    # Several requests on one connection, one of them with an error response.
     place = urlsplit(base)
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=PATIENCE)
     for path, expected in ((f"{prefix}/livez", 200), (f"{prefix}/v1/concepts/none", 404), (f"{prefix}/livez", 200)):
@@ -143,7 +143,7 @@ def run(coar, work, block, prefix, unix):
         assert server.stdout.readline().startswith("listening on "), "the server does not start"
         os.chmod(work, 0o755)
         if unix:
-            # nginx's workers are another user's where the master is root.
+            # If nginx's master runs as root, its workers run as another user.
             os.chmod(work / "coar.sock", 0o666)
         proxy = subprocess.Popen(["nginx", "-e", "stderr", "-p", str(work), "-c", str(conf)])
         deadline = time.monotonic() + PATIENCE

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A server behind a real nginx with the configurations of docs/howto/service.md: at the root, and under a path. With NO_SKIP=1 it is
-# a failure where nginx is missing.
+# Tests a server behind a real nginx with the configurations of docs/howto/service.md: at the root, and under a path. With NO_SKIP=1
+# a missing nginx is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH="$PATH:/usr/sbin"

@@ -1,4 +1,4 @@
-"""A real server as a process, with the pocket model, and clients of it."""
+"""A real server process with the pocket model, and its clients."""
 
 import os
 import pathlib
@@ -14,12 +14,12 @@ import requests
 
 sys.dont_write_bytecode = True
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-#: Nothing in these tests takes longer, on a loaded machine.
+#: Upper bound for everything in these tests, on a loaded machine.
 PATIENCE_SECONDS = 240
 
 
 def poll(what: str, look):
-    """Looks until something is found."""
+    """Calls `look` until it returns a result."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while (found := look()) is None:
         assert time.monotonic() < deadline, f"{what} did not happen in time"
@@ -75,7 +75,7 @@ class Server:
         return next(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + " "))
 
     def register(self, name: str, steps: int) -> dict:
-        """The shipped subject's pictures, with a short training."""
+        """Registers the shipped subject's images, with a short training."""
         files = sorted((ROOT / "concepts" / "rex").glob("*.png"))[:3]
         images = [("images", (file.name, file.read_bytes(), "image/png")) for file in files]
         form = {"name": name, "kind": "subject", "class": "cat", "steps": str(steps)}
@@ -94,7 +94,7 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """Without keys: everybody is the tenant `default`."""
+    """A server without keys: every caller is the tenant `default`."""
     running = Server(tmp_path_factory.mktemp("coar") / "data").start()
     yield running
     running.stop()

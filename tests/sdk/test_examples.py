@@ -1,4 +1,4 @@
-"""The programs in examples/python, as a reader of the documentation would run them."""
+"""The programs in examples/python, run as a reader of the documentation would run them."""
 
 import importlib.util
 import os
@@ -53,7 +53,7 @@ def receiver():
     return module
 
 
-#: The example of the Standard Webhooks specification's own libraries.
+#: The example secret of the Standard Webhooks libraries.
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 BODY = b'{"test": 2432232314}'
 HEADERS = {

@@ -1,4 +1,4 @@
-"""What a user of the official OpenAI package may rely on."""
+"""Behaviour that users of the official OpenAI package can rely on."""
 
 import base64
 import concurrent.futures
@@ -45,7 +45,7 @@ def test_base64_is_the_default(client):
 
 
 def test_answers_have_the_types_of_the_package(client):
-    """The package builds its objects without checking them; here they are checked."""
+    """The package builds its objects without validating them, so they are validated here."""
     answer = draw(client, seed=1, quality="max", user="user-1")
     checked = type(answer).model_validate(answer.model_dump(), strict=True)
     assert (checked.quality, checked.background, checked.safety_identifier) == ("max", "opaque", "user-1")
@@ -166,7 +166,7 @@ def test_unknown_models_and_concepts_are_not_found(client):
 
 
 class Counting(httpx2.HTTPTransport):
-    """Counts requests; may lose the first answers, after the server has done its work."""
+    """Counts requests; can drop the first responses, after the server has processed them."""
 
     def __init__(self, lose: int = 0):
         super().__init__()
@@ -243,7 +243,7 @@ def test_a_full_queue_is_a_rate_limit_with_a_time(tmp_path):
             assert isinstance(error, openai.RateLimitError)
             assert 1 <= int(error.response.headers["retry-after"]) <= 120
         assert len(refused) < 12
-        # With its usual retries the package gets through.
+        # With retries enabled the package succeeds.
         assert len(draw(server.client(max_retries=5)).data) == 1
     finally:
         server.stop()

@@ -1,4 +1,4 @@
-"""What every step of the page's test needs: the server, a browser that notes faults, and the checks."""
+"""Shared parts of the UI tests: the server, a browser that records faults, and the checks."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from axe_playwright_python.sync_playwright import Axe
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "target" / "ui"
-# A training and some images on a loaded machine.
+# Enough for a training and some images on a loaded machine.
 PATIENCE_MS = int(os.environ.get("PATIENCE", 240_000))
 STILL = """Promise.allSettled(document.getAnimations()
     .filter((animation) => animation.effect.getTiming().iterations !== Infinity).map((animation) => animation.finished)).then(() => null)"""
@@ -24,7 +24,7 @@ SERIOUS = ("serious", "critical")
 
 @contextlib.contextmanager
 def running(server: str):
-    """The built server on a free port with a data folder of its own; gives its address when it is ready."""
+    """Runs the built server on a free port with a new data folder; yields its URL when it is ready."""
     with tempfile.TemporaryDirectory() as folder:
         command = [server, "serve", "--listen", "127.0.0.1:0", "--device", "cpu", "--threads", "2"]
         with open(SHOTS / "server.log", "w") as log:
@@ -35,7 +35,7 @@ def running(server: str):
                     break
             else:
                 raise AssertionError("the server has not said where it listens; see target/ui/server.log")
-            # The page is there at once: it says itself that the model is still loading.
+            # The page is served immediately; it shows that the model is still loading.
             with urllib.request.urlopen(found[1], timeout=PATIENCE_MS / 1000) as answer:
                 assert answer.headers["Content-Type"].startswith("text/html"), answer.headers
             until_ready(found[1])
@@ -57,7 +57,7 @@ def until_ready(url: str):
 
 
 def close(url: str) -> str:
-    """Makes the server's first key, waits until it asks for one, and gives the key."""
+    """Creates the server's first key, waits until the server requires one, and returns the key."""
     body = json.dumps({"tenant": "default"}).encode()
     request = urllib.request.Request(f"{url}/v1/admin/keys", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=PATIENCE_MS / 1000) as answer:
@@ -74,7 +74,7 @@ def close(url: str) -> str:
 
 
 class Faults:
-    """Everything that a visitor would find in the browser's console."""
+    """Collects everything that a user would see in the browser's console."""
 
     def __init__(self, page):
         self.found = []
@@ -89,20 +89,20 @@ class Faults:
             self.found.append(text)
 
     def failed(self, request):
-        # What the page itself gives up: a stream after its last event, what a view was loading when one leaves it.
+        # Requests aborted by the page: a stream after its last event, and requests of a view that is left.
         if request.failure != "net::ERR_ABORTED":
             self.add(f"failed: {request.method} {request.url}: {request.failure}")
 
     @contextlib.contextmanager
     def expecting(self, *patterns):
-        """Inside, answers like these are meant: a refused form is a 4xx in the console."""
+        """Messages that match the patterns are expected inside: a rejected form logs a 4xx in the console."""
         self.expected = [*patterns, r"Failed to load resource"]
         yield
         self.expected = []
 
 
 class Visit:
-    """One window: its width, its colours, its name in the screenshots."""
+    """A browser window: its size, its colour scheme, its name in the screenshots."""
 
     def __init__(self, browser, url, name, size, colours):
         self.name, self.size = name, size
@@ -111,14 +111,14 @@ class Visit:
             has_touch=size[0] < 700, reduced_motion="no-preference",
         )
         self.page = self.context.new_page()
-        # As long as everything else: on two cores that others use too, a screenshot alone has taken more than 30 seconds.
+        # The same timeout as everything else: on two shared cores, a single screenshot has taken more than 30 seconds.
         self.page.set_default_timeout(PATIENCE_MS)
         self.faults = Faults(self.page)
         self.count = 0
 
     def pictures_are_there(self, selector):
-        """Waits until every image has come; the page's policy refuses what `wait_for_function` does."""
-        # Those below the window are asked for when they come into sight.
+        """Waits until every image is loaded; the page's content security policy blocks `wait_for_function`."""
+        # Images below the window are loaded lazily, when they are scrolled into view.
         script = """(selector) => {
             const missing = [...document.querySelectorAll(selector)].find((image) => !image.complete || image.naturalWidth === 0);
             (missing ?? document.body).scrollIntoView();
@@ -130,11 +130,11 @@ class Visit:
             self.page.wait_for_timeout(50)
 
     def shot(self, what):
-        """A screenshot, the rules of axe, and no sideways scrolling."""
+        """Takes a screenshot, and checks the axe rules and that the page does not scroll horizontally."""
         page = self.page
         self.count += 1
         print(f"{self.name}: {what}", flush=True)
-        # Looked at, and measured, when it stands still.
+        # Animations are finished before the screenshot and the checks.
         page.evaluate(STILL)
         page.screenshot(path=SHOTS / f"{self.name}-{self.count:02}-{what}.png", full_page=True)
         wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
@@ -147,6 +147,6 @@ class Visit:
 
 
 def launch(playwright, chromium, *more):
-    # The sandbox of chromium refuses to run as root.
+    # Chromium's sandbox does not run as root.
     arguments = [*more, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
     return playwright.chromium.launch(executable_path=chromium, args=arguments)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The page in a real browser, against the built server. Screenshots go to target/ui.
+# Tests the page in a real browser against the built server. Screenshots are written to target/ui.
 #   tests/ui/run.sh              builds the server if there is none, starts it, runs the whole flow
-#   tests/ui/run.sh --url URL    against a server that runs already (its data is changed)
+#   tests/ui/run.sh --url URL    against a running server (its data is changed)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -24,12 +24,12 @@ def go(page, section):
 
 
 def settings(page):
-    """The form of the view Create; views that are not shown have fields of the same names."""
+    """The form of the Create view; hidden views have fields with the same names."""
     return page.locator("#create-form")
 
 
 def drop(page, files):
-    """Files dragged over the form and dropped there; the page has to take over what the browser would do with them."""
+    """Drags files over the form and drops them; the page must prevent the browser's default action."""
     given = [{"name": file.name, "type": kind, "bytes": base64.b64encode(file.read_bytes()).decode()} for file, kind in files]
     dragged = page.evaluate_handle(
         """(files) => {
@@ -58,7 +58,7 @@ def drop(page, files):
 
 
 def register(visit, name):
-    """Images, a caption, one image too many; the API's refusal beside the field; then the real thing."""
+    """Images, a caption, one image too many; the API's error beside the field; then a valid registration."""
     page = visit.page
     page.goto("/")
     expect(page).to_have_title("Create · coar Studio")
@@ -93,7 +93,7 @@ def register(visit, name):
 
 
 def watch(visit, name):
-    """The training to its end: bar, curve, previews; then the versions."""
+    """Follows the training to its end: progress bar, curve, previews; then the versions."""
     page = visit.page
     expect(page.get_by_role("heading", level=1, name=name)).to_be_visible()
     panel = page.get_by_role("region", name="Training", exact=True)
@@ -112,7 +112,7 @@ def watch(visit, name):
 
 
 def retrain_and_go_back(visit):
-    """A second version, and the first one in use again."""
+    """Trains a second version, then selects the first one again."""
     page = visit.page
     form = page.get_by_role("form", name="Train a new version")
     form.get_by_label("Steps").fill(STEPS)
@@ -126,7 +126,7 @@ def retrain_and_go_back(visit):
 
 
 def prompt_with_completion(visit, name):
-    """The prompt is typed; the concept is chosen with the keyboard."""
+    """Types the prompt and selects the concept with the keyboard."""
     page = visit.page
     go(page, "Create")
     area = settings(page).get_by_label("Prompt", exact=True)
@@ -146,7 +146,7 @@ def prompt_with_completion(visit, name):
 
 
 def draw(visit, name):
-    """Refused settings beside their field, then an image that appears row by row."""
+    """Rejected settings are reported beside their field; then an image appears row by row."""
     page = visit.page
     page.get_by_text("Settings", exact=True).click()
     settings(page).get_by_label("Seed", exact=True).fill("7")
@@ -157,7 +157,7 @@ def draw(visit, name):
         expect(page.locator("#temperature-error")).to_contain_text("temperature")
         expect(settings(page).get_by_label("Temperature", exact=True)).to_be_focused()
     settings(page).get_by_label("Temperature", exact=True).fill("")
-    # By keyboard alone.
+    # With the keyboard only.
     settings(page).get_by_label("Prompt", exact=True).press("Control+Enter")
     drawing = page.locator(".drawing").first
     expect(drawing.locator(".tile[data-partials]").first).to_be_visible(timeout=PATIENCE_MS)
@@ -181,7 +181,7 @@ def cancel(visit):
 
 
 def compare(visit, name):
-    """With and without, side by side, from one seed."""
+    """With and without the concept, side by side, with the same seed."""
     page = visit.page
     settings(page).get_by_label("Images", exact=True).fill("")
     settings(page).get_by_label("Compare with and without").check()
@@ -196,7 +196,7 @@ def compare(visit, name):
 
 
 def gallery(visit, name):
-    """Everything drawn is there; one of it large, downloaded, again with its settings, deleted."""
+    """All generated images are listed; one is enlarged, downloaded, reused with its settings, and deleted."""
     page = visit.page
     go(page, "Gallery")
     items = page.get_by_role("list", name="Generations").locator("> li")
@@ -255,7 +255,7 @@ def rename_and_delete(visit, name):
 
 
 def theme(visit):
-    """The button goes through system, light and dark, and the choice stays."""
+    """The button cycles through system, light and dark, and the choice is kept."""
     page = visit.page
     button = page.get_by_role("button", name="Theme")
     button.click()
@@ -269,7 +269,7 @@ def theme(visit):
 
 
 def keyboard(visit):
-    """The first Tab is the way past the header, and every view takes the focus to its title."""
+    """The first Tab focuses the skip link, and every view moves the focus to its title."""
     page = visit.page
     page.goto("/")
     page.keyboard.press("Tab")
@@ -294,7 +294,7 @@ def whole_flow(visit, name, thorough):
 
 
 def look_around(visit, name):
-    """Every view once, in colours and widths that the flow has not had."""
+    """Visits every view in colour schemes and widths that the flow has not covered."""
     page = visit.page
     page.goto("/")
     expect(page.get_by_label(f"Put <{name}> into the prompt")).to_be_visible()
@@ -315,7 +315,7 @@ def look_around(visit, name):
 
 
 def ask_for_a_key(visit, url):
-    """A server with keys: the page asks, does not take a wrong one, goes on with the right one, and forgets it."""
+    """A server with keys: the page asks for one, rejects a wrong one, accepts the right one, and forgets it."""
     page = visit.page
     secret = close(url)
     dialog = page.get_by_role("dialog", name="API key")
@@ -340,7 +340,7 @@ def ask_for_a_key(visit, url):
     with visit.faults.expecting(r"401: GET "):
         button.click()
         dialog.get_by_role("button", name="Forget it").click()
-        # Nothing is shown of what the key had opened, and the page asks again.
+        # Nothing that required the key is shown any more, and the page asks for a key again.
         expect(dialog).to_contain_text("This server asks for a key")
         dialog.get_by_role("button", name="Cancel").click()
         expect(dialog).to_be_hidden()
@@ -378,7 +378,7 @@ def main():
             if options.url is None:
                 ask_for_a_key(visit("key-light", DESKTOP, "light"), url)
         finally:
-            # Also when a step failed: what the console says is often why.
+            # Also printed if a step has failed, because the console often shows the reason.
             faults = [f"{one.name}: {fault}" for one in visits for fault in one.faults.found]
             print("\n".join(faults))
             browser.close()

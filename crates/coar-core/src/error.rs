@@ -90,7 +90,7 @@ impl Error {
         self
     }
 
-    /// A quota of the tenant is used up: `what` says by what, `wait` when another try makes sense.
+    /// A quota of the tenant is used up: `what` names it, `wait` is the time until a retry makes sense.
     pub fn quota_exceeded(quota: &'static str, limit: impl Into<u64>, wait: std::time::Duration, what: &str) -> Self {
         let limit = limit.into();
         let message = format!("`{quota}`: {what}; the limit is {limit}.");

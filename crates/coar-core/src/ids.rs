@@ -62,7 +62,7 @@ ids! {
     TenantId = "tenant",
     /// An API key; not the key itself.
     KeyId = "key",
-    /// One web-hook delivery, over all attempts.
+    /// One webhook delivery, over all attempts.
     DeliveryId = "delivery",
     /// A running program: an API process, a worker, or both in one.
     ProcessId = "process",

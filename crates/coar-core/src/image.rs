@@ -1,4 +1,4 @@
-//! Images in memory: untrusted bytes are decoded under limits, and own images are encoded.
+//! Images in memory: decoding of untrusted bytes under limits, and encoding.
 
 mod colour;
 mod encode;
@@ -119,7 +119,7 @@ pub enum ImageError {
     /// A file without bytes.
     #[error("is an empty file")]
     EmptyFile,
-    /// A known kind that is not supported.
+    /// A known format that is not supported.
     #[error("{0}")]
     Unsupported(Unsupported),
     /// The file has too many bytes.
@@ -139,7 +139,7 @@ pub enum ImageError {
     /// The file ends before its image does.
     #[error("is truncated: the {format} file ends before its image does")]
     Truncated { format: ImageFormat },
-    /// The file contradicts its format, or an own image cannot be encoded.
+    /// The file violates its format, or one of our images cannot be encoded.
     #[error("is damaged: {0}")]
     Damaged(String),
 }
@@ -197,26 +197,26 @@ pub fn decode(bytes: &[u8], limits: &ImageLimits) -> Result<RgbImage, ImageError
         .unwrap_or_else(|_| Err(ImageError::Damaged("its decoder failed".to_owned())))
 }
 
-/// Bytes that decoding a file and encoding its image as PNG take at most, beside the file itself. Files that
-/// [`decode`] refuses by their header take none.
+/// Upper bound in bytes of the memory for decoding a file and encoding its image as PNG, without the file itself. It is
+/// 0 for files that [`decode`] refuses by their header.
 pub fn working_memory(bytes: &[u8], limits: &ImageLimits) -> u64 {
     let Ok(header) = header::read(bytes) else { return 0 };
     let pixels = u64::from(header.width) * u64::from(header.height);
     if pixels > limits.pixels {
         return 0;
     }
-    // RGB, and as much again for what is made of it: an image that is turned, or a file that cannot be compressed.
+    // RGB, and as much again for a rotated copy or for a PNG file that does not compress.
     let samples = match (header.format, header.jpeg.progressive) {
-        // Its decoder returns RGB, or four channels beside what it decodes from.
+        // The decoder returns RGB, or four channels in addition to its internal buffer.
         (ImageFormat::WebP, _) => 8,
-        // All coefficients of three channels at once, of two bytes each.
+        // All coefficients of three channels, with two bytes each.
         (ImageFormat::Jpeg, true) => 9,
         (ImageFormat::Jpeg, false) | (ImageFormat::Png, _) => 6,
     };
     let copies = match header.format {
         // Read in place.
         ImageFormat::Png => 0,
-        // The decoder's copy, and a repaired one.
+        // The decoder's copy, and a repaired one if needed.
         ImageFormat::Jpeg => 1 + u64::from(header.jpeg.needs_repair()),
         ImageFormat::WebP => 1,
     };
@@ -258,14 +258,14 @@ fn decoding_fault(format: ImageFormat, error: image::ImageError) -> ImageError {
     }
 }
 
-/// What a decoder cannot do with a file.
+/// Why a decoder cannot read a file.
 enum Damage {
     Memory,
     Feature,
     Data,
 }
 
-/// In our own words; the decoder's are logged.
+/// Returns the error in our own words; the decoder's message is logged.
 fn damage(format: ImageFormat, error: &(dyn std::error::Error + 'static), damage: Damage) -> ImageError {
     tracing::debug!(error, "an image cannot be decoded");
     ImageError::Damaged(match damage {
@@ -303,7 +303,7 @@ fn to_rgb(mut decoder: impl ImageDecoder, header: &header::Header) -> Result<Rgb
     )
 }
 
-/// Row by row, so that 16-bit samples and transparency are never all in memory beside the image.
+/// Decodes row by row, so that 16-bit samples and transparency are never in memory for the whole image.
 fn decode_png(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageError> {
     let format = header.format;
     let fault = |error: png::DecodingError| match error {
@@ -316,10 +316,10 @@ fn decode_png(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageEr
         bytes: PNG_BUFFERS as usize,
     };
     let mut decoder = png::Decoder::new_with_limits(Cursor::new(bytes), limits);
-    // Texts are not used, and a profile is read under its own limit.
+    // Text chunks are not used, and the profile is read under a limit of its own.
     decoder.set_ignore_text_chunk(true);
     decoder.set_ignore_iccp_chunk(true);
-    // To eight bits and more, palettes and colour keys resolved.
+    // Expand to at least 8 bits, and resolve palettes and colour keys.
     decoder.set_transformations(png::Transformations::EXPAND);
     let mut reader = decoder.read_info().map_err(fault)?;
     let (width, height) = reader.info().size();
@@ -343,7 +343,7 @@ fn decode_png(bytes: &[u8], header: &header::Header) -> Result<RgbImage, ImageEr
     while let Some(row) = reader.next_interlaced_row().map_err(fault)? {
         narrow.clear();
         match wide {
-            // Big-endian: the upper byte is the first.
+            // Big-endian: the upper byte comes first.
             true => narrow.extend(row.data().iter().step_by(2)),
             false => narrow.extend_from_slice(row.data()),
         }
@@ -380,7 +380,8 @@ fn upright(rgb: Vec<u8>, (width, height): (u32, u32), orientation: Orientation) 
     })
 }
 
-/// Samples of one to four channels as RGB, in place where there are three or more. `opaque`: a fourth channel is ignored.
+/// Converts samples of one to four channels to RGB, in place for three or more. With `opaque` a fourth channel is
+/// ignored.
 fn into_rgb(mut samples: Vec<u8>, channels: usize, opaque: bool) -> Result<Vec<u8>, ImageError> {
     match channels {
         1 => Ok(samples.into_iter().flat_map(|grey| [grey; 3]).collect()),
@@ -394,7 +395,7 @@ fn into_rgb(mut samples: Vec<u8>, channels: usize, opaque: bool) -> Result<Vec<u
             for pixel in 0..pixels {
                 let alpha = if opaque { 255 } else { samples[4 * pixel + 3] };
                 for channel in 0..3 {
-                    // What is written lies before all that is still to be read.
+                    // Writing never overtakes reading.
                     samples[3 * pixel + channel] = blend(samples[4 * pixel + channel], alpha);
                 }
             }

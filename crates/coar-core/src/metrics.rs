@@ -214,7 +214,7 @@ pub struct DecodeStep {
     pub free_rows: usize,
     /// Tokens per row.
     pub window: usize,
-    /// Guesses of codes that were tested, and right ones.
+    /// Guesses of codes that were tested, and correct ones.
     pub guesses: usize,
     pub right: usize,
 }
@@ -259,7 +259,7 @@ impl Meters {
 /// The content type of [`Meters::render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// The process's metrics; as with logging there is one set per process.
+/// The process's metrics; there is one set per process, as with logging.
 pub fn meters() -> &'static Meters {
     static METERS: LazyLock<Meters> = LazyLock::new(|| {
         let meters = Meters::new();

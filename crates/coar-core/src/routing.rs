@@ -1,6 +1,6 @@
 //! Routing: which of several workers runs a request.
 
-/// A worker's state as far as routing uses it.
+/// The part of a worker's state that routing uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Candidate {
     /// Tokens of its unfinished requests.

@@ -5,21 +5,21 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
-/// Tokens of each row in a decode step. Codes do not depend on it.
+/// The number of tokens per row in a decode step. It does not affect the codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Speculation {
-    /// What pays at the current load.
+    /// The best window for the current load.
     #[default]
     Auto,
-    /// One code per step; row ends ride along.
+    /// One code per step, with row ends in the same step.
     Off,
     /// Always that many tokens, 2 to [`LARGEST_WINDOW`].
     #[serde(untagged)]
     Tokens(usize),
 }
 
-/// The largest window: beyond it hardly a guess is right.
+/// The largest window; guesses beyond it are hardly ever correct.
 pub const LARGEST_WINDOW: usize = 64;
 
 impl FromStr for Speculation {

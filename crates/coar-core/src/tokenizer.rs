@@ -40,10 +40,10 @@ impl TokenizerError {
     }
 }
 
-/// The largest grid with a name of its own: 64 grids are the longest side of the 1024 px checkpoint.
+/// The largest grid with a name of its own: 64 grids are the longest side of an image of the 1024 px checkpoint.
 const MAX_GRIDS: usize = 64;
 
-/// Names that every vocabulary has, besides sizes ([`grid_name`]) and image codes ([`code_name`]).
+/// Names in every vocabulary, besides sizes ([`grid_name`]) and image codes ([`code_name`]).
 pub const CONTROL_NAMES: [&str; 6] = ["<s>", "<pad>", "<eoss>", "<racm3:break>", SEPARATOR, ROW_END];
 
 /// The name of "n grids of two codes" along a side.
@@ -51,7 +51,7 @@ pub fn grid_name(n: usize) -> String {
     format!("<reserved{:05}>", 8800 + n)
 }
 
-/// The name of an image code: what [`Vocabulary`] reads back.
+/// The name of an image code, the inverse of what [`Vocabulary`] parses.
 pub fn code_name(code: i64) -> String {
     let letter = |digit: u8| char::from(digit - b'0' + b'A');
     let letters: String = code.to_string().bytes().map(letter).collect();
@@ -77,7 +77,7 @@ pub struct Vocabulary {
     special: std::collections::BTreeSet<i64>,
 }
 
-/// The code that an image token's name spells: `IMGIMG`, letters A..J for the digits 0..9, and a closing letter.
+/// The code in an image token's name: `IMGIMG`, letters A..J for the digits 0..9, and a closing letter.
 fn code_of_name(name: &str) -> Option<i64> {
     let digits = name.strip_prefix(IMAGE_CODE)?;
     let digits = &digits[..digits.len().checked_sub(1)?];
@@ -265,8 +265,8 @@ pub fn image_codes(names: &BTreeMap<String, i64>) -> Result<(Vec<i64>, BTreeMap<
     Ok((by_code.into_values().collect(), back))
 }
 
-/// The crate panics on some unusable files, and on some texts with malformed files; the panic is converted to an
-/// error.
+/// Runs `work` and converts a panic to an error: the crate panics on some unusable files, and on some texts with
+/// malformed files.
 fn tokenized<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(done) => done.map_err(|error| error.to_string()),
@@ -436,7 +436,7 @@ fn push_text(
     Ok(count)
 }
 
-/// An image as ids: `[start, height, width]`, and what follows: rows of codes each with a row end, image end.
+/// An image as ids: `[start, height, width]`, then the rest: rows of codes each with a row end, and the image end.
 /// Sides are in codes and must be even, since sizes are named in grids of two codes.
 ///
 /// # Errors

@@ -3,10 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-/// What the control groups of this process allow.
+/// The limits of this process's control groups.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Limits {
-    /// The group closest to its limit.
+    /// Memory of the group that is closest to its limit.
     pub memory: Option<Memory>,
     /// Processors, by the lowest quota; may be a fraction.
     pub processors: Option<f64>,
@@ -16,18 +16,17 @@ pub struct Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
     pub limit: u64,
-    /// What may still be taken before the kernel ends a process. Pages of files that were not used lately are not
-    /// counted as taken.
+    /// How much may still be allocated before the kernel kills a process. Inactive pages of files do not count as used.
     pub free: u64,
 }
 
 impl Limits {
-    /// Those of this process.
+    /// The limits of this process.
     pub fn current() -> Self {
         Self::read(Path::new("/"))
     }
 
-    /// The same with `proc` and the hierarchies below `root`. What cannot be read limits nothing.
+    /// Like [`Self::current`], with `proc` and the hierarchies below `root`. Files that cannot be read impose no limit.
     pub fn read(root: &Path) -> Self {
         let text = |path: &str| std::fs::read_to_string(root.join(path)).unwrap_or_default();
         let (groups, mounts) = (text("proc/self/cgroup"), text("proc/self/mountinfo"));
@@ -54,8 +53,8 @@ impl Limits {
         }
     }
 
-    /// Threads that can run all the time; at least one. More than the quota would be stopped together for a part of
-    /// each period.
+    /// The number of threads that can run all the time; at least one. With more threads than the quota, all of them are
+    /// throttled for a part of each period.
     pub fn threads(&self) -> Option<usize> {
         self.processors.map(|quota| (quota as usize).max(1))
     }
@@ -73,13 +72,13 @@ struct Mount<'a> {
     version: Version,
     /// Version 1: what it controls.
     controllers: Vec<&'a str>,
-    /// The group that is mounted, and where.
+    /// The group that is mounted, and the mount point.
     group: &'a str,
     at: &'a str,
 }
 
 impl<'a> Mount<'a> {
-    /// A line of mountinfo: `31 23 0:28 ROOT PLACE OPTIONS TAGS… - TYPE SOURCE OPTIONS`
+    /// Parses a line of mountinfo: `31 23 0:28 ROOT PLACE OPTIONS TAGS… - TYPE SOURCE OPTIONS`
     fn parse(line: &'a str) -> Option<Self> {
         let (mount, filesystem) = line.split_once(" - ")?;
         let mut mount = mount.split(' ').skip(3);
@@ -103,8 +102,8 @@ impl<'a> Mount<'a> {
         })
     }
 
-    /// The group of this process in this hierarchy, if this line of `/proc/self/cgroup` is about it:
-    /// `4:memory:/group`, in version 2 `0::/group`.
+    /// The group of this process in this hierarchy, if the line of `/proc/self/cgroup` belongs to it:
+    /// `4:memory:/group`, or `0::/group` in version 2.
     fn group<'b>(&self, line: &'b str) -> Option<&'b str> {
         let (_, line) = line.split_once(':')?;
         let (controllers, group) = line.split_once(':')?;
@@ -118,7 +117,7 @@ impl<'a> Mount<'a> {
     }
 
     /// The folders of the group and of its visible ancestors. In a container the mounted group is often the process's
-    /// own, and its name is the host's.
+    /// own, named by its path on the host.
     fn directories(&self, root: &Path, group: &str) -> Vec<PathBuf> {
         let top = root.join(self.at.trim_start_matches('/'));
         let inside = Path::new(group).strip_prefix(self.group).unwrap_or(Path::new(""));
@@ -130,7 +129,7 @@ fn number(dir: &Path, file: &str) -> Option<i64> {
     std::fs::read_to_string(dir.join(file)).ok()?.trim().parse().ok()
 }
 
-/// Version 1 says "no limit" by a number of pages that no machine has.
+/// Version 1 represents "no limit" by a number of pages that no machine has.
 const UNLIMITED: u64 = 1 << 60;
 
 fn memory(version: Version, dir: &Path) -> Option<Memory> {
@@ -208,7 +207,7 @@ mod tests {
             ),
         ]);
         let limits = Limits::read(dir.path());
-        // The slice has less left than the service, whose limit is lower.
+        // The slice has less memory left than the service, although its limit is higher.
         assert_eq!(
             limits.memory,
             Some(Memory {
@@ -219,7 +218,7 @@ mod tests {
         assert_eq!((limits.processors, limits.threads()), (Some(2.5), Some(2)));
         let slice = dir.path().join("sys/fs/cgroup/system.slice/memory.max");
         std::fs::write(slice, "max\n").unwrap();
-        // Pages of files that were not used lately can be taken back.
+        // Inactive pages of files can be reclaimed.
         let service = Memory {
             limit: 512 * MIB,
             free: 412 * MIB,
@@ -266,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_containers_own_group_may_be_the_mounted_one() {
-        // Without a namespace the group has the host's name, and the mount shows it alone.
+        // Without a namespace the group has the host's name, and the mount contains only this group.
         let dir = tree(&[
             (
                 "proc/self/mountinfo",
@@ -277,7 +276,7 @@ mod tests {
             ("sys/fs/cgroup/memory/memory.usage_in_bytes", "0\n"),
         ]);
         assert_eq!(Limits::read(dir.path()).memory.unwrap().limit, MIB);
-        // A group outside of what is mounted.
+        // A group outside the mounted one.
         std::fs::write(dir.path().join("proc/self/cgroup"), "4:memory:/elsewhere\n").unwrap();
         assert_eq!(Limits::read(dir.path()).memory.unwrap().limit, MIB);
     }

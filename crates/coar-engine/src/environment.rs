@@ -2,7 +2,7 @@
 
 use std::os::unix::process::CommandExt;
 
-/// How long a thread of libtorch's pool spins before it sleeps. The default spins for ever, which slows down
+/// How long a thread of libtorch's pool spins before it sleeps. By default it spins forever, which slows down
 /// everything else on the same cores; sleeping at once costs a third of the speed.
 const SPIN: (&str, &str) = ("GOMP_SPINCOUNT", "10000");
 
@@ -18,7 +18,7 @@ pub fn with_library_settings() {
     if !is_set(SPIN.0) && !is_set("OMP_WAIT_POLICY") {
         missing.push(SPIN);
     }
-    // The second is the older name of the first.
+    // The second name is the older one.
     if !is_set(SEGMENTS.0) && !is_set("PYTORCH_CUDA_ALLOC_CONF") {
         missing.push(SEGMENTS);
     }

@@ -31,7 +31,7 @@ pub struct ModelSource {
     pub model: Option<PathBuf>,
     /// Folder of the tokenizer files if they are not with the checkpoint.
     pub tokenizer: Option<PathBuf>,
-    /// Image size in pixels that the checkpoint was trained for, if its config.json does not say.
+    /// Image size in pixels that the checkpoint was trained for, if its config.json does not contain it.
     pub target_size: Option<u32>,
     /// `auto`, `cpu` or `cuda:N`.
     pub device: String,
@@ -136,7 +136,7 @@ impl ModelSource {
         name.unwrap_or_else(|| "coar-pocket".to_owned())
     }
 
-    /// What the flags select.
+    /// The device, files and kind that the flags select.
     fn resolve(&self) -> Result<(Device, CheckpointFiles, Kind), LoadError> {
         let (device, files) = (self.device()?, self.files()?);
         let kind = self.kind(device, &files)?;

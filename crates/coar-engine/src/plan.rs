@@ -94,8 +94,8 @@ pub fn draw_alone(
     draw_together(model, &[prompt], concepts, std::slice::from_ref(settings))
 }
 
-/// As [`draw_alone`] for several prompts in one batch, each with its settings; the images are the same as alone if
-/// the device's arithmetic does not depend on the batch. They are returned in the order of the prompts.
+/// Like [`draw_alone`] for several prompts in one batch, each with its own settings. The images are the same as alone
+/// if the device's arithmetic does not depend on the batch. They are returned in the order of the prompts.
 ///
 /// # Errors
 /// As [`draw_alone`].

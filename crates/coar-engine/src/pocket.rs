@@ -1,7 +1,7 @@
 //! The pocket checkpoint, shipped inside the binary, and the folder where its files are unpacked.
 //!
-//! What lies in that folder is loaded as the model, so it is compared byte for byte at every start, and the folder belongs
-//! to this user alone: no other user can exchange a file afterwards.
+//! The files in that folder are loaded as the model, so they are compared byte for byte at every start, and only this
+//! user can write to the folder: no other user can replace a file afterwards.
 
 use std::fs::{DirBuilder, Metadata, OpenOptions, Permissions};
 use std::io::{Error, ErrorKind, Result, Write as _};
@@ -33,7 +33,7 @@ fn this_user() -> u32 {
     unsafe { libc::geteuid() }
 }
 
-/// The user's cache folder for coar; `None` where the environment names none.
+/// The user's cache folder for coar; `None` if the environment does not define one.
 fn user_cache() -> Option<PathBuf> {
     let absolute = |name: &str| {
         let path = PathBuf::from(std::env::var_os(name)?);
@@ -43,8 +43,8 @@ fn user_cache() -> Option<PathBuf> {
     cache.map(|cache| cache.join("coar"))
 }
 
-/// Unpacks the shipped checkpoint below `cache`, or below the user's cache folder, and returns its folder. Where the user
-/// has no cache folder that can be used, a private one below the system's temporary folder takes its place.
+/// Unpacks the shipped checkpoint below `cache`, or below the user's cache folder, and returns its folder. If the user
+/// has no usable cache folder, a private one below the system's temporary folder is used.
 ///
 /// # Errors
 /// When the files cannot be written, or a folder belongs to another user.
@@ -63,7 +63,7 @@ fn unpack_for_user(cache: Option<PathBuf>, temporary: &Path) -> std::result::Res
             Err(error) => error.to_string(),
         },
     };
-    // The same folder at every start, unless another user has taken its name.
+    // The same folder at every start, unless another user has created one with this name.
     let name = format!("coar-{}", this_user());
     let own = temporary.join(&name);
     let dir = match unpack_shipped(&own) {
@@ -78,8 +78,8 @@ fn unpack_for_user(cache: Option<PathBuf>, temporary: &Path) -> std::result::Res
     Ok(dir)
 }
 
-/// Unpacks the shipped checkpoint below `cache` (its folder is named by its content) and returns the folder. Files that are
-/// there are kept where they are the shipped ones.
+/// Unpacks the shipped checkpoint below `cache` (its folder is named by its content) and returns the folder. Existing
+/// files are kept if they are identical to the shipped ones.
 ///
 /// # Errors
 /// When the files cannot be written, or a folder belongs to another user.
@@ -106,7 +106,7 @@ pub fn unpack_shipped(cache: &Path) -> std::result::Result<PathBuf, ModelError> 
     Ok(dir)
 }
 
-/// A folder of another user's could be exchanged between the check of its files and their use. Root may.
+/// Another user could replace the files in their folder between check and use. Folders of root are accepted.
 fn check_owner(dir: &Path, metadata: &Metadata) -> Result<()> {
     let (owner, user) = (metadata.uid(), this_user());
     if owner == user || owner == 0 {
@@ -119,7 +119,7 @@ fn check_owner(dir: &Path, metadata: &Metadata) -> Result<()> {
     Err(Error::new(ErrorKind::PermissionDenied, message))
 }
 
-/// The folder of the files: this user's, and not to be written by others. A link is not followed.
+/// Creates the folder of the files: it belongs to this user and is not writable by others. Links are not followed.
 fn private_folder(dir: &Path) -> Result<()> {
     match DirBuilder::new().mode(0o700).create(dir) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
@@ -133,17 +133,17 @@ fn private_folder(dir: &Path) -> Result<()> {
     if metadata.mode() & 0o022 == 0 {
         return Ok(());
     }
-    // Earlier versions made it by the umask.
+    // Earlier versions created it with the umask's permissions.
     std::fs::set_permissions(dir, Permissions::from_mode(0o700))
 }
 
-/// Whether that is a plain file with exactly these bytes.
+/// Whether `file` is a plain file with exactly these bytes.
 fn is_shipped(file: &Path, bytes: &[u8]) -> bool {
     let same_length = |metadata: Metadata| metadata.is_file() && metadata.len() == bytes.len() as u64;
     std::fs::symlink_metadata(file).is_ok_and(same_length) && std::fs::read(file).is_ok_and(|there| there == bytes)
 }
 
-/// Several processes may unpack at once: each writes a file of its own and renames it.
+/// Several processes may unpack at the same time, so each writes a temporary file and renames it.
 fn write_whole(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let partial = dir.join(format!("{name}.{:016x}.partial", rand::random::<u64>()));
     let written = OpenOptions::new()
@@ -154,7 +154,7 @@ fn write_whole(dir: &Path, name: &str, bytes: &[u8]) -> Result<()> {
         .and_then(|mut file| file.write_all(bytes))
         .and_then(|()| std::fs::rename(&partial, dir.join(name)));
     if written.is_err() {
-        // What is left has a name that nothing reads.
+        // If the removal fails, a file remains that nothing reads.
         let _ = std::fs::remove_file(&partial);
     }
     written
@@ -180,11 +180,11 @@ mod tests {
         let (name, bytes) = SHIPPED[1];
         let file = dir.join(name);
         assert_eq!(mode(&file), 0o600);
-        // The same length, one other byte.
+        // The same length with one byte changed.
         let mut changed = bytes.to_vec();
         *changed.last_mut().unwrap() ^= 1;
         std::fs::write(&file, &changed).unwrap();
-        // A link to another file, with the right length.
+        // A link to another file of the right length.
         let elsewhere = cache.path().join("elsewhere");
         std::fs::write(&elsewhere, vec![b'x'; SHIPPED[3].1.len()]).unwrap();
         let link = dir.join(SHIPPED[3].0);
@@ -206,11 +206,11 @@ mod tests {
         std::fs::set_permissions(&dir, Permissions::from_mode(0o777)).unwrap();
         unpack_shipped(cache.path()).unwrap();
         assert_eq!(mode(&dir), 0o700);
-        // The folder as a link to another.
+        // A link to the folder instead of the folder.
         let other = tempfile::tempdir().unwrap();
         symlink(&dir, other.path().join(dir.file_name().unwrap())).unwrap();
         assert!(unpack_shipped(other.path()).is_err());
-        // Another user's, which only root can make here.
+        // A folder of another user, which only root can create here.
         if this_user() == 0 {
             std::os::unix::fs::chown(&dir, Some(12345), None).unwrap();
             let refused = unpack_shipped(cache.path()).unwrap_err().to_string();
@@ -229,7 +229,7 @@ mod tests {
             assert_eq!(parent, temporary.path().join(format!("coar-{}", this_user())));
             assert_eq!((mode(parent), mode(&dir)), (0o700, 0o700));
         }
-        // Its name is taken.
+        // The name of the temporary folder is taken.
         let own = temporary.path().join(format!("coar-{}", this_user()));
         std::fs::remove_dir_all(&own).unwrap();
         std::fs::write(&own, b"").unwrap();
@@ -239,7 +239,7 @@ mod tests {
             "{}",
             dir.display()
         );
-        // A home that can be used is.
+        // A usable home folder is used.
         let home = tempfile::tempdir().unwrap();
         let dir = unpack_for_user(Some(home.path().join("cache")), temporary.path()).unwrap();
         assert!(dir.starts_with(home.path()));

@@ -39,7 +39,7 @@ const fn target(name: &'static str, memory: usize, run: fn(&[u8])) -> Target {
 
 const MIB: usize = 1 << 20;
 
-/// All of them.
+/// All targets.
 pub const TARGETS: [Target; 20] = [
     target("picture", 96 * MIB, coar_core::image::fuzzing::image),
     target("picture_header", 2 * MIB, coar_core::image::fuzzing::header),
@@ -291,7 +291,7 @@ fn frames(bytes: &[u8]) {
 mod tests {
     use super::*;
 
-    /// Inputs that the fuzzers have found interesting, with the seeds and all that ever failed.
+    /// The fuzzers' corpus: interesting inputs and every input that has ever failed; and the seeds.
     #[test]
     fn corpus_is_parsed_or_rejected() {
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus");

@@ -34,7 +34,7 @@ pub struct Concept {
     pub version_number: Option<u32>,
     /// When that version was created.
     pub version_created_at: Option<i64>,
-    /// Context tokens of that version; `None` if an earlier release has stored it.
+    /// Context tokens of that version; `None` if it was stored by an earlier release.
     pub tokens: Option<ConceptTokens>,
     /// How many versions there are.
     pub versions: u32,
@@ -52,22 +52,22 @@ pub struct NewConcept {
     pub class_noun: Option<String>,
     /// Blobs of the reference images; stored before this is called.
     pub images: Vec<String>,
-    /// Hashes of the files that they were made of, in the same order.
+    /// Hashes of the uploaded files from which the images were made, in the same order.
     pub uploads: Vec<String>,
-    /// Bytes of everything that is added.
+    /// Size in bytes of everything that is added.
     pub bytes: u64,
     pub description: Option<String>,
     pub metadata: Metadata,
-    /// Web-hook for the end of the first training.
+    /// Webhook for the end of the first training.
     pub webhook_url: Option<String>,
-    /// Of the first training.
+    /// Priority of the first training.
     pub priority: i32,
     /// The tenant's quotas.
     pub quotas: Quotas,
 }
 
 impl NewConcept {
-    /// With defaults for everything that is optional.
+    /// A registration with defaults for all optional values.
     pub fn new(name: impl Into<String>, kind: ConceptKind) -> Self {
         Self {
             name: name.into(),
@@ -237,7 +237,7 @@ impl Registry {
         Ok(concept)
     }
 
-    /// Records the context tokens of a concept version that an earlier release has stored.
+    /// Records the context tokens of a concept version that was stored by an earlier release.
     ///
     /// # Errors
     /// When the database fails.
@@ -420,7 +420,8 @@ impl Registry {
         Ok(rows.into_iter().map(|(blob,)| blob).collect())
     }
 
-    /// Whether a concept's reference images were made of exactly these files, in this order. `hashes` are of the files.
+    /// Whether a concept's reference images were made from exactly these files, in this order. `hashes` are those of
+    /// the files.
     ///
     /// # Errors
     /// When the database fails.
@@ -441,8 +442,8 @@ impl Registry {
     /// When the database or the blob store fails.
     pub async fn delete_concept(&self, tenant: TenantId, name: &str) -> Result<bool, RegistryError> {
         let mut transaction = self.write().await?;
-        // Find and lock in one step: a worker that publishes a version at the same time either comes first or finds
-        // nothing, and the concept deleted below is this one, even if it or another is renamed.
+        // Find and lock in one step. A worker that publishes a version concurrently either comes first or finds
+        // nothing, and the concept that is deleted below is this one, even if it or another is renamed.
         let statement = locking!(
             self.backend,
             "SELECT id FROM concepts WHERE tenant_id = $1 AND (name = $2 OR id = $2)",

@@ -1,5 +1,5 @@
-//! The differences between the two databases: SQLite in the data folder of one process, PostgreSQL for several. SQL
-//! text is the same on both if possible; where it is not, the difference is here or beside a `match` on [`Backend`].
+//! The differences between the two databases: SQLite in the data folder of one process, PostgreSQL for several. The SQL
+//! text is the same for both if possible; otherwise the difference is here or beside a `match` on [`Backend`].
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,7 +25,7 @@ const BUSY: Duration = Duration::from_secs(20);
 /// How long a caller waits for a PostgreSQL connection, and for the result of a statement.
 const CONNECT: Duration = Duration::from_secs(10);
 const STATEMENT: Duration = Duration::from_secs(10);
-/// Pause before a server that cannot be reached at the start is tried again.
+/// Pause between connection attempts at startup.
 const RECONNECT: Duration = Duration::from_millis(500);
 /// PostgreSQL's own timeouts for a statement, a lock and an idle transaction. They end the work on the server, which
 /// the client-side limits cannot; each is below [`STATEMENT`], so the server's error, which names the reason,
@@ -33,7 +33,7 @@ const RECONNECT: Duration = Duration::from_millis(500);
 const SERVER_STATEMENT: Duration = Duration::from_secs(9);
 const SERVER_LOCK: Duration = Duration::from_secs(5);
 const SERVER_IDLE: Duration = Duration::from_secs(9);
-/// When a connection that does not answer is dropped.
+/// A connection that does not respond within this time is dropped.
 const PING: Duration = Duration::from_secs(1);
 /// PostgreSQL connections per process.
 pub(super) const CONNECTIONS: u32 = 16;
@@ -52,7 +52,8 @@ macro_rules! locking {
 }
 pub(super) use locking;
 
-/// Whether no row can have that text: PostgreSQL refuses U+0000 even in a question. SQLite answers the same this way.
+/// Whether no row can contain that text: PostgreSQL rejects U+0000 even in query parameters. For SQLite the result is
+/// the same.
 pub(super) fn is_unstorable(text: &str) -> bool {
     text.contains('\0')
 }
@@ -70,7 +71,7 @@ pub(super) fn number<N: TryFrom<i64>>(row: &AnyRow, column: &str) -> Result<N, R
     N::try_from(number).map_err(|_| RegistryError::Row(format!("{column} {number}")))
 }
 
-/// As above, nullable.
+/// Like [`number`], for a nullable column.
 pub(super) fn optional_number<N: TryFrom<i64>>(row: &AnyRow, column: &str) -> Result<Option<N>, RegistryError> {
     match row.try_get::<Option<i64>, _>(column)? {
         None => Ok(None),
@@ -165,7 +166,8 @@ fn server_name(options: &AnyConnectOptions) -> String {
     }
 }
 
-/// A server that is only starting is waited for; one that refuses the user or the database is not.
+/// Opens the first connection. It waits for a server that is starting, but not for one that refuses the user or the
+/// database.
 async fn first_connection(options: &AnyConnectOptions, within: Duration) -> Result<AnyConnection, RegistryError> {
     let give_up = tokio::time::Instant::now() + within;
     let mut warned = false;
@@ -174,7 +176,7 @@ async fn first_connection(options: &AnyConnectOptions, within: Duration) -> Resu
         let cause = match tried {
             Ok(Ok(connection)) => return Ok(connection),
             Ok(Err(error @ sqlx::Error::Io(_))) => error.to_string(),
-            // It starts or recovers, or has no connection left.
+            // The server is starting or recovering, or has no free connection.
             Ok(Err(sqlx::Error::Database(error))) if matches!(error.code().as_deref(), Some("57P03" | "53300")) => {
                 error.to_string()
             }
@@ -203,7 +205,7 @@ pub(super) async fn open_postgres(url: &str, migrations: &Migrator, connections:
              add sslmode=verify-full to the database's address"
         );
     }
-    // Before everything else that connects: this waits for a server that is starting.
+    // First of all, because this waits for a server that is starting.
     first_connection(&options, CONNECT).await?.close().await?;
     super::postgres::check_direct(&options).await?;
     // Without the limits below: a migration may take longer, and waits while another process migrates.
@@ -265,7 +267,7 @@ struct Reading {
     at: Instant,
 }
 
-/// How often the database is asked again: clocks drift.
+/// How often the database's time is read again: clocks drift.
 const READING: Duration = Duration::from_secs(10);
 
 impl Clock {

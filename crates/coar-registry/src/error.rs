@@ -1,4 +1,4 @@
-//! Why a registry operation failed, and the error that callers get.
+//! Errors of registry operations, and their conversion to the errors that callers get.
 
 use std::time::Duration;
 
@@ -8,9 +8,9 @@ use crate::{BlobError, Queue};
 
 /// The error code for work that another process has taken over.
 pub const LEASE_LOST: &str = "lease_lost";
-/// `Retry-After` of a full quota of trainings.
+/// `Retry-After` when the quota of trainings is used up.
 const NEXT_TRAINING: Duration = Duration::from_secs(30);
-/// `Retry-After` of a full quota of concepts: one has to be deleted first.
+/// `Retry-After` when the quota of concepts is used up: one has to be deleted first.
 const NEXT_CONCEPT: Duration = Duration::from_secs(120);
 
 /// Why a registry operation failed.
@@ -28,13 +28,13 @@ pub enum RegistryError {
     /// Another tenant has the name.
     #[error("the tenant `{0}` exists already")]
     TenantTaken(String),
-    /// The key of the request is not valid any more.
+    /// The key of the request is no longer valid.
     #[error("the key is not valid any more")]
     KeyInvalid,
-    /// The tenant is that of the key in use.
+    /// The tenant owns the key in use.
     #[error("the tenant is that of the key in use")]
     OwnTenant,
-    /// The tenant has the last valid key with the scope `admin`.
+    /// The tenant owns the last valid key with the scope `admin`.
     #[error("the tenant has the last valid admin key")]
     LastAdminKey,
     /// The lease is no longer held: another process has taken over the training, or it was cancelled or deleted.
@@ -52,7 +52,7 @@ pub enum RegistryError {
     Migration(#[from] sqlx::migrate::MigrateError),
     #[error("blob store: {0}")]
     Blob(#[from] BlobError),
-    /// A later version has migrated the database so that this one cannot use it.
+    /// A later version has migrated the database in a way that this one does not support.
     #[error("the database has been changed by a newer coar (schema {0}); use that version")]
     Newer(String),
     /// Session settings, LISTEN and prepared statements do not work.
@@ -61,13 +61,13 @@ pub enum RegistryError {
          connect to PostgreSQL itself, or set pool_mode = session for this database"
     )]
     Pooler,
-    /// The same bytes are being removed, and the removal takes too long.
+    /// The same bytes are being removed, which takes too long.
     #[error("the blob store is still removing the same bytes")]
     BlobBusy,
     /// A quota of the tenant is used up.
     #[error("the tenant has {used} {quota}; the limit is {limit}")]
     QuotaExceeded { quota: &'static str, used: u64, limit: u64 },
-    /// Too many jobs of all tenants wait, and the tenant has the most of them.
+    /// Too many jobs of all tenants are waiting, and the tenant has the most of them.
     #[error("too many {} wait; the limit is {limit}", .queue.as_str())]
     QueueFull { queue: Queue, limit: u32 },
     #[error("a row of the database cannot be read: {0}")]
@@ -167,7 +167,7 @@ impl From<BlobError> for Error {
     }
 }
 
-/// The refusal of a concept or a training more than the tenant may have.
+/// The error for a concept or training that exceeds a quota.
 fn no_room(quota: &'static str, used: u64, limit: u64) -> Error {
     let (wait, what) = match quota {
         "bytes" => (

@@ -1,9 +1,9 @@
-//! File systems on which SQLite is not safe: those of a network, where locks and shared memory of several machines do not
-//! work together (<https://www.sqlite.org/faq.html#q5>, <https://www.sqlite.org/wal.html>).
+//! Network file systems, on which SQLite is not safe: locks and shared memory do not work across machines
+//! (<https://www.sqlite.org/faq.html#q5>, <https://www.sqlite.org/wal.html>).
 
 use std::path::{Path, PathBuf};
 
-/// Types as the kernel names them. FUSE adds the name of its program.
+/// File system types as the kernel names them. For FUSE they include the program's name.
 const NETWORK: &[&str] = &[
     "nfs",
     "nfs4",
@@ -30,7 +30,7 @@ const NETWORK: &[&str] = &[
     "fuse.juicefs",
 ];
 
-/// The type of the file system that holds `path` (which may not exist yet), if it is one of a network.
+/// The type of the file system that contains `path` (which may not exist yet), if it is a network file system.
 pub fn network_filesystem(path: &Path) -> Option<String> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
     let absolute = std::path::absolute(path).ok()?;
@@ -39,7 +39,7 @@ pub fn network_filesystem(path: &Path) -> Option<String> {
     NETWORK.contains(&kind).then(|| kind.to_owned())
 }
 
-/// The type of the file system that is mounted nearest above `path`.
+/// The type of the file system with the innermost mount point above `path`.
 fn kind<'a>(mounts: &'a str, path: &Path) -> Option<&'a str> {
     let mount = |line: &'a str| {
         // `36 35 98:0 /root /place options… - type source options`
@@ -48,12 +48,12 @@ fn kind<'a>(mounts: &'a str, path: &Path) -> Option<&'a str> {
         path.starts_with(&place)
             .then_some((place.as_os_str().len(), filesystem.split(' ').next()?))
     };
-    // Of several at one place, the last one hides the others.
+    // Of several mounts at the same place, the last one hides the others.
     let nearest = mounts.lines().filter_map(mount).max_by_key(|(length, _)| *length);
     nearest.map(|(_, kind)| kind)
 }
 
-/// The kernel writes spaces and the like as `\040`.
+/// The kernel escapes spaces and similar characters as `\040`.
 fn unescaped(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -23,7 +23,7 @@ use coar_core::engine::SamplingParams;
 use coar_core::ids::{GenerationId, ProcessId, TenantId};
 use coar_core::image::{ImageFormat, OutputFormat};
 
-/// All settings, resolved: the same values generate the same images.
+/// All settings, resolved: equal values generate equal images.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerationSettings {
     /// Number of images.
@@ -75,7 +75,7 @@ pub struct TokenUsage {
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewGeneration {
     pub tenant: TenantId,
-    /// No caller waits on a connection: it runs from the queue, and is retried after a crash.
+    /// No caller waits for it on a connection: it runs from the queue and is retried after a crash.
     pub background: bool,
     pub prompt: String,
     pub settings: GenerationSettings,
@@ -102,7 +102,7 @@ pub struct Generation {
     pub error: Option<Value>,
     /// How often it was started.
     pub attempt: u32,
-    /// The process that runs it, or is about to.
+    /// The process that runs it or is about to run it.
     pub owner: Option<ProcessId>,
     pub created_at: i64,
     pub started_at: Option<i64>,
@@ -159,7 +159,7 @@ impl Registry {
         let (id, created_at) = (GenerationId::new(), self.lease_time().await?);
         let owner = (!new.background).then_some(self.process);
         let mut transaction = self.write().await?;
-        // The engine's queue limits those whose client waits.
+        // Foreground generations are limited by the engine's queue.
         if new.background {
             self.check_queue_in(&mut *transaction, Queue::Generations, new.tenant)
                 .await?;
@@ -238,8 +238,8 @@ impl Registry {
         Ok(page.cut(rows.iter().map(generation).collect::<Result<_, _>>()?))
     }
 
-    /// The images of each of a tenant's generations, in order, and for queued ones their position in the queue of
-    /// all tenants. Two statements, however many generations there are.
+    /// The images of each of a tenant's generations, in order, and for queued ones their position in the queue of all
+    /// tenants. Two statements for any number of generations.
     ///
     /// # Errors
     /// When the database fails.

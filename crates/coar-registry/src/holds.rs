@@ -1,9 +1,9 @@
 //! Protection of blobs between the write of their bytes and of the rows that refer to them.
 //!
-//! Bytes are stored before a row refers to them and removed after the last such row is deleted, so for a while the
-//! rows do not tell whether a blob is needed. A *hold* does: a row that is written before the first byte is sent and
-//! deleted once the referring row exists. A removal takes a hold too, and only on a blob that no row refers to and
-//! that is not being stored; storing that blob waits for the removal.
+//! Bytes are stored before a row refers to them and removed after the last such row is deleted. In between, the rows do
+//! not show whether a blob is needed. A *hold* does: a row that is written before the first byte is sent and deleted
+//! once the referring row exists. A removal takes a hold too, and only on a blob that no row refers to and that is not
+//! being stored; storing that blob waits for the removal.
 //!
 //! Holds are rows and not locks, since the blob store may be slow: no transaction and no connection is kept while it
 //! works. The holds of a process that dies expire; [`Registry::expire_holds`] cleans up after them.
@@ -26,7 +26,7 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Maximum number of blobs per transaction.
 const AT_ONCE: usize = 64;
 
-/// Bytes that are kept until [`Registry::settle`], whether or not a row refers to them.
+/// Bytes that are kept until [`Registry::settle`], even if no row refers to them.
 #[derive(Debug)]
 #[must_use]
 pub struct Stored {
@@ -62,7 +62,7 @@ impl Registry {
         Ok(stored)
     }
 
-    /// Holds nothing yet: for [`Self::store_more`].
+    /// An empty hold, for [`Self::store_more`].
     pub fn begin_storing(&self) -> Stored {
         Stored {
             hashes: vec![],
@@ -255,8 +255,8 @@ impl Registry {
         Ok(unwanted)
     }
 
-    /// Removes what dead processes have left while storing or removing, and what could not be removed earlier;
-    /// returns the number of blobs.
+    /// Removes blobs that dead processes left behind while storing or removing, and those that could not be removed
+    /// earlier; returns the number of blobs.
     ///
     /// # Errors
     /// When the database or the store fails.
@@ -304,7 +304,8 @@ impl Registry {
         self.remove(&unwanted).await
     }
 
-    /// Records the sizes of some blobs that an earlier release has stored; returns how many. 0: all are known.
+    /// Records the sizes of some blobs that were stored by an earlier release; returns how many. 0: all sizes are
+    /// known.
     ///
     /// # Errors
     /// When the database or the blob store fails.
@@ -316,7 +317,7 @@ impl Registry {
         .fetch_all(&self.pools.reads)
         .await?;
         for (hash,) in &rows {
-            // A blob that is gone takes no room.
+            // A deleted blob takes no space.
             let bytes = self.blobs.size(hash).await?.unwrap_or(0);
             sqlx::query("INSERT INTO blobs (hash, bytes) VALUES ($1, $2) ON CONFLICT (hash) DO NOTHING")
                 .bind(hash)

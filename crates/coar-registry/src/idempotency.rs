@@ -317,9 +317,9 @@ impl Registry {
         Ok(written.rows_affected() > 0)
     }
 
-    /// Drops every response that contains an object which is being deleted, and of its request, if that still runs, the
-    /// right to store one. The keys stay bound to the object: a retry makes nothing, it learns that the object is gone.
-    /// Returns the blobs of the responses.
+    /// Removes every response that contains an object that is being deleted. A request for it that is still running can
+    /// no longer store a response. The keys stay bound to the object: a retry creates nothing and is answered that the
+    /// object was deleted. Returns the blobs of the responses.
     ///
     /// # Errors
     /// When the database fails.
@@ -346,8 +346,8 @@ impl Registry {
         Ok(blobs.into_iter().map(|(blob,)| blob).collect())
     }
 
-    /// Binds the key of a running request to a generation that its response contains, so that it goes when that is
-    /// deleted. False if the generation is gone already, or the lease.
+    /// Binds the key of a running request to a generation that its response contains, so that the response is removed
+    /// with the generation. False if the generation was deleted or the lease is lost.
     ///
     /// # Errors
     /// When the database fails.
@@ -365,9 +365,8 @@ impl Registry {
         Ok(bound.rows_affected() > 0)
     }
 
-    /// Binds the key to what the request has made and gives up its response, which is too large to be stored: a retry
-    /// is answered with the object's present state. False if the request has made nothing that a retry could be answered
-    /// with.
+    /// Binds the key to the object that the request created and discards its response, which is too large to be stored:
+    /// a retry is answered with the object's current state. False if the request created no object.
     ///
     /// # Errors
     /// When the database fails.

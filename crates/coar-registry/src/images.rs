@@ -24,7 +24,7 @@ pub struct StoredImage {
     pub blob: String,
     pub format: ImageFormat,
     pub created_at: i64,
-    /// `None`: as long as the server keeps images.
+    /// `None`: kept for as long as the server keeps images.
     pub expires_at: Option<i64>,
 }
 
@@ -86,7 +86,7 @@ impl Registry {
         if added.rows_affected() > 0 {
             return Ok(());
         }
-        // Was it added before, and the answer was lost?
+        // It may have been added before, with the response lost.
         match self.signed_image(image.id).await? {
             Some(_) => Ok(()),
             None => Err(RegistryError::LeaseLost),

@@ -50,7 +50,7 @@ impl Scopes {
     /// Every scope.
     pub const ALL: Self = Self(0b1_1111);
 
-    /// Whether it is among them. No scope implies another.
+    /// Whether `scope` is among them. No scope implies another.
     pub fn contains(self, scope: Scope) -> bool {
         self.0 & (1 << scope as u8) != 0
     }
@@ -62,7 +62,7 @@ impl Scopes {
 }
 
 impl Default for Scopes {
-    /// What customers need: all scopes but `admin` and `metrics`.
+    /// The scopes for customers: all but `admin` and `metrics`.
     fn default() -> Self {
         [Scope::Read, Scope::Generate, Scope::Train].into_iter().collect()
     }
@@ -119,7 +119,7 @@ pub struct ApiKey {
 }
 
 impl ApiKey {
-    /// Whether it is valid at that time, in milliseconds.
+    /// Whether the key is valid at that time, in milliseconds.
     pub fn is_valid(&self, at: i64) -> bool {
         self.revoked_at.is_none() && self.expires_at.is_none_or(|end| at < end)
     }
@@ -136,16 +136,16 @@ pub struct NewKey {
     pub expires_at: Option<i64>,
 }
 
-/// What the deletion of a tenant has to respect.
+/// Conditions for the deletion of a tenant.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Deletion {
-    /// The administrator's key; it must be valid still, and not the tenant's own.
+    /// The administrator's key; it must still be valid, and must not belong to the tenant.
     pub asked_with: Option<KeyId>,
-    /// Also where no valid key with the scope `admin` is left afterwards.
+    /// Deletes the tenant even if no valid key with the scope `admin` is left afterwards.
     pub including_the_last_admin_key: bool,
 }
 
-/// The setting that is there once there has been a key.
+/// The setting that exists once a key has been created.
 const KEYS_REQUIRED: &str = "keys_required";
 /// The kind of the name lock under which tenants are deleted.
 const DELETION_LOCK: &str = "deletion of tenants";
@@ -170,7 +170,7 @@ fn key(row: &AnyRow) -> Result<ApiKey, RegistryError> {
 }
 
 impl Registry {
-    /// Stores a key, and with the first one that callers need keys from now on.
+    /// Stores a key. With the first one, keys are required from then on.
     ///
     /// # Errors
     /// When the database fails.
@@ -200,8 +200,8 @@ impl Registry {
         key(&row)
     }
 
-    /// Whether callers need a key: there has been one, whatever has become of it. The rows are looked at too, because a
-    /// program of an earlier schema beside this one makes keys without storing that fact.
+    /// Whether callers need a key: a key exists or has existed. The rows are checked too, because a program with an
+    /// earlier schema that runs beside this one creates keys without storing that fact.
     ///
     /// # Errors
     /// When the database fails.
@@ -213,8 +213,8 @@ impl Registry {
         Ok(found.is_some())
     }
 
-    /// Decides whether a tenant may be deleted as far as keys are concerned. Until the transaction ends no other tenant
-    /// is deleted, so two administrators cannot delete each other's tenants.
+    /// Checks whether the keys allow the deletion of a tenant. Until the transaction ends, no other tenant is deleted,
+    /// so two administrators cannot delete each other's tenants.
     pub(super) async fn check_deletion(
         &self,
         transaction: &mut Transaction,
@@ -244,7 +244,7 @@ impl Registry {
         }
     }
 
-    /// The key with that public part.
+    /// The key with the given public part.
     ///
     /// # Errors
     /// When the database fails.
@@ -258,7 +258,7 @@ impl Registry {
         row.as_ref().map(key).transpose()
     }
 
-    /// The key with that identifier.
+    /// The key with the given identifier.
     ///
     /// # Errors
     /// When the database fails.

@@ -8,7 +8,7 @@
 //! Inside a transaction every read goes through that transaction: if it took a second connection from the pool,
 //! concurrent callers could exhaust the pool and deadlock. No transaction is open during calls to the blob store.
 
-/// Bytes by their hash.
+/// The blob store: bytes by their hash.
 pub mod blobs;
 mod concepts;
 mod db;
@@ -71,7 +71,7 @@ pub struct Registry {
     presence: processes::Presence,
     process: coar_core::ids::ProcessId,
     queues: QueueLimits,
-    /// PostgreSQL's address.
+    /// PostgreSQL's URL.
     database: Option<std::sync::Arc<str>>,
     pub blobs: Blobs,
 }
@@ -153,7 +153,7 @@ pub(crate) fn create_private_dir(dir: &Path) -> std::io::Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
-/// Locks a data folder for this process, until the lock is dropped or the process ends in any way.
+/// Locks a data folder for this process, until the lock is dropped or the process ends for any reason.
 #[derive(Debug)]
 pub struct DataLock {
     _file: std::fs::File,

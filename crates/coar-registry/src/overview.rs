@@ -14,7 +14,7 @@ pub struct QueueCount {
     pub kind: String,
     /// The tenant's name.
     pub tenant: String,
-    /// `queued` or `running`; of web-hooks `pending`.
+    /// `queued` or `running`; of webhooks `pending`.
     pub status: String,
     pub count: u64,
     /// Creation time of the oldest.
@@ -32,7 +32,7 @@ pub struct Job {
     /// The process that runs it.
     pub process: Option<String>,
     pub created_at: i64,
-    /// Why it failed: JSON for trainings and generations, a sentence for web-hooks.
+    /// Why it failed: JSON for trainings and generations, a sentence for webhooks.
     pub error: Option<String>,
 }
 
@@ -40,7 +40,7 @@ pub struct Job {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlobUse {
     pub hash: String,
-    /// `image`, `concept`, `checkpoint`, `preview`, `image` or `answer`.
+    /// `image` (reference or generated), `concept`, `checkpoint`, `preview` or `answer`.
     pub role: String,
     /// The concept's, training's or generation's identifier; an answer's idempotency key.
     pub of: String,
@@ -65,7 +65,7 @@ impl std::str::FromStr for JobId {
         training()
             .or_else(generation)
             .or_else(delivery)
-            .ok_or_else(|| format!("`{text}` is not the identifier of a training, a generation or a web-hook"))
+            .ok_or_else(|| format!("`{text}` is not the identifier of a training, a generation or a webhook"))
     }
 }
 
@@ -117,7 +117,7 @@ impl Registry {
     /// # Errors
     /// When the database fails.
     pub async fn jobs(&self, status: JobStatus, limit: u32) -> Result<Vec<Job>, RegistryError> {
-        // Web-hooks have other status names.
+        // Webhooks have other status names.
         let delivery = match status {
             JobStatus::Queued | JobStatus::Running => "pending",
             JobStatus::Succeeded => "delivered",
@@ -142,7 +142,7 @@ impl Registry {
         rows.iter().map(job).collect()
     }
 
-    /// Requeues a failed job of any tenant: a training from its checkpoint, a generation from the start, a web-hook
+    /// Requeues a failed job of any tenant: a training from its checkpoint, a generation from the start, a webhook
     /// at once and with all its attempts. False if there is no such failed job.
     ///
     /// # Errors

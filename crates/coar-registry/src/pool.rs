@@ -1,5 +1,5 @@
 //! Connection pools with a timeout on every statement. Neither PostgreSQL's protocol nor the driver has one, so a
-//! statement on a connection whose peer has vanished would wait for ever.
+//! statement on a connection whose peer has vanished would wait forever.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ async fn in_time<T>(within: Duration, answer: impl Future<Output = Result<T, Err
     }
 }
 
-/// All results of a statement, once they have arrived. No result that the registry reads is too large for that.
+/// All results of a statement, once they have arrived. The registry reads no result that is too large for that.
 fn collected<'e, T: Send + 'e>(
     all: impl Future<Output = Result<Vec<T>, Error>> + Send + 'e,
 ) -> BoxStream<'e, Result<T, Error>> {
@@ -31,7 +31,7 @@ fn collected<'e, T: Send + 'e>(
         .boxed()
 }
 
-/// Whether a connection still answers; checked when it is acquired and released.
+/// Whether a connection responds; checked when it is acquired and released.
 pub(super) async fn answers(connection: &mut sqlx::AnyConnection, within: Duration) -> bool {
     matches!(tokio::time::timeout(within, connection.ping()).await, Ok(Ok(())))
 }
@@ -57,7 +57,7 @@ impl Pool {
         }
     }
 
-    /// A connection for one statement.
+    /// The pool and the timeout for one statement.
     fn line(&self) -> (AnyPool, Duration) {
         #[cfg(test)]
         self.statements.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -207,7 +207,7 @@ impl<'c> Executor<'c> for &'c mut TimedConnection {
 mod tests {
     use super::*;
 
-    /// A server that accepts connections and never answers.
+    /// A server that accepts connections and never responds.
     async fn silent() -> (tokio::net::TcpListener, String) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("postgres://coar@{}/postgres", listener.local_addr().unwrap());

@@ -1,4 +1,4 @@
-//! What can be wrong with the way to a PostgreSQL server and does not show at once.
+//! Checks of the connection to a PostgreSQL server, for problems that would show only later.
 
 use sqlx::any::AnyConnectOptions;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
@@ -6,7 +6,7 @@ use sqlx::{AnyConnection, ConnectOptions as _, Connection as _, Executor, Row};
 
 use super::RegistryError;
 
-/// The host of an address whose server's certificate is not verified, though the way leads over a network.
+/// The host of a database URL if it is remote and its certificate is not verified.
 pub(super) fn unverified_host(url: &str) -> Option<String> {
     let options: PgConnectOptions = url.parse().ok()?;
     let host = options.get_host();
@@ -21,12 +21,12 @@ pub(super) fn unverified_host(url: &str) -> Option<String> {
     (!local && !verified).then(|| host.to_owned())
 }
 
-/// How often a pooler gets the chance to hand out the same connection twice.
+/// The number of attempts to detect a pooler that serves both connections by the same server process.
 const TRIES: usize = 3;
 
-/// Refuses a pooler that shares the server's connections among transactions (PgBouncer's transaction mode): settings of a
-/// session, LISTEN and prepared statements do not work behind it. Two connections of this process are then served by one
-/// and the same process of the server.
+/// Rejects a pooler that shares the server's connections among transactions (PgBouncer's transaction mode): session
+/// settings, LISTEN and prepared statements do not work with it. With such a pooler, one server process serves two
+/// connections of this process.
 ///
 /// # Errors
 /// `Pooler`; when the database cannot be reached.
@@ -37,12 +37,12 @@ pub(super) async fn check_direct(options: &AnyConnectOptions) -> Result<(), Regi
         let known = server_process(&mut first).await?;
         shared |= server_process(&mut second).await? == known;
     }
-    // Nothing depends on how they end.
+    // The result does not depend on how they are closed.
     let _ = tokio::join!(first.close(), second.close());
     if shared { Err(RegistryError::Pooler) } else { Ok(()) }
 }
 
-/// Without a prepared statement: a pooler may not know those.
+/// The server process of a connection, without a prepared statement, which a pooler may not support.
 async fn server_process(connection: &mut AnyConnection) -> Result<i64, RegistryError> {
     let row = connection
         .fetch_one(sqlx::raw_sql("SELECT CAST(pg_backend_pid() AS BIGINT) AS process"))
@@ -80,7 +80,7 @@ mod tests {
         check_direct(&server.parse().unwrap()).await.unwrap();
     }
 
-    /// `tests/pgbouncer/run.sh` names one.
+    /// Runs with the pooler of `tests/pgbouncer/run.sh`.
     #[tokio::test]
     async fn a_pooler_in_transaction_mode_is_refused() {
         let Ok(pooler) = std::env::var("COAR_TEST_POOLER") else {

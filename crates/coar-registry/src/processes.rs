@@ -18,8 +18,8 @@ pub const LOST_AFTER_MS: i64 = 6_000;
 #[derive(Debug, Clone, Default)]
 pub(super) struct Presence(Arc<Mutex<Option<(Instant, Instant)>>>);
 
-/// A longer gap between heartbeats means that this process or the database was away. Less than [`LOST_AFTER_MS`], since
-/// the heartbeats of the others are as old by then.
+/// A longer gap between heartbeats means that this process or the database was unavailable. It is less than
+/// [`LOST_AFTER_MS`], since the heartbeats of the others are as old by then.
 const AWAY: Duration = Duration::from_millis(LOST_AFTER_MS as u64 * 3 / 4);
 
 impl Presence {
@@ -34,7 +34,7 @@ impl Presence {
 
     fn settled(&self) -> bool {
         match *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            // Not a process that sends heartbeats: a test, a command.
+            // Not a process that sends heartbeats, but a test or a command.
             None => true,
             Some((since, last)) => {
                 last.elapsed() < AWAY && since.elapsed() >= Duration::from_millis(LOST_AFTER_MS as u64)
@@ -48,7 +48,7 @@ impl Presence {
 pub struct Announcement {
     /// `all`, `api` or `worker`.
     pub role: &'static str,
-    /// Where API processes reach it.
+    /// The address at which API processes reach it.
     pub address: Option<String>,
     /// JSON: the base model that it has loaded.
     pub model: Option<String>,
@@ -130,12 +130,12 @@ impl Registry {
         rows.iter().map(process).collect()
     }
 
-    /// A process whose last heartbeat is older is dead.
+    /// The time before which a process's last heartbeat means that it is dead.
     pub(super) async fn lost_before(&self) -> Result<i64, RegistryError> {
         Ok(self.lease_time().await? - LOST_AFTER_MS)
     }
 
-    /// Deregisters this process: whatever it still owned can be claimed at once.
+    /// Deregisters this process: everything it still owned can be claimed at once.
     ///
     /// # Errors
     /// When the database fails.

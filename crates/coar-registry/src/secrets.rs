@@ -7,12 +7,12 @@ use std::time::Duration;
 use super::db::locking;
 use super::{Registry, RegistryError, now};
 
-/// Where the secret is stored, and the one before it with its times.
+/// The settings with the current secret, and with the previous one and its times.
 const CURRENT: &str = "server_secret";
 const BEFORE: &str = "server_secret_before";
-/// How often processes read the secret; each knows a new one after that time.
+/// How often processes read the secret; each has a new one after that time.
 pub const SECRETS_REFRESH: Duration = Duration::from_secs(5);
-/// A new secret is not used before every process knows it, by a wide margin.
+/// A new secret is not used before every process has read it, by a wide margin.
 const SIGNS_AFTER: Duration = Duration::from_secs(30);
 
 fn milliseconds(duration: Duration) -> i64 {
@@ -23,7 +23,7 @@ fn milliseconds(duration: Duration) -> i64 {
 #[derive(Clone, PartialEq, Eq)]
 struct Before {
     secret: String,
-    /// Until then it is the one that signs.
+    /// The time until which it is used for signing.
     signs_until: i64,
     accepted_until: i64,
 }
@@ -50,7 +50,7 @@ impl ServerSecrets {
         }
     }
 
-    /// The secrets whose signatures are accepted at that time; an empty one never is.
+    /// The secrets whose signatures are accepted at that time; an empty one is never accepted.
     pub fn accepted(&self, at: i64) -> impl Iterator<Item = &str> {
         let before = self.before.as_ref().filter(|before| at < before.accepted_until);
         let all = std::iter::once(&self.current).chain(before.map(|before| &before.secret));
@@ -58,7 +58,7 @@ impl ServerSecrets {
     }
 }
 
-/// The secrets that this process knows, shared by all that use them.
+/// The secrets that this process has read, shared by their users.
 #[derive(Debug, Clone)]
 pub struct SharedSecrets(Arc<RwLock<Arc<ServerSecrets>>>);
 
@@ -71,20 +71,20 @@ impl SharedSecrets {
         })
     }
 
-    /// As they were read.
+    /// Secrets as read from the database.
     pub fn new(secrets: ServerSecrets) -> Self {
         Self(Arc::new(RwLock::new(Arc::new(secrets))))
     }
 
-    /// What is known now.
+    /// The secrets as last read.
     pub fn get(&self) -> Arc<ServerSecrets> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Reads them again.
+    /// Reads the secrets again.
     ///
     /// # Errors
-    /// When the database fails; what was known stays.
+    /// When the database fails; the secrets are unchanged then.
     pub async fn refresh(&self, registry: &Registry) -> Result<(), RegistryError> {
         let secrets = Arc::new(registry.server_secrets().await?);
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = secrets;
@@ -107,8 +107,8 @@ fn read_before(text: &str) -> Option<Before> {
 }
 
 impl Registry {
-    /// The secret that image addresses are signed with from now on or soon: 32 random bytes in hex that never leave the
-    /// server.
+    /// The current secret, with which image addresses are signed from now on or soon: 32 random bytes in hex that never
+    /// leave the server.
     ///
     /// # Errors
     /// When the database fails.
@@ -116,7 +116,7 @@ impl Registry {
         self.setting(CURRENT, &new_secret()).await
     }
 
-    /// The server's secrets; the first is made where there is none.
+    /// The server's secrets; the first one is created if there is none.
     ///
     /// # Errors
     /// When the database fails.
@@ -138,7 +138,8 @@ impl Registry {
         Ok(ServerSecrets { current, before })
     }
 
-    /// Makes a new server secret. The present one is accepted for so long, and one from an earlier change no more.
+    /// Creates a new server secret. The current one is accepted for `accept_old_for`, and one from an earlier change no
+    /// longer.
     ///
     /// # Errors
     /// When the database fails.
@@ -188,7 +189,7 @@ mod tests {
         assert_eq!((first.len(), &registry.server_secret().await.unwrap()), (64, &first));
         registry.rotate_server_secret(Duration::from_secs(3600)).await.unwrap();
         let at = now();
-        // A process that has not read the change yet knows what the others still sign with.
+        // A process that has not read the change yet has the secret with which the others still sign.
         assert_eq!(known.get().signing(at), first);
         known.refresh(&registry).await.unwrap();
         let secrets = known.get();
@@ -197,7 +198,7 @@ mod tests {
         assert_ne!(second, first);
         assert_eq!(secrets.accepted(at).collect::<Vec<_>>(), [&second, &first]);
         assert_eq!(secrets.accepted(at + 3_600_000).collect::<Vec<_>>(), [&second]);
-        // Without a time for the old one the new one is used at once.
+        // If the old secret is not accepted any more, the new one is used at once.
         registry.rotate_server_secret(Duration::ZERO).await.unwrap();
         let secrets = registry.server_secrets().await.unwrap();
         let third = secrets.signing(now()).to_owned();

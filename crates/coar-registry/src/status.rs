@@ -15,9 +15,9 @@ pub enum JobStatus {
     Cancelled,
 }
 
-/// Of a training.
+/// The status of a training.
 pub type TrainingStatus = JobStatus;
-/// Of a generation.
+/// The status of a generation.
 pub type GenerationStatus = JobStatus;
 
 impl JobStatus {

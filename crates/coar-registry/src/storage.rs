@@ -13,7 +13,7 @@ const SCHEMA: i64 = 8;
 /// Where persistent state is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Storage {
-    /// Folder for whatever has no address of its own below.
+    /// Folder for everything that has no address below.
     pub data: PathBuf,
     /// `postgres://…`; `None`: SQLite in the folder.
     pub database: Option<String>,
@@ -54,7 +54,7 @@ impl Registry {
         Self::connect_with(storage, db::CONNECTIONS).await
     }
 
-    /// The same, with a given number of PostgreSQL connections.
+    /// Like [`Self::connect`], with a given number of PostgreSQL connections.
     pub(super) async fn connect_with(storage: &Storage, connections: u32) -> Result<Self, RegistryError> {
         let file = |error| RegistryError::File(storage.data.display().to_string(), error);
         let (backend, pools) = match &storage.database {
@@ -66,7 +66,7 @@ impl Registry {
             }
             Some(url) => {
                 let mut migrations = sqlx::migrate!("../../migrations/postgres");
-                // The previous version keeps running beside the next one: see `check_schema`.
+                // The previous version continues to run beside the next one: see `check_schema`.
                 migrations.set_ignore_missing(true);
                 let pools = db::open_postgres(url, &migrations, connections).await?;
                 (Backend::Postgres, pools)

@@ -12,8 +12,8 @@ use super::pool::Transaction;
 use super::{Deletion, Listed, Page, Registry, RegistryError, now};
 use coar_core::ids::TenantId;
 
-/// The kind of the name lock taken to add to a tenant's objects. It differs from that of schema 3, whose programs
-/// hold it while they store images.
+/// The kind of the name lock for additions to a tenant. It differs from that of schema 3, whose programs hold it while
+/// they store images.
 const QUOTA_LOCK: &str = "room of a tenant";
 
 /// Quotas of a tenant; `None`: the server's default; 0: unlimited.
@@ -26,9 +26,9 @@ pub struct Quotas {
     /// Generations that are queued or running.
     pub requests_in_flight: Option<u32>,
     pub pictures_per_minute: Option<u32>,
-    /// Requests that make or start something.
+    /// Requests that create or start something.
     pub requests_per_minute: Option<u32>,
-    /// Of reference images, concept files and kept images.
+    /// Bytes of reference images, concept files and kept images.
     pub bytes: Option<u64>,
 }
 
@@ -82,25 +82,25 @@ impl Quotas {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     pub concepts: u32,
-    /// Queued and running ones.
+    /// Queued and running trainings.
     pub trainings: u32,
-    /// Of reference images, concept files and kept images; the same bytes count once.
+    /// Bytes of reference images, concept files and kept images; the same bytes count once.
     pub bytes: u64,
 }
 
-/// What a tenant's rate limits count, or the limits.
+/// Counts of a tenant's rate limits, or the limits.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Tally {
     images: i64,
     requests: i64,
 }
 
-/// The images or requests of the last minute leave no room for more under the tenant's rate limit.
+/// The tenant's rate limit leaves no room for more images or requests in this minute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MinuteFull {
     /// Images or requests of the last minute.
     pub count: u32,
-    /// Until the oldest of them is a minute old.
+    /// The time until the oldest of them is a minute old.
     pub wait: Duration,
 }
 
@@ -109,7 +109,7 @@ pub struct MinuteFull {
 pub struct Tenant {
     pub id: TenantId,
     pub name: String,
-    /// `whsec_…`: signs its web-hooks.
+    /// `whsec_…`: signs its webhooks.
     pub webhook_secret: String,
     pub quotas: Quotas,
     pub created_at: i64,
@@ -283,8 +283,8 @@ impl Registry {
         self.tenant(name).await
     }
 
-    /// Gives a tenant a new web-hook secret. The present one signs beside it for so long, so that receivers can change
-    /// theirs in between; `None` if there is no such tenant.
+    /// Gives a tenant a new webhook secret. Until `keep_old_for` has passed the current one signs too, so that
+    /// receivers can switch in between; `None` if there is no such tenant.
     ///
     /// # Errors
     /// When the database fails.
@@ -342,7 +342,7 @@ impl Registry {
         self.check_deletion(&mut transaction, id, deletion).await?;
         // Lock order: additions to a tenant take this name first.
         self.hold_name(&mut transaction, QUOTA_LOCK, &id.to_string()).await?;
-        // Additions to the tenant fail from here on, or wait for the end.
+        // From here on, additions to the tenant fail or wait for the end of the transaction.
         sqlx::query(locking!(
             self.backend,
             "SELECT id FROM tenants WHERE id = $1",
@@ -409,7 +409,7 @@ impl Registry {
         Ok(self.count_within(id, request, limits).await?.map(|_| ()))
     }
 
-    /// Adds to the counts of the current second, unless those of the last minute would then exceed a limit.
+    /// Adds to the counts of the current second, unless this would exceed a limit for the last minute.
     async fn count_within(
         &self,
         id: TenantId,
@@ -460,7 +460,7 @@ impl Registry {
         }))
     }
 
-    /// Removes counts that are older than any rate limit looks at.
+    /// Removes counts that are too old for any rate limit.
     ///
     /// # Errors
     /// When the database fails.
@@ -472,7 +472,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Takes back what [`Self::admit_images`] counted in that second.
+    /// Subtracts `images` from the count of [`Self::admit_images`] in that second.
     ///
     /// # Errors
     /// When the database fails.

@@ -8,14 +8,14 @@ mod keys;
 
 use super::*;
 
-/// A registry of its own: on SQLite and files; on PostgreSQL if COAR_TEST_DATABASE is the address of a server on
-/// which databases can be created, and on S3 if COAR_TEST_BLOBS names a bucket.
+/// A new registry: on SQLite and files; on PostgreSQL if COAR_TEST_DATABASE is the address of a server on which
+/// databases can be created, and on S3 if COAR_TEST_BLOBS names a bucket.
 pub(crate) async fn test_registry() -> (tempfile::TempDir, Registry) {
     let (dir, storage) = test_storage().await;
     (dir, Registry::connect(&storage).await.unwrap())
 }
 
-/// The same, for several processes that share it.
+/// Storage for several processes that share a registry.
 pub(crate) async fn test_storage() -> (tempfile::TempDir, Storage) {
     let dir = tempfile::tempdir().unwrap();
     let mut storage = Storage::folder(dir.path());
@@ -39,7 +39,7 @@ use coar_core::concept::ConceptKind;
 use coar_core::ids::{ConceptId, ImageId, TenantId, TrainingId};
 use coar_core::training::{Preset, TrainingSpec};
 
-/// The writer of a database after the given number of migrations.
+/// The writing pool of a database after the given number of migrations.
 async fn earlier(dir: &Path, migrations: usize) -> pool::Pool {
     let mut earlier = sqlx::migrate!("../../migrations/sqlite");
     earlier.migrations = earlier.iter().take(migrations).cloned().collect::<Vec<_>>().into();
@@ -255,7 +255,7 @@ async fn schema_2_keeps_queued_and_running_jobs() {
         .unwrap();
     }
     let registry = Registry::open(dir.path()).await.unwrap();
-    // The third has no waiting caller any more; the second runs again, after the first.
+    // The third no longer has a waiting caller; the second is requeued and runs after the first.
     let lost = registry.left_generations().await.unwrap();
     assert_eq!(lost.iter().map(|left| left.id).collect::<Vec<_>>(), [ids[2]]);
     let mut taken = vec![];
@@ -264,7 +264,7 @@ async fn schema_2_keeps_queued_and_running_jobs() {
     }
     assert_eq!(taken, [(ids[0], 1, 0), (ids[1], 1, 0)]);
     assert_eq!(registry.release_keys().await.unwrap(), 1);
-    // A program older than the database requires refuses it and changes nothing.
+    // A program that is older than the database requires refuses it and changes nothing.
     sqlx::query("UPDATE settings SET value = '99' WHERE key = 'schema_requires'")
         .execute(&registry.pools.writes)
         .await
@@ -291,7 +291,7 @@ async fn rate_limits_count_images_and_requests_apart() {
     registry.take_back(one, second, 3).await.unwrap();
     registry.admit_images(one, 3, 5).await.unwrap().unwrap();
     registry.admit_request(two, 2).await.unwrap().unwrap();
-    // What is a minute old no longer counts, and is removed.
+    // Counts that are a minute old no longer matter and are removed.
     sqlx::query("UPDATE picture_tallies SET second = second - 60")
         .execute(&registry.pools.writes)
         .await

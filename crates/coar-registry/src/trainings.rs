@@ -20,7 +20,7 @@ pub struct Training {
     pub concept: String,
     pub status: TrainingStatus,
     pub spec: TrainingSpec,
-    /// Over images and settings; `None` if an older version stored it.
+    /// Hash over images and settings; `None` if it was stored by an older version.
     pub input_fingerprint: Option<String>,
     /// Number of the version that it created.
     pub version: Option<u32>,
@@ -48,7 +48,7 @@ pub struct Training {
     pub finished_at: Option<i64>,
 }
 
-/// A training and the lease under which it may be written.
+/// A training and the lease that permits writing to it.
 #[derive(Debug, Clone)]
 pub struct Claimed {
     pub training: Training,
@@ -60,7 +60,7 @@ pub struct Claimed {
 pub struct Progress {
     pub step: u32,
     pub loss: f64,
-    /// Averaged over the last steps; `None`: too few yet.
+    /// Average of the last steps; `None` if there are too few.
     pub steps_per_second: Option<f64>,
 }
 
@@ -76,8 +76,8 @@ pub const ATTEMPTS: u32 = 3;
 /// A training whose lease expires more often than this without a checkpoint in between fails: it crashes its
 /// workers. Counted at most once in [`TAKEOVER_MS`].
 pub const TAKEOVERS: u32 = 5;
-/// A series of external kills counts as one event: within this time a training had no chance to run and cannot be at
-/// fault. One that does crash its workers still fails, some minutes later.
+/// A series of external kills counts as one event: within this time a training had no chance to run and cannot be the
+/// cause. One that does crash its workers still fails some minutes later.
 pub(super) const TAKEOVER_MS: i64 = 60_000;
 
 /// Adds a training to a tenant's usage.
@@ -207,7 +207,7 @@ fn training(row: &AnyRow) -> Result<Training, RegistryError> {
 }
 
 impl Registry {
-    /// Trainings that have ended within the last `age` and whose web-hook has not been queued.
+    /// Trainings that have ended within the last `age` and whose webhook has not been queued.
     ///
     /// # Errors
     /// When the database fails.
@@ -303,7 +303,7 @@ impl Registry {
         let unreadable = |error: serde_json::Error| RegistryError::Row(error.to_string());
         match row {
             Some((Some(losses), _)) => serde_json::from_str(&losses).map_err(unreadable),
-            // Older versions kept it in the report.
+            // Older versions stored it in the report.
             Some((None, Some(report))) => {
                 let mut report: serde_json::Value = serde_json::from_str(&report).map_err(unreadable)?;
                 match report.get_mut("losses") {

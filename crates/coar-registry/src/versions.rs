@@ -64,7 +64,8 @@ impl Registry {
         row.as_ref().map(version).transpose()
     }
 
-    /// Stores a preview of a training that runs or has succeeded; ignored for any other training or a deleted one.
+    /// Stores a preview of a training that is running or has succeeded; ignored for any other training or a deleted
+    /// one.
     ///
     /// # Errors
     /// When the database or the blob store fails.

@@ -1,4 +1,4 @@
-//! Limits for the jobs of all tenants that wait. When one is reached, only the tenant with the most waiting jobs is
+//! Limits for the waiting jobs of all tenants. When one is reached, only the tenant with the most waiting jobs is
 //! refused, so that no tenant can fill a queue for the others.
 
 use sqlx::any::Any;
@@ -7,7 +7,8 @@ use sqlx::{Executor, Row};
 use super::{Registry, RegistryError};
 use coar_core::ids::TenantId;
 
-/// How many jobs of all tenants together may wait. Tenants that do not have the most get in up to [`HARD`] times that.
+/// Maximum number of waiting jobs of all tenants together. Up to [`HARD`] times that, tenants that do not have the most
+/// are still admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueLimits {
     pub trainings: u32,
@@ -23,7 +24,7 @@ impl Default for QueueLimits {
     }
 }
 
-/// The limit for everybody, as a multiple of the limit for the tenant with the most.
+/// The limit for every tenant, as a multiple of the limit for the tenant with the most jobs.
 const HARD: u64 = 2;
 
 /// A queue.
@@ -34,7 +35,7 @@ pub enum Queue {
 }
 
 impl Queue {
-    /// Its name in messages.
+    /// The queue's name in messages.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Trainings => "trainings",
@@ -54,7 +55,7 @@ impl Queue {
     }
 }
 
-/// Whether one more job of a tenant may wait that has `own`, beside those of other tenants.
+/// Whether a tenant with `own` waiting jobs may add one, given the numbers of the other tenants.
 fn has_room(own: u64, others: &[u64], limit: u64) -> bool {
     let total = own + others.iter().sum::<u64>();
     let most = others.iter().copied().max().unwrap_or(0);
@@ -62,14 +63,14 @@ fn has_room(own: u64, others: &[u64], limit: u64) -> bool {
 }
 
 impl Registry {
-    /// With other limits.
+    /// Sets the queue limits.
     pub fn with_queue_limits(mut self, limits: QueueLimits) -> Self {
         self.queues = limits;
         self
     }
 
-    /// Refuses a job of a tenant that must not wait any more. A fast answer before the work of a request; the
-    /// transaction that adds the job asks again.
+    /// Refuses a job of a tenant that may not queue any more. This is an early check before the work of a request; the
+    /// transaction that adds the job checks again.
     ///
     /// # Errors
     /// `QueueFull`; when the database fails.
@@ -77,7 +78,7 @@ impl Registry {
         self.check_queue_in(&self.pools.reads, queue, tenant).await
     }
 
-    /// The same, within a transaction.
+    /// Like [`Self::check_queue`], within a transaction.
     pub(super) async fn check_queue_in<'c>(
         &self,
         database: impl Executor<'c, Database = Any>,
@@ -113,7 +114,7 @@ mod tests {
 
     #[test]
     fn the_tenant_with_the_most_is_refused_first() {
-        // Own jobs, those of others, and whether there is room under a limit of 10.
+        // The tenant's jobs, those of the others, and whether there is room under a limit of 10.
         for (own, others, room) in [
             (0, &[][..], true),
             (9, &[], true),
@@ -166,9 +167,9 @@ mod tests {
         registry.check_queue(Queue::Trainings, other).await.unwrap();
         add(other, "one").await.unwrap();
         let (_, theirs) = add(other, "two").await.unwrap();
-        // Twice the limit: the end for everybody.
+        // At twice the limit, all tenants are refused.
         assert!(is_full(add(other, "three").await));
-        // Trying again counts as adding.
+        // A retry counts as an addition.
         registry.cancel_training(TenantId::DEFAULT, first.id).await.unwrap();
         let again = async || {
             registry
@@ -194,7 +195,7 @@ mod tests {
         add(TenantId::DEFAULT, true).await.unwrap();
         add(TenantId::DEFAULT, true).await.unwrap();
         assert!(is_full(add(TenantId::DEFAULT, true).await));
-        // The engine limits those whose client waits.
+        // Foreground generations are limited by the engine.
         add(TenantId::DEFAULT, false).await.unwrap();
         add(other, true).await.unwrap();
         assert!(is_full(add(other, true).await));

@@ -1,4 +1,4 @@
-//! Web-hook deliveries. They are rows, so pending ones survive a restart.
+//! Webhook deliveries. They are rows, so pending ones survive a restart.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ pub struct NewDelivery {
     /// `generation.succeeded`, `training.failed`, …
     pub event: String,
     pub url: String,
-    /// The host of `url`, with its port unless that is the usual one.
+    /// The host of `url`, with its port unless that is the default port.
     pub host: String,
     /// The JSON that is sent, byte for byte.
     pub body: String,
@@ -32,7 +32,7 @@ pub struct Receiver {
     pub host: String,
 }
 
-/// At most so many deliveries of one tenant, and to one host, are sent at once, by all processes together.
+/// Maximum number of deliveries of one tenant, and to one host, that all processes together send at once.
 pub const DELIVERIES_AT_ONCE: i64 = 2;
 
 /// A delivery that is due.
@@ -45,7 +45,7 @@ pub struct Delivery {
     pub body: String,
     /// `whsec_…` of its tenant.
     pub secret: String,
-    /// The one before it, while both sign.
+    /// The previous secret, while both sign.
     pub secret_before: Option<String>,
     /// Attempts so far, including the current one.
     pub attempt: u32,
@@ -103,7 +103,8 @@ pub(super) async fn insert_delivery(
     Ok(())
 }
 
-/// The delivery to send next; $1 is the time, $2 the limit for each tenant and host. Then come `paused` pairs.
+/// The SQL statement for the delivery to send next; $1 is the time, $2 the limit for each tenant and host, followed by
+/// `paused` pairs.
 fn claim_statement(backend: Backend, paused: usize) -> String {
     let paused: String = (0..paused)
         .map(|pair| {
@@ -170,8 +171,8 @@ impl Registry {
     }
 
     /// Claims deliveries that are due and counts an attempt for each. They are due again after `lease`, unless this
-    /// process stores an outcome before. Order: the tenant with the fewest deliveries being sent, then the one that has
-    /// been due longest. Limits: [`DELIVERIES_AT_ONCE`]. Those to `paused` receivers are left alone.
+    /// process stores an outcome before. Order: the tenant with the fewest deliveries in progress, then the delivery
+    /// that has been due longest. Limits: [`DELIVERIES_AT_ONCE`]. Those to `paused` receivers are skipped.
     ///
     /// # Errors
     /// When the database fails.
@@ -185,8 +186,8 @@ impl Registry {
         let until = at + lease.as_millis() as i64;
         let statement = claim_statement(self.backend, paused.len());
         let mut transaction = self.write().await?;
-        // Two processes that count at the same time would both find room.
-        self.hold_name(&mut transaction, "web-hooks", "claim").await?;
+        // Two processes that count at the same time would exceed the limit.
+        self.hold_name(&mut transaction, "webhooks", "claim").await?;
         let mut due = Vec::new();
         while due.len() < limit {
             let mut query = sqlx::query(sqlx::AssertSqlSafe(statement.as_str()))
@@ -199,7 +200,7 @@ impl Registry {
                 break;
             };
             let next = delivery(&row)?;
-            // Only with a lease of no time.
+            // Only possible with a lease of zero.
             if due.iter().any(|claimed: &Delivery| claimed.id == next.id) {
                 break;
             }
@@ -215,7 +216,7 @@ impl Registry {
         Ok(due)
     }
 
-    /// Stores the outcome of an attempt. After the last one the body goes: nothing is sent again.
+    /// Stores the outcome of an attempt. After the last one the body is removed, since nothing is sent again.
     ///
     /// # Errors
     /// When the database fails.
@@ -245,8 +246,8 @@ impl Registry {
         Ok(())
     }
 
-    /// When the first delivery that is not due at `present` is due, both by [`Registry::lease_time`]. One that is due and
-    /// was not claimed waits for the end of another.
+    /// The earliest due time after `present`, both by [`Registry::lease_time`]. A delivery that is already due and was
+    /// not claimed waits for the end of another.
     ///
     /// # Errors
     /// When the database fails.
@@ -424,7 +425,7 @@ mod tests {
         assert_eq!(registry.expire_deliveries(Duration::from_secs(60)).await.unwrap(), 0);
     }
 
-    /// A delivery of the tenant, named by its subject.
+    /// A delivery of the tenant with `subject` as its body.
     async fn add(registry: &Registry, tenant: TenantId, host: &str, subject: &str) {
         let new = NewDelivery {
             tenant,
@@ -456,7 +457,7 @@ mod tests {
         add(&registry, b, "b.example", "b0").await;
         add(&registry, b, "b.example", "b1").await;
         add(&registry, b, "b.example", "b2").await;
-        // The tenant with the fewest, then the oldest; two of each tenant.
+        // The tenant with the fewest deliveries first, then the oldest delivery; two of each tenant.
         let first = registry.claim_deliveries(8, MINUTE, &[]).await.unwrap();
         assert_eq!(subjects(&first), ["a0", "b0", "a1", "b1"]);
         assert!(registry.claim_deliveries(8, MINUTE, &[]).await.unwrap().is_empty());
@@ -468,7 +469,7 @@ mod tests {
         registry.record_attempt(first[1].id, &done).await.unwrap();
         let next = registry.claim_deliveries(8, MINUTE, &[]).await.unwrap();
         assert_eq!(subjects(&next), ["b2"]);
-        // What is due and waits for others is not what to wake up for.
+        // Deliveries that are due and wait for others do not determine the next wake-up.
         let at = registry.lease_time().await.unwrap();
         assert!(registry.next_delivery(at).await.unwrap().unwrap() > at);
     }

@@ -15,7 +15,7 @@ use coar_core::concept::ConceptKind;
 #[allow(dead_code)]
 pub(in crate::api) struct File(Vec<u8>);
 
-/// What a concept stands for.
+/// What a concept describes.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[schema(as = ConceptKind)]
@@ -44,8 +44,8 @@ pub(in crate::api) enum MethodName {
     TextualInversion,
 }
 
-/// `ready` as soon as there is a version to draw with, whatever further trainings do; before, what the newest training
-/// says.
+/// `ready` as soon as the concept has a version, also while it is trained again. Before that, the state of its newest
+/// training.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[schema(as = ConceptStatus)]
@@ -67,7 +67,7 @@ impl From<ConceptStatus> for StatusName {
     }
 }
 
-/// The version of a concept that is in use.
+/// The active version of a concept.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = VersionInUse)]
 pub(in crate::api) struct InUse {
@@ -91,7 +91,7 @@ impl InUse {
     }
 }
 
-/// A subject or a style that the model was taught, or is being taught.
+/// A subject or a style that the model has learned or is learning.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Concept)]
 pub(in crate::api) struct ConceptObject {
@@ -99,7 +99,7 @@ pub(in crate::api) struct ConceptObject {
     id: String,
     #[schema(example = "concept")]
     object: &'static str,
-    /// Written `<rex>` in prompts.
+    /// Name of the concept, written `<rex>` in prompts.
     #[schema(example = "rex")]
     name: String,
     kind: KindName,
@@ -107,12 +107,12 @@ pub(in crate::api) struct ConceptObject {
     #[schema(example = "dog")]
     class: Option<String>,
     status: StatusName,
-    /// What prompts use; null until a training has succeeded.
+    /// The version that prompts use; null until a training has succeeded.
     version: Option<InUse>,
-    /// How many versions there are.
+    /// Number of versions.
     #[schema(example = 2)]
     versions: u32,
-    /// How many reference images there are; 0 where it was imported.
+    /// Number of reference images; 0 if the concept was imported.
     #[schema(example = 5)]
     images: usize,
     #[schema(example = "The dog of the shop window")]
@@ -121,11 +121,12 @@ pub(in crate::api) struct ConceptObject {
     metadata: Metadata,
     /// Unix seconds.
     created_at: i64,
-    /// Unix seconds: when it was last changed, or got another version.
+    /// Unix seconds: the last change, including a new version.
     updated_at: i64,
-    /// The newest training; null where it was imported.
+    /// The newest training; null if the concept was imported.
     training: Option<TrainingObject>,
-    /// Only in a registration's answer: the name of another concept that was trained from the same images and settings.
+    /// Only in the response to a registration: the name of another concept that was trained from the same images and
+    /// settings.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub duplicate_of: Option<String>,
 }
@@ -157,18 +158,18 @@ impl From<&ConceptView> for ConceptObject {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = ConceptVersion)]
 pub(in crate::api) struct VersionObject {
-    /// The number as a text: what the list's `after` takes.
+    /// The number as a string, for the list's `after`.
     #[schema(example = "1")]
     id: String,
     #[schema(example = "concept.version")]
     object: &'static str,
-    /// From 1, never used again.
+    /// From 1; numbers are not reused.
     #[schema(example = 1)]
     number: u32,
     /// SHA-256 of the concept file.
     #[schema(example = "9f2c1d5e7a3b48c60d1e2f3a4b5c6d7e8f901a2b3c4d5e6f708192a3b4c5d6e7")]
     hash: String,
-    /// The training that made it; null: imported.
+    /// The training that made it; null if it was imported.
     #[schema(example = "training_01990000000070008000000000000000")]
     training_id: Option<String>,
     /// Unix seconds.
@@ -188,7 +189,7 @@ impl From<&Version> for VersionObject {
     }
 }
 
-/// A registration. Every part but `images` and `captions` comes at most once.
+/// A registration. Each part except `images` and `captions` may be given at most once.
 #[derive(ToSchema)]
 #[allow(dead_code)]
 pub(in crate::api) struct RegisterConcept {
@@ -203,15 +204,16 @@ pub(in crate::api) struct RegisterConcept {
     /// `images[0]`, `images[1]`, …, in the order of the numbers.
     #[schema(min_items = 1, max_items = 10)]
     images: Vec<File>,
-    /// What else is to be seen in each image, in the images' order; without control tokens (`</s>`) and names of concepts.
+    /// What else each image shows, in the order of the images; without control tokens (`</s>`) and names of concepts.
     #[schema(max_items = 10, nullable = false)]
     captions: Option<Vec<String>>,
-    /// What is learned: context tokens of text and image, of text alone, or one input embedding. Absent: the model's preset.
+    /// What is learned: context tokens for text and image, for text only, or one input embedding. Default: the model's
+    /// preset.
     #[schema(nullable = false)]
     method: Option<MethodName>,
     #[schema(minimum = 1, maximum = 20_000, nullable = false)]
     steps: Option<u32>,
-    /// Layers of the model, from the first, that get context tokens.
+    /// Number of decoder layers, from the first, that get context tokens.
     #[schema(minimum = 1, nullable = false)]
     layers: Option<u32>,
     #[schema(exclusive_minimum = 0.0, maximum = 1.0, nullable = false)]
@@ -227,33 +229,33 @@ pub(in crate::api) struct RegisterConcept {
     /// A JSON object of strings: at most 16 pairs, keys of 1 to 64 characters, values of at most 512.
     #[schema(example = "{\"order\": \"4711\"}", nullable = false)]
     metadata: Option<String>,
-    /// Told of the training's end.
+    /// Notified when the training ends.
     #[schema(example = "https://example.com/hooks/coar", nullable = false)]
     webhook_url: Option<String>,
-    /// Among those of the same tenant that wait, the higher one comes first. Other tenants have their turns regardless.
+    /// Among the queued trainings of the tenant, the highest priority is run first. It does not affect other tenants.
     #[schema(minimum = 0, maximum = 100, default = 0, nullable = false)]
     priority: Option<u32>,
 }
 
-/// What is to change. Absent: stays.
+/// Changes to a concept. Absent: unchanged.
 #[derive(serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 pub(in crate::api) struct ChangeConcept {
     #[schema(example = "max", pattern = "^[a-z0-9][a-z0-9-]{0,62}$")]
     name: Option<String>,
-    /// Null: none any more.
+    /// Null: removes the description.
     #[schema(max_length = 1000)]
     description: Option<String>,
-    /// Takes the place of the present one. At most 16 pairs, keys of 1 to 64 characters, values of at most 512.
+    /// Replaces the current metadata. At most 16 pairs, keys of 1 to 64 characters, values of at most 512.
     #[schema(schema_with = metadata_schema)]
     metadata: Option<std::collections::BTreeMap<String, String>>,
-    /// Number of the version to use from now on: back, or forward again.
+    /// Number of the version to make active, older or newer.
     #[schema(example = 1, minimum = 1)]
     version: Option<u32>,
 }
 
-/// Settings of another training. Absent: as in the concept's newest training.
+/// Settings of another training. Default: those of the concept's newest training.
 #[derive(serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
@@ -269,13 +271,13 @@ pub(in crate::api) struct TrainConcept {
     #[schema(minimum = 0, maximum = 16)]
     image_tokens: Option<u32>,
     seed: Option<u64>,
-    /// In the images' order.
+    /// In the order of the images.
     #[schema(max_items = 10)]
     captions: Option<Vec<String>>,
-    /// Told of the training's end.
+    /// Notified when the training ends.
     #[schema(example = "https://example.com/hooks/coar")]
     webhook_url: Option<String>,
-    /// Among those of the same tenant that wait, the higher one comes first. Other tenants have their turns regardless.
+    /// Among the queued trainings of the tenant, the highest priority is run first. It does not affect other tenants.
     #[schema(minimum = 0, maximum = 100, default = 0)]
     priority: Option<u32>,
 }

@@ -1,4 +1,4 @@
-//! How a caller wants to be answered: `Accept` and `Prefer`.
+//! How a request is answered, by `Accept` and `Prefer`.
 
 use axum::http::{HeaderMap, HeaderName, header};
 use utoipa::IntoParams;
@@ -6,17 +6,17 @@ use utoipa::IntoParams;
 /// The longest time that a request waits for a generation.
 pub(in crate::api) const LONGEST_WAIT: u64 = 60;
 
-/// How a caller wants to be answered.
+/// How a request is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::api) enum Mode {
-    /// When it has ended, at the latest after so many seconds.
+    /// Wait for the end, at most this many seconds.
     Wait(u64),
     Async,
     Stream,
 }
 
-/// `Accept: text/event-stream` wins; then `Prefer` (RFC 7240): `respond-async`, `wait=N`. What cannot be read of a
-/// preference is ignored.
+/// `Accept: text/event-stream` has precedence, then `Prefer` (RFC 7240): `respond-async`, `wait=N`. Unreadable
+/// preferences are ignored.
 pub(in crate::api) fn mode(headers: &HeaderMap) -> Mode {
     let values = |name| headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
     if values(header::ACCEPT).any(|accepted| accepted.contains("text/event-stream")) {
@@ -45,7 +45,8 @@ pub(in crate::api) fn mode(headers: &HeaderMap) -> Mode {
 #[into_params(parameter_in = Header)]
 #[allow(dead_code)]
 pub(super) struct PreferHeader {
-    /// `wait=N`, 0 to 60 seconds (default 60): 200 when it has ended by then, else 202. `respond-async`: 202 at once.
+    /// `wait=N`, 0 to 60 seconds (default 60): 200 if the generation ends within that time, otherwise 202.
+    /// `respond-async`: 202 at once.
     #[param(rename = "Prefer", example = "wait=30")]
     prefer: Option<String>,
 }

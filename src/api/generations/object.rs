@@ -1,4 +1,4 @@
-//! Generations as JSON: what is asked, and what is answered.
+//! Generations as JSON: request and response bodies.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -9,25 +9,26 @@ use super::super::openapi::metadata_schema;
 use crate::registry::{Generation, GenerationSettings, StoredImage};
 use crate::service::{GenerationView, Links, Plan, Service};
 
-/// What is to be drawn. The handler reads it field by field; this is its description.
+/// A request for a generation.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 #[schema(example = json!({"prompt": "a photo of <rex> cat on the beach", "n": 2, "seed": 7, "partial_images": 2}))]
 pub(super) struct CreateGeneration {
-    /// At most 4000 characters; `<name>` is a concept.
+    /// At most 4000 characters. `<name>` uses a concept.
     #[schema(example = "a photo of <rex> cat on the beach", max_length = 4000)]
     prompt: String,
-    /// Concepts to place where the prompt does not name them: a subject before the first occurrence of its class noun, or
-    /// in "a photo of <name> class, " at the beginning; a style as " in <name> style" at the end.
+    /// Names of concepts. Those that the prompt does not name are placed in it: a subject before the first occurrence
+    /// of its class noun, or else as "a photo of <name> class, " at the beginning; a style as " in <name> style" at the
+    /// end.
     concepts: Option<Vec<String>>,
     #[schema(minimum = 1, maximum = 10, default = 1)]
     n: Option<u32>,
-    /// `auto` or WIDTHxHEIGHT, one of the model's sizes; with the setting `size_policy` `nearest` any size, of which the
-    /// nearest is drawn.
+    /// `auto` or WIDTHxHEIGHT, one of the model's sizes. If the server is configured with `size_policy` `nearest`, any
+    /// size is accepted and the one with the nearest aspect ratio is used.
     #[schema(example = "auto")]
     size: Option<String>,
-    /// Image i is drawn from the stream of (seed, first_index + i). Random by default and with -1.
+    /// Image i uses the random stream (seed, first_index + i). Default, and with -1: a random seed.
     #[schema(minimum = -1, maximum = 9007199254740991_i64)]
     seed: Option<i64>,
     #[schema(minimum = 0, maximum = 1000000, default = 0)]
@@ -43,16 +44,16 @@ pub(super) struct CreateGeneration {
     /// `png` (default), `jpeg` or `webp`.
     #[schema(example = "png")]
     output_format: Option<String>,
-    /// Quality of JPEG, default 90, and of WebP, default 100: without loss. With PNG only 100.
+    /// Quality of JPEG (default 90) and of WebP (default 100, which is lossless). With PNG only 100.
     #[schema(minimum = 0, maximum = 100)]
     output_compression: Option<u32>,
-    /// Unfinished images in a stream of events, of each image.
+    /// Number of partial versions of each image in a stream of events.
     #[schema(minimum = 0, maximum = 3, default = 0)]
     partial_images: Option<u32>,
-    /// Told of the end: POST, signed (Standard Webhooks). Port 80 or 443 of a public address.
+    /// Receives a signed POST (Standard Webhooks) when the generation ends. A public address with port 80 or 443.
     #[schema(example = "https://example.com/hooks/coar")]
     webhook_url: Option<String>,
-    /// Among those of the same tenant that wait, the higher one comes first. Other tenants have their turns regardless.
+    /// Among the queued generations of the tenant, the highest priority is run first. It does not affect other tenants.
     #[schema(minimum = 0, maximum = 100, default = 0)]
     priority: Option<u32>,
     /// At most 16 pairs; keys of 64, values of 512 characters.
@@ -71,13 +72,13 @@ pub(in crate::api) struct GenerationObject {
     /// `queued`, `running`, `succeeded`, `failed` or `cancelled`.
     #[schema(example = "succeeded")]
     status: &'static str,
-    /// How many are before it, while it is queued.
+    /// Number of generations ahead of it while it is queued.
     queue_position: Option<u32>,
-    /// Among those of the same tenant that wait, the higher one comes first.
+    /// Among the queued generations of the tenant, the highest priority is run first.
     #[schema(example = 0)]
     priority: i32,
     progress: ProgressObject,
-    /// As it is drawn, with every concept in it.
+    /// The prompt as it is used, with all concepts placed in it.
     #[schema(example = "a photo of <rex> cat on the beach")]
     prompt: String,
     request: SettingsObject,
@@ -89,13 +90,13 @@ pub(in crate::api) struct GenerationObject {
     error: Option<Value>,
     #[schema(value_type = std::collections::BTreeMap<String, String>)]
     metadata: Value,
-    /// Unix seconds, as all times.
+    /// Unix seconds, as for all times.
     created_at: i64,
     started_at: Option<i64>,
     finished_at: Option<i64>,
 }
 
-/// How far it is, in image tokens.
+/// Progress in image tokens.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ProgressObject {
     #[schema(example = 288)]
@@ -104,7 +105,7 @@ pub(super) struct ProgressObject {
     pub total: u32,
 }
 
-/// Every setting, resolved: sent again with the prompt they draw the same images.
+/// All settings, resolved. Sent again with the prompt, they give the same images.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = GenerationSettings)]
 struct SettingsObject {
@@ -131,18 +132,18 @@ struct SettingsObject {
     partial_images: u32,
 }
 
-/// A kept image.
+/// A stored image.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = GeneratedImage)]
 pub(in crate::api) struct StoredImageObject {
     #[schema(example = "image_01990000000070008000000000000000")]
     id: String,
-    /// Which image of the seed.
+    /// Index of the image under its seed.
     #[schema(example = 0)]
     index: u32,
     #[schema(example = 7)]
     seed: u64,
-    /// Needs no key; expires with the image.
+    /// Needs no key. Expires with the image.
     url: String,
     #[schema(example = 96)]
     width: u32,
@@ -163,21 +164,21 @@ struct FailureObject {
     field: Option<String>,
 }
 
-/// A checked request that was not drawn.
+/// A request that was checked but not run.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = GenerationPlan)]
 pub(super) struct PlanObject {
-    /// Always true; what is not valid is an error.
+    /// Always true: an invalid request gets an error.
     valid: bool,
-    /// As it would be drawn, with every concept in it.
+    /// The prompt as it would be used, with all concepts placed in it.
     prompt: String,
     request: SettingsObject,
     concepts: Vec<UsedConceptObject>,
-    /// What it would cost.
+    /// The tokens that it would take.
     usage: UsageObject,
 }
 
-/// A generation, or with `validate_only` what it would be.
+/// A generation, or with `validate_only` a checked request.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 #[schema(as = GenerationOrPlan)]
@@ -203,7 +204,7 @@ fn settings_object(settings: &GenerationSettings) -> SettingsObject {
     }
 }
 
-/// An image as JSON; `base` begins its address.
+/// An image as JSON; its URL begins with `base`.
 pub(super) fn image_object(image: &StoredImage, links: &Links, base: &str) -> StoredImageObject {
     StoredImageObject {
         id: image.id.to_string(),
@@ -216,7 +217,7 @@ pub(super) fn image_object(image: &StoredImage, links: &Links, base: &str) -> St
     }
 }
 
-/// A generation as JSON; `base` begins the addresses of its images.
+/// A generation as JSON; the URLs of its images begin with `base`.
 pub(in crate::api) fn generation_object(
     generation: &Generation,
     images: &[StoredImage],
@@ -247,7 +248,7 @@ pub(in crate::api) fn generation_object(
     }
 }
 
-/// As [`generation_object`], of a use case's answer.
+/// Like [`generation_object`], for a [`GenerationView`].
 pub(super) fn object(service: &Service, view: &GenerationView, base: &str) -> GenerationObject {
     let links = (service.links.as_ref(), base);
     generation_object(&view.generation, &view.images, view.queue_position, links)

@@ -14,7 +14,7 @@ use crate::jobs::DrawEvent;
 use crate::registry::GenerationStatus;
 use crate::service::{Begun, Caller, Service, Share};
 
-/// A stream at work; dropping it cancels the generation.
+/// A running stream; dropping it cancels the generation.
 struct Streaming {
     service: Service,
     caller: Caller,
@@ -28,7 +28,7 @@ struct Wrapped {
     generation: GenerationObject,
 }
 
-/// The events of a generation that was begun, from `queued` to its end.
+/// The events of a generation that has begun, from `queued` to its end.
 pub(super) fn streamed(service: &Service, caller: Caller, begun: Begun, base: String, place: Share) -> Response {
     let queued = Wrapped {
         generation: object(service, &begun.view, &base),
@@ -59,7 +59,7 @@ impl Streaming {
                 }
                 Some(DrawEvent::Partial { index, number, image }) => {
                     let format = self.begun.view.generation.new.settings.format();
-                    // An unfinished image that cannot be shown is no reason to end.
+                    // A partial image that cannot be encoded does not end the stream.
                     if let Ok(b64_json) = partial(image, format).await {
                         let data = serde_json::json!({
                             "index": index, "partial_image_index": number, "b64_json": b64_json
@@ -87,7 +87,7 @@ impl Streaming {
 
     async fn last(&self) -> Option<Event> {
         let id = self.begun.view.generation.id.to_string();
-        // Deleted meanwhile: there is no last event.
+        // The generation was deleted in the meantime: there is no last event.
         let view = self.service.generation(&self.caller, &id, Duration::ZERO).await.ok()?;
         let name = match view.generation.status {
             GenerationStatus::Succeeded => "completed",

@@ -1,6 +1,6 @@
-//! What a connection does, and how long it may. hyper has one limit for the head of a request, which also ends
-//! connections that lie idle between two requests: shorter than the time for which a load balancer keeps its own, so that
-//! it would send requests on connections that are being closed.
+//! The phase of a connection, and its time limit. hyper has one limit for the head of a request, which also ends
+//! connections that are idle between two requests. It would be shorter than a load balancer's own idle timeout, so the
+//! balancer would send requests on connections that are being closed.
 
 use std::io;
 use std::pin::Pin;
@@ -17,11 +17,11 @@ use tokio::time::Instant;
 /// What a connection waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// The head of a request, of which a part has come; or the first one.
+    /// The head of a request, of which a part has arrived; or the first request.
     Head,
-    /// The server.
+    /// The server, which handles a request.
     Busy,
-    /// Another request.
+    /// The next request.
     Idle,
 }
 
@@ -48,7 +48,7 @@ impl State {
     }
 }
 
-/// Of one connection.
+/// The activity of one connection.
 #[derive(Debug)]
 pub(super) struct Activity {
     limits: PhaseLimits,
@@ -79,30 +79,30 @@ impl Activity {
         self.changed.notify_one();
     }
 
-    /// A request has come; the connection is busy until the guard is dropped.
+    /// A request has arrived; the connection is busy until the guard is dropped.
     pub(super) fn busy(self: &Arc<Self>) -> Busy {
         self.enter(Phase::Busy);
         Busy(self.clone())
     }
 
-    /// Bytes have come. Between two requests they are the next one's head.
+    /// Bytes have arrived. Between two requests they belong to the next head.
     fn read(&self) {
         if self.state().phase == Phase::Idle {
             self.enter(Phase::Head);
         }
     }
 
-    /// Bytes were taken by the peer. The last ones of an answer are sent after it has ended.
+    /// The peer has received bytes. The last bytes of a response are sent after its body has ended.
     fn written(&self) {
         if self.state().phase == Phase::Idle {
             self.enter(Phase::Idle);
         }
     }
 
-    /// Resolves when the connection has been in a phase for too long.
+    /// Resolves when the connection has exceeded the limit of its phase.
     pub(super) async fn expired(&self) -> Phase {
         loop {
-            // Before the state is read: no change in between is missed.
+            // Registered before the state is read, so that no change is missed.
             let changed = self.changed.notified();
             let state = self.state();
             let Some(end) = state.end(self.limits) else {
@@ -120,7 +120,7 @@ impl Activity {
     }
 }
 
-/// While it exists, the server works on a request or sends its answer.
+/// While it exists, the server works on a request or sends its response.
 #[derive(Debug)]
 pub(super) struct Busy(Arc<Activity>);
 
@@ -130,7 +130,7 @@ impl Drop for Busy {
     }
 }
 
-/// The body of an answer; when it ends, the connection is idle.
+/// The body of a response; when it is dropped, the connection is idle.
 #[derive(Debug)]
 pub(super) struct Answered {
     pub body: Body,
@@ -157,7 +157,7 @@ impl http_body::Body for Answered {
     }
 }
 
-/// A stream that reports what comes and goes.
+/// A stream that reports reads and writes.
 #[derive(Debug)]
 pub(super) struct Watched<S> {
     pub stream: S,
@@ -244,7 +244,7 @@ mod tests {
         };
         assert_eq!(phase(), Phase::Head);
         let busy = activity.busy();
-        // The body of a request does not end it.
+        // A request's body does not end the busy phase.
         client.write_all(b"body").await.unwrap();
         server.read_exact(&mut [0; 4]).await.unwrap();
         assert_eq!(phase(), Phase::Busy);
@@ -257,7 +257,7 @@ mod tests {
         client.write_all(b"G").await.unwrap();
         server.read_exact(&mut [0; 1]).await.unwrap();
         assert_eq!(phase(), Phase::Head);
-        // More of the head does not begin its time anew.
+        // More of the head does not restart its timeout.
         let since = activity.state().since;
         client.write_all(b"E").await.unwrap();
         server.read_exact(&mut [0; 1]).await.unwrap();

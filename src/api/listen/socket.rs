@@ -10,7 +10,7 @@ use tokio_util::either::Either;
 
 use crate::config::ListenAddress;
 
-/// The mode of a Unix socket: the server's user, and the group to which the proxy belongs.
+/// The mode of a Unix socket: access for the server's user, and for the group of the proxy.
 const MODE: u32 = 0o660;
 
 /// A bound socket. A Unix socket's file is removed when it is dropped.
@@ -30,7 +30,7 @@ impl From<TcpListener> for Listener {
 }
 
 impl Listener {
-    /// Binds an address. Names are resolved, and the first of their addresses that can be bound is.
+    /// Binds an address. Names are resolved, and the first resolved address that can be bound is used.
     ///
     /// # Errors
     /// When it cannot be resolved or is in use.
@@ -38,7 +38,7 @@ impl Listener {
         match address {
             ListenAddress::Unix(path) => bind_unix(path).await,
             ListenAddress::Tcp(host, port) if host.is_empty() => {
-                // On Linux a socket of this address takes IPv4 too. Machines without IPv6 refuse it.
+                // On Linux a socket on this address accepts IPv4 too. It fails on machines without IPv6.
                 let all = SocketAddr::from((Ipv6Addr::UNSPECIFIED, *port));
                 let listener = match TcpListener::bind(all).await {
                     Err(error) if error.kind() != ErrorKind::AddrInUse => {
@@ -52,7 +52,7 @@ impl Listener {
         }
     }
 
-    /// Whether only this machine reaches it.
+    /// Whether it can be reached only from this machine.
     ///
     /// # Errors
     /// When the socket has no address.
@@ -63,7 +63,7 @@ impl Listener {
         }
     }
 
-    /// The address that it is bound to; `None` of a Unix socket.
+    /// The address that it is bound to; `None` for a Unix socket.
     ///
     /// # Errors
     /// When the socket has no address.
@@ -74,8 +74,8 @@ impl Listener {
         }
     }
 
-    /// An address at which it can be reached from this machine: the URL of a server that listens on all addresses names
-    /// loopback.
+    /// A URL at which it can be reached from this machine. If the server listens on all addresses, it contains the
+    /// loopback address.
     ///
     /// # Errors
     /// When the socket has no address.
@@ -86,13 +86,13 @@ impl Listener {
         }
     }
 
-    /// The next connection, and its peer. That of a Unix socket has no address and does not count as loopback: it is a
-    /// proxy.
+    /// The next connection and its peer. A peer on a Unix socket has no address and does not count as loopback, because
+    /// it is a proxy.
     pub(super) async fn accept(&self) -> io::Result<(Stream, SocketAddr)> {
         match self {
             Self::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
-                // Events of a stream are small and wanted at once.
+                // Events of a stream are small and must not be delayed.
                 if let Err(error) = stream.set_nodelay(true) {
                     tracing::debug!(%error, "a connection has no nodelay");
                 }
@@ -121,7 +121,7 @@ pub struct SocketFile(PathBuf);
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // Nothing is lost where it stays: the next start removes it.
+        // A leftover file does no harm: the next start removes it.
         let _ = std::fs::remove_file(&self.0);
     }
 }
@@ -139,7 +139,7 @@ async fn bind_unix(path: &Path) -> io::Result<Listener> {
     Ok(Listener::Unix(listener, file))
 }
 
-/// Whether it is a socket that a process left behind: connections to it are refused.
+/// Whether a dead process left the socket behind: connections to it are refused.
 async fn is_stale(path: &Path) -> bool {
     let socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     socket && matches!(UnixStream::connect(path).await, Err(error) if error.kind() == ErrorKind::ConnectionRefused)
@@ -173,7 +173,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("coar.sock");
         let address = ListenAddress::Unix(path.clone());
-        // As a killed process leaves it: the file stays.
+        // The file remains, as after a killed process.
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let listener = Listener::bind(&address).await.unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();

@@ -1,4 +1,4 @@
-//! The parameters of OpenAI's route: those that count, those without effect, and those of other servers.
+//! The parameters of OpenAI's route: those with effect, those without, and those of other servers.
 
 use serde::Deserialize;
 use utoipa::ToSchema;
@@ -10,77 +10,79 @@ use crate::service::{GenerateInput, NamedConcept, Service};
 use coar_core::concept::is_slug;
 use coar_core::error::{Error, ErrorKind};
 
-/// What is to be drawn. The handler reads it field by field; this is its description.
+/// A request for images in OpenAI's format.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code)]
 #[schema(example = json!({"model": "coar", "prompt": "a photo of <rex> cat on the beach", "n": 2, "seed": 7}))]
 pub(super) struct CreateImages {
-    /// At most 4000 characters; `<name>` is a concept.
+    /// At most 4000 characters. `<name>` uses a concept.
     #[schema(example = "a photo of <rex> cat on the beach", max_length = 4000)]
     prompt: String,
-    /// `coar`, the base model's own id, `coar:<concept>`, `coar:<subject>+<style>`, or another name that the operator has
-    /// given one of them (`GET /v1/models`). Concepts that the prompt does not name are placed in it: a subject goes before the first occurrence of its class noun, or into "a photo of <name>
-    /// class, " at the beginning; a style becomes " in <name> style" at the end.
+    /// `coar`, the base model's own id, `coar:<concept>`, `coar:<subject>+<style>`, or an alias that the operator has
+    /// configured (`GET /v1/models`). Concepts that the prompt does not name are placed in it: a subject before the
+    /// first occurrence of its class noun, or else as "a photo of <name> class, " at the beginning; a style as " in
+    /// <name> style" at the end.
     #[schema(example = "coar:rex+ink")]
     model: Option<String>,
-    /// As with `model`: concepts to place where the prompt does not name them.
+    /// Names of concepts, which are placed in the prompt as with `model`.
     concepts: Option<Vec<String>>,
     #[schema(minimum = 1, maximum = 10, default = 1)]
     n: Option<u32>,
-    /// `auto` or WIDTHxHEIGHT, one of the model's sizes (`GET /v1/models`); with the setting `size_policy` `nearest` any
-    /// size, of which the nearest is drawn.
+    /// `auto` or WIDTHxHEIGHT, one of the model's sizes (`GET /v1/models`). If the server is configured with
+    /// `size_policy` `nearest`, any size is accepted and the one with the nearest aspect ratio is used.
     #[schema(example = "auto")]
     size: Option<String>,
-    /// `b64_json` (default, unless the operator has decided otherwise): not stored. `url`: stored as a generation.
+    /// `b64_json` (default, unless the operator has configured another): not stored. `url`: stored as a generation.
     #[schema(example = "b64_json")]
     response_format: Option<String>,
     /// `png` (default), `jpeg` or `webp`.
     #[schema(example = "png")]
     output_format: Option<String>,
-    /// Quality of JPEG, default 90, and of WebP, default 100: without loss. With PNG only 100.
+    /// Quality of JPEG (default 90) and of WebP (default 100, which is lossless). With PNG only 100.
     #[schema(minimum = 0, maximum = 100)]
     output_compression: Option<u32>,
-    /// Server-sent events with unfinished images: `image_generation.partial_image`, `image_generation.completed`,
-    /// `error`. Not stored; disconnecting cancels.
+    /// Respond with server-sent events: `image_generation.partial_image`, `image_generation.completed`, `error`. Images
+    /// are not stored; disconnecting cancels the request.
     stream: Option<bool>,
-    /// Unfinished images in a stream, of each image.
+    /// Number of partial versions of each image in a stream.
     #[schema(minimum = 0, maximum = 3)]
     partial_images: Option<u32>,
-    /// Image i is drawn from the stream of (seed, first_index + i). Random by default and with -1; the answer names it.
+    /// Image i uses the random stream (seed, first_index + i). Default, and with -1: a random seed, which the response
+    /// contains.
     #[schema(minimum = -1, maximum = 9007199254740991_i64)]
     seed: Option<i64>,
-    /// With `n` 1 draws one image of a larger request alone.
+    /// Index of the first image. With `n` 1, it generates one image of a larger request alone.
     #[schema(minimum = 0, maximum = 1000000, default = 0)]
     first_index: Option<u32>,
-    /// How strongly the prompt counts; 1 is off.
+    /// How strongly the prompt counts; 1: off.
     #[schema(minimum = 1, maximum = 20)]
     guidance_scale: Option<f64>,
-    /// 0 takes the most likely code every time.
+    /// 0: always the most likely code.
     #[schema(minimum = 0, maximum = 5)]
     temperature: Option<f64>,
     /// Codes to choose from at each step; 0: all.
     top_k: Option<u32>,
-    /// Blocks attention between different concepts.
+    /// Prevents concepts of one prompt from attending to each other.
     #[schema(default = true)]
     identity_mask: Option<bool>,
-    /// `auto`, `low`, `medium`, `high`, `xhigh`, `max`, `standard` or `hd`; changes nothing.
+    /// `auto`, `low`, `medium`, `high`, `xhigh`, `max`, `standard` or `hd`. No effect.
     quality: Option<String>,
-    /// `auto` or `opaque`; changes nothing.
+    /// `auto` or `opaque`. No effect.
     background: Option<String>,
-    /// `auto` or `low`; changes nothing.
+    /// `auto` or `low`. No effect.
     moderation: Option<String>,
-    /// `vivid` or `natural`; changes nothing.
+    /// `vivid` or `natural`. No effect.
     style: Option<String>,
-    /// `low`, `medium` or `high`; changes nothing.
+    /// `low`, `medium` or `high`. No effect.
     complexity: Option<String>,
-    /// Changes nothing; the answer has it.
+    /// Repeated in the response. No other effect.
     safety_identifier: Option<String>,
-    /// As `safety_identifier`, which wins where both are given.
+    /// As `safety_identifier`, which takes precedence if both are given.
     user: Option<String>,
 }
 
-/// How the images are answered.
+/// The form in which images are returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
     Url,
@@ -97,14 +99,14 @@ impl From<ResponseFormat> for Answer {
     }
 }
 
-/// What of the request the answer repeats.
+/// Request fields that the response repeats.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Echo {
     pub quality: &'static str,
     pub safety_identifier: Option<String>,
 }
 
-/// A request that was read.
+/// A parsed request.
 #[derive(Debug)]
 pub(super) struct Asked {
     pub input: GenerateInput,
@@ -112,7 +114,8 @@ pub(super) struct Asked {
     pub echo: Echo,
 }
 
-/// Values of `quality`, and what an answer says of them: there is one quality, and OpenAI's answers have five words.
+/// Values of `quality` and the value in the response. There is only one quality; OpenAI's schema of responses allows
+/// five values.
 const QUALITIES: [(&str, &str); 8] = [
     ("auto", "high"),
     ("low", "low"),
@@ -132,7 +135,7 @@ const NO_INPUT: &str = "is not supported: the model draws from text and concepts
                         `POST /v1/concepts`, and name the concept in the prompt";
 const GUIDANCE: &str = "is not a parameter of this route; it is called `guidance_scale` here";
 
-/// Parameters that clients of other servers send, and what to do instead.
+/// Parameters of other servers, and what to do instead.
 const FOREIGN: [(&str, &str); 11] = [
     ("frame_count", NO_GIF),
     ("frame_duration_ms", NO_GIF),
@@ -150,7 +153,7 @@ const FOREIGN: [(&str, &str); 11] = [
     ),
 ];
 
-/// The concepts that a model's name names.
+/// The concepts that a model name refers to.
 fn model_concepts(service: &Service, aliases: &[ModelAlias], asked: &str) -> Result<Vec<NamedConcept>, Error> {
     let id = &service.executor.info().id;
     let alias = aliases.iter().find(|alias| alias.name == asked);
@@ -177,7 +180,7 @@ fn model_concepts(service: &Service, aliases: &[ModelAlias], asked: &str) -> Res
     }
 }
 
-/// Fields that say nothing here, or what the answer repeats.
+/// Reads the fields that have no effect, and those that the response repeats.
 fn echo(fields: &mut Fields) -> Result<Echo, Error> {
     let asked = fields.no_op("quality", &QUALITIES.map(|(word, _)| word))?;
     let quality = QUALITIES.into_iter().find(|(word, _)| asked.as_deref() == Some(*word));
@@ -192,14 +195,14 @@ fn echo(fields: &mut Fields) -> Result<Echo, Error> {
     })
 }
 
-/// Refuses what other servers have, with what to do here.
+/// Refuses the parameters of other servers, with what to do instead.
 fn refuse_foreign(fields: &mut Fields) -> Result<(), Error> {
     for (name, instead) in FOREIGN {
         if fields.take(name).is_some() {
             return Err(Error::field("unknown_parameter", name, instead));
         }
     }
-    // LiteLLM sends it empty. OpenAI's package puts what is in it beside the other parameters.
+    // LiteLLM sends it empty. OpenAI's package merges its content into the other parameters.
     match fields.take("extra_body") {
         None => Ok(()),
         Some(serde_json::Value::Object(inner)) if inner.is_empty() => Ok(()),

@@ -23,7 +23,7 @@ struct Progress {
 /// What one reader has received of a training.
 #[derive(Default)]
 struct Reader {
-    /// `None`: it has ended.
+    /// `None` once it has ended.
     seen: Option<Receiver<Seen>>,
     waiting: VecDeque<Event>,
     progress: Option<Progress>,
@@ -33,12 +33,12 @@ struct Reader {
 
 fn event(name: &str, id: u32, data: &impl Serialize) -> Event {
     let event = Event::default().event(name).id(id.to_string());
-    // Our objects are always JSON.
+    // Our objects always serialize.
     event.json_data(data).unwrap_or_default()
 }
 
 impl Reader {
-    /// Queues what is new since the last look.
+    /// Queues the events since the last state that was seen.
     fn see(&mut self, Seen { training, last }: &Seen) {
         let progress = Progress {
             status: training.status.into(),
@@ -69,7 +69,7 @@ impl Reader {
             if self.ended {
                 return None;
             }
-            // A stopping server and a deleted training end the stream; the next connection gets the reason.
+            // A stopping server and a deleted training end the stream; a new connection reports the reason.
             self.seen.as_mut()?.changed().await.ok()?;
             self.look();
         }
@@ -83,7 +83,7 @@ impl Reader {
     }
 }
 
-/// The present state first, then what changes, until the training ends.
+/// The present state, then changes, until the training ends.
 pub(super) fn follow(state: &AppState, caller: Caller, training: Training) -> impl Stream<Item = Event> + use<> {
     let id = training.id.to_string();
     let first = Seen::first(training);

@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 use crate::registry::{Training, TrainingStatus};
 use coar_core::training::{StepLosses, TrainingSpec};
 
-/// How a training is.
+/// State of a training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[schema(as = TrainingStatus)]
@@ -30,7 +30,7 @@ impl From<TrainingStatus> for StatusName {
     }
 }
 
-/// How far a training is.
+/// Progress of a training.
 #[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 #[schema(as = TrainingProgress)]
 pub(in crate::api) struct ProgressObject {
@@ -38,14 +38,14 @@ pub(in crate::api) struct ProgressObject {
     pub step: u32,
     #[schema(example = 60)]
     pub total_steps: u32,
-    /// Of that step; null before the first.
+    /// Loss of that step; null before the first step.
     #[schema(example = 3.87)]
     pub loss: Option<f64>,
-    /// Over the last steps of the present attempt.
+    /// Speed over the last steps of the current attempt.
     #[schema(example = 2.1)]
     pub steps_per_second: Option<f64>,
-    /// At that rate. Null while it is not known: before the second step of an attempt (start words are chosen, class
-    /// images drawn), and when it does not run.
+    /// Remaining time at that speed. Null while it is unknown: before the second step of an attempt, while start words
+    /// are chosen and class images are generated, and when the training is not running.
     #[schema(example = 18)]
     pub eta_seconds: Option<u64>,
 }
@@ -65,14 +65,14 @@ impl From<&Training> for ProgressObject {
     }
 }
 
-/// An image that a training drew on its way: always of the same prompt and seed.
+/// An image that was generated during a training, always with the same prompt and seed.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = TrainingPreview)]
 pub(in crate::api) struct PreviewObject {
-    /// The step after which it was drawn.
+    /// The step after which it was generated.
     #[schema(example = 15)]
     pub step: u32,
-    /// Of a PNG; needs the key like every route.
+    /// Address of the PNG. It needs a key, as every route does.
     #[schema(example = "/v1/trainings/training_01990000000070008000000000000000/previews/15")]
     pub url: String,
 }
@@ -93,7 +93,7 @@ pub(in crate::api) struct FaultObject {
     #[schema(example = "training_failed")]
     code: String,
     message: String,
-    /// The setting that is to blame.
+    /// The setting that caused the failure.
     field: Option<String>,
 }
 
@@ -105,27 +105,27 @@ pub(in crate::api) struct TrainingObject {
     id: String,
     #[schema(example = "training")]
     object: &'static str,
-    /// The concept's name at present.
+    /// The concept's current name.
     #[schema(example = "rex")]
     concept: String,
     #[schema(example = "concept_01990000000070008000000000000000")]
     concept_id: String,
     status: StatusName,
-    /// Number of the version that it made; null before.
+    /// Number of the version that the training made; null until then.
     #[schema(example = 1)]
     version: Option<u32>,
     progress: ProgressObject,
     previews: Vec<PreviewObject>,
-    /// How often it was begun; beginning anew after a failure counts, going on after a stop of the server does not.
+    /// Number of attempts. A retry after a failure counts; resuming after the server was stopped does not.
     #[schema(example = 1)]
     attempt: u32,
-    /// Where it would go on if the server failed now.
+    /// The step from which it would resume if the server failed now.
     checkpoint_step: Option<u32>,
-    /// Where the present attempt began.
+    /// The step at which the current attempt began.
     resumed_from_step: u32,
     error: Option<FaultObject>,
     webhook_url: Option<String>,
-    /// Among those of the same tenant that wait, the higher one comes first.
+    /// Among the queued trainings of the tenant, the highest priority is run first.
     #[schema(example = 0)]
     priority: i32,
     /// Unix seconds.
@@ -134,7 +134,7 @@ pub(in crate::api) struct TrainingObject {
     started_at: Option<i64>,
     /// Unix seconds.
     finished_at: Option<i64>,
-    /// Every setting, as `docs/reference/concept-format.md` describes them.
+    /// All settings, as `docs/reference/concept-format.md` describes them.
     #[schema(value_type = Object)]
     hyper_parameters: TrainingSpec,
 }
@@ -173,13 +173,13 @@ impl From<&Training> for TrainingObject {
     }
 }
 
-/// Losses of one step; terms that are switched off are null.
+/// Losses of one step. Disabled terms are null.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = TrainingLosses)]
 pub(in crate::api) struct LossesObject {
     #[schema(example = 1)]
     step: u32,
-    /// What is minimised.
+    /// The loss that is minimised.
     #[schema(example = 4.12)]
     total: f32,
     #[schema(example = 4.12)]
@@ -205,6 +205,6 @@ impl From<&StepLosses> for LossesObject {
 pub(in crate::api) struct TrainingWithLosses {
     #[serde(flatten)]
     pub training: TrainingObject,
-    /// In steps' order, up to a few seconds ago; of long trainings about 500 points.
+    /// In the order of the steps, up to a few seconds ago. For long trainings, about 500 points.
     pub losses: Vec<LossesObject>,
 }

@@ -1,4 +1,4 @@
-//! However many clients follow a training, one task reads its row.
+//! One task polls a training's row, however many clients follow it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,19 +10,19 @@ use tokio_util::task::TaskTracker;
 use crate::registry::Training;
 use coar_core::ids::TrainingId;
 
-/// Progress is written down about that often, by whichever process trains, and as often looked for.
+/// Interval of polling; the training process stores its progress about as often.
 pub(super) const LOOK: Duration = Duration::from_millis(500);
 
-/// A training as it was last seen.
+/// A training's state when it was last read.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Seen {
     pub training: Training,
-    /// Nothing comes after it.
+    /// No state follows.
     pub last: bool,
 }
 
 impl Seen {
-    /// A first look: a training that has ended long ago has no more events.
+    /// The first state: a training that ended earlier has no more events.
     pub fn first(training: Training) -> Self {
         let last = training.status.is_final();
         Self { training, last }
@@ -33,7 +33,7 @@ impl Seen {
 #[derive(Debug, Clone, Default)]
 pub(in crate::api) struct Followed(Arc<Mutex<HashMap<TrainingId, Sender<Seen>>>>);
 
-/// Takes the entry away however its task ends: its followers' streams end with it.
+/// Removes its entry when its task ends for any reason; the followers' streams then end.
 struct Entry {
     followed: Followed,
     id: TrainingId,
@@ -50,7 +50,7 @@ impl Drop for Entry {
 }
 
 impl Entry {
-    /// Removes the entry, unless a client follows.
+    /// Removes the entry unless a client follows it; returns whether it did.
     fn leave(&self) -> bool {
         let mut all = self.followed.lock();
         let alone = self.sender.receiver_count() == 0;
@@ -60,7 +60,7 @@ impl Entry {
         alone
     }
 
-    /// Polls until the training has ended, its last follower is gone, or its row is.
+    /// Polls until the training has ended or was deleted, or its last follower has disconnected.
     async fn watch<F: Future<Output = Option<Training>>>(self, look: impl Fn() -> F) {
         loop {
             tokio::select! {
@@ -73,7 +73,7 @@ impl Entry {
                 () = tokio::time::sleep(LOOK) => {}
             }
             let Some(training) = look().await else { return };
-            // An image that was drawn while the training ended is stored after it: what has ended is looked at twice.
+            // An image that was drawn as the training ended is stored after it: a final state is read twice.
             let last = training.status.is_final() && self.sender.borrow().training.status.is_final();
             let seen = Seen { training, last };
             self.sender.send_if_modified(|old| {
@@ -90,12 +90,12 @@ impl Entry {
 
 impl Followed {
     fn lock(&self) -> MutexGuard<'_, HashMap<TrainingId, Sender<Seen>>> {
-        // Nothing in it can be half-written.
+        // No operation leaves the map half-written.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is seen of a training from now on, beginning with what was seen last. `first` is the caller's own look; where
-    /// the training has no follower yet, `tasks` gets the one that polls.
+    /// Follows a training, from the state that was read last. `first` is the caller's own read; if the training has no
+    /// follower yet, the task that polls is spawned on `tasks`.
     pub(super) fn join<F: Future<Output = Option<Training>> + Send + 'static>(
         &self,
         first: Seen,

@@ -1,5 +1,5 @@
-//! Studio, the page that people use: `/` and `/studio/*`. Plain files in the binary; it talks to the same HTTP API as
-//! everybody, so that nothing is decided here.
+//! Studio, the web page: `/` and `/studio/*`. Static files in the binary. It uses the same HTTP API as every other
+//! client, so there is no logic here.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -19,7 +19,7 @@ const CSS: &str = "text/css; charset=utf-8";
 const JS: &str = "text/javascript; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 
-/// The page itself, the answer to `/`.
+/// The page itself, the response to `/`.
 const INDEX: &str = "index.html";
 
 /// Name, content type and text of every file.
@@ -38,11 +38,11 @@ const FILES: &[(&str, &str, &str)] = files! {
         "theme.js" "training.js";
 };
 
-/// What the page may do: its own files and its own server, images that it has in memory, and nothing inline.
+/// Content security policy of the page: its own files and its own server, images from memory, and nothing inline.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; \
     connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 
-/// One file, ready to be answered.
+/// A file, ready to be sent.
 struct Asset {
     kind: &'static str,
     text: &'static str,
@@ -58,13 +58,13 @@ static ASSETS: LazyLock<HashMap<&'static str, Asset>> = LazyLock::new(|| {
     FILES.iter().map(asset).collect()
 });
 
-/// `/` and `/studio/*`. They need no service: they answer while the model is loading, and the page shows that it is.
+/// `/` and `/studio/*`. They need no service: they respond while the model is loading, and the page shows that state.
 pub(super) fn routes() -> Router<AppState> {
     Router::new()
         .route("/", get(|headers: HeaderMap| async move { answer(INDEX, &headers) }))
         .route("/studio", get(|| async { Redirect::permanent("/") }))
         .route("/studio/", get(|| async { Redirect::permanent("/") }))
-        // The page's own addresses are relative to `/`.
+        // The page's own URLs are relative to `/`.
         .route("/studio/index.html", get(|| async { Redirect::permanent("/") }))
         .route(
             "/studio/{file}",
@@ -82,7 +82,7 @@ fn answer(name: &str, headers: &HeaderMap) -> Result<Response, ApiError> {
     })?;
     let shared: [(HeaderName, HeaderValue); 5] = [
         (header::ETAG, asset.tag.clone()),
-        // A browser keeps the files and asks each time whether they are still these: an upgrade shows at once.
+        // Browsers cache the files and revalidate them each time, so an upgrade is visible at once.
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
         (header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY)),
         (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
@@ -94,7 +94,7 @@ fn answer(name: &str, headers: &HeaderMap) -> Result<Response, ApiError> {
     Ok((shared, [(header::CONTENT_TYPE, asset.kind)], asset.text).into_response())
 }
 
-/// Whether the caller has this version already.
+/// Whether the client already has this version.
 fn known(headers: &HeaderMap, tag: &HeaderValue) -> bool {
     let given = headers.get_all(header::IF_NONE_MATCH).iter();
     given.filter_map(|value| value.to_str().ok()).any(|list| {
@@ -108,7 +108,7 @@ fn known(headers: &HeaderMap, tag: &HeaderValue) -> bool {
 mod tests {
     use super::*;
 
-    /// Every file that the page or a module asks for is in the binary, and every file in the folder is asked for.
+    /// Every file that the page or a module refers to is in the binary, and every file in the folder is referred to.
     #[test]
     fn the_files_are_those_that_the_page_asks_for() {
         let mut asked = vec![INDEX.to_owned()];
@@ -131,7 +131,7 @@ mod tests {
         assert_eq!(there, served);
     }
 
-    /// The policy refuses inline code, so there must be none, and nothing may come from elsewhere.
+    /// The policy refuses inline code, so there must be none, and nothing may be loaded from other hosts.
     #[test]
     fn nothing_is_inline_and_nothing_comes_from_elsewhere() {
         let page = ASSETS[INDEX].text;

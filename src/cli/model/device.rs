@@ -1,4 +1,4 @@
-//! With a device.
+//! The flags of a base model, in a build with the feature `device`.
 
 use coar_core::engine::ModelInfo;
 use coar_engine::device::{EngineOptions, KvMemory};
@@ -9,7 +9,7 @@ use coar_engine::model::{LuminaMgpt, ModelError};
 use crate::config::{EngineArgs, ModelArgs};
 
 impl EngineArgs {
-    /// What the flags say, the rest as always.
+    /// The options that the flags set; the rest are defaults.
     pub fn options(&self) -> EngineOptions {
         EngineOptions {
             queue: self.queue,
@@ -40,7 +40,7 @@ impl ModelArgs {
         }
     }
 
-    /// The checkpoint's files; unpacks the pocket model where no other is named.
+    /// The checkpoint's files; unpacks the pocket model if no other is given.
     ///
     /// # Errors
     /// When a file is missing.

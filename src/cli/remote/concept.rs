@@ -22,7 +22,7 @@ pub(in crate::cli) async fn run(client: &Client, command: ConceptCommand) -> any
         ConceptCommand::Export { name, out, version, .. } => export(client, &name, out, version).await,
         ConceptCommand::Import { file, name, .. } => import(client, &file, name.as_deref()).await,
         ConceptCommand::Verify { .. } => {
-            anyhow::bail!("`concept verify` reads a data folder; a server verifies whatever it reads")
+            anyhow::bail!("`concept verify` reads a data folder; a server verifies everything it reads")
         }
         ConceptCommand::Delete { name, .. } => {
             client.delete_concept(&name).await?;
@@ -41,7 +41,7 @@ pub(in crate::cli) async fn run(client: &Client, command: ConceptCommand) -> any
     }
 }
 
-/// Registers a concept and, unless it is left alone, watches its training to the end.
+/// Registers a concept and, if `watch` is set, follows its training to the end.
 pub(in crate::cli) async fn add(client: &Client, form: &FormArgs, watch: bool) -> anyhow::Result<()> {
     let concept = client.add_concept(form.new_concept(form.references()?)).await?;
     let Some(id) = concept["training"]["id"].as_str() else {

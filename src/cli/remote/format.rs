@@ -1,4 +1,4 @@
-//! The server's JSON as lines of text. What is missing is a dash: an older server says less.
+//! The server's JSON as lines of text. Missing fields, as from an older server, are shown as a dash.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -8,7 +8,7 @@ use crate::cli::printable::printable;
 
 const NONE: &str = "-";
 
-/// A string or number as it is, without what a terminal would obey.
+/// A string or number as text that is safe for a terminal.
 pub(in crate::cli) fn text(value: &Value) -> String {
     match value {
         Value::Null => NONE.to_owned(),
@@ -17,7 +17,7 @@ pub(in crate::cli) fn text(value: &Value) -> String {
     }
 }
 
-/// The first characters of a hash.
+/// The first characters of a hash, to display it.
 fn short(hash: &str) -> String {
     printable(&hash.chars().take(12).collect::<String>()).into_owned()
 }
@@ -45,7 +45,7 @@ pub(super) fn duration(seconds: u64) -> String {
     }
 }
 
-/// How long a moment in Unix seconds is ago.
+/// The time since a moment in Unix seconds.
 pub(in crate::cli) fn age(moment: &Value) -> String {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -81,7 +81,7 @@ pub(in crate::cli) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     lines
 }
 
-/// Of `coar concept list`, with a server and without.
+/// The columns of `coar concept list`, with a server and without.
 pub(in crate::cli) const CONCEPT_COLUMNS: &[&str] = &["NAME", "KIND", "CLASS", "STATUS", "VERSION", "CREATED"];
 
 /// `coar concept list`
@@ -100,7 +100,7 @@ pub(super) fn concepts(list: &[Value]) -> String {
     table(CONCEPT_COLUMNS, &rows)
 }
 
-/// A concept's status; how far its training is, where it is in one.
+/// A concept's status, with the progress of its training.
 fn status(concept: &Value) -> String {
     let training = &concept["training"];
     match (concept["status"].as_str(), training["status"].as_str()) {
@@ -160,7 +160,7 @@ pub(super) fn trainings(list: &[Value]) -> String {
     table(&["ID", "CONCEPT", "STATUS", "STEP", "LOSS", "CREATED"], &rows)
 }
 
-/// Three digits of the loss.
+/// The loss with three digits.
 pub(super) fn loss(progress: &Value) -> String {
     progress["loss"]
         .as_f64()

@@ -11,7 +11,7 @@ use super::format;
 use crate::cli::progress::ProgressLines;
 use crate::client::{Client, ClientError, Draw, Event};
 
-/// What one event of the stream means for the command.
+/// What an event of the stream means for the command.
 #[derive(Debug, PartialEq)]
 enum Step {
     Nothing,
@@ -66,12 +66,12 @@ fn step(event: &Event) -> Result<Step, ClientError> {
             let data = event.json()?;
             return Err(ClientError::of_generation(unwrapped(&data)));
         }
-        // Partial images are not requested; later servers may send more events.
+        // Partial images are not requested, and newer servers may send other events.
         _ => Step::Nothing,
     })
 }
 
-/// The generation, whether the event wraps it or is it.
+/// The generation in an event, which is either wrapped or the event itself.
 fn unwrapped(data: &Value) -> &Value {
     match data["generation"].is_object() {
         true => &data["generation"],
@@ -79,12 +79,12 @@ fn unwrapped(data: &Value) -> &Value {
     }
 }
 
-/// `coar-7-0.png`, as the command without a server names it.
+/// `coar-7-0.png`, the same name as without a server.
 fn file_name(seed: u64, index: u64, extension: &str) -> String {
     format!("coar-{seed}-{index}.{extension}")
 }
 
-/// Draws on the server and writes each image as soon as it is there.
+/// Draws on the server and writes each image as soon as it is complete.
 ///
 /// # Errors
 /// When the server refuses or fails, or a file cannot be written.

@@ -13,7 +13,8 @@ use crate::client::Client;
 /// Which server, and with which key.
 #[derive(Debug, Clone, Args)]
 pub(super) struct RemoteArgs {
-    /// Address of a server: concept, training, generate, train and models then work there instead of on --data.
+    /// Address of a server, which the commands concept, training, generate, train and models then use instead of
+    /// --data.
     #[arg(
         id = "server_url",
         long = "server",
@@ -37,12 +38,12 @@ pub(super) struct RemoteArgs {
 }
 
 impl RemoteArgs {
-    /// The server's client, `None` where no server is named.
+    /// The server's client; `None` if no server is given.
     ///
     /// # Errors
     /// When the address cannot be used.
     pub(super) fn client(&self) -> anyhow::Result<Option<Client>> {
-        // An empty variable is none.
+        // An empty variable counts as unset.
         let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
         given(&self.server)
             .map(|server| Ok(Client::new(&server, given(&self.key))?))
@@ -50,7 +51,7 @@ impl RemoteArgs {
     }
 }
 
-/// The server, for a command that has no other place to work.
+/// The server, for a command that works only with one.
 pub(super) fn needed(server: Option<&Client>) -> anyhow::Result<&Client> {
     server.ok_or_else(|| anyhow::anyhow!("this needs a server: name it with --server URL or COAR_SERVER"))
 }

@@ -15,16 +15,16 @@ use crate::client::{Client, ClientError, Event};
 
 #[derive(Debug, Subcommand)]
 pub(in crate::cli) enum TrainingCommand {
-    /// Every training, newest first.
+    /// List all trainings, newest first.
     List {
-        /// Only those of this concept.
+        /// Only trainings of this concept.
         #[arg(long, add = ArgValueCompleter::new(concept_names))]
         concept: Option<String>,
-        /// Only those that are queued, running, succeeded, failed or cancelled.
+        /// Only trainings with this status: queued, running, succeeded, failed or cancelled.
         #[arg(long)]
         status: Option<String>,
     },
-    /// What one training is and how far. Takes a training's id, or a concept's name for its latest.
+    /// Show a training and its progress. Takes a training's id, or a concept's name for its latest training.
     Show {
         #[arg(add = ArgValueCompleter::new(concept_names))]
         training: String,
@@ -34,12 +34,12 @@ pub(in crate::cli) enum TrainingCommand {
         #[arg(add = ArgValueCompleter::new(concept_names))]
         training: String,
     },
-    /// Stop a training for good.
+    /// Cancel a training.
     Cancel {
         #[arg(add = ArgValueCompleter::new(concept_names))]
         training: String,
     },
-    /// Queue a training that failed or was cancelled again.
+    /// Requeue a training that failed or was cancelled.
     Retry {
         #[arg(add = ArgValueCompleter::new(concept_names))]
         training: String,
@@ -91,15 +91,15 @@ async fn identifier(client: &Client, given: &str) -> anyhow::Result<String> {
         .ok_or_else(|| anyhow::anyhow!("the concept `{given}` was never trained here: it was imported"))
 }
 
-/// Where a server has no event stream it is asked this often; also the pause before a broken stream is opened again.
+/// Poll interval for a server without an event stream; also the pause before a broken stream is opened again.
 const POLL: Duration = Duration::from_millis(500);
-/// So often in a row a server may fail to answer before watching is given up.
+/// Consecutive failures of the server after which watching ends with an error.
 const PATIENCE: u32 = 20;
 
-/// Follows a training with a bar on the terminal; the training, when it has succeeded.
+/// Follows a training with a progress bar; returns the training when it has succeeded.
 ///
 /// # Errors
-/// When it fails or is cancelled, or the server cannot be asked any more.
+/// When it fails or is cancelled, or the server no longer answers.
 pub(in crate::cli) async fn watch(client: &Client, id: &str) -> anyhow::Result<Value> {
     let style = ProgressStyle::with_template("{msg:12} {wide_bar} {pos}/{len}  eta {prefix}")?;
     let bar = ProgressBar::new(0).with_style(style).with_message("queued");
@@ -132,7 +132,7 @@ pub(in crate::cli) async fn watch(client: &Client, id: &str) -> anyhow::Result<V
     }
 }
 
-/// Shows events until the stream ends, however it ends; the training's state is read afterwards.
+/// Shows events until the stream ends; the training's state is read afterwards.
 async fn follow(client: &Client, id: &str, bar: &ProgressBar, lines: &mut ProgressLines) -> Result<(), ClientError> {
     let mut events = client.training_events(id).await?;
     while let Some(event) = events.next().await? {
@@ -144,7 +144,7 @@ async fn follow(client: &Client, id: &str, bar: &ProgressBar, lines: &mut Progre
     Ok(())
 }
 
-/// Shows one event; whether more are to come.
+/// Shows one event; returns whether more will follow.
 fn saw(event: &Event, bar: &ProgressBar, client: &Client) -> Result<bool, ClientError> {
     match event.name.as_str() {
         "progress" => show(bar, &event.json()?),
@@ -155,7 +155,7 @@ fn saw(event: &Event, bar: &ProgressBar, client: &Client) -> Result<bool, Client
             bar.suspend(|| println!("preview at step {step}: {url}"));
         }
         "ended" => return Ok(false),
-        // Later servers may send more events.
+        // Newer servers may send other events.
         _ => {}
     }
     Ok(true)

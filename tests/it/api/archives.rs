@@ -81,7 +81,7 @@ async fn an_archive_is_its_images_with_their_captions() {
         };
         assert_eq!(image("packed").await, image("plain").await, "{index}");
     }
-    // The same archive with captions of the form's own, and with one image too many.
+    // The same archive with additional captions in the form, and with one image too many.
     let twice = form("twice", archive.clone()).text("caption", "x");
     assert_eq!(refusal(&app.register(twice).await), (400, "invalid_value", "captions"));
     let more = (0..8).fold(form("more", archive), |form, _| {

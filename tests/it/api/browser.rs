@@ -1,4 +1,4 @@
-//! Foreign web pages in the browser of a person who runs a server without keys.
+//! Foreign web pages in the browser of a user who runs a server without keys.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::support::TestApp;
 
-/// The whole answer to bytes that are sent as they are.
+/// Sends raw bytes; returns the whole response.
 fn raw(app: &TestApp, request: &str) -> String {
     let mut stream = TcpStream::connect(app.url.trim_start_matches("http://")).unwrap();
     stream.write_all(request.as_bytes()).unwrap();
@@ -16,7 +16,7 @@ fn raw(app: &TestApp, request: &str) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
-/// Status and error code of a request with these headers, whose body is announced and does not come.
+/// Status and error code of a request with these headers, whose body is never sent.
 fn ask(app: &TestApp, method: &str, path: &str, headers: &[&str]) -> (u16, String) {
     let headers: String = headers.iter().map(|header| format!("{header}\r\n")).collect();
     let answer = raw(
@@ -60,11 +60,11 @@ async fn a_name_that_was_made_to_resolve_to_loopback_reaches_nothing() {
     assert_eq!(refused, (403, "host_not_allowed".to_owned()));
     let forwarded = ask(&app, "GET", "/v1/models", &[REBOUND, "X-Forwarded-Host: localhost"]);
     assert_eq!(forwarded.0, 403);
-    // Probes name a pod by its address.
+    // Probes address a pod by its IP.
     for path in ["/livez", "/readyz"] {
         assert_eq!(ask(&app, "GET", path, &["Host: 10.1.2.3:8080"]).0, 200, "{path}");
     }
-    // No browser leaves the name out.
+    // Browsers always send the name.
     let old = raw(&app, "GET /v1/models HTTP/1.0\r\n\r\n");
     assert!(old.contains(" 200 OK"), "{old}");
 }
@@ -93,7 +93,7 @@ async fn a_foreign_page_changes_nothing_and_its_body_is_not_read() {
         // A link on a foreign page to Studio works.
         assert_eq!(ask(&app, "GET", "/", &[&[LOCAL][..], headers].concat()).0, 200);
     }
-    // Its own pages, and clients that are no browser.
+    // The server's own pages, and clients that are not browsers.
     for headers in [
         &["Origin: http://127.0.0.1:8080", "Sec-Fetch-Site: same-origin"][..],
         &["Sec-Fetch-Site: none"],

@@ -1,4 +1,4 @@
-//! Requests as programs send them that were written for other servers.
+//! Requests of clients that were written for other servers.
 
 use coar_core::image::{ImageLimits, decode};
 use reqwest::Method;
@@ -18,7 +18,7 @@ fn message(answer: &(u16, Value)) -> &str {
     answer.1["error"]["message"].as_str().unwrap_or("")
 }
 
-/// The images are in the answer unless the request or the operator says otherwise.
+/// Images are returned in the response unless the request or the operator chooses otherwise.
 #[tokio::test(flavor = "multi_thread")]
 async fn images_are_answered_as_base64() {
     let app = TestApp::start().await;
@@ -170,7 +170,7 @@ async fn fields_that_say_nothing_and_fields_of_other_servers() {
     assert!(message(&refused).contains("because"), "{refused:?}");
 }
 
-/// Those of the API as it is at present; the answers repeat what OpenAI's repeat.
+/// The fields of OpenAI's present API; the responses repeat those that OpenAI's repeat.
 #[tokio::test(flavor = "multi_thread")]
 async fn present_fields_are_taken_and_repeated() {
     let app = TestApp::start().await;
@@ -204,7 +204,7 @@ async fn present_fields_are_taken_and_repeated() {
     assert_eq!(body["safety_identifier"], "u-1");
     let refused = app.post(ROUTE, json!({"prompt": "a cat", "complexity": "none"})).await;
     assert_eq!(error(&refused), (400, "unsupported_value", "complexity"));
-    // A stream without unfinished images.
+    // A stream without partial images.
     let streamed = json!({"prompt": "a cat", "stream": true, "safety_identifier": "s-1", "quality": "low"});
     let mut events = crate::support::Events::open(app.request(Method::POST, ROUTE).json(&streamed)).await;
     let (name, data) = events.next().await.unwrap();
@@ -286,7 +286,7 @@ async fn addresses_with_additional_slashes() {
     }
     let (_, metrics) = app.get("/metrics").await;
     let route = r#"route="/v1/images/generations",status="2xx"} 3"#;
-    assert!(metrics.as_str().unwrap().contains(route), "they count as that route");
+    assert!(metrics.as_str().unwrap().contains(route), "they use its label");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -318,7 +318,7 @@ async fn text_that_looks_like_a_concept() {
     assert_eq!(app.post(plan, json!({"prompt": "a < Rex> cat"})).await.0, 200);
 }
 
-/// In the order of the numbers, whatever the order of the parts.
+/// In the order of the numbers, independent of the order of the parts.
 #[tokio::test(flavor = "multi_thread")]
 async fn parts_of_a_form_may_have_numbers() {
     let app = TestApp::start().await;
@@ -436,7 +436,7 @@ async fn class_nouns_of_other_scripts() {
     }
 }
 
-/// Programs that write captions leave their control tokens in them.
+/// Captioning programs leave their control tokens in captions.
 #[tokio::test(flavor = "multi_thread")]
 async fn captions_with_control_tokens() {
     let app = TestApp::start().await;

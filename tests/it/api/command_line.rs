@@ -6,7 +6,7 @@ use coar_core::image::{ImageLimits, decode};
 
 use crate::support::{REX, TestApp, images};
 
-/// Runs the program against a server; its status and what it has written.
+/// Runs the program against a server; returns its status and output.
 async fn coar(app: &TestApp, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_coar"));
     command
@@ -20,7 +20,7 @@ async fn coar(app: &TestApp, args: &[&str]) -> Output {
         .unwrap()
 }
 
-/// What it has printed, where it has succeeded.
+/// Its standard output; it has to succeed.
 async fn printed(app: &TestApp, args: &[&str]) -> String {
     let output = coar(app, args).await;
     let (out, err) = (
@@ -31,7 +31,7 @@ async fn printed(app: &TestApp, args: &[&str]) -> String {
     out
 }
 
-/// Its complaint, where it has failed with status 1.
+/// Its error output; it has to fail with status 1.
 async fn complaint(app: &TestApp, args: &[&str]) -> String {
     let output = coar(app, args).await;
     assert_eq!(output.status.code(), Some(1), "{args:?}");
@@ -70,7 +70,7 @@ async fn a_concept_is_added_watched_listed_moved_and_deleted() {
     assert!(printed(&app, &["models"]).await.contains("coar"));
 }
 
-/// Of a folder all images are sent, in order and with the captions beside them.
+/// All images of a folder are sent, in order and with their captions.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_folder_is_registered_with_its_captions() {
     let app = TestApp::start().await;
@@ -142,7 +142,7 @@ async fn refusals_are_shown_in_the_servers_words() {
     assert!(String::from_utf8_lossy(&without.stderr).contains("--server URL"));
 }
 
-/// In this process too, without a server.
+/// Also without a server, in the command's own process.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_refused_image_is_named() {
     let app = TestApp::start().await;
@@ -173,7 +173,7 @@ async fn the_refused_image_is_named() {
     );
 }
 
-/// Where the server has the native generations.
+/// Uses the native route for generations.
 #[tokio::test(flavor = "multi_thread")]
 async fn images_are_written_by_seed_and_index() {
     let app = TestApp::start().await;
@@ -226,7 +226,7 @@ async fn shells_complete_the_names_of_concepts() {
     assert_eq!(names.trim(), REX.name, "{}", String::from_utf8_lossy(&asked.stderr));
 }
 
-/// A concept file whose class noun makes a terminal red and breaks the line.
+/// A concept file whose class noun contains terminal codes for red and a line break.
 fn with_hostile_noun(file: &[u8]) -> Vec<u8> {
     let (length, rest) = file.split_at(8);
     let length = u64::from_le_bytes(length.try_into().unwrap()) as usize;

@@ -1,4 +1,4 @@
-//! What a concept is over its life: listed, changed, trained again, rolled back, moved, deleted.
+//! The life of a concept: listed, changed, trained again, rolled back, moved, deleted.
 
 use coar_core::image::{ImageLimits, decode};
 use reqwest::Method;
@@ -25,7 +25,7 @@ fn names(list: &Value) -> Vec<&str> {
     data.iter().map(|concept| concept["name"].as_str().unwrap()).collect()
 }
 
-/// The first version stays in use until the second is there; both can be gone back to.
+/// The first version stays in use until the second is ready; both can be rolled back to.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_concept_is_trained_again_and_rolled_back() {
     let app = TestApp::start().await;
@@ -45,7 +45,7 @@ async fn a_concept_is_trained_again_and_rolled_back() {
     let second: Value = response.json().await.unwrap();
     assert_eq!(location, format!("/v1/trainings/{}", second["id"].as_str().unwrap()));
     assert_eq!(second["hyper_parameters"]["steps"], 400);
-    // Meanwhile the old one serves, and no third one is begun.
+    // In the meantime the old version is used, and no third training can be started.
     let (status, busy) = app.post("/v1/concepts/rex/trainings", json!({})).await;
     assert_eq!((status, code(&busy)), (409, "training_in_progress"));
     let draw = json!({"prompt": "a photo of <rex> cat", "seed": 3, "response_format": "b64_json"});
@@ -60,7 +60,8 @@ async fn a_concept_is_trained_again_and_rolled_back() {
         ),
         (Some("ready"), &first["version"], &second["id"])
     );
-    // A cancelled one changes nothing, a shorter one makes the second version. No body: as the newest training.
+    // A cancelled training changes nothing, a shorter one makes the second version. Without a body, the settings are
+    // those of the newest training.
     let id = second["id"].as_str().unwrap();
     assert_eq!(app.post(&format!("/v1/trainings/{id}/cancel"), json!({})).await.0, 200);
     assert_eq!(app.get("/v1/concepts/rex").await.1["version"], first["version"]);
@@ -89,14 +90,14 @@ async fn a_concept_is_trained_again_and_rolled_back() {
         (&page["data"][0]["hash"], &page["has_more"]),
         (&first["version"]["hash"], &json!(false))
     );
-    // Both files are there, and each says which it is.
+    // Both versions have their own file.
     let (_, weights) = bytes(&app, "/v1/concepts/rex/weights?version=1").await;
     let (_, newest) = bytes(&app, "/v1/concepts/rex/weights").await;
     assert_ne!(weights, newest);
     assert_eq!(bytes(&app, "/v1/concepts/rex/weights?version=3").await.0, 404);
     let (_, drawn) = app.post("/v1/images/generations", draw.clone()).await;
     assert_ne!(drawn["data"][0]["b64_json"], old["data"][0]["b64_json"]);
-    // Back to the first: the same image as then.
+    // Rolled back to the first version: the same image as before.
     let (status, back) = patch(&app, "rex", json!({"version": 1})).await;
     assert_eq!((status, &back["version"]), (200, &first["version"]), "{back}");
     let (_, drawn) = app.post("/v1/images/generations", draw).await;
@@ -139,7 +140,7 @@ async fn concepts_are_listed_described_renamed_and_looked_at() {
     let (_, style) = app.register(style).await;
     let done = app.until_ended(registered["training"]["id"].as_str().unwrap()).await;
     assert_eq!(done["status"], "succeeded");
-    // The very same again: under its name a conflict that says so, under another accepted.
+    // An identical registration: a conflict that says so under the same name, accepted under another.
     let (status, same) = app.register(subject_form(&REX).text("steps", "2")).await;
     assert_eq!((status, code(&same)), (409, "name_taken"));
     assert!(
@@ -169,7 +170,7 @@ async fn concepts_are_listed_described_renamed_and_looked_at() {
     let (_, rest) = app.get(&format!("/v1/concepts?after={after}")).await;
     assert_eq!(names(&rest), ["rex"]);
     assert_eq!(rest["data"][0]["training"]["id"], done["id"]);
-    // By its id as well, and by its new name once it has one.
+    // By its id too, and by its new name after it is renamed.
     let id = registered["id"].as_str().unwrap();
     let (_, by_id) = app.get(&format!("/v1/concepts/{id}")).await;
     assert_eq!(by_id["name"], "rex");
@@ -250,7 +251,7 @@ async fn an_imported_concept_has_a_version_and_no_images_to_train_from() {
     assert_eq!((status, code(&refused)), (409, "no_reference_images"));
     let (_, versions) = app.get("/v1/concepts/moved/versions").await;
     assert_eq!(versions["data"][0]["training_id"], Value::Null);
-    // Its tensors are the first one's, and stay when that goes.
+    // It shares the tensors of the first concept, and keeps them when that is deleted.
     assert_eq!(app.delete("/v1/concepts/rex").await, 204);
     assert_eq!(bytes(&app, "/v1/concepts/moved/weights").await, (200, file));
     assert_eq!(app.blobs().len(), 1);

@@ -1,4 +1,4 @@
-//! Many callers at once, and a blob store that is slow: no request is refused for it, and none waits for another.
+//! Many concurrent callers, and a slow blob store: no request is refused because of it, and none waits for another.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -10,12 +10,12 @@ use serde_json::{Value, json};
 
 use crate::support::{REX, TestApp, answer, form_named};
 
-/// No answer may take longer.
+/// The longest time that a response may take.
 const LONGEST: Duration = Duration::from_secs(1);
-/// What the slow store takes for each request.
+/// Delay of the slow store for each request.
 const SLOW: Duration = Duration::from_secs(2);
 
-/// Sends all at once; each one's status and time.
+/// Sends all requests at once; returns each one's status and time.
 async fn at_once(requests: Vec<RequestBuilder>) -> Vec<(u16, Duration)> {
     join_all(requests.into_iter().map(|request| async move {
         let began = Instant::now();
@@ -59,7 +59,7 @@ async fn thirty_two_callers_change_delete_and_import() {
     assert_eq!(listed["data"].as_array().map(Vec::len), Some(1 + 12 + 8));
 }
 
-/// The S3 stand-in of `tests/faults`, until it is dropped.
+/// The S3 server of `tests/faults`, until it is dropped.
 struct S3 {
     child: Child,
     url: String,
@@ -75,7 +75,7 @@ impl S3 {
             .arg("0")
             .stdout(Stdio::piped())
             .spawn()
-            .expect("Python 3 is there");
+            .expect("python3 is installed");
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("its output is piped"))
             .read_line(&mut line)
@@ -83,7 +83,7 @@ impl S3 {
         let url = line
             .trim()
             .strip_prefix("listening on ")
-            .expect("it says where")
+            .expect("it prints its address")
             .to_owned();
         Self { child, url, _dir: dir }
     }
@@ -113,7 +113,7 @@ impl Drop for S3 {
     }
 }
 
-/// A database of its own where COAR_TEST_DATABASE names a PostgreSQL server: see `scripts/with-postgres.sh`.
+/// A new database if COAR_TEST_DATABASE names a PostgreSQL server: see `scripts/with-postgres.sh`.
 async fn database() -> Option<String> {
     let server = std::env::var("COAR_TEST_DATABASE").ok()?;
     sqlx::any::install_default_drivers();
@@ -133,7 +133,7 @@ async fn sixteen_tenants_register_while_the_blob_store_is_slow() {
     flags.extend(database().await);
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let mut app = TestApp::start_in("warn", &flags, &s3.variables()).await;
-    // Without keys the caller is the tenant `default`, and may do everything; its first key has all scopes.
+    // Without keys the caller is the tenant `default` with all scopes.
     let mut keys = Vec::new();
     for number in 0..=16 {
         let tenant = match number {
@@ -153,7 +153,7 @@ async fn sixteen_tenants_register_while_the_blob_store_is_slow() {
             _ => keys.push(secret),
         }
     }
-    // Something to delete meanwhile, whose bytes are slow to go.
+    // A concept to delete in the meantime, whose blobs are slow to remove.
     let (status, body) = app.register(form_named(&REX, "gone")).await;
     assert_eq!(status, 202, "{body}");
     s3.slow_down(&app, SLOW).await;
@@ -189,8 +189,8 @@ async fn sixteen_tenants_register_while_the_blob_store_is_slow() {
     let refused: Vec<&(u16, Value)> = registered.iter().filter(|(status, _)| *status != 202).collect();
     assert!(refused.is_empty() && deleted == 204, "{deleted} {refused:?}");
     assert!(longest < LONGEST, "a write beside them took {longest:?}");
-    // All tenants at the same time: three images each, one after the other, which may have to wait first until the same three
-    // are removed.
+    // All tenants register at the same time, each three images one after the other, which may first have to wait until
+    // the same three are removed.
     assert!(took < 8 * SLOW, "they took {took:?}");
 }
 
@@ -199,7 +199,7 @@ async fn generations_without_a_row_are_not_taken_for_those_that_others_have_ende
     let Some(flag) = database().await else { return };
     let s3 = S3::start();
     let app = TestApp::start_in("warn", &["--blobs=s3://bucket/coar", &flag], &s3.variables()).await;
-    // Longer than the pause between two looks at the database.
+    // Takes longer than the poll interval of the database.
     let body = json!({"prompt": "a cat", "n": 10, "response_format": "b64_json"});
     for _ in 0..2 {
         let began = Instant::now();

@@ -1,4 +1,4 @@
-//! The bodies that `/openapi.json` describes are those that the handlers read, field by field.
+//! The request bodies in `/openapi.json` are those that the handlers read, field by field.
 
 use reqwest::Method;
 use reqwest::multipart::Form;
@@ -6,18 +6,18 @@ use serde_json::{Map, Value, json};
 
 use crate::support::{REX, TestApp, answer, image_part, images};
 
-/// Something that no field takes: the error names the field that has it.
+/// A value that no field accepts: the error names the field that contains it.
 fn wrong() -> Value {
     json!([[]])
 }
 
 const UNKNOWN: &str = "surprise";
 
-/// A schema behind its reference, and the one of two that is not null.
+/// Resolves a reference, and of two alternatives the one that is not null.
 fn resolved<'a>(document: &'a Value, schema: &'a Value) -> &'a Value {
     if let Some(reference) = schema["$ref"].as_str() {
         let found = document.pointer(reference.trim_start_matches('#'));
-        return resolved(document, found.expect("the reference leads somewhere"));
+        return resolved(document, found.expect("the reference resolves"));
     }
     let choices = schema["oneOf"].as_array().or(schema["anyOf"].as_array());
     match choices.and_then(|choices| choices.iter().find(|choice| choice["type"] != "null")) {
@@ -26,7 +26,7 @@ fn resolved<'a>(document: &'a Value, schema: &'a Value) -> &'a Value {
     }
 }
 
-/// The properties that have to be there, with a value that is taken.
+/// The required properties, each with a valid value.
 fn required(document: &Value, schema: &Value) -> Map<String, Value> {
     let names = schema["required"].as_array().map(Vec::as_slice).unwrap_or_default();
     let value = |name: &Value| {
@@ -90,7 +90,7 @@ async fn form_body(app: &TestApp, path: &str, schema: &Value) {
         };
         let form = form.text(UNKNOWN, "x");
         let refused = answer(app.request(Method::POST, path).multipart(form)).await;
-        // Parts are read in their order: either this one is refused for what it is, or the one after it.
+        // Parts are read in order: either this one is refused for its value, or the next one.
         let (status, code, param) = refusal(&refused);
         let known = (code, param) == ("unknown_parameter", UNKNOWN) || (code, param) == ("invalid_value", name);
         assert!(status == 400 && known, "{path} `{name}`: {refused:?}");
@@ -124,7 +124,7 @@ async fn every_described_field_is_read_and_an_unknown_one_refused() {
         }
     }
     assert!(bodies >= 7 && forms >= 1, "{bodies} bodies, {forms} forms");
-    // Nothing of it was made.
+    // Nothing was created.
     let (_, concepts) = app.get("/v1/concepts").await;
     assert_eq!(concepts["data"], json!([]));
 }
@@ -192,8 +192,8 @@ fn kind(schema: &Value) -> String {
     }
 }
 
-/// What callers see changes only on purpose: `INSTA_UPDATE=always cargo test -p coar --test it snapshots` writes the files anew,
-/// and their difference is read in the review.
+/// What callers see changes only on purpose: `INSTA_UPDATE=always cargo test -p coar --test it snapshots` rewrites the
+/// files, and the difference is reviewed.
 #[tokio::test(flavor = "multi_thread")]
 async fn snapshots_of_the_document_and_of_every_object() {
     let app = TestApp::start().await;

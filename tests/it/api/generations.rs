@@ -1,4 +1,4 @@
-//! The native route: three modes, what is kept, and what survives.
+//! The native route: its three modes, what is stored, and what survives a restart.
 
 use std::time::Instant;
 
@@ -68,7 +68,7 @@ async fn a_generation_is_waited_for_and_kept() {
         app.get(&format!("{ROUTE}?status=done")).await.1["error"]["param"],
         "status"
     );
-    // The settings that were resolved draw the same images again.
+    // The resolved settings give the same images again.
     let mut again = generation["request"].clone();
     again["prompt"] = generation["prompt"].clone();
     let (status, twin) = app.post(ROUTE, again).await;
@@ -169,7 +169,7 @@ async fn events_tell_everything_and_hanging_up_cancels() {
     while events.next().await.unwrap().0 != "progress" {}
     drop(events);
     assert_eq!(until_ended(&app, &id).await["status"], "cancelled");
-    // Another connection may cancel, too; the stream reports it.
+    // It can be cancelled from another connection; the stream reports it.
     let mut events = open(json!({"prompt": "a red car", "n": 10})).await;
     let id = events.next().await.unwrap().1["generation"]["id"]
         .as_str()
@@ -186,7 +186,7 @@ async fn events_tell_everything_and_hanging_up_cancels() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_accepted_survives_kill_nine() {
-    // One background generation at the engine, two rows: the others wait in the database.
+    // One background generation in the engine, two rows: the others wait in the database.
     let mut app = TestApp::start_with(&["--rows", "2", "--queue", "4"]).await;
     let many = json!({"prompt": "a red car", "n": 4, "seed": 5});
     let mut ids = Vec::new();
@@ -196,7 +196,7 @@ async fn what_was_accepted_survives_kill_nine() {
         assert!(body["queue_position"].as_u64().unwrap() <= index);
         ids.push(body["id"].as_str().unwrap().to_owned());
     }
-    // A waiting client does not wait for all of them.
+    // A client that waits does not have to wait for all of them.
     let begun = Instant::now();
     let (status, _) = app.post(ROUTE, json!({"prompt": "a cat"})).await;
     assert_eq!(status, 200);
@@ -219,7 +219,7 @@ async fn what_was_accepted_survives_kill_nine() {
     };
     assert_eq!(hashes(&first), hashes(&third));
     assert_eq!(app.get(&format!("{ROUTE}/{}", ids[1])).await.1["status"], "cancelled");
-    // The two drew the same files: deleting one leaves the other's.
+    // Both generations have the same files: deleting one keeps the other's.
     assert_eq!(app.delete(&format!("{ROUTE}/{}", ids[0])).await, 204);
     let url = third["images"][0]["url"].as_str().unwrap().to_owned();
     let path = &url[url.find("/v1/").unwrap()..];
@@ -240,7 +240,7 @@ async fn a_wait_that_is_over_leaves_the_generation_at_work() {
     let (status, body) = preferring(&app, "wait=1", &json!({"prompt": "a red car", "n": 10})).await;
     assert_eq!((status, ended(&body)), (202, false), "{body}");
     let id = body["id"].as_str().unwrap().to_owned();
-    // A polite stop queues it again, and it does not count as an attempt that failed.
+    // A graceful stop queues it again, and does not count as a failed attempt.
     assert!(app.terminate_and_restart().await);
     let done = until_ended(&app, &id).await;
     assert_eq!(

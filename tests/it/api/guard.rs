@@ -1,4 +1,4 @@
-//! Headers of every answer, limits of every request, the description of the API, and the configuration.
+//! Headers of all responses, limits of all requests, the description of the API, and the configuration.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -62,23 +62,23 @@ async fn named_origins_may_call_and_slow_or_large_requests_are_turned_away() {
     let other = preflight("https://other.example").await.unwrap();
     assert_eq!(other.headers().get("access-control-allow-origin"), None);
     let address = app.url.strip_prefix("http://").unwrap();
-    // A head that does not end: the connection does.
+    // A head that never ends: the connection is closed.
     let mut slow = TcpStream::connect(address).unwrap();
     slow.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n").unwrap();
     slow.read_to_end(&mut Vec::new()).unwrap();
-    // A head that comes byte by byte: the limit is for all of it.
+    // A head that arrives byte by byte: the limit applies to all of it.
     let mut slow = TcpStream::connect(address).unwrap();
     slow.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     slow.write_all(b"GET /livez HTTP/1.1\r\nx-long: ").unwrap();
     let begun = Instant::now();
-    // A read that runs into its own limit is the pause between two bytes; anything else is the end of the connection.
+    // A read timeout is the pause between two bytes; any other result is the end of the connection.
     while matches!(slow.read(&mut [0; 64]), Err(error) if error.kind() == ErrorKind::WouldBlock) {
         assert!(begun.elapsed() < PATIENCE, "the connection stays open");
         if slow.write_all(b"x").is_err() {
             break;
         }
     }
-    // A body that does not come.
+    // A body that never arrives.
     let mut slow = TcpStream::connect(address).unwrap();
     let head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
                 content-type: application/json\r\ncontent-length: 20\r\n\r\n{";
@@ -112,7 +112,7 @@ async fn the_api_describes_itself() {
         "#/components/schemas/Error"
     );
     assert!(document["paths"]["/livez"]["get"]["responses"].get("401").is_none());
-    // Every reference leads somewhere.
+    // Every reference resolves.
     let mut open = vec![&document];
     let mut references = 0;
     while let Some(value) = open.pop() {

@@ -1,11 +1,11 @@
-//! A POST with an `Idempotency-Key` that is sent again makes nothing again.
+//! Repeating a POST with an `Idempotency-Key` creates nothing again.
 
 use reqwest::{Method, RequestBuilder};
 use serde_json::Value;
 
 use crate::support::{REX, TestApp, form_named, image_part, images};
 
-/// What came back: status, `idempotency-replayed`, `location`, body.
+/// A response: status, `idempotency-replayed`, `location`, body.
 #[derive(Debug, Clone, PartialEq)]
 struct Answer {
     status: u16,
@@ -73,7 +73,7 @@ async fn the_first_answer_comes_again_also_after_kill_nine() {
             .part("images", image_part(images(&REX, 1).remove(0))),
     );
     assert_eq!(send(one_image_less, "order 1").await.status, 422);
-    // Under another key it is another request, and the name is taken. A refusal is not kept: the key is free.
+    // Another key makes it another request, and the name is taken. A refusal is not stored: the key stays free.
     let taken = send(register(&app, "rex", "2"), "order 2").await;
     assert_eq!((taken.status, taken.code().as_str()), (409, "name_taken"));
     assert_eq!(send(register(&app, "max", "2"), "order 2").await.status, 202);
@@ -88,7 +88,7 @@ async fn the_first_answer_comes_again_also_after_kill_nine() {
             "`{key}`"
         );
     }
-    // Keys are each tenant's own.
+    // Keys are per tenant.
     app.key = Some(app.create_key("acme", "read,train").await);
     let other = send(register(&app, "rex", "2"), "order 1").await;
     assert_eq!((other.status, other.replayed), (202, false), "{other:?}");
@@ -133,7 +133,7 @@ async fn of_concurrent_duplicates_one_works() {
     assert_eq!(listed["data"].as_array().map(Vec::len), Some(1), "{listed}");
 }
 
-/// Images in an answer are too much for a row: the answer is a blob, and comes again all the same.
+/// A response with images is too large for a row: it is stored as a blob and replayed all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_with_images_in_it_comes_again_from_the_blob_store() {
     let mut app = TestApp::start().await;
@@ -148,13 +148,13 @@ async fn an_answer_with_images_in_it_comes_again_from_the_blob_store() {
         ..first
     };
     assert!(send(draw(&app), "images").await == replayed);
-    // The next start keeps what an answer refers to.
+    // A restart keeps the blobs of responses.
     app.kill_nine_and_restart().await;
     assert!(send(draw(&app), "images").await == replayed);
     assert_eq!(app.blobs().len(), 1);
 }
 
-/// Also where the images are in the answer, which is then a blob.
+/// Also when the images are in the response, which is then a blob.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_goes_with_the_generation_in_it() {
     let app = TestApp::start().await;
@@ -166,7 +166,7 @@ async fn an_answer_goes_with_the_generation_in_it() {
         };
         let first = send(draw(), accept).await;
         assert_eq!((first.status, first.replayed), (200, false), "{first:?}");
-        // Events are kept a moment after the last one has been sent.
+        // The events are stored a moment after the last one has been sent.
         let again = app
             .until("the answer to be kept", || async {
                 let again = send(draw(), accept).await;

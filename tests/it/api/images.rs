@@ -1,4 +1,4 @@
-//! OpenAI's route and the addresses of images.
+//! OpenAI's route and the URLs of images.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -15,7 +15,7 @@ fn bytes(entry: &Value) -> Vec<u8> {
     STANDARD.decode(entry["b64_json"].as_str().unwrap()).unwrap()
 }
 
-/// A signed address, cut into path, `expires` and `signature`.
+/// A signed URL, split into path, `expires` and `signature`.
 fn parts<'a>(app: &TestApp, url: &'a str) -> (&'a str, &'a str, &'a str) {
     let (path, query) = url.strip_prefix(app.url.as_str()).unwrap().split_once('?').unwrap();
     let (expires, signature) = query
@@ -257,7 +257,8 @@ async fn a_stream_has_unfinished_images_and_then_the_image() {
     for index in 0..2 {
         assert_eq!(finished[index].0, bytes(&whole["data"][index]));
         assert_eq!(partials[index].len(), 2);
-        // The decoder sees less of the image, so the rows that are drawn are not quite the same, but they are its own.
+        // The decoder sees only a part of the image, so its rows differ slightly from the finished ones, but they are
+        // its own.
         let row = 3 * 96;
         let far = |a: &[u8], b: &[u8]| -> u64 {
             let drawn = a.iter().zip(b).take(28 * row);
@@ -282,7 +283,7 @@ async fn hanging_up_frees_the_device() {
     let (first, _) = events.next().await.unwrap();
     assert_eq!(first, "image_generation.partial_image");
     drop(events);
-    // There is room for one image at a time, and nine of the ten are left.
+    // There is capacity for one image at a time, and nine of the ten are left.
     let (status, _) = app
         .post(ROUTE, json!({"prompt": "a cat", "response_format": "url"}))
         .await;
@@ -354,7 +355,7 @@ async fn addresses_are_signed_and_need_no_key() {
         path.replace(".jpg", ".png")
     );
     assert_eq!(app.get(&png).await.0, 404);
-    // The generation is in its tenant's list, and in no other's; deleting it removes the file.
+    // The generation is in its tenant's list only; deleting it removes the file.
     let (_, listed) = app.get("/v1/generations").await;
     let generation = &listed["data"][0];
     assert_eq!(generation["images"][0]["url"], url.as_str());
@@ -386,7 +387,7 @@ async fn the_public_url_begins_the_addresses() {
     );
 }
 
-/// OpenAI's other endpoints say what to do instead, after the whole image has been sent.
+/// OpenAI's other endpoints report what to use instead, after the whole image has been sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn edits_and_variations_say_what_to_use_instead() {
     let app = TestApp::start().await;

@@ -1,7 +1,7 @@
-//! Every route with another tenant's key and identifiers: refused, with the bytes that unknown identifiers get.
+//! Every route with another tenant's key and identifiers: refused with the same bytes as for unknown identifiers.
 //!
-//! The routes are those of `/openapi.json`, so that a new one is tried as soon as it is described; one whose parameters
-//! this file does not know fails it.
+//! The routes are read from `/openapi.json`, so that new ones are tested as soon as they are described. A route whose
+//! parameters this file does not know fails the test.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::support::{REX, TestApp};
 
-/// Routes that have to be among them, described or not.
+/// Routes that must be among them.
 const BY_NAME: &[(&str, &str)] = &[
     ("GET", "/v1/concepts/{name}"),
     ("DELETE", "/v1/concepts/{name}"),
@@ -22,7 +22,7 @@ const BY_NAME: &[(&str, &str)] = &[
 ];
 const LISTS: &[&str] = &["/v1/concepts", "/v1/models"];
 
-/// What the first tenant has, or what does not exist.
+/// Identifiers of the first tenant's objects, or of objects that do not exist.
 struct Things {
     concept: String,
     concept_id: String,
@@ -43,16 +43,16 @@ impl Things {
             generation: id("generation"),
             image: id("image"),
             key: id("key"),
-            // As long as the other's name: lengths are compared too.
+            // The same length as the other's name: lengths are compared too.
             tenant: "nothing".into(),
         }
     }
 
-    /// Every path that a template stands for: a concept is named in two ways.
+    /// Every path of a template: a concept has a name and an identifier.
     fn paths(&self, template: &str) -> Vec<String> {
         let mut parts = template.trim_start_matches('/').splitn(3, '/');
         let (Some("v1"), Some(room)) = (parts.next(), parts.next()) else {
-            panic!("{template} is a new kind of route: say here what its parameters stand for");
+            panic!("{template} is a new kind of route: add its parameters here");
         };
         let first = match room {
             "concepts" => vec![self.concept.clone(), self.concept_id.clone()],
@@ -62,13 +62,13 @@ impl Things {
             "models" => vec![format!("coar:{}", self.concept)],
             "admin" if template.contains("/keys/") => vec![self.key.clone()],
             "admin" => vec![self.tenant.clone()],
-            _ => panic!("{template} is a new kind of route: say here what its parameters stand for"),
+            _ => panic!("{template} is a new kind of route: add its parameters here"),
         };
         let fill = |first: String| {
             let begin = template.find('{').expect("it has a parameter");
-            let end = template[begin..].find('}').expect("it ends") + begin;
+            let end = template[begin..].find('}').expect("the parameter ends") + begin;
             let filled = format!("{}{first}{}", &template[..begin], &template[end + 1..]);
-            // Any further one counts something: images, versions, steps.
+            // All further parameters are numbers: of images, versions, steps.
             filled
                 .split('/')
                 .map(|part| if part.starts_with('{') { "0" } else { part })
@@ -78,7 +78,7 @@ impl Things {
         first.into_iter().map(fill).collect()
     }
 
-    /// An answer with what was asked for by one name.
+    /// A response with all identifiers replaced by one word.
     fn hide(&self, text: &str) -> String {
         let all = [
             &self.concept_id,
@@ -94,7 +94,7 @@ impl Things {
     }
 }
 
-/// Method and path of every operation with or without parameters in its path.
+/// Method and path of every operation, either with or without parameters in its path.
 fn described(document: &Value, with: bool) -> Vec<(String, String)> {
     let paths = document["paths"].as_object().expect("the document has paths");
     let operations = paths.iter().filter(|(path, _)| path.contains('{') == with);
@@ -108,7 +108,7 @@ fn described(document: &Value, with: bool) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Status, headers but the date, and body.
+/// Status, headers except the date, and body.
 type Answer = (u16, Vec<(String, String)>, String);
 
 async fn ask(app: &TestApp, method: &str, path: &str, body: Option<&Value>) -> Answer {
@@ -126,7 +126,7 @@ async fn ask(app: &TestApp, method: &str, path: &str, body: Option<&Value>) -> A
     (response.status().as_u16(), headers, response.text().await.unwrap())
 }
 
-/// The time of an answer, by the median: what the machine does meanwhile meets both kinds, which take turns.
+/// Median response times. The paths take turns, so that other load on the machine affects both.
 async fn medians(app: &TestApp, paths: [&str; 2]) -> [Duration; 2] {
     let mut times = [vec![], vec![]];
     for _ in 0..300 {
@@ -143,7 +143,7 @@ async fn medians(app: &TestApp, paths: [&str; 2]) -> [Duration; 2] {
     })
 }
 
-/// Another tenant's things are not looked at: their answer takes no longer, or shorter, than that of nothing.
+/// Other tenants' objects are not read: their responses take as long as those for objects that do not exist.
 async fn times_tell_nothing(app: &TestApp, own: &Things, unknown: &Things) {
     for (foreign, absent) in [
         (
@@ -185,7 +185,7 @@ async fn every_route_hides_what_is_another_tenants() {
         .next()
         .unwrap();
     let (_, concept) = app.get("/v1/concepts/rex").await;
-    // Where generations are kept, the newest is the one just drawn.
+    // If generations are stored, the newest is the one that was just drawn.
     let (_, generations) = app.get("/v1/generations").await;
     let generation = generations["data"][0]["id"].as_str().map(str::to_owned);
     let home = app.create_key("default", "read,generate,train,admin").await;
@@ -226,7 +226,7 @@ async fn every_route_hides_what_is_another_tenants() {
     times_tell_nothing(&app, &own, &unknown).await;
     lists_show_nothing(&app, &document, &own).await;
     bodies_reach_nothing(&app, &own, &unknown).await;
-    // All of it is still there.
+    // Everything still exists.
     app.key = Some(home);
     for path in [
         "/v1/concepts/rex".to_owned(),

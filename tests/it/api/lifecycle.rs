@@ -1,4 +1,4 @@
-//! Register, train, draw, delete; and what survives.
+//! Register, train, draw, delete; and what survives a restart.
 
 use base64::Engine as _;
 use coar_core::image::{ImageLimits, decode};
@@ -52,13 +52,13 @@ async fn a_subject_and_a_style_are_trained_and_drawn_together() {
         .unwrap();
     let image = decode(&bytes, &ImageLimits::default()).unwrap();
     assert_eq!((image.width, image.height), (96, 96));
-    // One image alone is the first of several: neighbours change nothing.
+    // A single image equals the first of several: other rows of the batch have no effect.
     let alone = json!({
         "prompt": "a photo of <rex> cat on the beach in <ink> style", "seed": 7, "response_format": "b64_json"
     });
     let (_, alone) = app.post("/v1/images/generations", alone).await;
     assert_eq!(alone["data"][0]["b64_json"], first["data"][0]["b64_json"]);
-    // Without the concept the same seed draws something else.
+    // Without the concept the same seed gives another image.
     let plain = json!({"prompt": "a photo of a cat on the beach", "seed": 7, "response_format": "b64_json"});
     let (_, plain) = app.post("/v1/images/generations", plain).await;
     assert_ne!(plain["data"][0]["b64_json"], first["data"][0]["b64_json"]);
@@ -103,7 +103,7 @@ async fn training_survives_kill_nine() {
         })
         .await;
     assert!(resumed["resumed_from_step"].as_u64().unwrap() > 0, "{resumed}");
-    // A polite stop hands out a checkpoint of the very step, gives the lease back, and does not count as an attempt.
+    // A graceful stop stores a checkpoint of the current step, releases the lease, and does not count as an attempt.
     assert!(app.terminate_and_restart().await);
     let (_, after) = app.get(&format!("/v1/trainings/{training}")).await;
     assert!(after["progress"]["step"].as_u64() >= resumed["resumed_from_step"].as_u64());
@@ -116,8 +116,8 @@ async fn training_survives_kill_nine() {
     .await;
 }
 
-/// Killed more often than a training may take its worker with it, each time before its first checkpoint: the training is not
-/// to blame.
+/// Killed more often than the limit of attempts, each time before the first checkpoint: these kills do not count
+/// against the training.
 #[tokio::test(flavor = "multi_thread")]
 async fn quick_kills_end_no_training() {
     let mut app = TestApp::start().await;

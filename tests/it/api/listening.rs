@@ -1,4 +1,4 @@
-//! Addresses, connections, and what stands before the server: proxies and the service manager.
+//! Addresses, connections, proxies in front of the server, and the service manager.
 
 use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -11,7 +11,7 @@ use reqwest::redirect::Policy;
 
 use crate::support::{PATIENCE, REX, TestApp, subject_form};
 
-/// Sends a request without a body and reads the whole answer; the connection stays open.
+/// Sends a request without a body and reads the whole response; the connection stays open.
 fn ask(stream: &mut (impl Read + Write), path: &str) -> String {
     stream
         .write_all(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes())
@@ -37,12 +37,12 @@ async fn idle_connections_have_a_limit_of_their_own() {
     let address = app.url.strip_prefix("http://").unwrap();
     let mut kept = TcpStream::connect(address).unwrap();
     assert!(ask(&mut kept, "/livez").starts_with("HTTP/1.1 200"));
-    // The limit of the head ends another connection; this one has been idle for longer by then, and goes on.
+    // The timeout for a head ends another connection; this one has been idle for longer, and stays open.
     let mut slow = TcpStream::connect(address).unwrap();
     slow.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n").unwrap();
     slow.read_to_end(&mut Vec::new()).unwrap();
     assert!(ask(&mut kept, "/livez").starts_with("HTTP/1.1 200"));
-    // Between two requests the head's limit begins with its first byte.
+    // Between two requests the timeout for a head begins with its first byte.
     kept.write_all(b"GET /livez HTTP/1.1\r\n").unwrap();
     kept.read_to_end(&mut Vec::new()).unwrap();
     drop(app);
@@ -52,7 +52,7 @@ async fn idle_connections_have_a_limit_of_their_own() {
     kept.set_read_timeout(Some(PATIENCE)).unwrap();
     assert!(ask(&mut kept, "/livez").starts_with("HTTP/1.1 200"));
     let rest = kept.read_to_end(&mut Vec::new()).unwrap();
-    assert_eq!(rest, 0, "the connection ends, without another answer");
+    assert_eq!(rest, 0, "the connection ends, without another response");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -129,7 +129,7 @@ async fn every_address_has_the_prefix_of_the_public_url() {
     assert_eq!(location("/studio").await, "/coar/");
     let (_, document) = app.get("/openapi.json").await;
     assert_eq!(document["servers"][0]["url"], "https://host.example/coar");
-    // Pages name their parts relatively.
+    // Pages refer to their files by relative URLs.
     for (path, absolute) in [
         ("/", "=\"/"),
         ("/docs/", "=\"/"),

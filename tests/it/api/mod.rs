@@ -1,4 +1,4 @@
-//! What the server promises over HTTP, checked against the real server with the real pocket model.
+//! The HTTP API, tested on the real server with the real pocket model.
 
 mod archives;
 mod bad_input;

@@ -1,4 +1,4 @@
-//! What the server tells of itself: metrics, and the access log.
+//! Metrics and the access log.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
@@ -30,7 +30,7 @@ async fn scrape(app: &TestApp) -> BTreeMap<String, f64> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn metrics_move_when_a_image_is_drawn_and_a_concept_is_trained() {
-    // A training's own images would count too.
+    // A training's preview images would be counted too.
     let app = TestApp::start_with(&["--training-previews", "0"]).await;
     let before = scrape(&app).await;
     assert_eq!(before["coar_ready"], 1.0);
@@ -42,7 +42,7 @@ async fn metrics_move_when_a_image_is_drawn_and_a_concept_is_trained() {
     for _ in 0..2 {
         assert_eq!(app.post("/v1/images/generations", body.clone()).await.0, 200);
     }
-    // One that is kept is a job of the database.
+    // A stored generation is a job in the database.
     let kept = json!({"prompt": "a photo of <rex> cat on the beach", "n": 1, "seed": 1});
     assert_eq!(app.post("/v1/generations", kept).await.0, 200);
     assert_eq!(app.get("/nowhere/at/all").await.0, 404);
@@ -51,7 +51,7 @@ async fn metrics_move_when_a_image_is_drawn_and_a_concept_is_trained() {
             let now = scrape(&app).await;
             let ended = now.get(r#"coar_jobs{kind="training",status="succeeded"}"#) == Some(&1.0)
                 && now.get(r#"coar_jobs{kind="generation",status="succeeded"}"#) == Some(&1.0);
-            // The device thread publishes after its turn, which ends after the answer.
+            // The device thread publishes after its step, which ends after the response.
             let rest = now["coar_batch_images"] == 0.0 && now["coar_http_requests_in_flight"] == 1.0;
             (ended && rest).then_some(now)
         })
@@ -95,15 +95,15 @@ async fn metrics_move_when_a_image_is_drawn_and_a_concept_is_trained() {
     ] {
         assert!(after[name] > 0.0, "{name}");
     }
-    // By now every name of the table is exported, and no other.
+    // By now every metric of the table is exported, and no other.
     let told: BTreeSet<&str> = after.keys().map(|sample| base(sample)).collect();
     let known: BTreeSet<&str> = TABLE.iter().map(|metric| metric.name).collect();
     assert_eq!(told, known);
-    // Names of customers' things are in no label.
+    // Labels contain no names of customers' objects.
     assert!(after.keys().all(|sample| !sample.contains("rex")));
 }
 
-/// A sample's metric: without labels, and without what a histogram adds.
+/// A sample's metric: without labels and the suffixes of histograms.
 fn base(sample: &str) -> &str {
     let name = sample.split('{').next().unwrap_or(sample);
     let histogram = |name: &str| {
@@ -117,14 +117,14 @@ fn base(sample: &str) -> &str {
         .unwrap_or(name)
 }
 
-/// A change of this list breaks dashboards and alarms that are built on it.
+/// Changing this list breaks dashboards and alerts that use it.
 #[test]
 fn the_names_of_the_metrics() {
     let names: Vec<&str> = TABLE.iter().map(|metric| metric.name).collect();
     assert_eq!(names.join("\n"), include_str!("metrics.txt").trim_end());
 }
 
-/// Names of metrics in a text.
+/// Metrics that a text names.
 fn named(text: &str) -> BTreeSet<&str> {
     let letter = |c: char| c.is_ascii_alphanumeric() || c == '_';
     text.match_indices("coar_")
@@ -158,7 +158,7 @@ fn the_dashboard_shows_every_metric_and_no_other() {
     assert_eq!(shown, known);
 }
 
-/// Lines of the access log of a server that is asked a few things.
+/// The access log of a server after a few requests.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_access_log_has_one_json_line_for_each_request() {
     let dir = tempfile::tempdir().unwrap();
@@ -185,7 +185,7 @@ async fn the_access_log_has_one_json_line_for_each_request() {
     let url = first.trim().strip_prefix("listening on ").unwrap().to_owned();
     coar::client::install_tls();
     let client = reqwest::Client::new();
-    // Metrics answer before the model is there.
+    // Metrics respond before the model is loaded.
     let early = client.get(format!("{url}/metrics")).send().await.unwrap();
     assert_eq!(early.status(), 200);
     parse(&early.text().await.unwrap());

@@ -1,4 +1,4 @@
-//! What a tenant may have and do at once, and how refusals say so.
+//! Quotas of tenants, and their refusals.
 
 use reqwest::header::HeaderMap;
 use serde_json::{Value, json};
@@ -46,7 +46,7 @@ async fn concepts_and_trainings_are_counted_for_each_tenant() {
     let (status, body) = app.register(named("third")).await;
     assert_eq!((status, refusal(&body)), (429, ("quota_exceeded", "concepts", 2)));
     assert_eq!(app.get("/v1/concepts/third").await.0, 404);
-    // Another tenant has its own, and an administrator may give it others: 0 is any number.
+    // Another tenant has its own quotas, and an administrator may change them: 0 means unlimited.
     app.key = Some(app.create_key("acme", "read,train,admin").await);
     let (status, body) = app.register(named("first")).await;
     assert_eq!(status, 202, "{body}");
@@ -75,7 +75,7 @@ async fn two_requests_cannot_both_take_the_last_place() {
 #[tokio::test(flavor = "multi_thread")]
 async fn images_are_counted_by_the_minute_and_the_headers_say_how_many_are_left() {
     let app = TestApp::start_with(&["--quota-pictures-per-minute=3", "--quota-requests-in-flight=4"]).await;
-    // What cannot be drawn does not count.
+    // A request that cannot be drawn does not count.
     let (status, headers, _) = draw(&app, json!({"prompt": "a <nobody> cat", "n": 3})).await;
     assert_eq!((status, number(&headers, "x-ratelimit-remaining-images")), (404, 3));
     let (status, headers, body) = draw(&app, json!({"prompt": "a cat", "n": 2})).await;
@@ -169,14 +169,14 @@ async fn one_tenant_cannot_fill_the_queue_for_the_others() {
         let (status, body) = app.register(named(name)).await;
         assert_eq!(status, 202, "{body}");
     }
-    // Twice the limit is the end for everybody.
+    // Twice the limit is the end for all tenants.
     let (status, body) = app.register(named("c")).await;
     assert_eq!((status, refusal(&body)), (429, ("overloaded", "", 2)));
     app.key = Some(first);
     assert_eq!(app.register(named("c")).await.0, 429);
 }
 
-/// A registration under that name, with a training that takes long.
+/// A registration under that name, with a long training.
 fn named(name: &'static str) -> reqwest::multipart::Form {
     form_named(&REX, name).text("steps", "5000")
 }

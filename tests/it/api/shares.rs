@@ -1,4 +1,4 @@
-//! One tenant's share of connections, uploads, requests and storage, and what is left for the others.
+//! A tenant's share of connections, uploads, requests and storage, and what is left for the others.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -20,7 +20,7 @@ async fn quotas(app: &TestApp, tenant: &str, quotas: Value) {
     assert_eq!(status, 200, "{body}");
 }
 
-/// A connection, and the head of the answer to what was sent on it.
+/// Opens a connection and sends a request; returns the connection and the head of the response.
 fn opened(app: &TestApp, request: &str) -> (TcpStream, String) {
     let mut stream = TcpStream::connect(app.url.trim_start_matches("http://")).unwrap();
     stream.write_all(request.as_bytes()).unwrap();
@@ -61,7 +61,7 @@ async fn a_tenants_streams_are_counted_and_leave_room_for_others() {
         .header("accept", "text/event-stream");
     let (status, body) = answer(stream.json(&json!({"prompt": "a cat"}))).await;
     assert_eq!((status, refusal(&body)), (429, ("too_many_streams", "", 2)));
-    // Without waiting it is answered, and others have their own.
+    // Without waiting it is answered, and other tenants have a share of their own.
     assert_eq!(app.get(&generation).await.0, 200);
     assert_eq!(app.get("/livez").await.0, 200);
     let other = app.create_key("acme", "read,generate").await;
@@ -69,7 +69,7 @@ async fn a_tenants_streams_are_counted_and_leave_room_for_others() {
     let (status, body) = app.post("/v1/generations", json!({"prompt": "a cat"})).await;
     assert_eq!(status, 200, "{body}");
     app.key = Some(app.create_key("default", "read,train").await);
-    // One that ends makes room.
+    // A stream that ends frees its place.
     drop(first);
     app.until("room for a stream", || async {
         let request = app.request(Method::GET, &follow).send().await.ok()?;
@@ -82,7 +82,7 @@ async fn a_tenants_streams_are_counted_and_leave_room_for_others() {
 async fn health_is_answered_when_all_connections_are_taken() {
     let app = TestApp::start_with(&["--connections=6", "--header-timeout=600"]).await;
     let ask = |path: &str| opened(&app, &format!("GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"));
-    // Each stays open after its answer; one beyond the limit is closed.
+    // Each stays open after its response; one beyond the limit is closed.
     let mut held = Vec::new();
     let beyond = loop {
         let (stream, head) = ask("/livez");
@@ -117,7 +117,7 @@ async fn an_upload_has_its_room_before_it_is_read() {
     let own = app.create_key("default", "read,train").await;
     let other = app.create_key("acme", "read,train").await;
     let form = |name: &'static str| form_named(&REX, name).text("steps", "1");
-    // The server asks for the body when it has room for it: half of what there is, for one tenant.
+    // The server asks for the body once it has space for it: one tenant gets half of the space.
     let (held, head) = opened(
         &app,
         &format!(
@@ -132,7 +132,7 @@ async fn an_upload_has_its_room_before_it_is_read() {
     let own = app.key.replace(other);
     let (status, body) = app.register(form("others")).await;
     assert_eq!(status, 202, "{body}");
-    // Nothing has a name, so nothing is left of a process that is killed.
+    // The files have no names, so nothing is left behind by a killed process.
     let folder = app.dir.path().join("data/uploads");
     assert_eq!(std::fs::read_dir(folder).unwrap().count(), 0);
     drop(held);
@@ -156,7 +156,7 @@ async fn requests_of_a_minute_are_counted_and_reading_is_not() {
     for _ in 0..2 {
         assert_eq!(app.post(validate, check.clone()).await.0, 200);
     }
-    // What is refused counts as well.
+    // Refused requests count as well.
     assert_eq!(app.post("/v1/trainings/training_none/cancel", json!({})).await.0, 404);
     for path in [
         validate,
@@ -174,7 +174,7 @@ async fn requests_of_a_minute_are_counted_and_reading_is_not() {
     }
     assert_eq!(app.get("/v1/generations").await.0, 200);
     assert_eq!(app.delete("/v1/generations/generation_none").await, 404);
-    // Another tenant has its own; an administrator may give it another.
+    // Another tenant has its own quota, which an administrator may change.
     app.key = Some(app.create_key("acme", "read,generate,admin").await);
     quotas(&app, "acme", json!({"requests_per_minute": 1})).await;
     assert_eq!(app.post(validate, check.clone()).await.0, 200);
@@ -195,7 +195,7 @@ async fn what_a_tenant_keeps_is_counted_in_bytes() {
         (429, ("quota_exceeded", "bytes", 1000)),
         "{body}"
     );
-    assert_eq!(app.blobs().len(), 0, "nothing of it is kept");
+    assert_eq!(app.blobs().len(), 0, "nothing of it is stored");
     quotas(&app, "acme", json!({"bytes": null})).await;
     let (status, body) = app.register(form("rex")).await;
     assert_eq!(status, 202, "{body}");
@@ -219,7 +219,7 @@ async fn what_a_tenant_keeps_is_counted_in_bytes() {
     assert_eq!(import("copy").await.0, 201);
 }
 
-/// A concept file with its `text` tensor grown to `tokens`, as the format allows.
+/// A concept file whose `text` tensor is grown to `tokens`, as the format allows.
 fn inflated(file: &[u8], tokens: usize) -> Vec<u8> {
     let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
     let mut header: serde_json::Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
@@ -240,7 +240,7 @@ fn inflated(file: &[u8], tokens: usize) -> Vec<u8> {
     bytes
 }
 
-/// Concepts that no training could make are not taken in, and a request cannot name more of them than a few.
+/// Concepts that no training could produce cannot be imported, and a request can only name a few.
 #[tokio::test(flavor = "multi_thread")]
 async fn concepts_are_bounded_in_size_and_number() {
     let app = TestApp::start().await;
@@ -252,7 +252,7 @@ async fn concepts_are_bounded_in_size_and_number() {
         let path = format!("/v1/concepts/import?name={name}");
         answer(app.request(reqwest::Method::POST, &path).body(bytes))
     };
-    // What it is made of is right: with as many tokens as before it is taken.
+    // The inflated file is valid: with the original number of tokens it is accepted.
     let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
     let header: serde_json::Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
     let tokens = header["text"]["shape"][1].as_u64().unwrap() as usize;
@@ -276,7 +276,7 @@ async fn concepts_are_bounded_in_size_and_number() {
     assert!(text.contains(&limit.to_string()) && limit < 4 << 20, "{text}");
     let grown = app.most_memory() - before;
     assert!(grown < 16 << 20, "{grown} bytes more");
-    // Counted before any of them is looked up: none of these exists.
+    // They are counted before any of them is looked up: none of these exists.
     let names: Vec<String> = (0..9).map(|number| format!("none{number}")).collect();
     let draw = json!({"prompt": "a cat", "concepts": names});
     for path in ["/v1/generations", "/v1/generations?validate_only=true"] {
@@ -295,7 +295,7 @@ async fn concepts_are_bounded_in_size_and_number() {
         (404, &json!("concept_not_found")),
         "{body}"
     );
-    // The noun that is placed counts as well.
+    // The class noun that is placed counts as well.
     let prompt = "x ".repeat(1999);
     assert!(prompt.len() < 4000);
     let draw = json!({"prompt": prompt, "concepts": ["rex"]});

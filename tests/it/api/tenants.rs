@@ -1,4 +1,4 @@
-//! Keys, scopes, and what tenants see of each other: nothing.
+//! Keys, scopes, and the isolation of tenants.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -68,7 +68,7 @@ async fn a_foreign_tenant_sees_the_same_bytes_as_for_something_unknown() {
     assert_eq!((status, code(&body)), (404, "concept_not_found"));
     let (_, listed) = app.get("/v1/concepts").await;
     assert_eq!(listed["data"], json!([]));
-    // The name is free for another tenant, and the first one's is still there.
+    // The name is free for another tenant, and the first one's concept still exists.
     let (status, body) = app.register(subject_form(&REX).text("steps", "2")).await;
     assert_eq!(status, 202, "{body}");
     app.key = Some(home);
@@ -172,12 +172,12 @@ async fn a_revocation_on_the_command_line_acts_within_a_second() {
     })
     .await;
     assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
-    // The door that closed with the first key stays closed without the last one.
+    // Keys are still required after the last one is revoked.
     app.key = None;
     assert_eq!(app.get("/v1/models").await.0, 401);
 }
 
-/// Runs the program on this server's data folder; whether it succeeded, and what it said.
+/// Runs the program on this server's data folder; returns whether it succeeded, and its output.
 fn run(app: &TestApp, arguments: &[&str]) -> (bool, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_coar"))
         .args(arguments)
@@ -193,10 +193,10 @@ fn run(app: &TestApp, arguments: &[&str]) -> (bool, String) {
 async fn metrics_have_a_scope_of_their_own() {
     let mut app = TestApp::start().await;
     let status = async |app: &TestApp| app.get("/metrics").await.0;
-    // Without keys only this machine reaches the server.
+    // Without keys the server can be reached only from this machine.
     assert_eq!(status(&app).await, 200);
     let reader = app.create_key("acme", "read,generate,train").await;
-    // Loopback needs a key too: a proxy on this machine calls from there.
+    // Loopback needs a key too: a proxy on this machine connects from there.
     assert_eq!(status(&app).await, 401);
     app.key = Some(reader);
     let (refused, body) = app.get("/metrics").await;
@@ -226,7 +226,7 @@ async fn streams_and_waits_end_with_their_key() {
     let watcher = app.create_key("acme", "read").await;
     app.key = Some(owner.clone());
     let training = app.register_subject(&REX, 20_000).await;
-    // Enough of them that the last waits for long.
+    // Enough generations that the last one waits for a long time.
     let mut last = Value::Null;
     for _ in 0..12 {
         let send = app
@@ -260,7 +260,7 @@ async fn streams_and_waits_end_with_their_key() {
     assert!(told.iter().all(|name| name == "progress"), "{told:?}");
     let (status, body) = waiting.await.unwrap();
     assert_eq!((status, code(&body)), (401, "invalid_api_key"), "{body}");
-    // The training and the generation go on: they are the tenant's.
+    // The training and the generation continue: they belong to the tenant.
     app.key = Some(owner);
     let (_, training) = app.get(&format!("/v1/trainings/{training}")).await;
     assert!(
@@ -320,7 +320,7 @@ async fn the_servers_secret_is_changed_while_it_runs() {
     assert_eq!(status(&before).await, 200);
     app.coar(&["admin", "rotate-secret"]);
     assert_eq!(status(&before).await, 200);
-    // After a leak nothing that was signed before is accepted.
+    // After a leak, nothing that was signed before is accepted.
     app.coar(&["admin", "rotate-secret", "--accept-old-for", "0"]);
     app.until("the end of the old address", || async {
         (status(&before).await == 404).then_some(())
@@ -340,14 +340,14 @@ async fn deleting_the_tenants_of_all_keys_opens_nothing() {
         app.key = Some(key.clone());
         assert_eq!(app.get("/v1/admin/keys").await.0, 200);
     }
-    // Both keys are remembered by the server; the second is a deleted tenant's.
+    // The server has cached both keys; the second belongs to a deleted tenant.
     app.key = Some(one.clone());
     assert_eq!(app.delete("/v1/admin/tenants/two").await, 204);
     app.key = Some(two);
     assert_eq!(app.delete("/v1/admin/tenants/one").await, 401);
     app.key = None;
     assert_eq!(app.get("/v1/admin/tenants").await.0, 401);
-    // With the server stopped, on the command line.
+    // On the command line, with the server stopped.
     app.terminate_and_read_log();
     let (done, told) = run(&app, &["admin", "delete-tenant", "one", "--yes"]);
     assert!(!done && told.contains("--including-the-last-admin-key"), "{told}");
@@ -364,7 +364,7 @@ async fn deleting_the_tenants_of_all_keys_opens_nothing() {
     for path in ["/v1/admin/tenants", "/v1/admin/keys", "/v1/models"] {
         assert_eq!(app.get(path).await.0, 401, "{path}");
     }
-    // A new key is the way back.
+    // A new key restores access.
     app.key = Some(app.create_key("three", "admin").await);
     assert_eq!(app.get("/v1/admin/tenants").await.0, 200);
 }

@@ -1,4 +1,4 @@
-//! Trainings as a caller sees them: listed, followed, cancelled, tried again, with images on the way.
+//! Trainings from a caller's point of view: listed, followed, cancelled, retried, with previews.
 
 use std::time::Instant;
 
@@ -62,7 +62,7 @@ async fn a_training_is_followed_to_its_end_and_draws_on_its_way() {
     let steps: Vec<_> = progress.iter().map(|data| data["step"].as_u64().unwrap()).collect();
     assert!(steps.is_sorted() && steps.last() == Some(&12), "{steps:?}");
     for data in &progress {
-        // Nothing is promised before the second step.
+        // There is no estimate before the second step.
         let eta = data["eta_seconds"].as_u64();
         assert!(eta.is_none() || data["step"].as_u64() > Some(1), "{data}");
     }
@@ -72,7 +72,7 @@ async fn a_training_is_followed_to_its_end_and_draws_on_its_way() {
         (ended[0]["status"].as_str(), &ended[0]["version"]),
         (Some("succeeded"), &json!(1))
     );
-    // The last image may be late.
+    // The last preview may be late.
     let done = app
         .until("the last image", || async {
             let (_, body) = app.get(&format!("/v1/trainings/{training}")).await;
@@ -109,7 +109,7 @@ async fn a_training_is_followed_to_its_end_and_draws_on_its_way() {
     let losses = done["losses"].as_array().unwrap();
     assert_eq!((losses.len(), &losses[11]["step"]), (12, &json!(12)));
     assert!(losses[0]["next_token"].as_f64().unwrap() > losses[11]["next_token"].as_f64().unwrap());
-    // Who comes late gets the present state, all of it, and the end.
+    // A late follower gets the complete present state, and the end.
     let late = events(&app, &training).await;
     let late: Vec<_> = late.iter().map(|(name, _)| name.as_str()).collect();
     assert_eq!(late, ["progress", "preview", "preview", "preview", "preview", "ended"]);
@@ -117,7 +117,7 @@ async fn a_training_is_followed_to_its_end_and_draws_on_its_way() {
         let (status, body) = app.get(&format!("/v1/trainings/{training}/{path}")).await;
         assert_eq!((status, code(&body)), (404, "preview_not_found"));
     }
-    // All of it goes with the concept.
+    // All of it is deleted with the concept.
     assert_eq!(app.delete("/v1/concepts/rex").await, 204);
     assert!(app.blobs().is_empty(), "{:?}", app.blobs());
     assert_eq!(app.get(&format!("/v1/trainings/{training}/events")).await.0, 404);
@@ -190,7 +190,7 @@ async fn a_cancelled_training_is_tried_again_and_lists_go_by_concept_and_status(
     }
 }
 
-/// What is promised in the middle is kept, within a wide margin: the machine may be busy with something else.
+/// The estimate at the middle is right within a wide margin: the machine may be busy with other work.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_remaining_time_is_about_right() {
     let app = TestApp::start_with(&["--training-previews", "0"]).await;
@@ -217,7 +217,7 @@ async fn the_remaining_time_is_about_right() {
     );
 }
 
-/// Two run at once, and a tenant with many does not hold up another.
+/// Two run at once, and a tenant with many trainings does not delay another.
 #[tokio::test(flavor = "multi_thread")]
 async fn slots_are_shared_among_tenants() {
     let mut app = TestApp::start_with(&["--training-slots", "2", "--training-previews", "0"]).await;
@@ -246,7 +246,7 @@ async fn slots_are_shared_among_tenants() {
         app.post(&format!("/v1/trainings/{first}/cancel"), json!({})).await.0,
         200
     );
-    // The free place is the other tenant's, though the third one has waited longer.
+    // The free slot goes to the other tenant, although the third training has waited longer.
     app.key = Some(acme);
     app.until("the other tenant's turn", || async {
         let (_, body) = app.get(&format!("/v1/trainings/{other}")).await;

@@ -1,4 +1,4 @@
-//! Web-hooks, received by a server of the test's own.
+//! Webhooks, received by a server in the test.
 
 use std::sync::{Arc, Mutex};
 
@@ -15,7 +15,7 @@ use sha2::Sha256;
 
 use crate::support::{REX, TestApp, answer, subject_form};
 
-/// What came, and what is answered to the next ones.
+/// Received requests, and the responses to the next ones.
 #[derive(Debug, Default)]
 struct Inbox {
     came: Mutex<Vec<(HeaderMap, String)>>,
@@ -25,7 +25,7 @@ struct Inbox {
 async fn take(State(inbox): State<Arc<Inbox>>, headers: HeaderMap, body: String) -> Response {
     inbox.came.lock().unwrap().push((headers, body));
     let next = inbox.answers.lock().unwrap().pop().unwrap_or(StatusCode::NO_CONTENT);
-    // A client that follows it would come again, which the test would notice.
+    // A client that followed the redirect would send a second request, which the test would notice.
     (next, [(header::LOCATION, "/elsewhere")]).into_response()
 }
 
@@ -55,7 +55,7 @@ fn verify(secret: &str, headers: &HeaderMap, body: &str) {
 }
 
 async fn came(app: &TestApp, inbox: &Inbox, count: usize) -> Vec<(HeaderMap, String)> {
-    app.until("the web-hook", || async {
+    app.until("the webhook", || async {
         let came = inbox.came.lock().unwrap().clone();
         (came.len() >= count).then_some(came)
     })
@@ -67,7 +67,7 @@ async fn ends_are_told_signed_and_again_until_they_are_taken() {
     let mut app = TestApp::start_with(&["--webhook-allow-private"]).await;
     let (_, tenant) = app.get("/v1/admin/tenants/default").await;
     let secret = tenant["webhook_secret"].as_str().unwrap().to_owned();
-    // The first answer is a redirect, which is not followed but counts as a failure.
+    // The first response is a redirect, which is not followed but counts as a failure.
     let (url, inbox) = receiver(&[StatusCode::FOUND]).await;
     let request = json!({"prompt": "a red car", "webhook_url": url, "metadata": {"order": "7"}});
     let send = app
@@ -76,7 +76,7 @@ async fn ends_are_told_signed_and_again_until_they_are_taken() {
     let (status, queued) = answer(send.json(&request)).await;
     assert_eq!(status, 202, "{queued}");
     came(&app, &inbox, 1).await;
-    // What is due survives the process.
+    // Due deliveries survive the process.
     app.kill_nine_and_restart().await;
     let came = came(&app, &inbox, 2).await;
     for (headers, body) in &came {
@@ -121,7 +121,7 @@ async fn a_changed_secret_and_the_one_before_it_both_sign_for_a_while() {
     for secret in [&old, &new] {
         verify(secret, &both[0].0, &both[0].1);
     }
-    // On the command line, and at once.
+    // On the command line, with immediate effect.
     let newest = app.coar(&["admin", "rotate-webhook-secret", "default", "--keep-old-for", "0"]);
     assert_eq!(app.post("/v1/generations", send).await.0, 200);
     let one = came(&app, &inbox, 2).await;
@@ -159,7 +159,7 @@ async fn cancelling_is_told_too_and_inside_addresses_are_refused() {
     let request = json!({"prompt": "a red car", "webhook_url": url});
     let (status, body) = app.post("/v1/generations", request).await;
     assert_eq!((status, &body["error"]["param"]), (400, &json!("webhook_url")));
-    // A name is looked up when it is connected to: it passes here, and nothing comes of it.
+    // Host names are resolved when the delivery connects: this one is accepted, but never delivered.
     let request = json!({"prompt": "a red car", "webhook_url": "http://localhost/"});
     assert_eq!(app.post("/v1/generations", request).await.0, 200);
     assert_eq!(inbox.came.lock().unwrap().len(), 1);
@@ -182,13 +182,13 @@ async fn the_end_of_a_training_is_told_once_even_after_a_crash() {
         (&told["data"]["id"], &told["data"]["status"]),
         (&json!(training), &json!("succeeded"))
     );
-    // A new process looks for ends without a delivery: there is none.
+    // A new process looks for ended trainings without a delivery: there are none.
     app.kill_nine_and_restart().await;
     assert_eq!(app.post("/v1/generations", json!({"prompt": "a red car"})).await.0, 200);
     assert_eq!(inbox.came.lock().unwrap().len(), 1);
 }
 
-/// Takes connections and requests, answers none; counts the connections.
+/// Accepts connections and never responds; counts the connections.
 async fn tarpit() -> (String, Arc<Mutex<usize>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/hook", listener.local_addr().unwrap());
@@ -232,7 +232,7 @@ async fn a_receiver_that_never_answers_delays_no_other_tenant() {
     let (url, inbox) = receiver(&[]).await;
     queue(&app, &url).await;
     came(&app, &inbox, 1).await;
-    // Of 24 deliveries that are due, two at once have been tried, and after them nothing for the time of the pause.
+    // Of 24 due deliveries two have been tried concurrently, and none since, because of the pause.
     let tries = *tries.lock().unwrap();
     assert!(tries <= 4, "{tries} deliveries to the other receiver came first");
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use reqwest::multipart::{Form, Part};
 use serde_json::Value;
 
-/// Nothing in these tests takes longer, on a loaded machine.
+/// Timeout of all waits, for a loaded machine.
 pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A server on a free port with a data folder of its own.
@@ -17,13 +17,13 @@ pub struct TestApp {
     pub url: String,
     pub dir: tempfile::TempDir,
     pub client: reqwest::Client,
-    /// Flags beside the usual ones.
+    /// Flags in addition to the usual ones.
     flags: Vec<String>,
-    /// Variables beside this process's own.
+    /// Variables in addition to this process's own.
     variables: Vec<(String, String)>,
-    /// What is logged, into `server.log` of the folder.
+    /// Log level of `server.log` in the folder.
     level: &'static str,
-    /// Sent as `Authorization: Bearer` where there is one.
+    /// Sent as `Authorization: Bearer` if set.
     pub key: Option<String>,
 }
 
@@ -68,17 +68,17 @@ impl TestApp {
         Self::start_with(&[]).await
     }
 
-    /// With more flags.
+    /// Starts a server with more flags.
     pub async fn start_with(flags: &[&str]) -> Self {
         Self::start_logging("warn", flags).await
     }
 
-    /// With more flags, and more in the log.
+    /// Starts a server with more flags and a log level.
     pub async fn start_logging(level: &'static str, flags: &[&str]) -> Self {
         Self::start_in(level, flags, &[]).await
     }
 
-    /// With more flags and variables.
+    /// Starts a server with a log level, more flags and variables.
     pub async fn start_in(level: &'static str, flags: &[&str], variables: &[(&str, String)]) -> Self {
         coar::client::install_tls();
         let dir = tempfile::tempdir().unwrap();
@@ -110,7 +110,7 @@ impl TestApp {
         .await;
     }
 
-    /// Polls until `look` finds something.
+    /// Polls until `look` returns a value.
     pub async fn until<T, F: Future<Output = Option<T>>>(&self, what: &str, mut look: impl FnMut() -> F) -> T {
         let begun = Instant::now();
         loop {
@@ -129,7 +129,7 @@ impl TestApp {
         self.until_ready().await;
     }
 
-    /// SIGTERM, waits for the end, and starts again.
+    /// Sends SIGTERM, waits for the end, and starts again; returns whether the exit was clean.
     pub async fn terminate_and_restart(&mut self) -> bool {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
@@ -139,7 +139,7 @@ impl TestApp {
         clean
     }
 
-    /// SIGTERM, and waits for the end; what the server has logged.
+    /// Sends SIGTERM and waits for the end; returns the log.
     pub fn terminate_and_read_log(&mut self) -> String {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
@@ -147,14 +147,14 @@ impl TestApp {
         std::fs::read_to_string(self.dir.path().join("server.log")).unwrap()
     }
 
-    /// Memory of the server at its highest so far, in bytes.
+    /// Peak memory of the server, in bytes.
     pub fn most_memory(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
-    /// A request with the key, if there is one.
+    /// A request with the key, if one is set.
     pub fn request(&self, method: reqwest::Method, path: &str) -> reqwest::RequestBuilder {
         let request = self.client.request(method, format!("{}{path}", self.url));
         match &self.key {
@@ -163,7 +163,7 @@ impl TestApp {
         }
     }
 
-    /// Makes a key with `coar keys create` while the server runs, and waits until the server asks for one.
+    /// Creates a key with `coar keys create` while the server runs, and waits until the server requires one.
     pub async fn create_key(&self, tenant: &str, scopes: &str) -> String {
         let key = self.coar(&["keys", "create", "--tenant", tenant, "--scopes", scopes]);
         self.until("the closed door", || async {
@@ -174,7 +174,7 @@ impl TestApp {
         key.trim().to_owned()
     }
 
-    /// Runs a command of the program on this server's data folder; its output.
+    /// Runs a command of the program on this server's data folder; returns its output.
     pub fn coar(&self, arguments: &[&str]) -> String {
         let output = Command::new(env!("CARGO_BIN_EXE_coar"))
             .args(arguments)
@@ -300,7 +300,7 @@ pub fn form_named(subject: &SampleSubject, name: &'static str) -> Form {
         .fold(form, |form, bytes| form.part("images", image_part(bytes)))
 }
 
-/// Server-sent events of an answer, as they come.
+/// Server-sent events of a response, as they arrive.
 pub struct Events {
     answer: reqwest::Response,
     text: String,
@@ -317,7 +317,7 @@ impl Events {
         }
     }
 
-    /// The next event's name and data; `None` at the end of the stream. Comments are left out.
+    /// The next event's name and data; `None` at the end of the stream. Comments are skipped.
     pub async fn next(&mut self) -> Option<(String, Value)> {
         loop {
             if let Some(end) = self.text.find("\n\n") {
@@ -329,9 +329,9 @@ impl Events {
                 continue;
             }
             let piece = tokio::time::timeout(PATIENCE, self.answer.chunk());
-            let piece = piece.await.expect("the stream goes on").unwrap()?;
+            let piece = piece.await.expect("the stream continues").unwrap()?;
             self.text
-                .push_str(std::str::from_utf8(&piece).expect("our JSON is cut anywhere but is ASCII here"));
+                .push_str(std::str::from_utf8(&piece).expect("a piece may end anywhere, but this JSON is ASCII"));
         }
     }
 }

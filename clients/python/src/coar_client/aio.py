@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class AsyncConcepts(AsyncResource):
-    """Subjects and styles that the model was taught."""
+    """Subjects and styles that the model has learned."""
 
     add = async_call(concepts.add)
     get = async_call(concepts.get)
@@ -49,7 +49,7 @@ class AsyncTrainings(AsyncResource):
 
 
 class AsyncGenerations(AsyncResource):
-    """Images that the server draws and keeps."""
+    """Images that the server generates and stores."""
 
     create = async_call(generations.create)
     create_async = async_call(generations.create_async)

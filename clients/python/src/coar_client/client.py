@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Concepts(Resource):
-    """Subjects and styles that the model was taught."""
+    """Subjects and styles that the model has learned."""
 
     add = call(concepts.add)
     get = call(concepts.get)
@@ -48,7 +48,7 @@ class Trainings(Resource):
 
 
 class Generations(Resource):
-    """Images that the server draws and keeps."""
+    """Images that the server generates and stores."""
 
     create = call(generations.create)
     create_async = call(generations.create_async)

@@ -26,7 +26,7 @@ class ImageFile:
     media_type: str
 
     def save(self, path: str | os.PathLike[str]) -> pathlib.Path:
-        """Writes the file, in the format that the server made."""
+        """Writes the file, in the format that the server returned."""
         file = pathlib.Path(path)
         file.write_bytes(self.bytes)
         return file
@@ -40,7 +40,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Image(ImageFile):
-    """A generated image. Its `seed` and `index` (as `first_index`) draw it again, alone."""
+    """A generated image. Its `seed` and `index` (as `first_index`) generate it again, alone."""
 
     stored: StoredImage
 
@@ -69,7 +69,7 @@ class Images(list[Image]):
 
 @dataclass(frozen=True)
 class PreviewImage(ImageFile):
-    """An image that a training drew after a step."""
+    """A preview: an image that was generated after a step of a training."""
 
     step: int
 

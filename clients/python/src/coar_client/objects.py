@@ -60,19 +60,19 @@ class Object:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure(Object):
-    """Why a training or a generation has failed."""
+    """Why a training or a generation failed."""
 
     SCHEMAS = ("TrainingError", "GenerationFailure")
 
     code: str
     message: str
-    #: The setting that is to blame.
+    #: The setting that caused the failure.
     field: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Object):
-    """How far a training is."""
+    """Progress of a training."""
 
     SCHEMAS = ("TrainingProgress",)
 
@@ -80,7 +80,7 @@ class Progress(Object):
     total_steps: int
     loss: float | None = None
     steps_per_second: float | None = None
-    #: None while it is not known: before the second step, and when the training does not run.
+    #: None while it is unknown: before the second step, and when the training is not running.
     eta_seconds: int | None = None
 
     @property
@@ -91,7 +91,7 @@ class Progress(Object):
 
 @dataclass(frozen=True, kw_only=True)
 class Preview(Object):
-    """An image that a training drew after a step, always of the same prompt and seed."""
+    """An image that was generated during a training, always with the same prompt and seed."""
 
     SCHEMAS = ("TrainingPreview",)
 
@@ -101,7 +101,7 @@ class Preview(Object):
 
 @dataclass(frozen=True, kw_only=True)
 class Losses(Object):
-    """Losses of one step; terms that are switched off are None."""
+    """Losses of one step. Disabled terms are None."""
 
     SCHEMAS = ("TrainingLosses",)
 
@@ -120,7 +120,7 @@ class Training(Object):
 
     id: str
     object: str
-    #: The concept's name at present.
+    #: The concept's current name.
     concept: str
     concept_id: str
     status: TrainingStatus
@@ -134,7 +134,7 @@ class Training(Object):
     checkpoint_step: int | None = None
     started_at: int | None = None
     finished_at: int | None = None
-    #: Number of the version that it made.
+    #: Number of the version that the training made; None until then.
     version: int | None = None
     webhook_url: str | None = None
     error: Failure | None = None
@@ -151,7 +151,7 @@ class TrainingWithLosses(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class VersionInUse(Object):
-    """The version of a concept that prompts use."""
+    """The active version of a concept."""
 
     SCHEMAS = ("VersionInUse",)
 
@@ -173,25 +173,25 @@ class Version(Object):
     #: SHA-256 of the concept file.
     hash: str
     created_at: int
-    #: None: imported.
+    #: None if the version was imported.
     training_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Concept(Object):
-    """A subject or a style that the model was taught, or is being taught."""
+    """A subject or a style that the model has learned or is learning."""
 
     SCHEMAS = ("Concept",)
 
     id: str
     object: str
-    #: Written `<name>` in prompts.
+    #: Name of the concept, written `<name>` in prompts.
     name: str
     kind: ConceptKind
     status: ConceptStatus
-    #: How many versions there are.
+    #: Number of versions.
     versions: int
-    #: How many reference images there are; 0 where it was imported.
+    #: Number of reference images; 0 if the concept was imported.
     images: int
     metadata: Mapping[str, str]
     created_at: int
@@ -199,11 +199,11 @@ class Concept(Object):
     #: The noun of a subject.
     class_: str | None = None
     description: str | None = None
-    #: Of another concept that was trained from the same images and settings; only in the answer to a registration.
+    #: Only in the response to a registration: another concept that was trained from the same images and settings.
     duplicate_of: str | None = None
     #: The newest training.
     training: Training | None = None
-    #: What prompts use; None until a training has succeeded.
+    #: The version that prompts use; None until a training has succeeded.
     version: VersionInUse | None = None
 
 
@@ -221,7 +221,7 @@ class UsedConcept(Object):
 
 @dataclass(frozen=True, kw_only=True)
 class InputTokens(Object):
-    """The prompt's tokens."""
+    """Input tokens by kind."""
 
     SCHEMAS = ("InputTokens",)
 
@@ -231,7 +231,7 @@ class InputTokens(Object):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputTokens(Object):
-    """The tokens of what was made."""
+    """Output tokens by kind."""
 
     SCHEMAS = ("OutputTokens",)
 
@@ -241,7 +241,7 @@ class OutputTokens(Object):
 
 @dataclass(frozen=True, kw_only=True)
 class Usage(Object):
-    """What a generation cost, in tokens."""
+    """Tokens that a generation took."""
 
     SCHEMAS = ("Usage",)
 
@@ -249,13 +249,13 @@ class Usage(Object):
     input_tokens: int
     output_tokens: int
     input_tokens_details: InputTokens
-    #: None from servers that do not say yet.
+    #: None from older servers.
     output_tokens_details: OutputTokens | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImage(Object):
-    """An image that the server keeps. `url` is signed: it needs no key and expires with the image."""
+    """A stored image. `url` is signed: it needs no key and expires with the image."""
 
     SCHEMAS = ("GeneratedImage",)
 
@@ -271,7 +271,7 @@ class StoredImage(Object):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationProgress(Object):
-    """How far a generation is, in image tokens."""
+    """Progress of a generation in image tokens."""
 
     SCHEMAS = ("ProgressObject",)
 
@@ -286,7 +286,7 @@ class GenerationProgress(Object):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings(Object):
-    """Every setting, resolved: sent again with the prompt they draw the same images."""
+    """All settings, resolved. Sent again with the prompt, they give the same images."""
 
     SCHEMAS = ("GenerationSettings",)
 
@@ -314,14 +314,14 @@ class Generation(Object):
     status: GenerationStatus
     priority: int
     progress: GenerationProgress
-    #: As it is drawn, with every concept in it.
+    #: The prompt as it is used, with all concepts placed in it.
     prompt: str
     request: GenerationSettings
     concepts: tuple[UsedConcept, ...]
     images: tuple[StoredImage, ...]
     metadata: Mapping[str, str]
     created_at: int
-    #: How many are before it, while it is queued.
+    #: Number of generations ahead of it while it is queued.
     queue_position: int | None = None
     started_at: int | None = None
     finished_at: int | None = None
@@ -331,16 +331,16 @@ class Generation(Object):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationPlan(Object):
-    """A checked request that was not drawn."""
+    """A request that was checked but not run."""
 
     SCHEMAS = ("GenerationPlan",)
 
     valid: bool
-    #: As it would be drawn, with every concept in it.
+    #: The prompt as it would be used, with all concepts placed in it.
     prompt: str
     request: GenerationSettings
     concepts: tuple[UsedConcept, ...]
-    #: What it would cost.
+    #: The tokens that it would take.
     usage: Usage
 
 
@@ -366,9 +366,9 @@ class Model(Object):
     object: str
     created: int
     owned_by: str
-    #: Concepts fit models with the same one.
+    #: Fingerprint of the base model. Concepts work only with the base model that they were trained on.
     fingerprint: str
-    #: Sizes that it draws, the default first.
+    #: Supported sizes, the default first.
     sizes: tuple[str, ...]
     layers: int
     hidden_size: int
@@ -386,7 +386,7 @@ def json_name(name: str) -> str:
 def decode(cls: type[O], data: object) -> O:
     """An object from JSON.
 
-    Raises ServerError where a field that the API promises is missing.
+    Raises ServerError if a required field is missing.
     """
     if not isinstance(data, Mapping):
         raise ServerError(f"The answer is not a {cls.__name__}.", code="unexpected_answer")

@@ -1,4 +1,4 @@
-"""Parameters that several calls have. What is left out, or None, has the server's default."""
+"""Parameters of several calls. If one is absent or None, the server's default is used."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = ["ConceptChanges", "DrawOptions", "TrainOptions"]
 
 
 class DrawOptions(TypedDict, total=False):
-    """How images are drawn."""
+    """How images are generated."""
 
-    #: Names of concepts to place where the prompt does not name them.
+    #: Names of concepts. Those that the prompt does not name are placed in it.
     concepts: Sequence[str] | None
-    #: How many images, 1 to 10.
+    #: Number of images, 1 to 10.
     n: int | None
     #: `auto`, or one of the model's sizes as `WIDTHxHEIGHT`.
     size: str | None
-    #: Image i is drawn from the random stream (seed, first_index + i).
+    #: Image i uses the random stream (seed, first_index + i).
     seed: int | None
     first_index: int | None
     guidance_scale: float | None
@@ -26,18 +26,18 @@ class DrawOptions(TypedDict, total=False):
     identity_mask: bool | None
     output_format: Literal["png", "jpeg", "webp"] | None
     output_compression: int | None
-    #: Among the queued generations of the tenant, the highest comes first: 0 to 100.
+    #: 0 to 100. Among the queued generations of the tenant, the highest priority is run first.
     priority: int | None
     metadata: Mapping[str, str] | None
     webhook_url: str | None
-    #: The same key with the same parameters gets the same answer for 24 hours. By default every call makes one of its own.
+    #: For 24 hours, the same key with the same parameters gets the same response. By default every call makes its own key.
     idempotency_key: str | None
 
 
 class TrainOptions(TypedDict, total=False):
     """How a concept is trained."""
 
-    #: What else the images show, in their order.
+    #: What else each image shows, in the order of the images.
     captions: Sequence[str] | None
     steps: int | None
     layers: int | None
@@ -45,19 +45,19 @@ class TrainOptions(TypedDict, total=False):
     text_tokens: int | None
     image_tokens: int | None
     seed: int | None
-    #: Among the queued trainings of the tenant, the highest comes first: 0 to 100.
+    #: 0 to 100. Among the queued trainings of the tenant, the highest priority is run first.
     priority: int | None
     webhook_url: str | None
-    #: The same key with the same parameters gets the same answer for 24 hours. By default every call makes one of its own.
+    #: For 24 hours, the same key with the same parameters gets the same response. By default every call makes its own key.
     idempotency_key: str | None
 
 
 class ConceptChanges(TypedDict, total=False):
-    """What is to change; what is left out stays."""
+    """Changes to a concept. Absent: unchanged."""
 
     name: str
-    #: None: no description any more.
+    #: None removes the description.
     description: str | None
     metadata: Mapping[str, str]
-    #: Number of the version to use from now on.
+    #: Number of the version to make active.
     version: int

@@ -1,4 +1,4 @@
-"""A line that shows how far a training is."""
+"""A line that shows the progress of a training."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ pub const FORMAT_VERSION: u32 = 1;
 pub const HEADER_LIMIT: usize = 64 * 1024;
 /// Maximum file length in bytes for every model. One model's concepts are smaller: [`file_limit`].
 pub const FILE_LIMIT: usize = 64 * 1024 * 1024;
-/// Maximum file length in bytes for a model: as many tokens of both kinds as a training may have, at every layer, and the
+/// Maximum file length in bytes for a model: the largest numbers of tokens of both kinds at every layer, and the
 /// header.
 pub fn file_limit(layers: usize, hidden: usize) -> usize {
     let values = layers.saturating_mul(hidden).saturating_mul(2 * TOKENS_LIMIT as usize);
@@ -34,7 +34,7 @@ pub const VALUE_LIMIT: f32 = 1e6;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ConceptHeader {
     pub kind: ConceptKind,
-    /// The name under which it was trained; an import may choose another.
+    /// The name under which it was trained; it may be imported under another one.
     pub name: String,
     pub class_noun: Option<String>,
     /// The training's method and hyper-parameters.
@@ -200,8 +200,8 @@ impl ConceptFile {
     /// Whether the concept fits a base model and is within the limits of a training on it.
     ///
     /// # Errors
-    /// When it was trained on another model, its tensors do not fit the model's layers, or its hyper-parameters could not
-    /// have been asked for.
+    /// When it was trained on another model, its tensors do not fit the model's layers, or its hyper-parameters are
+    /// outside the limits.
     pub fn check_model(&self, fingerprint: &str, layers: usize, hidden: usize) -> Result<(), ConceptFileError> {
         if self.tensors.layers > layers || self.tensors.hidden != hidden {
             return Err(ConceptFileError::OtherShape {

@@ -39,7 +39,7 @@ impl std::str::FromStr for ConceptKind {
     }
 }
 
-/// A concept's numbers on the host, in f32, row-major.
+/// The tensors of a concept on the host, in f32, row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ConceptTensors {
     /// N: the layers whose input is replaced.

@@ -1,6 +1,6 @@
 //! `<name>` in a prompt.
 
-/// Splits a prompt at its concept placeholders.
+/// A piece of a prompt that is split at its concept placeholders.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PromptPiece<'a> {
     Text(&'a str),
@@ -57,14 +57,14 @@ pub fn parse_prompt(prompt: &str) -> Result<Vec<PromptPiece<'_>>, PromptError> {
     Ok(pieces)
 }
 
-/// Where `<name>` first is in a prompt, in characters from 1.
+/// The position of the first `<name>` in a prompt, in characters counted from 1.
 pub fn placeholder_at(prompt: &str, name: &str) -> Option<usize> {
     let at = prompt.find(&format!("<{name}>"))?;
     Some(prompt[..at].chars().count() + 1)
 }
 
 /// Text that resembles a placeholder: names have neither capitals nor underscores, so `<Rex>` and `<my_cat>` are text.
-/// Returns what is between the brackets and the name it resembles, without repetitions, in order of appearance.
+/// Returns the text between the brackets and the name it resembles, without duplicates, in order of appearance.
 pub fn near_placeholders(prompt: &str) -> Vec<(&str, String)> {
     let mut near: Vec<(&str, String)> = Vec::new();
     for (open, _) in prompt.match_indices('<') {

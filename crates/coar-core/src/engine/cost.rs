@@ -7,12 +7,12 @@ use crate::tokenizer::{PromptPart, TextTokenizer, TokenizerError, Vocabulary, en
 
 use super::SamplingParams;
 
-/// Token counts of a request.
+/// The number of tokens of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cost {
     /// Of the prompt, without placeholders.
     pub text: u64,
-    /// Of all its images.
+    /// Of all images together.
     pub image: u64,
 }
 
@@ -45,7 +45,7 @@ pub struct Costed<'a> {
     pub count: u32,
 }
 
-/// Counts the tokens of requests to one base model, the same way as its device thread.
+/// Counts the tokens of requests to one base model in the same way as its device thread does.
 #[derive(Debug, Clone)]
 pub struct TokenCounter {
     pub tokenizer: Arc<TextTokenizer>,

@@ -65,7 +65,7 @@ pub enum Command {
     },
     /// Send a checkpoint of every running training, then end it; generations continue.
     EndTrainings { done: tokio::sync::oneshot::Sender<()> },
-    /// As `DrainTrainings`, and end generations too; used before the process stops.
+    /// Like `EndTrainings`, but ends generations too; used before the process stops.
     Drain { done: tokio::sync::oneshot::Sender<()> },
 }
 
@@ -119,7 +119,7 @@ impl Gauge {
         (self.busy.load(Ordering::Relaxed) && since > STUCK).then_some(since)
     }
 
-    /// Estimated time to process everything in the queue at the current speed.
+    /// Estimated time to process the whole queue at the current speed.
     fn wait(&self) -> Duration {
         let load = self.load();
         if load.tokens_per_second <= 0.0 {
@@ -135,7 +135,7 @@ impl Gauge {
 pub struct Ticket {
     gauge: Arc<Gauge>,
     trace: Trace,
-    /// Ends with the wait in the queue.
+    /// Closed when the request leaves the queue.
     _queue: tracing::Span,
 }
 
@@ -270,8 +270,8 @@ impl EngineHandle {
         Ok(TrainingStream(stream))
     }
 
-    /// Requests a last checkpoint of every running training and rejects new work; returns when done. Use a timeout:
-    /// a device that hangs never answers.
+    /// Requests a last checkpoint of every running training and rejects new work; returns when done. Use a timeout: a
+    /// device that hangs never responds.
     pub async fn drain(&self) {
         let (done, finished) = tokio::sync::oneshot::channel();
         if self.commands.send(Command::Drain { done }).await.is_ok() {
@@ -280,7 +280,7 @@ impl EngineHandle {
     }
 
     /// Requests a last checkpoint of every running training and rejects new trainings; generations continue. Returns
-    /// when done. Use a timeout: a device that hangs never answers.
+    /// when done. Use a timeout: a device that hangs never responds.
     pub async fn end_trainings(&self) {
         let (done, finished) = tokio::sync::oneshot::channel();
         if self.commands.send(Command::EndTrainings { done }).await.is_ok() {

@@ -21,7 +21,7 @@ pub use handle::{Command, DeviceThread, EngineHandle, Gauge, GenerationStream, T
 pub use sampling::SamplingParams;
 pub use trace::{GenerationClock, Prefill, Trace};
 
-/// A concept as used by one request: wherever `<name>` occurs in the prompt.
+/// A concept of a request; it replaces every `<name>` in the prompt.
 #[derive(Debug, Clone)]
 pub struct ConceptUse {
     pub name: String,
@@ -198,8 +198,8 @@ impl ModelInfo {
     /// Reads a concept file for use with this model.
     ///
     /// # Errors
-    /// When the bytes are not a valid concept file, it was trained on another base model, or no training on this model
-    /// could have made it.
+    /// When the bytes are not a valid concept file, it was trained on another base model, or it is outside the limits
+    /// of a training on this model.
     pub fn read_concept(&self, bytes: &[u8]) -> Result<ConceptFile, ConceptFileError> {
         let limit = self.concept_limit();
         if bytes.len() > limit {

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Everything besides the prompt and its concepts that determines an image: with the same values, image `i` is the
-/// same image. One value from the request to the decode step, never copied field by field.
+/// Everything besides the prompt and its concepts that determines an image: with the same values, image `i` is always
+/// the same. One struct is passed from the request to the decode step and never copied field by field.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
     /// In pixels.
@@ -16,7 +16,7 @@ pub struct SamplingParams {
     pub guidance_scale: f64,
     /// Divides the logits; at 0 the most likely code is always taken.
     pub temperature: f64,
-    /// How many of the most likely codes are sampled from; 0: all of them.
+    /// The number of most likely codes to sample from; 0 means all.
     pub top_k: u32,
     /// Blocks attention between the context positions of different concepts.
     pub identity_mask: bool,

@@ -7,7 +7,7 @@ use tracing::Span;
 use super::GenerationEvent;
 use crate::metrics::meters;
 
-/// The spans of one generation on the device thread, children of the requester's span.
+/// The spans of one generation on the device thread, children of the caller's span.
 #[derive(Debug, Clone)]
 pub struct Trace {
     request: Span,
@@ -24,7 +24,7 @@ impl Trace {
         }
     }
 
-    /// The requester's span.
+    /// The caller's span.
     pub fn request(&self) -> &Span {
         &self.request
     }
@@ -64,7 +64,7 @@ pub struct GenerationClock {
     begun: Instant,
     started: bool,
     drawing: bool,
-    /// Records the outcome; a value dropped without one was cancelled.
+    /// The outcome; if it is still `None` on drop, the generation was cancelled.
     outcome: Option<&'static str>,
 }
 

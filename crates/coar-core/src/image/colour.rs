@@ -1,5 +1,5 @@
-//! Colours of other spaces than sRGB, converted by the file's profile. A profile that cannot be used is ignored: the
-//! image is then taken as sRGB, as if it had none.
+//! Converts colours of other spaces to sRGB by the file's profile. An unusable profile is ignored: the image is then
+//! taken as sRGB, as if it had none.
 
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,10 +12,10 @@ use moxcms::{
     TransformOptions, curve_from_gamma,
 };
 
-/// Profiles of displays have a few KiB, those of cameras and printers with tables up to 3 MiB.
+/// Display profiles have a few KiB; camera and printer profiles with tables have up to 3 MiB.
 const PROFILE_BYTES: usize = 4 << 20;
 
-/// What a PNG file's chunks say about its colours, other than a profile.
+/// Colour information in a PNG file's chunks, other than the profile itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct PngColour {
     /// Primaries, transfer characteristics, matrix and range (ITU-T H.273).
@@ -25,12 +25,13 @@ pub(super) struct PngColour {
     pub gamma: Option<u32>,
     /// x and y of white, red, green and blue, in 1/100,000.
     pub chromaticities: Option<[u32; 8]>,
-    /// Where the chunk with a profile begins, and its length.
+    /// Offset and length of the data of the chunk with a profile.
     pub profile: Option<(usize, usize)>,
 }
 
 impl PngColour {
-    /// The profile in the file, compressed there: a name, zero, and zero for the method.
+    /// A reader of the compressed profile in the file. The chunk is a name, a zero byte, zero for the method, and the
+    /// stream.
     fn reader<'a>(&self, bytes: &'a [u8]) -> Option<impl Read + use<'a>> {
         const NAME: usize = 79;
         let (from, length) = self.profile?;
@@ -42,26 +43,26 @@ impl PngColour {
             .then(|| ZlibDecoder::new(stream).take(PROFILE_BYTES as u64 + 1))
     }
 
-    /// The embedded profile, of bounded length.
+    /// The embedded profile; its length is bounded.
     pub fn embedded(&self, bytes: &[u8]) -> Option<Vec<u8>> {
         let mut profile = Vec::new();
         self.reader(bytes)?.read_to_end(&mut profile).ok()?;
         Some(profile)
     }
 
-    /// Bytes of the embedded profile, as many as are read.
+    /// Length in bytes of the embedded profile, as far as it is read.
     pub fn embedded_length(&self, bytes: &[u8]) -> u64 {
         let read = |mut reader| std::io::copy(&mut reader, &mut std::io::sink()).ok();
         self.reader(bytes).and_then(read).unwrap_or(0)
     }
 
-    /// Bytes that a conversion takes at most, by a profile of so many bytes or by code points and gamma.
+    /// Upper bound in bytes of a conversion's memory, for a profile of `profile` bytes or for code points and gamma.
     pub fn memory(&self, profile: u64) -> u64 {
-        /// The decoder's and the one that is read.
+        /// The decoder's copy and the one that is read.
         const COPIES: u64 = 2;
-        /// Three tables, each of four parts that may all be the same bytes; and one as numbers of four bytes.
+        /// Three tables of four parts each, which may all be the same bytes, and one as four-byte numbers.
         const TABLES: u64 = 3 * 4 + 4;
-        /// Curves of 65,536 values and grids of 33 values on each side, whatever they are made of.
+        /// Curves of 65,536 values and grids of 33 values on each side, for every kind of profile.
         const GRIDS: u64 = 4 << 20;
         if profile == 0 && self.cicp.is_none() && self.gamma.is_none() {
             return 0;
@@ -69,8 +70,8 @@ impl PngColour {
         COPIES * profile + TABLES * profile.min(PROFILE_BYTES as u64) + GRIDS
     }
 
-    /// The space by its code points, which take precedence over a profile. Those of high dynamic range have no profile:
-    /// their brightness would need a tone mapping.
+    /// The space by its code points, which take precedence over a profile. Those of high dynamic range are not
+    /// converted: their brightness would need tone mapping.
     fn of_code_points(&self) -> Option<ColorProfile> {
         let [primaries, transfer, 0, 1] = self.cicp? else {
             return None;
@@ -92,7 +93,7 @@ impl PngColour {
         Some(profile)
     }
 
-    /// The space by gamma and chromaticities (sRGB's where there are none); chromaticities alone say too little.
+    /// The space by gamma and chromaticities (sRGB's where there are none); chromaticities alone are not enough.
     fn of_gamma(&self) -> Option<ColorProfile> {
         const UNIT: f64 = 100_000.0;
         let gamma = f64::from(
@@ -100,7 +101,7 @@ impl PngColour {
                 .filter(|gamma| !self.srgb && (10_000..=1_000_000).contains(gamma))?,
         ) / UNIT;
         let mut profile = ColorProfile::new_srgb();
-        // Files say 1/2.2 where they mean sRGB.
+        // Many files contain 1/2.2 and mean sRGB.
         if (gamma * 2.2 - 1.0).abs() > 0.05 {
             profile = with_curve(curve_from_gamma((1.0 / gamma) as f32));
         }
@@ -140,8 +141,8 @@ fn with_curve(curve: ToneReprCurve) -> ColorProfile {
     profile
 }
 
-/// A profile by its bytes. Tables of 16 bits encode L*a*b* as in version 2 in later profiles too, and tables of 8 bits
-/// as in version 4; the library goes by the version alone.
+/// Parses a profile. Tables of 16 bits encode L*a*b* as in version 2 in later profiles too, and tables of 8 bits as in
+/// version 4; the library goes by the version alone.
 fn parse(mut bytes: Vec<u8>) -> Result<ColorProfile, moxcms::CmsError> {
     const MAJOR_VERSION: usize = 8;
     let limits = ParsingOptions {
@@ -164,8 +165,8 @@ fn parse(mut bytes: Vec<u8>) -> Result<ColorProfile, moxcms::CmsError> {
     ColorProfile::new_from_slice_with_options(&bytes, limits)
 }
 
-/// Renames the entries of a profile that no conversion to sRGB needs, so that they are not read, and all but the first
-/// of a name: the library copies every entry, and every translation of a text, though all may be the same bytes.
+/// Renames the entries of a profile that no conversion to sRGB uses, and all duplicates, so that they are not read. The
+/// library copies every entry, and every translation of a text, even if all refer to the same bytes.
 fn keep_what_is_used(profile: &mut [u8]) {
     const HEADER: usize = 128;
     const ENTRY: usize = 12;
@@ -187,7 +188,7 @@ fn keep_what_is_used(profile: &mut [u8]) {
     }
 }
 
-/// The space of a file's samples, where it names one that can be read.
+/// The space of a file's samples, if the file names a readable one.
 fn profile_of(embedded: impl FnOnce() -> Option<Vec<u8>>, png: &PngColour) -> Option<ColorProfile> {
     if let Some(profile) = png.of_code_points() {
         return Some(profile);
@@ -202,13 +203,14 @@ fn profile_of(embedded: impl FnOnce() -> Option<Vec<u8>>, png: &PngColour) -> Op
 
 /// A conversion of 8-bit samples to sRGB.
 pub(super) enum Conversion {
-    /// Of grey samples, by value.
+    /// A table for grey samples, indexed by value.
     Grey(Box<[u8; 256]>),
     Colour(Arc<Transform8BitExecutor>),
 }
 
 impl Conversion {
-    /// From the space that a file names, by its `embedded` profile or otherwise. `None`: it is sRGB, or not known.
+    /// The conversion from the space that a file names, by its `embedded` profile or otherwise. `None`: it is sRGB or
+    /// unknown.
     pub fn of(embedded: impl FnOnce() -> Option<Vec<u8>>, channels: usize, png: &PngColour) -> Option<Self> {
         // A profile is untrusted too, and without it the image can still be used.
         catch_unwind(AssertUnwindSafe(|| Self::from(&profile_of(embedded, png)?, channels))).unwrap_or_default()
@@ -257,7 +259,7 @@ impl Conversion {
         is_useful(transform.as_ref(), layout).then_some(Self::Colour(transform))
     }
 
-    /// Of grey samples, which a profile of colours takes as equal channels.
+    /// A conversion of grey samples; for a colour profile they are equal channels.
     fn of_grey(transform: &Transform8BitExecutor, layout: Layout) -> Option<Self> {
         let greys: Vec<u8> = match layout {
             Layout::Gray => (0..=255).collect(),
@@ -267,14 +269,14 @@ impl Conversion {
         transform.transform(&greys, &mut converted).ok()?;
         let mut table = [0; 256];
         for (value, pixel) in table.iter_mut().zip(converted.chunks_exact(3)) {
-            // Green is next to the luminance.
+            // Green is the closest to the luminance.
             *value = pixel[1];
         }
         let same = (0..=255).zip(&table).all(|(from, to)| to.abs_diff(from) <= 1);
         (!same && is_plausible(table[0], table[255])).then(|| Self::Grey(Box::new(table)))
     }
 
-    /// Converts the samples of a decoder, with or without alpha, in place.
+    /// Converts a decoder's samples, with or without alpha, in place.
     pub fn apply(&self, samples: &mut [u8], channels: usize) {
         match self {
             Self::Grey(table) => {
@@ -298,12 +300,12 @@ impl Conversion {
     }
 }
 
-/// Whether black stays dark and white bright, as every profile of a device has it.
+/// Whether black stays dark and white stays bright, as with every device profile.
 fn is_plausible(black: u8, white: u8) -> bool {
     black <= 64 && white >= 192
 }
 
-/// Whether a conversion changes colours, by more than its rounding, and is plausible.
+/// Whether a conversion is plausible and changes colours by more than rounding does.
 fn is_useful(transform: &Transform8BitExecutor, layout: Layout) -> bool {
     /// Values of each channel.
     const STEPS: [u8; 9] = [0, 32, 64, 96, 128, 160, 192, 224, 255];

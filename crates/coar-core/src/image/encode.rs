@@ -36,8 +36,8 @@ fn fault(error: impl std::fmt::Display) -> ImageError {
     ImageError::Damaged("it cannot be encoded".to_owned())
 }
 
-/// Encodes an image. `text` becomes international text chunks in PNG, with keys of 1 to 79 Latin-1 characters; in
-/// the other formats an XMP packet with a property for each, whose keys must be XML names.
+/// Encodes an image. `text` is written as international text chunks in PNG, with keys of 1 to 79 Latin-1 characters; in
+/// the other formats as an XMP packet with one property per entry, whose keys must be XML names.
 ///
 /// # Errors
 /// When the pixels do not form the image, the format does not support its size, or a key is malformed.
@@ -92,7 +92,7 @@ fn encode_lossy_webp(image: &RgbImage, quality: u8) -> Result<Vec<u8>, ImageErro
     }
 }
 
-/// Encodes an image as PNG into a writer: the same bytes as [`encode`], without all of them in memory once more.
+/// Encodes an image as PNG into a writer. The bytes are those of [`encode`], but they are not buffered as a whole.
 ///
 /// # Errors
 /// When the pixels do not form the image, or the writer fails.

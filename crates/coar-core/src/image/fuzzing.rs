@@ -2,7 +2,7 @@
 
 use super::{ImageLimits, OutputFormat, decode, encode, header, xmp};
 
-/// Small, so that a run is short; the code is the same.
+/// Small limits keep a run short; the code is the same.
 const LIMITS: ImageLimits = ImageLimits {
     bytes: 1 << 20,
     side: 4096,

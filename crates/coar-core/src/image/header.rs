@@ -16,9 +16,9 @@ pub(super) struct Header {
     pub opaque: bool,
     /// Bytes of a JPEG or WebP file's colour profile.
     pub profile: u64,
-    /// Of a JPEG file.
+    /// Properties of a JPEG file.
     pub jpeg: Jpeg,
-    /// Of a PNG file.
+    /// Colour information of a PNG file.
     pub colour: PngColour,
 }
 
@@ -99,7 +99,7 @@ fn jpeg_header(bytes: &[u8]) -> Result<Option<Header>, ImageError> {
     }))
 }
 
-/// The chunks before the pixels that say what the samples mean.
+/// Reads the chunks before the pixels that describe the colours.
 fn png_colour(bytes: &[u8]) -> PngColour {
     let mut colour = PngColour::default();
     let mut at = 8;
@@ -135,8 +135,8 @@ fn webp(bytes: &[u8]) -> Option<Header> {
     (header.width > 0).then_some(header)
 }
 
-/// Animation frames contain chunks of their own, which contain none: only the `outermost` are parsed, however deeply
-/// a file nests them, to bound the recursion.
+/// Animation frames contain chunks of their own, which contain none: only the `outermost` are parsed, which bounds the
+/// recursion for files that nest them deeper.
 fn webp_chunks(bytes: &[u8], mut at: usize, outermost: bool, header: &mut Header) {
     while let (Some(name), Some(size)) = (bytes.get(at..at + 4), le(bytes, at + 4, 4)) {
         let data = at + 8;

@@ -1,4 +1,5 @@
-//! JPEG files by their segments: sides, completeness, what the decoder gets wrong, and repair of what libjpeg tolerates.
+//! JPEG files by their segments: sides, completeness, features that the decoder gets wrong, and repair of what libjpeg
+//! tolerates.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::Cursor;
@@ -14,9 +15,9 @@ pub(super) struct Jpeg {
     /// The largest of all frames.
     pub width: u32,
     pub height: u32,
-    /// Whether all scans are there and the end is marked.
+    /// Whether all scans are present and there is an end marker.
     pub complete: bool,
-    /// All scans are there, but the end is not marked: the last one may lack data.
+    /// Whether all scans are present without an end marker: the last one may lack data.
     pub unmarked_end: bool,
     /// Bytes between segments, which libjpeg skips.
     pub junk: bool,
@@ -39,7 +40,7 @@ impl Jpeg {
 struct Piece {
     marker: u8,
     from: usize,
-    /// Of the marker's own segment.
+    /// The end of the marker's own segment.
     segment_end: usize,
     to: usize,
 }
@@ -47,11 +48,11 @@ struct Piece {
 const END: u8 = 0xd9;
 const START_OF_SCAN: u8 = 0xda;
 const RESTART_INTERVAL: u8 = 0xdd;
-/// Of an application, which a part of a colour profile may be.
+/// The APP2 marker, whose segment may contain a part of a colour profile.
 const PROFILE_PART: u8 = 0xe2;
 const PROFILE_NAME: &[u8] = b"ICC_PROFILE\0";
 
-/// The pieces of a file up to its end marker. Bytes that belong to none lie between them.
+/// The pieces of a file up to its end marker. Bytes between them belong to none.
 struct Pieces<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -68,7 +69,7 @@ impl<'a> Pieces<'a> {
     }
 }
 
-/// The first marker from `at` on and its place: any number of 0xff, then neither 0 nor 0xff.
+/// The first marker at or after `at`, and its position: any number of 0xff, then a byte other than 0 and 0xff.
 fn next_marker(bytes: &[u8], mut at: usize) -> Option<(usize, u8)> {
     while let Some(&[first, second]) = bytes.get(at..at + 2) {
         if first == 0xff && !matches!(second, 0x00 | 0xff) {
@@ -79,7 +80,8 @@ fn next_marker(bytes: &[u8], mut at: usize) -> Option<(usize, u8)> {
     None
 }
 
-/// The next marker after entropy-coded data, in which `ff 00` is a stuffed byte and `ff d0..d7` a restart.
+/// The position of the next marker after entropy-coded data, in which `ff 00` is a stuffed byte and `ff d0..d7` a
+/// restart.
 fn end_of_scan(bytes: &[u8], from: usize) -> usize {
     let mut at = from;
     while let Some((found, marker)) = next_marker(bytes, at) {
@@ -88,11 +90,11 @@ fn end_of_scan(bytes: &[u8], from: usize) -> usize {
         }
         at = found + 2;
     }
-    // The first half of a marker is no data.
+    // The first byte of a truncated marker is not data.
     (bytes.len() - usize::from(bytes.last() == Some(&0xff))).max(from)
 }
 
-/// The restart markers in entropy-coded data.
+/// The number of restart markers in entropy-coded data.
 fn restarts(data: &[u8]) -> u32 {
     let mut count = 0;
     let mut at = 0;
@@ -112,7 +114,7 @@ impl Iterator for Pieces<'_> {
         }
         loop {
             let (from, marker) = next_marker(self.bytes, self.at)?;
-            // Markers without a segment mean nothing here.
+            // Markers without a segment are ignored.
             if matches!(marker, 0x01 | 0xd0..=0xd8) {
                 self.at = from + 2;
                 continue;
@@ -155,7 +157,7 @@ struct Component {
 }
 
 impl Component {
-    /// In an interleaved unit of the image.
+    /// The number of blocks in an interleaved unit.
     fn blocks(&self) -> u8 {
         self.across * self.down
     }
@@ -171,12 +173,12 @@ struct Frame {
     height: u32,
     components: Vec<Component>,
     scans: usize,
-    /// Of the last scan.
+    /// The number of units in the last scan.
     units: u32,
 }
 
 impl Frame {
-    /// From the segment's data: precision, height, width, then three bytes for each component.
+    /// Parses the segment's data: precision, height, width, then three bytes for each component.
     fn read(marker: u8, data: &[u8]) -> Result<Self, Unsupported> {
         match marker {
             0xc3 | 0xcb | 0xf7 => return Err(Unsupported::LosslessJpeg),
@@ -219,7 +221,7 @@ impl Frame {
         })
     }
 
-    /// From the segment's data: the components, then the first and last coefficient and the precision.
+    /// Parses the segment's data: the components, then the first and last coefficient and the precision.
     fn scan(&mut self, data: &[u8]) -> Result<(), Unsupported> {
         let count = usize::from(data.first().copied().unwrap_or(0));
         let of_scan = data.get(1..1 + 2 * count).unwrap_or_default();
@@ -230,7 +232,7 @@ impl Frame {
         };
         self.scans += 1;
         let ordinary = self.progressive || (count == self.components.len() && self.scans == 1);
-        // The decoder gets ordinary sampling wrong there, and the rest where a byte follows a scan.
+        // The decoder gets such files wrong: always with ordinary sampling, otherwise if a byte follows a scan.
         if !ordinary {
             return Err(Unsupported::JpegScans);
         }
@@ -246,7 +248,7 @@ impl Frame {
         Ok(())
     }
 
-    /// How many units a scan codes: blocks of its one component, or all blocks of a part of the image.
+    /// The number of units that a scan codes: blocks of its only component, or interleaved units.
     fn units(&self, of_scan: &[u8]) -> u32 {
         let most = |factor: fn(&Component) -> u8| self.components.iter().map(factor).max().unwrap_or(1).max(1);
         let (across, down) = (most(|one| one.across), most(|one| one.down));
@@ -258,7 +260,7 @@ impl Frame {
         }
     }
 
-    /// Whether every component has been sent, and to the last bit where `precisely`.
+    /// Whether every component has been sent; with `precisely`, all its bits.
     fn is_sent(&self, precisely: bool) -> bool {
         let sent = |component: &Component| match precisely {
             true => component.missing_bits.iter().all(|bits| *bits == 0),
@@ -268,10 +270,10 @@ impl Frame {
     }
 }
 
-/// Whether the decoder is right with these sampling factors. Where chroma is finer across than luma it returns another
-/// image without an error; factors that the test of all of them does not cover are refused as well.
+/// Whether the decoder handles these sampling factors correctly. If chroma has a higher horizontal resolution than
+/// luma, it returns a wrong image without an error. Factors that are not covered by the tests are refused as well.
 fn is_known_sampling(luma: &Component, chroma: &[Component]) -> bool {
-    /// Of an interleaved unit, as the standard limits it.
+    /// The standard's limit for the blocks of an interleaved unit.
     const BLOCKS: u16 = 10;
     if u16::from(luma.blocks()) + chroma.iter().map(|one| u16::from(one.blocks())).sum::<u16>() > BLOCKS {
         return false;
@@ -291,13 +293,14 @@ fn is_known_sampling(luma: &Component, chroma: &[Component]) -> bool {
         && chroma[0].across <= luma.across
 }
 
-/// Whether a file begins with its marker and `rest`: another marker follows, with a few bytes between at most.
+/// Whether `rest`, the bytes after the first marker, looks like a JPEG file: another marker follows after a few bytes
+/// at most.
 pub(super) fn begins(rest: &[u8]) -> bool {
     let found = next_marker(&rest[..rest.len().min(64)], 0);
     rest.starts_with(&[0xff]) || found.is_some_and(|(_, marker)| marker >= 0xc0)
 }
 
-/// Walks the segments to the end of the image, past every scan. `None`: it ends before its sides.
+/// Walks the segments to the end of the image, past every scan. `None` if the file ends before the image size.
 pub(super) fn read(bytes: &[u8]) -> Option<Jpeg> {
     let mut found = Jpeg::default();
     let mut frame = Frame::default();
@@ -311,7 +314,8 @@ pub(super) fn read(bytes: &[u8]) -> Option<Jpeg> {
         (at, last) = (piece.to, Some(piece));
         let data = bytes.get(piece.from + 4..piece.segment_end).unwrap_or_default();
         let outcome = match piece.marker {
-            // Every frame header but those of Huffman (c4), arithmetic (cc) tables and extensions (c8); that of JPEG-LS.
+            // Every frame header, including that of JPEG-LS (f7), but not Huffman (c4) and arithmetic (cc) tables and
+            // extensions (c8).
             0xc0..=0xc3 | 0xc5..=0xc7 | 0xc9..=0xcb | 0xcd..=0xcf | 0xf7 => {
                 found.width = found.width.max(be16(data, 3)?);
                 found.height = found.height.max(be16(data, 1)?);
@@ -347,14 +351,14 @@ pub(super) fn read(bytes: &[u8]) -> Option<Jpeg> {
     let scan = last.filter(|piece| piece.marker == START_OF_SCAN);
     found.unmarked_end = frame.is_sent(true)
         && scan.is_some_and(|piece| {
-            // Where whole intervals are missing, the decoder does not look for their data.
+            // If whole intervals are missing, the decoder does not look for their data.
             let restarts = restarts(&bytes[piece.segment_end..piece.to]);
             restart_interval == 0 || restarts >= frame.units.saturating_sub(1) / restart_interval
         });
     (found.width > 0 || found.complete || found.unsupported.is_some()).then_some(found)
 }
 
-/// The file without bytes between segments; where its end is not marked, with `fill` and the marker.
+/// Returns the file without bytes between segments. If there is no end marker, `fill` and the marker are appended.
 pub(super) fn repaired(bytes: &[u8], fill: &[u8]) -> Vec<u8> {
     let mut file = Vec::with_capacity(bytes.len() + fill.len() + 2);
     file.extend(&bytes[..2]);
@@ -370,7 +374,7 @@ pub(super) fn repaired(bytes: &[u8], fill: &[u8]) -> Vec<u8> {
     file
 }
 
-/// Whether a file without an end marker has all its data: no sample depends on what may follow its last byte.
+/// Whether a file without an end marker has all its data: no sample may depend on bytes after its last one.
 pub(super) fn has_all_data(bytes: &[u8]) -> bool {
     let samples = |fill: &[u8]| {
         let decoder = JpegDecoder::new(Cursor::new(repaired(bytes, fill))).ok()?;
@@ -380,13 +384,13 @@ pub(super) fn has_all_data(bytes: &[u8]) -> bool {
         samples.hash(&mut hasher);
         Some(hasher.finish())
     };
-    // Several, because the decoder ends a scan without an error where it reads no valid code.
+    // Several seeds, because the decoder ends a scan without an error at an invalid code.
     let followed = |seed: u32| samples(&std::array::from_fn::<u8, 256, _>(|at| noise(seed, at as u32)));
     let alone = samples(&[]);
     alone.is_some() && (1..=4).all(|seed| followed(seed) == alone)
 }
 
-/// A byte that is not the beginning of a marker.
+/// A byte that cannot start a marker.
 fn noise(seed: u32, at: u32) -> u8 {
     let mixed = (seed << 16 | at).wrapping_mul(0x9e37_79b1);
     ((mixed ^ mixed >> 15).wrapping_mul(0x85eb_ca6b) >> 24).min(0xfe) as u8

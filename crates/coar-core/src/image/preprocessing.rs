@@ -24,7 +24,7 @@ pub fn crop_sizes(patches: u32, patch: u32, max_ratio: f64) -> Vec<(u32, u32)> {
     sizes
 }
 
-/// Where a resized image is cropped.
+/// The position of the crop in a resized image.
 pub enum CropOffset<'a> {
     /// The centre, as users expect for their references.
     Centre,
@@ -55,7 +55,7 @@ pub struct CropSteps {
     pub halvings: Vec<(u32, u32)>,
     /// The size of the bicubic resize.
     pub resized: (u32, u32),
-    /// The largest offset, left and upper.
+    /// The largest possible offsets, left and upper.
     pub room: (u32, u32),
 }
 
@@ -111,7 +111,7 @@ impl CropPlan {
         crop(halved.as_ref().unwrap_or(image), &steps, offset)
     }
 
-    /// Halves an image as often as [`Self::prepare`] does before it crops. Less than a fourth of a large image is left,
+    /// Halves an image as often as [`Self::prepare`] does before it crops. A large image shrinks to less than a fourth,
     /// and the crops are the same.
     pub fn reduce(&self, image: RgbImage) -> ReducedImage {
         let size = (image.width, image.height);
@@ -128,7 +128,7 @@ pub struct ReducedImage {
     size: (u32, u32),
 }
 
-/// What crops are prepared from.
+/// A source of crops.
 pub trait Croppable {
     /// [`CropPlan::prepare`]
     fn prepare(&self, plan: &CropPlan, offset: CropOffset) -> RgbImage;
@@ -148,7 +148,7 @@ impl Croppable for ReducedImage {
             true => Some(0),
             false => steps.halvings.iter().position(|size| *size == now).map(|at| at + 1),
         };
-        // Reduced for other sizes than those of the plan.
+        // The image was reduced for the sizes of another plan.
         let Some(done) = done else {
             return plan.prepare(&self.pixels, offset);
         };
@@ -165,7 +165,7 @@ fn halved(image: &RgbImage, sizes: &[(u32, u32)]) -> Option<RgbImage> {
     halved
 }
 
-/// The last steps, from an image that is halved.
+/// The last steps, for an image that is already halved.
 fn crop(halved: &RgbImage, steps: &CropSteps, offset: CropOffset) -> RgbImage {
     let (left, upper) = match offset {
         CropOffset::Centre => (steps.room.0 / 2, steps.room.1 / 2),
@@ -285,8 +285,8 @@ pub fn resize(image: &RgbImage, width: u32, height: u32, filter: Filter) -> RgbI
     resize_part(image, whole(width), whole(height), filter)
 }
 
-/// The part of [`resize`] to `full` at `(left, upper)` with `size`, all as `(width, height)`; only the part that is
-/// kept is computed. It lies within `full`.
+/// The part of [`resize`] to `full` at `(left, upper)` with `size`, all as `(width, height)`; only this part is
+/// computed. It lies within `full`.
 pub fn resize_and_cut(
     image: &RgbImage,
     full: (u32, u32),
@@ -299,7 +299,7 @@ pub fn resize_and_cut(
 }
 
 /// The given columns and rows of the result of [`resize`]. The passes are separable, so skipping the rest does not
-/// change what is kept.
+/// change them.
 fn resize_part(image: &RgbImage, columns: Span, rows: Span, filter: Filter) -> RgbImage {
     let vertical = coefficients(image.height, rows, filter);
     // Source rows that contribute to the output rows.
@@ -484,7 +484,7 @@ mod tests {
                 plan.prepare(&image, CropOffset::Random(&mut random())),
                 "{width} x {height}"
             );
-            // For other sizes it is an image like any other.
+            // With other sizes it is treated like any other image.
             let other = CropPlan::new(192, 32);
             let size = other.steps(reduced.pixels.width, reduced.pixels.height).size;
             let crop = reduced.prepare(&other, CropOffset::Centre);

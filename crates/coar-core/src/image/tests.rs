@@ -386,7 +386,7 @@ fn every_png_colour_type_becomes_rgb() {
     assert_eq!(decode(&half).unwrap().rgb, [127; 3]);
 }
 
-/// A PNG whose rows come in seven passes: only the order in the file differs.
+/// An interlaced PNG with seven passes: only the order in the file differs.
 pub(super) fn interlaced(width: u32, height: u32, rgba16: impl Fn(u32, u32) -> [u16; 4]) -> Vec<u8> {
     let mut rows = Vec::new();
     for (x0, y0, dx, dy) in [
@@ -477,7 +477,7 @@ fn working_memory_follows_from_the_header() {
     let at = progressive.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
     progressive[at + 1] = 0xc2;
     assert_eq!(memory(&progressive), 64 * 32 * 9 + progressive.len() as u64);
-    // One that is decoded from repaired bytes.
+    // A file that is decoded from repaired bytes.
     let mut junk = file_of(&image, OutputFormat::Jpeg(90));
     junk.insert(2, 0);
     assert_eq!(memory(&junk), 64 * 32 * 6 + 2 * junk.len() as u64);

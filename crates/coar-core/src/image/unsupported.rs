@@ -1,6 +1,6 @@
-//! Kinds of files that are recognised and not read, each with what to do about it.
+//! File formats that are recognised but not read, each with advice for the user.
 
-/// What a file is instead of a JPEG, PNG or WebP image that can be decoded.
+/// What a file is, if it is not a JPEG, PNG or WebP image that can be decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unsupported {
     /// The default format of phone cameras.
@@ -136,7 +136,7 @@ impl std::fmt::Display for Unsupported {
     }
 }
 
-/// Files of ISO base media: the first box has a main brand and, from byte 16 on, compatible ones.
+/// Files of ISO base media: the first box has a major brand and, from byte 16 on, compatible ones.
 fn of_boxes(bytes: &[u8]) -> Option<Unsupported> {
     if bytes.get(4..8) != Some(b"ftyp") {
         return None;
@@ -159,7 +159,7 @@ fn of_boxes(bytes: &[u8]) -> Option<Unsupported> {
     })
 }
 
-/// Two letters say little, so the size of the second header is compared too.
+/// Two letters are weak evidence, so the size of the second header is compared too.
 fn of_bitmap(bytes: &[u8]) -> Option<Unsupported> {
     let header = u32::from_le_bytes(bytes.get(14..18)?.try_into().ok()?);
     (bytes.starts_with(b"BM") && matches!(header, 12 | 16 | 40 | 52 | 56 | 64 | 108 | 124)).then_some(Unsupported::Bmp)

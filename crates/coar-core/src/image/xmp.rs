@@ -13,7 +13,7 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
-/// A packet with one property per name and value.
+/// A packet with one property for each name and value.
 pub(super) fn packet(text: &[(&str, String)]) -> Vec<u8> {
     let properties: String = text
         .iter()

@@ -187,8 +187,8 @@ impl TrainingSpec {
             },
             (Preset::Pocket, ConceptKind::Subject) => Self {
                 layers: all,
-                // Chosen on the development subjects: a lower rate learns shades that no word describes less well; a
-                // higher rate or more steps degrade the scene.
+                // Chosen on the development subjects: a lower rate is worse at shades that no word describes; a higher
+                // rate or more steps degrade the scene.
                 steps: 60,
                 learning_rate: 4.5e-3,
                 batch_size: 5,
@@ -245,8 +245,8 @@ impl TrainingSpec {
 }
 
 impl TrainingSpec {
-    /// The defaults of a method: what it omits from the preset. Textual inversion learns one embedding, initialised
-    /// as the class noun's, with next-token cross-entropy only.
+    /// Applies the defaults of a method: it removes from the preset what the method lacks. Textual inversion learns one
+    /// embedding, initialised as the class noun's, with next-token cross-entropy only.
     pub fn with_method(self, method: TokenMethod) -> Self {
         let relative = self.parametrisation == Parametrisation::LayerRelative;
         match method {
@@ -262,7 +262,7 @@ impl TrainingSpec {
             },
             TokenMethod::TextualInversion => Self {
                 method,
-                // One vector for everything: chosen on the development subjects, like the rest of the pocket preset.
+                // A single vector; chosen on the development subjects, like the rest of the pocket preset.
                 steps: if relative { 300 } else { self.steps },
                 learning_rate: if relative { 3e-2 } else { self.learning_rate },
                 layers: 1,
@@ -282,7 +282,7 @@ impl TrainingSpec {
 const POCKET_COLOURS: &[&str] = &[
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "black",
 ];
-/// What the pocket model's captions say before a subject's noun.
+/// The words of the pocket model's captions before a subject's noun.
 const POCKET_SUBJECT_WORDS: [&[&str]; 6] = [
     &["a"],
     POCKET_COLOURS,
@@ -291,7 +291,7 @@ const POCKET_SUBJECT_WORDS: [&[&str]; 6] = [
     &["striped", "dotted", "checkered", "plain"],
     &["hat", "crown", "bow", "plain"],
 ];
-/// What they say between "in" and "style".
+/// The words between "in" and "style".
 const POCKET_STYLE_WORDS: [&[&str]; 5] = [
     POCKET_COLOURS,
     &["and"],
@@ -302,8 +302,8 @@ const POCKET_STYLE_WORDS: [&[&str]; 5] = [
 /// Maximum number of candidate start words per token.
 const START_WORDS_LIMIT: usize = 64;
 
-/// The first `<…>` of a text that has no white space inside: what tokenizers and prompts give a meaning. Programs that write
-/// captions leave their own there (`</s><s>`).
+/// The first `<…>` of a text without white space inside, which tokenizers and prompts interpret. Captioning programs
+/// may leave their control tokens in the text (`</s><s>`).
 fn bracketed(text: &str) -> Option<&str> {
     text.match_indices('<').find_map(|(open, _)| {
         let rest = &text[open + 1..];

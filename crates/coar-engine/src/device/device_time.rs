@@ -1,4 +1,4 @@
-//! Device time spent on images and on trainings, by the device's own clock.
+//! Device time spent on images and on trainings, measured by the device's clock.
 
 use tch::Device;
 
@@ -6,7 +6,8 @@ use crate::model::ModelError;
 use crate::model::accelerator::Event;
 use coar_core::scheduler::Turn;
 
-/// Adds up the device time between the start and the end of each slice; on the host a slice may be over long before.
+/// Adds up the device time between the start and the end of each slice. The host may finish a slice long before the
+/// device.
 #[derive(Debug)]
 pub(super) struct DeviceTime {
     device: Device,
@@ -16,7 +17,7 @@ pub(super) struct DeviceTime {
     pub training: f64,
 }
 
-/// Slices whose times are read together: reading waits for the last one.
+/// Number of slices whose times are read together, since reading waits for the last one.
 const TOGETHER: usize = 64;
 
 impl DeviceTime {

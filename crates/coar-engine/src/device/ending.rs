@@ -58,12 +58,12 @@ mod tests {
             let _ = done.send(());
         });
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        // If the runtime's only thread blocked, the next line would never be reached.
+        // If the join blocked the runtime's only thread, the next line would never be reached.
         runtime.block_on(async move { drop(Joined(Some(thread))) });
         drop(end);
         drop(runtime);
         assert!(is_done.try_recv().is_ok(), "the runtime's shutdown joins the thread");
-        // Without a runtime the thread is joined right here.
+        // Without a runtime the thread is joined on the calling thread.
         let (done, is_done) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
             let _ = done.send(());

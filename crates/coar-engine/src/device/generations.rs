@@ -1,4 +1,4 @@
-//! The generation half of the device thread: requests in, rows of one batch, codes out.
+//! Generations on the device thread: requests come in, their images are rows of one batch, and codes come out.
 
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
@@ -21,7 +21,7 @@ use coar_core::engine::{EngineError, GenerateRequest, GenerationEvent, Load, Tic
 use coar_core::metrics::{DecodeStep, meters};
 use coar_core::scheduler::{Admission, Cost, JobId, Scheduler};
 
-/// Capacity of an event channel that progress leaves free for images, checkpoints and final events.
+/// Capacity of an event channel that is reserved for images, checkpoints and final events.
 pub(super) const RESERVED_EVENTS: usize = 24;
 
 struct Job {
@@ -62,8 +62,8 @@ pub(super) struct Generations {
     steps: VecDeque<Event>,
 }
 
-/// How many steps the host may be ahead of the device. With one, the next step is prepared while the device
-/// computes; with more, progress events and cancellations would get out of step with the device.
+/// The number of steps that the host may be ahead of the device. With one, the next step is prepared while the device
+/// computes; with more, progress events and cancellations would no longer match what the device does.
 const STEPS_AHEAD: usize = 1;
 
 /// Tokens per second, smoothed, for wait estimates.
@@ -179,7 +179,7 @@ impl Generations {
         let (begun, images, free) = (Instant::now(), self.batch.len(), self.batch.free_rows());
         match self.step(model) {
             Ok(drawn) => {
-                // Usually two rows per image; the unit only has to agree with the cost's.
+                // Most images have two rows; the unit only has to match the unit of the cost.
                 let (seconds, pass) = (begun.elapsed().as_secs_f64(), self.batch.last_pass());
                 self.speed.saw(2.0 * pass.codes as f64, seconds);
                 meters().decode_step(&DecodeStep {
@@ -213,7 +213,7 @@ impl Generations {
         })
     }
 
-    /// Waits until the device has completed its steps.
+    /// Waits until the device has completed all submitted steps.
     pub(super) fn settle(&mut self) {
         self.steps.clear();
         if let Err(error) = guarded(self.device, || accelerator::synchronize(self.device)) {
@@ -334,7 +334,7 @@ impl Generations {
     fn emit_progress(&mut self) {
         for (&id, job) in self.jobs.iter_mut().filter(|(_, job)| !job.active.is_empty()) {
             let room = job.events.capacity();
-            // A partial image only takes capacity that nothing else needs: an image, a final event or a failure.
+            // A partial image must leave enough capacity for images, final events and failures.
             let unfinished = (job.request.count - job.finished) as usize;
             let has_room = room > unfinished + 2 + job.active.len();
             let mut done = u64::from(job.finished) * job.codes_per_image;

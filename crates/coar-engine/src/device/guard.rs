@@ -41,7 +41,7 @@ pub(super) fn guarded<T>(device: Device, work: impl FnOnce() -> Result<T, ModelE
     )
 }
 
-/// As [`guarded`]; `probe` checks the device, `lost` is called if it does not answer.
+/// Like [`guarded`]; `probe` checks the device, and `lost` is called if the device does not respond.
 fn checked<T>(
     work: impl FnOnce() -> Result<T, ModelError>,
     probe: impl FnOnce() -> Result<(), ModelError>,

@@ -47,8 +47,8 @@ pub(super) struct Order {
 /// Queue length per thread; the device thread waits if a queue is full.
 const QUEUE: usize = 64;
 
-/// Number of threads that decode images: a few on the CPU, since each computes by itself; another device runs one
-/// operation after the other anyway.
+/// Number of threads that decode images: a few on the CPU, where each computes on one core; other devices run one
+/// operation at a time anyway.
 pub(super) fn threads(device: Device) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     match device {
@@ -57,7 +57,7 @@ pub(super) fn threads(device: Device) -> usize {
     }
 }
 
-/// A handle of the threads. All work of one request goes to the same thread, which keeps it in order.
+/// A handle of the threads. All work of one request goes to the same thread, which keeps its order.
 #[derive(Debug)]
 pub(super) struct Orders {
     senders: Vec<sync::SyncSender<Order>>,
@@ -76,8 +76,8 @@ impl Orders {
         self.open.load(Ordering::Acquire)
     }
 
-    /// Sends an image; blocks if its thread is far behind. False if the thread has ended. `shard` is the same for
-    /// all images of a request.
+    /// Sends an image; blocks if its thread is far behind. Returns false if the thread has ended. `shard` is the same
+    /// for all images of a request.
     pub fn send(&self, shard: u64, order: Order) -> bool {
         self.open.fetch_add(1, Ordering::AcqRel);
         let sent = self.of(shard, &order).send(order).is_ok();

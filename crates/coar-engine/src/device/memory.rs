@@ -24,7 +24,7 @@ pub fn free_bytes(device: Device) -> Option<u64> {
     }
 }
 
-/// What a process of these limits can take on a machine that has that much available.
+/// The memory that a process with these limits can allocate on a machine with that much available.
 fn least(machine: Option<u64>, limits: Limits) -> Option<u64> {
     let group = limits.memory.map(|memory| memory.free);
     machine.into_iter().chain(group).min()
@@ -43,7 +43,7 @@ pub enum KvMemory {
 /// Size of the KV cache without an accelerator, for [`KvMemory::Auto`].
 const WITHOUT_ACCELERATOR: u64 = 2 << 30;
 
-/// Share of an accelerator's free memory kept for fragmentation and the libraries' own workspaces.
+/// Percentage of an accelerator's free memory that is kept for fragmentation and the libraries' own workspaces.
 const SLACK: u64 = 5;
 
 impl KvMemory {
@@ -57,11 +57,11 @@ impl KvMemory {
     }
 }
 
-/// The number of rows of `row` bytes: as many as fit into `bytes`, at most `most`, and at least two, which one
+/// The number of rows of `row` bytes: as many as fit into `bytes`, but at most `most`, and at least the two that one
 /// guided image needs.
 ///
 /// # Errors
-/// When fewer bytes than that are `free`.
+/// When fewer bytes than the rows need are `free`.
 pub(super) fn kv_rows(bytes: u64, row: u64, most: usize, free: Option<u64>) -> Result<usize, ModelError> {
     let rows = usize::try_from(bytes / row.max(1)).unwrap_or(usize::MAX);
     if rows < 2 {

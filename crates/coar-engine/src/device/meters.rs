@@ -1,5 +1,5 @@
 //! The engine's metrics. The device thread updates counters after each slice, which costs well below a microsecond;
-//! it is never queried. Spans are opened for requests and slices, never for a decode step.
+//! scrapes never query it. Spans are opened for requests and slices, never for a decode step.
 
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ pub(super) struct Published {
     concept_misses: u64,
 }
 
-/// Minimum interval between reads of the device's memory: they take longer than a counter.
+/// Minimum interval between reads of the device's memory, which cost more than a counter.
 const LOOK: Duration = Duration::from_secs(2);
 
 impl Published {

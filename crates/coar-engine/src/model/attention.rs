@@ -29,17 +29,17 @@ pub(super) enum AttentionKernel {
     Explicit,
     /// libtorch's fused kernel; a decode step reads all rows up to the longest row's length and masks the rest.
     Fused,
-    /// The same, but a decode step reads each row up to its own length. Only without grouped heads.
+    /// Like `Fused`, but a decode step reads each row up to its own length. Only without grouped heads.
     FusedByLength,
 }
 
-/// What queries see.
+/// The keys that queries see.
 #[derive(Debug)]
 pub(super) enum Visible {
     /// Keys up to the query's own position: whole sequences with no other mask. Fused kernels only.
     Causal,
-    /// Additive mask, broadcastable to `[batch, heads, seq, keys]`: in f32 for the explicit kernel, in the computing kind
-    /// for a fused one.
+    /// Additive mask, broadcastable to `[batch, heads, seq, keys]`: in f32 for the explicit kernel, in the computing
+    /// kind for a fused one.
     Masked(Tensor),
     /// Each cached row up to its own length.
     Lengths(Ranges),
@@ -68,8 +68,8 @@ pub(super) enum Step<'a> {
     },
 }
 
-/// The tokens of one decode step, flattened: one for every sequence, and more for some. All tensors are i64 on the
-/// model's device.
+/// The tokens of one decode step, flattened: at least one for every sequence. All tensors are i64 on the model's
+/// device.
 #[derive(Debug)]
 pub(super) struct StepTokens {
     /// Number of sequences.
@@ -79,8 +79,8 @@ pub(super) struct StepTokens {
     /// `[tokens]`: cache row and position of each.
     pub slot: Tensor,
     pub position: Tensor,
-    /// `[sequences, queries]`: position of each query. A sequence with fewer tokens than others has the position of
-    /// one of them more than once.
+    /// `[sequences, queries]`: position of each query. A sequence with fewer tokens than others repeats one of its
+    /// positions.
     pub seen: Tensor,
     /// Present if tokens are not in the order of `seen`: the mapping to `[sequences, queries]` and back.
     pub pairs: Option<Pairs>,

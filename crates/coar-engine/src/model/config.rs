@@ -29,7 +29,8 @@ pub struct ModelConfig {
     /// Norms after attention and MLP instead of before (the 34B).
     #[serde(default)]
     pub swin_norm: bool,
-    /// Whether image codes are masked out of the logits. The class default is true; Lumina's checkpoints say false.
+    /// Whether image codes are masked out of the logits. The class default is true; Lumina's checkpoints set it to
+    /// false.
     #[serde(default = "default_true")]
     pub mask_image_logits: bool,
     /// Rows of the q/k norm parameters on disk; each serves `heads / rows` consecutive heads.

@@ -1,6 +1,6 @@
 //! Rows to inject at given positions of a sequence, layer by layer, and the identity mask.
 //!
-//! This is the transformer's only hook for concepts; it knows nothing else about them.
+//! This is the only place where the transformer deals with concepts.
 
 use tch::{Device, Kind, Tensor};
 
@@ -43,7 +43,7 @@ impl ContextBatch {
 /// Rows of a mask are aligned to multiples of this many numbers, as the memory-efficient kernel requires.
 const MASK_STRIDE: i64 = 16;
 
-/// Additive mask of a whole sequence in `kind`: `[1, 1, seq, seq]` causal, or `[batch, 1, seq, seq]` where pairs are
+/// Additive mask of a whole sequence in `kind`: `[1, 1, seq, seq]` causal, or `[batch, 1, seq, seq]` if pairs are
 /// blocked.
 pub(super) fn causal_mask(
     batch: i64,

@@ -8,7 +8,7 @@ pub enum ModelError {
     /// A file is missing, unreadable, truncated or of the wrong form.
     #[error("{}: {problem}", file.display())]
     File { file: PathBuf, problem: String },
-    /// One tensor of a file is missing or is not what the configuration asks for.
+    /// One tensor of a file is missing or does not match the configuration.
     #[error("{}: tensor `{tensor}` {problem}", file.display())]
     Tensor {
         file: PathBuf,

@@ -1,8 +1,8 @@
-//! Which token may come next: a pure state machine over ids (`inference_solver.py`).
+//! The constraint on the next token: a pure state machine over ids (`inference_solver.py`).
 
 use coar_core::tokenizer::Vocabulary;
 
-/// What may come next.
+/// The tokens that may come next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     /// Outside images and for the two size tokens nothing is masked.

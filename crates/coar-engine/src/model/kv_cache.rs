@@ -19,8 +19,8 @@ pub struct KvCache {
     rows: i64,
 }
 
-/// Attention reads whole blocks of the cache, so the sums over keys are taken in the same order whatever the longest
-/// row in the batch is.
+/// Attention reads whole blocks of the cache, so the order of the sums over keys does not depend on the longest row in
+/// the batch.
 const KEY_BLOCK: i64 = 16;
 
 /// Rounds up to a multiple of a block.
@@ -157,7 +157,7 @@ impl KvCache {
         (keys, values)
     }
 
-    /// Where row `slot` starts in [`Self::by_token`].
+    /// The index in [`Self::by_token`] at which row `slot` starts.
     pub(super) fn start_of(&self, slot: i64) -> i64 {
         slot * self.keys.first().map_or(0, |block| block.stride()[0] / block.size()[3])
     }

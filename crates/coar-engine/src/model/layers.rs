@@ -49,7 +49,7 @@ pub(super) struct HeadNorm {
     bias: Tensor,
 }
 
-/// Which heads a norm applies to.
+/// The heads of a norm.
 pub(super) struct Heads {
     /// "q_norm" or "k_norm"
     pub name: &'static str,

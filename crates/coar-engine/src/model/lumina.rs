@@ -15,8 +15,8 @@ use coar_core::engine::TokenCounter;
 use coar_core::image::RgbImage;
 use coar_core::tokenizer::{EncodedPrompt, PromptPart, TextTokenizer, Vocabulary, encode_prompt, image_block};
 
-/// The files of a checkpoint. The reference keeps the tokenizer files apart from the language model; here they may
-/// be in the checkpoint's folder, in its `tokenizer/`, or in `tokenizer_dir`.
+/// The files of a checkpoint. The reference stores the tokenizer files apart from the language model; here they may be
+/// in the checkpoint's folder, in its `tokenizer/`, or in `tokenizer_dir`.
 #[derive(Debug, Clone)]
 pub struct CheckpointFiles {
     pub dir: PathBuf,
@@ -88,7 +88,7 @@ impl std::fmt::Debug for Parts<'_> {
     }
 }
 
-/// A frozen base model with everything around it.
+/// A frozen base model with its tokenizers and its image preparation.
 #[derive(Debug)]
 pub struct LuminaMgpt {
     pub transformer: Transformer,
@@ -219,8 +219,8 @@ impl LuminaMgpt {
         tch::no_grad(|| Vqgan::load(self.vqgan.config(), &self.vqgan_tensors))
     }
 
-    /// The same model with another transformer; everything else is shared, including the fingerprint: it identifies
-    /// what the other weights were derived from.
+    /// The same model with another transformer. Everything else is shared, including the fingerprint: it identifies the
+    /// weights from which the other ones were derived.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -254,7 +254,7 @@ impl LuminaMgpt {
         sizes
     }
 
-    /// Bytes that decoding the largest image takes beside the weights.
+    /// Memory in bytes for decoding the largest image, without the weights.
     pub fn decode_bytes(&self) -> u64 {
         let bytes = |(width, height): (u32, u32)| self.vqgan.decode_bytes(width, height);
         self.sizes().into_iter().map(bytes).max().unwrap_or(0)

@@ -12,7 +12,7 @@ pub mod cpu;
 /// Autoregressive image decoding.
 pub mod decoding;
 mod error;
-/// Which token may come next inside an image.
+/// The constraint on the next token inside an image.
 pub mod image_grammar;
 /// Conversations as token sequences.
 pub mod item;

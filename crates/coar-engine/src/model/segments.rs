@@ -25,15 +25,15 @@ pub struct SegmentedPass {
     done: Vec<Segment>,
     /// `[batch, seq, hidden]` without a graph: the input of the next segment; a leaf once all layers are done.
     x: Tensor,
-    /// At the output of the last segment of `done`.
+    /// The gradient at the output of the last segment of `done`.
     gradient: Option<Tensor>,
 }
 
 struct Segment {
     layers: Range<usize>,
-    /// Its input; a leaf if its graph is kept and gradients are needed further down.
+    /// The segment's input; a leaf if its graph is kept and gradients are needed further down.
     input: Tensor,
-    /// With its graph, if that is kept.
+    /// The segment's output with its graph, if the graph is kept.
     output: Option<Tensor>,
 }
 
@@ -173,7 +173,7 @@ impl SegmentedPass {
     }
 
     /// A scalar whose gradient with respect to the source of the injected values is that of the loss (its own value
-    /// is meaningless): the caller's graph is traversed once, whatever the number of segments.
+    /// is meaningless): the caller's graph is traversed once for any number of segments.
     ///
     /// # Errors
     /// When nothing was injected that a gradient has reached, or the device fails.

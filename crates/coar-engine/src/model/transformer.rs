@@ -45,12 +45,12 @@ pub enum LayerPoint {
     Output(usize),
 }
 
-/// The rows of the head for image codes: nothing else of it is needed for image generation.
+/// The head's rows for image codes; image generation needs no others.
 #[derive(Debug)]
 pub struct CodeHead {
-    /// `[codes, hidden]`, in the order of the ids.
+    /// `[codes, hidden]`, in the order of the ids, or of the codes if `order` is `None`.
     rows: Tensor,
-    /// `[codes]`: where each code is among them; `None` if code order is id order.
+    /// `[codes]`: the row of each code; `None` if rows are in the order of the codes.
     order: Option<Tensor>,
     /// `[codes]`: the id of each code.
     ids: Tensor,
@@ -175,7 +175,7 @@ struct Parts {
 impl Parts {
     fn load(config: &ModelConfig, source: &dyn TensorSource) -> Result<Self, ModelError> {
         let hidden = config.hidden_size;
-        // First: freshly initialised parameters take their random numbers in this order.
+        // The embedding comes first: freshly initialised parameters take their random numbers in this order.
         let embedding = source.tensor("model.embed_tokens.weight", &[config.vocab_size, hidden])?;
         let layers = (0..config.num_hidden_layers)
             .map(|index| {
@@ -266,8 +266,8 @@ impl Transformer {
         })
     }
 
-    /// Makes this model compute on the CPU as on an accelerator from now on: decode steps, sampling and attention
-    /// through libtorch's general operations. Slower; to test that path on a machine without an accelerator.
+    /// Makes this model compute on the CPU as on an accelerator from now on: decode steps, sampling and attention use
+    /// libtorch's general operations. This is slower; it tests that path on a machine without an accelerator.
     pub fn through_libtorch(&mut self) {
         self.cpu = None;
         if self.kernel == AttentionKernel::Explicit {
@@ -405,7 +405,7 @@ impl Transformer {
         self.decode(&numbers.f_narrow(0, 0, 1)?, &tokens, cache, position)
     }
 
-    /// Whether a decode step reads each row of the cache up to its own length, wherever the row is.
+    /// Whether a decode step reads each row of the cache only up to its own length.
     pub(super) fn reads_by_length(&self) -> bool {
         self.kernel == AttentionKernel::FusedByLength
     }

@@ -8,11 +8,11 @@ use super::references::{Reference, References};
 use crate::model::{LuminaMgpt, ModelError};
 use coar_core::training::spec::TrainingSpec;
 
-/// For each view of each image the weights of its image tokens, computed on demand.
+/// The weights of the image tokens in each view of each image, computed on demand.
 ///
-/// A token's weight is `1 - focus + focus * d / mean(d)`, where `d` is how much the frozen model's prediction
-/// changes there when the start words are in the prompt beside the class noun (`KL(with || without)`). The
-/// background, which does not depend on the words, then teaches the concept little.
+/// A token's weight is `1 - focus + focus * d / mean(d)`, where `d` is how much the frozen model's prediction changes
+/// there when the start words are in the prompt beside the class noun (`KL(with || without)`). The background does not
+/// depend on the words, so the concept learns little from it.
 pub(super) struct Emphasis {
     focus: f64,
     weights: Vec<Option<Tensor>>,
@@ -33,7 +33,7 @@ impl Emphasis {
         (known as u32, self.weights.len() as u32)
     }
 
-    /// Whether a view has no weights yet.
+    /// Whether a view's weights have not been computed yet.
     pub fn lacks(&self, view: usize) -> bool {
         self.weights[view].is_none()
     }
@@ -54,7 +54,7 @@ impl Emphasis {
         Ok(())
     }
 
-    /// Weights `[tokens]` of some views one after the other, of mean 1 in each.
+    /// The weights `[tokens]` of some views, concatenated; their mean is 1 in each view.
     ///
     /// # Errors
     /// When a view [lacks](Self::lacks) them, or the device fails.
@@ -132,7 +132,7 @@ mod tests {
         for (half, full) in half.iter().zip(&full) {
             assert!((half - (0.5 + 0.5 * full)).abs() < 1e-5);
         }
-        // Row ends and the image end are forced: no word changes them.
+        // Row ends and the image end are forced, so no word changes them.
         let codes = references.view(0).codes.len();
         let columns = (codes as f64).sqrt() as usize;
         assert!(full[columns] < 0.01 && full[full.len() - 1] < 0.01, "{full:?}");

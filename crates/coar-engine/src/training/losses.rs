@@ -12,7 +12,7 @@ pub fn next_token(logits: &Tensor, targets: &Tensor) -> Result<Tensor, ModelErro
     Ok(logits.f_cross_entropy_loss(targets, None::<&Tensor>, Reduction::Mean, -100, 0.0)?)
 }
 
-/// As [`next_token`] with a weight for each token, `weights` `[tokens]`: their weighted mean.
+/// Like [`next_token`] with a weight for each token, `weights` `[tokens]`: the weighted mean.
 ///
 /// # Errors
 /// When the device fails.

@@ -15,7 +15,8 @@ const PROMPT_TOKENS: usize = 48;
 /// The passes of one optimizer step, which run one after the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepSize {
-    /// Sequences of the larger pass: the references; the class images of the prior term are half as many.
+    /// Sequences of the larger pass, which is that of the references; the class images of the prior term are half as
+    /// many.
     pub rows: u64,
     /// Tokens of each, prompt included.
     pub seq: u64,
@@ -26,7 +27,7 @@ pub struct StepSize {
 }
 
 impl StepSize {
-    /// For a training whose images have `predicted` tokens each, with prompts that make them `seq` long.
+    /// The size for a training whose images have `predicted` tokens each, with prompts that make them `seq` long.
     pub fn of(spec: &TrainingSpec, with_prior: bool, seq: usize, predicted: usize) -> Self {
         Self {
             rows: u64::from(spec.batch_size),
@@ -46,24 +47,24 @@ impl StepSize {
 /// Weights are frozen, so no product keeps its input, and fused attention keeps no weights. That is an upper bound
 /// if keys have fewer heads.
 ///
-/// Beside what is kept two things follow each other, and the larger one counts. The **head** uses for one chunk of
-/// tokens at most four tensors of the vocabulary in f32 (logits, their log-softmax, and the gradients of both); with
-/// the prior term seven (logits, two log-softmaxes, the frozen model's, its exponential, difference and product).
-/// Around it are the last layer's output, its norm's input in f32, and rows and their gradient. No layer's graph is
-/// alive then except the kept ones. The **backward pass** of a layer is largest in its MLP: three gradients of inner
-/// more than it has freed, and outside five of hidden: the last layer's output and gradient, this layer's output,
+/// Beside what is kept there are two phases, and the larger one counts. The **head** uses for one chunk of tokens at
+/// most four tensors of the vocabulary in f32 (logits, their log-softmax, and the gradients of both); with the prior
+/// term seven (logits, two log-softmaxes, the frozen model's, its exponential, difference and product). In addition
+/// there are the last layer's output, its norm's input in f32, and rows and their gradient. In this phase no layer's
+/// graph is alive except the kept ones. The **backward pass** of a layer is largest in its MLP: three gradients of
+/// inner more than it has freed, and outside five of hidden: the last layer's output and gradient, this layer's output,
 /// its gradient and their product.
 ///
 /// A pass that recomputes keeps one input per segment, and one segment's graph in the backward pass.
 ///
 /// For class images the frozen model's final hidden states are kept, and those of a pass once more as one tensor.
 ///
-/// The sum is within 0.3 % of what libtorch allocated on an H200 for the 7B (the test has the numbers). It reserved
-/// up to 11 % more: an allowance for fragments of a sixteenth and one tensor of the head is above that and below 15
-/// %.
+/// The sum is within 0.3 % of what libtorch allocated on an H200 for the 7B (the test has the numbers). libtorch
+/// reserved up to 11 % more: an allowance for fragments of a sixteenth and one tensor of the head exceeds that and
+/// stays below 15 %.
 ///
 /// On the CPU there are no allocator statistics. There attention keeps its weights (heads x seq in f32, and in the
-/// weights' kind if that is another), everything is added up, and half as much again is for temporaries and the
+/// weights' kind if that is another), everything is added up, and half as much again is allowed for temporaries and the
 /// allocator's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Estimate {
@@ -74,9 +75,9 @@ pub struct Estimate {
     input: u64,
     /// One tensor of the vocabulary for a chunk of tokens.
     chunk: u64,
-    /// While the head works on a chunk.
+    /// Memory while the head processes a chunk.
     head: u64,
-    /// During the backward pass of a layer, beside its graph; 0 on the CPU, where the allowance covers it.
+    /// Memory during the backward pass of a layer, without its graph; 0 on the CPU, where the allowance covers it.
     backward: u64,
     /// Hidden states of class images.
     class_images: u64,
@@ -86,7 +87,7 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// For a step of that size on a model of that shape, computed in `kind` on `device`.
+    /// The estimate for a step of that size on a model of that shape, computed in `kind` on `device`.
     pub fn new(config: &ModelConfig, size: StepSize, kind: Kind, device: Device) -> Self {
         let (hidden, inner) = (config.hidden_size as u64, config.intermediate_size as u64);
         let (heads, kv_heads) = (config.num_attention_heads as u64, config.num_key_value_heads as u64);
@@ -129,8 +130,8 @@ impl Estimate {
         }
     }
 
-    /// For a subject's training with the preset's settings on the model's largest images, with recomputation if that
-    /// helps: the memory to reserve for trainings.
+    /// The estimate for a subject's training with the preset's settings on the model's largest images, with
+    /// recomputation if that helps: the memory to reserve for trainings.
     pub fn of_preset(model: &LuminaMgpt, preset: Preset) -> Self {
         let transformer = &model.transformer;
         let layers = transformer.config().num_hidden_layers;
@@ -145,7 +146,7 @@ impl Estimate {
         Self::new(transformer.config(), size, transformer.kind(), transformer.device())
     }
 
-    /// Bytes of a step.
+    /// The memory of a step in bytes.
     pub fn bytes(&self, graph: Graph) -> u64 {
         // Memory for the whole step, and in addition for one segment during its backward pass.
         let (kept, segment) = match graph {
@@ -215,8 +216,8 @@ mod tests {
         let size = StepSize::of(&spec, true, 1100, 1057);
         assert_eq!((size.rows, size.class_images), (1, 8));
         let estimate = Estimate::new(&config, size, Kind::BFloat16, Device::Cuda(0));
-        // 32 x 1100 tokens x ((28 672 + 33 024) x 2 bytes + 16 384 x 4): 6.7 GB; 0.5 GB of head; a sixteenth, and 0.07 GB;
-        // 8 class images of 8.7 MB, and one of them once more.
+        // 32 x 1100 tokens x ((28 672 + 33 024) x 2 bytes + 16 384 x 4): 6.7 GB; 0.5 GB of head; a sixteenth, and 0.07
+        // GB; 8 class images of 8.7 MB, and one of them once more.
         let kept = estimate.bytes(Graph::Kept);
         assert!((7_600_000_000..8_000_000_000).contains(&kept), "{kept}");
         assert_eq!(estimate.within(8 << 30), Graph::Kept);
@@ -236,7 +237,8 @@ mod tests {
         assert_eq!(without.class_images_at_once(0), usize::MAX);
     }
 
-    /// Peaks of `coar-lab bench device` on an H200 (docs/gpu/report.jsonl): side, whether layers are kept, allocated and reserved.
+    /// Peaks of `coar-lab bench device` on an H200 (docs/gpu/report.jsonl): side, whether layers are kept, allocated
+    /// and reserved.
     const MEASURED: [(u64, Graph, f64, f64); 3] = [
         (32, Graph::Kept, 7127.5, 7029.7),
         (32, Graph::Recomputed { segment: 1 }, 818.3, 906.0),

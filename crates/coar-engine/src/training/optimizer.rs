@@ -38,9 +38,9 @@ pub struct Optimizer {
 
 #[derive(Debug)]
 struct Groups {
-    /// Of AdamW, by weight decay.
+    /// Parameters of AdamW, by weight decay.
     adam: Vec<(f64, Vec<usize>)>,
-    /// Of Muon, by shape and weight decay.
+    /// Parameters of Muon, by shape and weight decay.
     muon: Vec<Stack>,
     /// The number of the last step, a scalar in f32 on the device.
     step: Tensor,

@@ -46,12 +46,12 @@ impl PriorImages {
         self.images.len()
     }
 
-    /// From the next batch on, at least one.
+    /// Sets the number of images at once, at least one, from the next batch on.
     pub fn set_batch(&mut self, images: usize) {
         self.batch = images.clamp(1, MAX_BATCH);
     }
 
-    /// One token of every image of the current batch. Returns the number of tokens done, and the total.
+    /// Generates one token of every image of the current batch. Returns the number of tokens done, and the total.
     ///
     /// # Errors
     /// When the device fails.
@@ -77,7 +77,7 @@ impl PriorImages {
         };
         decoding.step(&model.transformer)?;
         let (done, tokens) = decoding.progress();
-        // All of a batch advance together.
+        // All images of a batch advance together.
         let batch = decoding.codes().len() as u32;
         let (per_image, before) = (tokens.max(1) as u32, self.images.len() as u32);
         if decoding.is_done() {

@@ -52,10 +52,10 @@ impl Reference {
         })
     }
 
-    /// The same with words in place of the placeholder's tokens.
+    /// The same reference with words in place of the placeholder's tokens.
     pub(super) fn with_words(&self, ids: &[i64]) -> Self {
         let mut named = self.clone();
-        // From the end, so positions that are not replaced yet stay valid.
+        // From the end, so that the remaining positions stay valid.
         for at in std::mem::take(&mut named.placeholder_at).into_iter().rev() {
             let at = at as usize;
             named.prompt.splice(at..at + self.slot_tokens, ids.iter().copied());
@@ -186,7 +186,7 @@ impl References {
         self.views.len()
     }
 
-    /// One of all views.
+    /// The view with index `view` among all views.
     pub(super) fn view(&self, view: usize) -> &Reference {
         &self.views[view]
     }

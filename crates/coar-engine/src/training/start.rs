@@ -157,8 +157,8 @@ fn observe_inputs(
 /// Tokens over which the emphasis of [`early_loss`] falls to a third.
 const EARLY: f64 = 5.0;
 
-/// Cross-entropy in which the first few tokens of each image weigh as much as all the others together. They
-/// determine a style's colours: later tokens see them in the image itself and hardly depend on the words any more.
+/// Cross-entropy in which the first few tokens of each image together weigh as much as all the others. They determine a
+/// style's colours: later tokens see them in the image itself and hardly depend on the words.
 fn early_loss(logits: &Tensor, targets: &Tensor, images: &[Reference]) -> Result<Tensor, ModelError> {
     let weight = |token: usize, tokens: usize| 1.0 + tokens as f64 / EARLY * (-(token as f64) / EARLY).exp();
     let weights: Vec<f32> = images

@@ -1,6 +1,6 @@
-//! One pass of an optimizer step, in pieces: the layers in segments, the head and the loss in chunks of tokens.
-//! Between two pieces the device is free for others, and only one chunk of the head's logits, which are larger than
-//! everything else, is alive at a time.
+//! One pass of an optimizer step, in pieces: the layers in segments, the head and the loss in chunks of tokens. Between
+//! two pieces the device is free for other work. Only one chunk of the head's logits, which are larger than everything
+//! else, is alive at a time.
 
 use tch::{Kind, Reduction, Tensor};
 
@@ -14,8 +14,8 @@ use crate::model::{LuminaMgpt, ModelError};
 pub(super) enum Objective {
     /// Next-token cross-entropy: the mean over all tokens, or with `weights` `[tokens]` the weighted mean.
     NextToken { weights: Option<Tensor> },
-    /// `0.5 * NTP + 0.5 * KL(frozen || pass)`, means over all tokens. `frozen` `[tokens, hidden]` are the frozen model's
-    /// final hidden states: its log-probabilities are computed from them chunk by chunk.
+    /// `0.5 * NTP + 0.5 * KL(frozen || pass)`, means over all tokens. `frozen` `[tokens, hidden]` are the frozen
+    /// model's final hidden states: its log-probabilities are computed from them chunk by chunk.
     Prior { frozen: Tensor },
 }
 
@@ -43,9 +43,9 @@ struct Head {
     leaf: Tensor,
     /// Number of tokens done.
     done: i64,
-    /// `[]` f32: the loss of those.
+    /// `[]` f32: the loss of these tokens.
     loss: Tensor,
-    /// What the sum over tokens is divided by.
+    /// The divisor of the sum over tokens.
     divisor: f64,
 }
 
@@ -58,7 +58,7 @@ pub(super) enum Progress {
     Done(Tensor),
 }
 
-/// Bytes of one chunk's logits. 256 tokens of the real vocabulary; all tokens of a small one.
+/// Bytes of one chunk's logits: 256 tokens of the real vocabulary, or all tokens of a small one.
 const CHUNK_BYTES: i64 = 64 << 20;
 
 /// Tokens of one chunk of the head for a vocabulary of `vocab` ids.

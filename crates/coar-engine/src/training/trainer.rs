@@ -54,7 +54,7 @@ struct OpenStep {
     /// The concept that all its passes use.
     concept: DeviceConcept,
     pass: Option<(PassKind, TrainingPass)>,
-    /// Class images of the prior pass, until that starts.
+    /// Class images of the prior pass, until it starts.
     prior: Option<Vec<usize>>,
     next_token: Option<f32>,
     prior_loss: Option<f32>,
@@ -83,7 +83,7 @@ pub struct Trainer {
     losses: Vec<StepLosses>,
     graph: Graph,
     open: Option<OpenStep>,
-    /// Of the last step, by parameter.
+    /// Gradients of the last step, by parameter.
     gradients: Vec<(&'static str, Tensor)>,
 }
 
@@ -317,7 +317,7 @@ impl Trainer {
 
     /// One piece of an optimizer step.
     fn optimize(&mut self, model: &LuminaMgpt) -> Result<Advance, ModelError> {
-        // Taken out: a failed step is not continued.
+        // Taken out of `self.open`, so that a failed step is not continued.
         let mut open = match self.open.take() {
             Some(open) => open,
             None => self.open_step(model)?,

@@ -60,7 +60,7 @@ pub(crate) fn engine_with(kind: Kind, options: EngineOptions, change: fn(&mut Lu
     .unwrap()
 }
 
-/// A concept of arbitrary small numbers: it only has to change the image.
+/// A concept of arbitrary small numbers that changes the image.
 fn concept(info: &ModelInfo, index: usize) -> ConceptUse {
     let (layers, hidden) = (info.layers / (1 + index % 2), info.hidden);
     let numbers = |count: usize| {
@@ -151,7 +151,7 @@ fn image_is_independent_of_the_batch() {
         assert_eq!(images(stream).unwrap(), alone[index], "request {index}");
     }
     assert!(matches!(images(bad), Err(EngineError::Invalid { field: "prompt", .. })));
-    // Image 1 of a request is the same with others of its request and with few rows.
+    // Image 1 of a request does not depend on the other images of the request or on the number of rows.
     assert_ne!(alone[1][0], alone[1][1]);
 }
 
@@ -182,7 +182,7 @@ fn accelerator_path_draws_the_same_codes() {
                 .count();
             all += expected.len();
         }
-        // Both round differently, and one code that differs changes the rest of its image.
+        // The two paths round differently, and one different code changes the rest of its image.
         assert!(same + 1 >= all, "{same} of {all}, dense: {dense}");
     }
 }
@@ -199,7 +199,7 @@ fn deterministic_libtorch_images_are_independent_of_the_batch() {
     fixed_shapes_keep_images_apart(accelerator_engine(options, true));
 }
 
-/// In f16 the CPU's own decode step is not used: libtorch computes, as on any other device.
+/// In f16 the CPU's own decode step is not used: libtorch computes it, as on any other device.
 fn fixed_shapes_keep_images_apart(engine: EngineHandle) {
     let single = |index| GenerateRequest {
         count: 1,
@@ -297,7 +297,7 @@ fn non_finite_concept_fails_alone() {
     tensors.text.fill(f32::NAN);
     broken.concepts[0].tensors = Arc::new(tensors);
     broken.concepts[0].content_hash = "broken".to_owned();
-    // Its rows are clean for the requests that reuse them.
+    // The failed request's rows are clean for the requests that reuse them.
     for _ in 0..2 {
         let streams = [broken.clone(), sound(3), broken.clone()].map(|one| engine.generate(one).unwrap());
         let [first, second, third] = streams.map(images);
@@ -347,7 +347,7 @@ fn small_cache_serves_a_thousand_concepts() {
         ..EngineOptions::default()
     };
     let engine = engine(options);
-    // The time before the first code is the cost of a concept; the images are discarded.
+    // Runs until the first code, by which time the concept is loaded; the image is discarded.
     let visit = |index: usize| {
         let mut asked = request(engine.info(), 1);
         asked.concepts = vec![concept(engine.info(), 1)];
@@ -357,7 +357,7 @@ fn small_cache_serves_a_thousand_concepts() {
         while !matches!(stream.blocking_next(), Some(GenerationEvent::Progress { .. })) {}
     };
     (0..1000).for_each(visit);
-    // The device thread reports at the end of an iteration, the first code comes in the middle of one.
+    // The device thread reports at the end of an iteration, but the first code arrives in the middle of one.
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
     let load = loop {
         let load = engine.load();

@@ -48,7 +48,7 @@ fn image_tokenizer_shape() -> VqganConfig {
     .unwrap()
 }
 
-/// Counts the parameters that a network asks for.
+/// Counts the parameters that a network requests.
 #[derive(Default)]
 struct Counting(Cell<u64>);
 
@@ -72,13 +72,13 @@ fn image_tokenizer() -> (Vqgan, u64) {
 fn weights() -> (u64, u64) {
     let config = shape_7b();
     let (hidden, inner) = (config.hidden_size as u64, config.intermediate_size as u64);
-    // Both embeddings; of each layer four products of attention, three of the MLP.
+    // Both embeddings, and per layer four products of attention and three of the MLP.
     let transformer = 2 * config.vocab_size as u64 * hidden
         + config.num_hidden_layers as u64 * (4 * hidden * hidden + 3 * hidden * inner);
     (2 * transformer, 4 * image_tokenizer().1)
 }
 
-/// The memory of a model of that target size beside its weights, for the largest of its sizes.
+/// The memory of a model of that target size without its weights, for the largest of its sizes.
 struct Needs {
     row: u64,
     decoding: u64,
@@ -143,7 +143,7 @@ fn parts() -> String {
     text
 }
 
-/// Images at once with `--kv-memory auto`, and what is left for a training.
+/// The number of images at once with `--kv-memory auto`, and the kind of training that still fits.
 fn cell(card: u64, needs: &Needs) -> String {
     let (transformer, tokenizer) = weights();
     let none = || "does not fit".to_owned();
@@ -176,7 +176,7 @@ fn cards() -> String {
     text
 }
 
-/// The document with `table` between the two comments of that name.
+/// The document with `table` between the two comments with that name.
 fn with_table(document: &str, name: &str, table: &str) -> String {
     let (begin, end) = (format!("<!-- {name} -->\n"), format!("<!-- /{name} -->"));
     let (before, rest) = document.split_once(&begin).unwrap();

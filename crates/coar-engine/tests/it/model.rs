@@ -1,4 +1,4 @@
-//! Not covered by the reference's files: the reach of the identity mask.
+//! The reach of the identity mask, which the reference's files do not cover.
 
 use coar_engine::injection::{DeviceConcept, Placement, context_batch};
 use coar_engine::model::weights::{Checkpoint, Target};

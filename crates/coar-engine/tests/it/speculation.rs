@@ -1,4 +1,4 @@
-//! Speculative decoding: the same images whatever the window, alone and beside others.
+//! Speculative decoding: the same images for every window, alone and beside others.
 
 use coar_core::engine::{EngineError, EngineHandle, GenerateRequest, SamplingParams};
 use coar_core::image::RgbImage;
@@ -15,7 +15,7 @@ use crate::engine::{engine_in, images, request};
 fn options(speculation: Speculation) -> EngineOptions {
     EngineOptions {
         speculation,
-        // Less than all requests need, so images join and leave all the time.
+        // Fewer than all requests need, so images join and leave all the time.
         rows: 20,
         ..EngineOptions::default()
     }
@@ -45,7 +45,7 @@ fn together(engine: &EngineHandle, requests: &[GenerateRequest]) -> Vec<Result<V
     let mut finished = vec![];
     for stream in streams {
         finished.push(images(stream));
-        // Some while they wait, some half-way.
+        // Some are cancelled while they wait, some half-way.
         cancelled.pop();
     }
     finished
@@ -85,8 +85,8 @@ fn images_are_the_same_for_every_window_in_bf16() {
     images_are_the_same_for_every_window(Kind::BFloat16);
 }
 
-/// Draws eight images of four prompts, `together` of them at a time; returns codes per image and pass, and the seconds
-/// of this thread's processor per image.
+/// Generates eight images of four prompts, `together` of them at a time. Returns the codes per image and pass, and this
+/// thread's CPU seconds per image.
 fn drawn(model: &LuminaMgpt, speculation: Speculation, together: u64) -> (f64, f64) {
     let size = model.sizes()[0];
     let prompts = [
@@ -119,7 +119,7 @@ fn drawn(model: &LuminaMgpt, speculation: Speculation, together: u64) -> (f64, f
         }
         seconds += processor_seconds() - begun;
         codes += decoding.passes().iter().map(|pass| pass.codes).sum::<usize>();
-        // Of each image.
+        // Passes of each image.
         passes += decoding
             .passes()
             .iter()
@@ -129,7 +129,7 @@ fn drawn(model: &LuminaMgpt, speculation: Speculation, together: u64) -> (f64, f
     (codes as f64 / passes as f64, seconds / (8 * together) as f64)
 }
 
-/// Time that this thread has run.
+/// CPU time of this thread in seconds.
 fn processor_seconds() -> f64 {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
     text.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e9

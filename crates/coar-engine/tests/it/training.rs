@@ -115,8 +115,8 @@ fn recomputing_layers_changes_memory_and_nothing_else() {
     let mut kept = Trainer::new(&model, spec.clone(), &references()).unwrap();
     // Progress of the class images ends exactly at their total.
     let mut drawing = vec![];
-    // A step is many pieces of work, so images need not wait for all of it: six layers forward, the head, and six
-    // backward, in the pass of the references and in that of the class images.
+    // A step consists of many pieces of work, so images need not wait for all of it: six layers forward, the head, and
+    // six backward, in the pass of the references and in that of the class images.
     let (mut pieces, mut gradients) = (0, vec![]);
     loop {
         match kept.advance(&model).unwrap() {
@@ -133,7 +133,7 @@ fn recomputing_layers_changes_memory_and_nothing_else() {
     assert!(drawing.is_sorted() && drawing.first() == Some(&(2, 288)) && drawing.last() == Some(&(288, 288)));
     assert_eq!(gradients, ["text", "image"]);
     let expected = kept.concept_file("m").unwrap();
-    // Segments that divide the six layers, that do not, and one that is all of them.
+    // Segments that divide the six layers, that do not divide them, and one segment for all.
     for segment in [1, 4, 6] {
         let mut trainer = Trainer::new(&model, spec.clone(), &references()).unwrap();
         trainer.set_graph(Graph::Recomputed { segment });

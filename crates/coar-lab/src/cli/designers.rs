@@ -237,7 +237,7 @@ struct FileArgs {
 
 /// The pack's name in the world's folder.
 const PACK: &str = "drawings.zip";
-/// The own judge's folder in the world's folder.
+/// The folder of this project's judge in the world's folder.
 const JUDGE: &str = "judge";
 
 impl FileArgs {

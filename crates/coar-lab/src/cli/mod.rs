@@ -49,7 +49,7 @@ impl Cli {
     /// Runs the command.
     ///
     /// # Errors
-    /// What failed, and what to do about it.
+    /// When the command fails; the error says what failed and what to do about it.
     pub fn run(self) -> anyhow::Result<()> {
         match self.command {
             Command::Bench(command) => command.run(),
@@ -61,7 +61,7 @@ impl Cli {
     }
 }
 
-/// Runs async work on a runtime of its own.
+/// Runs async work on a new runtime.
 fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -1,6 +1,6 @@
 //! The judge: a small convolutional network trained on the world's images after a round trip through the image
-//! tokenizer, with other seeds than the generator's. It knows the held-out subjects and styles, the generator does
-//! not.
+//! tokenizer, with other seeds than the generator's. It is trained on the held-out subjects and styles, the generator
+//! is not.
 
 use std::path::Path;
 

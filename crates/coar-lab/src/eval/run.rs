@@ -54,7 +54,7 @@ pub(super) struct Trained {
     pub seconds: f64,
 }
 
-/// The result of a search for start words, and its duration: it counts for every training that starts from it.
+/// The result of a search for start words, and its duration, which is added to every training that starts from it.
 #[derive(Debug, Clone)]
 pub(super) struct FoundStart {
     pub words: Vec<String>,

@@ -1,4 +1,4 @@
-//! Training sequences: images of the world as codes, rendered and encoded once, with random captions at every visit.
+//! Training sequences: images of the world as codes, rendered and encoded once, with a new random caption at each use.
 
 use std::ops::Range;
 use std::path::Path;

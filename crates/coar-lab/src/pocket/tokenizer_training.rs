@@ -1,4 +1,4 @@
-//! Trains the pocket model's VQGAN on images of the world, drawn on the fly.
+//! Trains the pocket model's VQGAN on images of the world, rendered on the fly.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -255,13 +255,13 @@ fn prefetch(recipe: TokenizerRecipe, from: i64) -> mpsc::Receiver<Vec<RgbImage>>
 /// The trained tokenizer in `dir/name`, in f32.
 ///
 /// # Errors
-/// When it is not there.
+/// When the file does not exist or cannot be read.
 pub fn trained_tokenizer(dir: &Path, name: &str) -> Result<Vqgan, ModelError> {
     let file = dir.join(name);
     if !file.exists() {
         return Err(ModelError::file(
             file,
-            "is not there; run `coar-lab pocket train-tokenizer` first",
+            "is not there; run `coar-lab pocket train` first",
         ));
     }
     let parameters = Parameters::default();

@@ -27,7 +27,7 @@ pub struct TransformerRecipe {
     pub learning_rate: f64,
     /// Share of sequences without any text, for guidance.
     pub caption_dropout: f64,
-    /// Share of sequences with one or two extra positions before the first code (lever 3 of the recipe's notes).
+    /// Share of sequences with one or two extra positions before the first code.
     pub slot_share: f64,
 }
 

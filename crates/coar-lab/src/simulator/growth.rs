@@ -1,5 +1,5 @@
-//! Growth with concepts, images and trainings beside the devices: rows, bytes, requests. Closed forms over counts
-//! taken from the code; the functions are named beside each.
+//! Growth with concepts, images and trainings outside the devices: rows, bytes, requests. Closed forms over counts
+//! taken from the code; each count names its functions.
 
 use serde::Serialize;
 
@@ -24,8 +24,8 @@ pub struct PerPicture {
 /// Operations of one training, from registration to the end.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct PerTraining {
-    /// Transactions that write: `add_concept`, `claim_training`, four previews, the last curve, `succeed`; and while
-    /// it runs progress twice a second, the curve every two seconds, and each checkpoint.
+    /// Transactions that write: `add_concept`, `claim_training`, four previews, the last curve, `succeed`; and, while
+    /// it runs, progress twice a second, the curve every two seconds, and each checkpoint.
     pub writes: f64,
     /// Statements that only read: name, `trained_alike`, images, losses, five rows; and one for each checkpoint
     /// removed.

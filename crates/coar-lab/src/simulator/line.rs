@@ -3,7 +3,7 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
-/// Something that happens.
+/// A simulated event.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Event {
     /// An image is requested.
@@ -15,7 +15,7 @@ pub(super) enum Event {
         request: usize,
         attempt: u32,
     },
-    /// A worker's slice ends, unless it was cut short or the worker has died: then the number differs.
+    /// A worker's slice ends. If the slice was cut short or the worker has died, the number no longer matches.
     TurnEnds {
         worker: usize,
         turn: u64,

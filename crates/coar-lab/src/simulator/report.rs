@@ -143,7 +143,7 @@ pub(super) fn report(
     let since = |to: fn(&Request) -> Option<f64>| -> Latency {
         Latency::of(counted.iter().filter_map(|one| Some(to(one)? - one.asked)).collect())
     };
-    // All at once: the duration is that until the last is done.
+    // If all arrive at once, the duration ends when the last is done.
     let last = requests.iter().filter_map(|one| one.done).fold(0.0, f64::max);
     let (from, to) = match workload.is_steady() {
         true => (workload.warm_up, workload.seconds),

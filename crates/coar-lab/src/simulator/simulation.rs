@@ -20,7 +20,7 @@ pub(super) struct Request {
     size: u8,
     codes: u32,
     concept: Option<u32>,
-    /// Whether its concept was resident.
+    /// Whether its concept was not resident.
     cold: bool,
     worker: usize,
 }
@@ -222,7 +222,7 @@ impl<'a> Simulation<'a> {
         self.send(now, request, worker);
     }
 
-    /// On its way to a worker: a cold concept is fetched first.
+    /// Sends a request to a worker; a cold concept is fetched first.
     fn send(&mut self, now: f64, request: usize, worker: usize) {
         let known = &mut self.requests[request];
         let target = &mut self.workers[worker];
@@ -265,7 +265,7 @@ impl<'a> Simulation<'a> {
         self.disturb(now, worker);
     }
 
-    /// New work was queued at a worker.
+    /// Called when work was queued at a worker: starts the worker if it is idle, otherwise cuts its slice short.
     fn disturb(&mut self, now: f64, worker: usize) {
         if self.workers[worker].is_idle() {
             self.begin(now, worker);

@@ -1,5 +1,5 @@
 //! One worker: its queue, its batch, its trainings, and the sequence of units of work of its device, as in
-//! `engine::thread`. Undisturbed units are merged.
+//! `coar_engine::device::thread`. Uninterrupted units are merged.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -152,8 +152,8 @@ impl Worker {
         self.rows.len() + self.queue.len() + self.incoming
     }
 
-    /// Its announced load: how long one more would take here, relative to its time alone on an idle worker, if rows
-    /// cost nothing but each other's time.
+    /// Its reported load: how long one more image would take here, relative to an idle worker, if images only shared
+    /// the device's time.
     pub fn slowness(&self) -> f64 {
         let kept = match self.trainings.is_empty() {
             true => 1.0,
@@ -310,7 +310,7 @@ impl Worker {
         times.decode.step(each * self.rows.len() as f64, each * tokens)
     }
 
-    /// Ends the slice of that number; `None` if it is another's.
+    /// Ends the slice with this number; `None` if the current slice has another one.
     pub fn finish(&mut self, number: u64, times: &Times) -> Option<Outcome> {
         let turn = self.turn.take_if(|turn| turn.number == number)?;
         self.measure(&turn, turn.ends(), times);

@@ -101,7 +101,7 @@ impl TuningFile {
     /// Reads the output of [`Self::write`].
     ///
     /// # Errors
-    /// What is wrong with it, by name.
+    /// When the file cannot be read or is invalid; the error names the field.
     pub fn read(file: &Path) -> Result<Self, ModelError> {
         let fault = |error: &dyn std::fmt::Display| ModelError::file(file, error.to_string());
         let bytes = std::fs::read(file).map_err(|error| fault(&error))?;

@@ -148,7 +148,7 @@ fn interrupted_and_concurrent_runs_give_the_same_images() {
     );
     assert!(before.iter().all(|picture| wanted.contains(picture)));
 
-    // Two at once.
+    // Two concurrent processes.
     let shared = dir.path().join("shared");
     let workers: Vec<Child> = (0..2)
         .map(|_| command(&data, &shared, &SMALL).spawn().unwrap())
@@ -213,7 +213,7 @@ fn reports_everything(data: &Path, out: &Path, stdout: &str) {
     }
     let csv = std::fs::read_to_string(out.join("results.csv")).unwrap();
     assert_eq!(csv.lines().count(), 5);
-    assert!(!out.join("tmp").exists(), "nothing half-written is left");
+    assert!(!out.join("tmp").exists(), "partial files remain");
     holds_every_picture(data, out, &results);
 }
 
@@ -293,7 +293,7 @@ fn invalid_input_is_rejected_by_name() {
         refused.contains("--clip is /nowhere, which is not a folder"),
         "{refused}"
     );
-    assert!(!out.exists(), "nothing is begun");
+    assert!(!out.exists(), "nothing was started");
     for (given, problem) in [
         (
             "{\"name\": \"x\"}",

@@ -1,6 +1,6 @@
 //! The laboratory's commands on the shipped pocket model.
 
-// Helpers of tests fail as tests do.
+// Test helpers may panic, like tests.
 #![allow(clippy::unwrap_used)]
 
 mod dreambench;

@@ -14,7 +14,7 @@ impl Registry {
     /// When the database fails.
     pub async fn claim_generation(&self) -> Result<Option<Generation>, RegistryError> {
         let at = self.lease_time().await?;
-        // Read first, so that an idle poll does not take the write lock.
+        // Read first, so that a poll of an empty queue does not take the write lock.
         let any = sqlx::query(
             "SELECT id FROM generations WHERE status = 'queued' AND background = 1 AND owner IS NULL AND not_before <= $1
              LIMIT 1",
@@ -144,7 +144,7 @@ impl Registry {
         Ok(begun.rows_affected() > 0)
     }
 
-    /// Stores the end of a generation and its web-hook delivery atomically. If `ended` has an owner, only that
+    /// Stores the end of a generation and its webhook delivery atomically. If `ended` has an owner, only that
     /// owner's attempt may end it. False if it had already ended, was deleted, or has another owner: then nothing is
     /// written.
     ///

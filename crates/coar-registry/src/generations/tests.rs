@@ -1,4 +1,4 @@
-//! Round trip, ends, lost owners, and the order of the queue.
+//! Round trip, ends, lost owners, and queue order.
 
 use serde_json::json;
 
@@ -61,7 +61,7 @@ async fn image(registry: &Registry, generation: &Generation) -> Result<StoredIma
     };
     let added = registry.add_image(&image, generation.attempt).await;
     if added.is_ok() {
-        // As if the first answer was lost.
+        // As if the first response was lost.
         registry.add_image(&image, generation.attempt).await?;
     }
     registry.settle(stored, added.is_ok()).await;
@@ -203,7 +203,7 @@ async fn a_fenced_process_cannot_write() {
     assert!(swift.claim_generation().await.unwrap().is_none());
     slow.begin_generation(first.id, 0, now()).await.unwrap();
     first.attempt = 1;
-    // It has sent no heartbeat for a long time.
+    // It has not sent a heartbeat for a long time.
     if swift.backend() == Backend::Postgres {
         // This process has just started and cannot declare others dead yet.
         swift.left_generations().await.unwrap();

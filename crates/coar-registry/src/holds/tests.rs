@@ -46,7 +46,7 @@ async fn holds(registry: &Registry) -> i64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn slow_store_blocks_neither_tenants_nor_database() {
     let (_dir, storage) = test_storage().await;
-    // Fewer connections than tenants: a connection kept during a store call would cause a visible wait.
+    // Fewer connections than tenants: a connection that is kept during a store call would cause a visible wait.
     let registry = Registry::connect_with(&storage, 4).await.unwrap();
     let slow = slowed(&registry);
     let mut tenants = Vec::new();
@@ -72,7 +72,7 @@ async fn slow_store_blocks_neither_tenants_nor_database() {
             added.unwrap();
         });
     }
-    // Other work proceeds meanwhile.
+    // Other work continues meanwhile.
     let all = tokio::spawn(callers.join_all());
     let mut longest = Duration::ZERO;
     while !all.is_finished() {
@@ -117,7 +117,7 @@ async fn storing_during_a_removal_keeps_the_bytes() {
     assert!(removing.await.unwrap().unwrap());
     let (new, spec) = named("second", second.hashes().to_vec());
     registry.add_concept(tenant, &new, &spec).await.unwrap();
-    // Held blobs are not removed, referred to or not.
+    // Held blobs are not removed, whether or not a row refers to them.
     registry.remove_unreferenced(second.hashes()).await.unwrap();
     let hash = second.first().to_owned();
     registry.settle(second, true).await;

@@ -126,7 +126,7 @@ async fn large_responses_are_blobs_removed_with_their_key() {
         .await
         .unwrap();
     assert_eq!(claim().await.unwrap(), Claim::Replay(large.clone()));
-    // Programs with the previous schema see a running request.
+    // For programs with the previous schema it looks like a running request.
     let (inline, status): (Option<Vec<u8>>, Option<i64>) = sqlx::query_as("SELECT body, status FROM idempotency_keys")
         .fetch_one(&registry.pools.reads)
         .await
@@ -140,7 +140,7 @@ async fn large_responses_are_blobs_removed_with_their_key() {
             .await
             .unwrap();
     };
-    // Expired, and the key is used again; then expired and swept; then its tenant is deleted.
+    // Expired, and the key is used again; then expired and removed; then its tenant is deleted.
     expire().await;
     let again = first(claim().await.unwrap());
     assert_eq!(blobs().await, 0);
@@ -184,13 +184,13 @@ async fn a_response_goes_with_what_it_contains() {
     let blobs = registry.forget_answers(&mut transaction, tenant, made).await.unwrap();
     transaction.commit().await.unwrap();
     assert_eq!(blobs.len(), 1);
-    // What still ran cannot store it any more.
+    // A request that was still running can no longer store its response.
     registry.store_answer(&runs, &answer("late"), 60_000).await.unwrap();
     for key in ["done", "runs"] {
         assert_eq!(claim(key).await.unwrap(), Claim::Orphaned(made), "{key}");
     }
     assert_eq!(claim("other").await.unwrap(), Claim::Replay(answer("other")));
-    // A response that is not stored leaves its key with what was made, if anything was.
+    // A response that is not stored leaves its key bound to the created object, if there is one.
     let (large, nothing) = (
         first(claim("large").await.unwrap()),
         first(claim("nothing").await.unwrap()),

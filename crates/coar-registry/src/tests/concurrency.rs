@@ -11,14 +11,14 @@ use coar_core::training::StepLosses;
 
 const TOKENS: coar_core::engine::ConceptTokens = coar_core::engine::ConceptTokens { text: 1, image: 1 };
 
-/// The limit for any call, however many run.
+/// The time limit of a call, for any number of callers.
 const LONGEST: Duration = Duration::from_secs(1);
 /// A call that takes this long hangs.
 const HANGS: Duration = Duration::from_secs(30);
 const CALLERS: usize = 32;
 const TENANT: TenantId = TenantId::DEFAULT;
 
-/// The blobs are files: the database is measured here.
+/// Blobs are files, since the test measures the database.
 async fn registry(connections: u32) -> (tempfile::TempDir, Registry) {
     let (dir, storage) = test_storage().await;
     let storage = Storage { blobs: None, ..storage };
@@ -449,7 +449,7 @@ async fn rename_and_delete_are_serialised() {
         );
         let (renamed, deleted) = (renamed.unwrap().is_some(), deleted.unwrap());
         let left = registry.concept(TENANT, &new).await.unwrap().is_some();
-        assert_ne!(renamed, deleted, "one came first, and the other found nothing");
+        assert_ne!(renamed, deleted, "exactly one of them finds the concept");
         assert_eq!(left, renamed);
     }
 }

@@ -1,4 +1,4 @@
-//! Keys: that there has been one, and who may delete whose tenant.
+//! Keys: whether they are required, and who may delete which tenant.
 
 use super::*;
 
@@ -90,7 +90,7 @@ async fn the_last_valid_admin_key_stays() {
         unreachable!()
     };
     let admin = add(&registry, acme, "read,admin", None).await;
-    // None of these is a valid key of an administrator.
+    // None of these is a valid administrator's key.
     add(&registry, globex, "read,generate,train", None).await;
     add(&registry, globex, "admin", Some(now() - 1)).await;
     let revoked = add(&registry, initech, "admin", None).await;
@@ -105,10 +105,10 @@ async fn the_last_valid_admin_key_stays() {
     assert!(registry.delete_tenant(globex, by(&admin)).await.unwrap());
     let other = add(&registry, hooli, "admin", Some(now() + 60_000)).await;
     assert!(registry.delete_tenant(acme, by(&other)).await.unwrap());
-    // The command line can override it.
+    // The command line can override this.
     assert!(registry.delete_tenant(hooli, Deletion::default()).await.is_err());
     assert!(registry.delete_tenant(hooli, ALL).await.unwrap());
-    // Without any administrator there is none to protect.
+    // Without administrators there is none to protect.
     assert!(registry.delete_tenant(initech, Deletion::default()).await.unwrap());
 }
 

@@ -116,7 +116,7 @@ impl Registry {
     /// Claims a queued training, or one whose lease has expired. Order: the tenant with the fewest running, then the
     /// tenant served longest ago; within the tenant the highest priority, then the oldest; interrupted trainings
     /// come first. A training that has lost too many leases fails instead: see [`TAKEOVERS`]. Expired leases are
-    /// left alone while this process [cannot declare others dead](Registry::can_declare_dead).
+    /// skipped while this process [cannot declare others dead](Registry::can_declare_dead).
     ///
     /// # Errors
     /// When the database fails.
@@ -220,7 +220,7 @@ impl Registry {
              WHERE id = $5 AND lease_token = $6 AND status = 'running'",
         )
         .bind(self.lease_time().await? + lease_ms)
-        // No NULL among the parameters: the driver declares a NULL double with half its size, and the server keeps
+        // None of the parameters is NULL: the driver declares a NULL double with half its size, and the server keeps
         // the declaration of a connection's first call.
         .bind(progress.map_or(-1, |p| i64::from(p.step)))
         .bind(progress.map_or(0.0, |p| p.loss))
@@ -283,8 +283,8 @@ impl Registry {
         Ok(before.into_iter().filter(|hash| hash != blob).collect())
     }
 
-    /// Publishes a concept file as the concept's next version, activates it, and ends the training, atomically. The version's
-    /// number.
+    /// Publishes a concept file as the concept's next version, activates it, and ends the training, atomically. Returns
+    /// the version's number.
     ///
     /// # Errors
     /// `LeaseLost` when the lease is no longer held; the file is removed then.

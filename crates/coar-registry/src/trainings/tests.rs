@@ -105,7 +105,7 @@ async fn only_the_lease_holder_writes() {
         .unwrap();
     let concept = registry.concept(TenantId::DEFAULT, "rex").await.unwrap().unwrap();
     assert_eq!(concept.version, Some(content_hash(b"y")));
-    // Nothing is left of what the fenced worker tried to publish.
+    // Nothing remains of the file that the fenced worker tried to publish.
     assert!(registry.blobs.get(&content_hash(b"x")).await.is_err());
 }
 
@@ -144,7 +144,7 @@ async fn transient_failures_are_retried_and_permanent_ones_not() {
     add(&registry, "rex").await;
     let error = serde_json::json!({"code": "internal_error"});
     for attempt in 1..=ATTEMPTS {
-        // Not at once: retries back off.
+        // Retries back off.
         assert!(attempt == 1 || registry.claim_training(60_000).await.unwrap().is_none());
         sqlx::query("UPDATE trainings SET not_before = 0")
             .execute(&registry.pools.writes)
@@ -240,7 +240,8 @@ async fn claim_is_fair_and_prefers_interrupted_trainings() {
     let first = claim().await;
     let other = claim().await;
     assert_eq!((number(&first), number(&other)), (0, 3));
-    // One of each runs: the longest wait is served, the interrupted one before it.
+    // One training of each tenant is running: the tenant that has waited longest is next, its interrupted training
+    // first.
     registry.release(&first).await.unwrap();
     let again = claim().await;
     assert_eq!((number(&again), again.training.attempt), (0, 1));
@@ -327,7 +328,7 @@ async fn training_that_crashes_its_workers_fails() {
     for _ in 0..TAKEOVERS {
         lost().await.unwrap();
     }
-    // With a checkpoint in between it has made progress.
+    // A checkpoint in between counts as progress.
     let moved = lost().await.unwrap();
     registry.record_checkpoint(&moved, 20, vec![1].into()).await.unwrap();
     for _ in 0..TAKEOVERS {
@@ -351,8 +352,8 @@ async fn training_that_crashes_its_workers_fails() {
 async fn kills_in_quick_succession_count_once() {
     let (_dir, registry) = registry().await;
     let id = add(&registry, "rex").await.id;
-    // Killed three times as often as a training may crash its worker, noticed by the next worker, by its peers, and
-    // by the restarted server.
+    // Killed three times as often as a training may crash its worker; the kills are noticed by the next worker, by its
+    // peers, and by the restarted server.
     for _ in 0..TAKEOVERS {
         registry.claim_training(-1).await.unwrap().unwrap();
         registry.claim_training(-1).await.unwrap().unwrap();

@@ -136,7 +136,7 @@ readinessProbe:
 
 {{/*
 Peers of a NetworkPolicy: the public internet, without the cluster and the provider's own services. The ranges that the program
-refuses for web-hooks, too: src/jobs/address.rs.
+refuses for webhooks, too: src/jobs/address.rs.
 */}}
 {{- define "coar.publicAddresses" -}}
 - ipBlock:

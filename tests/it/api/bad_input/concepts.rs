@@ -70,7 +70,7 @@ async fn registrations() {
             Some("metadata"),
         ),
         (
-            "a web-hook that is no address",
+            "a webhook that is no address",
             with(&[("webhook_url", "javascript:alert(1)")]),
             400,
             "invalid_value",
@@ -234,7 +234,7 @@ async fn registrations() {
     assert!(app.blobs().is_empty(), "{:?}", app.blobs());
 }
 
-/// Of ten images the one that cannot be used, by its place and its file's name, with what to do about it.
+/// An error names the image that cannot be used by index and file name, and says what to do about it.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_refused_image_is_named() {
     let app = TestApp::start().await;

@@ -1,4 +1,4 @@
-//! Requests for images, and requests that no route takes.
+//! Requests for images, and requests that no route accepts.
 
 use serde_json::{Value, json};
 

@@ -1,4 +1,4 @@
-//! Every bad input gets its 4xx with a stable code, and leaves nothing behind.
+//! Every bad input is refused with a 4xx and a stable code, and leaves nothing behind.
 
 mod concepts;
 mod generations;

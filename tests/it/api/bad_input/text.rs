@@ -5,7 +5,7 @@ use serde_json::json;
 use super::{form, png};
 use crate::support::{TestApp, image_part};
 
-/// PostgreSQL cannot store U+0000; what is accepted does not depend on the database.
+/// PostgreSQL cannot store U+0000; what is accepted must not depend on the database.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_text_has_the_character_u0000() {
     let app = TestApp::start().await;

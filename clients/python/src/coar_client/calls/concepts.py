@@ -39,8 +39,8 @@ def add(
 ) -> Flow[Concept]:
     """Registers a concept and trains it. `class_` is the noun of a subject; styles have none.
 
-    `wait` waits until it is trained and raises TrainingFailed where that fails. `on_progress` gets every step, and `progress` writes a line
-    to stderr; both wait as well.
+    `wait` waits until it is trained and raises TrainingFailed if the training fails. `on_progress` is called with every step, and
+    `progress` writes a line to stderr; both wait as well.
     """
     body, key = body_and_key({**options, "class": class_, "method": method, "description": description})
     form: dict[str, str | list[str]] = {"name": name, "kind": kind}
@@ -68,7 +68,7 @@ def list_all(*, kind: ConceptKind | None = None, status: ConceptStatus | None = 
 
 
 def change(concept: str | Concept, **changes: Unpack[ConceptChanges]) -> Flow[Concept]:
-    """Changes the name, the description, the metadata, or the version in use. `description=None` removes it."""
+    """Changes the name, the description, the metadata, or the active version. `description=None` removes it."""
     return one(Concept, http.with_json("PATCH", http.path("concepts", id_of(concept)), dict[str, Any](changes)))
 
 
@@ -78,18 +78,18 @@ def delete(concept: str | Concept) -> Flow[None]:
 
 
 def versions(concept: str | Concept) -> Feed[Version]:
-    """Every version of a concept, newest first. `change(concept, version=…)` chooses the one in use."""
+    """Every version of a concept, newest first. `change(concept, version=…)` chooses the active one."""
     return pages(Version, http.path("concepts", id_of(concept), "versions"))
 
 
 def image(concept: str | Concept, index: int) -> Flow[ImageFile]:
-    """A reference image, from 0, as the server keeps it."""
+    """A reference image as it is stored; `index` is from 0."""
     reply = yield from content(http.get(http.path("concepts", id_of(concept), "images", index)))
     return ImageFile(reply.body, media_type(reply))
 
 
 def export(concept: str | Concept, path: str | os.PathLike[str] | None = None, *, version: int | None = None) -> Flow[bytes]:
-    """The concept file of the version in use, or of another. It is also written to `path`, if that is given."""
+    """The concept file of the active version, or of another one. If `path` is given, the file is also written there."""
     reply = yield from content(http.get(http.path("concepts", id_of(concept), "weights"), {"version": version}))
     if path is not None:
         pathlib.Path(path).write_bytes(reply.body)
@@ -97,7 +97,7 @@ def export(concept: str | Concept, path: str | os.PathLike[str] | None = None, *
 
 
 def import_file(file: str | os.PathLike[str] | bytes, name: str | None = None, *, idempotency_key: str | None = None) -> Flow[Concept]:
-    """Makes a concept of a concept file (a path, or its bytes). Without a name it gets the one in the file."""
+    """Creates a concept from a concept file (a path, or its bytes). The default name is the one in the file."""
     data = file if isinstance(file, bytes) else pathlib.Path(file).read_bytes()
     once = http.once(idempotency_key)
     once["headers"]["content-type"] = "application/octet-stream"

@@ -1,4 +1,4 @@
-"""Generations: images that the server keeps."""
+"""Generations: images that the server stores."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def _draw(prompt: str, options: DrawOptions, header: tuple[str, str], partial_im
 
 
 def create(prompt: str, **options: Unpack[DrawOptions]) -> Flow[Generation]:
-    """Draws and waits for the end.
+    """Generates images and waits for the end.
 
-    Raises GenerationFailed where the generation has failed or was cancelled.
+    Raises GenerationFailed if the generation failed or was cancelled.
     """
     request = _draw(prompt, options, ("prefer", f"wait={http.LONGEST_WAIT}"), waits=http.LONGEST_WAIT)
     generation = yield from one(Generation, request)
@@ -48,14 +48,14 @@ def create(prompt: str, **options: Unpack[DrawOptions]) -> Flow[Generation]:
 
 
 def create_async(prompt: str, **options: Unpack[DrawOptions]) -> Flow[Generation]:
-    """Queues a generation and returns at once; `wait` waits for it. It goes on when this program ends."""
+    """Queues a generation and returns at once; `wait` waits for it. It continues when this program ends."""
     return one(Generation, _draw(prompt, options, ("prefer", "respond-async")))
 
 
 def wait(generation: str | Generation) -> Flow[Generation]:
     """Waits for the end.
 
-    Raises GenerationFailed where the generation has failed or was cancelled.
+    Raises GenerationFailed if the generation failed or was cancelled.
     """
     if isinstance(generation, str):
         generation = yield from get(generation)
@@ -109,7 +109,7 @@ class _Drawing:
         yield Item(GenerationEnded(generation))
 
     def look(self, id: str) -> Feed[GenerationEvent]:
-        """The state instead of the events, after the stream has broken off."""
+        """The state instead of the events, after the stream was lost."""
         now = yield from _look(id, LOOK_SECONDS)
         yield Item(DrawingProgress(now.progress))
         for stored in now.images:
@@ -119,10 +119,10 @@ class _Drawing:
 
 
 def stream(prompt: str, *, partial_images: int | None = None, **options: Unpack[DrawOptions]) -> Feed[GenerationEvent]:
-    """Draws, with events as they happen; `partial_images` is 0 to 3 unfinished forms of each image.
+    """Generates images, with events as they happen; `partial_images` is 0 to 3 partial versions of each image.
 
-    Leaving the loop early cancels the generation. If the connection breaks off, the rest comes without partial images. Raises
-    GenerationFailed where the generation fails or is cancelled.
+    Leaving the loop early cancels the generation. If the connection is lost, the remaining events have no partial images. Raises
+    GenerationFailed if the generation fails or is cancelled.
     """
     request = _draw(prompt, options, ("accept", "text/event-stream"), partial_images, stream=True)
     drawing = _Drawing()
@@ -163,7 +163,7 @@ def _cancellation(id: str) -> Request:
 
 
 def validate(prompt: str, **options: Unpack[DrawOptions]) -> Flow[GenerationPlan]:
-    """What a generation would be and cost; nothing is drawn."""
+    """Checks a request and returns its settings and tokens; nothing is generated."""
     body, _ = body_and_key({**options, "prompt": prompt})
     if "concepts" in body:
         body["concepts"] = list(body["concepts"])
@@ -183,7 +183,7 @@ def list_all(*, status: GenerationStatus | None = None) -> Feed[Generation]:
 
 
 def cancel(generation: str | Generation) -> Flow[Generation]:
-    """Cancels a generation that has not ended. Images that are finished stay."""
+    """Cancels a generation that has not ended. Finished images are kept."""
     return one(Generation, _cancellation(id_of(generation)))
 
 
@@ -193,6 +193,6 @@ def delete(generation: str | Generation) -> Flow[None]:
 
 
 def generate(prompt: str, **options: Unpack[DrawOptions]) -> Flow[Images]:
-    """Draws, waits, and downloads the images, in the order of their index."""
+    """Generates images, waits for them and downloads them, in the order of their index."""
     generation = yield from create(prompt, **options)
     return (yield from images.of(generation))

@@ -32,13 +32,13 @@ def cancel(training: str | Training) -> Flow[Training]:
 
 
 def retry(training: str | Training, *, idempotency_key: str | None = None) -> Flow[Training]:
-    """Queues a training again that failed or was cancelled."""
+    """Requeues a training that failed or was cancelled."""
     path = http.path("trainings", id_of(training), "retry")
     return one(Training, http.Request(method="POST", path=path, **http.once(idempotency_key)))
 
 
 class _Follower:
-    """Events of one training over several connections: what the next one repeats is left out."""
+    """Events of one training over several connections, without repeated ones."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -64,7 +64,7 @@ class _Follower:
 
 
 def events(training: str | Training) -> Feed[TrainingEvent]:
-    """What happens, beginning with the present state. Connects again when the connection breaks off, until the training has ended."""
+    """Events of a training, beginning with the current state. Reconnects when the connection is lost, until the training has ended."""
     request = http.get(http.path("trainings", id_of(training), "events"), stream=True)
     follower = _Follower()
     silent, contact = 0, False
@@ -86,7 +86,7 @@ def events(training: str | Training) -> Feed[TrainingEvent]:
 def wait(training: str | Training, *, on_progress: OnProgress | None = None, progress: bool = False) -> Flow[Training]:
     """Waits for the end. `on_progress` is called with every step, and `progress` writes a line to stderr.
 
-    Raises TrainingFailed where the training has failed or was cancelled.
+    Raises TrainingFailed if the training failed or was cancelled.
     """
     name = training if isinstance(training, str) else training.concept
     told = listeners(name, on_progress, progress)
@@ -106,13 +106,13 @@ def wait(training: str | Training, *, on_progress: OnProgress | None = None, pro
 
 
 def preview(training: str | Training, step: int) -> Flow[PreviewImage]:
-    """The image that a training drew after a step."""
+    """The preview that was generated after a step."""
     reply = yield from content(http.get(http.path("trainings", id_of(training), "previews", step)))
     return PreviewImage(reply.body, media_type(reply), step)
 
 
 def previews(training: str | Training) -> Feed[PreviewImage]:
-    """Every image that a training has drawn so far, by step."""
+    """All previews of a training so far, by step."""
     now = yield from get(training)
     for step in sorted(drawn.step for drawn in now.previews):
         image = yield from preview(now, step)

@@ -23,7 +23,7 @@ const BT2020: Matrix = [
     [0.262_700_2, 0.677_998_1, 0.059_301_7],
     [0.0, 0.028_072_7, 1.060_985_1],
 ];
-/// To XYZ under D50; the others are under D65.
+/// To XYZ under D50; the other matrices are under D65.
 const PROPHOTO: Matrix = [
     [0.797_674_9, 0.135_191_7, 0.031_353_4],
     [0.288_040_2, 0.711_874_1, 0.000_085_7],
@@ -255,7 +255,7 @@ fn sixteen_bits_and_transparency_are_converted() {
     let wide: Vec<u8> = image.rgb.iter().flat_map(|value| [*value, *value]).collect();
     let file = png_with_profile(ColorType::Rgb, BitDepth::Sixteen, size, &wide, &profile);
     assert_converted(&file, &image, space, "16 bits");
-    // Converted first, then blended onto white: half of it and of the colour.
+    // Converted first, then blended onto white: half transparent means the mean of both.
     let pixels = image.rgb.chunks_exact(3);
     let rgba: Vec<u8> = pixels.clone().flat_map(|p| [p[0], p[1], p[2], 128]).collect();
     let file = png_with_profile(ColorType::Rgba, BitDepth::Eight, size, &rgba, &profile);
@@ -288,7 +288,7 @@ fn grey_profiles_are_applied() {
         grey.iter().flat_map(|value| [curve(value); 3]),
         "grey with alpha",
     );
-    // A profile of colours says the same of grey as of equal channels.
+    // A colour profile treats grey as equal channels.
     let (_, pro_photo, space) = known_profiles()[2].clone();
     let file = png_with_profile(ColorType::Grayscale, BitDepth::Eight, (16, 16), &grey, &pro_photo);
     assert_close(
@@ -296,7 +296,7 @@ fn grey_profiles_are_applied() {
         grey.iter().flat_map(|value| space.expected(&[*value; 3])),
         "grey of colours",
     );
-    // One of grey says nothing about colours.
+    // A grey profile does not apply to colours.
     assert_eq!(read(&rgb_png(&colours(), &profile)), colours());
 }
 
@@ -382,7 +382,7 @@ fn code_points_gamma_and_chromaticities_of_png_are_applied() {
     assert_converted(&p3, &image, DISPLAY_P3, "cICP of Display P3");
     let wide = png_with(&plain, b"cICP", &[BT2020_PRIMARIES, SRGB_CURVE, 0, 1]);
     assert_converted(&wide, &image, Space(from_srgb, BT2020, false), "cICP of BT.2020");
-    // Code points come before a profile.
+    // Code points take precedence over a profile.
     let (_, adobe, _) = known_profiles()[1].clone();
     let both = png_with(&rgb_png(&image, &adobe), b"cICP", &[P3_PRIMARIES, SRGB_CURVE, 0, 1]);
     assert_converted(&both, &image, DISPLAY_P3, "cICP and iCCP");

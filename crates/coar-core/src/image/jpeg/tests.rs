@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use super::super::{ImageError, ImageFormat, ImageLimits, OutputFormat, RgbImage, decode, encode};
 use super::*;
 
-/// Files of `tests/jpeg`, written by its `make.sh` with libjpeg.
+/// The files in `tests/jpeg`, written by its `make.sh` with libjpeg.
 fn samples(extension: &str) -> BTreeMap<String, Vec<u8>> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/jpeg");
     std::fs::read_dir(folder)
@@ -38,8 +38,8 @@ fn difference(a: &[u8], b: &[u8]) -> f64 {
     sum as f64 / a.len() as f64
 }
 
-/// Sampling, progressive or not, and restart interval: what is decoded is what libjpeg decodes; all else is refused by
-/// name.
+/// For all combinations of sampling, progressive or not, and restart interval: decoding gives libjpeg's result, or the
+/// file is refused with its feature's name.
 #[test]
 fn every_sampling_is_decoded_as_by_libjpeg_or_refused() {
     let expected = samples("ppm");
@@ -60,7 +60,7 @@ fn every_sampling_is_decoded_as_by_libjpeg_or_refused() {
     assert_eq!((decoded, refused), (15 * 6, 8 * 2 + 4 + 1));
 }
 
-/// The file with `junk` before each marker outside a scan's data.
+/// The file with `junk` before each marker outside the data of a scan.
 fn with_junk(file: &[u8], junk: &[u8]) -> Vec<u8> {
     let mut result = file[..2].to_vec();
     for piece in Pieces::of(file) {
@@ -88,7 +88,7 @@ fn junk_between_segments_is_skipped() {
             );
         }
     }
-    // As one webcam writes it: no JFIF segment, and a byte before the first table.
+    // One webcam writes such files: no JFIF segment, and a byte before the first table.
     let file = sample("2x2-baseline-0");
     let table = file.windows(2).position(|marker| marker == [0xff, 0xdb]).unwrap();
     let webcam = [&file[..2], &[0], &file[table..]].concat();
@@ -109,7 +109,7 @@ fn a_missing_end_marker_is_accepted_and_missing_data_is_not() {
         let junk = with_junk(&file[..end - 2], &[0]);
         assert!(read_all(&junk).as_ref() == Ok(&whole), "{name}");
         for missing in 3..file.len() / 3 {
-            // What is left of the last bytes may be of blocks beyond the edge.
+            // The missing bytes may have belonged to blocks beyond the edge.
             let found = read_all(&file[..end - missing]);
             assert!(
                 found == truncated || found.as_ref() == Ok(&whole),
@@ -198,7 +198,7 @@ fn unsupported_kinds_are_named() {
     assert_eq!(none, Err(ImageError::Unsupported(Unsupported::JpegSampling)));
 }
 
-/// Damage is described in our own words: neither a decoder's name nor a marker's.
+/// Damage is described in our own words, without names of decoders and markers.
 #[test]
 fn no_words_of_a_decoder_reach_an_answer() {
     let mut told = std::collections::BTreeSet::new();

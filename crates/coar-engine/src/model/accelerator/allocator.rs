@@ -38,7 +38,7 @@ pub fn reset_peak(device: Device) {
     }
 }
 
-/// Returns memory that libtorch caches and does not use to the driver. No-op on the CPU.
+/// Returns cached memory that libtorch does not use to the driver. No-op on the CPU.
 pub fn empty_cache(device: Device) {
     if index_of(device).is_some() {
         // SAFETY: frees blocks that no tensor uses. Without CUDA there is no cache.

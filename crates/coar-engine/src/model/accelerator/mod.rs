@@ -41,7 +41,7 @@ pub fn load_cuda() -> Result<(), String> {
             )
         };
         match opened {
-            // Never unloaded: its kernels stay registered.
+            // Never unloaded, because its kernels stay registered.
             Ok(library) => {
                 std::mem::forget(library);
                 // Reproducible image codes matter more than a faster image decoder; `--tf32` allows it.

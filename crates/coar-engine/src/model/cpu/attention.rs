@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::numbers::{Stored, WIDE, exp, sums};
 
-/// The cache of one layer, and one key head's place in it.
+/// The cached keys and values of one key head in one layer.
 #[derive(Clone, Copy)]
 pub(super) struct Keys<W> {
     /// `[keys, head_dim]` each, with capacity for a multiple of sixteen keys.
@@ -15,7 +15,7 @@ pub(super) struct Keys<W> {
     pub head_dim: usize,
 }
 
-/// The most registers of one head: head_dim up to 256.
+/// The maximum number of registers per head: head_dim up to 256.
 const MAX: usize = 16;
 
 impl<W: Stored> Keys<W> {

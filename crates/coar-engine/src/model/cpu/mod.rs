@@ -1,9 +1,9 @@
 //! Decode steps on the CPU, without libtorch: a step of few tokens is bound by reading the weights once, and
 //! libtorch's small operations and its matrix product for few rows take several times as long.
 //!
-//! All sums of a token are taken in a fixed order, independent of the rest of the batch: products over the whole
-//! inner dimension in one fixed tree, attention over the token's own keys. So the codes of an image do not depend on
-//! its neighbours, bit for bit.
+//! All sums of a token are taken in a fixed order, independent of the rest of the batch: products over the whole inner
+//! dimension in one fixed tree, attention over the token's own keys. An image's codes therefore do not depend on other
+//! images in the batch, bit for bit.
 
 #[cfg(target_arch = "x86_64")]
 mod attention;

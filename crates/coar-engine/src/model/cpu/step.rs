@@ -384,7 +384,7 @@ impl<W: Stored> Step<'_, W> {
             let normed = self.normed.add(member.thread * self.count() * shape.hidden);
             let mut operands = self.operands(&layer.matrices[0], normed, shape.hidden);
             let whole = operands.weight;
-            // Where the three parts start among the weight's rows, and the number of rows here.
+            // First row of each of the three parts in the weight, the number of rows here, and their offset in `own`.
             let parts = [
                 (from * group * dim, queries * dim, 0),
                 ((shape.heads + from) * dim, kv * dim, queries * dim),
@@ -564,7 +564,7 @@ impl<W: Stored> Step<'_, W> {
             };
             let (mut from, end) = member.part(inner, WIDE);
             let own = self.projected.add(member.thread * self.own);
-            // As many columns at a time as fit into this thread's other buffer.
+            // As many columns at a time as fit into this thread's buffer.
             let most = (self.own / (2 * self.count()) / BLOCK * BLOCK).max(WIDE) / WIDE * WIDE;
             while from < end {
                 let to = (from + most).min(end);

@@ -60,8 +60,8 @@ fn ids(row: i64, length: i64) -> Vec<i64> {
     (0..length).map(|at| (at * 7 + row * 13 + 3) % 50).collect()
 }
 
-/// Final hidden states `[length - prompt, hidden]` of a sequence whose prompt is prefilled at once, and whose
-/// further tokens are fed `at_once` per step, beside `others` other rows.
+/// Final hidden states `[length - prompt, hidden]` of a sequence. Its prompt is prefilled at once; its further tokens
+/// are fed `at_once` per step, in a batch with `others` other rows.
 fn decoded(model: &Transformer, length: i64, at_once: usize, others: i64) -> Tensor {
     let prompt = 5;
     let rows = others + 1;
@@ -139,7 +139,7 @@ fn step_equals_the_forward_pass_and_is_independent_of_the_batch() {
     }
 }
 
-/// The sequence of row `row` alone.
+/// The hidden states of row `row`'s sequence, computed alone.
 fn shifted(model: &Transformer, length: i64, row: i64) -> Tensor {
     let mut cache = KvCache::new(model.config(), 1, 40, model.kind(), Device::Cpu).unwrap();
     let tokens = Tensor::from_slice(&ids(row, 5)).view([1, -1]);

@@ -7,7 +7,7 @@ use super::{Draw, NO_CODE, keep_top_k, noise};
 use crate::model::ModelError;
 use crate::model::accelerator::{Pack, Sent, Span};
 
-/// How each row is sampled, on a device.
+/// The sampling settings of each row, on a device.
 #[derive(Debug)]
 pub(in crate::model) struct DeviceSampler {
     rows: i64,

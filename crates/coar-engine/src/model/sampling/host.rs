@@ -1,4 +1,4 @@
-//! Guidance and sampling in the CPU's memory, one image per thread: the same order of operations as on tensors.
+//! Guidance and sampling on the host, one image per thread: the same order of operations as on tensors.
 
 use super::noise::Noise;
 use super::{Draw, NO_CODE};
@@ -43,8 +43,8 @@ impl Rows {
     }
 }
 
-/// Samples one code for each of `draws` from `logits` `[rows, n]`. Guidance overwrites the conditional row; a row that
-/// is overwritten belongs to one draw only. `scratch` grows as needed and is reused.
+/// Samples one code for each of `draws` from `logits` `[rows, n]`. Guidance overwrites the conditional row, which must
+/// belong to one draw only. `scratch` grows as needed and is reused.
 pub(in crate::model) fn draw_on_host(
     logits: &mut [f32],
     n: usize,
@@ -70,7 +70,7 @@ pub(in crate::model) fn draw_on_host(
 
 /// The largest score; NaN if one is NaN.
 fn largest(scores: &[f32]) -> f32 {
-    // In lanes, to be vectorised; a NaN makes its lane's sum NaN.
+    // Computed in lanes so that it is vectorised; a NaN makes its lane's sum NaN.
     const LANES: usize = 16;
     let (mut most, mut nan_sums) = ([f32::NEG_INFINITY; LANES], [0.0f32; LANES]);
     let chunks = scores.chunks_exact(LANES);
@@ -91,7 +91,7 @@ fn largest(scores: &[f32]) -> f32 {
     if nan { f32::NAN } else { all }
 }
 
-/// Infinite scores make a lane's sum NaN as well; this tells which it was.
+/// Infinite scores make a lane's sum NaN too; this distinguishes the two cases.
 fn scores_have_nan(scores: &[f32], nan_sums: &[f32]) -> bool {
     nan_sums.iter().any(|sum| sum.is_nan()) && scores.iter().any(|score| score.is_nan())
 }
@@ -122,7 +122,7 @@ fn draw(scores: &[f32], scratch: &mut [f32], draw: &Draw) -> i64 {
         }
         let scaled = f64::from(score) / draw.temperature;
         let noise = Noise::of(draw.key, index as u64);
-        // Few candidates can still win, so few logarithms are taken.
+        // Few candidates exceed the best one so far, so few logarithms are computed.
         if scaled + noise.bound() > best {
             let value = scaled + noise.gumbel();
             if value > best {
@@ -178,7 +178,7 @@ mod tests {
         let mut numbers: Vec<f32> = Vec::try_from(&logits.view(-1)).unwrap();
         let mut scratch = vec![];
         let found = draw_on_host(&mut numbers, n as usize, &draws, &mut scratch);
-        // If the largest score is shared, tensors may select another one of them.
+        // If several scores are the largest, the tensor version may select another one of them.
         for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
             let row = scores.get(index as i64);
             let same = found == expected

@@ -1,7 +1,7 @@
 //! From logits to sampled codes: top-k with ties, temperature, and one sample of the softmax by the Gumbel-max rule,
-//! the largest of `score / temperature + noise`. The noise is a function of seed, image, position and code, so with
-//! given scores a code is a function of the seed: it does not matter when, how often, or beside what it is computed.
-//! Speculative decoding relies on this.
+//! the largest of `score / temperature + noise`. The noise is a function of seed, image, position and code. With given
+//! scores a code is therefore a function of the seed: it does not matter when, how often, or in which batch it is
+//! computed. Speculative decoding relies on this.
 
 mod device;
 mod host;
@@ -88,7 +88,7 @@ mod tests {
             (counts[0] - 300i32).abs() < 60 && (counts[2] - 2100i32).abs() < 120,
             "{counts:?}"
         );
-        // Among rows with other settings, greedy ones and non-finite ones.
+        // In a batch with other settings, greedy rows and non-finite rows.
         let rows = Tensor::cat(&[&scores.repeat([8, 1]), &scores.full_like(f64::NAN)], 0);
         let mut draws: Vec<Draw> = (0..9).map(draw).collect();
         draws[1].temperature = 0.0;

@@ -9,7 +9,7 @@ use crate::model::ModelError;
 const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 const FIRST: u64 = 0xbf58_476d_1ce4_e5b9;
 const SECOND: u64 = 0x94d0_49bb_1331_11eb;
-/// Bits of a uniform number. One more, and the largest could not be told from 1.
+/// Bits of a uniform number. With one more, the largest number would be rounded to 1.
 const BITS: u32 = 52;
 
 fn mix(mut x: u64) -> u64 {
@@ -45,14 +45,14 @@ impl Noise {
         -(-uniform.ln()).ln()
     }
 
-    /// Not less than [`Self::gumbel`], without a logarithm: -ln(u) is more than 1 - u, which is more than a power of
+    /// An upper bound of [`Self::gumbel`] without a logarithm: -ln(u) is more than 1 - u, which is more than a power of
     /// two.
     #[inline(always)]
     pub fn bound(self) -> f64 {
-        // (1 - u) * 2^52 is this plus 1/2.
+        // (1 - u) * 2^52 is `rest` plus 1/2.
         let rest = (1u64 << BITS) - 1 - self.steps;
         let zeros = rest.leading_zeros() - (64 - BITS);
-        // A bound also where the logarithms are rounded.
+        // Slightly larger, so that the bound holds despite rounded logarithms.
         const LN_2: f64 = std::f64::consts::LN_2 * (1.0 + 1e-9);
         f64::from(zeros + 1) * LN_2
     }

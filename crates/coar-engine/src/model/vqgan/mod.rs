@@ -210,8 +210,9 @@ impl Vqgan {
         }
     }
 
-    /// Bytes that [`Self::decode`] takes for an image of that size beside the weights: the last level's widest layer
-    /// in f32, eight times: a block's input and output, its norms and convolutions, and the libraries' workspaces.
+    /// Memory in bytes of [`Self::decode`] for an image of that size, without the weights: the last level's widest
+    /// layer in f32, eight times: a block's input and output, its norms and convolutions, and the libraries'
+    /// workspaces.
     pub fn decode_bytes(&self, width: u32, height: u32) -> u64 {
         let d = &self.config.ddconfig;
         let patch = d.patch_size.max(1) as u64;

@@ -55,8 +55,8 @@ pub(super) fn kind_of(dtype: Dtype) -> Option<Kind> {
     })
 }
 
-/// The image tokenizer inside the language model's checkpoint: base models contain its encoder half, fine-tuned ones
-/// nothing of it, and it is always read from its own file.
+/// Prefix of the image tokenizer inside the language model's checkpoint. Base models contain its encoder half and
+/// fine-tuned ones none of it, so it is always read from its own file.
 const IGNORED: &str = "model.vqmodel.";
 
 fn open_shard(file: &Path, index: usize) -> Result<(Shard, BTreeMap<String, Entry>), ModelError> {
@@ -369,7 +369,7 @@ mod tests {
                 assert_eq!(checkpoint.raw("a").unwrap().kind(), Kind::BFloat16);
                 checkpoint.tensor("a", &[2, 2]).unwrap()
             };
-            // The map is gone: the tensor must not refer to it.
+            // The map was dropped, so the tensor must not refer to it.
             assert_eq!(
                 Vec::<f32>::try_from(&tensor.reshape([-1])).unwrap(),
                 [1.0, -2.0, 0.5, 3.0]

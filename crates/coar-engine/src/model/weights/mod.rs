@@ -22,7 +22,7 @@ pub trait TensorSource {
     fn shape_of(&self, name: &str) -> Option<Vec<i64>>;
 }
 
-/// Parameters that are already in memory; networks loaded from it share their storage.
+/// Parameters that are already in memory; networks that are loaded from them share their storage.
 #[derive(Debug, Default)]
 pub struct Shared(std::cell::RefCell<std::collections::BTreeMap<String, Tensor>>);
 

@@ -53,7 +53,7 @@ pub fn checkpoint(run: &Run, report: &mut Report) -> Outcome {
     Ok(())
 }
 
-/// Compares logits `[seq, vocab]` with what a case stores of them.
+/// Compares logits `[seq, vocab]` with the stored part of a case.
 fn compare_logits(run: &Run, report: &mut Report, arrays: &Arrays, logits: &Tensor) -> Outcome {
     let id = &run.case.id;
     let columns = logits.index_select(1, arrays.get("columns")?);

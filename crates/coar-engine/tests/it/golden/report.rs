@@ -1,4 +1,4 @@
-//! One line per check: case, what, largest difference, tolerance.
+//! One line per check: case, check, largest difference, tolerance.
 
 use std::fmt;
 
@@ -29,7 +29,7 @@ impl Report {
         );
     }
 
-    /// A check that is exact: how many of how many differ.
+    /// An exact check: the number of differing values out of how many.
     pub fn exact(&mut self, case: &str, check: &str, differing: usize, of: usize) {
         self.push(
             case,

@@ -26,7 +26,7 @@ fn code_name(code: i64) -> String {
     format!("IMGIMG{letters}Z")
 }
 
-/// A vocabulary made of the ids that a case gives.
+/// A vocabulary of the ids in a case.
 fn made_up(
     start: i64,
     end: i64,

@@ -1,5 +1,5 @@
-//! `coar-lab bench decode`: one decode step of a checkpoint by batch size, compared with the memory bandwidth, and
-//! with concepts compared to without.
+//! `coar-lab bench decode`: the time of a decode step by batch size, compared with the memory bandwidth, with and
+//! without concepts.
 
 use std::path::PathBuf;
 use std::time::Instant;

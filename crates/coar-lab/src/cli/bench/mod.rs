@@ -96,7 +96,7 @@ fn quantile(values: &mut [f64], at: f64) -> f64 {
     values.get((at * last as f64).round() as usize).copied().unwrap_or(0.0)
 }
 
-/// An engine that refuses none of `requests` at once.
+/// Starts an engine whose queue has room for `requests` concurrent requests.
 async fn start_engine(model: &ModelArgs, engine: &EngineArgs, requests: usize) -> anyhow::Result<EngineHandle> {
     let options = EngineOptions {
         queue: engine.queue.max(2 * requests),

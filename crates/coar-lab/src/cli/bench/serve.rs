@@ -127,7 +127,7 @@ async fn collect(tasks: &mut tokio::task::JoinSet<anyhow::Result<(f64, f64)>>, r
     Ok(())
 }
 
-/// A training that runs until dropped; returns the number of steps.
+/// Starts a training that runs until it is dropped.
 pub(super) fn start_training(engine: &EngineHandle, info: &ModelInfo) -> anyhow::Result<TrainingStream> {
     let (width, height) = info.sizes[0];
     let request = TrainingRequest {

@@ -62,7 +62,7 @@ pub(super) async fn swaps(info: &ModelInfo, device: Device, used: &ConceptUse) -
     Ok(json!({"cached_ms": milliseconds(&mut cached), "from_the_store_ms": milliseconds(&mut stored)}))
 }
 
-/// A folder of this process alone.
+/// A temporary folder for this process only.
 fn tempfile_dir() -> std::io::Result<std::path::PathBuf> {
     let folder = std::env::temp_dir().join(format!("coar-bench-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;

@@ -76,7 +76,7 @@ pub(super) fn pictures(width: u32, height: u32) -> Vec<RgbImage> {
         .to_vec()
 }
 
-/// As a training gets them.
+/// Reduces the images to what a training receives.
 pub(super) fn reduced(info: &ModelInfo, images: Vec<RgbImage>) -> Vec<ReducedImage> {
     let plan = info.crop_plan();
     images.into_iter().map(|image| plan.reduce(image)).collect()

@@ -1,6 +1,6 @@
 //! This project's own judge: a small convolutional network, trained on images of the world with other seeds and
-//! other placements than the model. It knows the held-out subjects, the model does not; it is not trained on output
-//! of the tokenizer or the model.
+//! other placements than the model. It is trained on the held-out subjects, the model is not; it is not trained on
+//! output of the tokenizer or the model.
 
 use std::path::Path;
 

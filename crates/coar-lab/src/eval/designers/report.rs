@@ -1,5 +1,5 @@
-//! The report: how the published network and the own judge rate the frozen model's images of full captions, compared
-//! with the true images and with the tokenizer's reconstructions.
+//! The report: how the published network and this project's judge rate the frozen model's images of full captions,
+//! compared with the true images and with the tokenizer's reconstructions.
 
 use std::time::Instant;
 

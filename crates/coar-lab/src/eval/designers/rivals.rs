@@ -1,5 +1,5 @@
 //! Alternatives for an image: references that differ from it only in the object, the designer or the place. The
-//! published network has no words for this world; it reports which reference is nearest to an image.
+//! published network has no classes for this world, so an image is classified by its nearest reference.
 
 use tch::{Kind, Tensor};
 

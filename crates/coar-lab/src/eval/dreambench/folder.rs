@@ -2,7 +2,7 @@
 //!
 //! Files are written under a temporary name and renamed; a file that exists is finished. Workers claim work by locks
 //! of the operating system, which end with their process: nothing becomes stale, and no clock is needed. If two
-//! workers do the same unit all the same (a file system whose locks do not work across machines), they write the
+//! workers still process the same unit (on a file system whose locks do not work across machines), they write the
 //! same bytes twice.
 
 use std::fs::{File, TryLockError};
@@ -26,7 +26,7 @@ pub struct Settings {
     pub model: String,
     /// `f32`, `bf16`, `f16`.
     pub dtype: String,
-    /// `paper` or `pocket`: the model's own preset, which tells whether figures are meaningful.
+    /// `paper` or `pocket`: the model's own preset, which determines whether figures are meaningful.
     pub model_preset: String,
     pub seed: u64,
     /// Images per prompt.

@@ -18,7 +18,7 @@ pub const FILE: &str = "prompts_and_classes.txt";
 /// The dataset's own file (CC BY 4.0, Ruiz et al.).
 const DATASETS_OWN: &str = include_str!("prompts_and_classes.txt");
 
-/// Classes of live subjects if the file does not say: those of the dataset's nine pets.
+/// Classes of live subjects if the file does not specify them: those of the dataset's nine pets.
 const LIVE_CLASSES: [&str; 2] = ["cat", "dog"];
 
 /// One object or animal.

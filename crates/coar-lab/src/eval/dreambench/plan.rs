@@ -1,4 +1,4 @@
-//! The images to generate, and their seeds. Pure.
+//! The images to generate, and their seeds. Pure functions.
 
 use sha2::{Digest, Sha256};
 

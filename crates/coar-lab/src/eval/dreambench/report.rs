@@ -121,7 +121,7 @@ impl Results {
         }
     }
 
-    /// Computes means and warnings once every subject is there. `expected` are the lengths of the real judges'
+    /// Computes means and warnings once all subjects are added. `expected` are the lengths of the real judges'
     /// embeddings.
     pub(super) fn finish(&mut self, expected: (usize, usize)) {
         self.drawn = self.subjects.iter().map(|subject| subject.pictures.len() as u64).sum();

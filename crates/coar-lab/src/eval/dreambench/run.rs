@@ -188,7 +188,7 @@ impl Worker<'_> {
         self.folder.drawn(&subject.name, unit, self.plan.pictures) == self.plan.pictures
     }
 
-    /// Makes one pass over the plan and does what no other worker has claimed.
+    /// Makes one pass over the plan and processes the units that no other worker has claimed.
     fn pass(&mut self) -> Result<Pass, ModelError> {
         let mut found = Pass::Complete;
         for (subject, units) in &self.plan.subjects {

@@ -16,7 +16,7 @@ pub struct ClassifierShape {
     pub patch: i64,
     /// Channels after each block; multiples of 8.
     pub widths: &'static [i64],
-    /// Kernel size of each block's convolution.
+    /// Stride of each block's convolution.
     pub strides: &'static [i64],
     /// Questions by name, with their number of answers.
     pub heads: &'static [(&'static str, i64)],

@@ -129,7 +129,7 @@ fn encoder(fields: &Fields, defaults: &Defaults) -> Result<EncoderConfig, ModelE
     Ok(config)
 }
 
-/// Otherwise a file of another network would only be detected by its tensors.
+/// Checks the model type; otherwise a file of another network would only be detected by its tensors.
 fn check_type(fields: &Fields, wanted: &str) -> Result<(), ModelError> {
     match fields.text("model_type", None)? {
         found if found == wanted => Ok(()),
@@ -180,7 +180,7 @@ pub struct ClipConfig {
     pub vocabulary: i64,
     /// Maximum number of tokens of a text, with begin and end.
     pub positions: i64,
-    /// The token whose first position is the text's embedding. `None` is the legacy of files with 2, as in the
+    /// The token whose first position is the text's embedding. `None` is for legacy files with 2, such as the
     /// published one: the largest id of the text is used.
     pub end: Option<i64>,
 }

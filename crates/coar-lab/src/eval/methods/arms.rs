@@ -76,8 +76,8 @@ pub fn method_arms() -> Vec<Arm> {
     arms
 }
 
-/// The arms for subjects in shades without a caption word: the methods, and untrained the words found by the search
-/// for start words, which may fit better than those of the neighbouring colours.
+/// The arms for subjects in shades without a caption word: the methods, and, without training, the words found by the
+/// search for start words, which may fit better than those of the neighbouring colours.
 pub fn between_arms() -> Vec<Arm> {
     let untrained = json!({"steps": 1, "learning_rate": 1e-9, "focus": 0.0});
     let mut arms = method_arms();
@@ -88,7 +88,7 @@ pub fn between_arms() -> Vec<Arm> {
     arms
 }
 
-/// One setting of CoAR at a time; everything else is the preset's, with the image context token if the axis is about
+/// One setting of CoAR at a time; all others are the preset's, with the image context token if the axis depends on
 /// it.
 pub fn ablation_arms() -> Vec<Arm> {
     let mut arms = Vec::new();

@@ -64,10 +64,10 @@ struct Learned {
 
 /// Incremented when judging or generation changes for the same spec.
 pub(super) const INSTRUMENTS: u32 = 1;
-/// Names of the settings of compositions' concepts.
+/// Keys of the settings for the concepts in compositions.
 const SUBJECT: &str = "subject";
 const STYLE: &str = "style";
-/// Images per scene in place of another model's, for proxy tuning.
+/// Images per scene that replace another model's, for proxy tuning.
 const PROXIES_PER_SCENE: usize = 4;
 /// The scene of a sixth reference; then the remaining ones.
 const SIXTH: Scene = Scene::Forest;

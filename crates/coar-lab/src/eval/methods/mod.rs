@@ -234,7 +234,7 @@ pub fn evaluate_methods(
     Ok(evidence)
 }
 
-/// The table of a row.
+/// The table that a row belongs to.
 #[derive(Clone, Copy)]
 enum Section {
     Methods,

@@ -1,4 +1,4 @@
-//! References that training has never seen: held-out subjects, and drawings of unseen designers.
+//! References that are never used in training: held-out subjects, and drawings of unseen designers.
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;

@@ -115,8 +115,8 @@ impl Spec {
         }
     }
 
-    /// An image of the whole grid, including held-out subjects, at any position: for judges, but not for what they
-    /// judge.
+    /// An image of the whole grid, including held-out subjects, at any position: for training judges, never the
+    /// models that they judge.
     pub fn sample_for_judge(rng: &mut dyn RngCore) -> Self {
         let mut spec = Self {
             object: pick(&Object::all().collect::<Vec<_>>(), rng),

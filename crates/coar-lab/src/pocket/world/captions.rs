@@ -83,7 +83,8 @@ pub fn subject_phrase(spec: &Spec) -> String {
     )
 }
 
-/// Everything: "a photo of a purple and yellow striped cat with a hat on the beach"; "an image of" where it is none.
+/// Everything: "a photo of a purple and yellow striped cat with a hat on the beach"; "a picture of" if the style is
+/// not a photo.
 pub fn caption_full(spec: &Spec) -> String {
     let lead = if spec.style == Style::Photo { "photo" } else { "picture" };
     let style = style_phrase(spec, true).map_or_else(String::new, |style| format!(" {style}"));
@@ -95,7 +96,7 @@ pub fn caption_full(spec: &Spec) -> String {
 }
 
 /// A random caption: some of the attributes, in varying form. A style is always named, so a caption without one
-/// means a photo; without the word "photo" another opening nearly always means something else.
+/// means a photo; the opening "a photo of" is rarely used for other styles.
 pub fn caption_random(spec: &Spec, rng: &mut dyn RngCore) -> String {
     let lead = match spec.style {
         Style::Photo => pick(&["a photo of", "a photo of", "a picture of", ""], rng),

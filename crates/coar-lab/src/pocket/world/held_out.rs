@@ -22,7 +22,7 @@ pub struct HeldOutSubject {
 pub enum Shades {
     /// Near the named colours, as in pre-training: the words describe the subject completely.
     Named,
-    /// Halfway from each colour to its neighbour ([`Colour::between`]): no word means them, and no subject in
+    /// Halfway from each colour to its neighbour ([`Colour::between`]): no word names them, and no subject in
     /// pre-training has them.
     Between,
 }

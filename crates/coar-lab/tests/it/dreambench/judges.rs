@@ -66,7 +66,7 @@ fn judges_score_new_and_existing_images() {
                         .all(|cosine| (-1.0..=1.0).contains(cosine) && *cosine != 0.0),
                     "{rows:?}"
                 );
-                assert_ne!(rows[0], rows[1], "{score} tells images apart");
+                assert_ne!(rows[0], rows[1], "{score} distinguishes images");
                 assert!((mean(&rows) - of(&subject["scores"])).abs() < 1e-9);
                 mean(&rows)
             })
@@ -119,5 +119,5 @@ fn broken_judge_is_rejected_before_generation() {
         refused.contains("broken/model.safetensors: not a complete safetensors file"),
         "{refused}"
     );
-    assert!(!out.exists(), "nothing is begun");
+    assert!(!out.exists(), "nothing was started");
 }

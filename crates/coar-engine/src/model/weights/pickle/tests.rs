@@ -99,7 +99,7 @@ fn state_dict(entries: &[(&str, Vec<u8>)]) -> Vec<u8> {
     pickle
 }
 
-/// The container from before PyTorch 1.6: each storage with its key, the count of its numbers as the file says, and bytes.
+/// The container from before PyTorch 1.6: each storage with its key, its declared number of elements, and its bytes.
 fn legacy(dir: &Path, little_endian: bool, pickle: &[u8], storages: &[(&str, i64, &[u8])]) -> PathBuf {
     let order = if little_endian { b"\x88s." } else { b"\x89s." };
     let mut bytes = [
@@ -163,13 +163,13 @@ fn a_pickle_that_calls_a_function_executes_nothing_and_names_it() {
         ]
         .concat()
     };
-    // By REDUCE, NEWOBJ, and with the result called again.
+    // Called by REDUCE, by NEWOBJ, and with the result called again.
     for end in [&b"\x85R"[..], b"\x85\x81", b"\x85R)R"] {
         let reached = container(dir.path(), &state_dict(&[("w", call(end))]), &[], false);
         assert!(problem(&reached).contains("posix.system"), "{}", problem(&reached));
         let root = [&b"\x80\x02}"[..], &text("state_dict"), &call(end), b"s."].concat();
         assert!(problem(&container(dir.path(), &root, &[], false)).contains("posix.system"));
-        // Outside the requested dictionary it is harmless, and not executed either.
+        // Outside the requested dictionary the call is harmless; it is not executed either.
         let mut beside = [&b"\x80\x02}"[..], &text("callbacks"), &call(end), b"s"].concat();
         beside.extend(text("state_dict"));
         beside.extend(b"}");
@@ -206,7 +206,7 @@ fn false_sizes_are_errors_before_allocation() {
         assert!(of("DoubleStorage", numel, &[0; 64]).contains("`w`"), "{numel}");
     }
     assert!(of("ByteStorage", 2, &[0; 3]).contains("limit is 2"));
-    // A bomb: a hundred million zeros deflate to a hundred kilobytes.
+    // A decompression bomb: a hundred million zeros deflate to a hundred kilobytes.
     let bomb = vec![0u8; 100_000_000];
     assert!(of("ByteStorage", 100_000_000, &bomb).contains("more than 64 times"));
     // The same storage under many names.
@@ -223,7 +223,7 @@ fn a_pickle_that_repeats_itself_takes_no_memory_for_each_time() {
     let long = "x".repeat(2000);
     let times = 500_000;
     let remembered = |value: Vec<u8>| [value, b"q\x000".to_vec()].concat();
-    // A class of a long name; a dictionary of a long list; a tensor of many dimensions; a storage with a long key.
+    // A class with a long name, and a dictionary of a long list.
     let class = [remembered(text(&long)), b"h\x00h\x00\x93".repeat(times)].concat();
     let pairs = [&b"]("[..], &b"K\x01K\x02\x86".repeat(10_000), b"e\x85"].concat();
     let dictionary = [
@@ -236,7 +236,7 @@ fn a_pickle_that_repeats_itself_takes_no_memory_for_each_time() {
         let file = container(dir.path(), &[&b"\x80\x02"[..], &pickle, b"."].concat(), &[], false);
         assert!(problem(&file).contains("of itself"), "{}", problem(&file));
     }
-    // Strings are shared: keys of storages and names of tensors cost nothing, however long they are.
+    // Strings are shared: keys of storages and names of tensors cost nothing, regardless of their length.
     let described = [
         b"(".to_vec(),
         text("storage"),
@@ -351,7 +351,7 @@ fn legacy_container_is_read_and_inconsistencies_are_named() {
     let cut = std::fs::read(of(&whole)).unwrap();
     std::fs::write(dir.path().join("cut"), &cut[..cut.len() - 8]).unwrap();
     assert!(problem(&dir.path().join("cut")).contains("before the storage `17`"));
-    // One storage as two kinds of numbers, and one that no memory could hold.
+    // One storage with two kinds of numbers, and one that fits into no memory.
     let twice = state_dict(&[
         ("a", tensor("ByteStorage", "4", 3)),
         ("b", tensor("CharStorage", "4", 3)),

@@ -117,7 +117,7 @@ impl Plan {
         let mut stands = 0;
         for &position in positions {
             findings.in_time()?;
-            // Positions close together in a short image follow each other.
+            // In a short image an earlier measurement may have passed this position already.
             let codes = self.codes_at(position).max(stands);
             drawn.skip_to(codes)?;
             let cell = self.measure(&mut drawn, model, codes)?;

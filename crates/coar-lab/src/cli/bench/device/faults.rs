@@ -18,7 +18,7 @@ use coar_engine::model::accelerator;
 
 /// Timeout of the process whose context is poisoned: most of it is loading libraries.
 const CHILD: Duration = Duration::from_secs(40);
-/// Bytes of a cache that no device holds.
+/// A cache size in bytes that exceeds the memory of any device.
 const ABSURD: u64 = 1 << 55;
 
 pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
@@ -38,7 +38,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The whole images of one request, as bytes.
+/// The images of one request, as bytes.
 fn draw(engine: &EngineHandle) -> anyhow::Result<Vec<u8>> {
     let mut stream = engine.generate(request(engine.info(), 5, None))?;
     let mut pixels = vec![];
@@ -84,7 +84,7 @@ fn cache(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A training whose step fits no card fails, and the next image is the same as before.
+/// A training whose step does not fit on any card fails, and the next image is the same as before.
 fn training(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let side = bench.target_size().min(512);
     let options = EngineOptions {
@@ -219,7 +219,7 @@ pub(super) fn poisoned(args: &ModelArgs) -> anyhow::Result<()> {
         Err(_) => eprintln!("poisoned: the thread panicked"),
     }
     let answer = draw(&engine);
-    // The engine has answered instead of exiting: whatever the status, it is not the expected one.
+    // Reached only if the engine has answered instead of exiting: the status below is not the expected one.
     eprintln!("the request after that: {:?}", answer.map(|image| image.len()));
     // SAFETY: takes a number and does not return; destructors would wait for a lost context.
     unsafe { libc::_exit(3) }

@@ -21,7 +21,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     let model = bench.model(target)?;
     let info = bench.info(&model);
     let (width, height) = info.sizes[0];
-    // Warm-up: a first image's first steps load kernels.
+    // Warm-up: the first steps load kernels.
     let (mut warm, _) = batch(&model, &info, 1, false)?;
     for _ in 0..4 {
         warm.step(&model.transformer)?;

@@ -57,7 +57,7 @@ pub(super) fn run(bench: &Bench, findings: &Findings) -> anyhow::Result<()> {
     load(bench, findings, &config, (&folder.0, device, kind))
 }
 
-/// Writes the shards, each on a thread of its own, from numbers generated on the device; returns the total size.
+/// Writes the shards, each on its own thread, from numbers generated on the device; returns the total size.
 fn write(dir: &Path, all: &[Named], device: Device, findings: &Findings) -> anyhow::Result<u64> {
     let weights = RandomWeights {
         seed: SEED,
@@ -123,7 +123,7 @@ fn load(
         read / 1e6,
         read / 1e9 / seconds
     ));
-    // The last row: any wrong offset is visible there.
+    // The last row, where any wrong offset is visible.
     let id = config.vocab_size - 1;
     let row = model.embedding_of(id)?;
     let written = checkpoint.raw("model.embed_tokens.weight")?.f_get(id)?;

@@ -1,5 +1,5 @@
 //! `coar-lab bench device`: checks and measures a device in one run of a few minutes. Every part has a deadline and
-//! a thread of its own; one that fails or hangs does not stop the next.
+//! its own thread; one that fails or hangs does not stop the next.
 
 mod concepts;
 mod decode;

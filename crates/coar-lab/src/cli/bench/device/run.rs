@@ -1,4 +1,4 @@
-//! Runs the parts one after the other, each on a thread of its own.
+//! Runs the parts one after the other, each on its own thread.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -112,7 +112,7 @@ pub(super) fn all(args: DeviceArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Gives the calling thread a stream of its own, if there is a device.
+/// Gives the calling thread its own stream, if there is a device.
 fn own_stream(bench: &Bench) -> anyhow::Result<()> {
     match bench.absent() {
         Some(_) => Ok(()),

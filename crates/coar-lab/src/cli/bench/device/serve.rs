@@ -36,7 +36,7 @@ async fn measure(engine: &EngineHandle, findings: &Findings, small: bool) -> any
         let own = |index| with.then(|| concept(&info, index));
         (0..count).map(|index| request(&info, index, own(index))).collect()
     };
-    // Warm-up: loads whatever is loaded at first use.
+    // Warm-up: triggers everything that is loaded on first use.
     draw(engine, requests(false).into_iter().take(2).collect(), true).await?;
     let load = engine.load();
     findings.figure("free_rows", load.free_rows as u64);

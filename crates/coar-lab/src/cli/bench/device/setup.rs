@@ -162,7 +162,7 @@ impl Bench {
         })
     }
 
-    /// The files of the pocket model, whatever is measured.
+    /// The files of the pocket model, regardless of the model under measurement.
     pub fn pocket_files(&self) -> anyhow::Result<CheckpointFiles> {
         let args = ModelArgs {
             model: None,

@@ -226,7 +226,7 @@ fn beside(bench: &Bench, findings: &Findings) -> anyhow::Result<f64> {
         let model = bench.model(side)?;
         let spec = settings(&bench.info(&model), 20_000);
         let saved = snapshot(&model, &spec)?;
-        // The receiver waits for the engine to start, and then takes it.
+        // The receiver takes it once the engine has started.
         let _ = sender.send((spec, saved));
         Ok(model)
     })?;

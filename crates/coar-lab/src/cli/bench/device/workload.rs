@@ -68,7 +68,7 @@ pub(super) fn request(
     }
 }
 
-/// Images `0..count` of seed 0 in a batch of their own, at their first code.
+/// Images `0..count` of seed 0 in their own batch, at their first code.
 pub(super) fn batch(
     model: &LuminaMgpt,
     info: &ModelInfo,

@@ -26,7 +26,7 @@ impl Judges for Colours {
             .collect())
     }
 
-    /// Red and green are swapped and green counts three times: another cosine than DINO's.
+    /// Red and green are swapped and green counts three times, so the cosine differs from DINO's.
     fn clip(&self, pictures: &[RgbImage]) -> Result<Embeddings, ModelError> {
         Ok(self
             .dino(pictures)?
@@ -140,7 +140,7 @@ fn scores_match_a_calculation_by_hand() {
         dino.iter().zip([0.5, 0.7, 0.7, 0.5]).all(|(a, b)| close(*a, b)),
         "{dino:?}"
     );
-    // Both is (240, 60) to CLIP: with red (0, 1) 60, with green (1, 0) 240, of a length of sqrt(61200).
+    // `BOTH` is (240, 60) for CLIP: with red (0, 1) 60, with green (1, 0) 240, of a length of sqrt(61200).
     let length = 61_200f64.sqrt();
     assert!(close(mug.pictures[1].scores.unwrap().clip_i, 150.0 / length));
     // "a bab" is (2, 2), "bab b" is (1, 3).

@@ -1,5 +1,5 @@
-//! Trains the transformer on captions and codes of the world. Every image is rendered and encoded for a single step:
-//! the network memorises what it sees twice.
+//! Trains the transformer on captions and codes of the world. Every image is rendered and encoded for a single step,
+//! because the network memorises images that occur twice.
 
 use std::path::Path;
 

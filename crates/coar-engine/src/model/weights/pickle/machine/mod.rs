@@ -188,7 +188,7 @@ impl Machine {
                 self.push(Object::Tuple(items));
             }
             b']' | 0x8f => self.push(Object::List(vec![])),
-            // A frozen set, like a set, is never needed.
+            // Sets and frozen sets are never needed.
             b'l' | 0x91 => {
                 let items = self.take_to_mark()?;
                 self.push(Object::List(items));
@@ -253,7 +253,7 @@ impl Machine {
                 self.copy(length)?;
                 self.push(Object::Global(name.into()));
             }
-            // Old-style classes: built by a call like any other.
+            // Old-style classes: constructed by a call like any other.
             b'i' => {
                 let name = format!("{}.{}", line(input)?, line(input)?);
                 self.take_to_mark()?;
@@ -279,7 +279,7 @@ impl Machine {
                 let result = self.call(parts[0], parts[1])?;
                 self.stack.push(result);
             }
-            // State for the object below: no known object has one.
+            // State for the object below it on the stack; no known object has state.
             b'b' => drop(self.pop()?),
             other => {
                 return Err(format!(

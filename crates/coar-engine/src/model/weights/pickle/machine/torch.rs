@@ -1,4 +1,4 @@
-//! What PyTorch's own functions and storages in a pickle mean: descriptions of tensors, and dictionaries.
+//! The meaning of PyTorch's own functions and storages in a pickle: descriptions of tensors, and dictionaries.
 
 use std::rc::Rc;
 
@@ -111,7 +111,7 @@ impl Machine {
         self.pop()
     }
 
-    /// The list of key and value pairs that Python 2 gives to an `OrderedDict`.
+    /// The list of key and value pairs that Python 2 passes to `OrderedDict`.
     fn pairs(&self, list: Value) -> Result<Vec<(Value, Value)>, Fault> {
         let Some(Object::List(items)) = self.object(list) else {
             return Err("the pickle builds a dictionary from an object that is not a list".to_owned());

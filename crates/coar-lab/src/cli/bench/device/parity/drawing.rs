@@ -100,7 +100,7 @@ pub(super) fn compare(
             let other = other.count();
             match mode.absolute {
                 Some(_) => findings.check(format!("{name}, number that differ"), other as f64, 0.0),
-                // If rounding decides between two codes, everything after them is another image.
+                // If rounding decides between two codes, the rest of the image differs.
                 None => findings.figure(&format!("{name}, number that differ"), other as u64),
             }
             Ok(())

@@ -93,7 +93,7 @@ impl Sequences {
         Ok(Tensor::f_from_slice(&all)?.f_view([2, -1])?.f_to_device(device)?)
     }
 
-    /// Every row, whole.
+    /// Both rows at full length.
     pub fn whole(&self, device: Device) -> Result<Tensor, ModelError> {
         self.tensor(self.ids.each_ref().map(Vec::len), device)
     }
