@@ -6,11 +6,11 @@ use tch::{Device, Kind};
 
 use coar_core::tokenizer::{TextTokenizer, Vocabulary};
 
-use crate::model::lumina::CheckpointFiles;
+use crate::model::files::{CheckpointFiles, check_download, snapshot};
 use crate::model::preprocessing::CropPlan;
 use crate::model::transformer::Transformer;
-use crate::model::vqgan::{Vqgan, VqganConfig};
-use crate::model::weights::{Checkpoint, Target, TensorSource, vqgan_source};
+use crate::model::vqgan::Vqgan;
+use crate::model::weights::{Checkpoint, Target, TensorSource};
 use crate::model::{ModelConfig, ModelError};
 
 /// A checkpoint's description.
@@ -57,12 +57,15 @@ fn megabytes(bytes: u64) -> String {
 pub fn inspect(dir: &Path, tokenizer: Option<&Path>, target_size: Option<u32>) -> Result<Inspection, ModelError> {
     let _no_grad = tch::no_grad_guard();
     let mut found = Inspection::default();
-    let config = ModelConfig::read(&dir.join("config.json"))?;
+    let dir = snapshot(dir)?;
+    let config = dir.join("config.json");
+    check_download(&config)?;
+    let config = ModelConfig::read(&config)?;
     let target = Target {
         kind: Kind::Float,
         device: Device::Cpu,
     };
-    let checkpoint = Checkpoint::open_dir(dir, target)?;
+    let checkpoint = Checkpoint::open_dir(&dir, target)?;
     let dtypes: std::collections::BTreeSet<String> = checkpoint
         .names()
         .filter_map(|name| checkpoint.dtype_of(name))
@@ -93,7 +96,7 @@ pub fn inspect(dir: &Path, tokenizer: Option<&Path>, target_size: Option<u32>) -
     if let Err(error) = Transformer::load(&config, &ShapesOnly(&checkpoint)) {
         found.missing.push(error.to_string());
     }
-    match CheckpointFiles::find(dir, tokenizer) {
+    match CheckpointFiles::find(&dir, tokenizer) {
         Err(error) => found.missing.push(error.to_string()),
         Ok(files) => {
             if let Err(error) = tokenizers(&files, &config, target_size, &mut found.lines) {
@@ -112,14 +115,11 @@ fn tokenizers(
     target_size: Option<u32>,
     lines: &mut Vec<String>,
 ) -> Result<(), ModelError> {
-    let vqgan = VqganConfig::read(&files.vqgan_config)?;
-    let source = vqgan_source(
-        &files.vqgan_weights,
-        Target {
-            kind: Kind::Float,
-            device: Device::Cpu,
-        },
-    )?;
+    let vqgan = files.image_tokenizer.config()?;
+    let source = files.image_tokenizer.weights(Target {
+        kind: Kind::Float,
+        device: Device::Cpu,
+    })?;
     Vqgan::load(&vqgan, &ShapesOnly(source.as_ref()))?;
     let vocabulary = Vocabulary::from_names(&TextTokenizer::read(&files.tokenizer)?.names())?;
     lines.push(format!(

@@ -58,6 +58,9 @@ pub struct ModelConfig {
     /// file either.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub concept_preset: Option<String>,
+    /// The image tokenizer of a checkpoint that contains it, as transformers describes it.
+    #[serde(default, skip_serializing)]
+    pub vq_config: serde_json::Value,
     /// Every word of the captions that the checkpoint was trained on, if they are few; not a field of the
     /// reference's file either.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -83,6 +86,50 @@ fn default_act() -> String {
     "silu".to_owned()
 }
 
+/// Fields of transformers 5 under their older names.
+fn rename_fields(fields: &mut serde_json::Map<String, serde_json::Value>, file: &Path) -> Result<(), ModelError> {
+    let fault = |field: &str, problem: String| {
+        Err(ModelError::Config {
+            file: file.to_owned(),
+            field: field.to_owned(),
+            problem,
+        })
+    };
+    if let Some(dtype) = fields.remove("dtype") {
+        fields.entry("torch_dtype").or_insert(dtype);
+    }
+    if let Some(quantization) = fields.get("quantization_config").filter(|value| !value.is_null()) {
+        let method = quantization["quant_method"].as_str().unwrap_or("unknown");
+        return fault(
+            "quantization_config",
+            format!("is set (method {method}); quantised checkpoints cannot be run, use the original weights"),
+        );
+    }
+    let Some(rope) = fields.remove("rope_parameters").filter(|value| !value.is_null()) else {
+        return Ok(());
+    };
+    match rope["rope_type"].as_str().or(rope["type"].as_str()) {
+        None | Some("default") => {}
+        Some(other) => {
+            let problem = format!("is `{other}`; only `default` is implemented");
+            return fault("rope_parameters.rope_type", problem);
+        }
+    }
+    let Some(theta) = rope.get("rope_theta").filter(|theta| !theta.is_null()) else {
+        return Ok(());
+    };
+    match fields.get("rope_theta") {
+        Some(other) if other.as_f64() != theta.as_f64() => fault(
+            "rope_parameters.rope_theta",
+            format!("is {theta}, and `rope_theta` is {other}; remove one of them"),
+        ),
+        _ => {
+            fields.insert("rope_theta".to_owned(), theta.clone());
+            Ok(())
+        }
+    }
+}
+
 impl ModelConfig {
     /// Reads and validates `config.json`.
     ///
@@ -90,8 +137,12 @@ impl ModelConfig {
     /// When the file is unreadable, is not a Chameleon configuration, or requires something that is not implemented.
     pub fn read(file: &Path) -> Result<Self, ModelError> {
         let text = std::fs::read_to_string(file).map_err(|error| ModelError::file(file, error))?;
-        let config: Self = serde_json::from_str(&text)
-            .map_err(|error| ModelError::file(file, format!("not a model configuration: {error}")))?;
+        let fault = |error| ModelError::file(file, format!("not a model configuration: {error}"));
+        let mut fields: serde_json::Value = serde_json::from_str(&text).map_err(fault)?;
+        if let Some(fields) = fields.as_object_mut() {
+            rename_fields(fields, file)?;
+        }
+        let config: Self = serde_json::from_value(fields).map_err(fault)?;
         config.check(file)?;
         Ok(config)
     }
@@ -167,5 +218,70 @@ impl ModelConfig {
             );
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn read(more: Value) -> Result<ModelConfig, String> {
+        let mut fields = json!({
+            "model_type": "chameleon", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        });
+        for (name, value) in more.as_object().unwrap() {
+            fields[name] = value.clone();
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), fields.to_string()).unwrap();
+        ModelConfig::read(file.path()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn fields_of_transformers_5_are_read() {
+        let old = read(json!({"rope_theta": 500_000.0, "torch_dtype": "bfloat16"})).unwrap();
+        let rope = json!({"rope_theta": 500_000.0, "rope_type": "default"});
+        assert_eq!(
+            read(json!({"rope_parameters": rope, "dtype": "bfloat16"})).unwrap(),
+            old
+        );
+        assert_eq!(
+            (old.rope_theta, old.torch_dtype.as_deref()),
+            (500_000.0, Some("bfloat16"))
+        );
+        let both =
+            json!({"rope_theta": 500_000, "rope_parameters": rope, "torch_dtype": "bfloat16", "dtype": "float32"});
+        assert_eq!(read(both).unwrap(), old);
+        let nulls = json!({"rope_parameters": null, "quantization_config": null, "rope_scaling": null});
+        assert_eq!(read(nulls).unwrap().rope_theta, 10_000.0);
+    }
+
+    #[test]
+    fn what_is_not_implemented_is_refused_by_name() {
+        for (more, field) in [
+            (
+                json!({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}),
+                "`rope_parameters.rope_type` is `yarn`",
+            ),
+            (
+                json!({"rope_theta": 10_000.0, "rope_parameters": {"rope_theta": 500_000.0}}),
+                "`rope_parameters.rope_theta`",
+            ),
+            (
+                json!({"quantization_config": {"quant_method": "gptq"}}),
+                "`quantization_config` is set (method gptq)",
+            ),
+            (
+                json!({"rope_scaling": {"type": "linear", "factor": 2.0}}),
+                "`rope_scaling`",
+            ),
+            (json!({"model_type": "llama"}), "`model_type` is `llama`"),
+        ] {
+            let error = read(more).unwrap_err();
+            assert!(error.contains(field), "{error}");
+        }
     }
 }

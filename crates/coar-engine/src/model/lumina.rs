@@ -1,71 +1,19 @@
 //! A whole checkpoint: transformer, image tokenizer, text side and image preparation.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
 use super::decoding::{Decoding, DecodingRequest};
+pub use super::files::CheckpointFiles;
 use super::preprocessing::CropPlan;
 use super::transformer::Transformer;
 use super::vqgan::{Vqgan, VqganConfig};
-use super::weights::{Checkpoint, Shared, Target, TensorSource, vqgan_source};
+use super::weights::{Checkpoint, Shared, Target, TensorSource};
 use super::{ModelConfig, ModelError};
 use coar_core::engine::TokenCounter;
 use coar_core::image::RgbImage;
 use coar_core::tokenizer::{EncodedPrompt, PromptPart, TextTokenizer, Vocabulary, encode_prompt, image_block};
-
-/// The files of a checkpoint. The reference stores the tokenizer files apart from the language model; here they may be
-/// in the checkpoint's folder, in its `tokenizer/`, or in `tokenizer_dir`.
-#[derive(Debug, Clone)]
-pub struct CheckpointFiles {
-    pub dir: PathBuf,
-    pub config: PathBuf,
-    pub tokenizer: PathBuf,
-    pub vqgan_config: PathBuf,
-    /// `vqgan.safetensors` or `vqgan.ckpt`.
-    pub vqgan_weights: PathBuf,
-}
-
-impl CheckpointFiles {
-    /// Locates the files of a checkpoint.
-    ///
-    /// # Errors
-    /// The first missing file, with the places that were searched.
-    pub fn find(dir: &Path, tokenizer_dir: Option<&Path>) -> Result<Self, ModelError> {
-        let config = dir.join("config.json");
-        if !config.exists() {
-            return Err(ModelError::file(
-                dir,
-                "contains no config.json; expected a Hugging Face checkpoint folder",
-            ));
-        }
-        let places: Vec<PathBuf> = match tokenizer_dir {
-            Some(given) => vec![given.to_owned(), given.join("tokenizer")],
-            None => vec![dir.join("tokenizer"), dir.to_owned()],
-        };
-        let find = |names: &[&str]| {
-            places
-                .iter()
-                .flat_map(|place| names.iter().map(move |name| place.join(name)))
-                .find(|file| file.exists())
-                .ok_or_else(|| {
-                    let looked: Vec<String> = places.iter().map(|place| place.display().to_string()).collect();
-                    ModelError::file(
-                        dir,
-                        format!("{} is missing; looked in {}", names.join(" or "), looked.join(", ")),
-                    )
-                })
-        };
-        Ok(Self {
-            dir: dir.to_owned(),
-            config,
-            tokenizer: find(&["text_tokenizer.json"])?,
-            vqgan_config: find(&["vqgan.yaml"])?,
-            vqgan_weights: find(&["vqgan.safetensors", "vqgan.ckpt"])?,
-        })
-    }
-}
 
 /// The parts of [`LuminaMgpt::assemble`].
 pub struct Parts<'a> {
@@ -135,10 +83,10 @@ impl LuminaMgpt {
         let checkpoint = Checkpoint::open_dir(&files.dir, Target { kind, device })?;
         let tokenizer = TextTokenizer::read(&files.tokenizer)?;
         let vocabulary = Vocabulary::from_names(&tokenizer.names())?;
-        let vqgan_config = VqganConfig::read(&files.vqgan_config)?;
+        let vqgan_config = files.image_tokenizer.config()?;
         if vqgan_config.n_embed < vocabulary.code_count() as i64 {
             return Err(ModelError::Config {
-                file: files.vqgan_config.clone(),
+                file: files.image_tokenizer.config_file().to_owned(),
                 field: "n_embed".to_owned(),
                 problem: format!(
                     "is {}; the vocabulary names {} image codes",
@@ -160,13 +108,10 @@ impl LuminaMgpt {
                 ),
             });
         }
-        let source = vqgan_source(
-            &files.vqgan_weights,
-            Target {
-                kind: Kind::Float,
-                device,
-            },
-        )?;
+        let source = files.image_tokenizer.weights(Target {
+            kind: Kind::Float,
+            device,
+        })?;
         Self::assemble(Parts {
             fingerprint: checkpoint.fingerprint(),
             target_size: target_size.or(config.target_size),

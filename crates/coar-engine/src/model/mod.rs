@@ -12,6 +12,8 @@ pub mod cpu;
 /// Autoregressive image decoding.
 pub mod decoding;
 mod error;
+/// The files of a checkpoint folder.
+pub mod files;
 /// The constraint on the next token inside an image.
 pub mod image_grammar;
 /// Conversations as token sequences.

@@ -373,6 +373,7 @@ pub fn transformer_config() -> ModelConfig {
         vocabulary_map,
         target_size: Some(96),
         concept_preset: Some("pocket".to_owned()),
+        vq_config: serde_json::Value::Null,
         caption_words: vec![],
     }
 }

@@ -52,7 +52,71 @@ fn is_one(value: &i64) -> bool {
     *value == 1
 }
 
+/// `vq_config` of a checkpoint in transformers' form, with the defaults of its class (`ChameleonVQVAEConfig`).
+#[derive(Debug, Deserialize)]
+#[serde(default)]
+struct TransformersConfig {
+    embed_dim: i64,
+    num_embeddings: i64,
+    double_latent: bool,
+    latent_channels: i64,
+    resolution: i64,
+    in_channels: i64,
+    base_channels: i64,
+    channel_multiplier: Vec<i64>,
+    num_res_blocks: i64,
+    attn_resolutions: Option<Vec<i64>>,
+}
+
+impl Default for TransformersConfig {
+    fn default() -> Self {
+        Self {
+            embed_dim: 256,
+            num_embeddings: 8192,
+            double_latent: false,
+            latent_channels: 256,
+            resolution: 512,
+            in_channels: 3,
+            base_channels: 128,
+            channel_multiplier: vec![1, 1, 2, 2, 4],
+            num_res_blocks: 2,
+            attn_resolutions: None,
+        }
+    }
+}
+
 impl VqganConfig {
+    /// From `vq_config` in the checkpoint's `config.json`, which is `file`.
+    ///
+    /// # Errors
+    /// When it has another form or describes a network that cannot be built.
+    pub fn of_transformers(file: &Path, vq_config: serde_json::Value) -> Result<Self, ModelError> {
+        let given: TransformersConfig = match vq_config {
+            serde_json::Value::Null => TransformersConfig::default(),
+            fields => serde_json::from_value(fields).map_err(|error| {
+                ModelError::file(file, format!("`vq_config` is not a VQGAN configuration: {error}"))
+            })?,
+        };
+        let config = Self {
+            embed_dim: given.embed_dim,
+            n_embed: given.num_embeddings,
+            ddconfig: EncoderDecoderConfig {
+                z_channels: given.latent_channels,
+                resolution: given.resolution,
+                in_channels: given.in_channels,
+                out_ch: given.in_channels,
+                ch: given.base_channels,
+                ch_mult: given.channel_multiplier,
+                num_res_blocks: given.num_res_blocks,
+                attn_resolutions: given.attn_resolutions.unwrap_or_default(),
+                double_z: given.double_latent,
+                patch_size: 1,
+            },
+        };
+        config.check(file)?;
+        Ok(config)
+    }
+
     /// Reads and validates `vqgan.yaml`.
     ///
     /// # Errors

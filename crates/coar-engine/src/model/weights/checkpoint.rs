@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Target, TensorSource};
 use crate::model::ModelError;
+use crate::model::files::check_download;
 
 #[derive(Debug)]
 struct Shard {
@@ -55,11 +56,29 @@ pub(super) fn kind_of(dtype: Dtype) -> Option<Kind> {
     })
 }
 
-/// Prefix of the image tokenizer inside the language model's checkpoint. Base models contain its encoder half and
-/// fine-tuned ones none of it, so it is always read from its own file.
-const IGNORED: &str = "model.vqmodel.";
+/// Prefix of the image tokenizer's tensors in a checkpoint.
+const IMAGE_TOKENIZER: &str = "model.vqmodel.";
 
-fn open_shard(file: &Path, index: usize) -> Result<(Shard, BTreeMap<String, Entry>), ModelError> {
+/// One of the two networks in a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    LanguageModel,
+    ImageTokenizer,
+}
+
+impl Part {
+    /// The name of a tensor within the part; `None` if it belongs to the other one.
+    fn name(self, full: &str) -> Option<&str> {
+        match (self, full.strip_prefix(IMAGE_TOKENIZER)) {
+            (Self::LanguageModel, None) => Some(full),
+            (Self::ImageTokenizer, Some(name)) => Some(name),
+            _ => None,
+        }
+    }
+}
+
+fn open_shard(file: &Path, index: usize, part: Part) -> Result<(Shard, BTreeMap<String, Entry>), ModelError> {
+    check_download(file)?;
     let handle = File::open(file).map_err(|error| ModelError::file(file, error))?;
     // SAFETY: the map is only read. Truncating a checkpoint under a running server makes reads of the map fault;
     // checkpoints must not be modified after they are written.
@@ -70,9 +89,9 @@ fn open_shard(file: &Path, index: usize) -> Result<(Shard, BTreeMap<String, Entr
     let data = header + 8;
     let mut entries = BTreeMap::new();
     for (name, info) in metadata.tensors() {
-        if name.starts_with(IGNORED) {
+        let Some(name) = part.name(&name).map(str::to_owned) else {
             continue;
-        }
+        };
         // An empty tensor may declare any other dimensions: the header's own check multiplies them to 0.
         let shape: Option<Vec<i64>> = info.shape.iter().map(|&n| i64::try_from(n).ok()).collect();
         let shape = shape.filter(|shape| {
@@ -130,6 +149,8 @@ pub fn index_of(text: &str) -> Result<BTreeMap<String, Vec<String>>, String> {
     Ok(by_shard)
 }
 
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
 /// libtorch's own limit.
 const MAX_DIMENSIONS: usize = 64;
 
@@ -139,17 +160,38 @@ impl Checkpoint {
     /// # Errors
     /// When neither exists, a shard is missing or truncated, or the index names a tensor that its shard lacks.
     pub fn open_dir(dir: &Path, target: Target) -> Result<Self, ModelError> {
-        let index = dir.join("model.safetensors.index.json");
-        if !index.exists() {
-            let single = dir.join("model.safetensors");
-            if !single.exists() {
-                return Err(ModelError::file(
-                    dir,
-                    "holds neither model.safetensors.index.json nor model.safetensors",
-                ));
-            }
-            return Self::open_file(&single, target);
+        Self::open_part(dir, target, Part::LanguageModel)
+    }
+
+    /// Opens the image tokenizer in the same files: the tensors `model.vqmodel.*`, without this prefix.
+    ///
+    /// # Errors
+    /// As [`Self::open_dir`].
+    pub fn open_image_tokenizer(dir: &Path, target: Target) -> Result<Self, ModelError> {
+        Self::open_part(dir, target, Part::ImageTokenizer)
+    }
+
+    /// Whether a checkpoint folder has a tensor of the image tokenizer; false if it cannot be read.
+    pub fn names_image_tensor(dir: &Path, name: &str) -> bool {
+        let full = format!("{IMAGE_TOKENIZER}{name}");
+        match std::fs::read_to_string(dir.join(INDEX)) {
+            Ok(text) => index_of(&text).is_ok_and(|shards| shards.values().flatten().any(|tensor| *tensor == full)),
+            Err(_) => open_shard(&dir.join(SINGLE), 0, Part::ImageTokenizer)
+                .is_ok_and(|(_, entries)| entries.contains_key(name)),
         }
+    }
+
+    fn open_part(dir: &Path, target: Target, part: Part) -> Result<Self, ModelError> {
+        let index = dir.join(INDEX);
+        // A link that leads nowhere is reported as such.
+        if index.symlink_metadata().is_err() {
+            let single = dir.join(SINGLE);
+            if single.symlink_metadata().is_err() {
+                return Err(ModelError::file(dir, format!("holds neither {INDEX} nor {SINGLE}")));
+            }
+            return Self::open_single(&single, target, part);
+        }
+        check_download(&index)?;
         let text = std::fs::read_to_string(&index).map_err(|error| ModelError::file(&index, error))?;
         let by_shard = index_of(&text).map_err(|problem| ModelError::file(&index, problem))?;
         let mut checkpoint = Self {
@@ -160,19 +202,21 @@ impl Checkpoint {
         };
         for (shard, tensors) in by_shard {
             let file = dir.join(&shard);
-            if !file.exists() {
-                let problem = format!("is missing; the index says that it holds {} tensors", tensors.len());
+            let unfinished = dir.join(format!("{shard}.incomplete"));
+            if file.symlink_metadata().is_err() && !unfinished.exists() {
+                let problem = format!("is missing; the index lists {} tensors in it", tensors.len());
                 return Err(ModelError::file(&file, problem));
             }
-            let (opened, mut entries) = open_shard(&file, checkpoint.shards.len())?;
+            let (opened, mut entries) = open_shard(&file, checkpoint.shards.len(), part)?;
             checkpoint.shards.push(opened);
             // Only what the index names: it decides if two shards contain the same tensor.
-            for tensor in tensors.into_iter().filter(|tensor| !tensor.starts_with(IGNORED)) {
-                let Some((name, entry)) = entries.remove_entry(&tensor) else {
+            for tensor in tensors {
+                let Some(name) = part.name(&tensor) else { continue };
+                let Some((name, entry)) = entries.remove_entry(name) else {
                     return Err(ModelError::Tensor {
                         file,
                         tensor,
-                        problem: "is missing; the index says that it is here".to_owned(),
+                        problem: "is missing; the index lists it in this file".to_owned(),
                     });
                 };
                 checkpoint.entries.insert(name, entry);
@@ -186,7 +230,11 @@ impl Checkpoint {
     /// # Errors
     /// When it is missing, truncated or not a safetensors file.
     pub fn open_file(file: &Path, target: Target) -> Result<Self, ModelError> {
-        let (shard, entries) = open_shard(file, 0)?;
+        Self::open_single(file, target, Part::LanguageModel)
+    }
+
+    fn open_single(file: &Path, target: Target, part: Part) -> Result<Self, ModelError> {
+        let (shard, entries) = open_shard(file, 0, part)?;
         Ok(Self {
             shards: vec![shard],
             entries,

@@ -89,14 +89,3 @@ pub struct Target {
     pub kind: Kind,
     pub device: Device,
 }
-
-/// The image tokenizer's weights: `vqgan.safetensors`, or Meta's `vqgan.ckpt` through the pickle reader.
-///
-/// # Errors
-/// When the file is unreadable or in another format.
-pub fn vqgan_source(file: &std::path::Path, target: Target) -> Result<Box<dyn TensorSource>, ModelError> {
-    match file.extension().and_then(|extension| extension.to_str()) {
-        Some("ckpt") => Ok(Box::new(pickle::PickleSource::open(file, target)?)),
-        _ => Ok(Box::new(Checkpoint::open_file(file, target)?)),
-    }
-}

@@ -4,10 +4,9 @@ use std::path::Path;
 
 use coar_core::image::{ImageLimits, RgbImage, decode};
 use coar_engine::model::Vqgan;
+use coar_engine::model::files::ImageTokenizerFiles;
 use coar_engine::model::lumina::{images, pixels};
 use coar_engine::model::preprocessing::{CropOffset, CropPlan};
-use coar_engine::model::vqgan::VqganConfig;
-use coar_engine::model::weights::vqgan_source;
 use serde_json::Value;
 use tch::Tensor;
 
@@ -20,9 +19,12 @@ pub fn read_image(file: &Path) -> Result<RgbImage, String> {
 }
 
 pub fn vqgan(run: &Run) -> Result<Vqgan, String> {
-    let config = VqganConfig::read(&run.file("vqgan.yaml")?).map_err(|error| error.to_string())?;
-    let weights = run.file("vqgan.safetensors").or_else(|_| run.file("vqgan.ckpt"))?;
-    let source = vqgan_source(&weights, F32).map_err(|error| error.to_string())?;
+    let files = ImageTokenizerFiles::Separate {
+        config: run.file("vqgan.yaml")?,
+        weights: run.file("vqgan.safetensors").or_else(|_| run.file("vqgan.ckpt"))?,
+    };
+    let config = files.config().map_err(|error| error.to_string())?;
+    let source = files.weights(F32).map_err(|error| error.to_string())?;
     Vqgan::load(&config, source.as_ref()).map_err(|error| error.to_string())
 }
 

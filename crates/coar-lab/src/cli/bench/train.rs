@@ -19,7 +19,6 @@ use coar_core::image::RgbImage;
 use coar_core::image::preprocessing::ReducedImage;
 use coar_core::training::TrainingSpec;
 use coar_engine::injection::DeviceConcept;
-use coar_engine::model::vqgan::VqganConfig;
 use coar_engine::model::{LuminaMgpt, accelerator};
 use coar_engine::training::{Advance, Graph, Reference, References, Row, Trainer, next_token, row_logits};
 
@@ -136,7 +135,7 @@ impl TrainBenchArgs {
     fn here(&self) -> anyhow::Result<Vec<Value>> {
         let mut chosen = self.model.clone();
         if let Some(side) = self.side {
-            let per_code = VqganConfig::read(&chosen.files()?.vqgan_config)?.pixels_per_code();
+            let per_code = chosen.files()?.image_tokenizer.config()?.pixels_per_code();
             anyhow::ensure!(
                 side >= 2 && side % 2 == 0,
                 "--side is {side}; expected an even number from 2 on"

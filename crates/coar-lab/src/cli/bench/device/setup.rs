@@ -13,7 +13,6 @@ use coar_core::engine::{EngineHandle, ModelInfo};
 use coar_engine::device::EngineOptions;
 use coar_engine::loading::describe;
 use coar_engine::model::lumina::CheckpointFiles;
-use coar_engine::model::vqgan::VqganConfig;
 use coar_engine::model::{LuminaMgpt, ModelConfig};
 
 /// Seed of the random weights.
@@ -156,7 +155,7 @@ impl Bench {
             Some(shape) => (shape.config(), shape.vqgan().pixels_per_code()),
             None => {
                 let files = self.files()?;
-                let vqgan = VqganConfig::read(&files.vqgan_config)?;
+                let vqgan = files.image_tokenizer.config()?;
                 (ModelConfig::read(&files.config)?, vqgan.pixels_per_code())
             }
         })

@@ -15,8 +15,7 @@ use super::report::Findings;
 use super::setup::Bench;
 use coar_core::tokenizer::{TextTokenizer, Vocabulary};
 use coar_engine::model::lumina::{CheckpointFiles, Parts};
-use coar_engine::model::vqgan::VqganConfig;
-use coar_engine::model::weights::{Checkpoint, Target, TensorSource, vqgan_source};
+use coar_engine::model::weights::{Checkpoint, Target, TensorSource};
 use coar_engine::model::{LuminaMgpt, ModelConfig, ModelError, Transformer, accelerator};
 use numbers::{disagreement, largest, relative};
 use sequences::Sequences;
@@ -100,9 +99,9 @@ fn reference(files: &CheckpointFiles, kind: Kind) -> anyhow::Result<LuminaMgpt> 
         target_size: config.target_size,
         config,
         tokenizer: TextTokenizer::read(&files.tokenizer)?,
-        vqgan_config: VqganConfig::read(&files.vqgan_config)?,
+        vqgan_config: files.image_tokenizer.config()?,
         weights: &weights,
-        vqgan_weights: vqgan_source(&files.vqgan_weights, ON_CPU)?.as_ref(),
+        vqgan_weights: files.image_tokenizer.weights(ON_CPU)?.as_ref(),
     })?)
 }
 
