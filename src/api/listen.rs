@@ -2,6 +2,7 @@
 
 mod activity;
 mod socket;
+mod unread;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -136,11 +137,13 @@ impl Serving {
             let busy = activity.busy();
             request.extensions_mut().insert(ConnectInfo(peer));
             let router = self.router.clone();
+            let (request, rest) = unread::share(request);
             async move {
                 let mut answer = match reserved && !is_health(request.uri().path()) {
                     true => full(self.connections),
                     false => router.oneshot(request).await.unwrap_or_else(|never| match never {}),
                 };
+                rest.settle(&mut answer).await;
                 if reserved {
                     let close = HeaderValue::from_static("close");
                     answer.headers_mut().insert(header::CONNECTION, close);

@@ -206,3 +206,41 @@ async fn drawing_goes_on_beside_a_training_and_a_second_server_is_refused() {
     assert!(!second.status.success());
     assert!(String::from_utf8_lossy(&second.stderr).contains("in use by another server"));
 }
+
+/// A flood of requests must not take the processor from the device: on Linux its threads keep the priority of the process
+/// (0 here, or that of the tests), and all others are below.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn device_threads_have_priority_over_the_api() {
+    let app = TestApp::start().await;
+    // Starts a decoding thread.
+    app.register_subject(&REX, 1).await;
+    let threads = |name: &str| -> Vec<i32> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", app.pid())).unwrap();
+        let with_name = tasks.flatten().filter(|task| {
+            let comm = std::fs::read_to_string(task.path().join("comm"));
+            comm.is_ok_and(|comm| comm.trim() == name)
+        });
+        let nice = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
+            // After the name in brackets come the fields from the third on; nice is the nineteenth.
+            stat.rsplit(')').next()?.split_whitespace().nth(16)?.parse().ok()
+        };
+        with_name.filter_map(nice).collect()
+    };
+    // The device thread, and those of libtorch that it has started.
+    let process = threads("coar-device")[0];
+    for (name, more) in [
+        ("coar-device", 0),
+        ("coar-images", 0),
+        ("tokio-rt-worker", 5),
+        ("coar-decoder", 10),
+    ] {
+        let nice = threads(name);
+        assert!(!nice.is_empty(), "{name}");
+        assert!(
+            nice.iter().all(|nice| *nice == (process + more).min(19)),
+            "{name}: {nice:?}, device {process}"
+        );
+    }
+}

@@ -16,6 +16,11 @@ fn ask(stream: &mut (impl Read + Write), path: &str) -> String {
     stream
         .write_all(format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n").as_bytes())
         .unwrap();
+    read_response(stream)
+}
+
+/// Reads one response; the connection stays open.
+fn read_response(stream: &mut impl Read) -> String {
     let mut text = Vec::new();
     let mut byte = [0];
     let length = |text: &[u8]| {
@@ -29,6 +34,43 @@ fn ask(stream: &mut (impl Read + Write), path: &str) -> String {
         text.push(byte[0]);
     }
     String::from_utf8(text).unwrap()
+}
+
+/// Clients send forms in pieces: when the first part is refused, the rest may still be on its way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_is_kept_or_closed_openly_after_an_early_refusal() {
+    let app = TestApp::start().await;
+    let address = app.url.strip_prefix("http://").unwrap();
+    let begin = "--x\r\ncontent-disposition: form-data; name=\"unknown\"\r\n\r\n";
+    let form = |rest: usize| {
+        let head = "POST /v1/concepts HTTP/1.1\r\nhost: localhost\r\ncontent-type: multipart/form-data; boundary=x";
+        let length = begin.len() + rest;
+        format!("{head}\r\ncontent-length: {length}\r\n\r\n{begin}")
+    };
+    let mut kept = TcpStream::connect(address).unwrap();
+    for _ in 0..3 {
+        kept.write_all(form(20_000).as_bytes()).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        kept.write_all(&[b'y'; 20_000]).unwrap();
+        let answer = read_response(&mut kept);
+        assert!(
+            answer.starts_with("HTTP/1.1 400") && answer.contains("unknown_parameter"),
+            "{answer}"
+        );
+        assert!(!answer.contains("connection: close"), "{answer}");
+    }
+    assert!(ask(&mut kept, "/livez").starts_with("HTTP/1.1 200"));
+    // A rest that is long, does not come, or is not what was announced: the client must not send another request.
+    for (length, sent) in [(10 << 20, 0), (20_000, 10)] {
+        let mut closed = TcpStream::connect(address).unwrap();
+        closed.write_all(form(length).as_bytes()).unwrap();
+        closed.write_all(&vec![b'y'; sent]).unwrap();
+        let answer = read_response(&mut closed);
+        assert!(
+            answer.starts_with("HTTP/1.1 400") && answer.contains("connection: close"),
+            "{answer}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

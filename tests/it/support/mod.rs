@@ -122,6 +122,11 @@ impl TestApp {
         }
     }
 
+    /// The process id of the server.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub async fn kill_nine_and_restart(&mut self) {
         self.child.kill().expect("SIGKILL is delivered");
         self.child.wait().unwrap();
