@@ -13,7 +13,7 @@ help:
 		/^[a-z][a-z-]*:/ { split($$0, name, ":"); if (text != "") { split(text, line, "\n"); printf "%-16s%s\n", name[1], line[1]; \
 		for (i = 2; line[i] != ""; i++) printf "%-16s%s\n", "", line[i] } } { text = "" }' Makefile
 
-.PHONY: help serve build build-lab test test-api docs-test check bench-device contract operations ui sdk fuzz golden libtorch pocket samples deploy-check proxy pgbouncer deny sbom faults limits memory neighbours fuzz-parsers gpu-check gpu-check-test
+.PHONY: help serve build build-lab test test-api docs-test check bench-device contract operations ui sdk clients fuzz golden libtorch pocket samples deploy-check proxy pgbouncer deny sbom faults limits memory neighbours fuzz-parsers gpu-check gpu-check-test
 
 # Installs libtorch into ~/.cache/coar, linked from .libtorch.
 libtorch: .libtorch/torch/lib/libtorch_cpu.so
@@ -68,6 +68,11 @@ ui: libtorch
 # The official OpenAI package, the examples and the Python client (clients/python) against the real server. Installs into target/.
 sdk: libtorch
 	tests/sdk/run.sh
+
+# Other people's clients, unchanged and at pinned versions, against the real server: docs/howto/clients.md. Installs into target/. What
+# cannot be installed is left out, with a message, unless COAR_NEED_CLIENTS=1.
+clients: libtorch
+	tests/clients/run.sh
 
 # Requests made from /openapi.json, against the real server, and fewer of them on PostgreSQL and S3, where there is PostgreSQL.
 # Installs the fuzzer into target/.
