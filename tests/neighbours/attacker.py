@@ -9,14 +9,13 @@ import collections
 import http.client
 import json
 import os
-import pathlib
 import resource
 import socket
 import sys
 import threading
 import time
 
-import system  # noqa: F401  the folder of client.py
+import system
 
 from client import Answer, form, key
 
@@ -152,10 +151,7 @@ def lower_priority() -> None:
     a session only, so this process gets a session and lowers that."""
     os.nice(10)
     os.setsid()
-    try:
-        pathlib.Path("/proc/self/autogroup").write_text("10")
-    except OSError:
-        pass
+    system.lower_session(os.getpid(), 10)
 
 
 def main(table: dict[str, type[Attack]]) -> None:

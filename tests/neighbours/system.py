@@ -65,6 +65,33 @@ class Single:
         self.server.kill()
 
 
+class Limited:
+    """Gives a worker half a core, by a control group. A worker that trains uses all that it gets, and in production has a machine of
+    its own; on two cores API processes, database and object store would compete with two workers for every cycle."""
+
+    ROOT = pathlib.Path("/sys/fs/cgroup")
+
+    def __init__(self, worker: Coar):
+        legacy = self.ROOT / "cpu"
+        self.group = (legacy if legacy.is_dir() else self.ROOT) / f"coar-neighbours-{worker.child.pid}"
+        # A period of 10 ms: a generation takes many of them.
+        files = {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": "5000"} if legacy.is_dir() else {"cpu.max": "5000 10000"}
+        try:
+            self.group.mkdir()
+            for name, value in files.items():
+                (self.group / name).write_text(value)
+            (self.group / "cgroup.procs").write_text(str(worker.child.pid))
+        except OSError as error:
+            print(f"note: {worker.name} cannot be limited to half a core ({error}): the limits may be exceeded", flush=True)
+            self.remove()
+
+    def remove(self) -> None:
+        try:
+            self.group.rmdir()
+        except OSError:
+            pass
+
+
 class Many:
     """Two API processes and two workers, PostgreSQL and S3."""
 
@@ -72,6 +99,7 @@ class Many:
         self.folder = folder
         self.cluster = Cluster(folder, more_api=OPTIONS, more_worker=OPTIONS, links=False)
         self.keys = {"attacker": self.cluster.keys["south"], "neighbour": self.cluster.keys["north"]}
+        self.limited = []
         # A core for each worker, as its device: otherwise one worker alone has the cores of both.
         if taskset := shutil.which("taskset"):
             cores = sorted(os.sched_getaffinity(0))
@@ -88,6 +116,7 @@ class Many:
 
     def start(self) -> None:
         self.cluster.start()
+        self.limited = [Limited(worker) for worker in self.cluster.workers] if os.cpu_count() < 4 else []
 
     def disk(self) -> int:
         rows = self.cluster.postgres.query("SELECT pg_database_size('postgres') AS size")
@@ -95,6 +124,16 @@ class Many:
 
     def stop(self) -> None:
         self.cluster.stop()
+        for limited in self.limited:
+            limited.remove()
+
+
+def lower_session(process: int, nice: int) -> None:
+    """Lowers the priority of a process's whole session, where the kernel groups processes by session (autogroups)."""
+    try:
+        pathlib.Path(f"/proc/{process}/autogroup").write_text(str(nice))
+    except OSError:
+        pass
 
 
 def make(mode: str) -> "Single | Many":
