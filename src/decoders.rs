@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::task::JoinError;
 
 use crate::pool::{Full, Pool, Share};
@@ -13,8 +13,9 @@ use coar_core::ids::TenantId;
 #[derive(Debug)]
 pub struct Decoders {
     memory: Pool,
-    /// Only its threads for blocking work are used. `None` after it was dropped.
-    threads: Option<Runtime>,
+    handle: Handle,
+    /// Only its threads for blocking work are used. `None` while it is dropped.
+    runtime: Option<Runtime>,
 }
 
 impl Decoders {
@@ -24,14 +25,15 @@ impl Decoders {
     /// When the threads cannot be started.
     pub fn new(memory: u64) -> std::io::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let threads = Builder::new_current_thread()
+        let runtime = Builder::new_current_thread()
             .max_blocking_threads(cores)
             .thread_name("coar-decoder")
             .on_thread_start(|| Priority::Decoding.apply())
             .build()?;
         Ok(Self {
             memory: Pool::bytes(memory, memory / 2),
-            threads: Some(threads),
+            handle: runtime.handle().clone(),
+            runtime: Some(runtime),
         })
     }
 
@@ -43,23 +45,20 @@ impl Decoders {
         self.memory.take(tenant, bytes, within).await
     }
 
-    /// Runs work that takes long on one of the threads. It continues when the caller no longer waits.
+    /// Runs blocking work on a decoding thread. It continues if the returned future is dropped.
     ///
     /// # Errors
     /// When the work panics.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, JoinError> {
-        match &self.threads {
-            Some(threads) => threads.spawn_blocking(work).await,
-            None => tokio::task::spawn_blocking(work).await,
-        }
+        self.handle.spawn_blocking(work).await
     }
 }
 
 impl Drop for Decoders {
     fn drop(&mut self) {
         // Dropping a runtime waits for its threads, which an asynchronous task must not do.
-        if let Some(threads) = self.threads.take() {
-            threads.shutdown_background();
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
         }
     }
 }

@@ -137,13 +137,13 @@ impl Serving {
             let busy = activity.busy();
             request.extensions_mut().insert(ConnectInfo(peer));
             let router = self.router.clone();
-            let (request, rest) = unread::share(request);
+            let (request, unread) = unread::share_body(request);
             async move {
                 let mut answer = match reserved && !is_health(request.uri().path()) {
                     true => full(self.connections),
                     false => router.oneshot(request).await.unwrap_or_else(|never| match never {}),
                 };
-                rest.settle(&mut answer).await;
+                unread.drain_or_close(&mut answer).await;
                 if reserved {
                     let close = HeaderValue::from_static("close");
                     answer.headers_mut().insert(header::CONNECTION, close);

@@ -148,10 +148,9 @@ impl DeviceShare {
         }
     }
 
-    /// Training time after which the device changes to generations. A slice cannot be divided, so it starts when at least
-    /// half of it is due: one that starts as soon as anything is due would often give a short image twice its share of
-    /// waiting.
-    fn trained(&self) -> f64 {
+    /// Training time in seconds, rounded up by half a slice. A slice is not divided, so it starts when at least half of it
+    /// is due. If it started as soon as anything is due, a short image would often wait for twice the training's share.
+    fn rounded_training(&self) -> f64 {
         (self.training + self.slice.min(LONGEST_SLICE) / 2).as_secs_f64()
     }
 
@@ -162,7 +161,7 @@ impl DeviceShare {
             (false, true) => Turn::Training,
             (true, true) => {
                 let share = self.training_share;
-                let behind = self.trained() * (1.0 - share) < self.generation.as_secs_f64() * share;
+                let behind = self.rounded_training() * (1.0 - share) < self.generation.as_secs_f64() * share;
                 // In the initial tie decoding goes first, since callers wait for it.
                 if behind || share >= 1.0 {
                     Turn::Training
@@ -176,7 +175,7 @@ impl DeviceShare {
     /// How long decoding may continue before training falls behind, if both want the device; `None`: without limit.
     pub fn generation_left(&self) -> Option<Duration> {
         let share = self.training_share;
-        let due = self.trained() * (1.0 - share) / share;
+        let due = self.rounded_training() * (1.0 - share) / share;
         (share > 0.0).then(|| Duration::from_secs_f64((due - self.generation.as_secs_f64()).max(0.0)))
     }
 

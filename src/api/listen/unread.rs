@@ -1,8 +1,8 @@
-//! Request bodies that a handler has not read to their end.
+//! Drains request bodies that a handler has not read to their end.
 //!
 //! An early response, such as a refusal by the first field of a form, leaves the rest of the body on the connection. hyper
-//! closes such a connection after the response, and a client that has sent its next request on it meanwhile gets no answer.
-//! A short rest is therefore read; for a longer one the response announces that the connection is closed.
+//! then closes the connection after the response, and a client that has already sent its next request gets no answer.
+//! Therefore a short rest is drained; before a longer one, the response carries `Connection: close`.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,16 +15,16 @@ use axum::response::Response;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-/// A longer rest is not read, in bytes.
-const REST: u64 = 64 << 10;
-/// How long the response waits for the rest.
-const WITHIN: Duration = Duration::from_millis(500);
+/// Maximum number of bytes to drain. They are discarded, not buffered.
+const DRAIN_LIMIT: u64 = 64 << 10;
+/// How long the response waits for them.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// A request's body, shared with [`Rest`].
+/// A request's body, shared with [`UnreadBody`].
 #[derive(Debug)]
-pub(super) struct Shared(Arc<Mutex<Incoming>>);
+pub(super) struct SharedBody(Arc<Mutex<Incoming>>);
 
-impl Body for Shared {
+impl Body for SharedBody {
     type Data = Bytes;
     type Error = hyper::Error;
 
@@ -47,43 +47,43 @@ fn lock(body: &Mutex<Incoming>) -> std::sync::MutexGuard<'_, Incoming> {
 
 /// The part of a request's body that its handler leaves.
 #[derive(Debug)]
-pub(super) struct Rest {
+pub(super) struct UnreadBody {
     body: Arc<Mutex<Incoming>>,
     /// The client sends the body only when it is asked to (`Expect: 100-continue`).
     on_demand: bool,
 }
 
 /// Shares a request's body.
-pub(super) fn share(request: Request<Incoming>) -> (Request<Shared>, Rest) {
+pub(super) fn share_body(request: Request<Incoming>) -> (Request<SharedBody>, UnreadBody) {
     let on_demand = request.headers().contains_key(header::EXPECT);
     let (head, body) = request.into_parts();
     let body = Arc::new(Mutex::new(body));
-    let rest = Rest {
+    let unread = UnreadBody {
         body: body.clone(),
         on_demand,
     };
-    (Request::from_parts(head, Shared(body)), rest)
+    (Request::from_parts(head, SharedBody(body)), unread)
 }
 
-impl Rest {
-    /// Reads a short rest, or marks the response as the last one of its connection.
-    pub(super) async fn settle(self, response: &mut Response) {
+impl UnreadBody {
+    /// Drains a short rest; otherwise makes the response the last one of its connection.
+    pub(super) async fn drain_or_close(self, response: &mut Response) {
         if lock(&self.body).is_end_stream() {
             return;
         }
-        if self.on_demand || !self.read().await {
+        if self.on_demand || !self.drain().await {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(header::CONNECTION, close);
         }
     }
 
-    /// Whether the rest was read to its end. It is not read while a task of the handler still holds the body.
-    async fn read(self) -> bool {
+    /// Whether the body was drained to its end. It is left alone while a task of the handler still holds it.
+    async fn drain(self) -> bool {
         let Some(body) = Arc::into_inner(self.body) else {
             return false;
         };
         let mut body = body.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if body.size_hint().lower() > REST {
+        if body.size_hint().lower() > DRAIN_LIMIT {
             return false;
         }
         let reading = async {
@@ -95,11 +95,11 @@ impl Rest {
                     Some(Err(_)) => return false,
                     Some(Ok(frame)) => read += frame.data_ref().map_or(0, |data| data.len() as u64),
                 }
-                if read > REST {
+                if read > DRAIN_LIMIT {
                     return false;
                 }
             }
         };
-        tokio::time::timeout(WITHIN, reading).await.unwrap_or(false)
+        tokio::time::timeout(DRAIN_TIMEOUT, reading).await.unwrap_or(false)
     }
 }

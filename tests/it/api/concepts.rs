@@ -140,7 +140,7 @@ async fn concepts_are_listed_described_renamed_and_looked_at() {
     let (_, style) = app.register(style).await;
     let done = app.until_ended(registered["training"]["id"].as_str().unwrap()).await;
     assert_eq!(done["status"], "succeeded");
-    // An identical registration: a conflict that says so under the same name, accepted under another.
+    // An identical registration: refused as identical under the same name, accepted under another.
     let (status, same) = app.register(subject_form(&REX).text("steps", "2")).await;
     assert_eq!((status, code(&same)), (409, "name_taken"));
     assert!(

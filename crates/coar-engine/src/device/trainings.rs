@@ -50,10 +50,9 @@ fn slice_time(device: Device) -> Duration {
     }
 }
 
-/// Runs pieces of a training until the slice is over, or something other than a piece is done, or `interrupted` returns
-/// true, as when a request has arrived. A piece is not interrupted. On an accelerator it
-/// waits for each piece: otherwise a slice would end while the device still computes, and its time would be charged to
-/// the next unit of work.
+/// Runs pieces of a training until the slice is over, something other than a piece is done, or `interrupted` returns true
+/// after a piece. On an accelerator it waits for each piece: otherwise a slice would end while the device still computes,
+/// and its time would be charged to the next unit of work.
 fn slice(trainer: &mut Trainer, model: &LuminaMgpt, interrupted: &dyn Fn() -> bool) -> Result<Advance, ModelError> {
     let (device, begun) = (model.transformer.device(), Instant::now());
     loop {
